@@ -1,0 +1,201 @@
+"""The definition of every op, in plain differentiable torch. Every other backend must agree with it.
+
+Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4. The numbers are ours, for reference from code and tests;
+`s_0` is the positive's score, `s_i` (i = 1..N) a negative's, `r_i` the 1-based rank of candidate i.
+
+    (1)  s_i      = q . c_i / (|q| |c_i|)
+    (2)  r_i      = 1 + #{j : s_j > s_i} + #{j : s_j = s_i, j before i};  the positive comes after all its ties
+    (3)  R_margin = max(0, s_0 - max_i s_i - margin)
+    (4)  R_rank   = s_0 / (1 + log r_0) - rank_penalty * sum_{i>0} s_i (log r_i - 1)
+    (5)  R        = w_margin R_margin + w_rank R_rank
+    (6)  r~_i     = 1 + sum_{j != i} sigmoid((s_j - s_i) / rank_temperature), in place of r_i in (4);
+                    ours, not the paper's
+    (7)  A_g      = (R_g - mean R) / (std R + std_eps)   (GRPO: DeepSeekMath, arXiv:2402.03300, sec. 4.1)
+
+Ranks are constants to the gradient in (4), so autograd yields the closed form
+    dR/ds_0 = w_margin [hinge open] + w_rank / (1 + log r_0)
+    dR/ds_i = - w_margin [hinge open, i hardest] - w_rank rank_penalty (log r_i - 1)
+    ds_i/dq = (c^_i - s_i q^) / |q|,  ds_i/dc_i = (q^ - s_i c^_i) / |c_i|,   x^ = x / |x|
+
+Inputs are computed in float32 (float64 stays float64), so half inputs are rounded once, in the
+gradient. Shapes broadcast over leading dimensions; arguments are taken as checked by `ops`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rewards closer than this are the same reward: at fp32 their difference is rounding, and dividing it
+# by its own standard deviation would make a signal of it.
+SAME_REWARD = 1e-6
+
+
+class RankingReward(NamedTuple):
+    """The reward of each group, its two terms, the positive's rank, and the scores it rests on."""
+
+    reward: Tensor  # [*] carries the gradient
+    margin_reward: Tensor  # [*] eq. 3, before w_margin
+    rank_reward: Tensor  # [*] eq. 4, before w_rank
+    rank: Tensor  # [*] int32, 1-based
+    scores: Tensor  # [*, N + 1] the positive first; masked negatives are -inf
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and rewards for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def ranking_reward(
+    query: Tensor,  # [*, D]
+    positive: Tensor,  # [*, D]
+    negatives: Tensor,  # [*, N, D]
+    mask: Tensor | None,  # [*, N], True = live
+    *,
+    margin: float,
+    rank_penalty: float,
+    w_margin: float,
+    w_rank: float,
+    rank_temperature: float = 0.0,
+) -> RankingReward:
+    """Eq. 1 to 6: the reward of ranking `positive` above `negatives` for `query`."""
+    return reward_from_scores(
+        cosine_scores(query, positive, negatives, mask),
+        mask,
+        margin=margin,
+        rank_penalty=rank_penalty,
+        w_margin=w_margin,
+        w_rank=w_rank,
+        rank_temperature=rank_temperature,
+    )
+
+
+def cosine_scores(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Eq. 1: scores [*, N + 1], the positive first. Rows behind the mask are never read."""
+    if mask is not None:
+        negatives = torch.where(mask.unsqueeze(-1), negatives, 0)
+    query = _unit(query).unsqueeze(-2)
+    positive_score = _cosine(query, _unit(positive).unsqueeze(-2))
+    negative_scores = _cosine(query, _unit(negatives))
+    leading = torch.broadcast_shapes(positive_score.shape[:-1], negative_scores.shape[:-1])
+    return torch.cat(
+        [positive_score.expand(*leading, 1), negative_scores.expand(*leading, -1)], dim=-1
+    )
+
+
+def reward_from_scores(
+    scores: Tensor,  # [*, N + 1], the positive first
+    mask: Tensor | None,  # [*, N], True = live
+    *,
+    margin: float,
+    rank_penalty: float,
+    w_margin: float,
+    w_rank: float,
+    rank_temperature: float = 0.0,
+) -> RankingReward:
+    """Eq. 2 to 6 on given scores. A group with a live non-finite score has a NaN reward."""
+    scores = scores.to(compute_dtype(scores.dtype))
+    live = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        shape = torch.broadcast_shapes(scores.shape[:-1], mask.shape[:-1])
+        scores = scores.expand(*shape, -1)
+        live = torch.cat([live[..., :1].expand(*shape, 1), mask.expand(*shape, -1)], dim=-1)
+    counted = torch.where(live, scores, 0.0)
+    sound = torch.isfinite(counted).all(-1)
+
+    # Non-finite scores rank below every finite one; masked negatives are then last of all live ones.
+    order_key = torch.where(live & torch.isfinite(scores), scores, -torch.inf).detach()
+    positive_key, negative_keys = order_key[..., :1], order_key[..., 1:]
+    rank = 1 + (live[..., 1:] & (negative_keys >= positive_key)).sum(-1)  # eq. 2
+    order = negative_keys.argsort(-1, descending=True, stable=True)
+    negative_ranks = 1 + order.argsort(-1) + (positive_key > negative_keys)  # eq. 2
+    ranks = torch.cat([rank.unsqueeze(-1), negative_ranks], dim=-1).to(scores.dtype)
+    if rank_temperature > 0:
+        ranks = _soft_ranks(counted, live, rank_temperature)
+
+    margin_reward = _hinge(counted, order, live, margin)  # eq. 3
+    log_rank = ranks.log()
+    contrast = counted[..., 0] / (1 + log_rank[..., 0])
+    penalty = (counted[..., 1:] * (log_rank[..., 1:] - 1)).sum(-1)
+    rank_reward = contrast - rank_penalty * penalty  # eq. 4
+
+    # As a factor, NaN reaches the gradient of every live candidate of the group too.
+    soundness = torch.where(sound, 1.0, torch.nan).to(scores.dtype)
+    margin_reward = margin_reward * soundness
+    rank_reward = rank_reward * soundness
+    return RankingReward(
+        reward=w_margin * margin_reward + w_rank * rank_reward,  # eq. 5
+        margin_reward=margin_reward.detach(),
+        rank_reward=rank_reward.detach(),
+        rank=rank.to(torch.int32),
+        scores=torch.where(live, scores, -torch.inf).detach(),
+    )
+
+
+def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensor:
+    """Eq. 7 over the last dimension; `scale` picks the divisor: "std", "batch" or "none".
+
+    Computed in float64 and rounded once, so that no finite reward overflows its own variance.
+    """
+    exact = reward.detach().to(torch.float64)
+    deviation = exact - exact.mean(-1, keepdim=True)
+    spread = exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)
+    if scale == "std":
+        deviation = deviation / (_std(exact).unsqueeze(-1) + std_eps)
+    elif scale == "batch":
+        sound = torch.isfinite(exact).all(-1, keepdim=True).expand_as(exact)
+        deviation = deviation / (_std(exact.flatten(), sound.flatten()) + std_eps)
+    advantage = torch.where(spread < SAME_REWARD, 0.0, deviation)
+    return advantage.to(compute_dtype(reward.dtype))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """`rows` over their norms; a zero row stays zero and gets gradient 0.
+
+    Each row is first scaled by an exact power of two, so its squares neither overflow nor vanish.
+    In two steps, since the power itself may lie outside the dtype's range (subnormal rows).
+    """
+    rows = rows.to(compute_dtype(rows.dtype)).contiguous()
+    exponent = torch.frexp(rows.detach().abs().amax(-1, keepdim=True)).exponent
+    first = exponent // 2
+    for step in (first, exponent - first):
+        rows = rows * torch.exp2(-step.to(rows.dtype))
+    square = (rows * rows).sum(-1, keepdim=True)
+    zero = square == 0
+    return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, square).sqrt())
+
+
+def _cosine(query: Tensor, candidates: Tensor) -> Tensor:
+    """Dot products of unit rows, clamped to [-1, 1]; the gradient is the unclamped product's.
+
+    A product and a sum, not a matmul: no TF32, and a row's bits do not depend on its batch.
+    """
+    score = (query * candidates).sum(-1)
+    return score + (score.clamp(-1, 1) - score).detach()
+
+
+def _hinge(counted: Tensor, order: Tensor, live: Tensor, margin: float) -> Tensor:
+    """Eq. 3; 0 for a group without live negatives. `order` puts the hardest negative first."""
+    if order.shape[-1] == 0:
+        return torch.zeros_like(counted[..., 0])
+    hardest = counted[..., 1:].gather(-1, order[..., :1]).squeeze(-1)
+    return torch.where(live[..., 1:].any(-1), torch.relu(counted[..., 0] - hardest - margin), 0.0)
+
+
+def _soft_ranks(counted: Tensor, live: Tensor, rank_temperature: float) -> Tensor:
+    """Eq. 6: [*, N + 1], differentiable."""
+    ahead = torch.sigmoid((counted.unsqueeze(-2) - counted.unsqueeze(-1)) / rank_temperature)
+    itself = torch.eye(counted.shape[-1], dtype=torch.bool, device=counted.device)
+    return 1 + torch.where(live.unsqueeze(-2) & ~itself, ahead, 0.0).sum(-1)
+
+
+def _std(values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Unbiased standard deviation over the last dimension, of the entries where `counts` holds."""
+    if counts is None:
+        counts = torch.ones_like(values, dtype=torch.bool)
+    n = counts.sum(-1, keepdim=True)
+    mean = torch.where(counts, values, 0.0).sum(-1, keepdim=True) / n
+    square = torch.where(counts, values - mean, 0.0).square().sum(-1)
+    return (square / (n.squeeze(-1) - 1).clamp(min=1)).sqrt()
