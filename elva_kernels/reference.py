@@ -109,7 +109,7 @@ def reward_from_scores(
     order_key = torch.where(live & torch.isfinite(scores), scores, -torch.inf).detach()
     positive_key, negative_keys = order_key[..., :1], order_key[..., 1:]
     rank = 1 + (live[..., 1:] & (negative_keys >= positive_key)).sum(-1)  # eq. 2
-    order = negative_keys.argsort(-1, descending=True, stable=True)
+    order = negative_keys.argsort(dim=-1, descending=True, stable=True)
     negative_ranks = 1 + order.argsort(-1) + (positive_key > negative_keys)  # eq. 2
     ranks = torch.cat([rank.unsqueeze(-1), negative_ranks], dim=-1).to(scores.dtype)
     if rank_temperature > 0:
