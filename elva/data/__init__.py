@@ -1,0 +1,10 @@
+"""Data: one reader a source, one internal schema.
+
+`load(root)` reads M-BEIR's layout, whoever wrote it: the embedded emoji corpus
+(`elva.data.emoji.cached()`) comes back through the same reader as M-BEIR itself.
+"""
+
+from elva.data.mbeir import load
+from elva.data.schema import DataError, Dataset, Grain, Item, Pool, Query
+
+__all__ = ["DataError", "Dataset", "Grain", "Item", "Pool", "Query", "load"]

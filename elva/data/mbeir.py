@@ -1,0 +1,334 @@
+"""M-BEIR's layout: reader and writer (Wei et al., UniIR, arXiv:2311.17136).
+
+Reads M-BEIR itself and whatever is written in its layout, the embedded emoji corpus first of
+all. Two files of ours may stand beside M-BEIR's: `grains.jsonl` (id -> grains of its
+normalised text) and `minimal_pairs.jsonl` (query -> every candidate of the same entity).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from elva.data.schema import (
+    TASKS,
+    DataError,
+    Dataset,
+    Grain,
+    Pool,
+    Query,
+    concatenate,
+    hashed_id,
+    normalise,
+)
+from elva.data.strict import Record, lines, modality_of, records
+
+SPLITS = ("train", "val", "test")
+_TASK_NAMES = {number: task for task, number in TASKS.items()}
+_MODALITIES = {"t": "text", "i": "image", "it": "image,text"}
+_INSTRUCTIONS = Path("instructions") / "query_instructions.tsv"
+
+Prompts = Mapping[tuple[int, str, str], tuple[str, ...]]
+
+
+def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train") -> Dataset:
+    """Read the queries of a split with their candidate pools.
+
+    Args:
+        root: A folder in M-BEIR's layout.
+        tasks: What to read: tasks (`t2i`) or single sets (`mscoco_task0`); all by default.
+        split: train, val or test. A pool written for this split alone is preferred to the
+            common one: that is how held-out rows stay out of training.
+
+    Returns:
+        Queries with the first instruction of their kind, normalised texts, and pools.
+
+    Raises:
+        DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
+    """
+    root = Path(root)
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    prompts = read_instructions(root / _INSTRUCTIONS)
+    grains = _read_grains(root / "grains.jsonl")
+    queries: list[Query] = []
+    pools: dict[str, list[Pool]] = defaultdict(list)
+    opened: dict[Path, Pool] = {}
+    for stem, task, path in _find(root, tasks, split):
+        source = _pool_path(root, stem, split)
+        if source not in opened:
+            opened[source] = read_pool(source, root)
+        pool = opened[source]
+        found = read_queries(path, root, task, pool, prompts, grains)
+        qrels = root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt"
+        if qrels.exists():
+            _check_qrels(read_qrels(qrels), found, pool)
+        queries += found
+        pools[task].append(pool)
+    merged = {task: concatenate(found) for task, found in pools.items()}
+    pairs = _read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
+    return Dataset(root, split, queries, merged, grains, pairs)
+
+
+def read_queries(
+    path: Path,
+    root: Path,
+    task: str,
+    pool: Pool,
+    prompts: Prompts,
+    grains: Mapping[str, tuple[Grain, ...]],
+) -> list[Query]:
+    """One query file; every positive and negative must be in the pool."""
+    query_code, candidate_code = task.split("2")
+    modality, candidate = _MODALITIES[query_code], _MODALITIES[candidate_code]
+    queries: list[Query] = []
+    seen: dict[str, str] = {}
+    for record in records(path):
+        id = record.id("qid")
+        if id in seen:
+            record.fail(f"qid {id} again, first in {seen[id]}")
+        seen[id] = record.where
+        if record.get("task_id") not in (None, TASKS[task]):
+            record.fail(f"task_id {record.get('task_id')!r} is not the file's {TASKS[task]}")
+        raw, text, image = _content(
+            record, "query_txt", "query_img_path", "query_modality", modality
+        )
+        key = (int(id.partition(":")[0]), modality, candidate)
+        if key not in prompts:
+            record.fail(f"no instruction for dataset {key[0]}, {modality} to {candidate}")
+        positives, negatives = record.ids("pos_cand_list"), record.ids("neg_cand_list")
+        if not positives:
+            record.fail("pos_cand_list is empty")
+        for listed in positives + negatives:
+            if listed not in pool:
+                record.fail(f"candidate {listed} is not in the pool")
+        queries.append(
+            Query(
+                id,
+                text,
+                None if image is None else root / image,
+                modality,
+                instruction=prompts[key][0],
+                task=task,
+                positives=positives,
+                negatives=negatives,
+                grains=grains.get(id),
+                raw_text=raw,
+                where=record.where,
+            )
+        )
+    return queries
+
+
+def read_pool(path: Path, root: Path) -> Pool:
+    """One candidate file."""
+    columns: dict[str, list[object]] = {name: [] for name in Pool.SCHEMA.names}
+    for number, record in enumerate(records(path), start=1):
+        modality = record.modality("modality")
+        _, text, image = _content(record, "txt", "img_path", "modality", modality)
+        row = (record.id("did"), text, image, modality, str(path), number)
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    keys = np.array([hashed_id(str(id)) for id in columns["id"]], np.int64)
+    first = np.unique(keys, return_index=True)[1]
+    if len(first) < len(keys):
+        repeated = int(np.setdiff1d(np.arange(len(keys)), first)[0])
+        raise DataError(f"{path}:{repeated + 1}: did {columns['id'][repeated]} again")
+    arrays = [pa.array(columns[field.name], field.type) for field in Pool.SCHEMA]
+    return Pool(pa.Table.from_arrays(arrays, schema=Pool.SCHEMA), root)
+
+
+def read_qrels(path: Path) -> dict[tuple[str, str], str]:
+    """(query, candidate) -> `file:line`, of the lines with a relevance above zero."""
+    relevant: dict[tuple[str, str], str] = {}
+    for where, line in lines(path):
+        fields = line.split()
+        if len(fields) not in (4, 5):
+            raise DataError(f"{where}: {len(fields)} columns, not qid 0 did relevance task_id")
+        try:
+            for id in (fields[0], fields[2]):
+                hashed_id(id)
+            relevance = int(fields[3])
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+        if relevance > 0:
+            relevant[fields[0], fields[2]] = where
+    return relevant
+
+
+def read_instructions(path: Path) -> dict[tuple[int, str, str], tuple[str, ...]]:
+    """(dataset, query modality, candidate modality) -> normalised prompts."""
+    prompts: dict[tuple[int, str, str], tuple[str, ...]] = {}
+    for number, (where, line) in enumerate(lines(path)):
+        fields = line.rstrip("\r\n").split("\t")
+        if number == 0:
+            continue  # The header.
+        found = tuple(normalise(field) for field in fields[4:] if field.strip())
+        modalities = [modality_of(field) for field in fields[:2]]
+        if not found or None in modalities or not re.fullmatch("[0-9]{1,8}", fields[3]):
+            raise DataError(
+                f"{where}: not query_modality, cand_modality, dataset, dataset_id, prompts"
+            )
+        prompts[int(fields[3]), str(modalities[0]), str(modalities[1])] = found
+    return prompts
+
+
+def write_queries(root: Path, stem: str, split: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write `mbeir_<stem>_<split>.jsonl` and its qrels from M-BEIR's own rows."""
+    _write_lines(root / "query" / split / f"mbeir_{stem}_{split}.jsonl", map(_dump, rows))
+    judged = (
+        f"{row['qid']} 0 {did} 1 {row['task_id']}"
+        for row in rows
+        for did in row["pos_cand_list"]  # type: ignore[attr-defined]
+    )
+    _write_lines(root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt", judged)
+
+
+def write_pool(root: Path, stem: str, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write `mbeir_<stem>_cand_pool.jsonl` from M-BEIR's own rows."""
+    path = root / "cand_pool" / "local" / f"mbeir_{stem}_cand_pool.jsonl"
+    _write_lines(path, map(_dump, rows))
+
+
+def write_instructions(
+    root: Path, dataset: str, number: int, prompts: Mapping[tuple[str, str], Sequence[str]]
+) -> None:
+    """Write the instructions of one dataset."""
+    header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
+    header += [f"prompt_{i}" for i in range(1, 5)]
+    rows = [[query, cand, dataset, str(number), *p] for (query, cand), p in prompts.items()]
+    _write_lines(root / _INSTRUCTIONS, ("\t".join(row) for row in [header, *rows]))
+
+
+def write_extras(
+    root: Path,
+    grains: Mapping[str, Sequence[Grain]],
+    minimal_pairs: Mapping[str, Sequence[str]],
+) -> None:
+    """Write grains.jsonl and minimal_pairs.jsonl."""
+    _write_lines(
+        root / "grains.jsonl",
+        (_dump({"id": id, "grains": [vars(g) for g in found]}) for id, found in grains.items()),
+    )
+    _write_lines(
+        root / "minimal_pairs.jsonl",
+        (_dump({"qid": id, "candidates": list(found)}) for id, found in minimal_pairs.items()),
+    )
+
+
+def file_stem(dataset: str, task: str) -> str:
+    """M-BEIR's name for one dataset's task, `emoji_task0`."""
+    return f"{dataset}_task{TASKS[task]}"
+
+
+def _find(root: Path, tasks: Sequence[str] | None, split: str) -> list[tuple[str, str, Path]]:
+    """The query files asked for, as (stem, task, path)."""
+    folder = root / "query" / split
+    found: list[tuple[str, str, Path]] = []
+    for path in sorted(folder.glob(f"mbeir_*_{split}.jsonl")):
+        match = re.fullmatch(rf"mbeir_(\w+_task(\d))_{split}\.jsonl", path.name)
+        if match is None or int(match[2]) not in _TASK_NAMES:
+            raise DataError(f"{path}: not named mbeir_<dataset>_task<number>_{split}.jsonl")
+        found.append((match[1], _TASK_NAMES[int(match[2])], path))
+    if not found:
+        raise DataError(f"{folder}: no query file mbeir_<dataset>_task<number>_{split}.jsonl")
+    if tasks is None:
+        return found
+    for task in tasks:
+        if not any(task in (stem, name) for stem, name, _ in found):
+            raise DataError(f"{folder}: no queries for {task}")
+    return [entry for entry in found if entry[0] in tasks or entry[1] in tasks]
+
+
+def _pool_path(root: Path, stem: str, split: str) -> Path:
+    folder = root / "cand_pool" / "local"
+    # MSCOCO's common pools end in _test in M-BEIR.
+    for name in dict.fromkeys((f"{stem}_{split}", stem, f"{stem}_test")):
+        path = folder / f"mbeir_{name}_cand_pool.jsonl"
+        if path.exists():
+            return path
+    raise DataError(f"{folder}: no candidate pool mbeir_{stem}_cand_pool.jsonl")
+
+
+def _content(
+    record: Record, text_key: str, image_key: str, modality_key: str, expected: str
+) -> tuple[str | None, str | None, str | None]:
+    """(raw text, normalised text, picture's path) of a row of the expected modality."""
+    modality = record.modality(modality_key)
+    if modality != expected:
+        record.fail(f"{modality_key} is {modality}, not {expected}")
+    raw, image = record.text(text_key), record.path(image_key)
+    text = normalise(raw or "") or None
+    for name, key, present in (("text", text_key, text), ("image", image_key, image)):
+        if (name in modality) != (present is not None):
+            rule = "is empty" if present is None else "is there"
+            record.fail(f"{key} {rule}, but {modality_key} is {modality}")
+    return raw, text, image
+
+
+def _check_qrels(
+    relevant: Mapping[tuple[str, str], str], queries: Sequence[Query], pool: Pool
+) -> None:
+    known = {query.id: query for query in queries}
+    for (qid, did), where in relevant.items():
+        if qid not in known:
+            raise DataError(f"{where}: query {qid} is not in the query file")
+        if did not in pool:
+            raise DataError(f"{where}: candidate {did} is not in the pool")
+        if did not in known[qid].positives:
+            raise DataError(f"{where}: {did} is not a positive of query {qid}")
+
+
+def _read_grains(path: Path) -> dict[str, tuple[Grain, ...]]:
+    if not path.exists():
+        return {}
+    grains: dict[str, tuple[Grain, ...]] = {}
+    for record in records(path):
+        found = record.value("grains")
+        if not isinstance(found, list):
+            record.fail("grains is not a list")
+        grains[record.id("id")] = tuple(_grain(record, fields) for fields in found)
+    return grains
+
+
+def _grain(record: Record, fields: object) -> Grain:
+    if isinstance(fields, dict) and fields.keys() == {"text", "type", "span"}:
+        text, kind, span = fields["text"], fields["type"], fields["span"]
+        words = isinstance(text, str) and isinstance(kind, str)
+        if words and isinstance(span, list) and [type(end) for end in span] == [int, int]:
+            return Grain(text, kind, (span[0], span[1]))
+    record.fail('a grain is not {"text": string, "type": string, "span": [start, end]}')
+
+
+def _read_minimal_pairs(
+    path: Path, queries: Iterable[Query], pools: Mapping[str, Pool]
+) -> dict[str, list[str]]:
+    if not path.exists():
+        return {}
+    tasks = {query.id: query.task for query in queries}
+    pairs: dict[str, list[str]] = {}
+    for record in records(path):
+        id, found = record.id("qid"), record.ids("candidates")
+        if id not in tasks:
+            continue  # A query of another split or task.
+        for did in found:
+            if did not in pools[tasks[id]]:
+                record.fail(f"candidate {did} is not in the pool")
+        pairs[id] = list(found)
+    return pairs
+
+
+def _write_lines(path: Path, rows: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(f"{row}\n" for row in rows)
+
+
+def _dump(row: Mapping[str, object]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)

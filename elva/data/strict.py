@@ -1,0 +1,160 @@
+"""Reading text files that nobody vouches for: every fault is `file:line: rule`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from elva.data.schema import DataError, hashed_id
+
+# Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
+MAX_LINE_BYTES = 64 * 2**20
+
+
+class Record:
+    """One JSON object of a file; its accessors check what they return.
+
+    Args:
+        where: `file:line`.
+        fields: The object.
+    """
+
+    def __init__(self, where: str, fields: dict[str, object]) -> None:
+        self.where = where
+        self._fields = fields
+
+    def fail(self, rule: str) -> NoReturn:
+        """Raise the DataError for this line."""
+        raise DataError(f"{self.where}: {rule}")
+
+    def value(self, key: str) -> object:
+        """A field that must be there."""
+        if key not in self._fields:
+            self.fail(f"{key} is missing")
+        return self._fields[key]
+
+    def text(self, key: str) -> str | None:
+        """A string or null."""
+        value = self.value(key)
+        if value is not None and not isinstance(value, str):
+            self.fail(f"{key} is not a string or null")
+        return value
+
+    def id(self, key: str) -> str:
+        """`<dataset>:<number>`."""
+        return self._id(key, self.value(key))
+
+    def ids(self, key: str) -> tuple[str, ...]:
+        """A list of ids, each a string or an object with a `did`."""
+        values = self.value(key)
+        if not isinstance(values, list):
+            self.fail(f"{key} is not a list")
+        return tuple(
+            self._id(key, value.get("did") if isinstance(value, dict) else value)
+            for value in values
+        )
+
+    def modality(self, key: str) -> str:
+        """`text`, `image` or `image,text`, whatever the order in the file."""
+        value = self.text(key)
+        modality = modality_of(value or "")
+        if modality is None:
+            self.fail(f"{key} {value!r} is not text, image or image,text")
+        return modality
+
+    def path(self, key: str) -> str | None:
+        """A relative path that stays under its root, or null.
+
+        Checked as words only: a symbolic link inside the root is its owner's decision (picture
+        folders of this size are often linked from another disk).
+        """
+        value = self.text(key)
+        if not value:
+            return None
+        parts = re.split(r"[/\\]", value)
+        if "://" in value or value.startswith("data:"):
+            self.fail(f"{key} {value!r} is a URL; only files under the root are read")
+        if not parts[0] or ":" in parts[0]:
+            self.fail(f"{key} {value!r} is absolute; only files under the root are read")
+        if ".." in parts:
+            self.fail(f"{key} {value!r} leaves the root")
+        if "\0" in value:
+            self.fail(f"{key} holds a null character")
+        return value
+
+    def get(self, key: str) -> object:
+        """A field that may be missing."""
+        return self._fields.get(key)
+
+    def _id(self, key: str, value: object) -> str:
+        if not isinstance(value, str):
+            self.fail(f"{key} holds {value!r}, not an id")
+        try:
+            hashed_id(value)
+        except ValueError as error:
+            self.fail(f"{key}: {error}")
+        return value
+
+
+def modality_of(value: str) -> str | None:
+    """The canonical spelling of a set of modalities, or None if it is none."""
+    found = {part.strip() for part in value.split(",")}
+    if found == {"image", "text"}:
+        return "image,text"
+    return value.strip() if found in ({"image"}, {"text"}) else None
+
+
+def lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(`file:line`, text) of every line; strict UTF-8, capped length."""
+    try:
+        with open(path, "rb") as stream:
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                where = f"{path}:{number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(f"{where}: line is longer than {MAX_LINE_BYTES} bytes")
+                try:
+                    yield where, line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity."""
+    for where, line in lines(path):
+        try:
+            fields = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+            # Lone surrogates parse as JSON but are no text, and no tokenizer takes them.
+            if "\\u" in line:
+                json.dumps(fields, ensure_ascii=False).encode()
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: holds a lone surrogate") from error
+        except RecursionError as error:
+            raise DataError(f"{where}: nested too deeply") from error
+        except ValueError as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{where}: not JSON: {reason}") from error
+        if not isinstance(fields, dict):
+            raise DataError(f"{where}: not a JSON object")
+        yield Record(where, fields)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise DataError(f"key {key!r} twice")
+    return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise DataError(f"{name} is not JSON")
