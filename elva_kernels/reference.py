@@ -1,16 +1,18 @@
-"""The definition of every op, in plain differentiable torch. Every other backend must agree with it.
+"""The definition of every op, in plain differentiable torch; every other backend must agree.
 
-Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4. The numbers are ours, for reference from code and tests;
-`s_0` is the positive's score, `s_i` (i = 1..N) a negative's, `r_i` the 1-based rank of candidate i.
+Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; the equation numbers are ours. `s_0` is the
+positive's score, `s_i` (i = 1..N) a negative's, `r_i` the 1-based rank of candidate i.
 
     (1)  s_i      = q . c_i / (|q| |c_i|)
-    (2)  r_i      = 1 + #{j : s_j > s_i} + #{j : s_j = s_i, j before i};  the positive comes after all its ties
+    (2)  r_i      = 1 + #{j : s_j > s_i} + #{j : s_j = s_i, j before i};
+                    the positive comes after all its ties, the negatives in the order of indices
     (3)  R_margin = max(0, s_0 - max_i s_i - margin)
     (4)  R_rank   = s_0 / (1 + log r_0) - rank_penalty * sum_{i>0} s_i (log r_i - 1)
     (5)  R        = w_margin R_margin + w_rank R_rank
-    (6)  r~_i     = 1 + sum_{j != i} sigmoid((s_j - s_i) / rank_temperature), in place of r_i in (4);
-                    ours, not the paper's
-    (7)  A_g      = (R_g - mean R) / (std R + std_eps)   (GRPO: DeepSeekMath, arXiv:2402.03300, sec. 4.1)
+    (6)  r~_i     = 1 + sum_{j != i} sigmoid((s_j - s_i) / rank_temperature);
+                    in place of r_i in (4) where a temperature is given; ours, not the paper's
+    (7)  A_g      = (R_g - mean R) / (std R + std_eps)
+                    GRPO: DeepSeekMath, arXiv:2402.03300, sec. 4.1
 
 Ranks are constants to the gradient in (4), so autograd yields the closed form
     dR/ds_0 = w_margin [hinge open] + w_rank / (1 + log r_0)
@@ -21,13 +23,13 @@ Inputs are computed in float32 (float64 stays float64), so half inputs are round
 gradient. Shapes broadcast over leading dimensions; arguments are taken as checked by `ops`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Rewards closer than this are the same reward: at fp32 their difference is rounding, and dividing it
-# by its own standard deviation would make a signal of it.
+# Rewards closer than this are the same reward: at fp32 their difference is rounding, and dividing
+# it by its own standard deviation would make a signal of it. Ours.
 SAME_REWARD = 1e-6
 
 
@@ -97,16 +99,12 @@ def reward_from_scores(
 ) -> RankingReward:
     """Eq. 2 to 6 on given scores. A group with a live non-finite score has a NaN reward."""
     scores = scores.to(compute_dtype(scores.dtype))
-    live = torch.ones_like(scores, dtype=torch.bool)
-    if mask is not None:
-        shape = torch.broadcast_shapes(scores.shape[:-1], mask.shape[:-1])
-        scores = scores.expand(*shape, -1)
-        live = torch.cat([live[..., :1].expand(*shape, 1), mask.expand(*shape, -1)], dim=-1)
+    live = _live(scores, mask)
     counted = torch.where(live, scores, 0.0)
     sound = torch.isfinite(counted).all(-1)
 
-    # Non-finite scores rank below every finite one; masked negatives are then last of all live ones.
-    order_key = torch.where(live & torch.isfinite(scores), scores, -torch.inf).detach()
+    # Non-finite scores rank below every finite one; masked negatives come after all live ones.
+    order_key = torch.where(live & torch.isfinite(counted), counted, -torch.inf).detach()
     positive_key, negative_keys = order_key[..., :1], order_key[..., 1:]
     rank = 1 + (live[..., 1:] & (negative_keys >= positive_key)).sum(-1)  # eq. 2
     order = negative_keys.argsort(dim=-1, descending=True, stable=True)
@@ -130,8 +128,41 @@ def reward_from_scores(
         margin_reward=margin_reward.detach(),
         rank_reward=rank_reward.detach(),
         rank=rank.to(torch.int32),
-        scores=torch.where(live, scores, -torch.inf).detach(),
+        scores=live_scores(scores, mask).detach(),
     )
+
+
+def live_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """`scores` as results hold them: in the compute dtype, -inf behind the mask."""
+    scores = scores.to(compute_dtype(scores.dtype))
+    return torch.where(_live(scores, mask), scores, -torch.inf)
+
+
+def ranking_reward_and_grad(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,  # [*], the upstream gradient; None is 1
+    **weights: Any,
+) -> tuple[RankingReward, Tensor, Tensor, Tensor]:
+    """The reward, and autograd's gradient of sum(weight * reward) on each input."""
+    with torch.inference_mode(False), torch.enable_grad():
+        q, p, n = (_leaf(x).requires_grad_() for x in (query, positive, negatives))
+        result = ranking_reward(q, p, n, None if mask is None else _leaf(mask), **weights)
+        grads = torch.autograd.grad(result.reward, (q, p, n), _upstream(weight, result.reward))
+    return result, grads[0], grads[1], grads[2]
+
+
+def reward_from_scores_backward(
+    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, **weights: Any
+) -> Tensor:
+    """Autograd's gradient of sum(grad_reward * reward) on `scores`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = _leaf(scores).requires_grad_()
+        reward = reward_from_scores(leaf, None if mask is None else _leaf(mask), **weights).reward
+        (grad_scores,) = torch.autograd.grad(reward, leaf, _upstream(grad_reward, reward))
+    return grad_scores
 
 
 def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensor:
@@ -149,6 +180,24 @@ def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensor:
         deviation = deviation / (_std(exact.flatten(), sound.flatten()) + std_eps)
     advantage = torch.where(spread < SAME_REWARD, 0.0, deviation)
     return advantage.to(compute_dtype(reward.dtype))
+
+
+def _live(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Bool [*, N + 1]: the positive and the unmasked negatives."""
+    live = torch.ones_like(scores, dtype=torch.bool)
+    if mask is None:
+        return live
+    leading = torch.broadcast_shapes(scores.shape[:-1], mask.shape[:-1])
+    return torch.cat([live[..., :1].expand(*leading, 1), mask.expand(*leading, -1)], dim=-1)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can start from; one made in inference mode has to be copied."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _upstream(weight: Tensor | None, reward: Tensor) -> Tensor:
+    return torch.ones_like(reward) if weight is None else _leaf(weight).to(reward.dtype)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -1,0 +1,233 @@
+"""What arguments must hold, said as `<op>: <argument> must <rule>, got <value>[; <what to do>]`.
+
+Calls that pass see comparisons of attributes and nothing else: no tensor is computed, no text made.
+"""
+
+import math
+import numbers
+import sys
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from elva_kernels import dispatch
+from elva_kernels.reference import compute_dtype
+
+WIDEST_COSINE = 2.0
+LARGEST = sys.float_info.max
+# Below it 1 / rank_temperature leaves float32's range, and the gradient would be NaN. Ours.
+COLDEST = 1e-6
+
+_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+_SCALES = ("std", "batch", "none")
+_ROWS_NAMED = 8
+
+
+def embeddings(
+    op: str, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+) -> None:
+    """query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]."""
+    _tensor(op, "query", query, "[*, D]", 1)
+    _tensor(op, "positive", positive, "[*, D]", 1)
+    _tensor(op, "negatives", negatives, "[*, N, D]", 2)
+    _alike(op, "positive", positive, query)
+    _alike(op, "negatives", negatives, query)
+    size = query.shape[-1]
+    if size == 0:
+        _refuse(ValueError, op, "query", "have D >= 1", _shape(query))
+    if positive.shape[-1] != size:
+        _refuse(ValueError, op, "positive", f"have query's D = {size}", _shape(positive))
+    if negatives.shape[-1] != size:
+        _refuse(ValueError, op, "negatives", f"have query's D = {size}", _shape(negatives))
+    if mask is not None:
+        _mask(op, mask, query, negatives.shape[-2])
+    leading = query.shape[:-1]
+    if positive.shape[:-1] != leading or negatives.shape[:-2] != leading:
+        _broadcast(op, leading, positive=positive.shape[:-1], negatives=negatives.shape[:-2])
+    if mask is not None and mask.shape[:-1] != leading:
+        batch = torch.broadcast_shapes(leading, positive.shape[:-1], negatives.shape[:-2])
+        _broadcast(op, batch, mask=mask.shape[:-1])
+
+
+def scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
+    """scores [*, C], mask [*, C - 1]."""
+    _tensor(op, "scores", scores, "[*, C]", 1)
+    if scores.shape[-1] == 0:
+        _refuse(ValueError, op, "scores", "hold the positive's in column 0", _shape(scores))
+    if mask is not None:
+        _mask(op, mask, scores, scores.shape[-1] - 1)
+        _broadcast(op, scores.shape[:-1], mask=mask.shape[:-1])
+
+
+def rewards(op: str, reward: Tensor, scale: str, std_eps: float) -> float:
+    """reward [*, G] with G >= 1, a known scale; returns std_eps as a float."""
+    _tensor(op, "reward", reward, "[*, G]", 1)
+    if reward.shape[-1] == 0:
+        _refuse(ValueError, op, "reward", "hold a rollout in each group", _shape(reward))
+    if scale not in _SCALES:
+        _refuse(ValueError, op, "scale", f"be one of {', '.join(_SCALES)}", repr(scale))
+    return _number(op, "std_eps", std_eps, 0.0, LARGEST)
+
+
+def weights(
+    op: str,
+    margin: float,
+    rank_penalty: float,
+    w_margin: float,
+    w_rank: float,
+    rank_temperature: float,
+    backend: str,
+    widest_margin: float,
+) -> tuple[float, float, float, float, float, str]:
+    """The scalars as floats, in the order of the registered ops."""
+    if backend != "auto" and backend not in dispatch.BACKENDS:
+        names = ", ".join(("auto", *dispatch.BACKENDS))
+        _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
+    if rank_temperature != 0.0 or type(rank_temperature) is not float:
+        rank_temperature = _number(op, "rank_temperature", rank_temperature, 0.0, LARGEST)
+        if 0.0 < rank_temperature < COLDEST:
+            rule = f"be 0 or at least {COLDEST}"
+            _refuse(ValueError, op, "rank_temperature", rule, repr(rank_temperature))
+    return (
+        _number(op, "margin", margin, -widest_margin, widest_margin),
+        _number(op, "rank_penalty", rank_penalty, 0.0, LARGEST),
+        _number(op, "w_margin", w_margin, 0.0, LARGEST),
+        _number(op, "w_rank", w_rank, 0.0, LARGEST),
+        rank_temperature,
+        backend,
+    )
+
+
+def upstream(
+    op: str,
+    weight: Tensor,
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """weight, broadcastable to the reward [*]; returned in the reward's dtype."""
+    _tensor(op, "weight", weight, "[*]", 0)
+    if weight.device != query.device:
+        _refuse_device(op, "weight", weight, query.device)
+    masks = () if mask is None else (mask.shape[:-1],)
+    batch = torch.broadcast_shapes(
+        query.shape[:-1], positive.shape[:-1], negatives.shape[:-2], *masks
+    )
+    if weight.shape != batch and not _expands_to(weight.shape, batch):
+        rule = f"broadcast to the reward's shape {list(batch)}"
+        _refuse(ValueError, op, "weight", rule, _shape(weight))
+    return weight.detach().to(compute_dtype(query.dtype))
+
+
+def finite_rows(
+    op: str, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+) -> None:
+    """No NaN and no inf in any row that is read."""
+    for name, rows in (("query", query), ("positive", positive)):
+        _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+    sound = torch.isfinite(negatives).all(-1)
+    _finite(op, "negatives", sound if mask is None else sound | ~mask, "rows")
+
+
+def finite_scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
+    """No NaN and no inf in any live score."""
+    sound = torch.isfinite(scores)
+    if mask is not None:
+        sound = sound | ~torch.nn.functional.pad(mask, (1, 0), value=True)
+    _finite(op, "scores", sound, "entries")
+
+
+def _finite(op: str, argument: str, sound: Tensor, places: str) -> None:
+    if bool(sound.all()):
+        return
+    found = (~sound).nonzero().tolist()
+    named = ", ".join(str(index) for index in found[:_ROWS_NAMED])
+    more = f" and {len(found) - _ROWS_NAMED} more" if len(found) > _ROWS_NAMED else ""
+    _refuse(ValueError, op, argument, "be finite", f"NaN or inf in {places} {named}{more}")
+
+
+def _tensor(op: str, argument: str, value: Tensor, shape: str, least_dims: int) -> None:
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+        _refuse(TypeError, op, argument, f"be a tensor {shape}", got, "use torch.as_tensor")
+    if value.dtype not in _DTYPES:
+        rule = "be bfloat16, float16, float32 or float64"
+        _refuse(TypeError, op, argument, rule, str(value.dtype), "convert it with .to()")
+    if value.layout is not torch.strided:
+        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
+    if value.dim() < least_dims:
+        _refuse(ValueError, op, argument, f"have shape {shape}", _shape(value))
+
+
+def _alike(op: str, argument: str, value: Tensor, query: Tensor) -> None:
+    if value.dtype != query.dtype:
+        rule = f"have query's dtype {query.dtype}"
+        _refuse(TypeError, op, argument, rule, str(value.dtype), "convert it with .to(query.dtype)")
+    if value.device != query.device:
+        _refuse_device(op, argument, value, query.device)
+
+
+def _mask(op: str, mask: Tensor, beside: Tensor, n_negatives: int) -> None:
+    if not isinstance(mask, Tensor):
+        got = type(mask).__name__
+        _refuse(TypeError, op, "mask", "be a bool tensor [*, N]", got, "use torch.as_tensor")
+    if mask.dtype != torch.bool:
+        rule = "be bool, True where a negative is live"
+        _refuse(TypeError, op, "mask", rule, str(mask.dtype), "convert it with .bool()")
+    if mask.layout is not torch.strided:
+        _refuse(ValueError, op, "mask", "be dense", str(mask.layout), "use .to_dense()")
+    if mask.device != beside.device:
+        _refuse_device(op, "mask", mask, beside.device)
+    if mask.dim() < 1 or mask.shape[-1] != n_negatives:
+        _refuse(ValueError, op, "mask", f"have shape [*, N] with N = {n_negatives}", _shape(mask))
+
+
+def _broadcast(op: str, leading: torch.Size, **others: torch.Size) -> None:
+    """Leading dimensions broadcast, one argument after the other, so that the error names one."""
+    for argument, shape in others.items():
+        try:
+            leading = torch.broadcast_shapes(leading, shape)
+        except RuntimeError as error:
+            rule = f"have leading dimensions that broadcast with {list(leading)}"
+            raise ValueError(f"{op}: {argument} must {rule}, got {list(shape)}") from error
+
+
+def _expands_to(shape: torch.Size, batch: torch.Size) -> bool:
+    trailing = batch[len(batch) - len(shape) :]
+    return len(shape) <= len(batch) and all(
+        size in (1, whole) for size, whole in zip(shape, trailing, strict=True)
+    )
+
+
+def _number(op: str, argument: str, value: float, least: float, most: float) -> float:
+    if type(value) is float and least <= value <= most:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        _refuse(TypeError, op, argument, "be a number", f"{type(value).__name__} {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or not least <= number <= most:
+        _refuse(ValueError, op, argument, f"be {_range(least, most)}", repr(number))
+    return number
+
+
+def _range(least: float, most: float) -> str:
+    if most < LARGEST:
+        return f"in [{least:g}, {most:g}]"
+    return "finite" if least < 0 else f"finite and at least {least:g}"
+
+
+def _refuse_device(op: str, argument: str, value: Tensor, device: torch.device) -> NoReturn:
+    rule = f"be on the first tensor's device {device}"
+    _refuse(ValueError, op, argument, rule, str(value.device), f"move it with .to({str(device)!r})")
+
+
+def _refuse(
+    error: type[Exception], op: str, argument: str, rule: str, got: Any, todo: str = ""
+) -> NoReturn:
+    raise error(f"{op}: {argument} must {rule}, got {got}{'; ' if todo else ''}{todo}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)}"

@@ -1,0 +1,183 @@
+"""Which backend computes which op: the only file that knows which backends exist.
+
+A new backend is one line in `BACKENDS` and one in each row of `LAUNCHERS` that it computes.
+"""
+
+import functools
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elva_kernels import native, reference
+from elva_kernels.reference import RankingReward
+
+Tensors = tuple[Tensor, ...]
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named that cannot run this call here; the message says why."""
+
+
+class Backend(NamedTuple):
+    """What a backend needs, asked before it is chosen."""
+
+    device_type: str | None  # None: every device
+    soft_ranks: bool  # computes rank_temperature > 0
+    unavailable_reason: Callable[[], str | None]
+
+
+def _reward(*tensors: Any, save: bool, **weights: Any) -> Tensors:
+    result = _flat(reference.ranking_reward(*tensors, **weights))
+    negatives = tensors[2]
+    saved = (*negatives.shape[:-2], 2 * negatives.shape[-2] + 3) if save else (0,)
+    return *result, negatives.new_zeros(saved, dtype=torch.float64)
+
+
+def _reward_backward(*tensors: Any, **weights: Any) -> Tensors:
+    query, positive, negatives, mask, _, grad_reward = tensors
+    inputs = (query, positive, negatives, mask)
+    return reference.ranking_reward_and_grad(*inputs, grad_reward, **weights)[1:]
+
+
+def _reward_and_grad(*tensors: Any, **weights: Any) -> Tensors:
+    result, *gradients = reference.ranking_reward_and_grad(*tensors, **weights)
+    return *_flat(result), *gradients
+
+
+def _from_scores(scores: Tensor, mask: Tensor | None, **weights: Any) -> Tensors:
+    return _flat(reference.reward_from_scores(scores, mask, **weights))
+
+
+def _from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
+    return (reference.reward_from_scores_backward(*tensors, **weights),)
+
+
+def _advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
+    return (reference.group_advantages(reward, scale=scale, std_eps=std_eps),)
+
+
+def _flat(result: RankingReward) -> Tensors:
+    return tuple(tensor.detach().contiguous() for tensor in result)
+
+
+def _native_reward(*tensors: Any, save: bool, **weights: Any) -> Tensors:
+    if save:
+        return native.reward_forward_saved(*tensors, **weights)
+    return *native.reward_forward(*tensors, **weights), tensors[0].new_empty(0, dtype=torch.float64)
+
+
+def _native_reward_backward(*tensors: Any, **_: Any) -> Tensors:
+    query, positive, negatives, _mask, saved, grad_reward = tensors
+    return native.reward_backward(query, positive, negatives, saved, grad_reward)
+
+
+def _native_from_scores(scores: Tensor, mask: Tensor | None, **weights: Any) -> Tensors:
+    values = native.reward_from_scores(scores, mask, **weights)
+    return *values, reference.live_scores(scores, mask)
+
+
+def _native_from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
+    return (native.reward_from_scores_backward(*tensors, **weights),)
+
+
+# In the order in which "auto" prefers them.
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend("cpu", soft_ranks=False, unavailable_reason=native.unavailable_reason),
+    "reference": Backend(None, soft_ranks=True, unavailable_reason=lambda: None),
+}
+
+# op -> backend -> launcher. `library` says what a launcher of each op takes and gives.
+LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
+    "ranking_reward": {"cpu": _native_reward, "reference": _reward},
+    "ranking_reward_backward": {"cpu": _native_reward_backward, "reference": _reward_backward},
+    "ranking_reward_and_grad": {
+        "cpu": native.reward_value_and_grad,
+        "reference": _reward_and_grad,
+    },
+    "reward_from_scores": {"cpu": _native_from_scores, "reference": _from_scores},
+    "reward_from_scores_backward": {
+        "cpu": _native_from_scores_backward,
+        "reference": _from_scores_backward,
+    },
+    "group_advantages": {"reference": _advantages},
+}
+
+
+def launcher(
+    op: str, backend: str, device_type: str, *, soft_ranks: bool = False
+) -> Callable[..., Tensors]:
+    """The function that computes `op` on `backend`, or on the first that can for "auto".
+
+    Raises:
+        BackendUnavailable: `backend` was named and cannot run this call.
+    """
+    return _launcher(op, backend, device_type, soft_ranks)
+
+
+@functools.cache
+def _launcher(op: str, backend: str, device_type: str, soft_ranks: bool) -> Callable[..., Tensors]:
+    if backend == "auto":
+        backend = next(
+            name for name in BACKENDS if _obstacle(op, name, device_type, soft_ranks) is None
+        )
+    obstacle = _obstacle(op, backend, device_type, soft_ranks)
+    if obstacle is not None:
+        raise BackendUnavailable(f"{op}: backend must run here, got {backend!r}; {obstacle}")
+    return LAUNCHERS[op][backend]
+
+
+def _obstacle(op: str, name: str, device_type: str, soft_ranks: bool) -> str | None:
+    """Why backend `name` cannot compute `op` here, in a sentence; None where it can."""
+    backend = BACKENDS[name]
+    if name not in LAUNCHERS[op]:
+        return f"{name} does not compute {op}"
+    if backend.device_type not in (None, device_type):
+        return f"{name} takes tensors on {backend.device_type}, these are on {device_type}"
+    if soft_ranks and not backend.soft_ranks:
+        return f"{name} computes rank_temperature = 0 only"
+    return backend.unavailable_reason()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend with None where it runs here, or the reason in a sentence where it does not."""
+    return {name: backend.unavailable_reason() for name, backend in BACKENDS.items()}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `doctor` found; `print` it, or read its fields."""
+
+    versions: dict[str, str]
+    backends: dict[str, str | None]  # None: runs here; else the reason why not
+    native: dict[str, Any]  # the compiled module: level, levels, compiler, threads, ...
+
+    def __str__(self) -> str:
+        lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
+        for name, reason in self.backends.items():
+            lines.append(f"{name:10s} {'runs here' if reason is None else reason}")
+        lines += [f"  {name}: {fact}" for name, fact in self.native.items()]
+        return "\n".join(lines)
+
+
+def doctor() -> Report:
+    """What can run here and, for what cannot, the reason in a sentence."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+    return Report(versions, available_backends(), native.describe())
+
+
+def markdown_table() -> str:
+    """The table of ops and backends that the README shows."""
+    lines = ["| op | " + " | ".join(BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
+    for op, row in LAUNCHERS.items():
+        if not op.endswith("_backward"):
+            cells = " | ".join("yes" if name in row else "-" for name in BACKENDS)
+            lines.append(f"| `{op}` | {cells} |")
+    return "\n".join(lines)

@@ -1,0 +1,290 @@
+"""The ops as torch knows them: schemas, kernels, shapes for tracing, gradients.
+
+Every tensor has been checked by `ops`. Here leading dimensions are expanded to their common shape,
+as views, and gradients are summed back to the shape that the caller passed. Registered by
+`Library.define`, which costs a few microseconds a call (`custom_op` costs several times that), and
+opaque to `torch.compile`, so a compiled program runs the same kernels and gets the same bits.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from elva_kernels import dispatch
+from elva_kernels.reference import compute_dtype
+
+Tensors = tuple[Tensor, ...]
+
+_WEIGHTS = (
+    "float margin, float rank_penalty, float w_margin, float w_rank, float rank_temperature, "
+    "str backend"
+)
+_SCHEMAS = {
+    # `saved` [*, 2 N + 3] float64 is the backend's own, for its backward; empty unless `save`.
+    "ranking_reward": "(Tensor query, Tensor positive, Tensor negatives, Tensor? mask, "
+    f"{_WEIGHTS}, bool save) -> (Tensor reward, Tensor margin_reward, Tensor rank_reward, "
+    "Tensor rank, Tensor scores, Tensor saved)",
+    "ranking_reward_backward": "(Tensor query, Tensor positive, Tensor negatives, Tensor? mask, "
+    f"Tensor saved, Tensor grad_reward, {_WEIGHTS}) "
+    "-> (Tensor grad_query, Tensor grad_positive, Tensor grad_negatives)",
+    "ranking_reward_and_grad": "(Tensor query, Tensor positive, Tensor negatives, Tensor? mask, "
+    f"Tensor? weight, {_WEIGHTS}) -> (Tensor reward, Tensor margin_reward, Tensor rank_reward, "
+    "Tensor rank, Tensor scores, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives)",
+    "reward_from_scores": f"(Tensor scores, Tensor? mask, {_WEIGHTS}) -> (Tensor reward, "
+    "Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor live_scores)",
+    "reward_from_scores_backward": "(Tensor scores, Tensor? mask, Tensor grad_reward, "
+    f"{_WEIGHTS}) -> Tensor grad_scores",
+}
+
+
+def _launcher(
+    op: str, device: torch.device, weights: tuple[Any, ...]
+) -> tuple[Any, dict[str, Any]]:
+    """The launcher for a call, and its weights by name. Only soft ranks name a temperature."""
+    margin, rank_penalty, w_margin, w_rank, rank_temperature, backend = weights
+    named = {
+        "margin": margin,
+        "rank_penalty": rank_penalty,
+        "w_margin": w_margin,
+        "w_rank": w_rank,
+    }
+    if rank_temperature > 0:
+        named["rank_temperature"] = rank_temperature
+    launch = dispatch.launcher(op, backend, device.type, soft_ranks=rank_temperature > 0)
+    return launch, named
+
+
+def _ranking_reward(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *rest: Any
+) -> Tensors:
+    *weights, save = rest
+    launch, named = _launcher("ranking_reward", query.device, tuple(weights))
+    leading = _leading(query, positive, negatives, mask)
+    inputs = _expand_inputs(query, positive, negatives, leading)
+    return cast(Tensors, launch(*inputs, _expand(mask, leading, 1), save=save, **named))
+
+
+def _ranking_reward_backward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    saved: Tensor,
+    grad_reward: Tensor,
+    *weights: Any,
+) -> Tensors:
+    launch, named = _launcher("ranking_reward_backward", query.device, weights)
+    leading = _leading(query, positive, negatives, mask)
+    inputs = _expand_inputs(query, positive, negatives, leading, exact_sum=True)
+    gradients = launch(*inputs, _expand(mask, leading, 1), saved, grad_reward, **named)
+    return tuple(map(_reduce, gradients, (query, positive, negatives)))
+
+
+def _ranking_reward_and_grad(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    *weights: Any,
+) -> Tensors:
+    launch, named = _launcher("ranking_reward_and_grad", query.device, weights)
+    leading = _leading(query, positive, negatives, mask)
+    inputs = _expand_inputs(query, positive, negatives, leading, exact_sum=True)
+    results = launch(*inputs, _expand(mask, leading, 1), _expand(weight, leading, 0), **named)
+    return *results[:5], *map(_reduce, results[5:], (query, positive, negatives))
+
+
+def _reward_from_scores(scores: Tensor, mask: Tensor | None, *weights: Any) -> Tensors:
+    launch, named = _launcher("reward_from_scores", scores.device, weights)
+    leading = _leading_of_scores(scores, mask)
+    return cast(Tensors, launch(_expand(scores, leading, 1), _expand(mask, leading, 1), **named))
+
+
+def _reward_from_scores_backward(
+    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, *weights: Any
+) -> Tensor:
+    launch, named = _launcher("reward_from_scores_backward", scores.device, weights)
+    leading = _leading_of_scores(scores, mask)
+    exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
+    inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
+    (grad_scores,) = launch(*inputs, grad_reward, **named)
+    return _reduce(grad_scores, scores)
+
+
+def _leading(query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None) -> torch.Size:
+    """The common leading shape `*`."""
+    leading = query.shape[:-1]
+    if (
+        positive.shape[:-1] == leading
+        and negatives.shape[:-2] == leading
+        and (mask is None or mask.shape[:-1] == leading)
+    ):
+        return leading
+    masks = () if mask is None else (mask.shape[:-1],)
+    shapes = (positive.shape[:-1], negatives.shape[:-2], *masks)
+    return torch.Size(torch.broadcast_shapes(leading, *shapes))
+
+
+def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
+    leading = scores.shape[:-1]
+    if mask is None or mask.shape[:-1] == leading:
+        return leading
+    return torch.Size(torch.broadcast_shapes(leading, mask.shape[:-1]))
+
+
+def _expand(tensor: Any, leading: torch.Size, kept: int) -> Any:
+    """`tensor` (or None) as a view whose dimensions before the last `kept` are `leading`."""
+    if tensor is None or tensor.shape[: tensor.dim() - kept] == leading:
+        return tensor
+    return tensor.expand(*leading, *tensor.shape[tensor.dim() - kept :])
+
+
+def _expand_inputs(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    leading: torch.Size,
+    *,
+    exact_sum: bool = False,
+) -> Tensors:
+    """The embeddings over one leading shape.
+
+    With `exact_sum`, half inputs that are shared by groups are computed in float32: their gradients
+    are sums over the groups, which are to be rounded once.
+    """
+    inputs = ((query, 1), (positive, 1), (negatives, 2))
+    if all(x.shape[:-kept] == leading for x, kept in inputs):
+        return query, positive, negatives
+    dtype = compute_dtype(query.dtype) if exact_sum else query.dtype
+    return tuple(_expand(x.to(dtype), leading, kept) for x, kept in inputs)
+
+
+def _reduce(gradient: Tensor, like: Tensor) -> Tensor:
+    """`gradient` summed over the dimensions that `like` shares among groups, in `like`'s dtype."""
+    return gradient.sum_to_size(like.shape).to(like.dtype)
+
+
+def _like_reward(scores_dtype: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
+    """Empty reward, margin_reward, rank_reward, rank and scores, for tracing."""
+    dtype = compute_dtype(scores_dtype.dtype)
+    rewards = [scores_dtype.new_empty(leading, dtype=dtype) for _ in range(3)]
+    rank = scores_dtype.new_empty(leading, dtype=torch.int32)
+    return *rewards, rank, scores_dtype.new_empty((*leading, n_candidates), dtype=dtype)
+
+
+def _fake_ranking_reward(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *rest: Any
+) -> Tensors:
+    leading = _leading(query, positive, negatives, mask)
+    n = negatives.shape[-2]
+    saved = (*leading, 2 * n + 3) if rest[-1] else (0,)
+    return *_like_reward(query, leading, n + 1), query.new_empty(saved, dtype=torch.float64)
+
+
+def _fake_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *_: Any) -> Tensors:
+    return tuple(x.new_empty(x.shape) for x in (query, positive, negatives))
+
+
+def _fake_reward_and_grad(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
+) -> Tensors:
+    leading = _leading(query, positive, negatives, mask)
+    values = _like_reward(query, leading, negatives.shape[-2] + 1)
+    return *values, *_fake_gradients(query, positive, negatives)
+
+
+def _fake_from_scores(scores: Tensor, mask: Tensor | None, *_: Any) -> Tensors:
+    return _like_reward(scores, _leading_of_scores(scores, mask), scores.shape[-1])
+
+
+def _fake_grad_scores(scores: Tensor, *_: Any) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "ranking_reward": (_ranking_reward, _fake_ranking_reward),
+    "ranking_reward_backward": (_ranking_reward_backward, _fake_gradients),
+    "ranking_reward_and_grad": (_ranking_reward_and_grad, _fake_reward_and_grad),
+    "reward_from_scores": (_reward_from_scores, _fake_from_scores),
+    "reward_from_scores_backward": (_reward_from_scores_backward, _fake_grad_scores),
+}
+
+_LIBRARY = torch.library.Library("elva_kernels", "DEF")
+for _name, (_kernel, _fake) in _KERNELS.items():
+    _LIBRARY.define(_name + _SCHEMAS[_name])
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"elva_kernels::{_name}", _fake, lib=_LIBRARY)
+
+_OPS = torch.ops.elva_kernels
+ranking_reward = _OPS.ranking_reward.default
+ranking_reward_and_grad = _OPS.ranking_reward_and_grad.default
+reward_from_scores = _OPS.reward_from_scores.default
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Runs a backward op while a graph is being made of it, and refuses to be its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, *arguments: Any) -> Any:
+        ctx.name = op.name().split("::")[1].removesuffix("_backward")
+        return op(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: the reward must be differentiated once, got a second derivative; its "
+            "backward is a closed form without a gradient of its own"
+        )
+
+
+_differentiated_once: Callable[..., Any] = _DifferentiatedOnce.apply
+
+
+def _gradient(op: Any, *arguments: Any) -> Any:
+    if torch.is_grad_enabled():
+        return _differentiated_once(op, *arguments)
+    return op(*arguments)
+
+
+class _RankingReward(torch.autograd.Function):
+    """(query, positive, negatives, mask, *weights) -> the five results; gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensors:
+        *results, saved = ranking_reward(*arguments, True)
+        ctx.save_for_backward(*arguments[:4], saved)
+        ctx.weights = arguments[4:]
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        inputs = ctx.saved_tensors
+        op = _OPS.ranking_reward_backward.default
+        gradients = _gradient(op, *inputs, grads[0], *ctx.weights)
+        return *gradients, None, *(None for _ in ctx.weights)
+
+
+class _RewardFromScores(torch.autograd.Function):
+    """(scores, mask, *weights) -> the five results; gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensors:
+        results = reward_from_scores(*arguments)
+        ctx.save_for_backward(*arguments[:2])
+        ctx.weights = arguments[2:]
+        ctx.mark_non_differentiable(*results[1:])
+        return cast(Tensors, results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        op = _OPS.reward_from_scores_backward.default
+        grad_scores = _gradient(op, *ctx.saved_tensors, grads[0], *ctx.weights)
+        return grad_scores, None, *(None for _ in ctx.weights)
+
+
+differentiable_ranking_reward: Callable[..., Tensors] = _RankingReward.apply
+differentiable_reward_from_scores: Callable[..., Tensors] = _RewardFromScores.apply
