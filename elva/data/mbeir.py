@@ -11,6 +11,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,6 @@ def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train"
     if split not in SPLITS:
         raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     prompts = read_instructions(root / _INSTRUCTIONS)
-    grains = _read_grains(root / "grains.jsonl")
     queries: list[Query] = []
     pools: dict[str, list[Pool]] = defaultdict(list)
     opened: dict[Path, Pool] = {}
@@ -65,13 +65,15 @@ def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train"
         if source not in opened:
             opened[source] = read_pool(source, root)
         pool = opened[source]
-        found = read_queries(path, root, task, pool, prompts, grains)
+        found = read_queries(path, root, task, pool, prompts)
         qrels = root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt"
         if qrels.exists():
             _check_qrels(read_qrels(qrels), found, pool)
         queries += found
         pools[task].append(pool)
     merged = {task: concatenate(found) for task, found in pools.items()}
+    grains = _read_grains(root / "grains.jsonl", queries, merged.values())
+    queries = [replace(query, grains=grains.get(query.id)) for query in queries]
     pairs = _read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
     return Dataset(root, split, queries, merged, grains, pairs)
 
@@ -82,7 +84,6 @@ def read_queries(
     task: str,
     pool: Pool,
     prompts: Prompts,
-    grains: Mapping[str, tuple[Grain, ...]],
 ) -> list[Query]:
     """One query file; every positive and negative must be in the pool."""
     query_code, candidate_code = task.split("2")
@@ -118,7 +119,6 @@ def read_queries(
                 task=task,
                 positives=positives,
                 negatives=negatives,
-                grains=grains.get(id),
                 raw_text=raw,
                 where=record.where,
             )
@@ -285,25 +285,40 @@ def _check_qrels(
             raise DataError(f"{where}: {did} is not a positive of query {qid}")
 
 
-def _read_grains(path: Path) -> dict[str, tuple[Grain, ...]]:
+def _read_grains(
+    path: Path, queries: Iterable[Query], pools: Iterable[Pool]
+) -> dict[str, tuple[Grain, ...]]:
+    """Grains of the texts at hand; each must be where it says it is."""
     if not path.exists():
         return {}
+    texts: dict[str, str | None] = {query.id: query.text for query in queries}
+    for pool in pools:
+        texts.update(zip(pool.ids, pool.table["text"].to_pylist(), strict=True))
     grains: dict[str, tuple[Grain, ...]] = {}
     for record in records(path):
-        found = record.value("grains")
+        id, found = record.id("id"), record.value("grains")
         if not isinstance(found, list):
             record.fail("grains is not a list")
-        grains[record.id("id")] = tuple(_grain(record, fields) for fields in found)
+        text = texts.get(id)
+        if text is not None:  # Otherwise a row of another split or task.
+            grains[id] = tuple(_grain(record, text, fields) for fields in found)
     return grains
 
 
-def _grain(record: Record, fields: object) -> Grain:
-    if isinstance(fields, dict) and fields.keys() == {"text", "type", "span"}:
-        text, kind, span = fields["text"], fields["type"], fields["span"]
-        words = isinstance(text, str) and isinstance(kind, str)
-        if words and isinstance(span, list) and [type(end) for end in span] == [int, int]:
-            return Grain(text, kind, (span[0], span[1]))
-    record.fail('a grain is not {"text": string, "type": string, "span": [start, end]}')
+def _grain(record: Record, text: str, fields: object) -> Grain:
+    shape = 'a grain is not {"text": string, "type": string, "span": [start, end]}'
+    if not isinstance(fields, dict):
+        record.fail(shape)
+    words, kind, span = fields.get("text"), fields.get("type"), fields.get("span")
+    if not (isinstance(words, str) and isinstance(kind, str) and isinstance(span, list)):
+        record.fail(shape)
+    if [type(end) for end in span] != [int, int]:
+        record.fail(shape)
+    start, end = span
+    # Normalising may have capitalised the first letter.
+    if not 0 <= start < end or text[start:end].casefold() != words.casefold():
+        record.fail(f"grain {words!r} is not at {start}:{end} of {text!r}")
+    return Grain(words, kind, (start, end))
 
 
 def _read_minimal_pairs(

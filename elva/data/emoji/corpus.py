@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from PIL import Image
 
 from elva.data.emoji.names import Name, name_of
@@ -30,7 +32,8 @@ def collect(size: int) -> tuple[list[Entry], dict[str, Image.Image]]:
     for sequence, picture in render(sorted(data), size):
         pictures[sequence] = picture
         alike.setdefault(picture.tobytes(), []).append(sequence)
-    kept = [sequence for group in alike.values() if (sequence := _representative(group, names))]
+    chosen = (_representative(group, names) for group in alike.values())
+    kept = [sequence for sequence in chosen if sequence is not None]
     entries = [
         Entry(number, sequence, names[sequence], _aliases(names[sequence], data[sequence]))
         for number, sequence in enumerate(kept)
@@ -56,7 +59,7 @@ def _representative(sequences: list[str], names: dict[str, Name]) -> str | None:
     return min(tied, key=lambda sequence: (len(names[sequence].text), names[sequence].text))
 
 
-def _aliases(name: Name, data: dict[str, object]) -> tuple[str, ...]:
+def _aliases(name: Name, data: dict[str, Any]) -> tuple[str, ...]:
     """Short codes and other languages' names, where they differ from the name."""
     codes = [
         *data.get("alias", ()),

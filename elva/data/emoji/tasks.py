@@ -85,6 +85,17 @@ class Row:
     minimal_pairs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A query before it has ids: `source` is the picture in it, if any."""
+
+    task: str
+    target: Entry
+    text: str | None
+    grains: tuple[Grain, ...]
+    source: Entry | None
+
+
 def name_id(picture_id: str) -> str:
     """The id of a picture's name in the name pools."""
     dataset, number = picture_id.split(":")
@@ -128,56 +139,68 @@ def rows(entries: Sequence[Entry]) -> list[Row]:
     families: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         families[entry.name.entity].append(entry)
-    counters: Counter[str] = Counter()
-    made: list[Row] = []
-
-    def add(
-        task: str,
-        target: Entry,
-        *,
-        text: str | None,
-        source: Entry | None,
-        grains: tuple[Grain, ...] = (),
-    ) -> None:
-        split = splits[target.name.text]
-        family = families[target.name.entity]
-        to_picture = task in ("t2i", "it2i")
-        known = [e for e in family if split != "train" or splits[e.name.text] == "train"]
-        hard = sorted(
-            (e for e in known if e is not target),
-            # The picture one starts from is the hardest negative of it->i.
-            key=lambda e: (e is not source, _stable(target.name.text, e.name.text)),
-        )
-
-        def id(entry: Entry) -> str:
-            return entry.picture_id if to_picture else entry.name_id
-
-        query = {
-            "qid": f"{EMOJI_DATASET}:{TASKS[task] * _QUERIES_PER_TASK + counters[task]}",
-            "query_txt": text,
-            "query_img_path": source.picture_path if source else None,
-            "query_modality": ",".join(["image"] * (source is not None) + ["text"] * bool(text)),
-            "query_src_content": None,
-            "pos_cand_list": [id(target)],
-            "neg_cand_list": [id(entry) for entry in hard[:_MAX_NEGATIVES]],
-            "task_id": TASKS[task],
-        }
-        counters[task] += 1
-        pairs = tuple(id(entry) for entry in family)
-        paired = split != "train" and len(pairs) >= 2
-        made.append(Row(split, task, query, grains, pairs if paired else ()))
-
+    asked: list[_Asked] = []
     for entry in entries:
-        add("t2i", entry, text=entry.name.text, source=None, grains=entry.name.grains)
-        add("i2t", entry, text=None, source=entry)
-        for alias in entry.aliases:
-            add("t2t", entry, text=alias, source=None)
+        asked.append(_Asked("t2i", entry, entry.name.text, entry.name.grains, None))
+        asked.append(_Asked("i2t", entry, None, (), entry))
+        asked += [_Asked("t2t", entry, alias, (), None) for alias in entry.aliases]
     for target, grain, source in changes(entries, splits):
         phrase = _CHANGES[grain.type].format(grain.text)
         start = phrase.index(grain.text)
         moved = Grain(grain.text, grain.type, (start, start + len(grain.text)))
-        add("it2i", target, text=phrase, source=source, grains=(moved,))
+        asked.append(_Asked("it2i", target, phrase, (moved,), source))
+
+    hard = {entry.number: _hard_negatives(entry, families, splits) for entry in entries}
+    counters: Counter[str] = Counter()
+    made: list[Row] = []
+    for ask in asked:
+        split = splits[ask.target.name.text]
+        family = families[ask.target.name.entity] if split != "train" else []
+        number = TASKS[ask.task] * _QUERIES_PER_TASK + counters[ask.task]
+        counters[ask.task] += 1
+        made.append(_row(ask, number, split, hard[ask.target.number], family))
     return made
+
+
+def _hard_negatives(
+    target: Entry, families: Mapping[str, Sequence[Entry]], splits: Mapping[str, str]
+) -> list[Entry]:
+    """Others of the same entity, in a fixed shuffled order; training rows see training rows."""
+    in_training = splits[target.name.text] == "train"
+    known = [
+        entry
+        for entry in families[target.name.entity]
+        if entry is not target and not (in_training and splits[entry.name.text] != "train")
+    ]
+    known.sort(key=lambda entry: _stable(target.name.text, entry.name.text))
+    return known[:_MAX_NEGATIVES]
+
+
+def _row(
+    ask: _Asked, number: int, split: str, hard: Sequence[Entry], family: Sequence[Entry]
+) -> Row:
+    to_picture = ask.task in ("t2i", "it2i")
+    negatives = list(hard)
+    if ask.task == "it2i" and ask.source is not None:
+        # The picture one starts from is the hardest negative there is.
+        negatives = [ask.source, *(entry for entry in hard if entry is not ask.source)]
+
+    def ids(entries: Iterable[Entry]) -> list[str]:
+        return [entry.picture_id if to_picture else entry.name_id for entry in entries]
+
+    present = (("image", ask.source), ("text", ask.text))
+    query: dict[str, object] = {
+        "qid": f"{EMOJI_DATASET}:{number}",
+        "query_txt": ask.text,
+        "query_img_path": ask.source.picture_path if ask.source else None,
+        "query_modality": ",".join(name for name, value in present if value is not None),
+        "query_src_content": None,
+        "pos_cand_list": ids([ask.target]),
+        "neg_cand_list": ids(negatives[:_MAX_NEGATIVES]),
+        "task_id": TASKS[ask.task],
+    }
+    pairs = tuple(ids(family)) if len(family) >= 2 else ()
+    return Row(split, ask.task, query, ask.grains, pairs)
 
 
 def changes(
@@ -194,21 +217,20 @@ def changes(
         for type in _CHANGES:
             # Without its one grain of this type, the name is what its twins share.
             if counts[type] == 1:
-                grain = next(g for g in entry.name.grains if g.type == type)
-                alike[type, mask_grain(entry.name.text, grain)].append((entry, grain))
+                only = next(grain for grain in entry.name.grains if grain.type == type)
+                alike[type, mask_grain(entry.name.text, only)].append((entry, only))
             elif counts[type] == 0:
                 alike[type, entry.name.text].append((entry, None))
     for twins in alike.values():
         for target, grain in twins:
             if grain is None:
                 continue
-            sources = [
-                source
+            ranked = sorted(
+                (_stable(target.name.text, grain.type, source.name.text), source.number, source)
                 for source, _ in twins
                 if source is not target and splits[source.name.text] == "train"
-            ]
-            sources.sort(key=lambda e: _stable(target.name.text, grain.type, e.name.text))
-            for source in sources[:_SOURCES_PER_CHANGE]:
+            )
+            for _, _, source in ranked[:_SOURCES_PER_CHANGE]:
                 yield target, grain, source
 
 
