@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-_LEVEL_VARIABLE = "ELVA_KERNELS_CPU_LEVEL"
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -38,9 +36,12 @@ def describe() -> dict[str, Any]:
     module, reason = _load()
     facts: dict[str, Any] = {"available": reason is None, "reason": reason}
     if module is not None:
-        facts.update(module.build_info())
-        facts["levels"] = tuple(module.supported_levels())
-        facts["level"] = module.level()
+        info = module.build_info()
+        facts["level"] = module.level() if reason is None else None
+        facts["levels"] = tuple(module.levels().split())
+        facts["compiler"] = info["compiler"]
+        facts["cuda"] = info["cuda"]
+        facts["cuda_archs"] = tuple(filter(None, info["cuda_archs"].split(",")))
         facts["threads"] = torch.get_num_threads()
     return facts
 
@@ -66,7 +67,9 @@ def reward_forward(
     Returns:
         reward, margin_reward, rank_reward [*] and scores [*, N+1] in float32 (float64 for float64), rank int32 [*].
     """
-    raise NotImplementedError
+    return _forward(
+        query, positive, negatives, mask, margin, rank_penalty, w_margin, w_rank, False
+    )[:5]
 
 
 def reward_forward_saved(
@@ -85,7 +88,7 @@ def reward_forward_saved(
     ``saved`` holds each candidate's two gradient coefficients and the query's one (csrc/elva.h): all that
     ``reward_backward`` needs beside the inputs.
     """
-    raise NotImplementedError
+    return _forward(query, positive, negatives, mask, margin, rank_penalty, w_margin, w_rank, True)
 
 
 def reward_backward(
@@ -100,7 +103,22 @@ def reward_backward(
     Returns:
         grad_query [*, D], grad_positive [*, D], grad_negatives [*, N, D], contiguous, in the input's dtype.
     """
-    raise NotImplementedError
+    gradients = _empty_gradients(query, positive, negatives)
+    n, dim = negatives.shape[-2:]
+    _module().reward_backward(
+        _DTYPE_CODES[query.dtype],
+        torch.get_num_threads(),
+        tuple(negatives.shape[:-2]),
+        n,
+        dim,
+        _operand(query),
+        _operand(positive),
+        _operand(negatives),
+        _operand(grad_reward),
+        saved.data_ptr(),
+        *(gradient.data_ptr() for gradient in gradients),
+    )
+    return gradients
 
 
 def reward_value_and_grad(
@@ -123,7 +141,29 @@ def reward_value_and_grad(
     Returns:
         reward, margin_reward, rank_reward, rank, scores, grad_query, grad_positive, grad_negatives.
     """
-    raise NotImplementedError
+    values = _empty_values(query, negatives)
+    gradients = _empty_gradients(query, positive, negatives)
+    n, dim = negatives.shape[-2:]
+    _module().reward_forward(
+        _DTYPE_CODES[query.dtype],
+        torch.get_num_threads(),
+        tuple(negatives.shape[:-2]),
+        n,
+        dim,
+        _operand(query),
+        _operand(positive),
+        _operand(negatives),
+        _operand(mask),
+        _operand(weight),
+        margin,
+        rank_penalty,
+        w_margin,
+        w_rank,
+        *(value.data_ptr() for value in values),
+        0,
+        *(gradient.data_ptr() for gradient in gradients),
+    )
+    return *values, *gradients
 
 
 def reward_from_scores(
@@ -140,7 +180,29 @@ def reward_from_scores(
     Returns:
         reward, margin_reward, rank_reward [*] in float32 (float64 for float64), rank int32 [*].
     """
-    raise NotImplementedError
+    lead = scores.shape[:-1]
+    dtype = _value_dtype(scores.dtype)
+    reward, margin_reward, rank_reward = (torch.empty(lead, dtype=dtype) for _ in range(3))
+    rank = torch.empty(lead, dtype=torch.int32)
+    _module().reward_from_scores(
+        _DTYPE_CODES[scores.dtype],
+        torch.get_num_threads(),
+        tuple(lead),
+        scores.shape[-1],
+        _operand(scores),
+        _operand(mask),
+        None,
+        margin,
+        rank_penalty,
+        w_margin,
+        w_rank,
+        reward.data_ptr(),
+        margin_reward.data_ptr(),
+        rank_reward.data_ptr(),
+        rank.data_ptr(),
+        0,
+    )
+    return reward, margin_reward, rank_reward, rank
 
 
 def reward_from_scores_backward(
@@ -157,10 +219,116 @@ def reward_from_scores_backward(
 
     ``grad_reward`` is [*] in the reward's dtype, any strides.
     """
-    raise NotImplementedError
+    grad_scores = torch.empty(scores.shape, dtype=scores.dtype)
+    _module().reward_from_scores(
+        _DTYPE_CODES[scores.dtype],
+        torch.get_num_threads(),
+        tuple(scores.shape[:-1]),
+        scores.shape[-1],
+        _operand(scores),
+        _operand(mask),
+        _operand(grad_reward),
+        margin,
+        rank_penalty,
+        w_margin,
+        w_rank,
+        0,
+        0,
+        0,
+        0,
+        grad_scores.data_ptr(),
+    )
+    return grad_scores
+
+
+def _forward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    margin: float,
+    rank_penalty: float,
+    w_margin: float,
+    w_rank: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    values = _empty_values(query, negatives)
+    lead = negatives.shape[:-2]
+    n, dim = negatives.shape[-2:]
+    saved = torch.empty((*lead, 2 * n + 3) if save else 0, dtype=torch.float64)
+    _module().reward_forward(
+        _DTYPE_CODES[query.dtype],
+        torch.get_num_threads(),
+        tuple(lead),
+        n,
+        dim,
+        _operand(query),
+        _operand(positive),
+        _operand(negatives),
+        _operand(mask),
+        None,
+        margin,
+        rank_penalty,
+        w_margin,
+        w_rank,
+        *(value.data_ptr() for value in values),
+        saved.data_ptr(),
+        0,
+        0,
+        0,
+    )
+    return *values, saved
+
+
+def _operand(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride())
+
+
+def _value_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _empty_values(query: Tensor, negatives: Tensor) -> Values:
+    lead = negatives.shape[:-2]
+    dtype = _value_dtype(query.dtype)
+    return (
+        torch.empty(lead, dtype=dtype),
+        torch.empty(lead, dtype=dtype),
+        torch.empty(lead, dtype=dtype),
+        torch.empty(lead, dtype=torch.int32),
+        torch.empty((*lead, negatives.shape[-2] + 1), dtype=dtype),
+    )
+
+
+def _empty_gradients(query: Tensor, positive: Tensor, negatives: Tensor) -> Gradients:
+    return (
+        torch.empty(query.shape, dtype=query.dtype),
+        torch.empty(positive.shape, dtype=query.dtype),
+        torch.empty(negatives.shape, dtype=query.dtype),
+    )
+
+
+def _module() -> ModuleType:
+    module, reason = _load()
+    if module is None or reason is not None:
+        raise RuntimeError(reason)
+    return module
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The compiled module, or the reason why there is none."""
-    return None, "elva_kernels._C is not built: install a C++ compiler and reinstall"
+    """The compiled module, or the reason why it cannot be used."""
+    try:
+        module = importlib.import_module("elva_kernels._C")
+    except ModuleNotFoundError:
+        return None, (
+            "elva_kernels._C is not built: no C++ compiler was found at install time, or this is a "
+            "source tree that was not installed; install g++ 10 or later and run pip install again"
+        )
+    except ImportError as error:
+        return None, f"elva_kernels._C does not load ({error}); reinstall the package on this machine"
+    try:
+        module.level()
+    except RuntimeError as error:
+        return module, str(error)
+    return module, None

@@ -1,0 +1,225 @@
+// The Python module elva_kernels._C: integers and tuples in, status out, the interpreter released while ops run.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "elva.h"
+
+namespace py = pybind11;
+
+namespace {
+
+#ifndef ELVA_CUDA_ARCHS
+#define ELVA_CUDA_ARCHS ""
+#endif
+
+void raise_unless_ok(ElvaStatus status) {
+  if (status == ELVA_OUT_OF_MEMORY) throw std::bad_alloc();
+  if (status == ELVA_BAD_LEVEL) throw std::runtime_error(elva_cpu_level_error());
+  if (status != ELVA_OK) throw std::runtime_error("elva_kernels._C: device error " + std::to_string(status));
+}
+
+int64_t integer(const py::tuple& values, size_t i) {
+  const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i)));
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// One tensor as Python passes it: (address, strides); None for an absent one.
+struct Operand {
+  uintptr_t address = 0;
+  py::tuple strides;
+};
+
+constexpr size_t kMaxOperands = 5;
+
+// Merges the leading dimensions `sizes` that every operand walks as one, and writes batch and batch strides.
+class Layout {
+ public:
+  Layout(const py::tuple& sizes, ElvaBatch* batch) : batch_(batch), ndim_(sizes.size()) {
+    batch->groups = 1;
+    batch->ndim = 0;
+    for (size_t i = 0; i < ndim_; ++i) batch->groups *= integer(sizes, i);
+    sizes_ = &sizes;
+  }
+
+  // own: the dimensions of the operand itself, after the leading ones (0, 1 or 2).
+  void add(const py::handle& operand, size_t own, ElvaInput* input) {
+    *input = ElvaInput();
+    if (operand.is_none()) return;
+    const py::tuple pair = operand.cast<py::tuple>();
+    Operand& known = operands_[count_];
+    known.address = static_cast<uintptr_t>(integer(pair, 0));
+    known.strides = pair[1].cast<py::tuple>();
+    if (known.strides.size() != ndim_ + own) throw std::invalid_argument("elva_kernels._C: strides do not fit sizes");
+    input->data = reinterpret_cast<const void*>(known.address);
+    if (own >= 1) input->stride = integer(known.strides, ndim_ + own - 1);
+    if (own == 2) input->row_stride = integer(known.strides, ndim_);
+    inputs_[count_++] = input;
+  }
+
+  void finish() {
+    for (size_t i = 0; i < ndim_; ++i) {
+      const int64_t size = integer(*sizes_, i);
+      if (size == 1) continue;
+      if (batch_->ndim > 0 && merges(i, size)) {
+        batch_->sizes[batch_->ndim - 1] *= size;
+      } else {
+        if (batch_->ndim == ELVA_MAX_DIMS) {
+          throw std::invalid_argument("more than 8 leading dimensions that do not merge; call contiguous() first");
+        }
+        batch_->sizes[batch_->ndim++] = size;
+      }
+      for (size_t k = 0; k < count_; ++k) {
+        inputs_[k]->batch_strides[batch_->ndim - 1] = integer(operands_[k].strides, i);
+      }
+    }
+  }
+
+ private:
+  bool merges(size_t dimension, int64_t size) const {
+    for (size_t k = 0; k < count_; ++k) {
+      const int64_t inner = integer(operands_[k].strides, dimension);
+      if (inputs_[k]->batch_strides[batch_->ndim - 1] != inner * size) return false;
+    }
+    return true;
+  }
+
+  ElvaBatch* batch_;
+  size_t ndim_;
+  const py::tuple* sizes_ = nullptr;
+  Operand operands_[kMaxOperands];
+  ElvaInput* inputs_[kMaxOperands] = {};
+  size_t count_ = 0;
+};
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ElvaRewardWeights weights_of(double margin, double rank_penalty, double w_margin, double w_rank) {
+  return {margin, rank_penalty, w_margin, w_rank};
+}
+
+void reward_forward(int dtype, int threads, const py::tuple& sizes, int64_t negatives, int64_t dim,
+                    const py::handle& query, const py::handle& positive, const py::handle& negative,
+                    const py::handle& mask, const py::handle& upstream, double margin, double rank_penalty,
+                    double w_margin, double w_rank, uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
+                    uintptr_t rank, uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
+                    uintptr_t grad_positive, uintptr_t grad_negative) {
+  ElvaRewardArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.threads = threads;
+  args.negatives = negatives;
+  args.dim = dim;
+  args.weights = weights_of(margin, rank_penalty, w_margin, w_rank);
+  Layout layout(sizes, &args.batch);
+  layout.add(query, 1, &args.query);
+  layout.add(positive, 1, &args.positive);
+  layout.add(negative, 2, &args.negative);
+  layout.add(mask, 1, &args.mask);
+  layout.add(upstream, 0, &args.upstream);
+  layout.finish();
+  args.reward = pointer(reward);
+  args.margin_reward = pointer(margin_reward);
+  args.rank_reward = pointer(rank_reward);
+  args.rank = pointer<int32_t>(rank);
+  args.scores = pointer(scores);
+  args.coefficients = pointer<double>(coefficients);
+  args.grad_query = pointer(grad_query);
+  args.grad_positive = pointer(grad_positive);
+  args.grad_negative = pointer(grad_negative);
+  ElvaStatus status;
+  {
+    const py::gil_scoped_release released;
+    status = elva_reward_forward_cpu(&args);
+  }
+  raise_unless_ok(status);
+}
+
+void reward_backward(int dtype, int threads, const py::tuple& sizes, int64_t negatives, int64_t dim,
+                     const py::handle& query, const py::handle& positive, const py::handle& negative,
+                     const py::handle& upstream, uintptr_t coefficients, uintptr_t grad_query, uintptr_t grad_positive,
+                     uintptr_t grad_negative) {
+  ElvaRewardArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.threads = threads;
+  args.negatives = negatives;
+  args.dim = dim;
+  Layout layout(sizes, &args.batch);
+  layout.add(query, 1, &args.query);
+  layout.add(positive, 1, &args.positive);
+  layout.add(negative, 2, &args.negative);
+  layout.add(upstream, 0, &args.upstream);
+  layout.finish();
+  args.coefficients = pointer<double>(coefficients);
+  args.grad_query = pointer(grad_query);
+  args.grad_positive = pointer(grad_positive);
+  args.grad_negative = pointer(grad_negative);
+  ElvaStatus status;
+  {
+    const py::gil_scoped_release released;
+    status = elva_reward_backward_cpu(&args);
+  }
+  raise_unless_ok(status);
+}
+
+void reward_from_scores(int dtype, int threads, const py::tuple& sizes, int64_t candidates, const py::handle& scores,
+                        const py::handle& mask, const py::handle& upstream, double margin, double rank_penalty,
+                        double w_margin, double w_rank, uintptr_t reward, uintptr_t margin_reward,
+                        uintptr_t rank_reward, uintptr_t rank, uintptr_t grad_scores) {
+  ElvaScoresArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.threads = threads;
+  args.candidates = candidates;
+  args.weights = weights_of(margin, rank_penalty, w_margin, w_rank);
+  Layout layout(sizes, &args.batch);
+  layout.add(scores, 1, &args.scores);
+  layout.add(mask, 1, &args.mask);
+  layout.add(upstream, 0, &args.upstream);
+  layout.finish();
+  args.reward = pointer(reward);
+  args.margin_reward = pointer(margin_reward);
+  args.rank_reward = pointer(rank_reward);
+  args.rank = pointer<int32_t>(rank);
+  args.grad_scores = pointer(grad_scores);
+  ElvaStatus status;
+  {
+    const py::gil_scoped_release released;
+    status = elva_reward_from_scores_cpu(&args);
+  }
+  raise_unless_ok(status);
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+  info["compiler"] = std::string("gcc ") + __VERSION__;
+#endif
+  const std::string archs = ELVA_CUDA_ARCHS;
+  info["cuda"] = !archs.empty();
+  info["cuda_archs"] = archs;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C API of csrc/elva.h. Private: called by elva_kernels.native alone.";
+  module.def("reward_forward", &reward_forward);
+  module.def("reward_backward", &reward_backward);
+  module.def("reward_from_scores", &reward_from_scores);
+  module.def("build_info", &build_info);
+  module.def("level", [] {
+    const char* level = elva_cpu_level();
+    if (level == nullptr) raise_unless_ok(ELVA_BAD_LEVEL);
+    return std::string(level);
+  });
+  module.def("levels", [] { return std::string(elva_cpu_levels()); });
+  module.def("reset_level", &elva_cpu_level_reset);
+}

@@ -1,0 +1,150 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace elva {
+namespace {
+
+// torch.set_flush_denormal and other libraries change the calling thread's floating-point mode; a group's bits must
+// not depend on which thread computes it.
+class DefaultFloatMode {
+ public:
+#if defined(__SSE__)
+  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  DefaultFloatMode() {}
+#endif
+};
+
+struct Job {
+  int64_t items;
+  int64_t grain;
+  void (*body)(void*, int64_t, int64_t);
+  void* context;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    const DefaultFloatMode mode;
+    for (;;) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= items) return;
+      body(context, begin, std::min(items, begin + grain));
+    }
+  }
+};
+
+constexpr int kMaxWorkers = 255;
+
+class Pool {
+ public:
+  explicit Pool(pid_t owner) : owner_(owner) {}
+
+  pid_t owner() const { return owner_; }
+
+  // False where the pool is busy with another thread's job: nothing was done.
+  bool run(Job* job, int helpers) {
+    const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) return false;
+    helpers = grow(std::min(helpers, kMaxWorkers));
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = job;
+      open_ = helpers;
+    }
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    job->work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    open_ = 0;  // who has not woken by now is not waited for
+    done_.wait(lock, [this] { return active_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  // At least `wanted` workers, or as many as the system grants.
+  int grow(int wanted) {
+    sigset_t all, before;
+    sigfillset(&all);
+    if (workers_ >= wanted) return wanted;
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals belong to the interpreter's threads
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread(&Pool::serve, this).detach();
+    } catch (const std::system_error&) {
+      // A thread limit: the caller and the workers there are do the work.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return std::min(workers_, wanted);
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return open_ > 0; });
+      --open_;
+      ++active_;
+      Job* job = job_;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  const pid_t owner_;
+  std::mutex turn_;  // one job at a time
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  Job* job_ = nullptr;
+  int open_ = 0;    // places for workers in the current job
+  int active_ = 0;  // workers in the current job
+  int workers_ = 0;
+};
+
+std::atomic<Pool*> shared_pool{nullptr};
+
+// The process's pool. After fork the parent's threads are gone and its locks may be held by nobody, so the child leaves
+// that pool where it is and makes its own. A pool is never freed: its workers sleep in it until the process ends.
+Pool* pool() {
+  const pid_t here = getpid();
+  Pool* known = shared_pool.load(std::memory_order_acquire);
+  while (known == nullptr || known->owner() != here) {
+    Pool* fresh = new Pool(here);
+    if (shared_pool.compare_exchange_strong(known, fresh, std::memory_order_acq_rel)) return fresh;
+    delete fresh;
+  }
+  return known;
+}
+
+}  // namespace
+
+void parallel_for(int64_t items, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (items <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t pieces = (items - 1) / grain + 1;
+  Job job;
+  job.items = items;
+  job.grain = grain;
+  job.body = body;
+  job.context = context;
+  const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
+  if (helpers < 1 || !pool()->run(&job, helpers)) job.work();
+}
+
+}  // namespace elva

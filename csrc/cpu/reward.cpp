@@ -1,0 +1,142 @@
+// What: the grouped ranking reward on the CPU: cosines, ranks, rewards and their gradients, fused.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) to (5) of elva_kernels/reference.py.
+// In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or fp64, any strides; mask [*, N].
+// Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32 (fp64), rank int32 [*]; gradients dense.
+// Work split: one group a thread at a time; a group's rows stay in the second-level cache for the gradient pass.
+// Bytes: value and gradient read each input once and write each gradient once (the floor); a backward of its own reads
+//   the inputs again, and 16 bytes of coefficients a candidate.
+// Numerics: see reward_simd.cpp and rescale.h; ranks, rewards and coefficients in double from the returned scores.
+//   Deterministic: a group's bits depend on that group alone.
+// Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
+// Reference: elva_kernels.reference.ranking_reward.
+#include "reward_group.h"
+
+#include <atomic>
+
+#include "parallel.h"
+
+namespace elva {
+namespace {
+
+// Below this many bytes a thread, waking one costs more than it brings (measured: about 10 us).
+constexpr int64_t kBytesPerThread = 192 << 10;
+// Gradients larger than this leave the caches before anyone reads them, so they are written past the caches.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+// Calls body(begin, end, group) on pieces of the batch, with a RewardGroup of the thread.
+template <class T, class Body>
+ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  const int64_t candidates = args.negatives + 1;
+  const int64_t group_bytes = (candidates + 1) * args.dim * static_cast<int64_t>(sizeof(T)) + 1;
+  const int64_t threads = std::min<int64_t>(args.threads, 1 + args.batch.groups * group_bytes / kBytesPerThread);
+  std::atomic<bool> out_of_memory{false};
+  const auto piece = [&](int64_t begin, int64_t end) {
+    Arena& arena = thread_arena();
+    try {
+      arena.reset(RewardGroup<T>::arena_bytes(candidates, args.dim));
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      return;
+    }
+    RewardGroup<T> group(*kernels, args.dtype, candidates, args.dim, &arena);
+    for (int64_t i = begin; i < end; ++i) {
+      const GroupIndex index(args.batch, i);
+      const T* negatives = group_data<T>(args.batch, args.negative, index);
+      group.bind({group_data<T>(args.batch, args.query, index), args.query.stride},
+                 {group_data<T>(args.batch, args.positive, index), args.positive.stride},
+                 {negatives, args.negative.stride}, args.negative.row_stride);
+      body(i, index, &group);
+    }
+    arena.trim();
+  };
+  parallel_for(args.batch.groups, std::max<int64_t>(1, (64 << 10) / group_bytes), static_cast<int>(threads), piece);
+  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+}
+
+template <class V>
+double upstream_of(const ElvaRewardArgs& args, const GroupIndex& index) {
+  const V* upstream = group_data<V>(args.batch, args.upstream, index);
+  return upstream == nullptr ? 1.0 : static_cast<double>(*upstream);
+}
+
+// Writing past the caches wants whole, aligned lines and an output that the caches cannot hold.
+template <class T>
+bool streams(const ElvaRewardArgs& args) {
+  const int64_t row_bytes = args.dim * static_cast<int64_t>(sizeof(T));
+  const uintptr_t bases =
+      reinterpret_cast<uintptr_t>(args.grad_positive) | reinterpret_cast<uintptr_t>(args.grad_negative);
+  return row_bytes % 64 == 0 && bases % 64 == 0 && args.batch.groups * args.negatives * row_bytes > kStreamBytes;
+}
+
+template <class T>
+void write_gradients(const ElvaRewardArgs& args, int64_t i, const double* coefficients, double upstream,
+                     bool query_is_open, RewardGroup<T>* group) {
+  group->gradients(coefficients, upstream, query_is_open, streams<T>(args),
+                   static_cast<T*>(args.grad_query) + i * args.dim, static_cast<T*>(args.grad_positive) + i * args.dim,
+                   static_cast<T*>(args.grad_negative) + i * args.negatives * args.dim);
+}
+
+template <class T>
+ElvaStatus forward(const ElvaRewardArgs& args) {
+  using V = typename ValueOf<T>::Type;
+  const int64_t width = 2 * args.negatives + 3;
+  return for_groups<T>(args, [&](int64_t i, const GroupIndex& index, RewardGroup<T>* group) {
+    double* saved = args.coefficients;
+    double* coefficients = saved == nullptr ? group->own_coefficients() : saved + i * width;
+    group->set_mask(group_data<bool>(args.batch, args.mask, index), args.mask.stride);
+    group->score(static_cast<V*>(args.scores) + i * (args.negatives + 1));
+    const GroupReward out = group->rank(args.weights);
+    static_cast<V*>(args.reward)[i] = static_cast<V>(out.reward);
+    static_cast<V*>(args.margin_reward)[i] = static_cast<V>(out.margin_reward);
+    static_cast<V*>(args.rank_reward)[i] = static_cast<V>(out.rank_reward);
+    args.rank[i] = out.rank;
+    if (saved != nullptr || args.grad_query != nullptr) group->set_coefficients(coefficients);
+    if (args.grad_query != nullptr) {
+      write_gradients<T>(args, i, coefficients, upstream_of<V>(args, index), true, group);
+    }
+  });
+}
+
+template <class T>
+ElvaStatus backward(const ElvaRewardArgs& args) {
+  using V = typename ValueOf<T>::Type;
+  const int64_t width = 2 * args.negatives + 3;
+  return for_groups<T>(args, [&](int64_t i, const GroupIndex& index, RewardGroup<T>* group) {
+    write_gradients<T>(args, i, args.coefficients + i * width, upstream_of<V>(args, index), false, group);
+  });
+}
+
+}  // namespace
+}  // namespace elva
+
+extern "C" {
+
+ElvaStatus elva_reward_forward_cpu(const ElvaRewardArgs* args) {
+  switch (args->dtype) {
+    case ELVA_BF16:
+      return elva::forward<elva::Bf16>(*args);
+    case ELVA_FP16:
+      return elva::forward<elva::Fp16>(*args);
+    case ELVA_FP32:
+      return elva::forward<float>(*args);
+    default:
+      return elva::forward<double>(*args);
+  }
+}
+
+ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args) {
+  switch (args->dtype) {
+    case ELVA_BF16:
+      return elva::backward<elva::Bf16>(*args);
+    case ELVA_FP16:
+      return elva::backward<elva::Fp16>(*args);
+    case ELVA_FP32:
+      return elva::backward<float>(*args);
+    default:
+      return elva::backward<double>(*args);
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,108 @@
+// What: the ranking reward of given scores (re-rankers, cross-encoders), with its gradient on the scores.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (2) to (5) of elva_kernels/reference.py.
+// In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64, any strides; mask [*, C - 1].
+// Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank int32 [*]; grad_scores [*, C] in the scores' dtype.
+// Work split: some groups a thread. Bytes: scores once, gradient once.
+// Numerics: double; a live score that is not finite makes its group's reward and live gradients NaN. Deterministic.
+// Reference: elva_kernels.reference.reward_from_scores.
+#include <atomic>
+#include <type_traits>
+
+#include "layout.h"
+#include "numeric.h"
+#include "parallel.h"
+#include "ranking.h"
+
+namespace elva {
+namespace {
+
+template <class V>
+struct ScoreBuffers {
+  using Key = typename RankKey<V>::Type;
+
+  static size_t arena_bytes(int64_t c) {
+    return Arena::bytes_for<V>(c) + Arena::bytes_for<Key>(c) + Arena::bytes_for<double>(c) +
+           2 * Arena::bytes_for<uint32_t>(c);
+  }
+  ScoreBuffers(int64_t c, Arena* arena)
+      : scores(arena->take<V>(c)),
+        keys(arena->take<Key>(c)),
+        slopes(arena->take<double>(c)),
+        live(arena->take<uint32_t>(c)),
+        ranks(arena->take<int32_t>(c)) {}
+
+  V* scores;
+  Key* keys;
+  double* slopes;
+  uint32_t* live;
+  int32_t* ranks;
+};
+
+template <class T>
+void one_group(const ElvaScoresArgs& args, const Kernels& kernels, int64_t i,
+               const ScoreBuffers<typename ValueOf<T>::Type>& buffers) {
+  using V = typename ValueOf<T>::Type;
+  const GroupIndex index(args.batch, i);
+  const Row<T> scores{group_data<T>(args.batch, args.scores, index), args.scores.stride};
+  const bool* mask = group_data<bool>(args.batch, args.mask, index);
+  int64_t count = 0;
+  for (int64_t c = 0; c < args.candidates; ++c) {
+    if (c > 0 && mask != nullptr && !mask[(c - 1) * args.mask.stride]) continue;
+    buffers.live[count] = static_cast<uint32_t>(c);
+    buffers.scores[count++] = static_cast<V>(to_double(scores[c]));
+  }
+  rank_candidates<V>(kernels, buffers.scores, count, buffers.keys, buffers.ranks);
+  const GroupReward out = reward_of<V>(buffers.scores, buffers.ranks, count, args.weights, buffers.slopes);
+  if (args.reward != nullptr) {
+    static_cast<V*>(args.reward)[i] = static_cast<V>(out.reward);
+    static_cast<V*>(args.margin_reward)[i] = static_cast<V>(out.margin_reward);
+    static_cast<V*>(args.rank_reward)[i] = static_cast<V>(out.rank_reward);
+    args.rank[i] = out.rank;
+  }
+  if (args.grad_scores != nullptr) {
+    const V* upstream = group_data<V>(args.batch, args.upstream, index);
+    const double factor = upstream == nullptr ? 1.0 : static_cast<double>(*upstream);
+    T* grad = static_cast<T*>(args.grad_scores) + i * args.candidates;
+    for (int64_t c = 0; c < args.candidates; ++c) from_double(0.0, grad + c);
+    for (int64_t j = 0; j < count; ++j) from_double(factor * buffers.slopes[j], grad + buffers.live[j]);
+  }
+}
+
+template <class T>
+ElvaStatus run(const ElvaScoresArgs& args) {
+  using V = typename ValueOf<T>::Type;
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  std::atomic<bool> out_of_memory{false};
+  const auto piece = [&](int64_t begin, int64_t end) {
+    Arena& arena = thread_arena();
+    try {
+      arena.reset(ScoreBuffers<V>::arena_bytes(args.candidates));
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+      return;
+    }
+    const ScoreBuffers<V> buffers(args.candidates, &arena);
+    for (int64_t i = begin; i < end; ++i) one_group<T>(args, *kernels, i, buffers);
+    arena.trim();
+  };
+  constexpr int64_t kCandidatesPerPiece = 4096;  // about 20 us
+  parallel_for(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / args.candidates), args.threads, piece);
+  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+}
+
+}  // namespace
+}  // namespace elva
+
+extern "C" ElvaStatus elva_reward_from_scores_cpu(const ElvaScoresArgs* args) {
+  switch (args->dtype) {
+    case ELVA_BF16:
+      return elva::run<elva::Bf16>(*args);
+    case ELVA_FP16:
+      return elva::run<elva::Fp16>(*args);
+    case ELVA_FP32:
+      return elva::run<float>(*args);
+    default:
+      return elva::run<double>(*args);
+  }
+}

@@ -1,0 +1,30 @@
+// The vectors of one CPU level, chosen by the macro ELVA_LEVEL that the build sets for each object of reward_simd.cpp.
+//
+// F32 is 16 float lanes and F64 8 double lanes on every level: load (from any element type, unaligned), broadcast,
+// mul, fma(a, b, c) = a b + c, add_to (double lanes += this), rounded (from double lanes) and store_line (64 bytes of
+// the element type, rounded to nearest even). All of it has internal linkage: an inline function that one level
+// compiled with its own instructions could otherwise be the copy that the linker keeps for all levels.
+#ifndef ELVA_CPU_SIMD_H_
+#define ELVA_CPU_SIMD_H_
+
+#include <stdint.h>
+#include <string.h>
+
+#include "numeric.h"
+
+#define ELVA_LEVEL_PLAIN 0
+#define ELVA_LEVEL_AVX2 1
+#define ELVA_LEVEL_AVX512 2
+#define ELVA_LEVEL_AVX512BF16 3
+
+#define ELVA_BF16_INSTRUCTIONS (ELVA_LEVEL == ELVA_LEVEL_AVX512BF16)
+
+#if ELVA_LEVEL >= ELVA_LEVEL_AVX512
+#include "simd_avx512.h"
+#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
+#include "simd_avx2.h"
+#else
+#include "simd_plain.h"
+#endif
+
+#endif  // ELVA_CPU_SIMD_H_

@@ -1,0 +1,96 @@
+// Vectors of 16 float and 8 double in AVX-512 (F, BW, DQ, VL); with BF16 also the rounding store. See simd.h.
+#ifndef ELVA_CPU_SIMD_AVX512_H_
+#define ELVA_CPU_SIMD_AVX512_H_
+
+#include <immintrin.h>
+
+namespace elva {
+namespace {
+
+struct F32 {
+  using Scalar = float;
+  static constexpr int64_t kLanes = 16;
+  __m512 v;
+
+  static F32 zero() { return {_mm512_setzero_ps()}; }
+  static F32 broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static F32 load(const Bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+  }
+  static F32 load(const Fp16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  // Double [16] += this.
+  void add_to(double* p) const {
+    const __m256 high = _mm512_extractf32x8_ps(v, 1);
+    _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), _mm512_cvtps_pd(_mm512_castps512_ps256(v))));
+    _mm512_storeu_pd(p + 8, _mm512_add_pd(_mm512_loadu_pd(p + 8), _mm512_cvtps_pd(high)));
+  }
+  static F32 rounded(const double* p) {
+    const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(p)), high = _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8));
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
+  }
+};
+
+inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+struct F64 {
+  using Scalar = double;
+  static constexpr int64_t kLanes = 8;
+  __m512d v;
+
+  static F64 zero() { return {_mm512_setzero_pd()}; }
+  static F64 broadcast(double x) { return {_mm512_set1_pd(x)}; }
+  static F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  void add_to(double* p) const { _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), v)); }
+  static F64 rounded(const double* p) { return load(p); }
+};
+
+inline F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+
+inline __m512i line_of(const F32* v, const float*) { return _mm512_castps_si512(v[0].v); }
+inline __m512i line_of(const F64* v, const double*) { return _mm512_castpd_si512(v[0].v); }
+inline __m512i line_of(const F32* v, const Fp16*) {
+  const __m256i low = _mm512_cvtps_ph(v[0].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i high = _mm512_cvtps_ph(v[1].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+inline __m512i line_of(const F32* v, const Bf16*) {
+#if ELVA_BF16_INSTRUCTIONS
+  const __m512bh line = _mm512_cvtne2ps_pbh(v[1].v, v[0].v);
+  __m512i bits;
+  memcpy(&bits, &line, sizeof(bits));
+  return bits;
+#else
+  __m512i half[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512i bits = _mm512_castps_si512(v[i].v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    half[i] = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  }
+  const __m256i low = _mm512_cvtepi32_epi16(half[0]), high = _mm512_cvtepi32_epi16(half[1]);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#endif
+}
+
+template <class T, class V>
+inline void store_line(T* p, const V* v, bool stream) {
+  const __m512i line = line_of(v, p);
+  if (stream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+  } else {
+    _mm512_storeu_si512(p, line);
+  }
+}
+
+inline void store_fence() { _mm_sfence(); }
+
+}  // namespace
+}  // namespace elva
+
+#endif  // ELVA_CPU_SIMD_AVX512_H_

@@ -1,0 +1,110 @@
+// The C API of elva_kernels: one plain args struct per op, one function per op and device.
+//
+// Rules: no torch and no Python here; the caller checks shapes, allocates outputs and keeps pointers alive. Inputs
+// may have any strides (counted in elements; 0 where broadcast) and any alignment their dtype allows; outputs are
+// dense, in the order of the shape. All offsets are 64-bit. Functions are thread-safe and return a status.
+#ifndef ELVA_H_
+#define ELVA_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { ELVA_MAX_DIMS = 8 };
+
+typedef enum { ELVA_BF16 = 0, ELVA_FP16 = 1, ELVA_FP32 = 2, ELVA_FP64 = 3 } ElvaDtype;
+
+typedef enum {
+  ELVA_OK = 0,
+  ELVA_OUT_OF_MEMORY = 1,
+  ELVA_BAD_LEVEL = 2,   // ELVA_KERNELS_CPU_LEVEL names no level, or one that this CPU lacks
+  ELVA_DEVICE_ERROR = 3  // a CUDA launch failed
+} ElvaStatus;
+
+// Leading dimensions "*" of every operand of a call, already coalesced; groups = product of sizes.
+typedef struct {
+  int64_t groups;
+  int32_t ndim;
+  int64_t sizes[ELVA_MAX_DIMS];
+} ElvaBatch;
+
+// One operand [*, rows, dim] or [*, rows] or [*]; data may be null where the op says that it is optional.
+typedef struct {
+  const void* data;
+  int64_t batch_strides[ELVA_MAX_DIMS];
+  int64_t row_stride;
+  int64_t stride;  // of the last dimension
+} ElvaInput;
+
+// R_total = w_margin * R_margin + w_rank * R_rank (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
+typedef struct {
+  double margin;
+  double rank_penalty;
+  double w_margin;
+  double w_rank;
+} ElvaRewardWeights;
+
+// Below, "value" is float, or double for ELVA_FP64.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;  // at most this many, the caller included
+  ElvaBatch batch;
+  int64_t negatives;
+  int64_t dim;
+  ElvaRewardWeights weights;
+  ElvaInput query;           // [*, dim]
+  ElvaInput positive;        // [*, dim]
+  ElvaInput negative;        // [*, negatives, dim]
+  ElvaInput mask;            // bool [*, negatives], true = live; null: all live
+  ElvaInput upstream;        // value [*]; null: 1
+  void* reward;              // value [*]
+  void* margin_reward;       // value [*]
+  void* rank_reward;         // value [*]
+  int32_t* rank;             // [*]
+  void* scores;              // value [*, negatives + 1]
+  double* coefficients;      // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/reward_group.h
+  void* grad_query;          // [*, dim], the inputs' dtype; null in forward: not wanted
+  void* grad_positive;       // [*, dim]
+  void* grad_negative;       // [*, negatives, dim]
+  void* stream;              // CUDA only
+} ElvaRewardArgs;
+
+// Values; with grad_* also the gradients (value and grad in one pass over memory); with coefficients what the
+// backward needs.
+ElvaStatus elva_reward_forward_cpu(const ElvaRewardArgs* args);
+// Gradients from coefficients (read), the inputs (read again) and upstream.
+ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args);
+
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  ElvaBatch batch;
+  int64_t candidates;
+  ElvaRewardWeights weights;
+  ElvaInput scores;    // [*, candidates]
+  ElvaInput mask;      // bool [*, candidates - 1]; null: all live
+  ElvaInput upstream;  // value [*]; null: 1
+  void* reward;        // value [*]; all four null where only the gradient is wanted
+  void* margin_reward;
+  void* rank_reward;
+  int32_t* rank;
+  void* grad_scores;  // [*, candidates], the scores' dtype; null: not wanted
+  void* stream;
+} ElvaScoresArgs;
+
+ElvaStatus elva_reward_from_scores_cpu(const ElvaScoresArgs* args);
+
+// The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's reason below.
+const char* elva_cpu_level(void);
+const char* elva_cpu_level_error(void);
+// Levels this CPU and its operating system support, best first, separated by spaces.
+const char* elva_cpu_levels(void);
+// Forgets the choice, so that the next call reads ELVA_KERNELS_CPU_LEVEL again (tests; not while calls run).
+void elva_cpu_level_reset(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif  // ELVA_H_
