@@ -12,7 +12,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +128,11 @@ class Query(Item):
 
     @property
     def prompted(self) -> str:
-        """Instruction and text as M-BEIR joins them: normalised after joining."""
-        return normalise(f"{self.instruction} {self.raw_text or ''}")
+        """Instruction and text as M-BEIR joins them: the raw text, normalised after joining."""
+        raw = self.raw_text or ""
+        # A query made from another by replacing its text alone speaks by that text.
+        text = raw if normalise(raw) == (self.text or "") else self.text
+        return normalise(f"{self.instruction} {text}")
 
 
 class Pool:
@@ -250,6 +253,7 @@ class Dataset:
             yield from pool.texts()
 
 
+@lru_cache(maxsize=2**16)
 def hashed_id(id: str) -> int:
     """M-BEIR's hashed_did of `<dataset>:<n>`; ValueError where the id is not of that form."""
     dataset, separator, number = id.partition(":")

