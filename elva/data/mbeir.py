@@ -1,8 +1,8 @@
 """M-BEIR's layout: reader and writer (Wei et al., UniIR, arXiv:2311.17136).
 
 Reads M-BEIR itself and whatever is written in its layout, the embedded emoji corpus first of
-all. Two files of ours may stand beside M-BEIR's: `grains.jsonl` (id -> grains of its
-normalised text) and `minimal_pairs.jsonl` (query -> every candidate of the same entity).
+all. Two files of ours may stand beside M-BEIR's: `grains.jsonl` (qid or did ->
+grains of its normalised text) and `minimal_pairs.jsonl` (query -> every candidate of the same entity).
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train"
         pools[task].append(pool)
     merged = {task: concatenate(found) for task, found in pools.items()}
     grains = _read_grains(root / "grains.jsonl", queries, merged.values())
-    queries = [replace(query, grains=grains.get(query.id)) for query in queries]
+    queries = [replace(query, grains=grains["qid"].get(query.id)) for query in queries]
     pairs = _read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
-    return Dataset(root, split, queries, merged, grains, pairs)
+    return Dataset(root, split, queries, merged, grains["did"], pairs)
 
 
 def read_queries(
@@ -208,13 +208,18 @@ def write_instructions(
 
 def write_extras(
     root: Path,
-    grains: Mapping[str, Sequence[Grain]],
+    query_grains: Mapping[str, Sequence[Grain]],
+    candidate_grains: Mapping[str, Sequence[Grain]],
     minimal_pairs: Mapping[str, Sequence[str]],
 ) -> None:
     """Write grains.jsonl and minimal_pairs.jsonl."""
     _write_lines(
         root / "grains.jsonl",
-        (_dump({"id": id, "grains": [vars(g) for g in found]}) for id, found in grains.items()),
+        (
+            _dump({key: id, "grains": [vars(grain) for grain in found]})
+            for key, grains in (("qid", query_grains), ("did", candidate_grains))
+            for id, found in grains.items()
+        ),
     )
     _write_lines(
         root / "minimal_pairs.jsonl",
@@ -287,21 +292,22 @@ def _check_qrels(
 
 def _read_grains(
     path: Path, queries: Iterable[Query], pools: Iterable[Pool]
-) -> dict[str, tuple[Grain, ...]]:
-    """Grains of the texts at hand; each must be where it says it is."""
+) -> dict[str, dict[str, tuple[Grain, ...]]]:
+    """Grains of the texts at hand, by `qid` and by `did`; each must be where it says it is."""
+    grains: dict[str, dict[str, tuple[Grain, ...]]] = {"qid": {}, "did": {}}
     if not path.exists():
-        return {}
-    texts: dict[str, str | None] = {query.id: query.text for query in queries}
+        return grains
+    texts = {"qid": {query.id: query.text for query in queries}, "did": {}}
     for pool in pools:
-        texts.update(zip(pool.ids, pool.table["text"].to_pylist(), strict=True))
-    grains: dict[str, tuple[Grain, ...]] = {}
+        texts["did"].update(zip(pool.ids, pool.table["text"].to_pylist(), strict=True))
     for record in records(path):
-        id, found = record.id("id"), record.value("grains")
+        key = "did" if record.get("did") is not None else "qid"
+        id, found = record.id(key), record.value("grains")
         if not isinstance(found, list):
             record.fail("grains is not a list")
-        text = texts.get(id)
+        text = texts[key].get(id)
         if text is not None:  # Otherwise a row of another split or task.
-            grains[id] = tuple(_grain(record, text, fields) for fields in found)
+            grains[key][id] = tuple(_grain(record, text, fields) for fields in found)
     return grains
 
 

@@ -230,7 +230,7 @@ class Dataset:
         split: train, val or test.
         queries: In file order.
         pools: Task -> pool.
-        grains: Query and candidate ids -> grains of their text, where the corpus has them.
+        grains: Candidate id -> grains of its text, where the corpus has them.
         minimal_pairs: Query id -> ids of all candidates of the same entity.
     """
 

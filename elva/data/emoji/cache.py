@@ -29,7 +29,7 @@ if sys.platform != "win32":
 
 FORMAT = "elva-emoji"
 # Part of the cache's name: raise it when the same packages would give other files.
-VERSION = 1
+VERSION = 2
 SIZES = range(16, 513)
 _MANIFEST = "manifest.json"
 _POOLS = {"t2i": "image", "t2t": "text", "i2t": "text", "i2i": "image", "it2i": "image"}
@@ -151,10 +151,10 @@ def _build(root: Path, size: int) -> dict[str, Any]:
             queries = [row.query for row in made if (row.task, row.split) == (task, split)]
             mbeir.write_queries(root, stem, split, queries)
     mbeir.write_instructions(root, "emoji", EMOJI_DATASET, EMOJI_PROMPTS)
-    grains = {str(row.query["qid"]): row.grains for row in made if row.grains}
-    grains |= {entry.name_id: entry.name.grains for entry in corpus.entries}
+    asked = {str(row.query["qid"]): row.grains for row in made if row.grains}
+    named = {entry.name_id: entry.name.grains for entry in corpus.entries}
     pairs = {str(row.query["qid"]): row.minimal_pairs for row in made if row.minimal_pairs}
-    mbeir.write_extras(root, grains, pairs)
+    mbeir.write_extras(root, asked, named, pairs)
 
     found = {
         "pictures": len(corpus.entries),
