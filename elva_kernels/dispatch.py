@@ -5,7 +5,7 @@ A new backend is one line in `BACKENDS` and one in each row of `LAUNCHERS` that 
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from elva_kernels import native, reference
-from elva_kernels.reference import RankingReward
 
 Tensors = tuple[Tensor, ...]
 
@@ -31,7 +30,7 @@ class Backend(NamedTuple):
 
 
 def _reward(*tensors: Any, save: bool, **weights: Any) -> Tensors:
-    result = _flat(reference.ranking_reward(*tensors, **weights))
+    result = _own(reference.ranking_reward(*tensors, **weights))
     negatives = tensors[2]
     saved = (*negatives.shape[:-2], 2 * negatives.shape[-2] + 3) if save else (0,)
     return *result, negatives.new_zeros(saved, dtype=torch.float64)
@@ -40,28 +39,30 @@ def _reward(*tensors: Any, save: bool, **weights: Any) -> Tensors:
 def _reward_backward(*tensors: Any, **weights: Any) -> Tensors:
     query, positive, negatives, mask, _, grad_reward = tensors
     inputs = (query, positive, negatives, mask)
-    return reference.ranking_reward_and_grad(*inputs, grad_reward, **weights)[1:]
+    _, *gradients = reference.ranking_reward_and_grad(*inputs, grad_reward, **weights)
+    return _own(gradients)
 
 
 def _reward_and_grad(*tensors: Any, **weights: Any) -> Tensors:
     result, *gradients = reference.ranking_reward_and_grad(*tensors, **weights)
-    return *_flat(result), *gradients
+    return *_own(result), *_own(gradients)
 
 
 def _from_scores(scores: Tensor, mask: Tensor | None, **weights: Any) -> Tensors:
-    return _flat(reference.reward_from_scores(scores, mask, **weights))
+    return _own(reference.reward_from_scores(scores, mask, **weights))
 
 
 def _from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
-    return (reference.reward_from_scores_backward(*tensors, **weights),)
+    return _own([reference.reward_from_scores_backward(*tensors, **weights)])
 
 
 def _advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
     return (reference.group_advantages(reward, scale=scale, std_eps=std_eps),)
 
 
-def _flat(result: RankingReward) -> Tensors:
-    return tuple(tensor.detach().contiguous() for tensor in result)
+def _own(results: Iterable[Tensor]) -> Tensors:
+    """Results as every backend returns them: contiguous and without a graph."""
+    return tuple(tensor.detach().contiguous() for tensor in results)
 
 
 def _native_reward(*tensors: Any, save: bool, **weights: Any) -> Tensors:

@@ -62,7 +62,7 @@ def _ranking_reward(
     *weights, save = rest
     launch, named = _launcher("ranking_reward", query.device, tuple(weights))
     leading = _leading(query, positive, negatives, mask)
-    inputs = _expand_inputs(query, positive, negatives, leading)
+    inputs = _expand_inputs(query, positive, negatives, leading=leading)
     return cast(Tensors, launch(*inputs, _expand(mask, leading, 1), save=save, **named))
 
 
@@ -77,8 +77,11 @@ def _ranking_reward_backward(
 ) -> Tensors:
     launch, named = _launcher("ranking_reward_backward", query.device, weights)
     leading = _leading(query, positive, negatives, mask)
-    inputs = _expand_inputs(query, positive, negatives, leading, exact_sum=True)
-    gradients = launch(*inputs, _expand(mask, leading, 1), saved, grad_reward, **named)
+    inputs = [query, positive, negatives]
+    if _is_shared_half(query, positive, negatives, leading):
+        inputs = [x.to(compute_dtype(x.dtype)) for x in inputs]
+    expanded = _expand_inputs(*inputs, leading=leading)
+    gradients = launch(*expanded, _expand(mask, leading, 1), saved, grad_reward, **named)
     return tuple(map(_reduce, gradients, (query, positive, negatives)))
 
 
@@ -90,9 +93,17 @@ def _ranking_reward_and_grad(
     weight: Tensor | None,
     *weights: Any,
 ) -> Tensors:
-    launch, named = _launcher("ranking_reward_and_grad", query.device, weights)
     leading = _leading(query, positive, negatives, mask)
-    inputs = _expand_inputs(query, positive, negatives, leading, exact_sum=True)
+    if _is_shared_half(query, positive, negatives, leading):
+        # The gradients are computed in float32 here, the values as ever: bit for bit the same.
+        *values, saved = _ranking_reward(query, positive, negatives, mask, *weights, True)
+        upstream = values[0].new_ones(()) if weight is None else weight
+        grads = _ranking_reward_backward(
+            query, positive, negatives, mask, saved, upstream.expand(leading), *weights
+        )
+        return *values, *grads
+    launch, named = _launcher("ranking_reward_and_grad", query.device, weights)
+    inputs = _expand_inputs(query, positive, negatives, leading=leading)
     results = launch(*inputs, _expand(mask, leading, 1), _expand(weight, leading, 0), **named)
     return *results[:5], *map(_reduce, results[5:], (query, positive, negatives))
 
@@ -143,23 +154,21 @@ def _expand(tensor: Any, leading: torch.Size, kept: int) -> Any:
 
 
 def _expand_inputs(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    leading: torch.Size,
-    *,
-    exact_sum: bool = False,
+    query: Tensor, positive: Tensor, negatives: Tensor, *, leading: torch.Size
 ) -> Tensors:
-    """The embeddings over one leading shape.
+    return _expand(query, leading, 1), _expand(positive, leading, 1), _expand(negatives, leading, 2)
 
-    With `exact_sum`, half inputs that are shared by groups are computed in float32: their gradients
-    are sums over the groups, which are to be rounded once.
-    """
-    inputs = ((query, 1), (positive, 1), (negatives, 2))
-    if all(x.shape[:-kept] == leading for x, kept in inputs):
-        return query, positive, negatives
-    dtype = compute_dtype(query.dtype) if exact_sum else query.dtype
-    return tuple(_expand(x.to(dtype), leading, kept) for x, kept in inputs)
+
+def _is_shared_half(
+    query: Tensor, positive: Tensor, negatives: Tensor, leading: torch.Size
+) -> bool:
+    """Whether a half tensor is shared by groups: its gradient is a sum, to be rounded once only."""
+    shared = not (
+        query.shape[:-1] == leading
+        and positive.shape[:-1] == leading
+        and negatives.shape[:-2] == leading
+    )
+    return shared and query.dtype != compute_dtype(query.dtype)
 
 
 def _reduce(gradient: Tensor, like: Tensor) -> Tensor:

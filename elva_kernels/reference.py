@@ -173,13 +173,14 @@ def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensor:
     exact = reward.detach().to(torch.float64)
     deviation = exact - exact.mean(-1, keepdim=True)
     spread = exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)
+    sound = torch.isfinite(exact).all(-1, keepdim=True)
     if scale == "std":
         deviation = deviation / (_std(exact).unsqueeze(-1) + std_eps)
     elif scale == "batch":
-        sound = torch.isfinite(exact).all(-1, keepdim=True).expand_as(exact)
-        deviation = deviation / (_std(exact.flatten(), sound.flatten()) + std_eps)
+        counts = sound.expand_as(exact)
+        deviation = deviation / (_std(exact.flatten(), counts.flatten()) + std_eps)
     advantage = torch.where(spread < SAME_REWARD, 0.0, deviation)
-    return advantage.to(compute_dtype(reward.dtype))
+    return torch.where(sound, advantage, torch.nan).to(compute_dtype(reward.dtype))
 
 
 def _live(scores: Tensor, mask: Tensor | None) -> Tensor:

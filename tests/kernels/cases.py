@@ -1,0 +1,107 @@
+"""Inputs, truths and backends of the contract suite. A new backend is one line in `BACKENDS`."""
+
+import pytest
+import torch
+
+from elva_kernels import available_backends, reference
+from tests import tolerances
+
+WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
+OPEN_HINGE = WEIGHTS | {"margin": -1.0, "rank_penalty": 0.1}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+
+_REASONS = available_backends()
+BACKENDS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(_REASONS[name] is not None, reason=str(_REASONS[name]))
+    )
+    for name in (
+        "reference",
+        "cpu",
+    )
+]
+
+# (leading shape, N, D): single groups, no negatives, ragged tails of every vector width, no groups.
+SHAPES = [
+    ((), 1, 1),
+    ((), 0, 5),
+    ((3,), 7, 33),
+    ((2, 3), 5, 64),
+    ((0,), 4, 8),
+    ((4,), 100, 96),
+    ((1,), 2, 257),
+    ((2,), 17, 1537),
+    ((5, 1), 3, 31),
+]
+
+
+def embeddings(leading, n, d, dtype, *, seed=0, signal=0.7):
+    """A query, a positive near it and negatives at all distances from it, as models give them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query = randn(*leading, d)
+    positive = signal * query + randn(*leading, d)
+    share = torch.linspace(-0.5, 0.8, n, dtype=torch.float64).unsqueeze(-1)
+    negatives = share * query.unsqueeze(-2) + randn(*leading, n, d)
+    return tuple(x.to(dtype) for x in (query, positive, negatives))
+
+
+def layouts(x):
+    """The same values in the ways that tensors lie in memory."""
+    padded = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), torch.nan, dtype=x.dtype)
+    padded[..., 1 : 2 * x.shape[-1] + 1 : 2] = x
+    flat = torch.full((x.numel() + 2,), torch.nan, dtype=x.dtype)
+    flat[1:-1] = x.flatten()
+    return {
+        "contiguous": x.contiguous(),
+        "every_other": padded[..., 1 : 2 * x.shape[-1] + 1 : 2],
+        "misaligned": flat[1:-1].view(x.shape),
+        "transposed": x.movedim(-1, 0).contiguous().movedim(0, -1),
+        "flipped_copy": x.flip(-1).flip(-1),
+        "reversed_dims": x.permute(*reversed(range(x.dim())))
+        .contiguous()
+        .permute(*reversed(range(x.dim()))),
+    }
+
+
+def truth_scores(query, positive, negatives, mask=None):
+    """The scores in float64."""
+    return reference.cosine_scores(query.double(), positive.double(), negatives.double(), mask)
+
+
+def truth_gradients(inputs, scores, mask, weight, **weights):
+    """Float64 gradients of sum(weight * reward), with ranks and hinge as `scores` decide them.
+
+    Taking the ranks from the backend's own scores keeps a swap of two near-equal ones, which is no
+    error, out of the comparison.
+    """
+    scores = torch.where(torch.isfinite(scores), scores, 0).double()
+    upstream = weight.double().expand(scores.shape[:-1])
+    coefficients = reference.reward_from_scores_backward(scores, mask, upstream, **weights)
+    leaves = [x.detach().double().clone().requires_grad_() for x in inputs]
+    truth = reference.cosine_scores(*leaves, mask)
+    return torch.autograd.grad(truth, leaves, coefficients)
+
+
+def check_gradients(gradients, truths, inputs, dtype):
+    """The contract's bound, each row's error weighed by the row's norm."""
+    for gradient, truth, rows in zip(gradients, truths, inputs, strict=True):
+        assert gradient.dtype == rows.dtype
+        assert gradient.shape == rows.shape
+        norm = rows.double().norm(dim=-1, keepdim=True)
+        allowed = tolerances.GRADIENT[dtype] + tolerances.half_ulp(truth, dtype) * norm
+        error = (gradient.double() - truth).abs() * norm
+        assert (error <= allowed).all(), f"{(error - allowed).max().item():.2e} over the bound"
+
+
+def same_bits(a, b):
+    """Equal to the last bit, NaN included; -0.0 is not 0.0."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+    )
