@@ -29,6 +29,8 @@ struct GradientJob {
   int64_t dim;
   double* query_sum;  // [dim rounded up to kPadding]
   bool stream;        // write past the caches; wants rows of whole, aligned 64-byte lines
+  const void* ahead;  // memory that the next group starts with, or null: asked for while this job computes
+  int64_t ahead_lines;
 };
 
 // out = query_sum + b * query.

@@ -36,16 +36,21 @@ class DefaultFloatMode {
 struct Job {
   int64_t items;
   int64_t grain;
+  int threads;
   void (*body)(void*, int64_t, int64_t);
   void* context;
   std::atomic<int64_t> next{0};
 
   void work() {
     const DefaultFloatMode mode;
-    for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= items) return;
-      body(context, begin, std::min(items, begin + grain));
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < items) {
+      // Long pieces first, so that a piece can look ahead; short ones last, so that all threads end together.
+      const int64_t length = std::max(grain, (items - begin) / (2 * threads));
+      const int64_t end = std::min(items, begin + length);
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      body(context, begin, end);
+      begin = next.load(std::memory_order_relaxed);
     }
   }
 };
@@ -141,6 +146,7 @@ void parallel_for(int64_t items, int64_t grain, int threads, void (*body)(void*,
   Job job;
   job.items = items;
   job.grain = grain;
+  job.threads = std::max(threads, 1);
   job.body = body;
   job.context = context;
   const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;

@@ -6,7 +6,7 @@
 
 namespace elva {
 
-// Calls body(context, begin, end) on pieces of at most `grain` items that cover [0, items), on at most `threads`
+// Calls body(context, begin, end) on pieces of `grain` items or more that cover [0, items), on at most `threads`
 // threads, the caller included; returns when all are done. Pieces may run in any order. Runs on the caller alone
 // where that is all there is: one piece, threads <= 1, the pool in use by another thread, no thread to be had.
 // Safe after fork (the child builds its own pool) and at process exit (the pool is never torn down).

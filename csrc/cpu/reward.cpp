@@ -47,6 +47,10 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
       group.bind({group_data<T>(args.batch, args.query, index), args.query.stride},
                  {group_data<T>(args.batch, args.positive, index), args.positive.stride},
                  {negatives, args.negative.stride}, args.negative.row_stride);
+      const bool packed = args.negative.stride == 1 && args.negative.row_stride == args.dim;
+      const T* next = nullptr;
+      if (packed && i + 1 < end) next = group_data<T>(args.batch, args.negative, GroupIndex(args.batch, i + 1));
+      group.set_ahead(next, next == nullptr ? 0 : args.negatives * args.dim);
       body(i, index, &group);
     }
     arena.trim();

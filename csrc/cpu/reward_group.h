@@ -60,6 +60,12 @@ class RewardGroup {
     dense_ = dim_ <= 1 || (positive.stride == 1 && negatives.stride == 1);
   }
 
+  // Memory that the thread reads after this group's gradients; bytes may be 0.
+  void set_ahead(const T* start, int64_t count) {
+    ahead_ = start;
+    ahead_lines_ = count * static_cast<int64_t>(sizeof(T)) / 64;
+  }
+
   void set_mask(const bool* mask, int64_t stride) {
     live_count_ = 0;
     live_[live_count_++] = 0;
@@ -154,7 +160,9 @@ class RewardGroup {
       const int64_t count = std::min(step, fast - start);
       gather(live_ + start, count);
       kernels_.gradients[dtype_](
-          {query_, rows_, outs_ + start, fast_a + start, fast_b + start, count, dim_, query_sum_, stream});
+          {query_, rows_, outs_ + start, fast_a + start, fast_b + start, count, dim_, query_sum_, stream, ahead_,
+           ahead_lines_});
+      ahead_lines_ = 0;
     }
     close_query_gradient(upstream * query_b, grad_query);
   }
@@ -279,6 +287,8 @@ class RewardGroup {
   Row<T> query_row_{}, positive_{}, negatives_{};
   int64_t negative_stride_ = 0;
   bool dense_ = true;
+  const T* ahead_ = nullptr;
+  int64_t ahead_lines_ = 0;
   int64_t live_count_ = 0;
   double query_norm_ = 0;
   int query_exponent_ = 0;

@@ -20,16 +20,19 @@ namespace {
 
 constexpr int64_t kChain = 16;
 
+// Elements in 64 bytes.
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+
 template <class T>
 using VectorFor = std::conditional_t<std::is_same_v<T, double>, F64, F32>;
 
-// A vector of the first `count` elements at p and zeros.
-template <class V, class T>
-V load_part(const T* p, int64_t count) {
-  T padded[V::kLanes] = {};
-  memcpy(padded, p, static_cast<size_t>(count) * sizeof(T));
-  return V::load(padded);
-}
+// The first `count` elements at p and zeros.
+template <class T>
+struct PaddedLine {
+  alignas(64) T elements[kLine<T>] = {};
+  PaddedLine(const T* p, int64_t count) { memcpy(elements, p, static_cast<size_t>(count) * sizeof(T)); }
+};
 
 // Dot and square of R rows, one vector a step.
 template <class T>
@@ -39,7 +42,7 @@ struct PlainDots {
   static constexpr int64_t kSteps = kChain;
   using Element = V;
   static Element load(const T* p) { return V::load(p); }
-  static Element load(const T* p, int64_t count) { return load_part<V>(p, count); }
+  static Element load(const T* p, int64_t count) { return load(PaddedLine<T>(p, count).elements); }
   static V accumulate(V sum, Element a, Element b) { return fma(a, b, sum); }
 };
 
@@ -47,18 +50,14 @@ struct PlainDots {
 struct PairedDots {
   using V = F32;
   static constexpr int64_t kStep = 32;
-  static constexpr int64_t kSteps = kChain / 2;  // a step is two additions
+  static constexpr int64_t kSteps = kChain;  // of two additions each, of exact products
   using Element = __m512bh;
   static Element load(const Bf16* p) {
     Element x;
     memcpy(&x, p, sizeof(x));
     return x;
   }
-  static Element load(const Bf16* p, int64_t count) {
-    Bf16 padded[kStep] = {};
-    memcpy(padded, p, static_cast<size_t>(count) * sizeof(Bf16));
-    return load(padded);
-  }
+  static Element load(const Bf16* p, int64_t count) { return load(PaddedLine<Bf16>(p, count).elements); }
   static V accumulate(V sum, Element a, Element b) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
 };
 template <class T>
@@ -76,8 +75,10 @@ double tree_sum(double* lanes) {
   return lanes[0];
 }
 
+// next: the rows after these, asked for ahead: a row is too short for the processor to see its stream coming.
 template <class T, int R>
-void dots_of_rows(const T* query, const T* const* rows, int64_t dim, double* dot, double* square) {
+void dots_of_rows(const T* query, const T* const* rows, const T* const* next, int64_t dim, double* dot,
+                  double* square) {
   using D = DotsFor<T>;
   using V = typename D::V;
   alignas(64) double dot_lanes[R][V::kLanes] = {};
@@ -92,6 +93,7 @@ void dots_of_rows(const T* query, const T* const* rows, int64_t dim, double* dot
       const auto q = D::load(query + i);
       for (int r = 0; r < R; ++r) {
         const auto c = D::load(rows[r] + i);
+        prefetch(next[r] + i);
         dots[r] = D::accumulate(dots[r], c, q);
         squares[r] = D::accumulate(squares[r], c, c);
       }
@@ -122,10 +124,11 @@ void dots(const DotJob& job) {
   const T* const* rows = reinterpret_cast<const T* const*>(job.rows);
   int64_t i = 0;
   for (; i + 4 <= job.count; i += 4) {
-    dots_of_rows<T, 4>(query, rows + i, job.dim, job.dot + i, job.square + i);
+    const T* const* next = rows + (i + 8 <= job.count ? i + 4 : i);
+    dots_of_rows<T, 4>(query, rows + i, next, job.dim, job.dot + i, job.square + i);
   }
   for (; i < job.count; ++i) {
-    dots_of_rows<T, 1>(query, rows + i, job.dim, job.dot + i, job.square + i);
+    dots_of_rows<T, 1>(query, rows + i, rows + i, job.dim, job.dot + i, job.square + i);
   }
 }
 
@@ -138,47 +141,61 @@ struct GradientRows {
   T* const* outs;
   const S* a;
   const S* b;
+  const char* ahead;
+  const char* ahead_end;
 };
 
 template <class T, int R>
 void gradients_of_rows(const GradientRows<T>& g, int64_t dim, double* query_sum, bool stream) {
   using V = VectorFor<T>;
-  constexpr int64_t kLine = 64 / sizeof(T);
-  constexpr int64_t kVectors = kLine / V::kLanes;
+  constexpr int64_t kVectors = kLine<T> / V::kLanes;
+  // Copies, since a vector store may alias anything that is reached through a pointer.
+  const T* rows[R];
+  T* outs[R];
+  V a[R], b[R];
+  for (int r = 0; r < R; ++r) {
+    rows[r] = g.rows[r];
+    outs[r] = g.outs[r];
+    a[r] = V::broadcast(g.a[r]);
+    b[r] = V::broadcast(g.b[r]);
+  }
+  const char* ahead = g.ahead;
   int64_t i = 0;
-  for (; i + kLine <= dim; i += kLine) {
+  for (; i + kLine<T> <= dim; i += kLine<T>) {
     V q[kVectors], sum[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) {
-      q[v] = V::load(g.query + i + v * V::kLanes);
-      sum[v] = V::zero();
+    load_line(g.query + i, q);
+    for (V& part : sum) part = V::zero();
+    if (ahead < g.ahead_end) {
+      for (int r = 0; r < R; ++r) prefetch_far(ahead + 64 * r);
+      ahead += 64 * R;
     }
     for (int r = 0; r < R; ++r) {
-      const V a = V::broadcast(g.a[r]), b = V::broadcast(g.b[r]);
-      V out[kVectors];
+      V c[kVectors], out[kVectors];
+      load_line(rows[r] + i, c);
       for (int64_t v = 0; v < kVectors; ++v) {
-        const V c = V::load(g.rows[r] + i + v * V::kLanes);
-        out[v] = fma(b, c, mul(a, q[v]));
-        sum[v] = fma(a, c, sum[v]);
+        out[v] = fma(b[r], c[v], mul(a[r], q[v]));
+        sum[v] = fma(a[r], c[v], sum[v]);
       }
-      store_line(g.outs[r] + i, out, stream);
+      store_line(outs[r] + i, out, stream);
     }
-    for (int64_t v = 0; v < kVectors; ++v) sum[v].add_to(query_sum + i + v * V::kLanes);
+    add_line<T>(query_sum + i, sum);
   }
-  for (; i < dim; i += V::kLanes) {
-    const int64_t count = dim - i < V::kLanes ? dim - i : V::kLanes;
-    const V q = load_part<V>(g.query + i, count);
-    V sum = V::zero();
-    for (int r = 0; r < R; ++r) {
-      const V a = V::broadcast(g.a[r]), b = V::broadcast(g.b[r]);
-      const V c = load_part<V>(g.rows[r] + i, count);
-      V out[2] = {fma(b, c, mul(a, q)), V::zero()};
-      sum = fma(a, c, sum);
-      alignas(64) T line[kLine];
-      store_line(line, out, false);
-      memcpy(g.outs[r] + i, line, static_cast<size_t>(count) * sizeof(T));
+  if (i == dim) return;
+  V q[kVectors], sum[kVectors];
+  load_line(PaddedLine<T>(g.query + i, dim - i).elements, q);
+  for (V& part : sum) part = V::zero();
+  for (int r = 0; r < R; ++r) {
+    PaddedLine<T> line(rows[r] + i, dim - i);
+    V c[kVectors], out[kVectors];
+    load_line(line.elements, c);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      out[v] = fma(b[r], c[v], mul(a[r], q[v]));
+      sum[v] = fma(a[r], c[v], sum[v]);
     }
-    sum.add_to(query_sum + i);
+    store_line(line.elements, out, false);
+    memcpy(outs[r] + i, line.elements, static_cast<size_t>(dim - i) * sizeof(T));
   }
+  add_line<T>(query_sum + i, sum);
 }
 
 template <class T>
@@ -186,13 +203,15 @@ void gradients(const GradientJob& job) {
   using S = typename VectorFor<T>::Scalar;
   GradientRows<T> g{static_cast<const T*>(job.query), reinterpret_cast<const T* const*>(job.rows),
                     reinterpret_cast<T* const*>(job.outs), static_cast<const S*>(job.a),
-                    static_cast<const S*>(job.b)};
+                    static_cast<const S*>(job.b), static_cast<const char*>(job.ahead), nullptr};
+  g.ahead_end = g.ahead + 64 * job.ahead_lines;
   int64_t left = job.count;
   const auto advance = [&](int64_t rows) {
     g.rows += rows;
     g.outs += rows;
     g.a += rows;
     g.b += rows;
+    g.ahead += rows * (job.dim / kLine<T>)*64;
     left -= rows;
   };
   while (left >= 8) {
@@ -209,21 +228,17 @@ void gradients(const GradientJob& job) {
 template <class T>
 void query_gradient(const QueryGradientJob& job) {
   using V = VectorFor<T>;
-  constexpr int64_t kLine = 64 / sizeof(T);
-  constexpr int64_t kVectors = kLine / V::kLanes;
   const T* query = static_cast<const T*>(job.query);
   T* out = static_cast<T*>(job.out);
-  for (int64_t i = 0; i < job.dim; i += kLine) {
-    const int64_t count = job.dim - i < kLine ? job.dim - i : kLine;
-    alignas(64) double sums[kLine] = {};
-    for (int64_t k = 0; k < count; ++k) {
-      sums[k] = job.query_sum[i + k] + job.b * to_double(query[i + k]);
-    }
-    V vectors[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) vectors[v] = V::rounded(sums + v * V::kLanes);
-    alignas(64) T line[kLine];
-    store_line(line, vectors, false);
-    memcpy(out + i, line, static_cast<size_t>(count) * sizeof(T));
+  for (int64_t i = 0; i < job.dim; i += kLine<T>) {
+    const int64_t count = job.dim - i < kLine<T> ? job.dim - i : kLine<T>;
+    alignas(64) double sums[kLine<T>] = {};
+    for (int64_t k = 0; k < count; ++k) sums[k] = job.query_sum[i + k] + job.b * to_double(query[i + k]);
+    V vectors[kLine<T> / V::kLanes];
+    round_line<T>(sums, vectors);
+    PaddedLine<T> line(query + i, count);
+    store_line(line.elements, vectors, false);
+    memcpy(out + i, line.elements, static_cast<size_t>(count) * sizeof(T));
   }
 }
 

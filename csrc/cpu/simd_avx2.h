@@ -94,11 +94,14 @@ inline void line_of(const F32* v, const Fp16*, __m256i* half) {
     half[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
   }
 }
+// A vector of bf16 is held as two registers of alternating quarters: that is what unpacking gives in one instruction.
 inline void line_of(const F32* v, const Bf16*, __m256i* half) {
-  for (int i = 0; i < 2; ++i) {
-    const __m256i packed = _mm256_packus_epi32(bf16_bits(v[i].v[0]), bf16_bits(v[i].v[1]));
-    half[i] = _mm256_permute4x64_epi64(packed, 0xd8);
-  }
+  for (int i = 0; i < 2; ++i) half[i] = _mm256_packus_epi32(bf16_bits(v[i].v[0]), bf16_bits(v[i].v[1]));
+}
+
+// From that order to the order of the elements, and back.
+inline F32 swap_quarters(F32 x) {
+  return {{_mm256_permute2f128_ps(x.v[0], x.v[1], 0x20), _mm256_permute2f128_ps(x.v[0], x.v[1], 0x31)}};
 }
 
 template <class T, class V>
@@ -115,7 +118,45 @@ inline void store_line(T* p, const V* v, bool stream) {
   }
 }
 
+template <class T, class V>
+inline void load_line(const T* p, V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::load(p + i * V::kLanes);
+}
+
+inline void load_line(const Bf16* p, F32* v) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    v[i].v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), half));
+    v[i].v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), half));
+  }
+}
+
+// Doubles in the order of the elements += a line.
+template <class T, class V>
+inline void add_line(double* p, const V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) {
+    if constexpr (std::is_same_v<T, Bf16>) {
+      swap_quarters(v[i]).add_to(p + i * V::kLanes);
+    } else {
+      v[i].add_to(p + i * V::kLanes);
+    }
+  }
+}
+
+// A line out of doubles in the order of the elements.
+template <class T, class V>
+inline void round_line(const double* p, V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) {
+    v[i] = V::rounded(p + i * V::kLanes);
+    if constexpr (std::is_same_v<T, Bf16>) v[i] = swap_quarters(v[i]);
+  }
+}
+
 inline void store_fence() { _mm_sfence(); }
+// Into the second-level cache.
+inline void prefetch_far(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+// Into the first-level cache.
+inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace elva

@@ -59,12 +59,13 @@ inline __m512i line_of(const F32* v, const Fp16*) {
   const __m256i high = _mm512_cvtps_ph(v[1].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
+// A line of bf16 is held as two vectors of alternating quarters: that is what unpacking gives in one instruction.
 inline __m512i line_of(const F32* v, const Bf16*) {
 #if ELVA_BF16_INSTRUCTIONS
-  const __m512bh line = _mm512_cvtne2ps_pbh(v[1].v, v[0].v);
+  const __m512bh halves = _mm512_cvtne2ps_pbh(v[1].v, v[0].v);
   __m512i bits;
-  memcpy(&bits, &line, sizeof(bits));
-  return bits;
+  memcpy(&bits, &halves, sizeof(bits));
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), bits);
 #else
   __m512i half[2];
   for (int i = 0; i < 2; ++i) {
@@ -73,8 +74,7 @@ inline __m512i line_of(const F32* v, const Bf16*) {
     const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     half[i] = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
   }
-  const __m256i low = _mm512_cvtepi32_epi16(half[0]), high = _mm512_cvtepi32_epi16(half[1]);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  return _mm512_packus_epi32(half[0], half[1]);
 #endif
 }
 
@@ -88,7 +88,45 @@ inline void store_line(T* p, const V* v, bool stream) {
   }
 }
 
+template <class T, class V>
+inline void load_line(const T* p, V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::load(p + i * V::kLanes);
+}
+
+inline void load_line(const Bf16* p, F32* v) {
+  const __m512i line = _mm512_loadu_si512(p);
+  v[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(_mm512_setzero_si512(), line));
+  v[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(_mm512_setzero_si512(), line));
+}
+
+// Doubles in the order of the elements += a line.
+template <class T, class V>
+inline void add_line(double* p, const V* v) {
+  if constexpr (std::is_same_v<T, Bf16>) {
+    const __m512 low = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0x44), high = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xee);
+    F32{_mm512_shuffle_f32x4(low, low, 0xd8)}.add_to(p);
+    F32{_mm512_shuffle_f32x4(high, high, 0xd8)}.add_to(p + 16);
+  } else {
+    for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i].add_to(p + i * V::kLanes);
+  }
+}
+
+// A line out of doubles in the order of the elements.
+template <class T, class V>
+inline void round_line(const double* p, V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::rounded(p + i * V::kLanes);
+  if constexpr (std::is_same_v<T, Bf16>) {
+    const __m512 first = v[0].v, second = v[1].v;
+    v[0].v = _mm512_shuffle_f32x4(first, second, 0x88);
+    v[1].v = _mm512_shuffle_f32x4(first, second, 0xdd);
+  }
+}
+
 inline void store_fence() { _mm_sfence(); }
+// Into the second-level cache.
+inline void prefetch_far(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+// Into the first-level cache.
+inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace elva

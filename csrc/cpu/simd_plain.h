@@ -68,7 +68,24 @@ inline void store_line(T* p, const V* v, bool) {
   }
 }
 
+template <class T, class V>
+inline void load_line(const T* p, V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::load(p + i * V::kLanes);
+}
+
+template <class T, class V>
+inline void add_line(double* p, const V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i].add_to(p + i * V::kLanes);
+}
+
+template <class T, class V>
+inline void round_line(const double* p, V* v) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::rounded(p + i * V::kLanes);
+}
+
 inline void store_fence() {}
+inline void prefetch(const void*) {}
+inline void prefetch_far(const void*) {}
 
 }  // namespace
 }  // namespace elva
