@@ -1,8 +1,11 @@
 """M-BEIR's layout: reader and writer (Wei et al., UniIR, arXiv:2311.17136).
 
 Reads M-BEIR itself and whatever is written in its layout, the embedded emoji corpus first of
-all. Two files of ours may stand beside M-BEIR's: `grains.jsonl` (qid or did ->
-grains of its normalised text) and `minimal_pairs.jsonl` (query -> every candidate of the same entity).
+all. Two files of ours may stand beside M-BEIR's: `grains.jsonl` (qid or did -> grains of its
+normalised text) and `minimal_pairs.jsonl` (qid -> every candidate of the same entity).
+
+Only sets with a task in their name are read (`mbeir_cirr_task7_test.jsonl`), not M-BEIR's
+union files, which mix tasks.
 """
 
 from __future__ import annotations

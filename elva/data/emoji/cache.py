@@ -29,7 +29,7 @@ if sys.platform != "win32":
 
 FORMAT = "elva-emoji"
 # Part of the cache's name: raise it when the same packages would give other files.
-VERSION = 2
+VERSION = 3
 SIZES = range(16, 513)
 _MANIFEST = "manifest.json"
 _POOLS = {"t2i": "image", "t2t": "text", "i2t": "text", "i2i": "image", "it2i": "image"}
@@ -162,12 +162,17 @@ def _build(root: Path, size: int) -> dict[str, Any]:
         "queries": {task: _count(made, task) for task in tasks},
         "notices": list(corpus.notices),
     }
+    _seal(root, found)
+    return found
+
+
+def _seal(root: Path, found: dict[str, Any]) -> None:
+    """Write the manifest, last of all files."""
     manifest = {"format": FORMAT, "version": VERSION, "summary": found, "files": _hashes(root)}
     with open(root / _MANIFEST, "w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=1, sort_keys=True)
         stream.flush()
         os.fsync(stream.fileno())
-    return found
 
 
 def _count(made: Sequence[Row], task: str) -> dict[str, int]:

@@ -155,6 +155,8 @@ def _compose(
         name += ", " if name is not head else ": "
         grains.append(Grain(text, type, (len(name), len(name) + len(text))))
         name += text
-    by_type = {grain.type: grain.text for grain in grains}
-    entity = head if head in ("flag", "keycap") else by_type.get("entity") or by_type.get("object")
-    return Name(name, tuple(grains), entity or "person")
+    if head in ("flag", "keycap"):
+        return Name(name, tuple(grains), head)
+    words = [grain.text for grain in grains if grain.type in ("attribute", "entity")]
+    objects = [grain.text for grain in grains if grain.type == "object"]
+    return Name(name, tuple(grains), " ".join(words or objects) or "person")

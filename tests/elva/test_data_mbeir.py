@@ -1,0 +1,373 @@
+"""The M-BEIR reader: what it reads, and that every fault is one line naming file and rule."""
+
+import io
+import json
+import random
+import re
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from elva.data import DataError, Item, Pool, load, mbeir, schema, strict
+
+PROMPTS = {
+    ("text", "image"): ("find it.", "Show it.", "Draw it.", "Which one?"),
+    ("image,text", "image"): ("Change it.", "Edit it.", "Alter it.", "Modify it."),
+}
+
+
+def picture(format="PNG", size=(8, 4), mode="RGB"):
+    stream = io.BytesIO()
+    Image.new(mode, size, 200 if mode == "L" else "red").save(stream, format)
+    return stream.getvalue()
+
+
+def query(**changed):
+    row = {
+        "qid": "9:1",
+        "query_txt": "a cat",
+        "query_img_path": None,
+        "query_modality": "text",
+        "query_src_content": None,
+        "pos_cand_list": ["9:1"],
+        "neg_cand_list": [],
+        "task_id": 0,
+    }
+    return {**row, **changed}
+
+
+def candidate(**changed):
+    row = {
+        "did": "9:1",
+        "txt": None,
+        "img_path": "mbeir_images/a.png",
+        "modality": "image",
+        "src_content": None,
+    }
+    return {**row, **changed}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """One dataset, tasks 0 and 7, written by our writer."""
+    (tmp_path / "mbeir_images").mkdir()
+    (tmp_path / "mbeir_images" / "a.png").write_bytes(picture())
+    pool = [candidate(), candidate(did="9:2"), candidate(did="9:3")]
+    mbeir.write_pool(tmp_path, "toy_task0", pool)
+    mbeir.write_pool(tmp_path, "toy_task7_test", pool)
+    mbeir.write_instructions(tmp_path, "toy", 9, PROMPTS)
+    mbeir.write_queries(
+        tmp_path,
+        "toy_task0",
+        "test",
+        [query(), query(qid="9:2", query_txt='"is it?"\r', neg_cand_list=["9:2", "9:3"])],
+    )
+    change = query(
+        query_modality="text,image", query_img_path="mbeir_images/a.png", task_id=7, qid="9:5"
+    )
+    mbeir.write_queries(tmp_path, "toy_task7", "test", [change])
+    return tmp_path
+
+
+QUERIES = "query/test/mbeir_toy_task0_test.jsonl"
+POOL = "cand_pool/local/mbeir_toy_task0_cand_pool.jsonl"
+QRELS = "qrels/test/mbeir_toy_task0_test_qrels.txt"
+TSV = "instructions/query_instructions.tsv"
+
+
+def test_reads_what_was_written(corpus):
+    dataset = load(corpus, split="test")
+    first, second, change = dataset.queries
+    assert (first.id, first.text, first.task, first.positives) == ("9:1", "A cat.", "t2i", ("9:1",))
+    assert first.prompted == "Find it. a cat."
+    assert (second.text, second.negatives) == ("Is it?", ("9:2", "9:3"))
+    assert (change.modality, change.task) == ("image,text", "it2i")
+    assert change.image == corpus / "mbeir_images" / "a.png"
+    pool = dataset.pool("t2i")
+    assert pool.ids == ["9:1", "9:2", "9:3"]
+    assert [pool.row(id) for id in pool.ids] == [0, 1, 2]
+    assert pool[-1].id == "9:3" and "9:3" in pool and "9:4" not in pool and "nonsense" not in pool
+    assert pool[0].load_image().getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(KeyError):
+        pool.row("8:1")
+
+
+def test_both_list_forms_are_one(corpus):
+    path = corpus / QUERIES
+    path.write_text(json.dumps(query(pos_cand_list=[{"did": "9:1"}, "9:2"])) + "\n")
+    (corpus / QRELS).unlink()
+    assert load(corpus, tasks=["t2i"], split="test").queries[0].positives == ("9:1", "9:2")
+
+
+def test_tasks_may_be_named_by_kind_or_by_set(corpus):
+    assert {q.task for q in load(corpus, tasks=["it2i"], split="test").queries} == {"it2i"}
+    assert {q.task for q in load(corpus, tasks=["toy_task0"], split="test").queries} == {"t2i"}
+    with pytest.raises(DataError, match="no queries for i2t"):
+        load(corpus, tasks=["i2t"], split="test")
+    with pytest.raises(DataError, match="no query file"):
+        load(corpus, split="val")
+    with pytest.raises(DataError, match="split 'dev' is not one of"):
+        load(corpus, split="dev")
+
+
+def test_a_pool_of_the_split_is_preferred(corpus):
+    mbeir.write_pool(corpus, "toy_task0_test", [candidate(did="9:1"), candidate(did="9:2")])
+    mbeir.write_queries(corpus, "toy_task0", "test", [query()])
+    assert len(load(corpus, tasks=["t2i"], split="test").pool("t2i")) == 2
+
+
+def test_a_saved_pool_is_mapped_back_equal(corpus, tmp_path):
+    pool = load(corpus, tasks=["t2i"], split="test").pool("t2i")
+    pool.save(tmp_path / "pool.arrow")
+    again = Pool.open(tmp_path / "pool.arrow", corpus)
+    assert list(again) == list(pool) and again[1].where == pool[1].where
+    assert again.row("9:3") == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("  a cat \n", "A cat."),
+        ('"a\r cat"', "A cat."),
+        ("Really?", "Really?"),
+        ("stop!", "Stop!"),
+        ("", ""),
+        ("été", "Été."),
+    ],
+)
+def test_normalise(raw, expected):
+    assert schema.normalise(raw) == expected
+
+
+def as_line(row):
+    return json.dumps(row).encode()
+
+
+MALFORMED = {
+    # name: (file, bytes of its second line, rule)
+    "not json": (QUERIES, b"{", "not JSON"),
+    "array": (QUERIES, b"[1]", "not a JSON object"),
+    "blank line": (QUERIES, b"", "not JSON"),
+    "bom": (QUERIES, b"\xef\xbb\xbf{}", "not JSON"),
+    "not utf-8": (QUERIES, b'{"qid": "\xff"}', "not UTF-8 at byte 9"),
+    "surrogate": (QUERIES, b'{"qid": "\\ud800"}', "lone surrogate"),
+    "NaN": (QUERIES, b'{"qid": NaN}', "NaN is not JSON"),
+    "Infinity": (POOL, b'{"did": -Infinity}', "-Infinity is not JSON"),
+    "duplicate key": (QUERIES, b'{"qid": "9:7", "qid": "9:8"}', "key 'qid' twice"),
+    "nested duplicate key": (POOL, b'{"a": {"b": 1, "b": 1}}', "key 'b' twice"),
+    "deep nesting": (QUERIES, b"[" * 100_000, "nested too deeply"),
+    "huge number": (QUERIES, b'{"qid": ' + b"9" * 5000 + b"}", "not JSON"),
+    "missing field": (QUERIES, b'{"qid": "9:7"}', "query_txt is missing|query_modality is missing"),
+    "id form": (QUERIES, as_line(query(qid="nine")), "is not <dataset>:<number>"),
+    "id sign": (QUERIES, as_line(query(qid="9:-1")), "is not <dataset>:<number>"),
+    "id digits": (QUERIES, as_line(query(qid="9:\u0663")), "is not <dataset>:<number>"),
+    "id size": (QUERIES, as_line(query(qid="9:10000000")), "is not <dataset>:<number>"),
+    "id type": (POOL, as_line(candidate(did=7)), "holds 7, not an id"),
+    "duplicate qid": (QUERIES, as_line(query()), "qid 9:1 again, first in .*:1"),
+    "duplicate did": (POOL, as_line(candidate()), "did 9:1 again"),
+    "no positives": (
+        QUERIES,
+        as_line(query(qid="9:7", pos_cand_list=[])),
+        "pos_cand_list is empty",
+    ),
+    "list type": (QUERIES, as_line(query(qid="9:7", pos_cand_list="9:1")), "is not a list"),
+    "list member": (
+        QUERIES,
+        as_line(query(qid="9:7", pos_cand_list=[{}])),
+        "holds None, not an id",
+    ),
+    "unknown positive": (
+        QUERIES,
+        as_line(query(qid="9:7", pos_cand_list=["9:77"])),
+        "candidate 9:77 is not in the pool",
+    ),
+    "unknown negative": (
+        QUERIES,
+        as_line(query(qid="9:7", neg_cand_list=["9:77"])),
+        "candidate 9:77 is not in the pool",
+    ),
+    "task": (QUERIES, as_line(query(qid="9:7", task_id=3)), "task_id 3 is not the file's 0"),
+    "modality": (QUERIES, as_line(query(qid="9:7", query_modality="audio")), "'audio' is not text"),
+    "other modality": (
+        QUERIES,
+        as_line(query(qid="9:7", query_modality="image")),
+        "query_modality is image, not text",
+    ),
+    "text type": (QUERIES, as_line(query(qid="9:7", query_txt=3)), "query_txt is not a string"),
+    "no text": (QUERIES, as_line(query(qid="9:7", query_txt=' "" ')), "query_txt is empty"),
+    "no instruction": (QUERIES, as_line(query(qid="3:7")), "no instruction for dataset 3"),
+    "no picture": (POOL, as_line(candidate(did="9:7", img_path=None)), "img_path is empty"),
+    "extra text": (POOL, as_line(candidate(did="9:7", txt="a")), "txt is there, but modality"),
+    "parent": (POOL, as_line(candidate(img_path="a/../../b.png")), "leaves the root"),
+    "backslash parent": (POOL, as_line(candidate(img_path="a\\..\\b.png")), "leaves the root"),
+    "absolute": (POOL, as_line(candidate(img_path="/etc/passwd")), "is absolute"),
+    "drive": (POOL, as_line(candidate(img_path="C:\\b.png")), "is absolute"),
+    "url": (POOL, as_line(candidate(img_path="https://a.b/c.png")), "is a URL"),
+    "file url": (POOL, as_line(candidate(img_path="file:///c.png")), "is a URL"),
+    "data url": (POOL, as_line(candidate(img_path="data:image/png;base64,")), "is a URL"),
+    "null character": (POOL, as_line(candidate(img_path="a\0.png")), "null character"),
+    "qrels columns": (QRELS, b"9:1 0 9:1", "3 columns"),
+    "qrels relevance": (QRELS, b"9:1 0 9:1 yes 0", "invalid literal"),
+    "qrels id": (QRELS, b"nine 0 9:1 1 0", "is not <dataset>:<number>"),
+    "qrels query": (QRELS, b"9:99 0 9:1 1 0", "query 9:99 is not in the query file"),
+    "qrels candidate": (QRELS, b"9:1 0 9:99 1 0", "candidate 9:99 is not in the pool"),
+    "qrels positive": (QRELS, b"9:1 0 9:3 1 0", "9:3 is not a positive of query 9:1"),
+    "instructions columns": (TSV, b"text\timage\ttoy", "not query_modality"),
+    "instructions number": (TSV, b"text\timage\ttoy\tnine\tFind.", "not query_modality"),
+    "instructions prompts": (TSV, b"text\timage\ttoy\t9\t", "not query_modality"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_line_is_one_line_with_file_line_and_rule(corpus, name):
+    file, line, rule = MALFORMED[name]
+    path = corpus / file
+    first = path.read_bytes().split(b"\n")[0]
+    path.write_bytes(first + b"\n" + line + b"\n")
+    with pytest.raises(DataError) as caught:
+        load(corpus, tasks=["t2i"], split="test")
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ")
+    assert re.search(rule, message)
+    assert "\n" not in message and len(message) < 500
+
+
+def test_a_line_over_the_cap_is_refused_without_reading_on(corpus, monkeypatch):
+    monkeypatch.setattr(strict, "MAX_LINE_BYTES", 1000)
+    path = corpus / QUERIES
+    path.write_bytes(as_line(query(query_txt="a" * 2000)) + b"\n")
+    with pytest.raises(DataError, match=r":1: line is longer than 1000 bytes"):
+        load(corpus, tasks=["t2i"], split="test")
+
+
+def test_a_rule_that_quotes_a_long_field_stays_short(corpus):
+    (corpus / QUERIES).write_bytes(as_line(query(qid="x" * 1_000_000)) + b"\n")
+    with pytest.raises(DataError, match=r"x{100}") as caught:
+        load(corpus, tasks=["t2i"], split="test")
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("file", [QUERIES, POOL, QRELS, TSV, "grains.jsonl"])
+def test_damaged_bytes_load_or_raise_data_error(corpus, file):
+    """400 random edits of each file: never another exception, never two lines."""
+    grain = schema.Grain("a cat", "entity", (0, 5))
+    mbeir.write_extras(corpus, {"9:1": [grain]}, {}, {})
+    path, draw = corpus / file, random.Random(file)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(400):
+        data, at = bytearray(whole), draw.randrange(len(whole))
+        data[at : at + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
+        path.write_bytes(data)
+        try:
+            load(corpus, tasks=["t2i"], split="test")
+        except DataError as error:
+            refused += 1
+            assert str(corpus) in str(error) and "\n" not in str(error)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("missing", [POOL, TSV])
+def test_a_missing_file_is_named(corpus, missing):
+    (corpus / missing).unlink()
+    with pytest.raises(DataError, match=r"No such file|no candidate pool"):
+        load(corpus, tasks=["t2i"], split="test")
+
+
+def test_a_file_of_another_name_is_not_passed_over(corpus):
+    (corpus / "query" / "test" / "mbeir_toy_test.jsonl").write_text("")
+    with pytest.raises(DataError, match="not named mbeir_<dataset>_task<number>_test"):
+        load(corpus, split="test")
+
+
+@pytest.mark.parametrize(
+    ("grains", "rule"),
+    [
+        ("cat", "grains is not a list"),
+        ([7], "a grain is not"),
+        ([{"text": "cat", "type": "entity"}], "a grain is not"),
+        ([{"text": "cat", "type": "entity", "span": [2]}], "a grain is not"),
+        ([{"text": "cat", "type": "entity", "span": [2, True]}], "a grain is not"),
+        ([{"text": "cat", "type": "entity", "span": [1, 4]}], "'cat' is not at 1:4"),
+        ([{"text": "", "type": "entity", "span": [2, 2]}], "'' is not at 2:2"),
+        ([{"text": ".", "type": "entity", "span": [-1, 6]}], "'.' is not at -1:6"),
+    ],
+)
+def test_grains_must_be_where_they_say(corpus, grains, rule):
+    path = corpus / "grains.jsonl"
+    path.write_text(json.dumps({"qid": "9:1", "grains": grains}) + "\n")
+    with pytest.raises(DataError, match=rule) as caught:
+        load(corpus, tasks=["t2i"], split="test")
+    assert str(caught.value).startswith(f"{path}:1: ")
+
+
+def test_grains_and_minimal_pairs_are_read(corpus):
+    grain = schema.Grain("a cat", "entity", (0, 5))
+    mbeir.write_extras(corpus, {"9:1": [grain], "9:999": [grain]}, {}, {"9:1": ["9:1", "9:2"]})
+    dataset = load(corpus, split="test")
+    assert dataset.queries[0].grains == (grain,)
+    assert dataset.queries[1].grains is None
+    assert dataset.minimal_pairs == {"9:1": ["9:1", "9:2"]}
+    mbeir.write_extras(corpus, {}, {}, {"9:1": ["9:77"]})
+    with pytest.raises(DataError, match="candidate 9:77 is not in the pool"):
+        load(corpus, split="test")
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    )
+
+
+BAD_PICTURES = {
+    "empty": (b"", "unreadable picture"),
+    "text": (b"hello", "unreadable picture"),
+    "truncated": (picture(size=(64, 64), mode="L")[:-30], "unreadable picture"),
+    "cut in the header": (picture()[:20], "unreadable picture"),
+    "gif": (picture("GIF"), "unreadable picture"),
+    "bmp": (picture("BMP"), "unreadable picture"),
+    "too many pixels": (png_header(8001, 8001), "8001 x 8001 is more than 64000000 pixels"),
+    "bomb warning": (png_header(10_000, 10_000), "10000|pixels"),
+    "bomb": (png_header(2**31 - 1, 2**31 - 1), "unreadable picture"),
+    "too long": (png_header(201, 1), "201 x 1 is longer than 200:1"),
+    "no height": (png_header(8, 0), "unreadable picture"),
+    "body missing": (png_header(300, 300), "unreadable picture"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_a_bad_picture_is_refused_in_one_line(corpus, name):
+    data, rule = BAD_PICTURES[name]
+    (corpus / "mbeir_images" / "a.png").write_bytes(data)
+    pool = load(corpus, tasks=["t2i"], split="test").pool("t2i")
+    with pytest.raises(DataError) as caught:
+        pool[1].load_image()
+    message = str(caught.value)
+    assert message.startswith(f"{corpus / POOL}:2: ")
+    assert re.search(rule, message) and "\n" not in message
+
+
+def test_a_missing_picture_is_named(corpus):
+    (corpus / "mbeir_images" / "a.png").unlink()
+    pool = load(corpus, tasks=["t2i"], split="test").pool("t2i")
+    with pytest.raises(DataError, match=r":1: no such picture: .*a\.png"):
+        pool[0].load_image()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_known_formats_open_from_bytes(format):
+    item = Item("9:1", None, picture(format), "image")
+    assert item.load_image().size == (8, 4)
+
+
+def test_transparency_becomes_white():
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert Item("9:1", None, clear, "image").load_image().getpixel((0, 0)) == (255, 255, 255)
