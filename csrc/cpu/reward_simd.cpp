@@ -93,7 +93,7 @@ void dots_of_rows(const T* query, const T* const* rows, const T* const* next, in
       const auto q = D::load(query + i);
       for (int r = 0; r < R; ++r) {
         const auto c = D::load(rows[r] + i);
-        prefetch(next[r] + i);
+        prefetch_far(next[r] + i);
         dots[r] = D::accumulate(dots[r], c, q);
         squares[r] = D::accumulate(squares[r], c, c);
       }
@@ -124,7 +124,7 @@ void dots(const DotJob& job) {
   const T* const* rows = reinterpret_cast<const T* const*>(job.rows);
   int64_t i = 0;
   for (; i + 4 <= job.count; i += 4) {
-    const T* const* next = rows + (i + 8 <= job.count ? i + 4 : i);
+    const T* const* next = rows + (i + 12 <= job.count ? i + 8 : i);
     dots_of_rows<T, 4>(query, rows + i, next, job.dim, job.dot + i, job.square + i);
   }
   for (; i < job.count; ++i) {
