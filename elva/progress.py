@@ -1,0 +1,81 @@
+"""What a person sees while work goes on: one bar with its rate and time left, one line when it ends."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+SHOWN = ("loss", "lm", "infonce", "reward", "rank_1", "kl")
+"""Values worth a place beside the bar, in this order, where a stage has them."""
+
+
+class Reporter(Protocol):
+    """Who is told how work goes on; the command line draws bars, a test listens."""
+
+    def start(self, what: str, total: int | None, unit: str = "steps") -> None: ...
+    def advance(self, done: int, values: dict[str, float] | None = None) -> None: ...
+    def finish(self, line: str) -> None: ...
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s")
+
+
+class Bars:
+    """The reporter of the command line; on a console that is no terminal only the lines appear."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, what: str, total: int | None, unit: str = "steps") -> None:
+        """Begin a bar, in place of the last; total None where only the clock ends it."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        self._progress.add_task(what, total=total, values="", unit=unit)
+        self._began = time.perf_counter()
+
+    def advance(self, done: int, values: dict[str, float] | None = None) -> None:
+        text = "  ".join(f"{k} {values[k]:.3f}" for k in SHOWN if k in values) if values else ""
+        for task in self._progress.task_ids:
+            self._progress.update(task, completed=done, values=text)
+
+    def finish(self, line: str) -> None:
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        if line:
+            self.console.print(line, markup=False)

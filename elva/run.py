@@ -1,0 +1,178 @@
+"""A run directory: the one place where training, evaluation, search and report meet.
+
+recipe.yaml  run.json  metrics.jsonl  report.html  *.png
+start/                      the checkpoint a model from scratch began with
+stage-2/checkpoint-*/       inside a stage, verified on resume
+stage-2/model/              what the stage ended with: an ordinary Qwen2-VL checkpoint
+stage-2/stage.json          steps and seconds it took
+stage-2/evaluation.json     what it retrieves
+control-infonce/...         the same, for what stage 3 is compared with
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elva import __version__
+from elva.checkpoint import is_whole, write_text
+from elva.config import Recipe, from_dict, to_dict
+from elva.errors import UserError
+
+
+class RunError(UserError):
+    """A run directory that cannot be used as asked; one line that says what to do."""
+
+
+class Run:
+    """Paths and small files of one run. Nothing is overwritten but by `--resume` of the same recipe."""
+
+    def __init__(self, directory: Path, recipe: Recipe) -> None:
+        self.directory, self.recipe = directory, recipe
+
+    @classmethod
+    def create(cls, directory: Path | None, recipe: Recipe) -> Run:
+        """Start a run in an absent or empty directory (a fresh dated one under runs/ for None)."""
+        if directory is None:
+            directory = _dated(Path("runs"), recipe.name)
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise RunError(
+                f"{directory}: must be empty to start a run in; "
+                "pass --resume to go on with it or choose another --output"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+        write_text(directory / "run.json", json.dumps(_facts(recipe), indent=1))
+        return cls(directory, recipe)
+
+    @classmethod
+    def open(cls, directory: Path) -> Run:
+        """An existing run."""
+        file = directory / "recipe.yaml"
+        if not file.is_file():
+            raise RunError(
+                f"{directory}: must hold a run, got no recipe.yaml; start one with elva train"
+            )
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunError(
+                f"{file}: must be readable YAML; {' '.join(str(error).split())}"
+            ) from None
+        return cls(directory, from_dict(data, str(file)))
+
+    # -- stages --------------------------------------------------------------------------------------
+
+    def stage(self, name: str) -> Path:
+        """The directory of a stage ("2") or a control ("infonce")."""
+        return self.directory / (
+            f"stage-{name}" if name in self.recipe.stages else f"control-{name}"
+        )
+
+    def title(self, name: str) -> str:
+        """ "stage 2" or "control infonce"."""
+        return self.stage(name).name.replace("-", " ", 1)
+
+    @property
+    def start(self) -> Path:
+        return self.directory / "start"
+
+    def model(self, name: str) -> Path:
+        return self.stage(name) / "model"
+
+    def is_trained(self, name: str) -> bool:
+        return is_whole(self.model(name)) and (self.stage(name) / "stage.json").is_file()
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the finished stages and controls, in order."""
+        names = [*self.recipe.stages, *self.recipe.controls]
+        return [n for n in names if self.is_trained(n)]
+
+    def read(self, name: str, file: str) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads((self.stage(name) / file).read_text(encoding="utf-8"))
+        return data
+
+    def write(self, name: str, file: str, data: Mapping[str, Any]) -> None:
+        self.stage(name).mkdir(parents=True, exist_ok=True)
+        write_text(self.stage(name) / file, json.dumps(data))
+
+    # -- metrics -------------------------------------------------------------------------------------
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Append one line; a NaN is written as null, for strict readers."""
+        clean = {k: v if v == v and abs(v) != float("inf") else None for k, v in values.items()}
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """The lines of a stage, or all; a line torn by a kill is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        found = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if stage is None or entry["stage"] == stage:
+                found.append(entry)
+        return found
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop a stage's lines beyond a step: a resumed stage writes them again."""
+        kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
+        if self.metrics_file.exists():
+            write_text(self.metrics_file, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def _dated(parent: Path, name: str) -> Path:
+    stamp = f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+    candidate, k = parent / stamp, 2
+    while candidate.exists():
+        candidate, k = parent / f"{stamp}-{k}", k + 1
+    return candidate
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    packages = ("torch", "transformers", "accelerate", "peft", "numpy")
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            "elva": __version__,
+            "python": platform.python_version(),
+            **{p: version(p) for p in packages},
+        },
+        "commit": _commit(),
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+    }
+
+
+def _commit() -> str | None:
+    """The source's commit, where the package runs from a checkout."""
+    try:
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed from a wheel, or no git: the versions above say what ran
+    return out.stdout.strip()

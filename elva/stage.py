@@ -1,0 +1,520 @@
+"""One stage of training on transformers' Trainer: roll out, score, differentiate, step.
+
+Every stage is the same four steps, with its own weights (`StageConfig`):
+
+1. rollout     summaries of the batch's queries and candidates -> tokens, log-probs, [RET] embeddings;
+2. embeddings  InfoNCE and the ranking reward of the embeddings, with their gradients on them;
+3. tokens      advantages of the rewards (GRPO), KL to the model the stage started from, captions;
+4. backward    in micro-batches: the forward with gradient, to which step 2's gradients are handed as
+               sum(embedding * gradient), so memory does not grow with the number of candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+
+import elva_kernels
+from elva import checkpoint, objective
+from elva.checkpoint import load as _load_checkpoint
+from elva.config import StageConfig
+from elva.data import Item
+from elva.examples import Batch, Examples, plan
+from elva.inputs import Prompt, PromptBatch
+from elva.mining import Negatives
+from elva.model import Retriever
+from elva.rollout import Rollouts, batches_by_length, sample, token_log_probs, uniforms
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a stage runs: `steps`, or until `seconds` have passed and at most `steps`."""
+
+    steps: int
+    seconds: float | None = None
+
+
+class _Steps(TorchDataset):  # type: ignore[type-arg]
+    """The plan as a map-style dataset: Trainer's unit of data is a whole step."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.batches[index]
+
+
+@dataclass
+class _Rolled:
+    """A batch after its rollouts; prompts are queries [B], positives [B] and, when rolled, negatives [B * N]."""
+
+    batch: Batch
+    prompts: list[Prompt]
+    rollouts: Rollouts  # len(prompts) * G rows
+    captions: Tensor | None  # [len(prompts), S], -100 padded
+    excluded: Tensor  # [B, B] bool: in-batch candidates that are also right
+    negatives: Tensor | None  # [B, N, D] from the bank, where negatives are not rolled out
+    count: int  # B
+
+
+class StageTrainer(Trainer):
+    """Trainer for one stage: `training_step` is the module's four steps, checkpoints are ours."""
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        stage: StageConfig,
+        examples: Examples,
+        length: Length,
+        *,
+        directory: Path,
+        seed: Sequence[int | str],
+        save_seconds: float,
+        extra: Mapping[str, Any],
+        on_step: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self.retriever, self.stage, self.examples, self.length = retriever, stage, examples, length
+        self.seed, self.directory, self.on_step = tuple(seed), directory, on_step
+        self.started = time.perf_counter()
+        self.elapsed_before = 0.0
+        self.reference = _frozen_copy(retriever) if stage.policy > 0 and stage.beta > 0 else None
+        retriever.remember(
+            p.image for p in map(retriever.inputs.prompt, examples.items()) if p.image is not None
+        )
+        self.negatives: Negatives | None = None
+        if stage.ranks or stage.hard_batches:
+            self.negatives = Negatives(stage, examples, retriever, self.seed)
+        self._last: _Rolled | None = None
+        batches = plan(
+            stage,
+            examples,
+            -(-length.steps // stage.num_iterations),
+            self.seed,
+            self.negatives.neighbours() if self.negatives and stage.hard_batches else None,
+        )
+        steps = [b for b in batches for _ in range(stage.num_iterations)][: length.steps]
+        super().__init__(
+            model=retriever.model,
+            args=_arguments(stage, length.steps, directory, extra),
+            train_dataset=_Steps(steps),
+            data_collator=lambda items: {"batch": items[0]},
+            callbacks=[_Clock(self, save_seconds)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this stage, those before a resume included."""
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """In the plan's order."""
+        return SequentialSampler(self.train_dataset)
+
+    # -- the four steps ------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        batch: Batch = inputs["batch"]
+        first = self._last is None or self._last.batch.step != batch.step
+        if first:
+            every = self.stage.refresh_steps
+            if self.negatives and every and batch.step and batch.step % every == 0:
+                self.negatives.mine()
+            self._last = self._roll(batch)
+        elif self.stage.infonce > 0 or self.stage.ranks:
+            self._last.rollouts.embeddings = self._current_embeddings(self._last)
+        gradient, advantages, metrics = self._score(self._last)
+        metrics.update(self._backward(self._last, gradient, advantages))
+        self.on_step(self.state.global_step + 1, metrics)
+        return torch.tensor(metrics["loss"], device=self.args.device)
+
+    def _roll(self, batch: Batch) -> _Rolled:
+        stage, pool = self.stage, self.examples.pools[batch.task]
+        queries = [self.examples.queries[batch.task][r] for r in batch.rows]
+        positives = [self.examples.positive(q) for q in queries]
+        items: list[Item] = [*queries, *positives]
+        captions = [self.examples.caption(p) for p in positives] * 2
+        right = [set(self.examples.positive_rows(q)) for q in queries]
+        excluded = torch.tensor(
+            [[i != j and pool.row(p.id) in right[i] for j, p in enumerate(positives)]
+             for i in range(len(queries))]
+        )  # fmt: skip
+        negatives = None
+        if stage.ranks:
+            assert self.negatives is not None
+            rows = self.negatives.rows(batch)
+            if stage.rollout_candidates == "all":
+                chosen = [pool[int(i)] for i in rows.flatten()]
+                items += chosen
+                captions += [self.examples.caption(c) for c in chosen]
+            else:
+                negatives = self.negatives.banks[batch.task][rows]
+        prompts = [self.retriever.inputs.prompt(i) for i in items]
+        gold = self._caption_ids(captions) if stage.lm > 0 or stage.completions == "gold" else None
+        rollouts = self._rollouts(batch, prompts, gold)
+        return _Rolled(batch, prompts, rollouts, gold, excluded, negatives, len(queries))
+
+    def _rollouts(self, batch: Batch, prompts: list[Prompt], gold: Tensor | None) -> Rollouts:
+        stage = self.stage
+        if stage.completions == "gold":
+            assert gold is not None
+            mask = gold != -100
+            return Rollouts(
+                ids=gold.clamp(min=0),
+                mask=mask,
+                log_probs=torch.zeros(gold.shape, device=gold.device),
+                finished=torch.ones(len(gold), dtype=torch.bool, device=gold.device),
+                embeddings=torch.zeros(
+                    len(gold), self.retriever.embedding_size, device=gold.device
+                ),
+            )
+        groups = stage.num_generations
+        draws = uniforms(
+            (*self.seed, "draws", batch.step), (len(prompts), groups, stage.max_completion_length)
+        )
+        parts, order = [], []
+        size = max(1, stage.micro_batch_size // groups)
+        for rows in batches_by_length([len(p) for p in prompts], size):
+            parts.append(
+                sample(
+                    self.retriever,
+                    [prompts[i] for i in rows],
+                    draws=draws[rows],
+                    max_completion_length=stage.max_completion_length,
+                    temperature=stage.sampling_temperature,
+                )
+            )
+            order += [i * groups + g for i in rows for g in range(groups)]
+        back = torch.tensor(order).argsort().to(self.retriever.device)
+        return Rollouts.cat(parts, pad=0).select(back)
+
+    def _score(self, rolled: _Rolled) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
+        """Step 2: d loss / d embeddings [R, D], advantages [R] and what to log."""
+        stage, b = self.stage, rolled.count
+        metrics = _summary_metrics(rolled.rollouts)
+        if stage.infonce == 0 and not stage.ranks:
+            return None, None, metrics
+        leaf = rolled.rollouts.embeddings.detach().requires_grad_()
+        grouped = leaf.unflatten(0, (len(rolled.prompts), -1))  # [prompts, G, D]
+        query, positive = grouped[:b], grouped[b : 2 * b]
+        loss = leaf.new_zeros(())
+        advantages = None
+        if stage.infonce > 0:
+            groups = grouped.shape[1]
+            nce = torch.stack([
+                objective.info_nce(query[:, g], positive[:, g], rolled.excluded, stage.temperature)
+                for g in range(groups)
+            ]).mean()  # fmt: skip
+            metrics["infonce"] = nce.item()
+            loss = loss + stage.infonce * nce
+        if stage.ranks:
+            if rolled.negatives is None:
+                negatives = grouped[2 * b :].unflatten(0, (b, -1)).transpose(1, 2)  # [B, G, N, D]
+            else:
+                negatives = rolled.negatives[:, None].expand(-1, grouped.shape[1], -1, -1)
+            r = stage.reward
+            out = elva_kernels.ranking_reward(
+                query, positive, negatives, margin=r.margin, rank_penalty=r.rank_penalty,
+                w_margin=r.w_margin, w_rank=r.w_rank, rank_temperature=r.rank_temperature,
+            )  # fmt: skip
+            reward = out.reward.detach()
+            group = elva_kernels.group_advantages(reward, scale=stage.scale_rewards)  # [B, G]
+            advantages = self._per_row(group, rolled)
+            metrics.update(_reward_metrics(reward, out))
+            loss = loss - stage.pathwise * out.reward.mean()
+        if loss.requires_grad:
+            loss.backward()
+        return leaf.grad, advantages, metrics
+
+    def _collate(self, prompts: list[Prompt]) -> PromptBatch:
+        return self.retriever.inputs.collate(prompts, self.retriever.device)
+
+    def _per_row(self, group: Tensor, rolled: _Rolled) -> Tensor:
+        """[B, G] -> [R]: every sequence of an action shares the action's advantage."""
+        parts = [group, group]
+        rest = len(rolled.prompts) - 2 * rolled.count
+        if rest:
+            parts.append(group.repeat_interleave(rest // rolled.count, 0))
+        return torch.cat(parts).flatten()
+
+    def _backward(
+        self, rolled: _Rolled, gradient: Tensor | None, advantages: Tensor | None
+    ) -> dict[str, float]:
+        """Steps 3 and 4; returns the loss and its parts, averaged as the paper's are."""
+        stage, rollouts = self.stage, rolled.rollouts
+        groups = len(rollouts.ids) // len(rolled.prompts)
+        target = None
+        if stage.lm > 0:
+            assert rolled.captions is not None
+            target = objective.caption_targets(
+                rollouts.ids, rolled.captions.repeat_interleave(groups, 0)
+            )
+        trained = rollouts.finished.sum().clamp(min=1)
+        tokens = None if target is None else (target != -100).sum().clamp(min=1)
+        sums: dict[str, float] = {"loss": 0.0}
+        lengths = [len(p) for p in rolled.prompts for _ in range(groups)]
+        for rows in batches_by_length(lengths, stage.micro_batch_size):
+            index = torch.tensor(rows, device=self.retriever.device)
+            part = rollouts.select(index)
+            prompts = self._collate([rolled.prompts[i // groups] for i in rows])
+            hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
+            losses: dict[str, Tensor] = {}
+            if gradient is not None:
+                at_ret = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
+                losses["surrogate"] = (at_ret * gradient[index]).sum()
+            if target is not None or stage.policy > 0:
+                logits = self.retriever.plain.lm_head(hidden[:, :-1])
+            if target is not None and tokens is not None:
+                wanted = target[index, : part.ids.shape[1]]
+                losses["lm"] = stage.lm * F.cross_entropy(
+                    logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="sum"
+                ) / tokens  # fmt: skip
+            if stage.policy > 0:
+                assert advantages is not None
+                loss, kl = self._policy(prompts, part, logits, advantages[index])
+                losses["policy"] = stage.policy * loss[part.finished].sum() / trained
+                sums["kl"] = sums.get("kl", 0.0) + (kl[part.finished].sum() / trained).item()
+            total = torch.stack(list(losses.values())).sum()
+            self.accelerator.backward(total)
+            for name, value in losses.items():
+                if name != "surrogate":
+                    sums[name] = sums.get(name, 0.0) + value.item()
+                    sums["loss"] += value.item()
+        return sums
+
+    def _policy(
+        self, prompts: Any, part: Rollouts, logits: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        stage, banned = self.stage, self.retriever.inputs.banned_ids
+        new = token_log_probs(logits, part.ids, stage.sampling_temperature, banned)
+        reference = new.detach()
+        if stage.beta > 0:
+            with torch.no_grad(), self._as_reference() as model:
+                hidden = model.hidden_states(prompts, part.ids, part.mask)
+                reference = token_log_probs(
+                    model.plain.lm_head(hidden[:, :-1]),
+                    part.ids,
+                    stage.sampling_temperature,
+                    banned,
+                )
+        return objective.policy_loss(
+            new, part.log_probs, reference, advantages, part.mask,
+            clip_epsilon=stage.clip_epsilon, beta=stage.beta,
+        )  # fmt: skip
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Retriever]:
+        """The model this stage started from: a frozen copy, or the weights under a fresh adapter."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            assert isinstance(self.retriever.model, PeftModel)
+            with self.retriever.model.disable_adapter():
+                yield self.retriever
+
+    @torch.no_grad()
+    def _current_embeddings(self, rolled: _Rolled) -> Tensor:
+        """[RET] embeddings of kept rollouts under the weights of now (num_iterations > 1)."""
+        rollouts = rolled.rollouts
+        groups = len(rollouts.ids) // len(rolled.prompts)
+        out = torch.zeros_like(rollouts.embeddings)
+        lengths = [len(p) for p in rolled.prompts for _ in range(groups)]
+        for rows in batches_by_length(lengths, self.stage.micro_batch_size):
+            part = rollouts.select(torch.tensor(rows, device=out.device))
+            prompts = self._collate([rolled.prompts[i // groups] for i in rows])
+            hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
+            out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
+        return out
+
+    # -- captions ------------------------------------------------------------------------------------
+
+    def _caption_ids(self, captions: list[str | None]) -> Tensor:
+        """[len(captions), S] token ids, each ending in [RET]; a row without a caption is all -100."""
+        ids = [
+            []
+            if c is None
+            else self.retriever.inputs.tokenizer(c, add_special_tokens=False).input_ids
+            for c in captions
+        ]
+        limit = self.stage.max_completion_length
+        rows = [[*i[: limit - 1], self.retriever.inputs.ret_id] if i else [] for i in ids]
+        out = torch.full((len(rows), max(1, *map(len, rows))), -100)
+        for k, row in enumerate(rows):
+            out[k, : len(row)] = torch.tensor(row)
+        return out.to(self.retriever.device)
+
+    # -- checkpoints ---------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Everything that the next step depends on: weights, moments, mined negatives, counters."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        names = {p: n for n, p in self.model.named_parameters()}
+        moments = {
+            f"{names[p]}|{key}": value
+            for p, entry in optimizer.state.items()
+            for key, value in entry.items()
+        }
+        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        groups = {"weights": weights, "optimizer": moments}
+        if self.negatives is not None:
+            groups["mined"] = self.negatives.state()
+        checkpoint.save(
+            self.directory,
+            self.state.global_step,
+            groups,
+            {"elapsed": self.elapsed},
+            lambda partial: self.state.save_to_json(str(partial / TRAINER_STATE_NAME)),
+        )
+        checkpoint.prune(self.directory, keep=2)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        tensors, state = checkpoint.load(Path(resume_from_checkpoint))
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors["weights"].items():
+                parameters[name].copy_(value)
+        if self.negatives is not None:
+            self.negatives.restore(tensors["mined"])
+        self.elapsed_before = state["elapsed"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        tensors, _ = _load_checkpoint(Path(checkpoint))
+        parameters = dict(self.model.named_parameters())
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        for name, value in tensors["optimizer"].items():
+            parameter, key = name.rsplit("|", 1)
+            device = "cpu" if key == "step" else self.args.device
+            optimizer.state[parameters[parameter]][key] = value.to(device)
+        scheduler = self.lr_scheduler
+        scheduler.last_epoch = self.state.global_step
+        for group, base, factor in zip(
+            optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(scheduler.last_epoch)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: every random number is a pure function of (seed, stage, step)."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's own, or for a stage limited by the clock its cosine over the seconds."""
+        if self.length.seconds is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        budget = self.length.seconds
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed / budget))),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: Trainer's formula knows nothing of rollouts."""
+        return 0
+
+
+def _arguments(
+    stage: StageConfig, steps: int, directory: Path, extra: Mapping[str, Any]
+) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 1,
+        "max_steps": steps,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": stage.schedule,
+        "warmup_steps": max(1, round(stage.warmup_ratio * steps)),
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    arguments = TrainingArguments(**{**settings, **extra})
+    if arguments.world_size > 1:
+        raise ValueError(
+            f"train: the number of processes must be 1, got {arguments.world_size}; "
+            "training on several is not supported yet"
+        )
+    return arguments
+
+
+def _frozen_copy(retriever: Retriever) -> Retriever | None:
+    """The KL reference. Under LoRA none is needed: without the adapter the model is the one that began."""
+    if isinstance(retriever.model, PeftModel):
+        return None
+    frozen = copy.copy(retriever)  # shares prompts and picture features
+    frozen.model = copy.deepcopy(retriever.model).requires_grad_(False)
+    return frozen
+
+
+def _summary_metrics(rollouts: Rollouts) -> dict[str, float]:
+    return {
+        "completion_length": rollouts.mask.sum(1).float().mean().item(),
+        "frac_no_ret": 1.0 - rollouts.finished.float().mean().item(),
+    }
+
+
+def _reward_metrics(reward: Tensor, out: elva_kernels.RankingReward) -> dict[str, float]:
+    """What shows a collapse or a hack early."""
+    rank = out.rank.float()
+    spread = reward.amax(1) - reward.amin(1)
+    return {
+        "reward": reward.mean().item(),
+        "reward_std": reward.std(1, unbiased=False).mean().item(),
+        "frac_zero_std": (spread < 1e-6).float().mean().item(),
+        "margin_reward": out.margin_reward.mean().item(),
+        "rank_reward": out.rank_reward.mean().item(),
+        "positive_score": out.scores[..., 0].mean().item(),
+        "mean_score": out.scores.mean().item(),
+        "rank_1": (rank == 1).float().mean().item(),
+        "rank_2_3": ((rank >= 2) & (rank <= 3)).float().mean().item(),
+        "rank_4_10": ((rank >= 4) & (rank <= 10)).float().mean().item(),
+        "rank_11_up": (rank > 10).float().mean().item(),
+    }
+
+
+class _Clock(TrainerCallback):
+    """Saves every so many seconds, at rollout boundaries, and ends a stage whose time is up."""
+
+    def __init__(self, trainer: StageTrainer, save_seconds: float) -> None:
+        self.trainer, self.save_seconds = trainer, save_seconds
+        self.saved_at = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        seconds = self.trainer.length.seconds
+        if seconds is not None and self.trainer.elapsed >= seconds:
+            control.should_training_stop = True
+        boundary = state.global_step % self.trainer.stage.num_iterations == 0
+        due = time.perf_counter() - self.saved_at >= self.save_seconds
+        if boundary and due and state.global_step < args.max_steps:
+            self.trainer.save()
+            self.saved_at = time.perf_counter()
+        return control
