@@ -98,7 +98,7 @@ def reward_from_scores(
     rank_temperature: float = 0.0,
 ) -> RankingReward:
     """Eq. 2 to 6 on given scores. A group with a live non-finite score has a NaN reward."""
-    scores = scores.to(compute_dtype(scores.dtype))
+    scores = scores.to(compute_dtype(scores.dtype)).contiguous()  # sums in the same order
     live = _live(scores, mask)
     counted = torch.where(live, scores, 0.0)
     sound = torch.isfinite(counted).all(-1)

@@ -3,21 +3,40 @@
 import pytest
 import torch
 
-from elva_kernels import available_backends, reference
+from elva_kernels import available_backends, doctor, reference
 from tests import tolerances
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 OPEN_HINGE = WEIGHTS | {"margin": -1.0, "rank_penalty": 0.1}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
-_REASONS = available_backends()
+
+def _backends(*names):
+    """Parameters of a test, `backend` or `backend:level`; what cannot run here says why."""
+    reasons = available_backends()
+    native = doctor().native
+    for name in names:
+        backend, _, level = name.partition(":")
+        reason = reasons[backend]
+        if reason is None and level and level not in native["levels"]:
+            reason = f"this CPU has no {level}"
+        yield pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+
+
 BACKENDS = [
-    pytest.param(
-        name, marks=pytest.mark.skipif(_REASONS[name] is not None, reason=str(_REASONS[name]))
-    )
-    for name in (
+    *_backends(
         "reference",
         "cpu",
+    )
+]
+# Where numbers are at stake, each set of instructions that the cpu backend can choose.
+EVERY_LEVEL = [
+    *_backends(
+        "reference",
+        "cpu:avx512bf16",
+        "cpu:avx512",
+        "cpu:avx2",
+        "cpu:plain",
     )
 ]
 
@@ -98,10 +117,10 @@ def check_gradients(gradients, truths, inputs, dtype):
 
 
 def same_bits(a, b):
-    """Equal to the last bit, NaN included; -0.0 is not 0.0."""
+    """Equal to the last bit: -0.0 is not 0.0. Any NaN equals any other: its payload is no value."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_floating_point():
+        a, b = (torch.where(x.isnan(), torch.nan, x) for x in (a, b))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
-    )
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))

@@ -8,8 +8,8 @@ import torch
 from elva_kernels import RankingReward, ranking_reward, ranking_reward_and_grad, reference
 from tests import tolerances
 from tests.kernels.cases import (
-    BACKENDS,
     DTYPES,
+    EVERY_LEVEL,
     OPEN_HINGE,
     SHAPES,
     WEIGHTS,
@@ -22,7 +22,7 @@ from tests.kernels.cases import (
 )
 
 pytestmark = [
-    pytest.mark.parametrize("backend", BACKENDS),
+    pytest.mark.parametrize("backend", EVERY_LEVEL, indirect=True),
     pytest.mark.usefixtures("nan_filled_memory"),
 ]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

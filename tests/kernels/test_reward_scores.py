@@ -1,0 +1,139 @@
+"""The contract of `reward_from_scores` on every backend, and of `group_advantages`."""
+
+import math
+
+import pytest
+import torch
+
+from elva_kernels import group_advantages, ranking_reward, reference, reward_from_scores
+from tests import tolerances
+from tests.kernels.cases import (
+    DTYPES,
+    EVERY_LEVEL,
+    OPEN_HINGE,
+    WEIGHTS,
+    embeddings,
+    layouts,
+    same_bits,
+)
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+each_backend = pytest.mark.parametrize("backend", EVERY_LEVEL, indirect=True)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (4, 2), (2, 3, 9), (0, 4), (3, 101), (2, 1000)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_gradients(backend, dtype, shape, masked):
+    scores = (torch.randn(shape) * 2).to(dtype)
+    mask = torch.rand(*shape[:-1], shape[-1] - 1) < 0.7 if masked else None
+    weight = torch.randn(shape[:-1], dtype=reference.compute_dtype(dtype))
+    for weights in (WEIGHTS, OPEN_HINGE):
+        leaf = scores.clone().requires_grad_()
+        result = reward_from_scores(leaf, mask=mask, backend=backend, **weights)
+        result.reward.backward(weight)
+        exact = reference.reward_from_scores(scores.double(), mask, **weights)
+        assert torch.equal(result.rank, exact.rank)
+        assert torch.equal(result.scores.double(), exact.scores)
+        penalty = weights["rank_penalty"] * (math.lgamma(shape[-1] + 1) + shape[-1])
+        largest = 1 + scores.double().abs().max() if scores.numel() else 1
+        allowed = tolerances.REWARD[result.reward.dtype] * (3 + penalty) * largest
+        for name in ("reward", "margin_reward", "rank_reward"):
+            error = (getattr(result, name).double() - getattr(exact, name)).abs()
+            assert (error <= allowed).all()
+        truth = reference.reward_from_scores_backward(
+            scores.double(), mask, weight.double(), **weights
+        )
+        bound = tolerances.GRADIENT[dtype] + tolerances.half_ulp(truth, dtype)
+        assert leaf.grad.dtype == dtype
+        assert ((leaf.grad.double() - truth).abs() <= bound).all()
+        if masked:
+            assert (leaf.grad[..., 1:][~mask] == 0).all()
+
+
+@each_backend
+@each_dtype
+def test_agrees_with_ranking_reward_on_its_scores(backend, dtype):
+    inputs = embeddings((6,), 30, 24, dtype)
+    mask = torch.rand(6, 30) < 0.7
+    result = ranking_reward(*inputs, mask=mask, backend=backend)
+    again = reward_from_scores(result.scores, mask=mask, backend=backend)
+    for a, b in zip(result, again, strict=True):
+        assert same_bits(a, b)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_score_stays_in_its_group(backend, bad):
+    scores = torch.randn(5, 8)
+    clean = scores.clone().requires_grad_()
+    expected = reward_from_scores(clean, backend=backend)
+    expected.reward.sum().backward()
+    for place in (0, 3):
+        dirty = scores.clone()
+        dirty[2, place] = bad
+        dirty.requires_grad_()
+        result = reward_from_scores(dirty, backend=backend)
+        result.reward.sum().backward()
+        others = [0, 1, 3, 4]
+        for a, b in zip((*result, dirty.grad), (*expected, clean.grad), strict=True):
+            assert same_bits(a[others], b[others])
+        assert torch.isnan(result.reward[2])
+        assert torch.isnan(dirty.grad[2]).all()
+        if place == 0:
+            assert result.rank[2] == 8
+        hidden = torch.ones(5, 7, dtype=torch.bool)
+        if place:
+            hidden[2, place - 1] = False
+            assert reward_from_scores(dirty, mask=hidden, backend=backend).reward.isfinite().all()
+
+
+@each_backend
+@each_dtype
+def test_layouts_and_shared_scores(backend, dtype):
+    scores = torch.randn(4, 3, 11).to(dtype)
+    expected = reward_from_scores(scores, backend=backend)
+    for name, given in layouts(scores).items():
+        for a, b in zip(reward_from_scores(given, backend=backend), expected, strict=True):
+            assert same_bits(a, b), name
+    mask = torch.rand(5, 11) < 0.8
+    shared = torch.randn(12).to(dtype).requires_grad_()
+    reward = reward_from_scores(shared, mask=mask, backend=backend).reward
+    assert reward.shape == (5,)
+    reward.sum().backward()
+    truth = reference.reward_from_scores_backward(
+        shared.detach().double(), mask, torch.ones(5, dtype=torch.float64), **WEIGHTS
+    )
+    bound = 5 * tolerances.GRADIENT[dtype] + tolerances.half_ulp(truth, dtype)
+    assert ((shared.grad.double() - truth).abs() <= bound).all()
+
+
+@each_backend
+def test_ties_and_signed_zeros(backend):
+    scores = torch.tensor([[0.5, 0.5, 0.9, 0.5], [0.0, -0.0, 0.0, -1.0], [-0.0, 0.0, 1.0, -1.0]])
+    result = reward_from_scores(scores, backend=backend)
+    assert result.rank.tolist() == [4, 3, 3]
+
+
+class TestGroupAdvantages:
+    @each_dtype
+    def test_dtype_and_detachment(self, dtype):
+        reward = torch.randn(3, 4).to(dtype).requires_grad_()
+        advantages = group_advantages(reward)
+        assert advantages.dtype == reference.compute_dtype(dtype)
+        assert not advantages.requires_grad
+
+    def test_default_is_the_groups_standard_deviation(self):
+        reward = torch.randn(3, 4)
+        assert same_bits(group_advantages(reward), group_advantages(reward, scale="std"))
+        centred = reward - reward.mean(-1, keepdim=True)
+        expected = centred / (reward.std(-1, keepdim=True) + 1e-4)
+        torch.testing.assert_close(group_advantages(reward), expected, rtol=0, atol=1e-6)
+
+    def test_sums_to_zero_and_follows_the_reward(self):
+        advantages = group_advantages(torch.randn(50, 8) * 100)
+        assert advantages.sum(-1).abs().max() < 1e-5
+        reward = torch.randn(1, 8)
+        assert torch.equal(group_advantages(reward).argsort(), reward.argsort())
