@@ -12,7 +12,7 @@ EMOJI_PROMPTS = {
     ("image", "text"): ("Name the picture.", "What is this?", "Describe this.", "Find its name."),
     ("image,text", "image"): (
         "Change the picture.",
-        "Same, but",
+        "Alter this.",
         "Edit this.",
         "Find the variant.",
     ),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -283,22 +282,22 @@ def concatenate(pools: Sequence[Pool]) -> Pool:
 
 
 def _decode(source: Path | bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(opened, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
-            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise ValueError(f"{width} x {height} is longer than {MAX_ASPECT_RATIO}:1")
-            return _flatten(image)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    # Whatever Pillow would warn of as a decompression bomb is refused here, still undecoded.
+    with Image.open(opened, formats=IMAGE_FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(f"{width} x {height} is longer than {MAX_ASPECT_RATIO}:1")
+        return _flatten(image)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image.copy()
+    if image.mode.startswith("I"):
+        # 16 bits a pixel; Pillow would clip them to 8 instead of scaling.
+        image = image.point(lambda value: value * (1 / 256))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

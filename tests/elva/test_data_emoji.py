@@ -468,6 +468,16 @@ def test_a_torn_cache_is_built_again(tmp_path, monkeypatch, small_builds, damage
     assert corpus.cached(32) != folder
 
 
+def test_what_a_killed_build_left_is_cleared(tmp_path, monkeypatch, small_builds):
+    monkeypatch.setenv("ELVA_CACHE", str(tmp_path))
+    folder = corpus.cached()
+    left = tmp_path / f".{folder.name}.tmp-killed"
+    (left / "new").mkdir(parents=True)
+    (folder / "manifest.json").unlink()
+    corpus.cached()
+    assert not left.exists() or sys.platform == "win32"
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELVA_CACHE", str(tmp_path / "file"))
