@@ -59,11 +59,12 @@ def _launcher(
 def _ranking_reward(
     query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *rest: Any
 ) -> Tensors:
-    *weights, save = rest
-    launch, named = _launcher("ranking_reward", query.device, tuple(weights))
-    leading = _leading(query, positive, negatives, mask)
-    inputs = _expand_inputs(query, positive, negatives, leading=leading)
-    return cast(Tensors, launch(*inputs, _expand(mask, leading, 1), save=save, **named))
+    launch, named = _launcher("ranking_reward", query.device, rest[:-1])
+    leading, shared = _leading(query, positive, negatives, mask)
+    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
+    if shared:
+        inputs = _expand_inputs(inputs, leading)
+    return cast(Tensors, launch(*inputs, save=rest[-1], **named))
 
 
 def _ranking_reward_backward(
@@ -76,13 +77,14 @@ def _ranking_reward_backward(
     *weights: Any,
 ) -> Tensors:
     launch, named = _launcher("ranking_reward_backward", query.device, weights)
-    leading = _leading(query, positive, negatives, mask)
-    inputs = [query, positive, negatives]
-    if _is_shared_half(query, positive, negatives, leading):
-        inputs = [x.to(compute_dtype(x.dtype)) for x in inputs]
-    expanded = _expand_inputs(*inputs, leading=leading)
-    gradients = launch(*expanded, _expand(mask, leading, 1), saved, grad_reward, **named)
-    return tuple(map(_reduce, gradients, (query, positive, negatives)))
+    leading, shared = _leading(query, positive, negatives, mask)
+    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
+    if not shared:
+        return cast(Tensors, launch(*inputs, saved, grad_reward, **named))
+    # A shared tensor's gradient is a sum over groups: of float32 terms, to be rounded once.
+    exact = [x.to(compute_dtype(x.dtype)) for x in inputs[:3]]
+    expanded = _expand_inputs((*exact, inputs[3]), leading)
+    return _reduce(launch(*expanded, saved, grad_reward, **named), (query, positive, negatives))
 
 
 def _ranking_reward_and_grad(
@@ -93,19 +95,17 @@ def _ranking_reward_and_grad(
     weight: Tensor | None,
     *weights: Any,
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask)
-    if _is_shared_half(query, positive, negatives, leading):
-        # The gradients are computed in float32 here, the values as ever: bit for bit the same.
-        *values, saved = _ranking_reward(query, positive, negatives, mask, *weights, True)
-        upstream = values[0].new_ones(()) if weight is None else weight
-        grads = _ranking_reward_backward(
-            query, positive, negatives, mask, saved, upstream.expand(leading), *weights
-        )
-        return *values, *grads
-    launch, named = _launcher("ranking_reward_and_grad", query.device, weights)
-    inputs = _expand_inputs(query, positive, negatives, leading=leading)
-    results = launch(*inputs, _expand(mask, leading, 1), _expand(weight, leading, 0), **named)
-    return *results[:5], *map(_reduce, results[5:], (query, positive, negatives))
+    leading, shared = _leading(query, positive, negatives, mask)
+    if weight is not None:
+        weight = weight.expand(leading)
+    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
+    if not shared:
+        launch, named = _launcher("ranking_reward_and_grad", query.device, weights)
+        return cast(Tensors, launch(*inputs, weight, **named))
+    # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
+    *values, saved = _ranking_reward(*inputs, *weights, True)
+    upstream = torch.ones_like(values[0]) if weight is None else weight
+    return *values, *_ranking_reward_backward(*inputs, saved, upstream, *weights)
 
 
 def _reward_from_scores(scores: Tensor, mask: Tensor | None, *weights: Any) -> Tensors:
@@ -121,22 +121,24 @@ def _reward_from_scores_backward(
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
-    (grad_scores,) = launch(*inputs, grad_reward, **named)
-    return _reduce(grad_scores, scores)
+    return _reduce(launch(*inputs, grad_reward, **named), (scores,))[0]
 
 
-def _leading(query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None) -> torch.Size:
-    """The common leading shape `*`."""
+def _leading(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+) -> tuple[torch.Size, bool]:
+    """The common leading shape `*`, and whether groups share an embedding, which then lacks it."""
     leading = query.shape[:-1]
     if (
         positive.shape[:-1] == leading
         and negatives.shape[:-2] == leading
         and (mask is None or mask.shape[:-1] == leading)
     ):
-        return leading
+        return leading, False
     masks = () if mask is None else (mask.shape[:-1],)
-    shapes = (positive.shape[:-1], negatives.shape[:-2], *masks)
-    return torch.Size(torch.broadcast_shapes(leading, *shapes))
+    shapes = (leading, positive.shape[:-1], negatives.shape[:-2])
+    common = torch.Size(torch.broadcast_shapes(*shapes, *masks))
+    return common, any(shape != common for shape in shapes)
 
 
 def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
@@ -153,27 +155,17 @@ def _expand(tensor: Any, leading: torch.Size, kept: int) -> Any:
     return tensor.expand(*leading, *tensor.shape[tensor.dim() - kept :])
 
 
-def _expand_inputs(
-    query: Tensor, positive: Tensor, negatives: Tensor, *, leading: torch.Size
-) -> Tensors:
-    return _expand(query, leading, 1), _expand(positive, leading, 1), _expand(negatives, leading, 2)
+def _expand_inputs(inputs: tuple[Any, ...], leading: torch.Size) -> tuple[Any, ...]:
+    """(query, positive, negatives, mask) over one leading shape."""
+    return tuple(_expand(x, leading, kept) for x, kept in zip(inputs, (1, 1, 2, 1), strict=True))
 
 
-def _is_shared_half(
-    query: Tensor, positive: Tensor, negatives: Tensor, leading: torch.Size
-) -> bool:
-    """Whether a half tensor is shared by groups: its gradient is a sum, to be rounded once only."""
-    shared = not (
-        query.shape[:-1] == leading
-        and positive.shape[:-1] == leading
-        and negatives.shape[:-2] == leading
+def _reduce(gradients: Tensors, inputs: Tensors) -> Tensors:
+    """Each gradient summed over the groups that share its input, in the input's dtype."""
+    return tuple(
+        gradient.sum_to_size(x.shape).to(x.dtype)
+        for gradient, x in zip(gradients, inputs, strict=True)
     )
-    return shared and query.dtype != compute_dtype(query.dtype)
-
-
-def _reduce(gradient: Tensor, like: Tensor) -> Tensor:
-    """`gradient` summed over the dimensions that `like` shares among groups, in `like`'s dtype."""
-    return gradient.sum_to_size(like.shape).to(like.dtype)
 
 
 def _like_reward(scores_dtype: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
@@ -187,7 +179,7 @@ def _like_reward(scores_dtype: Tensor, leading: torch.Size, n_candidates: int) -
 def _fake_ranking_reward(
     query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *rest: Any
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask)
+    leading = _leading(query, positive, negatives, mask)[0]
     n = negatives.shape[-2]
     saved = (*leading, 2 * n + 3) if rest[-1] else (0,)
     return *_like_reward(query, leading, n + 1), query.new_empty(saved, dtype=torch.float64)
@@ -200,7 +192,7 @@ def _fake_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *_: Any)
 def _fake_reward_and_grad(
     query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask)
+    leading = _leading(query, positive, negatives, mask)[0]
     values = _like_reward(query, leading, negatives.shape[-2] + 1)
     return *values, *_fake_gradients(query, positive, negatives)
 

@@ -1,0 +1,296 @@
+"""Hostile arguments: each is refused before anything runs, in one line that says what to do."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from elva_kernels import (
+    BackendUnavailable,
+    RankingRewardLoss,
+    dispatch,
+    group_advantages,
+    ranking_reward,
+    ranking_reward_and_grad,
+    reward_from_scores,
+)
+
+Q, P, N = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
+MASK = torch.ones(3, 5, dtype=torch.bool)
+META = torch.empty(3, 8, device="meta")
+
+EMBEDDINGS = [
+    (
+        {"query": None},
+        TypeError,
+        "query must be a tensor [*, D], got NoneType; use torch.as_tensor",
+    ),
+    ({"query": [[1.0] * 8] * 3}, TypeError, "query must be a tensor [*, D], got list"),
+    ({"positive": np.ones((3, 8))}, TypeError, "positive must be a tensor [*, D], got ndarray"),
+    (
+        {"query": Q.long()},
+        TypeError,
+        "query must be bfloat16, float16, float32 or float64, got torch.int64",
+    ),
+    ({"query": Q.to(torch.complex64)}, TypeError, "got torch.complex64; convert it with .to()"),
+    (
+        {"negatives": N.half()},
+        TypeError,
+        "negatives must have query's dtype torch.float32, got torch.float16",
+    ),
+    (
+        {"positive": P.double()},
+        TypeError,
+        "positive must have query's dtype torch.float32, got torch.float64",
+    ),
+    (
+        {"positive": META},
+        ValueError,
+        "positive must be on the first tensor's device cpu, got meta; move it with .to('cpu')",
+    ),
+    (
+        {"mask": MASK.to("meta")},
+        ValueError,
+        "mask must be on the first tensor's device cpu, got meta",
+    ),
+    (
+        {"query": Q.to_sparse()},
+        ValueError,
+        "query must be dense, got torch.sparse_coo; use .to_dense()",
+    ),
+    ({"query": torch.tensor(1.0)}, ValueError, "query must have shape [*, D], got shape []"),
+    ({"negatives": N[0, 0]}, ValueError, "negatives must have shape [*, N, D], got shape [8]"),
+    (
+        {"query": Q[:, :0], "positive": P[:, :0], "negatives": N[:, :, :0]},
+        ValueError,
+        "query must have D >= 1, got shape [3, 0]",
+    ),
+    ({"positive": P[:, :4]}, ValueError, "positive must have query's D = 8, got shape [3, 4]"),
+    (
+        {"negatives": N[..., :4]},
+        ValueError,
+        "negatives must have query's D = 8, got shape [3, 5, 4]",
+    ),
+    (
+        {"positive": P[:2]},
+        ValueError,
+        "positive must have leading dimensions that broadcast with [3], got [2]",
+    ),
+    (
+        {"negatives": N[:2]},
+        ValueError,
+        "negatives must have leading dimensions that broadcast with [3], got [2]",
+    ),
+    (
+        {"mask": MASK[:2]},
+        ValueError,
+        "mask must have leading dimensions that broadcast with [3], got [2]",
+    ),
+    ({"mask": MASK[:, :4]}, ValueError, "mask must have shape [*, N] with N = 5, got shape [3, 4]"),
+    (
+        {"mask": torch.tensor(True)},
+        ValueError,
+        "mask must have shape [*, N] with N = 5, got shape []",
+    ),
+    (
+        {"mask": MASK.float()},
+        TypeError,
+        "live, got torch.float32; convert it with .bool()",
+    ),
+    ({"mask": [[True] * 5] * 3}, TypeError, "mask must be a bool tensor [*, N], got list"),
+    ({"mask": MASK.to_sparse()}, ValueError, "mask must be dense"),
+]
+
+SCALARS = [
+    ({"margin": math.nan}, ValueError, "got nan"),
+    ({"margin": -math.inf}, ValueError, "got -inf"),
+    ({"margin": None}, TypeError, "margin must be a number, got NoneType None"),
+    ({"margin": True}, TypeError, "margin must be a number, got bool True"),
+    ({"margin": "0.1"}, TypeError, "margin must be a number, got str '0.1'"),
+    ({"margin": 0.1j}, TypeError, "margin must be a number, got complex"),
+    ({"margin": torch.tensor(0.1)}, TypeError, "margin must be a number, got Tensor"),
+    ({"rank_penalty": -0.1}, ValueError, "rank_penalty must be finite and at least 0, got -0.1"),
+    ({"w_margin": math.inf}, ValueError, "w_margin must be finite and at least 0, got inf"),
+    ({"w_rank": -1}, ValueError, "w_rank must be finite and at least 0, got -1.0"),
+    ({"rank_temperature": -1.0}, ValueError, "rank_temperature must be finite and at least 0"),
+    ({"rank_temperature": math.nan}, ValueError, "rank_temperature must be finite"),
+    ({"rank_temperature": 1e-9}, ValueError, "rank_temperature must be 0 or at least 1e-06"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu, reference, got 'gpu'"),
+    ({"backend": None}, ValueError, "backend must be one of auto, cpu, reference, got None"),
+    (
+        {"backend": "cpu", "rank_temperature": 0.1},
+        BackendUnavailable,
+        "backend must run here, got 'cpu'; cpu computes rank_temperature = 0 only",
+    ),
+]
+
+
+def refused(function, error, message, *arguments, **options):
+    with pytest.raises(error) as caught:
+        function(*arguments, **options)
+    text = str(caught.value)
+    assert type(caught.value) is error
+    assert message in text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("function", [ranking_reward, ranking_reward_and_grad])
+@pytest.mark.parametrize(("change", "error", "message"), EMBEDDINGS + SCALARS, ids=str)
+def test_embeddings(function, change, error, message):
+    options = {"query": Q, "positive": P, "negatives": N} | change
+    text = refused(function, error, message, **options)
+    assert text.startswith(f"{function.__name__}: ")
+
+
+@pytest.mark.parametrize("function", [ranking_reward, RankingRewardLoss])
+@pytest.mark.parametrize("margin", [2.1, -2.1, 3])
+def test_margin_is_a_cosine_difference(function, margin):
+    tensors = (Q, P, N) if function is ranking_reward else ()
+    refused(function, ValueError, "margin must be in [-2, 2], got", *tensors, margin=margin)
+    assert reward_from_scores(torch.randn(4), margin=margin).reward.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (1.0, TypeError, "weight must be a tensor [*], got float"),
+        (
+            torch.ones(2),
+            ValueError,
+            "weight must broadcast to the reward's shape [3], got shape [2]",
+        ),
+        (
+            torch.ones(1, 3),
+            ValueError,
+            "weight must broadcast to the reward's shape [3], got shape [1, 3]",
+        ),
+        (
+            torch.ones(3, dtype=torch.int32),
+            TypeError,
+            "weight must be bfloat16, float16, float32 or float64",
+        ),
+        (
+            torch.ones(3, device="meta"),
+            ValueError,
+            "weight must be on the first tensor's device cpu",
+        ),
+    ],
+)
+def test_weight(weight, error, message):
+    refused(ranking_reward_and_grad, error, message, Q, P, N, weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "scores must be a tensor [*, C], got NoneType"),
+        (
+            torch.ones(3, 0),
+            {},
+            ValueError,
+            "scores must hold the positive's in column 0, got shape [3, 0]",
+        ),
+        (torch.tensor(1.0), {}, ValueError, "scores must have shape [*, C], got shape []"),
+        (torch.ones(3, 6).int(), {}, TypeError, "scores must be bfloat16"),
+        (
+            torch.ones(3, 6),
+            {"mask": torch.ones(3, 6).bool()},
+            ValueError,
+            "mask must have shape [*, N] with N = 5",
+        ),
+        (
+            torch.ones(3, 6),
+            {"mask": torch.ones(2, 5).bool()},
+            ValueError,
+            "mask must have leading dimensions",
+        ),
+    ],
+)
+def test_scores(scores, options, error, message):
+    text = refused(reward_from_scores, error, message, scores, **options)
+    assert text.startswith("reward_from_scores: ")
+
+
+@pytest.mark.parametrize(("change", "error", "message"), SCALARS, ids=str)
+def test_scalars_beside_scores_and_in_the_module(change, error, message):
+    refused(reward_from_scores, error, message, torch.randn(4), **change)
+    if error is not BackendUnavailable:
+        refused(RankingRewardLoss, error, message, **change)
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "error", "message"),
+    [
+        ([1.0], {}, TypeError, "reward must be a tensor [*, G], got list"),
+        (torch.tensor(1.0), {}, ValueError, "reward must have shape [*, G], got shape []"),
+        (
+            torch.ones(2, 0),
+            {},
+            ValueError,
+            "reward must hold a rollout in each group, got shape [2, 0]",
+        ),
+        (torch.ones(2, 3).long(), {}, TypeError, "reward must be bfloat16"),
+        (
+            torch.ones(2, 3),
+            {"scale": "group"},
+            ValueError,
+            "scale must be one of std, batch, none, got 'group'",
+        ),
+        (torch.ones(2, 3), {"std_eps": -1e-4}, ValueError, "std_eps must be finite and at least 0"),
+        (
+            torch.ones(2, 3),
+            {"std_eps": math.nan},
+            ValueError,
+            "std_eps must be finite and at least 0",
+        ),
+    ],
+)
+def test_advantages(reward, options, error, message):
+    text = refused(group_advantages, error, message, reward, **options)
+    assert text.startswith("group_advantages: ")
+
+
+def test_named_backend_on_another_device():
+    meta = [x.to("meta") for x in (Q, P, N)]
+    message = "backend must run here, got 'cpu'; cpu takes tensors on cpu, these are on meta"
+    # A meta tensor never reaches a launcher, so the table itself is asked.
+    refused(dispatch.launcher, BackendUnavailable, message, "ranking_reward", "cpu", "meta")
+    assert ranking_reward(*meta).scores.shape == (3, 6)
+
+
+def test_check_finite_names_the_rows():
+    negatives = N.clone()
+    negatives[1, 2, 3], negatives[2, 0, 0] = math.nan, math.inf
+    for function in (ranking_reward, ranking_reward_and_grad):
+        refused(
+            function,
+            ValueError,
+            "negatives must be finite, got NaN or inf in rows [1, 2], [2, 0]",
+            Q,
+            P,
+            negatives,
+            check_finite=True,
+        )
+        mask = MASK.clone()
+        mask[1, 2] = mask[2, 0] = False
+        function(Q, P, negatives, mask=mask, check_finite=True)
+    many = torch.full((20, 8), math.nan)
+    refused(ranking_reward, ValueError, "and 12 more", many, P[:1], N[:1], check_finite=True)
+    scores = torch.randn(3, 6)
+    scores[2, 4] = math.nan
+    message = "scores must be finite, got NaN or inf in entries [2, 4]"
+    refused(reward_from_scores, ValueError, message, scores, check_finite=True)
+    assert math.isnan(reward_from_scores(scores).reward[2])
+
+
+def test_numbers_of_any_real_type_are_taken():
+    expected = ranking_reward(Q, P, N, margin=1.0, w_rank=0.5).reward
+    for margin, w_rank in [(1, np.float32(0.5)), (np.int64(1), np.float64(0.5))]:
+        assert torch.equal(ranking_reward(Q, P, N, margin=margin, w_rank=w_rank).reward, expected)
+
+
+def test_arguments_after_the_tensors_are_keyword_only():
+    with pytest.raises(TypeError):
+        ranking_reward(Q, P, N, MASK)
