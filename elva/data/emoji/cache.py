@@ -30,7 +30,7 @@ if sys.platform != "win32":
 
 FORMAT = "elva-emoji"
 # Part of the cache's name: raise it when the same packages would give other files.
-VERSION = 4
+VERSION = 5
 SIZES = range(16, 513)
 _MANIFEST = "manifest.json"
 _SCRATCH = ".tmp-"

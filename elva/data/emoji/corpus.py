@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 from PIL import Image
 
 from elva.data.emoji.names import Name, name_of
@@ -20,6 +22,15 @@ LANGUAGES = ("es", "fr")
 CLDR = Path("/usr/share/unicode/cldr/common")
 _KEYWORD_FILES = ("annotations/en.xml", "annotationsDerived/en.xml")
 _MIN_ALIAS = 4  # Shorter aliases are codes ("fr", "v"), not words.
+
+
+# OpenMoji 17's font fills the frames of "P button" and "NEW button": red squares, no letters.
+_MISDRAWN = {"\U0001f17f\ufe0f", "\U0001f195"}
+# Ours, measured on OpenMoji 17 at 64 px: drawings that look the same to the eye differ by up to
+# 40 of 255 in any pixel ("man: bald", "woman: bald"), the nearest that do not by 44 or more (a
+# skin tone in the few pixels of "person in bed").
+_JUDGED_SIZE = 64
+_SAME_DRAWING = 41
 
 
 @dataclass(frozen=True)
@@ -51,13 +62,11 @@ def collect(size: int) -> Corpus:
     data = {key: value for key, value in emoji.EMOJI_DATA.items() if value["status"] == qualified}
     names = {sequence: name_of(sequence, value["en"]) for sequence, value in data.items()}
 
-    pictures: dict[str, Image.Image] = {}
-    alike: dict[bytes, list[str]] = {}
-    for sequence, picture in openmoji(sorted(data), size):
-        pictures[sequence] = picture
-        alike.setdefault(picture.tobytes(), []).append(sequence)
-    chosen = (_representative(group, names) for group in alike.values())
-    kept = [sequence for sequence in chosen if sequence is not None]
+    # Judged at one size, so that the corpus is the same at every size.
+    judged = dict(openmoji(sorted(data.keys() - _MISDRAWN), _JUDGED_SIZE))
+    chosen = (_representative(group, names) for group in _drawn_alike(judged, names))
+    kept = sorted(sequence for sequence in chosen if sequence is not None)
+    pictures = judged if size == _JUDGED_SIZE else dict(openmoji(kept, size))
 
     font, keywords = noto_font(), _keywords()
     second = {} if font is None else dict(noto(font, kept, size))
@@ -77,6 +86,31 @@ def collect(size: int) -> Corpus:
         for number, sequence in enumerate(kept)
     ]
     return Corpus(entries, pictures, second, tuple(notices))
+
+
+def _drawn_alike(
+    pictures: Mapping[str, Image.Image], names: Mapping[str, Name]
+) -> Iterable[list[str]]:
+    """Sequences grouped by what their pictures look like.
+
+    Equal pictures are one group whatever their names. Pictures that only a measurement tells
+    apart ("firefighter", "man firefighter") are looked for among names of the same entity,
+    where they would be false negatives of each other.
+    """
+    equal: dict[bytes, list[str]] = {}
+    for sequence, picture in pictures.items():
+        equal.setdefault(picture.tobytes(), []).append(sequence)
+    families: dict[str, list[tuple[np.ndarray, list[str]]]] = defaultdict(list)
+    for group in equal.values():
+        pixels = np.asarray(pictures[group[0]], np.int16)
+        family = families[names[group[0]].entity]
+        for other, found in family:
+            if np.abs(pixels - other).max() <= _SAME_DRAWING:
+                found += group
+                break
+        else:
+            family.append((pixels, group))
+    return (group for family in families.values() for _, group in family)
 
 
 def _representative(sequences: list[str], names: Mapping[str, Name]) -> str | None:
