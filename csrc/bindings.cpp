@@ -1,4 +1,5 @@
-// The Python module elva_kernels._C: integers and tuples in, status out, the interpreter released while ops run.
+// The Python module elva_kernels._C: integers and tuples in, status out, the interpreter released
+// while ops run.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -18,11 +19,13 @@ namespace {
 void raise_unless_ok(ElvaStatus status) {
   if (status == ELVA_OUT_OF_MEMORY) throw std::bad_alloc();
   if (status == ELVA_BAD_LEVEL) throw std::runtime_error(elva_cpu_level_error());
-  if (status != ELVA_OK) throw std::runtime_error("elva_kernels._C: device error " + std::to_string(status));
+  if (status != ELVA_OK)
+    throw std::runtime_error("elva_kernels._C: device error " + std::to_string(status));
 }
 
 int64_t integer(const py::tuple& values, size_t i) {
-  const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i)));
+  const int64_t value =
+      PyLong_AsLongLong(PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i)));
   if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
@@ -35,7 +38,8 @@ struct Operand {
 
 constexpr size_t kMaxOperands = 5;
 
-// Merges the leading dimensions `sizes` that every operand walks as one, and writes batch and batch strides.
+// Merges the leading dimensions `sizes` that every operand walks as one, and writes batch and batch
+// strides.
 class Layout {
  public:
   Layout(const py::tuple& sizes, ElvaBatch* batch) : batch_(batch), ndim_(sizes.size()) {
@@ -53,7 +57,8 @@ class Layout {
     Operand& known = operands_[count_];
     known.address = static_cast<uintptr_t>(integer(pair, 0));
     known.strides = pair[1].cast<py::tuple>();
-    if (known.strides.size() != ndim_ + own) throw std::invalid_argument("elva_kernels._C: strides do not fit sizes");
+    if (known.strides.size() != ndim_ + own)
+      throw std::invalid_argument("elva_kernels._C: strides do not fit sizes");
     input->data = reinterpret_cast<const void*>(known.address);
     if (own >= 1) input->stride = integer(known.strides, ndim_ + own - 1);
     if (own == 2) input->row_stride = integer(known.strides, ndim_);
@@ -68,7 +73,8 @@ class Layout {
         batch_->sizes[batch_->ndim - 1] *= size;
       } else {
         if (batch_->ndim == ELVA_MAX_DIMS) {
-          throw std::invalid_argument("more than 8 leading dimensions that do not merge; call contiguous() first");
+          throw std::invalid_argument(
+              "more than 8 leading dimensions that do not merge; call contiguous() first");
         }
         batch_->sizes[batch_->ndim++] = size;
       }
@@ -106,9 +112,10 @@ ElvaRewardWeights weights_of(double margin, double rank_penalty, double w_margin
 
 void reward_forward(int dtype, int threads, const py::tuple& sizes, int64_t negatives, int64_t dim,
                     const py::handle& query, const py::handle& positive, const py::handle& negative,
-                    const py::handle& mask, const py::handle& upstream, double margin, double rank_penalty,
-                    double w_margin, double w_rank, uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
-                    uintptr_t rank, uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
+                    const py::handle& mask, const py::handle& upstream, double margin,
+                    double rank_penalty, double w_margin, double w_rank, uintptr_t reward,
+                    uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
+                    uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
                     uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
@@ -141,9 +148,9 @@ void reward_forward(int dtype, int threads, const py::tuple& sizes, int64_t nega
 }
 
 void reward_backward(int dtype, int threads, const py::tuple& sizes, int64_t negatives, int64_t dim,
-                     const py::handle& query, const py::handle& positive, const py::handle& negative,
-                     const py::handle& upstream, uintptr_t coefficients, uintptr_t grad_query, uintptr_t grad_positive,
-                     uintptr_t grad_negative) {
+                     const py::handle& query, const py::handle& positive,
+                     const py::handle& negative, const py::handle& upstream, uintptr_t coefficients,
+                     uintptr_t grad_query, uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.threads = threads;
@@ -167,8 +174,9 @@ void reward_backward(int dtype, int threads, const py::tuple& sizes, int64_t neg
   raise_unless_ok(status);
 }
 
-void reward_from_scores(int dtype, int threads, const py::tuple& sizes, int64_t candidates, const py::handle& scores,
-                        const py::handle& mask, const py::handle& upstream, double margin, double rank_penalty,
+void reward_from_scores(int dtype, int threads, const py::tuple& sizes, int64_t candidates,
+                        const py::handle& scores, const py::handle& mask,
+                        const py::handle& upstream, double margin, double rank_penalty,
                         double w_margin, double w_rank, uintptr_t reward, uintptr_t margin_reward,
                         uintptr_t rank_reward, uintptr_t rank, uintptr_t grad_scores) {
   ElvaScoresArgs args = {};

@@ -1,8 +1,9 @@
 // The C API of elva_kernels: one plain args struct per op, one function per op and device.
 //
-// Rules: no torch and no Python here; the caller checks shapes, allocates outputs and keeps pointers alive. Inputs
-// may have any strides (counted in elements; 0 where broadcast) and any alignment their dtype allows; outputs are
-// dense, in the order of the shape. All offsets are 64-bit. Functions are thread-safe and return a status.
+// Rules: no torch and no Python here; the caller checks shapes, allocates outputs and keeps
+// pointers alive. Inputs may have any strides (counted in elements; 0 where broadcast) and any
+// alignment their dtype allows; outputs are dense, in the order of the shape. All offsets are
+// 64-bit. Functions are thread-safe and return a status.
 #ifndef ELVA_H_
 #define ELVA_H_
 
@@ -19,7 +20,7 @@ typedef enum { ELVA_BF16 = 0, ELVA_FP16 = 1, ELVA_FP32 = 2, ELVA_FP64 = 3 } Elva
 typedef enum {
   ELVA_OK = 0,
   ELVA_OUT_OF_MEMORY = 1,
-  ELVA_BAD_LEVEL = 2,   // ELVA_KERNELS_CPU_LEVEL names no level, or one that this CPU lacks
+  ELVA_BAD_LEVEL = 2,    // ELVA_KERNELS_CPU_LEVEL names no level, or one that this CPU lacks
   ELVA_DEVICE_ERROR = 3  // a CUDA launch failed
 } ElvaStatus;
 
@@ -30,7 +31,8 @@ typedef struct {
   int64_t sizes[ELVA_MAX_DIMS];
 } ElvaBatch;
 
-// One operand [*, rows, dim] or [*, rows] or [*]; data may be null where the op says that it is optional.
+// One operand [*, rows, dim] or [*, rows] or [*]; data may be null where the op says that it is
+// optional.
 typedef struct {
   const void* data;
   int64_t batch_strides[ELVA_MAX_DIMS];
@@ -54,25 +56,26 @@ typedef struct {
   int64_t negatives;
   int64_t dim;
   ElvaRewardWeights weights;
-  ElvaInput query;           // [*, dim]
-  ElvaInput positive;        // [*, dim]
-  ElvaInput negative;        // [*, negatives, dim]
-  ElvaInput mask;            // bool [*, negatives], true = live; null: all live
-  ElvaInput upstream;        // value [*]; null: 1
-  void* reward;              // value [*]
-  void* margin_reward;       // value [*]
-  void* rank_reward;         // value [*]
-  int32_t* rank;             // [*]
-  void* scores;              // value [*, negatives + 1]
-  double* coefficients;      // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/reward_group.h
-  void* grad_query;          // [*, dim], the inputs' dtype; null in forward: not wanted
-  void* grad_positive;       // [*, dim]
-  void* grad_negative;       // [*, negatives, dim]
-  void* stream;              // CUDA only
+  ElvaInput query;      // [*, dim]
+  ElvaInput positive;   // [*, dim]
+  ElvaInput negative;   // [*, negatives, dim]
+  ElvaInput mask;       // bool [*, negatives], true = live; null: all live
+  ElvaInput upstream;   // value [*]; null: 1
+  void* reward;         // value [*]
+  void* margin_reward;  // value [*]
+  void* rank_reward;    // value [*]
+  int32_t* rank;        // [*]
+  void* scores;         // value [*, negatives + 1]
+  double*
+      coefficients;  // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/reward_group.h
+  void* grad_query;  // [*, dim], the inputs' dtype; null in forward: not wanted
+  void* grad_positive;  // [*, dim]
+  void* grad_negative;  // [*, negatives, dim]
+  void* stream;         // CUDA only
 } ElvaRewardArgs;
 
-// Values; with grad_* also the gradients (value and grad in one pass over memory); with coefficients what the
-// backward needs.
+// Values; with grad_* also the gradients (value and grad in one pass over memory); with
+// coefficients what the backward needs.
 ElvaStatus elva_reward_forward_cpu(const ElvaRewardArgs* args);
 // Gradients from coefficients (read), the inputs (read again) and upstream.
 ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args);
@@ -96,12 +99,14 @@ typedef struct {
 
 ElvaStatus elva_reward_from_scores_cpu(const ElvaScoresArgs* args);
 
-// The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's reason below.
+// The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
+// reason below.
 const char* elva_cpu_level(void);
 const char* elva_cpu_level_error(void);
 // Levels this CPU and its operating system support, best first, separated by spaces.
 const char* elva_cpu_levels(void);
-// Forgets the choice, so that the next call reads ELVA_KERNELS_CPU_LEVEL again (tests; not while calls run).
+// Forgets the choice, so that the next call reads ELVA_KERNELS_CPU_LEVEL again (tests; not while
+// calls run).
 void elva_cpu_level_reset(void);
 
 #ifdef __cplusplus

@@ -1,10 +1,13 @@
-// What: the formulas of the ranking reward that CPU and CUDA share, on one score or one rank at a time.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; equation numbers are those of elva_kernels/reference.py.
+// What: the formulas of the ranking reward that CPU and CUDA share, on one score or one rank at a
+// time. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; equation numbers are those of
+// elva_kernels/reference.py.
 //   (2) rank   = place in the order: score descending, then negatives by index, then the positive
 //   (3) R_margin = max(0, s_pos - max_i s_i - margin)
 //   (4) R_rank   = s_pos / (1 + ln r) - rank_penalty * sum over negatives of s_(k) (ln k - 1)
-// Ties: an order on scores with all ties broken is an order on integers (rank_key), so that every sort, count or
-//   network gives the same ranks. -0.0 equals 0.0; a score that is not finite is below every finite one.
+// Ties: an order on scores with all ties broken is an order on integers (rank_key), so that every
+// sort, count or
+//   network gives the same ranks. -0.0 equals 0.0; a score that is not finite is below every finite
+//   one.
 // Numerics: double throughout; deterministic. Reference: elva_kernels.reference.reward_from_scores.
 #ifndef ELVA_RANK_MATH_H_
 #define ELVA_RANK_MATH_H_
@@ -48,20 +51,22 @@ struct RankKey<double> {
   using Type = unsigned __int128;
 };
 
-// Candidate `index` (0 is the positive, fewer than 2^32 - 1 in all) comes before another one where its key is greater.
-// No two candidates of a group share a key.
+// Candidate `index` (0 is the positive, fewer than 2^32 - 1 in all) comes before another one where
+// its key is greater. No two candidates of a group share a key.
 template <class Value>
 ELVA_HOST_DEVICE inline typename RankKey<Value>::Type rank_key(Value score, uint32_t index) {
   const uint32_t tie = index == 0 ? 0 : UINT32_MAX - index;
   return (static_cast<typename RankKey<Value>::Type>(ordered_bits(score)) << 32) | tie;
 }
 
-// d R_rank / d s: what a candidate's score is multiplied by in (4); log_rank = ln of its 1-based rank.
+// d R_rank / d s: what a candidate's score is multiplied by in (4); log_rank = ln of its 1-based
+// rank.
 ELVA_HOST_DEVICE inline double rank_weight(bool is_positive, double log_rank, double rank_penalty) {
   return is_positive ? 1.0 / (1.0 + log_rank) : -rank_penalty * (log_rank - 1.0);
 }
 
-// R_margin (3); its gradient is +1 on the positive and -1 on the hardest negative where this is above 0.
+// R_margin (3); its gradient is +1 on the positive and -1 on the hardest negative where this is
+// above 0.
 ELVA_HOST_DEVICE inline double margin_hinge(double positive, double hardest, double margin) {
   const double gap = positive - hardest - margin;
   return gap > 0 ? gap : 0.0;

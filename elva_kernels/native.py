@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,9 +67,8 @@ def reward_forward(
     Returns:
         reward, margin_reward, rank_reward [*] and scores [*, N+1] in float32 (float64 for float64), rank int32 [*].
     """
-    return _forward(
-        query, positive, negatives, mask, margin, rank_penalty, w_margin, w_rank, False
-    )[:5]
+    weights = (margin, rank_penalty, w_margin, w_rank)
+    return _forward(query, positive, negatives, mask, *weights, save=False)[0]
 
 
 def reward_forward_saved(
@@ -88,7 +87,10 @@ def reward_forward_saved(
     ``saved`` holds each candidate's two gradient coefficients and the query's one (csrc/elva.h): all that
     ``reward_backward`` needs beside the inputs.
     """
-    return _forward(query, positive, negatives, mask, margin, rank_penalty, w_margin, w_rank, True)
+    weights = (margin, rank_penalty, w_margin, w_rank)
+    values, saved = _forward(query, positive, negatives, mask, *weights, save=True)
+    assert saved is not None
+    return *values, saved
 
 
 def reward_backward(
@@ -118,7 +120,7 @@ def reward_backward(
         saved.data_ptr(),
         *(gradient.data_ptr() for gradient in gradients),
     )
-    return gradients
+    return cast(Gradients, gradients)
 
 
 def reward_value_and_grad(
@@ -163,7 +165,10 @@ def reward_value_and_grad(
         0,
         *(gradient.data_ptr() for gradient in gradients),
     )
-    return *values, *gradients
+    return cast(
+        tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+        (*values, *gradients),
+    )
 
 
 def reward_from_scores(
@@ -182,8 +187,9 @@ def reward_from_scores(
     """
     lead = scores.shape[:-1]
     dtype = _value_dtype(scores.dtype)
-    reward, margin_reward, rank_reward = (torch.empty(lead, dtype=dtype) for _ in range(3))
-    rank = torch.empty(lead, dtype=torch.int32)
+    reward = _empty(lead, dtype)
+    margin_reward, rank_reward = torch.empty_like(reward), torch.empty_like(reward)
+    rank = _empty(lead, torch.int32)
     _module().reward_from_scores(
         _DTYPE_CODES[scores.dtype],
         torch.get_num_threads(),
@@ -219,7 +225,7 @@ def reward_from_scores_backward(
 
     ``grad_reward`` is [*] in the reward's dtype, any strides.
     """
-    grad_scores = torch.empty(scores.shape, dtype=scores.dtype)
+    (grad_scores,) = _empty_gradients(scores)
     _module().reward_from_scores(
         _DTYPE_CODES[scores.dtype],
         torch.get_num_threads(),
@@ -250,12 +256,13 @@ def _forward(
     rank_penalty: float,
     w_margin: float,
     w_rank: float,
+    *,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Values, Tensor | None]:
     values = _empty_values(query, negatives)
     lead = negatives.shape[:-2]
     n, dim = negatives.shape[-2:]
-    saved = torch.empty((*lead, 2 * n + 3) if save else 0, dtype=torch.float64)
+    saved = torch.empty(*lead, 2 * n + 3, dtype=torch.float64) if save else None
     _module().reward_forward(
         _DTYPE_CODES[query.dtype],
         torch.get_num_threads(),
@@ -272,12 +279,12 @@ def _forward(
         w_margin,
         w_rank,
         *(value.data_ptr() for value in values),
-        saved.data_ptr(),
+        0 if saved is None else saved.data_ptr(),
         0,
         0,
         0,
     )
-    return *values, saved
+    return values, saved
 
 
 def _operand(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
@@ -291,21 +298,25 @@ def _value_dtype(dtype: torch.dtype) -> torch.dtype:
 def _empty_values(query: Tensor, negatives: Tensor) -> Values:
     lead = negatives.shape[:-2]
     dtype = _value_dtype(query.dtype)
+    reward = _empty(lead, dtype)
     return (
-        torch.empty(lead, dtype=dtype),
-        torch.empty(lead, dtype=dtype),
-        torch.empty(lead, dtype=dtype),
-        torch.empty(lead, dtype=torch.int32),
-        torch.empty((*lead, negatives.shape[-2] + 1), dtype=dtype),
+        reward,
+        torch.empty_like(reward),
+        torch.empty_like(reward),
+        _empty(lead, torch.int32),
+        torch.empty(*lead, negatives.shape[-2] + 1, dtype=dtype),
     )
 
 
-def _empty_gradients(query: Tensor, positive: Tensor, negatives: Tensor) -> Gradients:
-    return (
-        torch.empty(query.shape, dtype=query.dtype),
-        torch.empty(positive.shape, dtype=query.dtype),
-        torch.empty(negatives.shape, dtype=query.dtype),
+def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(x) if x.is_contiguous() else _empty(x.shape, x.dtype) for x in inputs
     )
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    # Sizes as separate arguments: torch parses a Size in twice the time it takes to allocate.
+    return torch.empty(*shape, dtype=dtype) if shape else torch.empty((), dtype=dtype)
 
 
 def _module() -> ModuleType:
@@ -326,7 +337,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "source tree that was not installed; install g++ 10 or later and run pip install again"
         )
     except ImportError as error:
-        return None, f"elva_kernels._C does not load ({error}); reinstall the package on this machine"
+        return (
+            None,
+            f"elva_kernels._C does not load ({error}); reinstall the package on this machine",
+        )
     try:
         module.level()
     except RuntimeError as error:

@@ -6,8 +6,8 @@
 
 namespace elva {
 
-// Dot products of `count` dense rows with a dense query, and their squared norms. A row's two results depend on that
-// row and the query alone, not on its neighbours or on alignment.
+// Dot products of `count` dense rows with a dense query, and their squared norms. A row's two
+// results depend on that row and the query alone, not on its neighbours or on alignment.
 struct DotJob {
   const void* query;
   const void* const* rows;
@@ -18,7 +18,8 @@ struct DotJob {
 };
 
 // out_i = a_i * query + b_i * row_i, rounded once; query_sum += sum over i of a_i * row_i.
-// a and b are float, or double for double elements, below 2^60 like the rows' and the query's entries.
+// a and b are float, or double for double elements, below 2^60 like the rows' and the query's
+// entries.
 struct GradientJob {
   const void* query;
   const void* const* rows;
@@ -29,7 +30,8 @@ struct GradientJob {
   int64_t dim;
   double* query_sum;  // [dim rounded up to kPadding]
   bool stream;        // write past the caches; wants rows of whole, aligned 64-byte lines
-  const void* ahead;  // memory that the next group starts with, or null: asked for while this job computes
+  const void*
+      ahead;  // memory that the next group starts with, or null: asked for while this job computes
   int64_t ahead_lines;
 };
 
@@ -60,7 +62,8 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
 #endif
 
-// The best level, or the one that ELVA_KERNELS_CPU_LEVEL names; null where that is not possible (elva_cpu_level_error).
+// The best level, or the one that ELVA_KERNELS_CPU_LEVEL names; null where that is not possible
+// (elva_cpu_level_error).
 const Kernels* chosen_kernels();
 
 }  // namespace elva

@@ -40,7 +40,8 @@ struct Row {
   const T& operator[](int64_t i) const { return data[i * stride]; }
 };
 
-// 64-byte aligned memory of one thread, kept between calls up to kKept bytes. take() after reset() of enough.
+// 64-byte aligned memory of one thread, kept between calls up to kKept bytes. take() after reset()
+// of enough.
 class Arena {
  public:
   ~Arena() { release(); }

@@ -1,5 +1,5 @@
-// The choice of the CPU level: every feature bit a level's code uses, and the operating system's promise (xgetbv) to
-// save the registers it needs.
+// The choice of the CPU level: every feature bit a level's code uses, and the operating system's
+// promise (xgetbv) to save the registers it needs.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -44,7 +44,8 @@ Features detect() {
   const Registers seven = cpuid(7, 0);
   const bool avx = bit(one.c, 28), fma = bit(one.c, 12), f16c = bit(one.c, 29);
   found.avx2 = os_avx && avx && fma && f16c && bit(seven.b, 5);
-  const bool f = bit(seven.b, 16), dq = bit(seven.b, 17), bw = bit(seven.b, 30), vl = bit(seven.b, 31);
+  const bool f = bit(seven.b, 16), dq = bit(seven.b, 17), bw = bit(seven.b, 30),
+             vl = bit(seven.b, 31);
   found.avx512 = found.avx2 && os_avx512 && f && dq && bw && vl;
   found.avx512bf16 = found.avx512 && seven.a >= 1 && bit(cpuid(7, 1).a, 5);
   return found;
@@ -81,8 +82,8 @@ Choice choose() {
     if (std::strcmp(forced, choice.supported[i]->name) == 0) choice.chosen = choice.supported[i];
   }
   if (choice.chosen == nullptr) {
-    choice.error = "ELVA_KERNELS_CPU_LEVEL must be one of the levels of this CPU (" + choice.levels + "), got '" +
-                   forced + "'; unset it to use the best";
+    choice.error = "ELVA_KERNELS_CPU_LEVEL must be one of the levels of this CPU (" +
+                   choice.levels + "), got '" + forced + "'; unset it to use the best";
   }
   return choice;
 }

@@ -1,5 +1,6 @@
-// The element types of a call and their scalar conversions, for what is off the fast path. The functions are static:
-// an inline one that a CPU level compiled with its own instructions could be the copy the linker keeps for all.
+// The element types of a call and their scalar conversions, for what is off the fast path. The
+// functions are static: an inline one that a CPU level compiled with its own instructions could be
+// the copy the linker keeps for all.
 #ifndef ELVA_CPU_NUMERIC_H_
 #define ELVA_CPU_NUMERIC_H_
 
@@ -74,13 +75,15 @@ static inline void from_float(float x, Fp16* out) {
     half = 0x7c00u;
   } else if (magnitude >= 0x38800000u) {  // normal; a carry out of 65504 gives infinity
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  } else {  // subnormal: adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the addition
+  } else {  // subnormal: adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the
+            // addition
     half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
   }
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// One rounding from double: to float by rounding to odd, which a second rounding to 11 bits or fewer cannot notice.
+// One rounding from double: to float by rounding to odd, which a second rounding to 11 bits or
+// fewer cannot notice.
 static inline void from_double(double x, double* out) { *out = x; }
 static inline void from_double(double x, float* out) { *out = static_cast<float>(x); }
 template <class T>

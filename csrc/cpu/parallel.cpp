@@ -18,8 +18,8 @@
 namespace elva {
 namespace {
 
-// torch.set_flush_denormal and other libraries change the calling thread's floating-point mode; a group's bits must
-// not depend on which thread computes it.
+// torch.set_flush_denormal and other libraries change the calling thread's floating-point mode; a
+// group's bits must not depend on which thread computes it.
 class DefaultFloatMode {
  public:
 #if defined(__SSE__)
@@ -45,7 +45,8 @@ struct Job {
     const DefaultFloatMode mode;
     int64_t begin = next.load(std::memory_order_relaxed);
     while (begin < items) {
-      // Long pieces first, so that a piece can look ahead; short ones last, so that all threads end together.
+      // Long pieces first, so that a piece can look ahead; short ones last, so that all threads end
+      // together.
       const int64_t length = std::max(grain, (items - begin) / (2 * threads));
       const int64_t end = std::min(items, begin + length);
       if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
@@ -124,8 +125,9 @@ class Pool {
 
 std::atomic<Pool*> shared_pool{nullptr};
 
-// The process's pool. After fork the parent's threads are gone and its locks may be held by nobody, so the child leaves
-// that pool where it is and makes its own. A pool is never freed: its workers sleep in it until the process ends.
+// The process's pool. After fork the parent's threads are gone and its locks may be held by nobody,
+// so the child leaves that pool where it is and makes its own. A pool is never freed: its workers
+// sleep in it until the process ends.
 Pool* pool() {
   const pid_t here = getpid();
   Pool* known = shared_pool.load(std::memory_order_acquire);
@@ -139,7 +141,8 @@ Pool* pool() {
 
 }  // namespace
 
-void parallel_for(int64_t items, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
+void parallel_for(int64_t items, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t),
+                  void* context) {
   if (items <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t pieces = (items - 1) / grain + 1;

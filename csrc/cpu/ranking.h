@@ -1,4 +1,5 @@
-// Ranks, rewards and their slopes from one group's scores: eq. (2) to (5) of elva_kernels/reference.py.
+// Ranks, rewards and their slopes from one group's scores: eq. (2) to (5) of
+// elva_kernels/reference.py.
 #ifndef ELVA_CPU_RANKING_H_
 #define ELVA_CPU_RANKING_H_
 
@@ -15,7 +16,8 @@
 
 namespace elva {
 
-// ln of a rank; the first ones from a table, since a logarithm costs more than the rest of a candidate's ranking.
+// ln of a rank; the first ones from a table, since a logarithm costs more than the rest of a
+// candidate's ranking.
 inline double log_of_rank(int64_t rank) {
   struct Table {
     double logs[4096];
@@ -28,13 +30,14 @@ inline double log_of_rank(int64_t rank) {
   return rank < 4096 ? table.logs[rank] : std::log(static_cast<double>(rank));
 }
 
-// Compare-and-count beats a sort up to about this many candidates (measured: 0.5 against 2.5 us at 101).
+// Compare-and-count beats a sort up to about this many candidates (measured: 0.5 against 2.5 us at
+// 101).
 constexpr int64_t kCountLimit = 512;
 
 // ranks[i] of scores[i] within the group; place 0 is the positive.
 template <class V>
-void rank_candidates(const Kernels& kernels, const V* scores, int64_t count, typename RankKey<V>::Type* keys,
-                     int32_t* ranks) {
+void rank_candidates(const Kernels& kernels, const V* scores, int64_t count,
+                     typename RankKey<V>::Type* keys, int32_t* ranks) {
   for (int64_t i = 0; i < count; ++i) keys[i] = rank_key(scores[i], static_cast<uint32_t>(i));
   if constexpr (std::is_same_v<V, float>) {
     if (count <= kCountLimit) return kernels.count_ranks(keys, count, ranks);
@@ -51,10 +54,11 @@ struct GroupReward {
   int32_t rank;
 };
 
-// From the ranks; slopes[i] = d reward / d scores[i]. A score that is not finite makes all of them NaN.
+// From the ranks; slopes[i] = d reward / d scores[i]. A score that is not finite makes all of them
+// NaN.
 template <class V>
-GroupReward reward_of(const V* scores, const int32_t* ranks, int64_t count, const ElvaRewardWeights& weights,
-                      double* slopes) {
+GroupReward reward_of(const V* scores, const int32_t* ranks, int64_t count,
+                      const ElvaRewardWeights& weights, double* slopes) {
   GroupReward out{0, 0, 0, ranks[0]};
   bool sound = true;
   int64_t hardest = 0;  // the first negative in the order

@@ -1,8 +1,10 @@
-// Rows whose squared norm does not fit the fast path: found, classified and scaled by an exact power of two.
+// Rows whose squared norm does not fit the fast path: found, classified and scaled by an exact
+// power of two.
 //
-// The range keeps every product and sum of the fast path clear of overflow, and what underflow there is at least
-// 2^70 times below a score that is not flushed (score_of). A power of two commutes with every rounding otherwise, so a
-// row scores the same bits whether it was scaled here, by the caller, or not at all.
+// The range keeps every product and sum of the fast path clear of overflow, and what underflow
+// there is at least 2^70 times below a score that is not flushed (score_of). A power of two
+// commutes with every rounding otherwise, so a row scores the same bits whether it was scaled here,
+// by the caller, or not at all.
 #ifndef ELVA_CPU_RESCALE_H_
 #define ELVA_CPU_RESCALE_H_
 
@@ -33,7 +35,8 @@ bool in_range(double square) {
   return square >= Range<T>::kLowSquare && square <= Range<T>::kHighSquare;
 }
 
-// The cosine before clamping. Below kSmallestScore it is 0: there, underflow in the row's products would show.
+// The cosine before clamping. Below kSmallestScore it is 0: there, underflow in the row's products
+// would show.
 template <class T>
 double score_of(double dot, double query_norm, double norm) {
   const double score = dot / (query_norm * norm);

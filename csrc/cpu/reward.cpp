@@ -1,11 +1,13 @@
 // What: the grouped ranking reward on the CPU: cosines, ranks, rewards and their gradients, fused.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) to (5) of elva_kernels/reference.py.
-// In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or fp64, any strides; mask [*, N].
-// Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32 (fp64), rank int32 [*]; gradients dense.
-// Work split: one group a thread at a time; a group's rows stay in the second-level cache for the gradient pass.
-// Bytes: value and gradient read each input once and write each gradient once (the floor); a backward of its own reads
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) to (5) of
+// elva_kernels/reference.py. In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or
+// fp64, any strides; mask [*, N]. Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in
+// fp32 (fp64), rank int32 [*]; gradients dense. Work split: one group a thread at a time; a group's
+// rows stay in the second-level cache for the gradient pass. Bytes: value and gradient read each
+// input once and write each gradient once (the floor); a backward of its own reads
 //   the inputs again, and 16 bytes of coefficients a candidate.
-// Numerics: see reward_simd.cpp and rescale.h; ranks, rewards and coefficients in double from the returned scores.
+// Numerics: see reward_simd.cpp and rescale.h; ranks, rewards and coefficients in double from the
+// returned scores.
 //   Deterministic: a group's bits depend on that group alone.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.ranking_reward.
@@ -24,7 +26,8 @@ namespace {
 
 // Below this many bytes a thread, waking one costs more than it brings (measured: about 10 us).
 constexpr int64_t kBytesPerThread = 192 << 10;
-// Gradients larger than this leave the caches before anyone reads them, so they are written past the caches.
+// Gradients larger than this leave the caches before anyone reads them, so they are written past
+// the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
 // Calls body(begin, end, group) on pieces of the batch, with a RewardGroup of the thread.
@@ -34,7 +37,8 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
   const int64_t candidates = args.negatives + 1;
   const int64_t group_bytes = (candidates + 1) * args.dim * static_cast<int64_t>(sizeof(T)) + 1;
-  const int64_t threads = std::min<int64_t>(args.threads, 1 + args.batch.groups * group_bytes / kBytesPerThread);
+  const int64_t threads =
+      std::min<int64_t>(args.threads, 1 + args.batch.groups * group_bytes / kBytesPerThread);
   std::atomic<bool> out_of_memory{false};
   const auto piece = [&](int64_t begin, int64_t end) {
     Arena& arena = thread_arena();
@@ -53,13 +57,15 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
                  {negatives, args.negative.stride}, args.negative.row_stride);
       const bool packed = args.negative.stride == 1 && args.negative.row_stride == args.dim;
       const T* next = nullptr;
-      if (packed && i + 1 < end) next = group_data<T>(args.batch, args.negative, GroupIndex(args.batch, i + 1));
+      if (packed && i + 1 < end)
+        next = group_data<T>(args.batch, args.negative, GroupIndex(args.batch, i + 1));
       group.set_ahead(next, next == nullptr ? 0 : args.negatives * args.dim);
       body(i, index, &group);
     }
     arena.trim();
   };
-  parallel_for(args.batch.groups, std::max<int64_t>(1, (64 << 10) / group_bytes), static_cast<int>(threads), piece);
+  parallel_for(args.batch.groups, std::max<int64_t>(1, (64 << 10) / group_bytes),
+               static_cast<int>(threads), piece);
   return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
 }
 
@@ -73,19 +79,21 @@ double upstream_of(const ElvaRewardArgs& args, const GroupIndex& index) {
 template <class T>
 bool streams(const ElvaRewardArgs& args) {
   const int64_t row_bytes = args.dim * static_cast<int64_t>(sizeof(T));
-  const uintptr_t bases =
-      reinterpret_cast<uintptr_t>(args.grad_positive) | reinterpret_cast<uintptr_t>(args.grad_negative);
-  return row_bytes % 64 == 0 && bases % 64 == 0 && args.batch.groups * args.negatives * row_bytes > kStreamBytes;
+  const uintptr_t bases = reinterpret_cast<uintptr_t>(args.grad_positive) |
+                          reinterpret_cast<uintptr_t>(args.grad_negative);
+  return row_bytes % 64 == 0 && bases % 64 == 0 &&
+         args.batch.groups * args.negatives * row_bytes > kStreamBytes;
 }
 
-// A large output is fresh from the system as a rule, and its page faults then cost ten times what the op does
-// (measured: 49 ms for 40 MB in 4 KB pages, 10 ms in 2 MB pages, the op 4).
+// A large output is fresh from the system as a rule, and its page faults then cost ten times what
+// the op does (measured: 49 ms for 40 MB in 4 KB pages, 10 ms in 2 MB pages, the op 4).
 template <class T>
 void ask_for_huge_pages(const ElvaRewardArgs& args) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   const uintptr_t start = reinterpret_cast<uintptr_t>(args.grad_negative);
-  const uintptr_t end = start + static_cast<uintptr_t>(args.batch.groups * args.negatives * args.dim) * sizeof(T);
+  const uintptr_t end =
+      start + static_cast<uintptr_t>(args.batch.groups * args.negatives * args.dim) * sizeof(T);
   const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
   if (first + kPage < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
@@ -94,10 +102,11 @@ void ask_for_huge_pages(const ElvaRewardArgs& args) {
 }
 
 template <class T>
-void write_gradients(const ElvaRewardArgs& args, int64_t i, const double* coefficients, double upstream,
-                     bool query_is_open, RewardGroup<T>* group) {
+void write_gradients(const ElvaRewardArgs& args, int64_t i, const double* coefficients,
+                     double upstream, bool query_is_open, RewardGroup<T>* group) {
   group->gradients(coefficients, upstream, query_is_open, streams<T>(args),
-                   static_cast<T*>(args.grad_query) + i * args.dim, static_cast<T*>(args.grad_positive) + i * args.dim,
+                   static_cast<T*>(args.grad_query) + i * args.dim,
+                   static_cast<T*>(args.grad_positive) + i * args.dim,
                    static_cast<T*>(args.grad_negative) + i * args.negatives * args.dim);
 }
 
@@ -129,7 +138,8 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
   const int64_t width = 2 * args.negatives + 3;
   if (args.grad_query != nullptr) ask_for_huge_pages<T>(args);
   return for_groups<T>(args, [&](int64_t i, const GroupIndex& index, RewardGroup<T>* group) {
-    write_gradients<T>(args, i, args.coefficients + i * width, upstream_of<V>(args, index), false, group);
+    write_gradients<T>(args, i, args.coefficients + i * width, upstream_of<V>(args, index), false,
+                       group);
   });
 }
 

@@ -1,10 +1,12 @@
 // One group of the grouped reward on one thread: scores, ranks, coefficients, gradient rows.
 //
-// Coefficients, per group, a[C], b[C] and the query's b, C = negatives + 1, for an upstream gradient of 1:
+// Coefficients, per group, a[C], b[C] and the query's b, C = negatives + 1, for an upstream
+// gradient of 1:
 //   gradient row i = 2^-e (a q' + b c'), c' = c 2^-e; a = b = 0: a row of zeros
 //   gradient of the query = 2^-f (sum of a c' + b q'), q' = q 2^-f
-// They follow from ds/dc = (q^ - s c^) / |c| and ds/dq = (c^ - s q^) / |q|. A row in the range of rescale.h has e = 0;
-// one that is not has the lowest bit of its a set (the query: of its b), and e is found again from the row.
+// They follow from ds/dc = (q^ - s c^) / |c| and ds/dq = (c^ - s q^) / |q|. A row in the range of
+// rescale.h has e = 0; one that is not has the lowest bit of its a set (the query: of its b), and e
+// is found again from the row.
 #ifndef ELVA_CPU_REWARD_GROUP_H_
 #define ELVA_CPU_REWARD_GROUP_H_
 
@@ -25,12 +27,13 @@ class RewardGroup {
   static size_t arena_bytes(int64_t candidates, int64_t dim) {
     const int64_t c = candidates + 1;
     return Arena::bytes_for<T>(dim) * (kBlock + 1) + Arena::bytes_for<double>(dim + kPadding) +
-           Arena::bytes_for<uint32_t>(c) * 2 + Arena::bytes_for<double>(c) * 6 + Arena::bytes_for<bool>(c) +
-           Arena::bytes_for<typename RankKey<V>::Type>(c) + Arena::bytes_for<V>(c) +
-           Arena::bytes_for<V>(2 * c) + Arena::bytes_for<double>(2 * c);
+           Arena::bytes_for<uint32_t>(c) * 2 + Arena::bytes_for<double>(c) * 6 +
+           Arena::bytes_for<bool>(c) + Arena::bytes_for<typename RankKey<V>::Type>(c) +
+           Arena::bytes_for<V>(c) + Arena::bytes_for<V>(2 * c) + Arena::bytes_for<double>(2 * c);
   }
 
-  RewardGroup(const Kernels& kernels, ElvaDtype dtype, int64_t candidates, int64_t dim, Arena* arena)
+  RewardGroup(const Kernels& kernels, ElvaDtype dtype, int64_t candidates, int64_t dim,
+              Arena* arena)
       : kernels_(kernels), dtype_(dtype), candidates_(candidates), dim_(dim) {
     packed_query_ = arena->take<T>(dim);
     for (T*& block : packed_) block = arena->take<T>(dim);
@@ -70,7 +73,8 @@ class RewardGroup {
     live_count_ = 0;
     live_[live_count_++] = 0;
     for (int64_t i = 1; i < candidates_; ++i) {
-      if (mask == nullptr || mask[(i - 1) * stride]) live_[live_count_++] = static_cast<uint32_t>(i);
+      if (mask == nullptr || mask[(i - 1) * stride])
+        live_[live_count_++] = static_cast<uint32_t>(i);
     }
   }
 
@@ -125,12 +129,14 @@ class RewardGroup {
       }
     }
     const bool divides = query_norm_ > 0 && !std::isnan(query_b);
-    coefficients[2 * candidates_] = marked(divides ? query_b / (query_norm_ * query_norm_) : query_b, query_exponent_ != 0);
+    coefficients[2 * candidates_] =
+        marked(divides ? query_b / (query_norm_ * query_norm_) : query_b, query_exponent_ != 0);
   }
 
-  // Gradient rows from coefficients; reads the rows again. query_is_open: score() ran on this group just before.
-  void gradients(const double* coefficients, double upstream, bool query_is_open, bool stream, T* grad_query,
-                 T* grad_positive, T* grad_negatives) {
+  // Gradient rows from coefficients; reads the rows again. query_is_open: score() ran on this group
+  // just before.
+  void gradients(const double* coefficients, double upstream, bool query_is_open, bool stream,
+                 T* grad_query, T* grad_positive, T* grad_negatives) {
     const double* a = coefficients;
     const double* b = coefficients + candidates_;
     const double query_b = coefficients[2 * candidates_];
@@ -147,7 +153,8 @@ class RewardGroup {
       }
       const double row_a = upstream * a[i], row_b = upstream * b[i];
       if (is_marked(a[i]) || !moderate(row_a) || !moderate(row_b)) {
-        careful_gradient(row(i), row_a, row_b, is_marked(a[i]) ? exponent_of(row(i), dim_) : 0, out);
+        careful_gradient(row(i), row_a, row_b, is_marked(a[i]) ? exponent_of(row(i), dim_) : 0,
+                         out);
         continue;
       }
       fast_a[fast] = static_cast<V>(row_a);
@@ -159,9 +166,8 @@ class RewardGroup {
     for (int64_t start = 0; start < fast; start += step) {
       const int64_t count = std::min(step, fast - start);
       gather(live_ + start, count);
-      kernels_.gradients[dtype_](
-          {query_, rows_, outs_ + start, fast_a + start, fast_b + start, count, dim_, query_sum_, stream, ahead_,
-           ahead_lines_});
+      kernels_.gradients[dtype_]({query_, rows_, outs_ + start, fast_a + start, fast_b + start,
+                                  count, dim_, query_sum_, stream, ahead_, ahead_lines_});
       ahead_lines_ = 0;
     }
     close_query_gradient(upstream * query_b, grad_query);
@@ -237,7 +243,8 @@ class RewardGroup {
     }
   }
 
-  // Turns norm_[j] from the square into the norm; where the row is out of range, both products anew from a scaled copy.
+  // Turns norm_[j] from the square into the norm; where the row is out of range, both products anew
+  // from a scaled copy.
   RowKind close_row(int64_t j) {
     rescaled_[j] = false;
     RowKind kind = RowKind::kFinite;
@@ -278,7 +285,8 @@ class RewardGroup {
       return;
     }
     const PowerOfTwo scale(-query_exponent_);
-    for (int64_t i = 0; i < dim_; ++i) from_double(scale(query_sum_[i] + b * to_double(query_[i])), out + i);
+    for (int64_t i = 0; i < dim_; ++i)
+      from_double(scale(query_sum_[i] + b * to_double(query_[i])), out + i);
   }
 
   const Kernels& kernels_;

@@ -1,15 +1,17 @@
-// What: the inner loops of the grouped reward: dots and squared norms of a group's rows, then its gradient rows.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) and its derivatives in elva_kernels/reference.py.
-// In: dense rows [dim] of bf16, fp16, fp32 or fp64. Out: double dots and squares; gradient rows in the rows' dtype.
-// Work split: the caller's thread, one job; 4 rows a pass over the query forward, 8 rows backward.
-// Bytes: each row once forward, from memory; once more backward, from the second-level cache, and written once.
-// Numerics: 16 float lanes (8 double ones for fp64), at most kChain additions in each before they are added to double
-//   lanes, then a tree. The query's gradient adds 8 rows in float, and those sums in double. bf16 dots use
-//   vdpbf16ps where the level has it: exact products, two rounded additions; it takes subnormals for zero, which the
-//   caller's range check allows for. The lanes of a row are the same in every block: its bits depend on it alone.
-// Limits: finite rows with squared norms in the range of reward_group.h; gradients without NaN or overflow.
-// Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage but the table at the end.
-// Reference: elva_kernels.reference.cosine_scores.
+// What: the inner loops of the grouped reward: dots and squared norms of a group's rows, then its
+// gradient rows. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) and its derivatives
+// in elva_kernels/reference.py. In: dense rows [dim] of bf16, fp16, fp32 or fp64. Out: double dots
+// and squares; gradient rows in the rows' dtype. Work split: the caller's thread, one job; 4 rows a
+// pass over the query forward, 8 rows backward. Bytes: each row once forward, from memory; once
+// more backward, from the second-level cache, and written once. Numerics: 16 float lanes (8 double
+// ones for fp64), at most kChain additions in each before they are added to double
+//   lanes, then a tree. The query's gradient adds 8 rows in float, and those sums in double. bf16
+//   dots use vdpbf16ps where the level has it: exact products, two rounded additions; it takes
+//   subnormals for zero, which the caller's range check allows for. The lanes of a row are the same
+//   in every block: its bits depend on it alone.
+// Limits: finite rows with squared norms in the range of reward_group.h; gradients without NaN or
+// overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage but
+// the table at the end. Reference: elva_kernels.reference.cosine_scores.
 #include <type_traits>
 
 #include "kernels.h"
@@ -31,7 +33,9 @@ using VectorFor = std::conditional_t<std::is_same_v<T, double>, F64, F32>;
 template <class T>
 struct PaddedLine {
   alignas(64) T elements[kLine<T>] = {};
-  PaddedLine(const T* p, int64_t count) { memcpy(elements, p, static_cast<size_t>(count) * sizeof(T)); }
+  PaddedLine(const T* p, int64_t count) {
+    memcpy(elements, p, static_cast<size_t>(count) * sizeof(T));
+  }
 };
 
 // Dot and square of R rows, one vector a step.
@@ -57,7 +61,9 @@ struct PairedDots {
     memcpy(&x, p, sizeof(x));
     return x;
   }
-  static Element load(const Bf16* p, int64_t count) { return load(PaddedLine<Bf16>(p, count).elements); }
+  static Element load(const Bf16* p, int64_t count) {
+    return load(PaddedLine<Bf16>(p, count).elements);
+  }
   static V accumulate(V sum, Element a, Element b) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
 };
 template <class T>
@@ -75,10 +81,11 @@ double tree_sum(double* lanes) {
   return lanes[0];
 }
 
-// next: the rows after these, asked for ahead: a row is too short for the processor to see its stream coming.
+// next: the rows after these, asked for ahead: a row is too short for the processor to see its
+// stream coming.
 template <class T, int R>
-void dots_of_rows(const T* query, const T* const* rows, const T* const* next, int64_t dim, double* dot,
-                  double* square) {
+void dots_of_rows(const T* query, const T* const* rows, const T* const* next, int64_t dim,
+                  double* dot, double* square) {
   using D = DotsFor<T>;
   using V = typename D::V;
   alignas(64) double dot_lanes[R][V::kLanes] = {};
@@ -201,9 +208,13 @@ void gradients_of_rows(const GradientRows<T>& g, int64_t dim, double* query_sum,
 template <class T>
 void gradients(const GradientJob& job) {
   using S = typename VectorFor<T>::Scalar;
-  GradientRows<T> g{static_cast<const T*>(job.query), reinterpret_cast<const T* const*>(job.rows),
-                    reinterpret_cast<T* const*>(job.outs), static_cast<const S*>(job.a),
-                    static_cast<const S*>(job.b), static_cast<const char*>(job.ahead), nullptr};
+  GradientRows<T> g{static_cast<const T*>(job.query),
+                    reinterpret_cast<const T* const*>(job.rows),
+                    reinterpret_cast<T* const*>(job.outs),
+                    static_cast<const S*>(job.a),
+                    static_cast<const S*>(job.b),
+                    static_cast<const char*>(job.ahead),
+                    nullptr};
   g.ahead_end = g.ahead + 64 * job.ahead_lines;
   int64_t left = job.count;
   const auto advance = [&](int64_t rows) {
@@ -233,7 +244,8 @@ void query_gradient(const QueryGradientJob& job) {
   for (int64_t i = 0; i < job.dim; i += kLine<T>) {
     const int64_t count = job.dim - i < kLine<T> ? job.dim - i : kLine<T>;
     alignas(64) double sums[kLine<T>] = {};
-    for (int64_t k = 0; k < count; ++k) sums[k] = job.query_sum[i + k] + job.b * to_double(query[i + k]);
+    for (int64_t k = 0; k < count; ++k)
+      sums[k] = job.query_sum[i + k] + job.b * to_double(query[i + k]);
     V vectors[kLine<T> / V::kLanes];
     round_line<T>(sums, vectors);
     PaddedLine<T> line(query + i, count);

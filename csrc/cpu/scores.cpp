@@ -1,10 +1,11 @@
-// What: the ranking reward of given scores (re-rankers, cross-encoders), with its gradient on the scores.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (2) to (5) of elva_kernels/reference.py.
-// In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64, any strides; mask [*, C - 1].
-// Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank int32 [*]; grad_scores [*, C] in the scores' dtype.
-// Work split: some groups a thread. Bytes: scores once, gradient once.
-// Numerics: double; a live score that is not finite makes its group's reward and live gradients NaN. Deterministic.
-// Reference: elva_kernels.reference.reward_from_scores.
+// What: the ranking reward of given scores (re-rankers, cross-encoders), with its gradient on the
+// scores. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (2) to (5) of
+// elva_kernels/reference.py. In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64,
+// any strides; mask [*, C - 1]. Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank
+// int32 [*]; grad_scores [*, C] in the scores' dtype. Work split: some groups a thread. Bytes:
+// scores once, gradient once. Numerics: double; a live score that is not finite makes its group's
+// reward and live gradients NaN. Deterministic. Reference:
+// elva_kernels.reference.reward_from_scores.
 #include <atomic>
 #include <type_traits>
 
@@ -52,7 +53,8 @@ void one_group(const ElvaScoresArgs& args, const Kernels& kernels, int64_t i,
     buffers.scores[count++] = static_cast<V>(to_double(scores[c]));
   }
   rank_candidates<V>(kernels, buffers.scores, count, buffers.keys, buffers.ranks);
-  const GroupReward out = reward_of<V>(buffers.scores, buffers.ranks, count, args.weights, buffers.slopes);
+  const GroupReward out =
+      reward_of<V>(buffers.scores, buffers.ranks, count, args.weights, buffers.slopes);
   if (args.reward != nullptr) {
     static_cast<V*>(args.reward)[i] = static_cast<V>(out.reward);
     static_cast<V*>(args.margin_reward)[i] = static_cast<V>(out.margin_reward);
@@ -64,7 +66,8 @@ void one_group(const ElvaScoresArgs& args, const Kernels& kernels, int64_t i,
     const double factor = upstream == nullptr ? 1.0 : static_cast<double>(*upstream);
     T* grad = static_cast<T*>(args.grad_scores) + i * args.candidates;
     for (int64_t c = 0; c < args.candidates; ++c) from_double(0.0, grad + c);
-    for (int64_t j = 0; j < count; ++j) from_double(factor * buffers.slopes[j], grad + buffers.live[j]);
+    for (int64_t j = 0; j < count; ++j)
+      from_double(factor * buffers.slopes[j], grad + buffers.live[j]);
   }
 }
 
@@ -87,7 +90,8 @@ ElvaStatus run(const ElvaScoresArgs& args) {
     arena.trim();
   };
   constexpr int64_t kCandidatesPerPiece = 4096;  // about 20 us
-  parallel_for(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / args.candidates), args.threads, piece);
+  parallel_for(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / args.candidates),
+               args.threads, piece);
   return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
 }
 

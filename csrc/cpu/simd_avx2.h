@@ -30,7 +30,8 @@ struct F32 {
   }
   static F32 load(const Fp16* p) {
     const __m128i* halves = reinterpret_cast<const __m128i*>(p);
-    return {{_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
+    return {
+        {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
   }
   void add_to(double* p) const {
     for (int i = 0; i < 2; ++i) {
@@ -49,7 +50,9 @@ struct F32 {
   }
 };
 
-inline F32 mul(F32 a, F32 b) { return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}}; }
+inline F32 mul(F32 a, F32 b) {
+  return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}};
+}
 inline F32 fma(F32 a, F32 b, F32 c) {
   return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
 }
@@ -63,12 +66,15 @@ struct F64 {
   static F64 broadcast(double x) { return {{_mm256_set1_pd(x), _mm256_set1_pd(x)}}; }
   static F64 load(const double* p) { return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}}; }
   void add_to(double* p) const {
-    for (int i = 0; i < 2; ++i) _mm256_storeu_pd(p + 4 * i, _mm256_add_pd(_mm256_loadu_pd(p + 4 * i), v[i]));
+    for (int i = 0; i < 2; ++i)
+      _mm256_storeu_pd(p + 4 * i, _mm256_add_pd(_mm256_loadu_pd(p + 4 * i), v[i]));
   }
   static F64 rounded(const double* p) { return load(p); }
 };
 
-inline F64 mul(F64 a, F64 b) { return {{_mm256_mul_pd(a.v[0], b.v[0]), _mm256_mul_pd(a.v[1], b.v[1])}}; }
+inline F64 mul(F64 a, F64 b) {
+  return {{_mm256_mul_pd(a.v[0], b.v[0]), _mm256_mul_pd(a.v[1], b.v[1])}};
+}
 inline F64 fma(F64 a, F64 b, F64 c) {
   return {{_mm256_fmadd_pd(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_pd(a.v[1], b.v[1], c.v[1])}};
 }
@@ -94,14 +100,17 @@ inline void line_of(const F32* v, const Fp16*, __m256i* half) {
     half[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
   }
 }
-// A vector of bf16 is held as two registers of alternating quarters: that is what unpacking gives in one instruction.
+// A vector of bf16 is held as two registers of alternating quarters: that is what unpacking gives
+// in one instruction.
 inline void line_of(const F32* v, const Bf16*, __m256i* half) {
-  for (int i = 0; i < 2; ++i) half[i] = _mm256_packus_epi32(bf16_bits(v[i].v[0]), bf16_bits(v[i].v[1]));
+  for (int i = 0; i < 2; ++i)
+    half[i] = _mm256_packus_epi32(bf16_bits(v[i].v[0]), bf16_bits(v[i].v[1]));
 }
 
 // From that order to the order of the elements, and back.
 inline F32 swap_quarters(F32 x) {
-  return {{_mm256_permute2f128_ps(x.v[0], x.v[1], 0x20), _mm256_permute2f128_ps(x.v[0], x.v[1], 0x31)}};
+  return {
+      {_mm256_permute2f128_ps(x.v[0], x.v[1], 0x20), _mm256_permute2f128_ps(x.v[0], x.v[1], 0x31)}};
 }
 
 template <class T, class V>
@@ -120,7 +129,8 @@ inline void store_line(T* p, const V* v, bool stream) {
 
 template <class T, class V>
 inline void load_line(const T* p, V* v) {
-  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::load(p + i * V::kLanes);
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i)
+    v[i] = V::load(p + i * V::kLanes);
 }
 
 inline void load_line(const Bf16* p, F32* v) {
@@ -154,7 +164,9 @@ inline void round_line(const double* p, V* v) {
 
 inline void store_fence() { _mm_sfence(); }
 // Into the second-level cache.
-inline void prefetch_far(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch_far(const void* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
 // Into the first-level cache.
 inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -1,4 +1,5 @@
-// Vectors of 16 float and 8 double in AVX-512 (F, BW, DQ, VL); with BF16 also the rounding store. See simd.h.
+// Vectors of 16 float and 8 double in AVX-512 (F, BW, DQ, VL); with BF16 also the rounding store.
+// See simd.h.
 #ifndef ELVA_CPU_SIMD_AVX512_H_
 #define ELVA_CPU_SIMD_AVX512_H_
 
@@ -25,11 +26,13 @@ struct F32 {
   // Double [16] += this.
   void add_to(double* p) const {
     const __m256 high = _mm512_extractf32x8_ps(v, 1);
-    _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), _mm512_cvtps_pd(_mm512_castps512_ps256(v))));
+    _mm512_storeu_pd(p,
+                     _mm512_add_pd(_mm512_loadu_pd(p), _mm512_cvtps_pd(_mm512_castps512_ps256(v))));
     _mm512_storeu_pd(p + 8, _mm512_add_pd(_mm512_loadu_pd(p + 8), _mm512_cvtps_pd(high)));
   }
   static F32 rounded(const double* p) {
-    const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(p)), high = _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8));
+    const __m256 low = _mm512_cvtpd_ps(_mm512_loadu_pd(p)),
+                 high = _mm512_cvtpd_ps(_mm512_loadu_pd(p + 8));
     return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
   }
 };
@@ -59,7 +62,8 @@ inline __m512i line_of(const F32* v, const Fp16*) {
   const __m256i high = _mm512_cvtps_ph(v[1].v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
-// A line of bf16 is held as two vectors of alternating quarters: that is what unpacking gives in one instruction.
+// A line of bf16 is held as two vectors of alternating quarters: that is what unpacking gives in
+// one instruction.
 inline __m512i line_of(const F32* v, const Bf16*) {
 #if ELVA_BF16_INSTRUCTIONS
   const __m512bh halves = _mm512_cvtne2ps_pbh(v[1].v, v[0].v);
@@ -90,7 +94,8 @@ inline void store_line(T* p, const V* v, bool stream) {
 
 template <class T, class V>
 inline void load_line(const T* p, V* v) {
-  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::load(p + i * V::kLanes);
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i)
+    v[i] = V::load(p + i * V::kLanes);
 }
 
 inline void load_line(const Bf16* p, F32* v) {
@@ -103,18 +108,21 @@ inline void load_line(const Bf16* p, F32* v) {
 template <class T, class V>
 inline void add_line(double* p, const V* v) {
   if constexpr (std::is_same_v<T, Bf16>) {
-    const __m512 low = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0x44), high = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xee);
+    const __m512 low = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0x44),
+                 high = _mm512_shuffle_f32x4(v[0].v, v[1].v, 0xee);
     F32{_mm512_shuffle_f32x4(low, low, 0xd8)}.add_to(p);
     F32{_mm512_shuffle_f32x4(high, high, 0xd8)}.add_to(p + 16);
   } else {
-    for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i].add_to(p + i * V::kLanes);
+    for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i)
+      v[i].add_to(p + i * V::kLanes);
   }
 }
 
 // A line out of doubles in the order of the elements.
 template <class T, class V>
 inline void round_line(const double* p, V* v) {
-  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::rounded(p + i * V::kLanes);
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i)
+    v[i] = V::rounded(p + i * V::kLanes);
   if constexpr (std::is_same_v<T, Bf16>) {
     const __m512 first = v[0].v, second = v[1].v;
     v[0].v = _mm512_shuffle_f32x4(first, second, 0x88);
@@ -124,7 +132,9 @@ inline void round_line(const double* p, V* v) {
 
 inline void store_fence() { _mm_sfence(); }
 // Into the second-level cache.
-inline void prefetch_far(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch_far(const void* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+}
 // Into the first-level cache.
 inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -1,5 +1,6 @@
-// Vectors of 16 float and 8 double in standard C++, for any processor. Products are rounded before they are added,
-// since a correctly rounded fma is a library call where the processor has none. See simd.h.
+// Vectors of 16 float and 8 double in standard C++, for any processor. Products are rounded before
+// they are added, since a correctly rounded fma is a library call where the processor has none. See
+// simd.h.
 #ifndef ELVA_CPU_SIMD_PLAIN_H_
 #define ELVA_CPU_SIMD_PLAIN_H_
 
@@ -70,17 +71,20 @@ inline void store_line(T* p, const V* v, bool) {
 
 template <class T, class V>
 inline void load_line(const T* p, V* v) {
-  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::load(p + i * V::kLanes);
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i)
+    v[i] = V::load(p + i * V::kLanes);
 }
 
 template <class T, class V>
 inline void add_line(double* p, const V* v) {
-  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i].add_to(p + i * V::kLanes);
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i)
+    v[i].add_to(p + i * V::kLanes);
 }
 
 template <class T, class V>
 inline void round_line(const double* p, V* v) {
-  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i) v[i] = V::rounded(p + i * V::kLanes);
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)) / V::kLanes; ++i)
+    v[i] = V::rounded(p + i * V::kLanes);
 }
 
 inline void store_fence() {}
