@@ -160,7 +160,8 @@ class Report:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
         for name, reason in self.backends.items():
             lines.append(f"{name:10s} {'runs here' if reason is None else reason}")
-        lines += [f"  {name}: {fact}" for name, fact in self.native.items()]
+        told = ("available", "reason")  # among the backends
+        lines += [f"  {name}: {fact}" for name, fact in self.native.items() if name not in told]
         return "\n".join(lines)
 
 

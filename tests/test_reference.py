@@ -1,12 +1,13 @@
 """The reference against the equations written out in plain Python, and its own edges."""
 
 import math
+import textwrap
 
 import pytest
 import torch
 
-from elva_kernels import reference
-from tests.tolerances import SCORE
+from elva_kernels import ranking_reward, ranking_reward_and_grad, reference, reward_from_scores
+from tests.tolerances import REWARD, SCORE
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.02, "w_margin": 0.4, "w_rank": 0.6}
 
@@ -131,6 +132,51 @@ def test_parallel_rows_of_extreme_magnitude_score_one():
         query, candidate = torch.full((8,), small), torch.full((8,), large)
         scores = reference.cosine_scores(query, candidate, candidate.unsqueeze(0), None)
         torch.testing.assert_close(scores, torch.ones(2), rtol=0, atol=SCORE[torch.float32])
+
+
+def test_documented_equivalent_is_equivalent():
+    """The snippet under "Equivalent to" in the docstring, run as it is printed."""
+    snippet = textwrap.dedent(ranking_reward.__doc__.split("Equivalent to::")[1])
+    inputs = {
+        "query": torch.randn(4, 16, dtype=torch.float64),
+        "positive": torch.randn(4, 16, dtype=torch.float64),
+        "negatives": torch.randn(4, 9, 16, dtype=torch.float64),
+    }
+    names = {"torch": torch, "N": 9, **inputs, **WEIGHTS}
+    exec(snippet, names)
+    result = ranking_reward(**inputs, **WEIGHTS)
+    assert torch.equal(names["rank"], result.rank)
+    for name in ("scores", "margin_reward", "rank_reward", "reward"):
+        # torch's logarithm of an integer, and so the snippet's, is float32.
+        close = {"rtol": 0, "atol": REWARD[torch.float32]}
+        torch.testing.assert_close(names[name], getattr(result, name), **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_soft_ranks_through_the_public_functions(dtype):
+    inputs = [torch.randn(shape, dtype=dtype) for shape in [(3, 8), (3, 8), (3, 5, 8)]]
+    mask = torch.rand(3, 5) < 0.7
+    options = WEIGHTS | {"rank_temperature": 0.1, "mask": mask}
+    result, *gradients = ranking_reward_and_grad(*inputs, **options)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    truth = ranking_reward(*leaves, **options).reward
+    truth.sum().backward()
+    torch.testing.assert_close(result.reward.double(), truth, rtol=0, atol=1e-6)
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert gradient.dtype == dtype
+        close = {"rtol": torch.finfo(dtype).eps, "atol": 1e-6}
+        torch.testing.assert_close(gradient.double(), leaf.grad, **close)
+    soft = reward_from_scores(result.scores, **options)
+    torch.testing.assert_close(soft.reward, result.reward, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank_temperature", [1e-6, 1e6])
+def test_extreme_temperatures_stay_finite(rank_temperature):
+    scores = torch.tensor([0.5, 0.5, 1.0, -1.0], requires_grad=True)
+    reward = reward_from_scores(scores, rank_temperature=rank_temperature).reward
+    reward.backward()
+    assert reward.isfinite()
+    assert scores.grad.isfinite().all()
 
 
 class TestGroupAdvantages:

@@ -13,7 +13,7 @@ from elva_kernels import (
     ranking_reward_and_grad,
     reward_from_scores,
 )
-from tests.kernels.cases import BACKENDS, DTYPES, OPEN_HINGE, embeddings, same_bits
+from tests.kernels.cases import BACKENDS, OPEN_HINGE, embeddings, same_bits
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 SCALARS = (0.1, 0.01, 0.4, 0.6, 0.0)
@@ -47,7 +47,7 @@ def test_gradcheck_of_shared_tensors(backend):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shared", [False, True])
 def test_opcheck(backend, dtype, shared):
     query, positive, negatives = embeddings((3,), 5, 8, dtype)
