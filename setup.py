@@ -1,8 +1,7 @@
 """Builds elva_kernels._C from csrc through ninja: the CPU always, CUDA when nvcc is found.
 
-Needs no torch. ELVA_KERNELS_CUDA=0|1 decides about CUDA (1 without nvcc is an error),
-ELVA_KERNELS_CUDA_ARCHS="80 90a" names architectures; CXX, CXXFLAGS and LDFLAGS are honoured.
-Without a working C++ compiler the package installs without _C, and doctor() says so.
+ELVA_KERNELS_CUDA=0|1 decides about CUDA, ELVA_KERNELS_CUDA_ARCHS="80 90a" names architectures; CXX,
+CXXFLAGS and LDFLAGS are honoured. Without a C++ compiler it installs no _C, and doctor() says so.
 """
 
 import os
@@ -13,7 +12,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -59,9 +57,9 @@ def cuda_compiler() -> tuple[str, list[str]]:
         sys.exit(f"ELVA_KERNELS_CUDA must be 0 or 1, got {wish!r}")
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc")
-    if wish == "1" and not nvcc:
-        sys.exit("ELVA_KERNELS_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
     if wish == "0" or not nvcc:
+        if wish == "1":
+            sys.exit("ELVA_KERNELS_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
         print("elva_kernels: no nvcc in use, building for the CPU only", file=sys.stderr)
         return "", []
     return nvcc, os.environ.get("ELVA_KERNELS_CUDA_ARCHS", "80 90a 100 120").split()
@@ -74,14 +72,16 @@ class NinjaBuild(build_ext):
             print("elva_kernels: no C++ compiler that works, so no _C", file=sys.stderr)
             return
         nvcc, archs = cuda_compiler()
+        import pybind11
+
         values = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
         values |= {"cxx": cxx, "nvcc": nvcc, "python": sysconfig.get_path("include")}
         values["pybind11"] = pybind11.get_include()
         values["link"] = f"{nvcc} -cudart static" if nvcc else f"{cxx} -pthread"
         values["gencode"] = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         steps = [("cxx", "cpu/reward_simd.cpp", f"-DELVA_LEVEL={n} {LEVELS[n]}") for n in LEVELS]
-        others = [x.name for x in sorted(ROOT.glob("csrc/cpu/*.cpp")) if x.stem != "reward_simd"]
-        steps += [("cxx", f"cpu/{name}", "") for name in others]
+        for name in ("level", "parallel", "reward", "scores"):
+            steps.append(("cxx", f"cpu/{name}.cpp", ""))
         steps.append(("cxx", "bindings.cpp", f'-DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
         steps += [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
         text = NINJA.format(**values)

@@ -23,51 +23,61 @@ void raise_unless_ok(ElvaStatus status) {
     throw std::runtime_error("elva_kernels._C: device error " + std::to_string(status));
 }
 
-int64_t integer(const py::tuple& values, size_t i) {
-  const int64_t value =
-      PyLong_AsLongLong(PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i)));
+void check_tuple(PyObject* object, size_t size) {
+  if (!PyTuple_Check(object) || static_cast<size_t>(PyTuple_GET_SIZE(object)) != size) {
+    throw std::invalid_argument("elva_kernels._C: expected a tuple of " + std::to_string(size));
+  }
+}
+
+int64_t integer(PyObject* tuple, size_t i) {
+  const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
   if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
 
-// One tensor as Python passes it: (address, strides); None for an absent one.
-struct Operand {
-  uintptr_t address = 0;
-  py::tuple strides;
-};
+// Runs an op without the interpreter. Where the interpreter ends meanwhile, Python ends this thread
+// in PyEval_RestoreThread by unwinding it: through no destructor (py::gil_scoped_release has one,
+// and would terminate the process), and with no reference to a Python object to give back. That is
+// why this file borrows all it is passed.
+template <class Args>
+void run_released(ElvaStatus (*op)(const Args*), const Args& args) {
+  PyThreadState* state = PyEval_SaveThread();
+  const ElvaStatus status = op(&args);
+  PyEval_RestoreThread(state);
+  raise_unless_ok(status);
+}
 
 constexpr size_t kMaxOperands = 5;
 
 // Merges the leading dimensions `sizes` that every operand walks as one, and writes batch and batch
-// strides.
+// strides. An operand is what Python passes for a tensor: (address, strides), or None for an absent
+// one.
 class Layout {
  public:
-  Layout(const py::tuple& sizes, ElvaBatch* batch) : batch_(batch), ndim_(sizes.size()) {
+  Layout(py::handle sizes, ElvaBatch* batch) : batch_(batch), sizes_(sizes.ptr()) {
+    ndim_ = static_cast<size_t>(PyTuple_Size(sizes_));
+    check_tuple(sizes_, ndim_);
     batch->groups = 1;
     batch->ndim = 0;
-    for (size_t i = 0; i < ndim_; ++i) batch->groups *= integer(sizes, i);
-    sizes_ = &sizes;
+    for (size_t i = 0; i < ndim_; ++i) batch->groups *= integer(sizes_, i);
   }
 
   // own: the dimensions of the operand itself, after the leading ones (0, 1 or 2).
-  void add(const py::handle& operand, size_t own, ElvaInput* input) {
-    *input = ElvaInput();
+  void add(py::handle operand, size_t own, ElvaInput* input) {
     if (operand.is_none()) return;
-    const py::tuple pair = operand.cast<py::tuple>();
-    Operand& known = operands_[count_];
-    known.address = static_cast<uintptr_t>(integer(pair, 0));
-    known.strides = pair[1].cast<py::tuple>();
-    if (known.strides.size() != ndim_ + own)
-      throw std::invalid_argument("elva_kernels._C: strides do not fit sizes");
-    input->data = reinterpret_cast<const void*>(known.address);
-    if (own >= 1) input->stride = integer(known.strides, ndim_ + own - 1);
-    if (own == 2) input->row_stride = integer(known.strides, ndim_);
+    check_tuple(operand.ptr(), 2);
+    PyObject* strides = PyTuple_GET_ITEM(operand.ptr(), 1);
+    check_tuple(strides, ndim_ + own);
+    input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
+    if (own >= 1) input->stride = integer(strides, ndim_ + own - 1);
+    if (own == 2) input->row_stride = integer(strides, ndim_);
+    strides_[count_] = strides;
     inputs_[count_++] = input;
   }
 
   void finish() {
     for (size_t i = 0; i < ndim_; ++i) {
-      const int64_t size = integer(*sizes_, i);
+      const int64_t size = integer(sizes_, i);
       if (size == 1) continue;
       if (batch_->ndim > 0 && merges(i, size)) {
         batch_->sizes[batch_->ndim - 1] *= size;
@@ -79,7 +89,7 @@ class Layout {
         batch_->sizes[batch_->ndim++] = size;
       }
       for (size_t k = 0; k < count_; ++k) {
-        inputs_[k]->batch_strides[batch_->ndim - 1] = integer(operands_[k].strides, i);
+        inputs_[k]->batch_strides[batch_->ndim - 1] = integer(strides_[k], i);
       }
     }
   }
@@ -87,16 +97,16 @@ class Layout {
  private:
   bool merges(size_t dimension, int64_t size) const {
     for (size_t k = 0; k < count_; ++k) {
-      const int64_t inner = integer(operands_[k].strides, dimension);
+      const int64_t inner = integer(strides_[k], dimension);
       if (inputs_[k]->batch_strides[batch_->ndim - 1] != inner * size) return false;
     }
     return true;
   }
 
   ElvaBatch* batch_;
+  PyObject* sizes_;
   size_t ndim_;
-  const py::tuple* sizes_ = nullptr;
-  Operand operands_[kMaxOperands];
+  PyObject* strides_[kMaxOperands] = {};
   ElvaInput* inputs_[kMaxOperands] = {};
   size_t count_ = 0;
 };
@@ -110,12 +120,11 @@ ElvaRewardWeights weights_of(double margin, double rank_penalty, double w_margin
   return {margin, rank_penalty, w_margin, w_rank};
 }
 
-void reward_forward(int dtype, int threads, const py::tuple& sizes, int64_t negatives, int64_t dim,
-                    const py::handle& query, const py::handle& positive, const py::handle& negative,
-                    const py::handle& mask, const py::handle& upstream, double margin,
-                    double rank_penalty, double w_margin, double w_rank, uintptr_t reward,
-                    uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
-                    uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
+void reward_forward(int dtype, int threads, py::handle sizes, int64_t negatives, int64_t dim,
+                    py::handle query, py::handle positive, py::handle negative, py::handle mask,
+                    py::handle upstream, double margin, double rank_penalty, double w_margin,
+                    double w_rank, uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
+                    uintptr_t rank, uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
                     uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
@@ -139,18 +148,13 @@ void reward_forward(int dtype, int threads, const py::tuple& sizes, int64_t nega
   args.grad_query = pointer(grad_query);
   args.grad_positive = pointer(grad_positive);
   args.grad_negative = pointer(grad_negative);
-  ElvaStatus status;
-  {
-    const py::gil_scoped_release released;
-    status = elva_reward_forward_cpu(&args);
-  }
-  raise_unless_ok(status);
+  run_released(elva_reward_forward_cpu, args);
 }
 
-void reward_backward(int dtype, int threads, const py::tuple& sizes, int64_t negatives, int64_t dim,
-                     const py::handle& query, const py::handle& positive,
-                     const py::handle& negative, const py::handle& upstream, uintptr_t coefficients,
-                     uintptr_t grad_query, uintptr_t grad_positive, uintptr_t grad_negative) {
+void reward_backward(int dtype, int threads, py::handle sizes, int64_t negatives, int64_t dim,
+                     py::handle query, py::handle positive, py::handle negative,
+                     py::handle upstream, uintptr_t coefficients, uintptr_t grad_query,
+                     uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.threads = threads;
@@ -166,19 +170,14 @@ void reward_backward(int dtype, int threads, const py::tuple& sizes, int64_t neg
   args.grad_query = pointer(grad_query);
   args.grad_positive = pointer(grad_positive);
   args.grad_negative = pointer(grad_negative);
-  ElvaStatus status;
-  {
-    const py::gil_scoped_release released;
-    status = elva_reward_backward_cpu(&args);
-  }
-  raise_unless_ok(status);
+  run_released(elva_reward_backward_cpu, args);
 }
 
-void reward_from_scores(int dtype, int threads, const py::tuple& sizes, int64_t candidates,
-                        const py::handle& scores, const py::handle& mask,
-                        const py::handle& upstream, double margin, double rank_penalty,
-                        double w_margin, double w_rank, uintptr_t reward, uintptr_t margin_reward,
-                        uintptr_t rank_reward, uintptr_t rank, uintptr_t grad_scores) {
+void reward_from_scores(int dtype, int threads, py::handle sizes, int64_t candidates,
+                        py::handle scores, py::handle mask, py::handle upstream, double margin,
+                        double rank_penalty, double w_margin, double w_rank, uintptr_t reward,
+                        uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
+                        uintptr_t grad_scores) {
   ElvaScoresArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.threads = threads;
@@ -194,12 +193,7 @@ void reward_from_scores(int dtype, int threads, const py::tuple& sizes, int64_t 
   args.rank_reward = pointer(rank_reward);
   args.rank = pointer<int32_t>(rank);
   args.grad_scores = pointer(grad_scores);
-  ElvaStatus status;
-  {
-    const py::gil_scoped_release released;
-    status = elva_reward_from_scores_cpu(&args);
-  }
-  raise_unless_ok(status);
+  run_released(elva_reward_from_scores_cpu, args);
 }
 
 py::dict build_info() {

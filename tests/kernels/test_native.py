@@ -1,0 +1,350 @@
+"""The compiled module as a guest: threads, forks, exits, CPU levels, sanitizers, its build."""
+
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import elva_kernels
+from elva_kernels import native
+
+ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
+LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+LEVEL_FLAGS = {
+    "plain": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512bf16": f"{AVX512} -mavx512bf16",
+}
+
+needs_native = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+)
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def inputs(groups=24, n=20, dim=512, dtype=torch.float32):
+    """Large enough that the pool takes part."""
+    shapes = ((groups, dim), (groups, dim), (groups, n, dim))
+    return tuple(torch.randn(shape).to(dtype) for shape in shapes)
+
+
+def results(tensors):
+    return native.reward_value_and_grad(*tensors, None, None, **WEIGHTS)
+
+
+def equal(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def run_python(program, **environment):
+    """`program` in a fresh interpreter; fails after a minute."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bits_do_not_depend_on_the_number_of_threads(threads, dtype):
+    tensors = inputs(dtype=dtype)
+    threads(1)
+    alone = results(tensors)
+    for count in (2, 3, 7):
+        threads(count)
+        for _ in range(5):
+            assert equal(results(tensors), alone)
+
+
+@needs_native
+def test_bits_do_not_depend_on_the_callers_float_mode(threads):
+    tensors = tuple(x * 1e-38 for x in inputs())
+    threads(2)
+    normal = results(tensors)
+    assert torch.set_flush_denormal(True), "this processor cannot flush subnormals"
+    try:
+        flushed = results(tensors)
+    finally:
+        torch.set_flush_denormal(False)
+    assert equal(flushed, normal)
+
+
+@needs_native
+def test_threads_that_call_at_once_do_not_disturb_each_other(threads):
+    threads(3)
+    cases = [inputs() for _ in range(4)]
+    alone = [results(case) for case in cases]
+    wrong = []
+
+    def work(i):
+        for _ in range(20):
+            if not equal(results(cases[i]), alone[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_computes_with_a_pool_of_its_own():
+    # In a fresh interpreter, since forking beside the test runner's own threads is not what is
+    # tested. The parent's pool is in use by another thread at the moment of each fork.
+    program = """
+        import multiprocessing, threading, torch
+        from elva_kernels import native
+        weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        torch.set_num_threads(3)
+        tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
+        call = lambda: native.reward_value_and_grad(*tensors, None, None, **weights)
+        right = call()
+        done = threading.Event()
+        def busy():
+            while not done.is_set():
+                call()
+        threading.Thread(target=busy, daemon=True).start()
+        def child(queue):
+            torch.set_num_threads(3)
+            queue.put(all(bool((a == b).all()) for a, b in zip(call(), right)))
+        context = multiprocessing.get_context("fork")
+        for _ in range(5):
+            queue = context.SimpleQueue()
+            process = context.Process(target=child, args=(queue,))
+            process.start()
+            process.join(20)
+            assert process.exitcode == 0, process.exitcode
+            assert queue.get()
+        done.set()
+        print("equal")
+    """
+    done = run_python(program)
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+
+
+@needs_native
+def test_a_data_loader_worker_computes_the_parents_bits(threads):
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system has no fork")
+    threads(2)
+    tensors = inputs()
+    right = results(tensors)
+
+    class Rewards(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return results(tensors)[0]
+
+    loader = torch.utils.data.DataLoader(
+        Rewards(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=30
+    )
+    for reward in loader:
+        assert torch.equal(reward, right[0])
+
+
+@needs_native
+def test_the_interpreter_exits_while_the_pool_works():
+    program = """
+        import threading, time, torch
+        from elva_kernels import native
+        weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        torch.set_num_threads(3)
+        tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
+        def busy():
+            while True:
+                native.reward_value_and_grad(*tensors, None, None, **weights)
+        threading.Thread(target=busy, daemon=True).start()
+        time.sleep(0.2)
+        print("leaving")
+    """
+    for _ in range(3):
+        done = run_python(program)
+        assert (done.returncode, done.stdout) == (0, "leaving\n"), done.stderr
+
+
+@needs_native
+def test_every_level_of_this_cpu_can_be_forced():
+    program = "from elva_kernels import native; print(native.describe()['level'])"
+    for level in native.describe()["levels"]:
+        assert run_python(program, ELVA_KERNELS_CPU_LEVEL=level).stdout == f"{level}\n"
+
+
+@needs_native
+def test_a_level_that_is_not_there_is_an_error_and_not_another_level():
+    program = """
+        import torch
+        import elva_kernels
+        x = torch.ones(1, 4)
+        try:
+            elva_kernels.ranking_reward(x, x, x[:, None], backend="cpu")
+        except elva_kernels.BackendUnavailable as error:
+            print(error)
+    """
+    message = run_python(program, ELVA_KERNELS_CPU_LEVEL="avx1024").stdout
+    assert "ELVA_KERNELS_CPU_LEVEL must be one of the levels of this CPU" in message
+    assert "got 'avx1024'" in message
+
+
+@needs_native
+@pytest.mark.parametrize("n", [511, 512, 600, 5000])
+def test_ranks_by_counting_and_by_sorting_agree_with_the_reference(n):
+    scores = torch.randint(-9, 9, (3, n + 1)).float() / 8  # many ties
+    for dtype in (torch.float32, torch.float64):
+        ours = native.reward_from_scores(scores.to(dtype), None, **WEIGHTS)
+        right = elva_kernels.reward_from_scores(scores.double(), backend="reference", **WEIGHTS)
+        assert torch.equal(ours[3], right.rank)
+        torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="counts on lazily committed memory")
+def test_offsets_beyond_32_bits():
+    stride = 2**31 + 64  # elements between the two groups, and between negatives
+    memory = torch.empty(3 * stride, dtype=torch.bfloat16)  # lazily committed
+    query, positive, negatives = (x.to(torch.bfloat16) for x in inputs(2, 2, 48))
+    far = torch.as_strided(memory, (2, 2, 48), (stride, stride, 1))
+    far[0, 0], far[0, 1], far[1, 1] = negatives[0, 0], negatives[0, 1], negatives[1, 1]
+    near = far.contiguous()
+    assert equal(results((query, positive, far)), results((query, positive, near)))
+
+
+@needs_native
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
+    program = f"""
+        import torch
+        from elva_kernels import native
+        weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        def field(name):
+            line = next(x for x in open("/proc/self/status") if x.startswith(name))
+            return int(line.split()[1]) * 1024
+        query, positive = torch.randn(64, 1536), torch.randn(64, 1536)
+        if "{layout}" == "transposed":
+            negatives = torch.randn(64, 1536, 100).mT
+        elif "{layout}" == "expanded":
+            negatives = torch.randn(100, 1536).expand(64, 100, 1536)
+        else:
+            negatives = torch.randn(64, 100, 1536)
+        for _ in range(3):
+            native.reward_forward(query, positive, negatives, None, **weights)
+        open("/proc/self/clear_refs", "w").write("5")
+        before = field("VmRSS")
+        native.reward_forward(query, positive, negatives, None, **weights)
+        print(field("VmHWM") - before)
+    """
+    done = run_python(program)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 0.01 * 64 * 102 * 1536 * 4
+
+
+def compile_driver(folder, sanitizer):
+    """tests/kernels/native_driver.cpp and csrc/cpu under `sanitizer`: the program's path."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the sanitizers are tested with g++, which is not installed")
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("no csrc beside these tests")
+    flags = f"-std=c++17 -O1 -g -pthread -ffp-contract=off -w {sanitizer} -I{ROOT}/csrc".split()
+    sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if x.stem != "reward_simd"]
+    sources.append(("", ROOT / "tests/kernels/native_driver.cpp"))
+    for level in native.describe().get("levels", ("plain",)):
+        extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
+        sources.append((extra, ROOT / "csrc/cpu/reward_simd.cpp"))
+    missing = set(LEVELS) - set(native.describe().get("levels", ("plain",)))
+    if missing:
+        pytest.skip(f"the driver links every level; this CPU lacks {', '.join(sorted(missing))}")
+    objects = []
+    for i, (extra, source) in enumerate(sources):
+        objects.append(str(folder / f"{i}.o"))
+        command = [compiler, *flags, *extra.split(), "-c", str(source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    program = folder / "driver"
+    subprocess.run([compiler, *flags, *objects, "-o", str(program)], check=True)
+    return program
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "sanitizer",
+    ["-fsanitize=address,undefined -fno-sanitize-recover=all", "-fsanitize=thread"],
+    ids=["address-undefined", "thread"],
+)
+def test_sanitizers_are_silent(tmp_path, sanitizer):
+    program = compile_driver(tmp_path, sanitizer)
+    for level in native.describe()["levels"]:
+        done = subprocess.run(
+            [program],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"ELVA_KERNELS_CPU_LEVEL": level},
+        )
+        assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr[-4000:]
+
+
+def build(tmp_path, **environment):
+    """setup.py build_ext into `tmp_path`."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no setup.py beside these tests")
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def test_a_build_without_a_compiler_succeeds_and_says_so(tmp_path):
+    done = build(tmp_path, PATH="/nonexistent", CXX="", CUDA_HOME="")
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler that works" in done.stderr
+    assert list(tmp_path.rglob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}")) == []
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [("1", "ELVA_KERNELS_CUDA=1 needs nvcc"), ("yes", "ELVA_KERNELS_CUDA must be 0 or 1")],
+)
+def test_a_wish_for_cuda_that_cannot_be_met_is_an_error(tmp_path, wish, message):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    environment = {"PATH": "/nonexistent", "CXX": compiler, "CUDA_HOME": ""}
+    done = build(tmp_path, ELVA_KERNELS_CUDA=wish, **environment)
+    assert done.returncode != 0
+    assert message in done.stderr
