@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from elva_kernels import dispatch
 from elva_kernels.reference import compute_dtype
@@ -242,6 +243,13 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
 
 _differentiated_once: Callable[..., Any] = _DifferentiatedOnce.apply
+
+
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether autograd follows `tensors`; forward mode too, which the functions below refuse."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _gradient(op: Any, *arguments: Any) -> Any:

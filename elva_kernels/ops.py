@@ -89,9 +89,7 @@ def ranking_reward(
     if check_finite:
         checks.finite_rows(op, query, positive, negatives, mask)
     arguments = (query, positive, negatives, mask, *weights)
-    if torch.is_grad_enabled() and (
-        query.requires_grad or positive.requires_grad or negatives.requires_grad
-    ):
+    if library.is_watched(query, positive, negatives):
         return RankingReward(*library.differentiable_ranking_reward(*arguments))
     return RankingReward(*library.ranking_reward(*arguments, False)[:5])
 
@@ -195,7 +193,7 @@ def reward_from_scores(
     )
     if check_finite:
         checks.finite_scores(op, scores, mask)
-    if torch.is_grad_enabled() and scores.requires_grad:
+    if library.is_watched(scores):
         return RankingReward(*library.differentiable_reward_from_scores(scores, mask, *weights))
     return RankingReward(*library.reward_from_scores(scores, mask, *weights))
 

@@ -137,6 +137,20 @@ def test_second_derivative_is_refused(backend):
         grad.sum().backward()
 
 
+def test_forward_mode_is_refused_and_never_silently_zero(backend):
+    inputs = [x.detach() for x in leaves(3)]
+
+    def reward(query):
+        return ranking_reward(query, *inputs[1:], backend=backend).reward
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(reward, (inputs[0],), (inputs[0],))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.randn(5), torch.ones(5))
+        with pytest.raises(RuntimeError, match="forward mode AD"):
+            reward_from_scores(dual, backend=backend)
+
+
 def test_modes(backend):
     inputs = leaves(3, dtype=torch.float32)
     expected, *gradients = ranking_reward_and_grad(*inputs, backend=backend)
