@@ -249,7 +249,11 @@ def is_watched(*tensors: Tensor) -> bool:
     """Whether autograd follows `tensors`; forward mode too, which the functions below refuse."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # a generator would double the time
+            if x.requires_grad:
+                return True
+    return False
 
 
 def _gradient(op: Any, *arguments: Any) -> Any:
