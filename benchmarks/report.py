@@ -1,0 +1,104 @@
+"""Tables and files of a benchmark run; `python -m benchmarks.report FILE...` prints kept ones."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    import elva_kernels
+
+    native = elva_kernels.doctor().native
+    return {
+        "device": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "level": native.get("level"),
+        "compiler": native.get("compiler"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Keeps `result` as results/<name>-<device>.json."""
+    device = "".join(c if c.isalnum() else "-" for c in result["machine"]["device"].lower())
+    path = RESULTS / f"{name}-{'-'.join(filter(None, device.split('-')))}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+# Column, its key in a row, its format; what is not known reads "-".
+COLUMNS = (
+    ("median ms", "median_ms", ".4f"),
+    ("p20", "p20_ms", ".4f"),
+    ("p80", "p80_ms", ".4f"),
+    ("GB/s", "gbps", ".1f"),
+    ("of copy", "of_copy", ".0%"),
+    ("x eager", "times_eager", ".1f"),
+    ("MB extra", "extra_mb", ".1f"),
+    ("score err", "score_error", ".1e"),
+    ("grad err", "grad_error", ".1e"),
+)
+
+
+def show(result: dict[str, Any]) -> str:
+    """`result` as text: the machine, the ceilings, a row for each case and provider."""
+    lines = ["  ".join(f"{key} {value}" for key, value in result["machine"].items())]
+    for name, ceiling in result["ceilings"].items():
+        slow, fast = ceiling["slow_gbps"], ceiling["fast_gbps"]
+        lines.append(f"{name} {ceiling['gbps']:.1f} GB/s (p80 {slow:.1f}, p20 {fast:.1f})")
+    lines.append("GB/s counts each input read once and each gradient written once")
+    lines.append(f"{'shape, dtype, provider':56s}" + "".join(f"{x[0]:>10s}" for x in COLUMNS))
+    for row in result["rows"]:
+        cells = ["-" if row[key] is None else format(row[key], form) for _, key, form in COLUMNS]
+        title = f"{row['shape']} {row['dtype']} {row['provider']}"
+        lines.append(f"{title:56s}" + "".join(f"{cell:>10s}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    name = fields.get("model name", platform.machine())
+    return f"{name} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+
+
+def _commit() -> str:
+    """The tree's commit, with + where files differ from it."""
+    try:
+        head = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+        changes = [
+            "git",
+            "status",
+            "--porcelain",
+            "csrc",
+            "elva_kernels",
+            "benchmarks/*.py",
+            "setup.py",
+        ]
+        dirty = subprocess.run(changes, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if dirty else "")
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:] or sorted(map(str, RESULTS.glob("*.json"))):
+        print(show(json.loads(Path(argument).read_text())))
