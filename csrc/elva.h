@@ -80,6 +80,12 @@ ElvaStatus elva_reward_forward_cpu(const ElvaRewardArgs* args);
 // Gradients from coefficients (read), the inputs (read again) and upstream.
 ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args);
 
+// The same on a GPU: pointers of the current device, launched on args->stream. grad_* needs
+// coefficients in the forward too. Compiled where nvcc is found; nothing calls them yet
+// (cuda/reward.cu).
+ElvaStatus elva_reward_forward_cuda(const ElvaRewardArgs* args);
+ElvaStatus elva_reward_backward_cuda(const ElvaRewardArgs* args);
+
 typedef struct {
   ElvaDtype dtype;
   int32_t threads;
