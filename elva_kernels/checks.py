@@ -33,6 +33,23 @@ def embeddings(
     _tensor(op, "negatives", negatives, "[*, N, D]", 2)
     _alike(op, "positive", positive, query)
     _alike(op, "negatives", negatives, query)
+    shape, rows = query.shape, negatives.shape
+    if mask is not None:
+        _mask(op, mask, query, rows[-2])
+    if (
+        positive.shape != shape
+        or rows[:-2] != shape[:-1]
+        or rows[-1] != shape[-1]
+        or shape[-1] == 0
+        or mask is not None
+    ):
+        _embedding_shapes(op, query, positive, negatives, mask)
+
+
+def _embedding_shapes(
+    op: str, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+) -> None:
+    """Equal D, and leading dimensions that broadcast."""
     size = query.shape[-1]
     if size == 0:
         _refuse(ValueError, op, "query", "have D >= 1", _shape(query))
@@ -40,14 +57,10 @@ def embeddings(
         _refuse(ValueError, op, "positive", f"have query's D = {size}", _shape(positive))
     if negatives.shape[-1] != size:
         _refuse(ValueError, op, "negatives", f"have query's D = {size}", _shape(negatives))
+    leading = {"positive": positive.shape[:-1], "negatives": negatives.shape[:-2]}
     if mask is not None:
-        _mask(op, mask, query, negatives.shape[-2])
-    leading = query.shape[:-1]
-    if positive.shape[:-1] != leading or negatives.shape[:-2] != leading:
-        _broadcast(op, leading, positive=positive.shape[:-1], negatives=negatives.shape[:-2])
-    if mask is not None and mask.shape[:-1] != leading:
-        batch = torch.broadcast_shapes(leading, positive.shape[:-1], negatives.shape[:-2])
-        _broadcast(op, batch, mask=mask.shape[:-1])
+        leading["mask"] = mask.shape[:-1]
+    _broadcast(op, query.shape[:-1], **leading)
 
 
 def scores(op: str, scores: Tensor, mask: Tensor | None) -> None:

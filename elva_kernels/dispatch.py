@@ -29,11 +29,14 @@ class Backend(NamedTuple):
     unavailable_reason: Callable[[], str | None]
 
 
-def _reward(*tensors: Any, save: bool, **weights: Any) -> Tensors:
-    result = _own(reference.ranking_reward(*tensors, **weights))
-    negatives = tensors[2]
-    saved = (*negatives.shape[:-2], 2 * negatives.shape[-2] + 3) if save else (0,)
-    return *result, negatives.new_zeros(saved, dtype=torch.float64)
+def _reward(*tensors: Any, **weights: Any) -> Tensors:
+    return _own(reference.ranking_reward(*tensors, **weights))
+
+
+def _reward_saved(*tensors: Any, **weights: Any) -> Tensors:
+    negatives = tensors[2]  # the backward starts from the inputs again and needs nothing saved
+    saved = (*negatives.shape[:-2], 2 * negatives.shape[-2] + 3)
+    return *_reward(*tensors, **weights), negatives.new_zeros(saved, dtype=torch.float64)
 
 
 def _reward_backward(*tensors: Any, **weights: Any) -> Tensors:
@@ -65,12 +68,6 @@ def _own(results: Iterable[Tensor]) -> Tensors:
     return tuple(tensor.detach().contiguous() for tensor in results)
 
 
-def _native_reward(*tensors: Any, save: bool, **weights: Any) -> Tensors:
-    if save:
-        return native.reward_forward_saved(*tensors, **weights)
-    return *native.reward_forward(*tensors, **weights), tensors[0].new_empty(0, dtype=torch.float64)
-
-
 def _native_reward_backward(*tensors: Any, **_: Any) -> Tensors:
     query, positive, negatives, _mask, saved, grad_reward = tensors
     return native.reward_backward(query, positive, negatives, saved, grad_reward)
@@ -93,7 +90,8 @@ BACKENDS: dict[str, Backend] = {
 
 # op -> backend -> launcher. `library` says what a launcher of each op takes and gives.
 LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
-    "ranking_reward": {"cpu": _native_reward, "reference": _reward},
+    "ranking_reward": {"cpu": native.reward_forward, "reference": _reward},
+    "ranking_reward_saved": {"cpu": native.reward_forward_saved, "reference": _reward_saved},
     "ranking_reward_backward": {"cpu": _native_reward_backward, "reference": _reward_backward},
     "ranking_reward_and_grad": {
         "cpu": native.reward_value_and_grad,
@@ -179,7 +177,7 @@ def markdown_table() -> str:
     """The table of ops and backends that the README shows."""
     lines = ["| op | " + " | ".join(BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
     for op, row in LAUNCHERS.items():
-        if not op.endswith("_backward"):
+        if not op.endswith(("_saved", "_backward")):  # the two halves of autograd's path
             cells = " | ".join("yes" if name in row else "-" for name in BACKENDS)
             lines.append(f"| `{op}` | {cells} |")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ as views, and gradients are summed back to the shape that the caller passed. Reg
 opaque to `torch.compile`, so a compiled program runs the same kernels and gets the same bits.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -23,10 +24,13 @@ _WEIGHTS = (
     "str backend"
 )
 _SCHEMAS = {
-    # `saved` [*, 2 N + 3] float64 is the backend's own, for its backward; empty unless `save`.
     "ranking_reward": "(Tensor query, Tensor positive, Tensor negatives, Tensor? mask, "
-    f"{_WEIGHTS}, bool save) -> (Tensor reward, Tensor margin_reward, Tensor rank_reward, "
-    "Tensor rank, Tensor scores, Tensor saved)",
+    f"{_WEIGHTS}) -> (Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, "
+    "Tensor scores)",
+    # `saved` [*, 2 N + 3] float64 is the backend's own, for its backward.
+    "ranking_reward_saved": "(Tensor query, Tensor positive, Tensor negatives, Tensor? mask, "
+    f"{_WEIGHTS}) -> (Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, "
+    "Tensor scores, Tensor saved)",
     "ranking_reward_backward": "(Tensor query, Tensor positive, Tensor negatives, Tensor? mask, "
     f"Tensor saved, Tensor grad_reward, {_WEIGHTS}) "
     "-> (Tensor grad_query, Tensor grad_positive, Tensor grad_negatives)",
@@ -58,14 +62,22 @@ def _launcher(
 
 
 def _ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *rest: Any
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    *weights: Any,
+    op: str = "ranking_reward",
 ) -> Tensors:
-    launch, named = _launcher("ranking_reward", query.device, rest[:-1])
+    launch, named = _launcher(op, query.device, weights)
     leading, shared = _leading(query, positive, negatives, mask)
     inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
     if shared:
         inputs = _expand_inputs(inputs, leading)
-    return cast(Tensors, launch(*inputs, save=rest[-1], **named))
+    return cast(Tensors, launch(*inputs, **named))
+
+
+_ranking_reward_saved = functools.partial(_ranking_reward, op="ranking_reward_saved")
 
 
 def _ranking_reward_backward(
@@ -104,7 +116,7 @@ def _ranking_reward_and_grad(
         launch, named = _launcher("ranking_reward_and_grad", query.device, weights)
         return cast(Tensors, launch(*inputs, weight, **named))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    *values, saved = _ranking_reward(*inputs, *weights, True)
+    *values, saved = _ranking_reward_saved(*inputs, *weights)
     upstream = torch.ones_like(values[0]) if weight is None else weight
     return *values, *_ranking_reward_backward(*inputs, saved, upstream, *weights)
 
@@ -178,12 +190,17 @@ def _like_reward(scores_dtype: Tensor, leading: torch.Size, n_candidates: int) -
 
 
 def _fake_ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *rest: Any
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
 ) -> Tensors:
     leading = _leading(query, positive, negatives, mask)[0]
-    n = negatives.shape[-2]
-    saved = (*leading, 2 * n + 3) if rest[-1] else (0,)
-    return *_like_reward(query, leading, n + 1), query.new_empty(saved, dtype=torch.float64)
+    return _like_reward(query, leading, negatives.shape[-2] + 1)
+
+
+def _fake_ranking_reward_saved(*arguments: Any) -> Tensors:
+    results = _fake_ranking_reward(*arguments)
+    *leading, n_candidates = results[-1].shape
+    saved = results[-1].new_empty((*leading, 2 * n_candidates + 1), dtype=torch.float64)
+    return *results, saved
 
 
 def _fake_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *_: Any) -> Tensors:
@@ -193,8 +210,7 @@ def _fake_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *_: Any)
 def _fake_reward_and_grad(
     query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask)[0]
-    values = _like_reward(query, leading, negatives.shape[-2] + 1)
+    values = _fake_ranking_reward(query, positive, negatives, mask)
     return *values, *_fake_gradients(query, positive, negatives)
 
 
@@ -208,6 +224,7 @@ def _fake_grad_scores(scores: Tensor, *_: Any) -> Tensor:
 
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "ranking_reward": (_ranking_reward, _fake_ranking_reward),
+    "ranking_reward_saved": (_ranking_reward_saved, _fake_ranking_reward_saved),
     "ranking_reward_backward": (_ranking_reward_backward, _fake_gradients),
     "ranking_reward_and_grad": (_ranking_reward_and_grad, _fake_reward_and_grad),
     "reward_from_scores": (_reward_from_scores, _fake_from_scores),
@@ -267,7 +284,7 @@ class _RankingReward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensors:
-        *results, saved = ranking_reward(*arguments, True)
+        *results, saved = _OPS.ranking_reward_saved.default(*arguments)
         ctx.save_for_backward(*arguments[:4], saved)
         ctx.weights = arguments[4:]
         ctx.mark_non_differentiable(*results[1:])

@@ -91,7 +91,7 @@ def ranking_reward(
     arguments = (query, positive, negatives, mask, *weights)
     if library.is_watched(query, positive, negatives):
         return RankingReward(*library.differentiable_ranking_reward(*arguments))
-    return RankingReward(*library.ranking_reward(*arguments, False)[:5])
+    return RankingReward(*library.ranking_reward(*arguments))
 
 
 def ranking_reward_and_grad(

@@ -134,7 +134,10 @@ def reward_from_scores(
 
 def live_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
     """`scores` as results hold them: in the compute dtype, -inf behind the mask."""
-    scores = scores.to(compute_dtype(scores.dtype))
+    dtype = compute_dtype(scores.dtype)
+    if mask is None:
+        return scores.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    scores = scores.to(dtype)
     return torch.where(_live(scores, mask), scores, -torch.inf)
 
 

@@ -56,12 +56,12 @@ def test_opcheck(backend, dtype, shared):
     reward = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = torch.randn(3, dtype=reward)
     rest = (*SCALARS, backend)
-    saved = OPS.ranking_reward(*inputs, *rest, True)[-1]
+    saved = OPS.ranking_reward_saved(*inputs, *rest)[-1]
     assert saved.shape == (3, 2 * 5 + 3)
     scores = torch.randn(3, 6).to(dtype)
     calls = [
-        (OPS.ranking_reward.default, (*inputs, *rest, True)),
-        (OPS.ranking_reward.default, (*inputs, *rest, False)),
+        (OPS.ranking_reward.default, (*inputs, *rest)),
+        (OPS.ranking_reward_saved.default, (*inputs, *rest)),
         (OPS.ranking_reward_backward.default, (*inputs, saved, upstream, *rest)),
         (OPS.ranking_reward_and_grad.default, (*inputs, upstream, *rest)),
         (OPS.ranking_reward_and_grad.default, (*inputs, None, *rest)),
