@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,9 +45,16 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
             raise FileExistsError(f"{final}: must not exist yet; choose another directory")
         os.rename(partial, final)
         _sync_directory(final.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        # safetensors hides the system's error number in its text; callers want the real thing.
+        number = (
+            re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        )
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(final)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,7 +31,11 @@ err = Console(stderr=True, highlight=False)
 RunArgument = Annotated[Path, typer.Argument(help="A run directory of elva train.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+)  # fmt: skip
+"""System errors that a person can mend: a full, read-only or foreign disk."""
 
 
 @contextlib.contextmanager
@@ -100,24 +104,26 @@ def train(
             return
         _quiet_libraries()
         from elva.progress import Bars
-        from elva.report import as_json as figures
-        from elva.report import report, table
         from elva.run import Run
         from elva.train import train as run_stages
 
-        run = _run_to_train(Run, recipe, output, config, changes, resume)
         began = None if start_from is None else Run.open(start_from)
+        wanted = None if stages is None else stages.split(",")
+        run = _run_to_train(Run, recipe, output, config, changes, resume)
         console = err if as_json else out
         console.print(f"run directory: {run.directory}", soft_wrap=True)
         with Bars(console) as bars:
             run_stages(
                 run,
                 bars,
-                stages=None if stages is None else stages.split(","),
+                stages=wanted,
                 start_from=began,
                 limit=limit,
                 controls=controls,
             )
+        from elva.report import as_json as figures
+        from elva.report import report, table
+
         page = report(run)
         if as_json:
             print(json.dumps(figures(run)))

@@ -127,6 +127,11 @@ class StageConfig:
         """Whether this stage needs mined negatives and rewards."""
         return self.pathwise > 0 or self.policy > 0
 
+    @property
+    def embeds(self) -> bool:
+        """Whether this stage's loss looks at embeddings at all."""
+        return self.infonce > 0 or self.ranks
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -140,6 +145,8 @@ class Recipe:
     seed: int = 0
     save_seconds: float = 30.0  # between checkpoints inside a stage
     evaluate_batch_size: int = 512
+    evaluate_limit: int | None = None
+    """At most this many queries, and candidates beside their positives; None for the whole pool."""
     trainer: Mapping[str, Any] = field(default_factory=dict)  # further TrainingArguments
 
 
@@ -170,7 +177,7 @@ _EMOJI = Recipe(
         "0": StageConfig(
             lm=1.0,
             completions="gold",
-            tasks={"i2t": 0.85, "t2i": 0.1, "it2i": 0.05},
+            tasks={"i2t": 0.8, "t2i": 0.1, "it2i": 0.1},
             steps=700,
             batch_size=64,
             learning_rate=1e-3,
@@ -240,6 +247,7 @@ def _smoke() -> Recipe:
         name="smoke",
         stages={k: replace(s, steps=short[k]) for k, s in _EMOJI.stages.items()},
         controls={k: replace(s, steps=3) for k, s in _EMOJI.controls.items()},
+        evaluate_limit=256,
     )
 
 

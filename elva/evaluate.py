@@ -7,7 +7,7 @@ candidate of the pool as a negative, so a tie counts against the positive.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -107,15 +107,16 @@ def evaluate_stage(
 
         return call
 
+    tasks = {task: _Task.of(dataset, task, run.recipe.evaluate_limit) for task in ("t2i", "i2t")}
     retriever.remember(
         prompt.image
-        for task in ("t2i", "i2t")
-        for prompt in map(retriever.inputs.prompt, _items(dataset, task))
+        for task in tasks.values()
+        for prompt in map(retriever.inputs.prompt, [*task.queries, *task.pool])
         if prompt.image is not None
     )
     result: dict[str, Any] = {"figures": {}, "samples": {}}
-    for task in ("t2i", "i2t"):
-        _evaluate_task(task, dataset, embed, result)
+    for name_of_task, task in tasks.items():
+        _evaluate_task(name_of_task, task, dataset.minimal_pairs, embed, result)
     result["seconds"] = time.perf_counter() - started
     figures = result["figures"]
     reporter.finish(
@@ -127,28 +128,44 @@ def evaluate_stage(
     return result
 
 
-def _items(dataset: Dataset, task: str) -> Iterator[Item]:
-    yield from (q for q in dataset.queries if q.task == task)
-    pool = dataset.pool(task)
-    yield from (pool[i] for i in range(len(pool)))
+@dataclass(frozen=True)
+class _Task:
+    """Queries, the pool they are asked of, and which rows of it are right."""
+
+    queries: list[Query]
+    pool: list[Item]
+    rows: dict[str, int]
+
+    @classmethod
+    def of(cls, dataset: Dataset, task: str, limit: int | None) -> _Task:
+        """All of the task, or its first `limit` queries against their positives and `limit` more."""
+        queries = [q for q in dataset.queries if q.task == task][:limit]
+        whole = dataset.pool(task)
+        ids = whole.ids
+        if limit is not None:
+            ids = list(dict.fromkeys([p for q in queries for p in q.positives] + ids[:limit]))
+        pool = [whole[whole.row(i)] for i in ids]
+        return cls(queries, pool, {i: row for row, i in enumerate(ids)})
+
+    @property
+    def positives(self) -> list[list[int]]:
+        return [[self.rows[p] for p in q.positives] for q in self.queries]
 
 
 def _evaluate_task(
-    task: str,
-    dataset: Dataset,
+    name: str,
+    task: _Task,
+    minimal_pairs: Mapping[str, Sequence[str]],
     embed: Callable[[str], Callable[[Sequence[Item]], Encoded]],
     result: dict[str, Any],
 ) -> None:
-    queries = [q for q in dataset.queries if q.task == task]
-    pool = dataset.pool(task)
-    asked = embed(f"{task} queries")(queries)
-    shown = embed(f"{task} pool")([pool[i] for i in range(len(pool))])
-    positives = [[pool.row(p) for p in q.positives] for q in queries]
-    ranking = rank_all(asked.embeddings, shown.embeddings, positives)
+    asked = embed(f"{name} queries")(task.queries)
+    shown = embed(f"{name} pool")(task.pool)
+    ranking = rank_all(asked.embeddings, shown.embeddings, task.positives)
     figures = result["figures"]
     for k in (1, 5):
-        figures[f"{task}_recall_at_{k}"] = recall_at_k(ranking.rank, k)
-    result["samples"][task] = [
+        figures[f"{name}_recall_at_{k}"] = recall_at_k(ranking.rank, k)
+    result["samples"][name] = [
         {
             "id": q.id,
             "query": q.raw_text,
@@ -156,36 +173,40 @@ def _evaluate_task(
             "rank": int(ranking.rank[i]),
             "summary": asked.summaries[i],
             "top": [
-                {"id": pool.ids[r], "summary": shown.summaries[r]} for r in ranking.top[i].tolist()
+                {"id": task.pool[r].id, "summary": shown.summaries[r]}
+                for r in ranking.top[i].tolist()
             ],
         }
-        for i, q in enumerate(queries)
+        for i, q in enumerate(task.queries)
     ]
-    figures[f"{task}_queries"], figures[f"{task}_pool"] = len(queries), len(pool)
-    figures[f"{task}_frac_no_ret"] = 1 - shown.finished.float().mean().item()
-    if task == "t2i":
-        _minimal_pairs(queries, pool, dataset, asked, shown, positives, figures)
-        probes = distances(queries, asked.embeddings, lambda qs: embed("grains")(qs).embeddings)
+    figures[f"{name}_queries"], figures[f"{name}_pool"] = len(task.queries), len(task.pool)
+    figures[f"{name}_frac_no_ret"] = 1 - shown.finished.float().mean().item()
+    if name == "t2i":
+        _minimal_pairs(task, minimal_pairs, asked, shown, figures)
+        probes = distances(task.queries, asked.embeddings, lambda q: embed("grains")(q).embeddings)
         figures["grain_distance"] = {k: fmean(v) for k, v in sorted(probes.items())}
         result["grain_distances"] = probes
 
 
 def _minimal_pairs(
-    queries: Sequence[Query],
-    pool: Any,
-    dataset: Dataset,
+    task: _Task,
+    minimal_pairs: Mapping[str, Sequence[str]],
     asked: Encoded,
     shown: Encoded,
-    positives: Sequence[Sequence[int]],
     figures: dict[str, Any],
 ) -> None:
     """Among the pictures of the query's own entity only: nothing but the small grains decides."""
-    rows = [i for i, q in enumerate(queries) if dataset.minimal_pairs.get(q.id)]
+    rivals = {
+        i: [task.rows[c] for c in minimal_pairs.get(q.id, ()) if c in task.rows]
+        for i, q in enumerate(task.queries)
+    }
+    rows = [i for i, found in rivals.items() if len(found) > 1]
     if not rows:
         return
-    allowed = torch.zeros(len(rows), len(pool), dtype=torch.bool)
+    allowed = torch.zeros(len(rows), len(task.pool), dtype=torch.bool)
     for k, i in enumerate(rows):
-        allowed[k, [pool.row(c) for c in dataset.minimal_pairs[queries[i].id]]] = True
+        allowed[k, rivals[i]] = True
+    positives = task.positives
     ranking = rank_all(
         asked.embeddings[rows], shown.embeddings, [positives[i] for i in rows], allowed
     )

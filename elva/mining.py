@@ -59,14 +59,17 @@ def at_random(
     positives: Sequence[Sequence[int]], pool_size: int, n: int, seed: Sequence[int | str]
 ) -> Tensor:
     """n pool rows for each query, none of them a right answer, [Q, n] int64; a pure function of `seed`."""
-    drawn = (uniforms(seed, (len(positives), n)) * pool_size).long().clamp_(max=pool_size - 1)
+    spread = uniforms(seed, (len(positives), n))
+    rows = []
     for i, right in enumerate(positives):
-        if len(set(right)) >= pool_size:
+        wrong = pool_size - len(set(right))
+        if wrong < 1:
             raise ValueError(f"mine: the pool must hold a non-positive, got {pool_size} positives")
-        taken = torch.tensor(sorted(right))
-        while bool((clash := torch.isin(drawn[i], taken)).any()):
-            drawn[i] = torch.where(clash, (drawn[i] + 1) % pool_size, drawn[i])
-    return drawn
+        drawn = (spread[i] * wrong).long().clamp_(max=wrong - 1)
+        for row in sorted(set(right)):  # count over the right answers
+            drawn += drawn >= row
+        rows.append(drawn)
+    return torch.stack(rows)
 
 
 class Negatives:

@@ -65,7 +65,11 @@ class _Steps(TorchDataset):  # type: ignore[type-arg]
 
 @dataclass
 class _Rolled:
-    """A batch after its rollouts; prompts are queries [B], positives [B] and, when rolled, negatives [B * N]."""
+    """A batch after its rollouts.
+
+    Prompts are queries [B], then positives [B] where the stage embeds, then negatives [B * N] where
+    they are rolled out.
+    """
 
     batch: Batch
     prompts: list[Prompt]
@@ -142,7 +146,7 @@ class StageTrainer(Trainer):
             if self.negatives and every and batch.step and batch.step % every == 0:
                 self.negatives.mine()
             self._last = self._roll(batch)
-        elif self.stage.infonce > 0 or self.stage.ranks:
+        elif self.stage.embeds:
             self._last.rollouts.embeddings = self._current_embeddings(self._last)
         gradient, advantages, metrics = self._score(self._last)
         metrics.update(self._backward(self._last, gradient, advantages))
@@ -153,8 +157,11 @@ class StageTrainer(Trainer):
         stage, pool = self.stage, self.examples.pools[batch.task]
         queries = [self.examples.queries[batch.task][r] for r in batch.rows]
         positives = [self.examples.positive(q) for q in queries]
-        items: list[Item] = [*queries, *positives]
-        captions = [self.examples.caption(p) for p in positives] * 2
+        items: list[Item] = [*queries]
+        captions = [self.examples.caption(p) for p in positives]
+        if stage.embeds:
+            items += positives
+            captions *= 2
         right = [set(self.examples.positive_rows(q)) for q in queries]
         excluded = torch.tensor(
             [[i != j and pool.row(p.id) in right[i] for j, p in enumerate(positives)]
@@ -213,7 +220,7 @@ class StageTrainer(Trainer):
         """Step 2: d loss / d embeddings [R, D], advantages [R] and what to log."""
         stage, b = self.stage, rolled.count
         metrics = _summary_metrics(rolled.rollouts)
-        if stage.infonce == 0 and not stage.ranks:
+        if not stage.embeds:
             return None, None, metrics
         leaf = rolled.rollouts.embeddings.detach().requires_grad_()
         grouped = leaf.unflatten(0, (len(rolled.prompts), -1))  # [prompts, G, D]

@@ -41,6 +41,10 @@ def train(
         controls: also train what the last stage is compared with.
     """
     names = list(run.recipe.stages) if stages is None else list(stages)
+    if unknown := [n for n in names if n not in run.recipe.stages]:
+        raise RunError(
+            f"train: stages must be among {', '.join(run.recipe.stages)}, got {', '.join(unknown)}"
+        )
     tokenised = _Tokenised()
     for name in names:
         beginning = _beginning(run, name, start_from)

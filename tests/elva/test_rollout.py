@@ -1,0 +1,278 @@
+"""Rollouts, prompts and the losses against independent computations on a tiny random model."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from elva import objective
+from elva.config import LoraSettings, ScratchModel
+from elva.data import Item, load
+from elva.inputs import RET, mrope_positions
+from elva.mining import at_random, hardest
+from elva.model import Retriever, create
+from elva.rollout import encode, sample, token_log_probs, uniforms
+
+MODEL = ScratchModel(
+    hidden_size=32, intermediate_size=64, layers=2, heads=2, vocabulary=600,
+    vision_size=32, vision_layers=1, vision_heads=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "start"
+    path.mkdir()
+    texts = load(corpus, split="train").texts()
+    create(path, MODEL, texts, summary_prompt="", seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def retriever(checkpoint: Path) -> Retriever:
+    return Retriever.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def items(corpus: Path) -> list[Item]:
+    """Texts, pictures, and pictures with text, of different lengths."""
+    queries = load(corpus, split="train").queries
+    return [q for task in ("t2i", "i2t", "it2i") for q in queries if q.task == task][::9]
+
+
+def test_positions_are_transformers_own(retriever: Retriever, items: list[Item]) -> None:
+    for item in items:
+        prompt = retriever.inputs.prompt(item)
+        ids = prompt.input_ids[None]
+        grid = None if prompt.image is None else retriever.inputs.patches(prompt.image)[1][None]
+        expected, _ = retriever.plain.model.get_rope_index(
+            ids, mm_token_type_ids=(ids == retriever.inputs.image_id).int(), image_grid_thw=grid
+        )
+        assert torch.equal(expected[:, 0], prompt.position_ids)
+
+
+def test_positions_of_a_wide_picture() -> None:
+    is_image = torch.tensor([False, True, True, True, False])
+    assert mrope_positions(is_image, (1, 3)).tolist() == [
+        [0, 1, 1, 1, 4], [0, 1, 1, 1, 4], [0, 1, 2, 3, 4],
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_stock_forward(retriever: Retriever, items: list[Item]) -> None:
+    """One unpadded row through transformers' own forward against our padded, cached path."""
+    completion = torch.tensor([[40, 41, retriever.inputs.ret_id]])
+    prompts = [retriever.inputs.prompt(i) for i in items]
+    batch = retriever.inputs.collate(prompts, retriever.device)
+    ids = completion.expand(len(prompts), -1)
+    ours = retriever.hidden_states(batch, ids, torch.ones_like(ids, dtype=torch.bool))
+    for row, prompt in enumerate(prompts):
+        whole = torch.cat([prompt.input_ids, completion[0]])[None]
+        picture = {}
+        if prompt.image is not None:
+            pixels, grid = retriever.inputs.patches(prompt.image)
+            kinds = (whole == retriever.inputs.image_id).int()
+            picture = {
+                "pixel_values": pixels, "image_grid_thw": grid[None], "mm_token_type_ids": kinds,
+            }  # fmt: skip
+        retriever.plain.model.rope_deltas = None
+        stock = retriever.plain(input_ids=whole, output_hidden_states=True, **picture)
+        difference = (stock.hidden_states[-1][0, -4:] - ours[row]).abs().max()
+        assert difference < 2e-5
+
+
+@torch.no_grad()
+def test_rollouts_carry_the_log_probs_and_embeddings_of_a_forward(
+    retriever: Retriever, items: list[Item]
+) -> None:
+    prompts = [retriever.inputs.prompt(i) for i in items]
+    draws = uniforms((1, "draws"), (len(prompts), 3, 6))
+    out = sample(retriever, prompts, draws=draws, max_completion_length=6, temperature=0.7)
+    repeated = [p for p in prompts for _ in range(3)]
+    batch = retriever.inputs.collate(repeated, retriever.device)
+    hidden = retriever.hidden_states(batch, out.ids, out.mask)
+    at_ret = hidden[torch.arange(len(repeated)), out.mask.sum(1)]
+    assert (at_ret - out.embeddings).abs().max() < 2e-5
+    new = token_log_probs(
+        retriever.plain.lm_head(hidden[:, :-1]), out.ids, 0.7, retriever.inputs.banned_ids
+    )
+    drawn = out.mask & (out.finished[:, None] | (out.ids != retriever.inputs.ret_id))
+    assert (new - out.log_probs)[drawn].abs().max() < 1e-4
+    last = out.ids.gather(1, out.mask.sum(1, keepdim=True) - 1)
+    assert (last == retriever.inputs.ret_id).all()
+    assert not torch.isin(out.ids[out.mask], torch.tensor(retriever.inputs.banned_ids)).any()
+
+
+@torch.no_grad()
+def test_draws_follow_the_distribution(retriever: Retriever, items: list[Item]) -> None:
+    """First tokens of 4,000 rollouts against the softmax: total variation within sampling noise."""
+    prompt = [retriever.inputs.prompt(items[0])]
+    draws = uniforms((2, "draws"), (1, 4000, 1))
+    out = sample(retriever, prompt, draws=draws, max_completion_length=1)
+    batch = retriever.inputs.collate(prompt, retriever.device)
+    ids = torch.tensor([[retriever.inputs.ret_id]])
+    hidden = retriever.hidden_states(batch, ids, ids > 0)[:, 0]
+    logits = retriever.plain.lm_head(hidden).float()
+    logits[:, retriever.inputs.banned_ids] = -math.inf
+    p = logits.softmax(-1)[0]
+    frequency = torch.bincount(out.ids[:, 0], minlength=len(p)) / 4000
+    noise = (2 * p * (1 - p) / (math.pi * 4000)).sqrt().sum() / 2  # expected total variation
+    assert (frequency - p).abs().sum() / 2 < 1.3 * noise
+
+
+def test_draws_are_a_function_of_their_seed() -> None:
+    first = uniforms((0, "3", "draws", 7), (4, 5))
+    assert torch.equal(first, uniforms((0, "3", "draws", 7), (4, 5)))
+    assert not torch.equal(first, uniforms((0, "3", "draws", 8), (4, 5)))
+
+
+@torch.no_grad()
+def test_batch_size_and_padding_move_an_embedding_by_rounding_only(
+    retriever: Retriever, items: list[Item]
+) -> None:
+    one = encode(retriever, items, max_completion_length=5, batch_size=1)
+    many = encode(retriever, items, max_completion_length=5, batch_size=64)
+    gap = (one.embeddings - many.embeddings).norm(dim=1) / one.embeddings.norm(dim=1)
+    assert gap.max() < 1e-5
+    assert one.summaries == many.summaries
+
+
+@torch.no_grad()
+def test_the_picture_changes_the_embedding(retriever: Retriever) -> None:
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    asked = [Item(str(i), "what is this", p, "image,text") for i, p in enumerate(pictures)]
+    red, blue = encode(retriever, asked, max_completion_length=4).embeddings
+    assert (red - blue).norm() / red.norm() > 1e-3
+
+
+@torch.no_grad()
+def test_a_checkpoint_reads_back_to_the_same_bits(
+    retriever: Retriever, items: list[Item], tmp_path: Path
+) -> None:
+    retriever.save(tmp_path)
+    again = Retriever.load(tmp_path)
+    ours = encode(retriever, items[:8], max_completion_length=4)
+    theirs = encode(again, items[:8], max_completion_length=4)
+    assert torch.equal(ours.embeddings, theirs.embeddings)
+
+
+def test_ret_is_registered_where_the_vocabulary_lacks_it(checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    for file in checkpoint.iterdir():
+        text = file.read_text() if file.suffix == ".json" else None
+        target = tmp_path / file.name
+        target.write_text(text.replace(RET, "[OLD]")) if text else target.write_bytes(
+            file.read_bytes()
+        )
+    assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(RET) is None
+    before = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    retriever = Retriever.load(tmp_path)
+    assert retriever.inputs.ret_id == before.config.text_config.vocab_size
+    assert retriever.plain.get_input_embeddings().num_embeddings > retriever.inputs.ret_id
+
+
+def test_lora_trains_the_adapter_and_ret_and_merges_exactly(
+    checkpoint: Path, items: list[Item], tmp_path: Path
+) -> None:
+    retriever = Retriever.load(checkpoint)
+    retriever.add_lora(LoraSettings(rank=4, alpha=8))
+    trained = [n for n, p in retriever.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in n or "trainable_tokens" in n for n in trained)
+    with torch.no_grad():
+        for name, parameter in retriever.model.named_parameters():
+            if name in trained:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        adapted = encode(retriever, items[:6], max_completion_length=4).embeddings
+        retriever.save(tmp_path)
+        merged = encode(Retriever.load(tmp_path), items[:6], max_completion_length=4).embeddings
+    plain = encode(Retriever.load(checkpoint), items[:6], max_completion_length=4).embeddings
+    assert (adapted - merged).norm() / merged.norm() < 1e-4
+    assert (adapted - plain).norm() / plain.norm() > 1e-2
+
+
+def test_policy_loss_is_grpo_token_by_token() -> None:
+    """DeepSeekMath, eq. 3 and 4, written out in python floats."""
+    new = torch.tensor([[-1.0, -0.5, -9.0], [-0.2, -0.3, -0.4]], requires_grad=True)
+    old = torch.tensor([[-1.2, -0.5, 0.0], [-0.9, -0.3, -0.1]])
+    ref = torch.tensor([[-1.1, -0.7, 0.0], [-0.2, -0.6, -0.4]])
+    advantages, mask = torch.tensor([1.5, -0.5]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    loss, kl = objective.policy_loss(
+        new, old, ref, advantages, mask, clip_epsilon=0.2, beta=0.2
+    )  # fmt: skip
+    for row in range(2):
+        terms, ks = [], []
+        for t in range(3):
+            if mask[row, t]:
+                rho = math.exp(new[row, t].item() - old[row, t].item())
+                a = advantages[row].item()
+                gain = min(rho * a, min(max(rho, 0.8), 1.2) * a)
+                gap = ref[row, t].item() - new[row, t].item()
+                ks.append(math.exp(gap) - gap - 1)
+                terms.append(0.2 * ks[-1] - gain)
+        assert loss[row].item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        assert kl[row].item() == pytest.approx(sum(ks) / len(ks), rel=1e-5)
+    loss.sum().backward()
+    assert new.grad is not None and new.grad[0, 2] == 0 and torch.isfinite(new.grad).all()
+
+
+def test_caption_targets_stop_after_the_first_wrong_token() -> None:
+    caption = torch.tensor([[5, 6, 7, 9], [5, 6, 9, -100], [-100, -100, -100, -100]])
+    written = torch.tensor([[5, 8, 7, 9], [5, 6, 9, 0], [1, 2, 3, 4]])
+    assert objective.caption_targets(written, caption).tolist() == [
+        [5, 6, -100, -100], [5, 6, 9, -100], [-100, -100, -100, -100],
+    ]  # fmt: skip
+
+
+def test_info_nce_leaves_other_positives_out() -> None:
+    torch.manual_seed(0)
+    query, candidates = torch.randn(4, 8).double(), torch.randn(4, 8).double()
+    excluded = torch.zeros(4, 4, dtype=torch.bool)
+    excluded[0, 2] = True
+    unit = torch.nn.functional.normalize
+    scores = unit(query, dim=1) @ unit(candidates, dim=1).T / 0.1
+    rows, columns = scores.exp(), scores.exp()
+    rows = rows.masked_fill(excluded, 0)
+    columns = rows
+    expected = -0.5 * (
+        (scores.diag().exp() / rows.sum(1)).log().mean()
+        + (scores.diag().exp() / columns.sum(0)).log().mean()
+    )
+    assert objective.info_nce(query, candidates, excluded, 0.1).item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
+
+
+def test_hardest_drops_positives_and_what_is_too_similar() -> None:
+    pool = torch.nn.functional.normalize(torch.randn(50, 8, dtype=torch.float64), dim=1)
+    query = pool[:3] + 0.01 * torch.randn(3, 8, dtype=torch.float64)
+    found = hardest(query, pool, [[0], [1], [2, 7]], k=5, max_score=0.5)
+    scores = torch.nn.functional.normalize(query, dim=1) @ pool.T
+    for i, right in enumerate(([0], [1], [2, 7])):
+        allowed = [j for j in range(50) if j not in right and scores[i, j] <= 0.5]
+        expected = sorted(allowed, key=lambda j: -scores[i, j].item())[:5]
+        assert found[i].tolist() == expected
+    with pytest.raises(ValueError, match=r"must have 49 candidates .* lower hard_negatives"):
+        hardest(query, pool, [[0], [1], [2, 7]], k=49, max_score=0.5)
+
+
+def test_random_negatives_are_even_and_never_right() -> None:
+    right = [[3], [0, 1, 2], [9]]
+    found = at_random(right, 10, 4000, (0, "x"))
+    for row, mine in zip(found.tolist(), right, strict=True):
+        assert not set(row) & set(mine)
+        counts = torch.bincount(torch.tensor(row), minlength=10).float()
+        assert counts[counts > 0].std() / counts[counts > 0].mean() < 0.1
+    assert torch.equal(found, at_random(right, 10, 4000, (0, "x")))
+
+
+def test_the_scratch_model_counts_its_parameters_in_a_dry_run(checkpoint: Path) -> None:
+    from elva.config import ModelConfig
+    from elva.plan import count_parameters
+
+    model = Retriever.load(checkpoint).model
+    actual = sum(p.numel() for p in model.parameters())
+    estimate = count_parameters(ModelConfig(scratch=MODEL))
+    assert estimate == pytest.approx(actual, rel=0.1)

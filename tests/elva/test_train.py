@@ -1,0 +1,200 @@
+"""`elva train` end to end on a small corpus: files, figures, resuming after kill -9, bad input."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from elva.config import Recipe
+from elva.errors import UserError
+from elva.run import Run
+from elva.train import train
+
+
+class Silent:
+    """A reporter that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, what: str, total: int | None, unit: str = "steps") -> None: ...
+    def advance(self, done: int, values: dict[str, float] | None = None) -> None: ...
+    def finish(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def weights(run: Path) -> dict[str, str]:
+    files = sorted(run.glob("*/model/model.safetensors"))
+    return {f.parts[-3]: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from elva.cli import app; app()", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    arguments = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
+    done = subprocess.run(
+        command("train", *arguments), env=environment(), capture_output=True, text=True,
+        cwd=run.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "t→i R@1" in done.stdout or "t→i" in done.stdout
+    return run
+
+
+def test_run_directory_is_complete(finished: Path) -> None:
+    for name in ("recipe.yaml", "run.json", "metrics.jsonl", "report.html"):
+        assert (finished / name).stat().st_size > 0
+    run = Run.open(finished)
+    assert run.trained == ["0", "1", "2", "3", "infonce", "grpo"]
+    facts = json.loads((finished / "run.json").read_text())
+    assert {"torch", "transformers"} <= set(facts["versions"]) and facts["seed"] == 0
+    steps = [len(run.metrics(name)) for name in run.trained]
+    assert steps == [6, 3, 4, 4, 2, 2]
+    assert not list(finished.rglob("*.partial")) and not list(finished.rglob("checkpoint-*"))
+    assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pth", ".pkl")]
+
+
+def test_figures_are_shares_and_agree_with_their_samples(finished: Path) -> None:
+    run = Run.open(finished)
+    for name in run.trained:
+        result = run.read(name, "evaluation.json")
+        ranks = [s["rank"] for s in result["samples"]["t2i"]]
+        assert result["figures"]["t2i_recall_at_5"] == pytest.approx(
+            sum(r <= 5 for r in ranks) / len(ranks)
+        )
+        for sample in result["samples"]["t2i"]:
+            first = sample["top"][0]["id"] in sample["positives"]
+            assert first or sample["rank"] > 1
+        assert set(result["figures"]["grain_distance"]) >= {"entity"}
+
+
+def test_evaluate_repeats_the_table(finished: Path) -> None:
+    before = Run.open(finished).read("2", "evaluation.json")["figures"]
+    done = subprocess.run(
+        command("evaluate", str(finished), "--stage", "2", "--json"),
+        env=environment(), capture_output=True, text=True, cwd=finished.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Run.open(finished).read("2", "evaluation.json")["figures"] == before
+
+
+def test_killed_in_every_stage_and_resumed_gives_the_same_bits(
+    finished: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    start = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
+    resume = ("--output", str(run), "--resume")
+    words: tuple[str, ...] = start
+    for stage, step in (("0", 2), ("1", 1), ("2", 2), ("3", 3), ("infonce", 1)):
+        process = subprocess.Popen(
+            command("train", *words), env=environment(), cwd=tmp_path,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(run, stage, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        words = resume
+    done = subprocess.run(command("train", *resume), env=environment(), cwd=tmp_path)
+    assert done.returncode == 0
+    assert weights(run) == weights(finished)
+    keep = ("stage", "step", "loss", "lm", "infonce", "reward", "kl")
+    lines = [[{k: e.get(k) for k in keep} for e in Run.open(r).metrics()] for r in (run, finished)]
+    order = {name: i for i, name in enumerate(Run.open(run).trained)}
+    for found in lines:
+        found.sort(key=lambda e: (order[e["stage"]], e["step"]))
+    assert lines[0] == lines[1]
+
+
+def wait_for(run: Path, stage: str, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        file = run / "metrics.jsonl"
+        if file.exists() and f'"stage": "{stage}", "step": {step}' in file.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"stage {stage} never reached step {step}")
+
+
+def test_stage_three_alone_starts_from_another_run(
+    finished: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "third", recipe)
+    train(run, Silent(), stages=["3"], start_from=Run.open(finished), controls=False, limit=2)
+    assert run.trained == ["3"]
+    assert run.read("3", "stage.json")["steps"] == 2
+
+
+def test_a_stage_without_its_start_says_what_to_do(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "third", recipe)
+    with pytest.raises(UserError, match=r"stage 3 starts from stage 2.*--from RUN"):
+        train(run, Silent(), stages=["3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--recipe", "nope"), "recipe: must be one of emoji"),
+        (("--set", "stages.2.lr=1"), "stages.2.lr is not a field"),
+        (("--set", "stages.2.steps=many"), "stages.2.steps must be a int"),
+        (("--set", "seed"), "--set: must read FIELD=VALUE"),
+        (("--config", "absent.yaml"), "absent.yaml: must be a readable YAML file"),
+        (("--resume",), "pass --output RUN too"),
+        (("--stages", "9"), "stages must be among 0, 1, 2, 3"),
+        (("--from", "absent"), "must hold a run, got no recipe.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    words: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        command("train", "--recipe", "smoke", *words), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_directory_with_a_run_is_not_overwritten(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    done = subprocess.run(
+        command("train", "--recipe", "smoke", "--output", str(finished)),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "must be empty to start a run in" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RLIMIT_FSIZE makes every write beyond 200 kB fail, as a full disk does."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "from elva.cli import app; app()"
+    )
+    run = tmp_path / "full"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--recipe", "smoke",
+         "--config", str(recipe_file), "--output", str(run)],
+        capture_output=True, text=True, cwd=tmp_path, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert not list(run.rglob("*.partial"))
