@@ -79,11 +79,11 @@ class NinjaBuild(build_ext):
         values["pybind11"] = pybind11.get_include()
         values["link"] = f"{nvcc} -cudart static" if nvcc else f"{cxx} -pthread"
         values["gencode"] = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
-        steps = [("cxx", "cpu/reward_simd.cpp", f"-DELVA_LEVEL={n} {LEVELS[n]}") for n in LEVELS]
+        steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
+        steps += [("cxx", "cpu/reward_simd.cpp", f"-DELVA_LEVEL={n} {LEVELS[n]}") for n in LEVELS]
         for name in ("level", "parallel", "reward", "scores"):
             steps.append(("cxx", f"cpu/{name}.cpp", ""))
-        steps.append(("cxx", "bindings.cpp", f'-DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
-        steps += [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
+        steps.append(("cxx", "bindings.cpp", f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
         text = NINJA.format(**values)
         for i, (rule, name, extra) in enumerate(steps):
             source = str(ROOT / "csrc" / name).replace(" ", "$ ")
