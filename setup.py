@@ -81,8 +81,7 @@ class NinjaBuild(build_ext):
         values["gencode"] = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
         steps += [("cxx", "cpu/reward_simd.cpp", f"-DELVA_LEVEL={n} {LEVELS[n]}") for n in LEVELS]
-        for name in ("level", "parallel", "reward", "scores"):
-            steps.append(("cxx", f"cpu/{name}.cpp", ""))
+        steps += [("cxx", f"cpu/{x}.cpp", "") for x in ("level", "parallel", "reward", "scores")]
         steps.append(("cxx", "bindings.cpp", f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
         text = NINJA.format(**values)
         for i, (rule, name, extra) in enumerate(steps):
