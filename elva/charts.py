@@ -1,0 +1,314 @@
+"""Charts of a run, each written twice: for a light and for a dark page.
+
+Drawing goes through matplotlib's object interface, so it needs no display and leaves no state
+behind; a file is replaced whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page: Okabe and Ito's where hue tells apart, grey for what came before."""
+
+    suffix: str
+    paper: str
+    ink: str
+    muted: str
+    rule: str
+    earlier: tuple[str, ...]
+    before: str
+    last: str
+    controls: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "", "#ffffff", "#1d2329", "#5b6670", "#dfe3e7",
+    ("#d9dde1", "#bcc3ca", "#9aa3ac"), "#59636e", "#0072b2",
+    ("#e69f00", "#009e73", "#cc79a7", "#d55e00"),
+)  # fmt: skip
+DARK = Theme(
+    "-dark", "#161a1f", "#e6e9ec", "#9aa5b1", "#313940",
+    ("#343b43", "#4a535c", "#66707a"), "#a9b3bd", "#56b4e9",
+    ("#e69f00", "#22c39a", "#e39ac3", "#f0803c"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Series:
+    """A stage or control as the charts show it: the same colour in each of them."""
+
+    title: str
+    role: str  # "earlier", "before", "last" or "control"
+    place: int = 0  # among those of its role
+
+    def colour(self, theme: Theme) -> str:
+        if self.role == "before":
+            return theme.before
+        if self.role == "last":
+            return theme.last
+        shades = theme.controls if self.role == "control" else theme.earlier
+        return shades[self.place % len(shades)]
+
+
+# -- charts ----------------------------------------------------------------------------------------
+
+
+def grain_chart(
+    path: Path, kinds: Sequence[str], groups: Mapping[Series, Mapping[str, Sequence[float]]]
+) -> None:
+    """Grouped bars: mean grain distance by grain type, with the mean's standard error."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        width = 0.82 / max(1, len(groups))
+        for k, (series, distances) in enumerate(groups.items()):
+            at = np.arange(len(kinds)) - 0.41 + (k + 0.5) * width
+            values = [distances.get(kind, ()) for kind in kinds]
+            axes.bar(
+                at, [fmean(v) if v else 0.0 for v in values], width * 0.92,
+                color=series.colour(theme), label=series.title,
+                yerr=[stdev(v) / sqrt(len(v)) if len(v) > 1 else 0.0 for v in values],
+                error_kw={"elinewidth": 0.8, "ecolor": theme.ink},
+            )  # fmt: skip
+        counts = [max(len(d.get(kind, ())) for d in groups.values()) for kind in kinds]
+        labels = [f"{kind}\n{count}" for kind, count in zip(kinds, counts, strict=True)]
+        axes.set_xticks(range(len(kinds)), labels)
+        axes.tick_params(axis="x", length=0)
+        axes.set_ylabel("mean cosine distance")
+        axes.grid(axis="y")
+        _legend(figure, axes, len(groups))
+
+    draw_themes(path, (9.6, 3.7), draw)
+
+
+def rank_chart(
+    path: Path, panels: Mapping[str, tuple[int, Mapping[Series, Sequence[int]]]]
+) -> None:
+    """Share of queries whose positive is within the first k, for every k; a panel a task.
+
+    Args:
+        panels: task -> (candidates in the pool, series -> ranks).
+    """
+
+    ranks = [np.asarray(r) for _, series in panels.values() for r in series.values()]
+    lowest = max(0.0, np.floor(10 * min((r == 1).mean() for r in ranks) - 0.5) / 10)
+    furthest = max(10, *(int(r.max()) for r in ranks))
+    ticks = (
+        (1, 2, 5, 10, 20, 50, 100, 200)
+        if furthest <= 200
+        else (1, 5, *(10**e for e in range(1, 8)))
+    )
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        ks = np.unique(np.geomspace(1, furthest, 400).astype(int))
+        for axes, (task, (pool, series)) in zip(row, panels.items(), strict=True):
+            if lowest == 0:
+                axes.plot(ks, np.minimum(1, ks / pool), color=theme.muted, ls=":", label="chance")
+            for s, found in series.items():
+                within = np.searchsorted(np.sort(found), ks, side="right") / len(found)
+                front = s.role == "last"
+                axes.plot(
+                    ks, within, color=s.colour(theme), label=s.title, drawstyle="steps-post",
+                    lw=2.4 if front else 1.6, zorder=4 if front else 3,
+                )  # fmt: skip
+            axes.set_xscale("log")
+            axes.set_xlim(1, furthest)
+            axes.set_ylim(lowest, 1 + 0.02 * (1 - lowest))
+            axes.set_xticks([k for k in ticks if k <= furthest])
+            axes.xaxis.set_major_formatter(lambda k, _: f"{k:,.0f}")
+            axes.minorticks_off()
+            axes.set_title(task)
+            axes.set_xlabel("rank k")
+            axes.grid()
+        row[0].set_ylabel("positive within the first k")
+        _legend(figure, row[0], 7)
+
+    draw_themes(path, (9.6, 3.9), draw)
+
+
+PANELS: dict[str, tuple[str, ...]] = {
+    "loss parts": ("lm", "infonce", "policy"),
+    "reward": ("reward",),
+    "KL": ("kl",),
+    "summary tokens": ("completion_length",),
+    "shares": ("frac_no_ret", "frac_zero_std", "rank_1"),
+}
+"""Columns of the curves, and the values of metrics.jsonl in each."""
+
+_LABELS = {
+    "lm": "caption", "infonce": "InfoNCE", "policy": "policy", "reward": "mean ± std of a group",
+    "kl": "to the stage's start", "completion_length": "mean", "frac_no_ret": "without [RET]",
+    "frac_zero_std": "groups without spread", "rank_1": "positive first in its list",
+}  # fmt: skip
+
+
+def curves(path: Path, stages: Mapping[str, Sequence[Mapping[str, float | None]]]) -> bool:
+    """Small multiples: a row a stage, a column a quantity. Whether there was anything to draw."""
+    columns = {
+        panel: keys
+        for panel, keys in PANELS.items()
+        if any(_values(lines, k) is not None for lines in stages.values() for k in keys)
+    }
+    if not columns:
+        return False
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        cells = figure.subplots(len(stages), len(columns), squeeze=False)
+        for row, (title, lines) in zip(cells, stages.items(), strict=True):
+            for axes, (panel, keys) in zip(row, columns.items(), strict=True):
+                _cell(axes, theme, panel, keys, lines)
+            words = title.replace("control ", "control\n")
+            row[0].set_ylabel(words, rotation=0, ha="right", va="center", weight="bold")
+            row[0].yaxis.label.set_color(theme.ink)
+        depth = max(len(keys) for keys in columns.values())
+        for axes, (panel, keys) in zip(cells[0], columns.items(), strict=True):
+            axes.set_title(panel, loc="left", pad=6 + 10 * depth)
+            for i, key in enumerate(keys):
+                axes.annotate(
+                    _LABELS[key], (0, 1), (0, 4 + 10 * (depth - 1 - i)), xycoords="axes fraction",
+                    textcoords="offset points", fontsize=7.5, color=_inks(theme)[i],
+                )  # fmt: skip
+
+    draw_themes(path, (9.6, 0.75 + 1.2 * len(stages)), draw)
+    return True
+
+
+def _cell(
+    axes: Axes,
+    theme: Theme,
+    panel: str,
+    keys: Sequence[str],
+    lines: Sequence[Mapping[str, float | None]],
+) -> None:
+    drawn = False
+    for ink, key in zip(_inks(theme), keys, strict=False):
+        values = _values(lines, key)
+        if values is None:
+            continue
+        steps = np.arange(1, len(values) + 1)
+        smooth = smoothed(values)
+        axes.plot(steps, values, color=ink, lw=0.6, alpha=0.35)
+        axes.plot(steps, smooth, color=ink, lw=1.5)
+        spread = _values(lines, f"{key}_std")
+        if spread is not None:
+            spread = smoothed(spread)
+            axes.fill_between(steps, smooth - spread, smooth + spread, color=ink, alpha=0.2, lw=0)
+        drawn = True
+    if not drawn:
+        axes.set_axis_on()
+        axes.spines[:].set_visible(False)
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "-", transform=axes.transAxes, color=theme.muted, ha="center")
+        return
+    if panel == "shares":
+        axes.set_ylim(-0.04, 1.04)
+    axes.locator_params(axis="x", nbins=3, integer=True)
+    axes.locator_params(axis="y", nbins=4)
+    axes.grid(axis="y")
+
+
+def _inks(theme: Theme) -> tuple[str, str, str]:
+    return theme.last, theme.controls[3], theme.controls[1]
+
+
+def _values(lines: Sequence[Mapping[str, float | None]], key: str) -> np.ndarray | None:
+    """A value by step, NaN where it is missing; None where it always is."""
+    found = [line.get(key) for line in lines]
+    values = np.array([np.nan if v is None else float(v) for v in found])
+    return None if np.isnan(values).all() else values
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """A centred mean over a twentieth of the curve, shorter at its ends; NaNs are left out."""
+    half = max(1, len(values) // 40)
+    padded = np.pad(values, half, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    known = ~np.isnan(windows)
+    count = known.sum(1)
+    total = np.where(known, windows, 0.0).sum(1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _legend(figure: Figure, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, 7), frameon=False)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def draw_themes(
+    path: Path,
+    inches: tuple[float, float],
+    draw: Callable[[Figure, Theme], None],
+    themes: Sequence[Theme] = (LIGHT, DARK),
+    layout: Literal["constrained"] | None = "constrained",
+) -> None:
+    """Draw once a theme, from matplotlib's defaults whatever the user's own settings are."""
+    for theme in themes:
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            # A script that the font lacks shows as boxes; the words stand in the page beside it.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_style(theme))
+            figure = Figure(figsize=inches, layout=layout)
+            draw(figure, theme)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+        replace(path.with_stem(path.stem + theme.suffix), buffer.getvalue())
+
+
+def _style(theme: Theme) -> Any:
+    """rcParams; untyped, because matplotlib's stubs ask for every name as a literal."""
+    return {
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titleweight": "bold",
+        "axes.labelcolor": theme.muted,
+        "axes.edgecolor": theme.rule,
+        "axes.facecolor": theme.paper,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": theme.paper,
+        "grid.color": theme.rule,
+        "grid.linewidth": 0.7,
+        "legend.labelcolor": theme.ink,
+        "text.color": theme.ink,
+        "axes.titlecolor": theme.ink,
+        "xtick.color": theme.rule,
+        "ytick.color": theme.rule,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+    }
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replace a file by the given bytes, or leave it as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,303 @@
+"""The report of a run, made from files alone: no model is trained or loaded here."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from elva import charts, figures, gallery, pictures
+from elva.config import Recipe, StageConfig
+from elva.data import Item, load, mbeir
+from elva.report import as_json, report, table
+from elva.run import Run, RunError
+
+NAMES = ["red <b>square</b>", "green square", "blue square", "red disc", "green disc", "blue disc"]
+COLOURS = [(200, 0, 0), (0, 150, 0), (0, 0, 200)] * 2
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures with names, in M-BEIR's layout."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "img").mkdir()
+    for i, colour in enumerate(COLOURS):
+        Image.new("RGB", (400, 300), colour).save(root / "img" / f"{i}.png")
+    mbeir.write_instructions(
+        root, "tiny", 7, {("text", "image"): ["Find it."], ("image", "text"): ["Name it."]}
+    )
+
+    def row(kind: str, id: str, text: str | None, image: str | None) -> dict[str, object]:
+        modality = "text" if image is None else "image"
+        return (
+            {"did": id, "txt": text, "img_path": image, "modality": modality}
+            if kind == "pool"
+            else {"qid": id, "query_txt": text, "query_img_path": image, "query_modality": modality}
+        )
+
+    files = [f"img/{i}.png" for i in range(6)]
+    for stem, task in (("tiny_task0", 0), ("tiny_task3", 3)):
+        shown = [
+            row("pool", f"7:{i + 100 * task}", *((NAMES[i], None) if task else (None, files[i])))
+            for i in range(6)
+        ]
+        asked = [
+            row(
+                "query",
+                f"7:{i + 50 + 100 * task}",
+                *((None, files[i]) if task else (NAMES[i], None)),
+            )
+            | {"pos_cand_list": [f"7:{i + 100 * task}"], "neg_cand_list": [], "task_id": task}
+            for i in range(6)
+        ]
+        mbeir.write_pool(root, stem, shown)
+        mbeir.write_queries(root, stem, "test", asked)
+    return root
+
+
+def evaluation(root: Path, ranks: list[int], distance: float) -> dict[str, object]:
+    """What an evaluation in which query i finds its positive at ranks[i] would have written."""
+    dataset = load(root, split="test")
+    found: dict[str, dict] = {"figures": {}, "samples": {}, "grain_distances": {}}
+    for task in ("t2i", "i2t"):
+        ids = dataset.pool(task).ids
+        found["samples"][task] = [
+            {
+                "id": q.id, "query": q.raw_text, "positives": list(q.positives), "rank": rank,
+                "summary": f"summary of {q.id} & more",
+                "top": [{"id": i, "summary": ""} for i in moved(ids, q.positives[0], rank)[:5]],
+            }
+            for q, rank in zip((q for q in dataset.queries if q.task == task), ranks, strict=True)
+        ]  # fmt: skip
+        found["figures"] |= {
+            f"{task}_recall_at_1": sum(r == 1 for r in ranks) / 6,
+            f"{task}_recall_at_5": sum(r <= 5 for r in ranks) / 6,
+            f"{task}_queries": 6,
+            f"{task}_pool": 6,
+        }
+    found["grain_distances"] = {
+        "entity": [distance] * 12, "tone": [distance / 2] * 10, "size": [distance / 10]
+    }  # fmt: skip
+    return found
+
+
+def moved(ids: list[str], positive: str, rank: int) -> list[str]:
+    rest = [i for i in ids if i != positive]
+    return [*rest[: rank - 1], positive, *rest[rank - 1 :]]
+
+
+@pytest.fixture
+def run(root: Path, tmp_path: Path) -> Run:
+    """Two stages and a control, finished and evaluated."""
+    return build(root, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def page(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of such a run."""
+    return report(build(root, tmp_path_factory.mktemp("reported")))
+
+
+def build(root: Path, parent: Path) -> Run:
+    stage = StageConfig(data=str(root), steps=4)
+    recipe = Recipe(
+        "tiny", stages={"1": stage, "2": stage}, controls={"infonce": StageConfig(data=str(root))}
+    )
+    run = Run.create(parent / "run", recipe)
+    for name, ranks, distance in (
+        ("1", [1, 1, 2, 3, 6, 6], 0.2),
+        ("2", [1, 2, 1, 1, 1, 6], 0.4),
+        ("infonce", [1, 1, 1, 2, 2, 2], 0.3),
+    ):
+        run.write(name, "stage.json", {"steps": 4, "seconds": 2.5})
+        run.write(name, "evaluation.json", evaluation(root, ranks, distance))
+        for step in range(1, 5):
+            run.log(
+                name, step, {"lm": 1.0 / step, "reward": float("nan"), "completion_length": 3.0}
+            )
+    return run
+
+
+def text(drawn: object) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(drawn)
+    return console.export_text()
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def test_rows_are_the_finished_stages_then_the_controls(run: Run) -> None:
+    rows = figures.rows_of(run)
+    assert [(r.title, r.role) for r in rows] == [
+        ("stage 1", "before"), ("stage 2", "last"), ("control infonce", "control")
+    ]  # fmt: skip
+    (run.stage("2") / "stage.json").unlink()
+    assert figures.row_with(figures.rows_of(run), "last").title == "stage 1"
+
+
+def test_the_least_grain_is_over_types_with_enough_queries(run: Run) -> None:
+    kind, distance = figures.rows_of(run)[1].least_grain
+    assert kind == "tone" and distance == pytest.approx(0.2)  # size has one query only
+
+
+def test_json_and_table_hold_the_same_figures(run: Run) -> None:
+    data = json.loads(json.dumps(as_json(run)))
+    assert data["chance"] == pytest.approx(
+        {f"{t}_recall_at_{k}": k / 6 for t in ("t2i", "i2t") for k in (1, 5)}
+    )
+    assert [r["figures"]["t2i_recall_at_1"] for r in data["rows"]] == pytest.approx(
+        [2 / 6, 4 / 6, 0.5]
+    )
+    assert [r["kind"] for r in data["rows"]] == ["stage", "stage", "control"]
+    drawn = text(table(run))
+    assert re.search(r"stage 2 +0\.667 +0\.833 +0\.667 +0\.833 +- +0\.200 tone +4 +2", drawn)
+    assert re.search(r"chance +0\.167 +0\.833", drawn)
+
+
+def test_the_best_of_a_column_is_bold_in_every_row_that_has_it(page: Path) -> None:
+    html = page.read_text(encoding="utf-8")
+    line = {m[1]: m[0] for m in re.finditer(r"<tr><td>(stage \d|control \w+)</td>.*?</tr>", html)}
+    assert "<b>0.667</b>" in html and "<b>1.000</b>" in html  # t->i R@1 of stage 2, R@5 of infonce
+    assert len(line) == 3
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_every_file_the_page_names_is_there_and_every_text_is_escaped(page: Path) -> None:
+    html = page.read_text(encoding="utf-8")
+    named = re.findall(r'(?:src|srcset)="([^"]*)"', html)
+    assert {n.partition("/")[0] for n in named if "/" in n} == {gallery.PICTURES}
+    for name in named:
+        with Image.open(page.parent / name) as image:
+            image.verify()
+    assert "red &lt;b&gt;square&lt;/b&gt;" in html and "<b>square" not in html
+    assert "<script" not in html and "http://" not in html and "https://" not in html
+    assert "summary of 7:50 &amp; more" in html
+    assert not list(page.parent.rglob("*.partial"))
+
+
+def test_the_page_says_what_was_measured(page: Path) -> None:
+    html = page.read_text(encoding="utf-8")
+    assert (
+        "After stage 2 its t→i R@1 on held-out queries is 0.667, after stage 1 it was 0.333" in html
+    )
+    assert "the best control, infonce, has 0.500" in html
+    assert "of 6 queries the right answer rises in 3, falls in 1 and stays in 2" in html
+    assert "3 win the first place, 1 lose it" in html
+    assert "6 queries t→i against 6 candidates" in html and "runs for its wall time" in html
+    assert "won by stage 2: 3, lost by stage 2: 1, both right: 1, both wrong: 1" in html
+
+
+def test_the_right_answer_is_framed_once_for_each_side_that_shows_it(page: Path) -> None:
+    html = page.read_text(encoding="utf-8")
+    cards = re.findall(r"<article.*?</article>", html, flags=re.S)
+    assert len(cards) == 6 + gallery.SHOWN["i2t"]
+    for card in cards:
+        ranks = [int(r) for r in re.findall(r"right answer at rank (\d)", card)]
+        assert card.count('class="hit"') == sum(rank <= 5 for rank in ranks)
+
+
+def test_pictures_are_shrunk_and_openmoji_is_credited(page: Path) -> None:
+    for path in (page.parent / gallery.PICTURES).iterdir():
+        with Image.open(path) as image:
+            assert image.size == (256, 192)
+    assert pictures.attribution(["7:1"]) is None
+    assert "OpenMoji" in pictures.attribution(["7:1", "10:4"])
+
+
+# -- half a run ------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_finished_stage_has_a_report(root: Path, tmp_path: Path) -> None:
+    stages = {"1": StageConfig(data=str(root), steps=4)}
+    run = Run.create(tmp_path / "run", Recipe("tiny", stages=stages))
+    html = report(run).read_text(encoding="utf-8")
+    assert "no stage is finished yet" in html and "<img" not in html
+    assert as_json(run)["rows"] == [] and "stage" not in text(table(run))
+
+
+def test_missing_files_and_nulls_leave_gaps_not_errors(run: Run) -> None:
+    (run.stage("infonce") / "evaluation.json").unlink()
+    found = run.read("2", "evaluation.json")
+    found["figures"]["t2i_recall_at_1"] = None
+    found["grain_distances"]["tone"] = [None] * 10
+    run.write("2", "evaluation.json", {"figures": found["figures"]})
+    run.metrics_file.write_text('{"stage": "1", "step": 1, "lm": null}\n{"stage": "2", "st')
+    (run.directory / "run.json").unlink()
+    html = report(run).read_text(encoding="utf-8")
+    assert "curves.png" not in html and "It has not been evaluated yet." in html
+    assert re.search(r"<td>control infonce</td><td>-</td>", html)
+
+
+def test_data_that_is_gone_is_said_not_raised(run: Run) -> None:
+    stages = {n: StageConfig(data="gone", steps=4) for n in ("1", "2")}
+    html = report(Run(run.directory, Recipe("tiny", stages=stages))).read_text(encoding="utf-8")
+    assert "the data could not be read: gone: must be a directory" in html
+
+
+def test_a_damaged_evaluation_is_one_line(run: Run) -> None:
+    (run.stage("1") / "evaluation.json").write_text("{")
+    with pytest.raises(RunError, match=r"evaluation\.json: must be JSON, .*; elva evaluate"):
+        report(run)
+
+
+def test_a_second_report_has_the_same_bytes(page: Path) -> None:
+    before = {str(p): p.read_bytes() for p in page.parent.rglob("*") if p.is_file()}
+    report(Run.open(page.parent))
+    assert {str(p): p.read_bytes() for p in page.parent.rglob("*") if p.is_file()} == before
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def test_choose_takes_equal_numbers_and_fills_up() -> None:
+    outcomes = {f"7:{i}": ("won by x" if i < 2 else "both right") for i in range(40)}
+    chosen = gallery.choose(outcomes, 8)
+    assert list(chosen.values()) == ["won by x"] * 2 + ["both right"] * 6
+    assert chosen == gallery.choose(dict(reversed(outcomes.items())), 8)
+    assert gallery.choose({}, 8) == {}
+
+
+def test_smoothing_is_a_mean_that_leaves_out_what_is_missing() -> None:
+    values = np.array([1.0, np.nan, 3.0, 5.0])
+    assert charts.smoothed(values) == pytest.approx([1.0, 2.0, 4.0, 4.0])
+    assert charts.smoothed(np.full(200, 2.5)) == pytest.approx(np.full(200, 2.5))
+
+
+def test_a_chart_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(ranks: list[int]) -> bytes:
+        series = {charts.Series("stage 1", "last"): ranks}
+        charts.rank_chart(tmp_path / "ranks.png", {"t→i": (9, series)})
+        return (tmp_path / "ranks.png").read_bytes()
+
+    before = draw([1, 2])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(charts.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        draw([9, 9])
+    assert (tmp_path / "ranks.png").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_sheet_draws_any_text_and_no_more_than_its_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "SHEET_TILES", 7)
+    picture = pictures.small(Item("7:0", None, Image.new("RGB", (900, 900)), "image"))
+    tiles = [(picture, "1", "$\\bad{ 你好 " + "x" * 90)] * (pictures.SHEET_TILES + 5)
+    pictures.sheet(tmp_path / "a.png", "$x$ _ " + "w" * 500, tiles, "credit")
+    pictures.sheet(tmp_path / "b.png", "", [], None)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width == 2 * pictures.SHEET_COLUMNS * charts.DOTS_PER_INCH
+        assert image.height == (2 * 2.6 + 1) * charts.DOTS_PER_INCH  # two rows hold seven
