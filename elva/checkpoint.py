@@ -1,7 +1,8 @@
-"""Directories that are either whole or absent: safetensors and JSON, a manifest last, then a rename.
+"""Directories that are either whole or absent: safetensors and JSON, a manifest last, then a
+rename.
 
-A process killed at any moment leaves the newest complete checkpoint and perhaps a `.partial` directory,
-which the next writer removes. Nothing here reads or writes pickles.
+A process killed at any moment leaves the newest complete checkpoint and perhaps a `.partial`
+directory, which the next writer removes. Nothing here reads or writes pickles.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def save(
     state: Mapping[str, Any],
     more: Callable[[Path], None],
 ) -> Path:
-    """Write `parent/checkpoint-<step>`: a safetensors file a group of tensors, the state as JSON, and
-    what `more` puts beside them."""
+    """Write `parent/checkpoint-<step>`: a safetensors file a group of tensors, the state as JSON,
+    and what `more` puts beside them."""
 
     def fill(directory: Path) -> None:
         for name, group in tensors.items():

@@ -6,6 +6,7 @@ an unknown or ill-typed key is an error that names it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -32,8 +33,8 @@ class ScratchModel:
     layers: int = 3
     heads: int = 4
     vocabulary: int = 3000
-    image_size: int = 64  # pixels a side
-    patch_size: int = 8
+    image_size: int = 60  # pixels a side: 6 x 6 patches, 9 tokens
+    patch_size: int = 10
     vision_size: int = 128
     vision_layers: int = 3
     vision_heads: int = 4
@@ -150,7 +151,7 @@ class Recipe:
     trainer: Mapping[str, Any] = field(default_factory=dict)  # further TrainingArguments
 
 
-# -- the recipes -----------------------------------------------------------------------------------------
+# -- the recipes -----------------------------------------------------------------------------------
 
 _RETRIEVAL = {"t2i": 0.5, "i2t": 0.3, "it2i": 0.2}
 
@@ -203,13 +204,13 @@ _EMOJI = Recipe(
         ),
     },
 )
-"""Real pictures on two cores in minutes. Stage 0, a captioning warm-up, is not the paper's: a model that
-starts from random weights must first learn to see and to write; Qwen2-VL already can."""
+"""Real pictures on two cores in minutes. Stage 0, a captioning warm-up, is not the paper's: a model
+that starts from random weights must first learn to see and to write; Qwen2-VL already can."""
 
 
 def _paper(name: str, path: str, parameters: int) -> Recipe:
-    """Liu et al., ELVA, arXiv:2606.20280, sec. 4.1. LoRA ranks and temperature: LamRA's, which the paper
-    builds on; batch sizes are over all devices."""
+    """Liu et al., ELVA, arXiv:2606.20280, sec. 4.1. LoRA ranks and temperature: LamRA's, which the
+    paper builds on; batch sizes are over all devices."""
     prompt = "Analyse the input, summarise it, and end with [RET]."
     common = StageConfig(
         max_completion_length=128,
@@ -259,7 +260,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-# -- resolving -------------------------------------------------------------------------------------------
+# -- resolving -------------------------------------------------------------------------------------
 
 
 def resolve(name: str, file: Path | None = None, assignments: Iterable[str] = ()) -> Recipe:
@@ -355,10 +356,8 @@ def _scalar(kind: Any, data: Any, where: str, path: str) -> Any:
     if kind is Any:
         return data
     if kind is float and isinstance(data, str):  # YAML 1.1 reads 1e-4 as a word
-        try:
+        with contextlib.suppress(ValueError):
             data = float(data)
-        except ValueError:
-            pass
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):

@@ -1,7 +1,7 @@
 """`elva evaluate`: what a run's models retrieve, and which grains they see.
 
-Ranks are exact and pessimistic: they come from `elva_kernels.ranking_reward` itself, with every other
-candidate of the pool as a negative, so a tie counts against the positive.
+Ranks are exact and pessimistic: they come from `elva_kernels.ranking_reward` itself, with every
+other candidate of the pool as a negative, so a tie counts against the positive.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ class _Task:
 
     @classmethod
     def of(cls, dataset: Dataset, task: str, limit: int | None) -> _Task:
-        """All of the task, or its first `limit` queries against their positives and `limit` more."""
+        """All of the task, or its first `limit` queries against their positives and `limit`
+        more."""
         queries = [q for q in dataset.queries if q.task == task][:limit]
         whole = dataset.pool(task)
         ids = whole.ids

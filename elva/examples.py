@@ -1,6 +1,7 @@
 """What a stage trains on: its queries and pools by task, and which of them each step takes.
 
-Data order is a pure function of (seed, step), so a resumed run sees what the unkilled one would have.
+Data order is a pure function of (seed, step), so a resumed run sees what the unkilled one would
+have.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Examples:
         return [pool.row(p) for p in query.positives]
 
     def caption(self, candidate: Item) -> str | None:
-        """What a candidate says or shows; a query is summarised by what its positive says or shows."""
+        """What a candidate says or shows; a query is summarised by what its positive says or
+        shows."""
         text = candidate.text or self._names.get(candidate.id)
         return None if text is None else text.removesuffix(".")  # M-BEIR's full stop says nothing
 

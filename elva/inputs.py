@@ -1,7 +1,8 @@
-"""What goes into the model: tokenised prompts with Qwen2-VL's positions, and pixel patches, made once.
+"""What goes into the model: tokenised prompts with Qwen2-VL's positions, and pixel patches, made
+once.
 
-The tokenizer and the image processor of a checkpoint do not change from stage to stage, so one `Inputs`
-serves every model of a run.
+The tokenizer and the image processor of a checkpoint do not change from stage to stage, so one
+`Inputs` serves every model of a run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ PATCHES_KEPT_MB = 512
 
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised input. `image` names the picture whose features replace its placeholder tokens."""
+    """One tokenised input. `image` names the picture whose features replace its placeholder
+    tokens."""
 
     input_ids: Tensor  # [L] int64
     position_ids: Tensor  # [3, L] int64: Qwen2-VL's temporal, height and width positions
@@ -45,7 +47,8 @@ class Prompt:
 
 @dataclass
 class PromptBatch:
-    """Prompts padded on the left to one length, so that every completion starts in the same column."""
+    """Prompts padded on the left to one length, so that every completion starts in the same
+    column."""
 
     input_ids: Tensor  # [R, L]
     attention_mask: Tensor  # [R, L], 1 where real
@@ -57,7 +60,8 @@ class PromptBatch:
 
 
 class Inputs:
-    """Tokenizer, image processor and chat template of a checkpoint, and what they have made so far."""
+    """Tokenizer, image processor and chat template of a checkpoint, and what they have made so
+    far."""
 
     def __init__(
         self,
@@ -79,10 +83,11 @@ class Inputs:
 
     @classmethod
     def load(cls, path: str | Path, summary_prompt: str) -> Inputs:
-        """Read a checkpoint directory or a hub name; [RET] is registered where the vocabulary lacks it.
+        """Read a checkpoint directory or a hub name; [RET] is registered where the vocabulary lacks
+        it.
 
-        The image processor is the PIL one on every machine: torchvision resizes to slightly different
-        pixels, and an index must not depend on what else is installed.
+        The image processor is the PIL one on every machine: torchvision resizes to slightly
+        different pixels, and an index must not depend on what else is installed.
         """
         return cls(
             AutoTokenizer.from_pretrained(path),
@@ -96,11 +101,13 @@ class Inputs:
 
     @property
     def banned_ids(self) -> list[int]:
-        """Special tokens a summary may not contain: all but [RET] (no placeholder, no end of turn)."""
+        """Special tokens a summary may not contain: all but [RET] (no placeholder, no end of
+        turn)."""
         return sorted(set(self.tokenizer.all_special_ids) - {self.ret_id})
 
     def prompt(self, item: Item) -> Prompt:
-        """Tokenise an item once: [picture] [instruction + text] [summary prompt], in the chat template."""
+        """Tokenise an item once: [picture] [instruction + text] [summary prompt], in the chat
+        template."""
         text = item.prompted if isinstance(item, Query) else item.text
         image = None if item.image is None else _picture_key(item)
         key = (image, text)
@@ -142,7 +149,8 @@ class Inputs:
         return self._patches[image]
 
     def collate(self, prompts: Sequence[Prompt], device: torch.device) -> PromptBatch:
-        """Pad on the left. Right padding would put completions at different columns and wrong positions."""
+        """Pad on the left. Right padding would put completions at different columns and wrong
+        positions."""
         length = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id)
         mask = torch.zeros(len(prompts), length, dtype=torch.long)

@@ -1,7 +1,7 @@
 """Negatives for stage 3: a query's hardest candidates and a random half, from the whole pool.
 
-Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: drop the candidates whose similarity exceeds a threshold,
-keep the top 50 of what remains, add 50 drawn at random.
+Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: drop the candidates whose similarity exceeds a
+threshold, keep the top 50 of what remains, add 50 drawn at random.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def hardest(
 def at_random(
     positives: Sequence[Sequence[int]], pool_size: int, n: int, seed: Sequence[int | str]
 ) -> Tensor:
-    """n pool rows for each query, none of them a right answer, [Q, n] int64; a pure function of `seed`."""
+    """n pool rows for each query, none of them a right answer, [Q, n] int64; a pure function of
+    `seed`."""
     spread = uniforms(seed, (len(positives), n))
     rows = []
     for i, right in enumerate(positives):
@@ -73,7 +74,8 @@ def at_random(
 
 
 class Negatives:
-    """What a stage ranks its positives against: embedded pools, and each query's hardest candidates."""
+    """What a stage ranks its positives against: embedded pools, and each query's hardest
+    candidates."""
 
     def __init__(
         self,
@@ -88,7 +90,8 @@ class Negatives:
         self.mine()
 
     def mine(self) -> None:
-        """Embed the training queries and pools greedily with the weights of now, and search them."""
+        """Embed the training queries and pools greedily with the weights of now, and search
+        them."""
         for task, queries in self.examples.queries.items():
             pool = self.examples.pools[task]
             self.banks[task] = self._encode([pool[i] for i in range(len(pool))])
@@ -105,7 +108,8 @@ class Negatives:
         return out.embeddings.to(self.retriever.device)
 
     def neighbours(self) -> dict[str, list[list[int]]]:
-        """For each query the queries whose answers it is most likely to be given, likeliest first."""
+        """For each query the queries whose answers it is most likely to be given, likeliest
+        first."""
         found = {}
         for task, queries in self.examples.queries.items():
             asks: dict[int, int] = {}

@@ -1,10 +1,11 @@
 """The retriever: a Qwen2-VL model that ends what it writes with [RET] and is read out there.
 
-Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: the model is asked to analyse and summarise its input and to
-end with a registered special token; the hidden state at that token is the embedding.
+Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: the model is asked to analyse and summarise its input
+and to end with a registered special token; the hidden state at that token is the embedding.
 
-A model that starts from nothing (`create`) is written to disk as an ordinary checkpoint and read back by
-`Retriever.load`, the same call that reads Qwen2-VL-2B: nothing here knows how large a model is.
+A model that starts from nothing (`create`) is written to disk as an ordinary checkpoint and read
+back by `Retriever.load`, the same call that reads Qwen2-VL-2B: nothing here knows how large a model
+is.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Retriever:
         self.train_vision = False
         self._features: dict[str, Tensor] = {}
 
-    # -- files ---------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
     def load(
@@ -80,7 +81,8 @@ class Retriever:
         return cls(model.eval().to(device), inputs)
 
     def save(self, path: Path) -> None:
-        """Write weights (safetensors), tokenizer and processor; an adapter is merged first, on a copy."""
+        """Write weights (safetensors), tokenizer and processor; an adapter is merged first, on a
+        copy."""
         self.merged().save_pretrained(path, safe_serialization=True)
         self.inputs.save(path)
         (path / PROMPT_FILE).write_text(json.dumps({"summary_prompt": self.inputs.summary_prompt}))
@@ -115,7 +117,7 @@ class Retriever:
     def embedding_size(self) -> int:
         return self.plain.config.text_config.hidden_size
 
-    # -- pictures ------------------------------------------------------------------------------------
+    # -- pictures ----------------------------------------------------------------------------------
 
     def image_features(self, images: Iterable[str]) -> dict[str, Tensor]:
         """Vision tower once per distinct picture: {picture: [tokens, H]}.
@@ -140,7 +142,8 @@ class Retriever:
         """Compute a frozen tower's features now and keep them, if all of them fit.
 
         All or none: a cache that fills as it goes would make the bits of a feature depend on which
-        pictures happened to share its batch, and a resumed run differ from the one that was not killed.
+        pictures happened to share its batch, and a resumed run differ from the one that was not
+        killed.
         """
         if self.train_vision:
             return
@@ -157,7 +160,8 @@ class Retriever:
             self._features.update((k, f.clone()) for k, f in self.image_features(wanted).items())
 
     def freeze_vision(self, frozen: bool) -> None:
-        """Choose whether the vision tower learns; either way features of earlier weights are dropped."""
+        """Choose whether the vision tower learns; either way features of earlier weights are
+        dropped."""
         self.train_vision = not frozen
         self._features = {}
         for parameter in self.plain.model.visual.parameters():
@@ -182,8 +186,8 @@ class Retriever:
             mask: [R, T], True where real.
 
         Returns:
-            [R, T + 1, H]: the normalised hidden states that predict each completion token, and after
-            each; column t + 1 is the state *at* completion token t.
+            [R, T + 1, H]: the normalised hidden states that predict each completion token, and
+            after each; column t + 1 is the state *at* completion token t.
         """
         embeds = torch.cat(
             [self.inputs_embeds(batch), self.plain.get_input_embeddings()(completions)], dim=1

@@ -1,7 +1,8 @@
 """The losses of every stage, as functions of tensors.
 
-Liu et al., ELVA, arXiv:2606.20280, sec. 3.2 (InfoNCE) and 3.4 (rewards, GRPO); Shao et al., DeepSeekMath,
-arXiv:2402.03300 (clipped policy gradient, k3 KL). The rewards themselves are `elva_kernels.ranking_reward`.
+Liu et al., ELVA, arXiv:2606.20280, sec. 3.2 (InfoNCE) and 3.4 (rewards, GRPO); Shao et al.,
+DeepSeekMath, arXiv:2402.03300 (clipped policy gradient, k3 KL). The rewards themselves are
+`elva_kernels.ranking_reward`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ def info_nce(query: Tensor, candidates: Tensor, excluded: Tensor, temperature: f
 
     Args:
         query, candidates: [B, D] and [B, D].
-        excluded: [B, B] bool, True where candidate j is another positive of query i and so no negative.
+        excluded: [B, B] bool, True where candidate j is another positive of query i and so no
+        negative.
     """
     scores = F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
     scores = scores.masked_fill(excluded, float("-inf"))
@@ -27,7 +29,8 @@ def info_nce(query: Tensor, candidates: Tensor, excluded: Tensor, temperature: f
 def caption_targets(written: Tensor, caption: Tensor) -> Tensor:
     """What each position of a summary should have said, [R, T], -100 where there is no telling.
 
-    A position counts while everything written before it equals the caption, so that sampled summaries
+    A position counts while everything written before it equals the caption, so that sampled
+    summaries
     teach too: up to and including the first token that went wrong.
 
     Args:

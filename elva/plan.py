@@ -45,7 +45,8 @@ def _steps(stage: StageConfig, limit: int | None) -> int | str:
 
 
 def _sequences(stage: StageConfig) -> int:
-    """Rollouts a step: G of each query, its positive, and its negatives where they are rolled out."""
+    """Rollouts a step: G of each query, its positive, and its negatives where they are rolled
+    out."""
     rolled = 2
     if stage.ranks and stage.rollout_candidates == "all":
         rolled += stage.hard_negatives + stage.random_negatives

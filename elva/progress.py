@@ -1,4 +1,5 @@
-"""What a person sees while work goes on: one bar with its rate and time left, one line when it ends."""
+"""What a person sees while work goes on: one bar with its rate and time left, one line when it
+ends."""
 
 from __future__ import annotations
 

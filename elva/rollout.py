@@ -1,8 +1,8 @@
 """G sampled summaries a prompt, with their log-probabilities and [RET] embeddings, in one pass.
 
-Liu et al., ELVA, arXiv:2606.20280, sec. 3.4. The prompt is read once and its cache repeated for the G
-rollouts; each decoding step yields the log-probability of the token it drew, and the step that feeds
-[RET] back yields the embedding, so no second forward is needed.
+Liu et al., ELVA, arXiv:2606.20280, sec. 3.4. The prompt is read once and its cache repeated for the
+G rollouts; each decoding step yields the log-probability of the token it drew, and the step that
+feeds [RET] back yields the embedding, so no second forward is needed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Rollouts:
 
 
 def uniforms(seed: Sequence[int | str], shape: Sequence[int]) -> Tensor:
-    """[*shape] float64 in [0, 1): a pure function of `seed`, so a resumed run draws the same tokens."""
+    """[*shape] float64 in [0, 1): a pure function of `seed`, so a resumed run draws the same
+    tokens."""
     digest = hashlib.sha256(repr(tuple(seed)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
@@ -91,8 +92,8 @@ def sample(
 
     Args:
         draws: [len(prompts), G, max_completion_length] uniform numbers, one a token; None decodes
-            greedily with G = 1. top-k and top-p are never applied: the log-probabilities are those of
-            the distribution that was drawn from.
+            greedily with G = 1. top-k and top-p are never applied: the log-probabilities are those
+            of the distribution that was drawn from.
         max_completion_length: tokens before [RET] is appended to a row that did not write it.
 
     Returns:
@@ -164,7 +165,8 @@ class _Decoder:
             self._keep(~ended)
 
     def finish(self) -> Rollouts:
-        """Append [RET] to the rows that never wrote it: their embedding is the documented fallback."""
+        """Append [RET] to the rows that never wrote it: their embedding is the documented
+        fallback."""
         if len(self.live):
             ret = torch.full_like(self.live, self.retriever.inputs.ret_id)
             self._record(ret, torch.zeros(len(ret), device=ret.device))

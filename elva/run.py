@@ -34,7 +34,8 @@ class RunError(UserError):
 
 
 class Run:
-    """Paths and small files of one run. Nothing is overwritten but by `--resume` of the same recipe."""
+    """Paths and small files of one run. Nothing is overwritten but by `--resume` of the same
+    recipe."""
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.directory, self.recipe = directory, recipe
@@ -70,7 +71,7 @@ class Run:
             ) from None
         return cls(directory, from_dict(data, str(file)))
 
-    # -- stages --------------------------------------------------------------------------------------
+    # -- stages ------------------------------------------------------------------------------------
 
     def stage(self, name: str) -> Path:
         """The directory of a stage ("2") or a control ("infonce")."""
@@ -106,7 +107,7 @@ class Run:
         self.stage(name).mkdir(parents=True, exist_ok=True)
         write_text(self.stage(name) / file, json.dumps(data))
 
-    # -- metrics -------------------------------------------------------------------------------------
+    # -- metrics -----------------------------------------------------------------------------------
 
     @property
     def metrics_file(self) -> Path:

@@ -2,11 +2,11 @@
 
 Every stage is the same four steps, with its own weights (`StageConfig`):
 
-1. rollout     summaries of the batch's queries and candidates -> tokens, log-probs, [RET] embeddings;
-2. embeddings  InfoNCE and the ranking reward of the embeddings, with their gradients on them;
-3. tokens      advantages of the rewards (GRPO), KL to the model the stage started from, captions;
-4. backward    in micro-batches: the forward with gradient, to which step 2's gradients are handed as
-               sum(embedding * gradient), so memory does not grow with the number of candidates.
+1. rollout: summaries of the batch's queries and candidates -> tokens, log-probs, embeddings;
+2. embeddings: InfoNCE and the ranking reward, with their gradients on the [RET] embeddings;
+3. tokens: advantages of the rewards (GRPO), KL to the model the stage started from, captions;
+4. backward in micro-batches: the forward with gradient, to which step 2's gradients are handed as
+   sum(embedding * gradient), so that memory does not grow with the number of candidates.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ class StageTrainer(Trainer):
         """In the plan's order."""
         return SequentialSampler(self.train_dataset)
 
-    # -- the four steps ------------------------------------------------------------------------------
+    # -- the four steps ----------------------------------------------------------------------------
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -150,6 +151,10 @@ class StageTrainer(Trainer):
             self._last.rollouts.embeddings = self._current_embeddings(self._last)
         gradient, advantages, metrics = self._score(self._last)
         metrics.update(self._backward(self._last, gradient, advantages))
+        stage = self.stage
+        weights = {"lm": stage.lm, "infonce": stage.infonce, "policy": stage.policy}
+        metrics["loss"] = sum(w * metrics[name] for name, w in weights.items() if name in metrics)
+        metrics["loss"] -= stage.pathwise * metrics.get("reward", 0.0)
         self.on_step(self.state.global_step + 1, metrics)
         return torch.tensor(metrics["loss"], device=self.args.device)
 
@@ -268,7 +273,7 @@ class StageTrainer(Trainer):
     def _backward(
         self, rolled: _Rolled, gradient: Tensor | None, advantages: Tensor | None
     ) -> dict[str, float]:
-        """Steps 3 and 4; returns the loss and its parts, averaged as the paper's are."""
+        """Steps 3 and 4; returns the token losses, each as a mean."""
         stage, rollouts = self.stage, rolled.rollouts
         groups = len(rollouts.ids) // len(rolled.prompts)
         target = None
@@ -279,36 +284,35 @@ class StageTrainer(Trainer):
             )
         trained = rollouts.finished.sum().clamp(min=1)
         tokens = None if target is None else (target != -100).sum().clamp(min=1)
-        sums: dict[str, float] = {"loss": 0.0}
+        parts: defaultdict[str, float] = defaultdict(float)
         lengths = [len(p) for p in rolled.prompts for _ in range(groups)]
         for rows in batches_by_length(lengths, stage.micro_batch_size):
             index = torch.tensor(rows, device=self.retriever.device)
             part = rollouts.select(index)
             prompts = self._collate([rolled.prompts[i // groups] for i in rows])
             hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
-            losses: dict[str, Tensor] = {}
+            total = hidden.new_zeros(())
             if gradient is not None:
                 at_ret = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
-                losses["surrogate"] = (at_ret * gradient[index]).sum()
+                total = total + (at_ret * gradient[index]).sum()
             if target is not None or stage.policy > 0:
                 logits = self.retriever.plain.lm_head(hidden[:, :-1])
             if target is not None and tokens is not None:
                 wanted = target[index, : part.ids.shape[1]]
-                losses["lm"] = stage.lm * F.cross_entropy(
+                lm = F.cross_entropy(
                     logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="sum"
-                ) / tokens  # fmt: skip
+                )
+                parts["lm"] += (lm / tokens).item()
+                total = total + stage.lm * lm / tokens
             if stage.policy > 0:
                 assert advantages is not None
-                loss, kl = self._policy(prompts, part, logits, advantages[index])
-                losses["policy"] = stage.policy * loss[part.finished].sum() / trained
-                sums["kl"] = sums.get("kl", 0.0) + (kl[part.finished].sum() / trained).item()
-            total = torch.stack(list(losses.values())).sum()
+                policy, kl = self._policy(prompts, part, logits, advantages[index])
+                policy = policy[part.finished].sum() / trained
+                parts["policy"] += policy.item()
+                parts["kl"] += (kl[part.finished].sum() / trained).item()
+                total = total + stage.policy * policy
             self.accelerator.backward(total)
-            for name, value in losses.items():
-                if name != "surrogate":
-                    sums[name] = sums.get(name, 0.0) + value.item()
-                    sums["loss"] += value.item()
-        return sums
+        return dict(parts)
 
     def _policy(
         self, prompts: Any, part: Rollouts, logits: Tensor, advantages: Tensor
@@ -332,7 +336,8 @@ class StageTrainer(Trainer):
 
     @contextmanager
     def _as_reference(self) -> Iterator[Retriever]:
-        """The model this stage started from: a frozen copy, or the weights under a fresh adapter."""
+        """The model this stage started from: a frozen copy, or the weights under a fresh
+        adapter."""
         if self.reference is not None:
             yield self.reference
         else:
@@ -354,10 +359,11 @@ class StageTrainer(Trainer):
             out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
         return out
 
-    # -- captions ------------------------------------------------------------------------------------
+    # -- captions ----------------------------------------------------------------------------------
 
     def _caption_ids(self, captions: list[str | None]) -> Tensor:
-        """[len(captions), S] token ids, each ending in [RET]; a row without a caption is all -100."""
+        """[len(captions), S] token ids, each ending in [RET]; a row without a caption is all
+        -100."""
         ids = [
             []
             if c is None
@@ -371,7 +377,7 @@ class StageTrainer(Trainer):
             out[k, : len(row)] = torch.tensor(row)
         return out.to(self.retriever.device)
 
-    # -- checkpoints ---------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Everything that the next step depends on: weights, moments, mined negatives, counters."""
@@ -472,7 +478,8 @@ def _arguments(
 
 
 def _frozen_copy(retriever: Retriever) -> Retriever | None:
-    """The KL reference. Under LoRA none is needed: without the adapter the model is the one that began."""
+    """The KL reference. Under LoRA none is needed: without the adapter the model is the one that
+    began."""
     if isinstance(retriever.model, PeftModel):
         return None
     frozen = copy.copy(retriever)  # shares prompts and picture features
