@@ -163,11 +163,11 @@ _LABELS = {
 
 def curves(path: Path, stages: Mapping[str, Sequence[Mapping[str, float | None]]]) -> bool:
     """Small multiples: a row a stage, a column a quantity. Whether there was anything to draw."""
-    columns = {
-        panel: keys
+    found = {
+        panel: [k for k in keys if any(_values(s, k) is not None for s in stages.values())]
         for panel, keys in PANELS.items()
-        if any(_values(lines, k) is not None for lines in stages.values() for k in keys)
     }
+    columns = {panel: keys for panel, keys in found.items() if keys}
     if not columns:
         return False
 
@@ -185,7 +185,7 @@ def curves(path: Path, stages: Mapping[str, Sequence[Mapping[str, float | None]]
             for i, key in enumerate(keys):
                 axes.annotate(
                     _LABELS[key], (0, 1), (0, 4 + 10 * (depth - 1 - i)), xycoords="axes fraction",
-                    textcoords="offset points", fontsize=7.5, color=_inks(theme)[i],
+                    textcoords="offset points", fontsize=7.5, color=_ink(theme, panel, key),
                 )  # fmt: skip
 
     draw_themes(path, (9.6, 0.75 + 1.2 * len(stages)), draw)
@@ -200,8 +200,8 @@ def _cell(
     lines: Sequence[Mapping[str, float | None]],
 ) -> None:
     drawn = False
-    for ink, key in zip(_inks(theme), keys, strict=False):
-        values = _values(lines, key)
+    for key in keys:
+        values, ink = _values(lines, key), _ink(theme, panel, key)
         if values is None:
             continue
         steps = np.arange(1, len(values) + 1)
@@ -226,8 +226,8 @@ def _cell(
     axes.grid(axis="y")
 
 
-def _inks(theme: Theme) -> tuple[str, str, str]:
-    return theme.last, theme.controls[3], theme.controls[1]
+def _ink(theme: Theme, panel: str, key: str) -> str:
+    return (theme.last, theme.controls[3], theme.controls[1])[PANELS[panel].index(key)]
 
 
 def _values(lines: Sequence[Mapping[str, float | None]], key: str) -> np.ndarray | None:

@@ -6,12 +6,12 @@ Which queries are shown is nobody's choice: the same number of each outcome, in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elva import page, pictures
-from elva.data import Item, load
+from elva.data import DataError, Item, load
 from elva.figures import Row, row_with
 
 SHOWN = {"t2i": 12, "i2t": 4}
@@ -25,14 +25,37 @@ class Gallery:
     """Examples from the last stage and the one before it, with the pictures they need."""
 
     def __init__(self, rows: Sequence[Row], root: Path, directory: Path) -> None:
-        """Args: root: the data the rows were evaluated on; directory: the run's."""
+        """
+        Args:
+            root: the data that the rows were evaluated on.
+            directory: the run's.
+
+        Raises:
+            DataError: it is not that data: its pictures would be shown beside the wrong words.
+        """
         sides = [row_with(rows, "before"), row_with(rows, "last")]
         self.rows = [row for row in sides if row is not None and row.samples("t2i")]
         self.directory = directory
-        self.dataset = load(root, split="test", tasks=["t2i", "i2t"])
+        split = self.rows[-1].evaluation.get("split", "test") if self.rows else "test"
+        self.dataset = load(root, split=split, tasks=["t2i", "i2t"])
         self.names = pictures.names(root)
         self.queries = {query.id: query for query in self.dataset.queries}
         self.shown: set[str] = set()
+        for row in self.rows:
+            for task in SHOWN:
+                self._check(root, row, row.samples(task).values())
+
+    def _check(self, root: Path, row: Row, samples: Iterable[Mapping[str, Any]]) -> None:
+        for sample in samples:
+            query = self.queries.get(sample["id"])
+            if query is None or (query.raw_text, list(query.positives)) != (
+                sample["query"],
+                sample["positives"],
+            ):
+                raise DataError(
+                    f"{root}: must be the data that {row.title} was evaluated on, got another "
+                    f"query {sample['id']}; evaluate it again"
+                )
 
     def sections(self) -> str:
         """The examples of both tasks, as HTML; the pictures are written on the way."""
@@ -69,8 +92,8 @@ class Gallery:
         ]
         note = (
             f"{about} “Wrote” is the summary of the query that ended in [RET]. {len(chosen)} of "
-            f"{len(known):,} test queries: equally many of each outcome where there are so many "
-            f"({', '.join(counts)}), picked by a hash, not by hand."
+            f"{len(known):,} held-out queries: equally many of each outcome where there are so "
+            f"many ({', '.join(counts)}), picked by a hash, not by hand."
         )
         cards = [
             page.card(

@@ -42,7 +42,8 @@ figure.chart img { display: block; width: 100%; min-width: 44rem; height: auto; 
 .pair p { margin: .1rem 0 .5rem; font-size: .875rem; line-height: 1.4; }
 img.pic { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #fff;
   border-radius: .35rem; }
-img.ask { width: 4.5rem; flex: none; border: 1px solid var(--rule); }
+.none { display: block; color: var(--muted); font-size: .72rem; }
+header .ask { width: 4.5rem; flex: none; border: 1px solid var(--rule); }
 ol.strip { list-style: none; display: grid; grid-template-columns: repeat(5, 1fr); gap: .45rem;
   margin: 0; padding: 0; }
 ol.strip li { font-size: .72rem; line-height: 1.25; color: var(--muted); min-width: 0;
@@ -122,7 +123,7 @@ def chart(file: str, alt: str, caption: str) -> str:
 def picture(file: str | None, alt: str, kind: str = "pic") -> str:
     """A small picture, or a word where there is none."""
     if file is None:
-        return '<span class="small">no picture</span>'
+        return f'<span class="{kind} none">no picture</span>'
     return f'<img class="{kind}" src="{escape(file)}" alt="{escape(alt)}" loading="lazy">'
 
 

@@ -298,7 +298,7 @@ def _examples(run: Run, rows: Sequence[Row]) -> tuple[str, str | None]:
         gallery = Gallery(rows, root, run.directory)
         return gallery.sections(), pictures.attribution(gallery.shown)
     except (DataError, UserError) as error:
-        why = page.text(f"No examples, because the data could not be read: {error}", "note")
+        why = page.text(f"No examples are shown. {error}", "note")
         return page.section("Retrieval examples", why), None
 
 

@@ -238,7 +238,16 @@ def test_missing_files_and_nulls_leave_gaps_not_errors(run: Run) -> None:
 def test_data_that_is_gone_is_said_not_raised(run: Run) -> None:
     stages = {n: StageConfig(data="gone", steps=4) for n in ("1", "2")}
     html = report(Run(run.directory, Recipe("tiny", stages=stages))).read_text(encoding="utf-8")
-    assert "the data could not be read: gone: must be a directory" in html
+    assert "No examples are shown. gone: must be a directory" in html
+
+
+def test_pictures_of_other_data_are_not_shown_beside_these_words(run: Run) -> None:
+    found = run.read("2", "evaluation.json")
+    found["samples"]["t2i"][3]["query"] = "another corpus"
+    run.write("2", "evaluation.json", found)
+    html = report(run).read_text(encoding="utf-8")
+    assert "must be the data that stage 2 was evaluated on, got another query 7:53" in html
+    assert "<article" not in html
 
 
 def test_a_damaged_evaluation_is_one_line(run: Run) -> None:
