@@ -315,8 +315,8 @@ def _curves(run: Run) -> str:
         page.chart(
             "curves.png",
             "Small multiples: loss parts, reward, KL, length and shares by step, a row a stage.",
-            "By step: raw values thin, a centred mean over a twentieth of the stage thick. Caption "
-            "and policy losses carry their weights. Reward: mean, and the spread inside a group.",
+            "By step: raw values thin, a centred mean over a twentieth of the stage thick. Losses "
+            "without their weights; reward: mean, and the spread inside a group.",
         ),
     )
 
