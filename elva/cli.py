@@ -222,11 +222,13 @@ def search(
     """Find the corpus' best pictures for a text, a picture, or both."""
     with _one_line_errors():
         _quiet_libraries()
+        from elva.progress import Bars
         from elva.run import Run
         from elva.search import search as find
         from elva.search import write_sheet
 
-        hits = find(Run.open(run), query, k=k, stage=stage, image=image)
+        with Bars(err if as_json else out) as bars:
+            hits = find(Run.open(run), query, k=k, stage=stage, image=image, reporter=bars)
         page = sheet or run / "search.png"
         write_sheet(hits, page, query)
         if as_json:
@@ -261,6 +263,10 @@ def data_emoji(
         if as_json:
             print(json.dumps(counts))
             return
-        for name, count in counts.items():
-            out.print(f"{name}: {count}", markup=False)
+        out.print(f"{counts['pictures']} pictures of {counts['entities']} entities in {output}")
+        for task, splits in counts["queries"].items():
+            shares = ", ".join(f"{split} {count}" for split, count in splits.items())
+            out.print(f"{task}: {shares}", markup=False)
+        for notice in counts["notices"]:
+            out.print(notice, soft_wrap=True, markup=False)
         out.print(emoji.ATTRIBUTION, soft_wrap=True, markup=False)

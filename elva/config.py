@@ -189,9 +189,10 @@ _EMOJI = Recipe(
         "3": _STAGE_3,
     },
     controls={
-        "infonce": replace(_STAGE_3, pathwise=0.0, refresh_steps=None),
+        "infonce": replace(_STAGE_3, pathwise=0.0, refresh_steps=None, steps=None),
         "grpo": replace(
             _STAGE_3,
+            steps=None,
             lm=0.0,
             infonce=0.0,
             pathwise=0.0,

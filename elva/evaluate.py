@@ -114,7 +114,7 @@ def evaluate_stage(
         for prompt in map(retriever.inputs.prompt, [*task.queries, *task.pool])
         if prompt.image is not None
     )
-    result: dict[str, Any] = {"figures": {}, "samples": {}}
+    result: dict[str, Any] = {"split": split, "figures": {}, "samples": {}}
     for name_of_task, task in tasks.items():
         _evaluate_task(name_of_task, task, dataset.minimal_pairs, embed, result)
     result["seconds"] = time.perf_counter() - started
@@ -214,6 +214,7 @@ def _minimal_pairs(
     figures["minimal_pair_recall_at_1"] = recall_at_k(ranking.rank, 1)
     figures["minimal_pair_queries"] = len(rows)
     figures["minimal_pair_pool_mean"] = allowed.sum(1).float().mean().item()
+    figures["minimal_pair_chance"] = (1 / allowed.sum(1)).mean().item()
 
 
 def source(data: str, run: Run | None = None) -> Path:

@@ -290,8 +290,9 @@ class StageTrainer(Trainer):
             index = torch.tensor(rows, device=self.retriever.device)
             part = rollouts.select(index)
             prompts = self._collate([rolled.prompts[i // groups] for i in rows])
-            hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
-            total = hidden.new_zeros(())
+            with self.compute_loss_context_manager():  # autocast, where the recipe's trainer asks
+                hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
+            total = hidden.new_zeros((), dtype=torch.float32)
             if gradient is not None:
                 at_ret = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
                 total = total + (at_ret * gradient[index]).sum()
