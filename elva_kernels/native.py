@@ -1,8 +1,9 @@
-"""Calls the compiled module ``elva_kernels._C``: allocates the outputs, passes pointers, sizes and strides.
+"""Calls the compiled module `elva_kernels._C`: allocates outputs, passes pointers and strides.
 
-The only Python that knows the binary boundary (``csrc/elva.h``). Inputs arrive checked by ``ops``: CPU tensors of
-one dtype out of bfloat16, float16, float32, float64, expanded to one leading shape ``*``, with any strides. They
-are read where they lie: nothing is copied. Outputs are contiguous. Reference: ``elva_kernels.reference``.
+The only Python that knows the binary boundary (csrc/elva.h). Inputs arrive checked by `ops`: CPU
+tensors of one dtype out of bfloat16, float16, float32, float64, expanded to one leading shape `*`,
+with any strides. They are read where they lie: nothing is copied. Outputs are contiguous.
+Reference: `elva_kernels.reference`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def unavailable_reason() -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """What the compiled module is and what it uses here, for ``doctor()``.
+    """What the compiled module is and what it uses here, for `doctor()`.
 
-    Keys: ``available`` (bool), ``reason`` (None or a sentence); where it loads also ``level`` (in use), ``levels``
-    (supported by this CPU and its operating system, best first), ``compiler``, ``cuda`` (bool), ``cuda_archs``
-    (tuple of str), ``threads`` (what a call made now would use).
+    Keys: `available` (bool), `reason` (None or a sentence); where it loads also `level` (in use),
+    `levels` (that this CPU and its operating system support, best first), `compiler`, `cuda`
+    (bool), `cuda_archs` (tuple of str), `threads` (what a call made now would use).
     """
     module, reason = _load()
     facts: dict[str, Any] = {"available": reason is None, "reason": reason}
@@ -61,11 +62,12 @@ def reward_forward(
 
     Args:
         query, positive: [*, D].
-        negatives: [*, N, D], of the same ``*``.
-        mask: bool [*, N], True where the negative is live, or None for all; a masked row is never read.
+        negatives: [*, N, D], of the same `*`.
+        mask: bool [*, N], True where live, or None for all; a masked row is never read.
 
     Returns:
-        reward, margin_reward, rank_reward [*] and scores [*, N+1] in float32 (float64 for float64), rank int32 [*].
+        reward, margin_reward, rank_reward [*], rank int32 [*], scores [*, N + 1]; in float32
+        (float64 for float64) but the rank.
     """
     weights = (margin, rank_penalty, w_margin, w_rank)
     return _forward(query, positive, negatives, mask, *weights, save=False)[0]
@@ -82,10 +84,10 @@ def reward_forward_saved(
     w_margin: float,
     w_rank: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As ``reward_forward``, and a sixth tensor: ``saved``, float64 [*, 2 N + 3].
+    """As `reward_forward`, and a sixth tensor: `saved`, float64 [*, 2 N + 3].
 
-    ``saved`` holds each candidate's two gradient coefficients and the query's one (csrc/elva.h): all that
-    ``reward_backward`` needs beside the inputs.
+    It holds each candidate's two gradient coefficients and the query's one: all that
+    `reward_backward` needs beside the inputs.
     """
     weights = (margin, rank_penalty, w_margin, w_rank)
     values, saved = _forward(query, positive, negatives, mask, *weights, save=True)
@@ -99,11 +101,11 @@ def reward_backward(
     """Gradients of sum(grad_reward * reward); reads the inputs again.
 
     Args:
-        saved: from ``reward_forward_saved`` on the same inputs.
+        saved: from `reward_forward_saved` on the same inputs.
         grad_reward: [*], in the reward's dtype, any strides (it may be expanded).
 
     Returns:
-        grad_query [*, D], grad_positive [*, D], grad_negatives [*, N, D], contiguous, in the input's dtype.
+        grad_query, grad_positive [*, D], grad_negatives [*, N, D], in the inputs' dtype.
     """
     gradients = _empty_gradients(query, positive, negatives)
     n, dim = negatives.shape[-2:]
@@ -138,7 +140,7 @@ def reward_value_and_grad(
     """Values and gradients in one pass over memory.
 
     Args:
-        weight: upstream gradient [*] in the reward's dtype (float32, float64 for float64), any strides; None is 1.
+        weight: upstream gradient [*] in the reward's dtype, any strides; None is 1.
 
     Returns:
         reward, margin_reward, rank_reward, rank, scores, grad_query, grad_positive, grad_negatives.
@@ -180,7 +182,7 @@ def reward_from_scores(
     w_margin: float,
     w_rank: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same rewards from given scores [*, C] (column 0 is the positive; any supported dtype, any strides).
+    """The same rewards from given scores [*, C], the positive's first, of any strides.
 
     Returns:
         reward, margin_reward, rank_reward [*] in float32 (float64 for float64), rank int32 [*].
@@ -221,9 +223,9 @@ def reward_from_scores_backward(
     w_margin: float,
     w_rank: float,
 ) -> Tensor:
-    """Gradient of sum(grad_reward * reward) on ``scores``: [*, C], contiguous, in the scores' dtype.
+    """Gradient of sum(grad_reward * reward) on `scores`: [*, C], in the scores' dtype.
 
-    ``grad_reward`` is [*] in the reward's dtype, any strides.
+    `grad_reward` is [*] in the reward's dtype, any strides.
     """
     (grad_scores,) = _empty_gradients(scores)
     _module().reward_from_scores(
