@@ -38,6 +38,7 @@ class ScratchModel:
     vision_size: int = 128
     vision_layers: int = 3
     vision_heads: int = 4
+    initializer_range: float = 0.06  # ours: Qwen2-VL's 0.02 is for widths ten times as large
 
 
 @dataclass(frozen=True)

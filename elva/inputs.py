@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,8 +75,8 @@ class Inputs:
         self.summary_prompt = summary_prompt
         if tokenizer.convert_tokens_to_ids(RET) in (None, tokenizer.unk_token_id):
             tokenizer.add_special_tokens({"additional_special_tokens": [RET]})
-        self.ret_id: int = tokenizer.convert_tokens_to_ids(RET)
-        self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.ret_id = token_id(tokenizer, RET)
+        self.image_id = token_id(tokenizer, IMAGE_PAD)
         self._prompts: dict[tuple[str | None, str | None], Prompt] = {}
         self._pictures: dict[str, Item] = {}
         self._patches: dict[str, tuple[Tensor, Tensor]] = {}
@@ -120,12 +121,13 @@ class Inputs:
         return self._prompts[key]
 
     def _tokenise(self, image: str | None, text: str | None) -> Prompt:
-        content: list[dict[str, str]] = [{"type": "image"}] if image is not None else []
+        content: list[Any] = [{"type": "image"}] if image is not None else []
         asked = " ".join(t for t in (text, self.summary_prompt) if t)
         if asked:
             content.append({"type": "text", "text": asked})
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        messages: Any = [{"role": "user", "content": content}]
+        rendered = str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
         grid = None
         if image is not None:
@@ -161,6 +163,13 @@ class Inputs:
             positions[:, row, length - len(p) :] = p.position_ids
         images = [p.image for p in prompts]
         return PromptBatch(ids.to(device), mask.to(device), positions.to(device), images)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one special token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def mrope_positions(is_image: Tensor, grid: tuple[int, int] | None) -> Tensor:

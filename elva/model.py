@@ -14,6 +14,7 @@ import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from elva.config import LoraSettings, ScratchModel
-from elva.inputs import RET, Inputs, PromptBatch
+from elva.inputs import RET, Inputs, PromptBatch, token_id
 
 PROMPT_FILE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked (written by `Retriever.save`)."""
@@ -75,7 +76,7 @@ class Retriever:
                 summary_prompt = json.loads(saved.read_text())["summary_prompt"] if known else ""
             inputs = Inputs.load(path, summary_prompt)
         model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype="auto")
-        if len(inputs.tokenizer) > model.get_input_embeddings().num_embeddings:
+        if len(inputs.tokenizer) > model.lm_head.out_features:
             model.resize_token_embeddings(len(inputs.tokenizer))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.eval().to(device), inputs)
@@ -107,7 +108,8 @@ class Retriever:
     @property
     def plain(self) -> Qwen2VLForConditionalGeneration:
         """The transformers model, with an adapter's layers inside it where there is one."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(Qwen2VLForConditionalGeneration, model)
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +117,7 @@ class Retriever:
 
     @property
     def embedding_size(self) -> int:
-        return self.plain.config.text_config.hidden_size
+        return int(self.plain.lm_head.in_features)
 
     # -- pictures ----------------------------------------------------------------------------------
 
@@ -209,7 +211,7 @@ def create(
 ) -> None:
     """Write a randomly initialised Qwen2-VL with a tokenizer trained on `texts` as a checkpoint."""
     tokenizer = _train_tokenizer(texts, spec.vocabulary)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_TOKENS}
+    ids = {token: token_id(tokenizer, token) for token in QWEN_TOKENS}
     head = spec.hidden_size // spec.heads
     half = head // 2
     config = Qwen2VLConfig(
@@ -221,6 +223,7 @@ def create(
             "num_attention_heads": spec.heads,
             "num_key_value_heads": spec.heads,
             "max_position_embeddings": 512,
+            "initializer_range": spec.initializer_range,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
@@ -238,6 +241,7 @@ def create(
             "patch_size": spec.patch_size,
             "spatial_merge_size": 2,
             "temporal_patch_size": 1,
+            "initializer_range": spec.initializer_range,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

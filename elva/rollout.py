@@ -236,6 +236,7 @@ def encode(
     embeddings = torch.zeros(len(items), retriever.embedding_size)
     finished = torch.zeros(len(items), dtype=torch.bool)
     summaries = [""] * len(items)
+    decode = retriever.inputs.tokenizer.decode
     for rows in batches_by_length([len(p) for p in prompts], batch_size):
         out = sample(
             retriever,
@@ -246,9 +247,7 @@ def encode(
         index = torch.tensor(rows)
         embeddings[index], finished[index] = out.embeddings.cpu(), out.finished.cpu()
         for i, ids, mask in zip(rows, out.ids, out.mask, strict=True):
-            summaries[i] = retriever.inputs.tokenizer.decode(
-                ids[mask], skip_special_tokens=True
-            ).strip()
+            summaries[i] = str(decode(ids[mask], skip_special_tokens=True)).strip()
         if progress is not None:
             progress(len(rows))
     return Encoded(embeddings, summaries, finished)

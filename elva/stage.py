@@ -117,10 +117,11 @@ class StageTrainer(Trainer):
             self.negatives.neighbours() if self.negatives and stage.hard_batches else None,
         )
         steps = [b for b in batches for _ in range(stage.num_iterations)][: length.steps]
+        self._steps = _Steps(steps)
         super().__init__(
             model=retriever.model,
             args=_arguments(stage, length.steps, directory, extra),
-            train_dataset=_Steps(steps),
+            train_dataset=self._steps,
             data_collator=lambda items: {"batch": items[0]},
             callbacks=[_Clock(self, save_seconds)],
         )
@@ -133,7 +134,7 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """In the plan's order."""
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self._steps)
 
     # -- the four steps ----------------------------------------------------------------------------
 
@@ -383,7 +384,7 @@ class StageTrainer(Trainer):
     def save(self) -> None:
         """Everything that the next step depends on: weights, moments, mined negatives, counters."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        names = {p: n for n, p in self.model.named_parameters()}
+        names: dict[Any, str] = {p: n for n, p in self.model.named_parameters()}
         moments = {
             f"{names[p]}|{key}": value
             for p, entry in optimizer.state.items()
