@@ -30,13 +30,13 @@ class ScratchModel:
 
     hidden_size: int = 128
     intermediate_size: int = 384
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     vocabulary: int = 3000
-    image_size: int = 60  # pixels a side: 6 x 6 patches, 9 tokens
-    patch_size: int = 10
+    image_size: int = 60  # pixels a side: 4 x 4 patches, 4 tokens
+    patch_size: int = 15
     vision_size: int = 128
-    vision_layers: int = 3
+    vision_layers: int = 2
     vision_heads: int = 4
     initializer_range: float = 0.06  # ours: Qwen2-VL's 0.02 is for widths ten times as large
 
@@ -113,6 +113,8 @@ class StageConfig:
     max_completion_length: int = 16
     rollout_candidates: Literal["all", "query_positive", "query"] = "query_positive"
     # ranking
+    rank_against: Literal["pool", "batch"] = "pool"
+    """The paper's mined negatives, or the batch's other candidates, whose embeddings are fresh."""
     hard_negatives: int = 50
     random_negatives: int = 50
     max_score: float = 0.99  # a candidate more similar than this is not a negative (sec. 3.4)
@@ -126,8 +128,13 @@ class StageConfig:
 
     @property
     def ranks(self) -> bool:
-        """Whether this stage needs mined negatives and rewards."""
+        """Whether this stage's loss looks at rewards."""
         return self.pathwise > 0 or self.policy > 0
+
+    @property
+    def mines(self) -> bool:
+        """Whether it ranks against negatives mined from the pool."""
+        return self.ranks and self.rank_against == "pool"
 
     @property
     def embeds(self) -> bool:
@@ -157,20 +164,19 @@ class Recipe:
 _RETRIEVAL = {"t2i": 0.5, "i2t": 0.3, "it2i": 0.2}
 
 _STAGE_2 = StageConfig(
-    lm=0.5, infonce=1.0, tasks=_RETRIEVAL, steps=330, batch_size=64, learning_rate=5e-4
+    lm=0.5, infonce=1.0, tasks=_RETRIEVAL, steps=300, batch_size=64, learning_rate=5e-4
 )
 
 _STAGE_3 = replace(
     _STAGE_2,
-    lm=0.25,
-    infonce=1.0,
+    tasks={"t2i": 0.6, "i2t": 0.4},
     pathwise=1.0,
-    steps=150,
-    learning_rate=2e-4,
+    steps=120,
+    learning_rate=3e-4,
     hard_batches=True,
-    refresh_steps=30,
+    refresh_steps=60,
     max_score=1.0,  # names are unique here: no candidate is a false negative
-    reward=RewardConfig(margin=0.1, w_margin=0.0, w_rank=1.0, rank_temperature=0.03),
+    reward=RewardConfig(w_margin=0.0, w_rank=1.0, rank_temperature=0.03),
 )
 
 _EMOJI = Recipe(
@@ -179,13 +185,13 @@ _EMOJI = Recipe(
         "0": StageConfig(
             lm=1.0,
             completions="gold",
-            tasks={"i2t": 0.8, "t2i": 0.1, "it2i": 0.1},
-            steps=700,
-            batch_size=64,
+            tasks={"i2t": 0.45, "t2i": 0.45, "it2i": 0.1},
+            steps=2000,
+            batch_size=16,
             learning_rate=1e-3,
             train_vision=True,
         ),
-        "1": StageConfig(lm=0.5, infonce=1.0, tasks={"t2t": 1.0}, steps=60, learning_rate=5e-4),
+        "1": StageConfig(lm=0.5, infonce=1.0, tasks={"t2t": 1.0}, steps=25, learning_rate=5e-4),
         "2": _STAGE_2,
         "3": _STAGE_3,
     },

@@ -48,7 +48,7 @@ def _sequences(stage: StageConfig) -> int:
     """Rollouts a step: G of each query, its positive, and its negatives where they are rolled
     out."""
     rolled = 2
-    if stage.ranks and stage.rollout_candidates == "all":
+    if stage.mines and stage.rollout_candidates == "all":
         rolled += stage.hard_negatives + stage.random_negatives
     return stage.batch_size * rolled * stage.num_generations
 

@@ -151,7 +151,7 @@ class _Decoder:
         if uniform is None:
             token = logp.argmax(-1)
         else:
-            cdf = logp.double().exp().cumsum(-1)
+            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             threshold = uniform[self.live, None] * cdf[:, -1:]
             token = torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp_(
                 max=cdf.shape[1] - 1

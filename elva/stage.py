@@ -106,7 +106,7 @@ class StageTrainer(Trainer):
             p.image for p in map(retriever.inputs.prompt, examples.items()) if p.image is not None
         )
         self.negatives: Negatives | None = None
-        if stage.ranks or stage.hard_batches:
+        if stage.mines or stage.hard_batches:
             self.negatives = Negatives(stage, examples, retriever, self.seed)
         self._last: _Rolled | None = None
         batches = plan(
@@ -144,7 +144,7 @@ class StageTrainer(Trainer):
         batch: Batch = inputs["batch"]
         first = self._last is None or self._last.batch.step != batch.step
         if first:
-            every = self.stage.refresh_steps
+            every = self.stage.refresh_steps if self.stage.mines else None
             if self.negatives and every and batch.step and batch.step % every == 0:
                 self.negatives.mine()
             self._last = self._roll(batch)
@@ -165,7 +165,7 @@ class StageTrainer(Trainer):
         positives = [self.examples.positive(q) for q in queries]
         items: list[Item] = [*queries]
         captions = [self.examples.caption(p) for p in positives]
-        if stage.embeds:
+        if stage.embeds or stage.completions == "gold":
             items += positives
             captions *= 2
         right = [set(self.examples.positive_rows(q)) for q in queries]
@@ -174,7 +174,7 @@ class StageTrainer(Trainer):
              for i in range(len(queries))]
         )  # fmt: skip
         negatives = None
-        if stage.ranks:
+        if stage.mines:
             assert self.negatives is not None
             rows = self.negatives.rows(batch)
             if stage.rollout_candidates == "all":
@@ -242,13 +242,10 @@ class StageTrainer(Trainer):
             metrics["infonce"] = nce.item()
             loss = loss + stage.infonce * nce
         if stage.ranks:
-            if rolled.negatives is None:
-                negatives = grouped[2 * b :].unflatten(0, (b, -1)).transpose(1, 2)  # [B, G, N, D]
-            else:
-                negatives = rolled.negatives[:, None].expand(-1, grouped.shape[1], -1, -1)
+            negatives, mask = self._negatives(rolled, grouped)
             r = stage.reward
             out = elva_kernels.ranking_reward(
-                query, positive, negatives, margin=r.margin, rank_penalty=r.rank_penalty,
+                query, positive, negatives, mask=mask, margin=r.margin, rank_penalty=r.rank_penalty,
                 w_margin=r.w_margin, w_rank=r.w_rank, rank_temperature=r.rank_temperature,
             )  # fmt: skip
             reward = out.reward.detach()
@@ -259,6 +256,17 @@ class StageTrainer(Trainer):
         if loss.requires_grad:
             loss.backward()
         return leaf.grad, advantages, metrics
+
+    def _negatives(self, rolled: _Rolled, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, G, N, D] negatives of every action, and which of them count."""
+        b, groups = rolled.count, grouped.shape[1]
+        if self.stage.rank_against == "batch":
+            others = ~(rolled.excluded | torch.eye(b, dtype=torch.bool)).to(grouped.device)
+            shared = grouped[b : 2 * b].transpose(0, 1)  # [G, B, D], the batch's candidates
+            return shared.expand(b, -1, -1, -1), others[:, None].expand(-1, groups, -1)
+        if rolled.negatives is None:
+            return grouped[2 * b :].unflatten(0, (b, -1)).transpose(1, 2), None
+        return rolled.negatives[:, None].expand(-1, groups, -1, -1), None
 
     def _collate(self, prompts: list[Prompt]) -> PromptBatch:
         return self.retriever.inputs.collate(prompts, self.retriever.device)
@@ -291,7 +299,7 @@ class StageTrainer(Trainer):
             index = torch.tensor(rows, device=self.retriever.device)
             part = rollouts.select(index)
             prompts = self._collate([rolled.prompts[i // groups] for i in rows])
-            with self.compute_loss_context_manager():  # autocast, where the recipe's trainer asks
+            with self.accelerator.autocast():  # bf16, where the recipe's trainer asks
                 hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
             total = hidden.new_zeros((), dtype=torch.float32)
             if gradient is not None:
@@ -437,10 +445,14 @@ class StageTrainer(Trainer):
         """Trainer's own, or for a stage limited by the clock its cosine over the seconds."""
         if self.length.seconds is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        budget = self.length.seconds
+        budget, warmup = self.length.seconds, self.stage.warmup_ratio
+
+        def factor(step: int) -> float:
+            done = min(1.0, self.elapsed / budget)
+            return min(1.0, done / warmup if warmup else 1.0) * 0.5 * (1 + math.cos(math.pi * done))
+
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer if optimizer is None else optimizer,
-            lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, self.elapsed / budget))),
+            self.optimizer if optimizer is None else optimizer, factor
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
