@@ -174,7 +174,7 @@ _STAGE_3 = replace(
     steps=120,
     learning_rate=3e-4,
     hard_batches=True,
-    refresh_steps=60,
+    rank_against="batch",
     max_score=1.0,  # names are unique here: no candidate is a false negative
     reward=RewardConfig(w_margin=0.0, w_rank=1.0, rank_temperature=0.03),
 )
@@ -196,7 +196,7 @@ _EMOJI = Recipe(
         "3": _STAGE_3,
     },
     controls={
-        "infonce": replace(_STAGE_3, pathwise=0.0, refresh_steps=None, steps=None),
+        "infonce": replace(_STAGE_3, pathwise=0.0, steps=None),
         "grpo": replace(
             _STAGE_3,
             steps=None,
@@ -205,7 +205,7 @@ _EMOJI = Recipe(
             pathwise=0.0,
             policy=1.0,
             hard_batches=False,
-            refresh_steps=None,
+            rank_against="pool",
             num_generations=8,
             batch_size=16,
             reward=RewardConfig(),
