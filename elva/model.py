@@ -117,7 +117,7 @@ class Retriever:
 
     @property
     def embedding_size(self) -> int:
-        return int(self.plain.lm_head.in_features)
+        return int(self.plain.config.get_text_config().hidden_size)
 
     # -- pictures ----------------------------------------------------------------------------------
 

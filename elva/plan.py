@@ -30,7 +30,7 @@ def count_parameters(model: ModelConfig) -> int | None:
         return model.parameters
     s = model.scratch
     text = s.layers * (4 * s.hidden_size**2 + 3 * s.hidden_size * s.intermediate_size)
-    vision = s.vision_layers * 12 * s.vision_size**2
+    vision = 3 * s.patch_size**2 * s.vision_size + s.vision_layers * 12 * s.vision_size**2
     merged = 4 * s.vision_size
     return text + s.vocabulary * s.hidden_size + vision + merged * (merged + s.hidden_size)
 

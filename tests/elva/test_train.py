@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from elva.cli import app
-from elva.config import Recipe
+from elva.config import Recipe, resolve
 from elva.errors import UserError
 from elva.run import Run
 from elva.train import train
@@ -140,6 +141,40 @@ def test_stage_three_alone_starts_from_another_run(
     train(run, Silent(), stages=["3"], start_from=Run.open(finished), controls=False, limit=2)
     assert run.trained == ["3"]
     assert run.read("3", "stage.json")["steps"] == 2
+
+
+GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches": False,
+        "num_generations": 3, "batch_size": 2, "hard_negatives": 3, "random_negatives": 2,
+        "rank_against": "pool", "steps": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {**GRPO, "rollout_candidates": "all", "micro_batch_size": 16},
+        {**GRPO, "num_iterations": 2},
+        {**GRPO, "lora": {"rank": 4, "alpha": 8}},
+        {**GRPO, "pathwise": 0.5, "infonce": 0.5, "refresh_steps": 2},
+        {**GRPO, "policy": 0.0, "pathwise": 1.0, "reward": {"rank_temperature": 0.03}},
+        {**GRPO, "policy": 0.0, "pathwise": 1.0, "rollout_candidates": "all"},
+    ],
+    ids=["all", "two-iterations", "lora", "mixed", "soft-pathwise", "pathwise-all"],
+)
+def test_every_objective_of_stage_three_trains(
+    changes: dict[str, object], finished: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = resolve("smoke", recipe_file, [f"stages.3={json.dumps(changes)}"])
+    run = Run.create(tmp_path / "third", recipe)
+    train(run, Silent(), stages=["3"], start_from=Run.open(finished), controls=False)
+    steps = run.metrics("3")
+    assert len(steps) == 4 and all(math.isfinite(s["loss"]) for s in steps)
+    assert sum(steps[0][k] for k in ("rank_1", "rank_2_3", "rank_4_10", "rank_11_up")) == (
+        pytest.approx(1.0)
+    )
+    if changes["policy"]:
+        assert abs(steps[0]["kl"]) < 1e-6, "the reference is the model that stage 3 started from"
+        assert steps[-1]["kl"] > 0
+    assert weights(run.directory)["stage-3"] != weights(finished)["stage-2"]
 
 
 def test_a_stage_without_its_start_says_what_to_do(recipe: Recipe, tmp_path: Path) -> None:
