@@ -185,8 +185,8 @@ _EMOJI = Recipe(
         "0": StageConfig(
             lm=1.0,
             completions="gold",
-            tasks={"i2t": 0.45, "t2i": 0.45, "it2i": 0.1},
-            steps=2000,
+            tasks={"i2t": 0.8, "t2i": 0.1, "it2i": 0.1},
+            steps=2400,
             batch_size=16,
             learning_rate=1e-3,
             train_vision=True,

@@ -165,7 +165,7 @@ class StageTrainer(Trainer):
         positives = [self.examples.positive(q) for q in queries]
         items: list[Item] = [*queries]
         captions = [self.examples.caption(p) for p in positives]
-        if stage.embeds or stage.completions == "gold":
+        if stage.embeds:
             items += positives
             captions *= 2
         right = [set(self.examples.positive_rows(q)) for q in queries]

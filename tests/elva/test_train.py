@@ -173,7 +173,8 @@ def test_every_objective_of_stage_three_trains(
     )
     if changes["policy"]:
         assert abs(steps[0]["kl"]) < 1e-6, "the reference is the model that stage 3 started from"
-        assert steps[-1]["kl"] > 0
+        if min(s["frac_no_ret"] for s in steps) < 1:  # else no rollout counts
+            assert max(s["kl"] for s in steps) > 0
     assert weights(run.directory)["stage-3"] != weights(finished)["stage-2"]
 
 

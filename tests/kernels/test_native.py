@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import sysconfig
 import textwrap
 import threading
@@ -56,9 +57,13 @@ def equal(left, right):
 
 
 def run_python(program, **environment):
-    """`program` in a fresh interpreter; fails after a minute."""
+    """`program` in a fresh interpreter; fails after a minute.
+
+    Started away from the checkout, whose `elva_kernels` would stand before the installed one.
+    """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,
         timeout=60,
