@@ -6,8 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import sysconfig
+import tempfile
 import textwrap
 import threading
 from pathlib import Path
