@@ -171,7 +171,7 @@ _STAGE_3 = replace(
     _STAGE_2,
     tasks={"t2i": 0.6, "i2t": 0.4},
     pathwise=1.0,
-    steps=120,
+    steps=80,
     learning_rate=3e-4,
     hard_batches=True,
     rank_against="batch",

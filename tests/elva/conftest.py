@@ -63,14 +63,17 @@ def write(path: Path, lines: list[str]) -> None:
 @pytest.fixture(scope="session")
 def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke recipe on the small corpus with a model of one layer, a checkpoint every step."""
-    steps = {"0": 6, "1": 3, "2": 4, "3": 4}
+    steps = {"0": 80, "1": 3, "2": 4, "3": 4}
     small = {"batch_size": 8, "data": str(corpus), "refresh_steps": 2}
     changes = {
         "model": {"scratch": {
             "hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2, "vocabulary": 600,
             "vision_size": 32, "vision_layers": 1, "vision_heads": 2,
         }},
-        "stages": {s: {"steps": steps[s], **small} for s in STAGES},
+        "stages": {
+            s: {"steps": steps[s], **small, **({"learning_rate": 5e-3} if s == "0" else {})}
+            for s in STAGES
+        },  # stage 0 long enough that summaries begin to end in [RET]
         "controls": {c: {"steps": 2, **small} for c in resolve("smoke").controls},
         "save_seconds": 0.0,
         "evaluate_limit": 24,
