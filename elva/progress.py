@@ -79,4 +79,4 @@ class Bars:
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         if line:
-            self.console.print(line, markup=False)
+            self.console.print(line, markup=False, soft_wrap=True)
