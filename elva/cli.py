@@ -26,6 +26,8 @@ data_app = typer.Typer(help="Data in M-BEIR's layout.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = 120  # a file or a pipe has no width: the table's own
 err = Console(stderr=True, highlight=False)
 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory of elva train.", metavar="RUN")]
