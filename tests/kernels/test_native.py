@@ -181,8 +181,8 @@ def test_the_interpreter_exits_while_the_pool_works():
         from elva_kernels import native
         weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
-        # Large, so that the exit finds the thread in our code: torch's own functions, which allocate
-        # the results, abort a process that ends inside them.
+        # Large, so that the exit finds the thread in our code: torch's own functions, which
+        # allocate the results, abort a process that ends inside them.
         tensors = (torch.randn(64, 2048), torch.randn(64, 2048), torch.randn(64, 100, 2048))
         def busy():
             while True:
