@@ -133,7 +133,8 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
         def busy():
             while not done.is_set():
                 call()
-        threading.Thread(target=busy, daemon=True).start()
+        worker = threading.Thread(target=busy, daemon=True)
+        worker.start()
         def child(queue):
             torch.set_num_threads(3)
             queue.put(all(bool((a == b).all()) for a, b in zip(call(), right)))
@@ -146,6 +147,7 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
             assert process.exitcode == 0, process.exitcode
             assert queue.get()
         done.set()
+        worker.join()
         print("equal")
     """
     done = run_python(program)
