@@ -33,7 +33,6 @@ from transformers.trainer_callback import PrinterCallback
 
 import elva_kernels
 from elva import checkpoint, objective
-from elva.checkpoint import load as _load_checkpoint
 from elva.config import StageConfig
 from elva.data import Item
 from elva.examples import Batch, Examples, plan
@@ -421,10 +420,10 @@ class StageTrainer(Trainer):
             self.negatives.restore(tensors["mined"])
         self.elapsed_before = state["elapsed"]
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
+    def _load_optimizer_and_scheduler(self, resume_from_checkpoint: str | None) -> None:
+        if resume_from_checkpoint is None:
             return
-        tensors, _ = _load_checkpoint(Path(checkpoint))
+        tensors, _ = checkpoint.load(Path(resume_from_checkpoint))
         parameters = dict(self.model.named_parameters())
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         for name, value in tensors["optimizer"].items():

@@ -51,10 +51,11 @@ def train(
         _train_stage(run, name, reporter, tokenised, beginning, limit)
     last = list(run.recipe.stages)[-1]
     if controls and last in names:
-        seconds = run.read(last, "stage.json")["seconds"]
+        done = run.read(last, "stage.json")
+        budget = Length(CLOCKED_STEPS * done["steps"], done["seconds"])
         for name in run.recipe.controls:
             beginning = _beginning(run, last, start_from)
-            _train_stage(run, name, reporter, tokenised, beginning, limit, seconds)
+            _train_stage(run, name, reporter, tokenised, beginning, limit, budget)
 
 
 class _Tokenised:
@@ -115,7 +116,7 @@ def _train_stage(
     tokenised: _Tokenised,
     beginning: Path,
     limit: int | None,
-    seconds: float | None = None,
+    budget: Length | None = None,
 ) -> None:
     stage = run.recipe.stages.get(name) or run.recipe.controls[name]
     title = run.title(name)
@@ -127,7 +128,7 @@ def _train_stage(
         retriever.freeze_vision(not stage.train_vision)
         retriever.plain.train()
         examples = Examples(load(source(stage.data, run), split="train"), stage.tasks)
-        length = stage_length(stage, examples, limit, seconds)
+        length = stage_length(stage, examples, limit, budget)
         reporter.start(title, length.steps if length.seconds is None else None)
         trainer = StageTrainer(
             retriever,
@@ -151,17 +152,17 @@ def _train_stage(
 
 
 def stage_length(
-    stage: StageConfig, examples: Examples | None, limit: int | None, seconds: float | None
+    stage: StageConfig, examples: Examples, limit: int | None, budget: Length | None
 ) -> Length:
     """Steps of a stage: its own, or by epochs over its data, or another stage's wall time."""
     steps = stage.steps
-    if steps is None and stage.epochs is not None and examples is not None:
+    if steps is None and stage.epochs is not None:
         count = sum(len(q) for q in examples.queries.values())
         steps = max(1, round(stage.epochs * count / stage.batch_size))
     if steps is None:
-        if seconds is None:
+        if budget is None:
             raise RunError("train: a stage must have steps or epochs; set stages.N.steps")
-        return Length(limit or 100_000, seconds)
+        return Length(min(budget.steps, limit) if limit else budget.steps, budget.seconds)
     return Length(min(steps, limit) if limit else steps)
 
 
