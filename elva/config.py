@@ -34,6 +34,8 @@ class ScratchModel:
     heads: int = 4
     vocabulary: int = 3000
     image_size: int = 60  # pixels a side: 4 x 4 patches, 4 tokens
+    image_mean: float = 0.8  # ours: of the emoji pictures; CLIP's 0.46 leaves their paper at +2
+    image_std: float = 0.3
     patch_size: int = 15
     vision_size: int = 128
     vision_layers: int = 2

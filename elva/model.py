@@ -48,6 +48,10 @@ SCRATCH_TEMPLATE = (
 """Qwen2-VL's chat template without its system prompt and roles: five tokens instead of fifteen."""
 
 
+WORDS = r" ?[\w'\u2019-]+| ?[^\s\w]+|\s+"
+"""What byte pairs are merged within, in a tokenizer of our own."""
+
+
 class Retriever:
     """A Qwen2-VL model, what it reads (`inputs`) and the features of pictures it has seen."""
 
@@ -258,18 +262,28 @@ def create(
         merge_size=2,
         temporal_patch_size=1,
         size={"shortest_edge": pixels, "longest_edge": pixels},
+        image_mean=[spec.image_mean] * 3,
+        image_std=[spec.image_std] * 3,
     )
     Retriever(model, Inputs(tokenizer, processor, summary_prompt)).save(path)
 
 
 def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE, as Qwen2's, in lower case: at this size a capital letter is a lost row."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    """Byte-level BPE, as Qwen2's, in lower case and with whole hyphenated words: at this size a
+    capital letter is a lost row, and every token of a summary a decoding step."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend(" ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,

@@ -1,4 +1,4 @@
-"""One stage of training on transformers' Trainer: roll out, score, differentiate, step.
+"""One stage of training: roll out, score, differentiate, step.
 
 Every stage is the same four steps, with its own weights (`StageConfig`):
 
@@ -12,7 +12,6 @@ Every stage is the same four steps, with its own weights (`StageConfig`):
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,14 +24,9 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
 
 import elva_kernels
-from elva import checkpoint, objective
+from elva import objective
 from elva.config import StageConfig
 from elva.data import Item
 from elva.examples import Batch, Examples, plan
@@ -40,27 +34,7 @@ from elva.inputs import Prompt, PromptBatch
 from elva.mining import Negatives
 from elva.model import Retriever
 from elva.rollout import Rollouts, batches_by_length, sample, token_log_probs, uniforms
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a stage runs: `steps`, or until `seconds` have passed and at most `steps`."""
-
-    steps: int
-    seconds: float | None = None
-
-
-class _Steps(TorchDataset):  # type: ignore[type-arg]
-    """The plan as a map-style dataset: Trainer's unit of data is a whole step."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.batches[index]
+from elva.trainer import Length, ResumableTrainer
 
 
 @dataclass
@@ -80,8 +54,8 @@ class _Rolled:
     count: int  # B
 
 
-class StageTrainer(Trainer):
-    """Trainer for one stage: `training_step` is the module's four steps, checkpoints are ours."""
+class StageTrainer(ResumableTrainer):
+    """Trainer for one stage: `training_step` is the module's four steps."""
 
     def __init__(
         self,
@@ -96,10 +70,9 @@ class StageTrainer(Trainer):
         extra: Mapping[str, Any],
         on_step: Callable[[int, dict[str, float]], None],
     ) -> None:
-        self.retriever, self.stage, self.examples, self.length = retriever, stage, examples, length
-        self.seed, self.directory, self.on_step = tuple(seed), directory, on_step
-        self.started = time.perf_counter()
-        self.elapsed_before = 0.0
+        started = time.perf_counter()
+        self.retriever, self.stage, self.examples = retriever, stage, examples
+        self.seed, self.on_step = tuple(seed), on_step
         self.reference = _frozen_copy(retriever) if stage.policy > 0 and stage.beta > 0 else None
         retriever.remember(
             p.image for p in map(retriever.inputs.prompt, examples.items()) if p.image is not None
@@ -115,25 +88,23 @@ class StageTrainer(Trainer):
             self.seed,
             self.negatives.neighbours() if self.negatives and stage.hard_batches else None,
         )
-        steps = [b for b in batches for _ in range(stage.num_iterations)][: length.steps]
-        self._steps = _Steps(steps)
         super().__init__(
-            model=retriever.model,
-            args=_arguments(stage, length.steps, directory, extra),
-            train_dataset=self._steps,
-            data_collator=lambda items: {"batch": items[0]},
-            callbacks=[_Clock(self, save_seconds)],
+            retriever.model,
+            stage,
+            [batch for batch in batches for _ in range(stage.num_iterations)],
+            length,
+            started=started,
+            directory=directory,
+            save_seconds=save_seconds,
+            extra=extra,
         )
-        self.remove_callback(PrinterCallback)
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds of this stage, those before a resume included."""
-        return self.elapsed_before + time.perf_counter() - self.started
+    def further_state(self) -> dict[str, dict[str, Tensor]]:
+        return {} if self.negatives is None else {"mined": self.negatives.state()}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """In the plan's order."""
-        return SequentialSampler(self._steps)
+    def restore_further(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self.negatives is not None:
+            self.negatives.restore(tensors["mined"])
 
     # -- the four steps ----------------------------------------------------------------------------
 
@@ -304,17 +275,16 @@ class StageTrainer(Trainer):
             if gradient is not None:
                 at_ret = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
                 total = total + (at_ret * gradient[index]).sum()
-            if target is not None or stage.policy > 0:
-                logits = self.retriever.plain.lm_head(hidden[:, :-1])
             if target is not None and tokens is not None:
                 wanted = target[index, : part.ids.shape[1]]
-                lm = F.cross_entropy(
-                    logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="sum"
-                )
-                parts["lm"] += (lm / tokens).item()
-                total = total + stage.lm * lm / tokens
+                counted = wanted != -100
+                logits = self.retriever.plain.lm_head(hidden[:, :-1][counted])
+                lm = F.cross_entropy(logits.float(), wanted[counted], reduction="sum") / tokens
+                parts["lm"] += lm.item()
+                total = total + stage.lm * lm
             if stage.policy > 0:
                 assert advantages is not None
+                logits = self.retriever.plain.lm_head(hidden[:, :-1])
                 policy, kl = self._policy(prompts, part, logits, advantages[index])
                 policy = policy[part.finished].sum() / trained
                 parts["policy"] += policy.item()
@@ -386,109 +356,6 @@ class StageTrainer(Trainer):
             out[k, : len(row)] = torch.tensor(row)
         return out.to(self.retriever.device)
 
-    # -- checkpoints -------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Everything that the next step depends on: weights, moments, mined negatives, counters."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        names: dict[Any, str] = {p: n for n, p in self.model.named_parameters()}
-        moments = {
-            f"{names[p]}|{key}": value
-            for p, entry in optimizer.state.items()
-            for key, value in entry.items()
-        }
-        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        groups = {"weights": weights, "optimizer": moments}
-        if self.negatives is not None:
-            groups["mined"] = self.negatives.state()
-        checkpoint.save(
-            self.directory,
-            self.state.global_step,
-            groups,
-            {"elapsed": self.elapsed},
-            lambda partial: self.state.save_to_json(str(partial / TRAINER_STATE_NAME)),
-        )
-        checkpoint.prune(self.directory, keep=2)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        tensors, state = checkpoint.load(Path(resume_from_checkpoint))
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in tensors["weights"].items():
-                parameters[name].copy_(value)
-        if self.negatives is not None:
-            self.negatives.restore(tensors["mined"])
-        self.elapsed_before = state["elapsed"]
-
-    def _load_optimizer_and_scheduler(self, resume_from_checkpoint: str | None) -> None:
-        if resume_from_checkpoint is None:
-            return
-        tensors, _ = checkpoint.load(Path(resume_from_checkpoint))
-        parameters = dict(self.model.named_parameters())
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        for name, value in tensors["optimizer"].items():
-            parameter, key = name.rsplit("|", 1)
-            device = "cpu" if key == "step" else self.args.device
-            optimizer.state[parameters[parameter]][key] = value.to(device)
-        scheduler = self.lr_scheduler
-        scheduler.last_epoch = self.state.global_step
-        for group, base, factor in zip(
-            optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(scheduler.last_epoch)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to load: every random number is a pure function of (seed, stage, step)."""
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Trainer's own, or for a stage limited by the clock its cosine over the seconds."""
-        if self.length.seconds is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        budget, warmup = self.length.seconds, self.stage.warmup_ratio
-
-        def factor(step: int) -> float:
-            done = min(1.0, self.elapsed / budget)
-            return min(1.0, done / warmup if warmup else 1.0) * 0.5 * (1 + math.cos(math.pi * done))
-
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer if optimizer is None else optimizer, factor
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: Trainer's formula knows nothing of rollouts."""
-        return 0
-
-
-def _arguments(
-    stage: StageConfig, steps: int, directory: Path, extra: Mapping[str, Any]
-) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "output_dir": str(directory),
-        "per_device_train_batch_size": 1,
-        "max_steps": steps,
-        "learning_rate": stage.learning_rate,
-        "lr_scheduler_type": stage.schedule,
-        "warmup_steps": max(1, round(stage.warmup_ratio * steps)),
-        "weight_decay": stage.weight_decay,
-        "max_grad_norm": stage.max_grad_norm,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    arguments = TrainingArguments(**{**settings, **extra})
-    if arguments.world_size > 1:
-        raise ValueError(
-            f"train: the number of processes must be 1, got {arguments.world_size}; "
-            "training on several is not supported yet"
-        )
-    return arguments
-
 
 def _frozen_copy(retriever: Retriever) -> Retriever | None:
     """The KL reference. Under LoRA none is needed: without the adapter the model is the one that
@@ -524,24 +391,3 @@ def _reward_metrics(reward: Tensor, out: elva_kernels.RankingReward) -> dict[str
         "rank_4_10": ((rank >= 4) & (rank <= 10)).float().mean().item(),
         "rank_11_up": (rank > 10).float().mean().item(),
     }
-
-
-class _Clock(TrainerCallback):
-    """Saves every so many seconds, at rollout boundaries, and ends a stage whose time is up."""
-
-    def __init__(self, trainer: StageTrainer, save_seconds: float) -> None:
-        self.trainer, self.save_seconds = trainer, save_seconds
-        self.saved_at = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        seconds = self.trainer.length.seconds
-        if seconds is not None and self.trainer.elapsed >= seconds:
-            control.should_training_stop = True
-        boundary = state.global_step % self.trainer.stage.num_iterations == 0
-        due = time.perf_counter() - self.saved_at >= self.save_seconds
-        if boundary and due and state.global_step < args.max_steps:
-            self.trainer.save()
-            self.saved_at = time.perf_counter()
-        return control

@@ -17,7 +17,8 @@ from elva.inputs import Inputs
 from elva.model import Retriever, create
 from elva.progress import Reporter
 from elva.run import Run, RunError
-from elva.stage import Length, StageTrainer
+from elva.stage import StageTrainer
+from elva.trainer import Length
 
 CLOCKED_STEPS = 20
 """A control that runs for another stage's wall time may take at most this many times its steps."""

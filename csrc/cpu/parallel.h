@@ -1,5 +1,5 @@
-// A small sleeping thread pool: no OpenMP, since a second OpenMP runtime beside torch's spins
-// against it.
+// A small thread pool that sleeps when it has nothing to do: no OpenMP, since a second OpenMP
+// runtime beside torch's spins against it.
 #ifndef ELVA_CPU_PARALLEL_H_
 #define ELVA_CPU_PARALLEL_H_
 

@@ -2,9 +2,9 @@
 // gradient rows. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) and its derivatives
 // in elva_kernels/reference.py. In: dense rows [dim] of bf16, fp16, fp32 or fp64. Out: double dots
 // and squares; gradient rows in the rows' dtype. Work split: the caller's thread, one job; 4 rows a
-// pass over the query forward, 8 rows backward. Bytes: each row once forward, from memory; once
-// more backward, from the second-level cache, and written once. Numerics: 16 float lanes (8 double
-// ones for fp64), at most kChain additions in each before they are added to double
+// pass over the query forward, 8, 4, 2 or 1 backward. Bytes: each row once forward, from memory;
+// once more backward, from the second-level cache, and written once. Numerics: 16 float lanes (8
+// double ones for fp64), at most kChain additions in each before they are added to double
 //   lanes, then a tree. The query's gradient adds 8 rows in float, and those sums in double. bf16
 //   dots use vdpbf16ps where the level has it: exact products, two rounded additions; it takes
 //   subnormals for zero, which the caller's range check allows for. The lanes of a row are the same
@@ -229,10 +229,15 @@ void gradients(const GradientJob& job) {
     gradients_of_rows<T, 8>(g, job.dim, job.query_sum, job.stream);
     advance(8);
   }
-  while (left > 0) {
-    gradients_of_rows<T, 1>(g, job.dim, job.query_sum, job.stream);
-    advance(1);
+  if (left >= 4) {
+    gradients_of_rows<T, 4>(g, job.dim, job.query_sum, job.stream);
+    advance(4);
   }
+  if (left >= 2) {
+    gradients_of_rows<T, 2>(g, job.dim, job.query_sum, job.stream);
+    advance(2);
+  }
+  if (left == 1) gradients_of_rows<T, 1>(g, job.dim, job.query_sum, job.stream);
   if (job.stream) store_fence();
 }
 
