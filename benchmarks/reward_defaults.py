@@ -1,0 +1,93 @@
+"""What `margin` and `rank_penalty` do on a trained model: `python -m benchmarks.reward_defaults RUN`.
+
+The paper prints neither. On the groups that stage 3 of RUN would train on (every training query of
+text to picture, 50 mined and 50 random negatives, the model after stage 2):
+
+- margin: how often the hinge of eq. 3 is open among the groups whose positive is first. A margin
+  that opens it always or never says nothing of a group.
+- rank_penalty: how often, of two groups with different ranks, the better ranked one has the higher
+  rank reward. A penalty that outweighs the positive's own term pays for other things than its rank.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import elva_kernels
+from benchmarks import report
+from elva.data import load
+from elva.evaluate import source
+from elva.examples import Batch, Examples
+from elva.mining import Negatives
+from elva.model import Retriever
+from elva.rollout import encode
+from elva.run import Run
+
+MARGINS = (-0.1, 0.0, 0.05, 0.1, 0.2, 0.4)
+PENALTIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
+TASK = "t2i"
+
+
+def scores_of(run: Run) -> Tensor:
+    """[Q, 101] scores of every training query's group, the positive's first."""
+    stage = replace(run.recipe.stages["3"], tasks={TASK: 1.0})
+    examples = Examples(load(source(stage.data, run), split="train"), stage.tasks)
+    retriever = Retriever.load(run.model("2"))
+    mined = Negatives(stage, examples, retriever, (run.recipe.seed, "defaults"))
+    queries = examples.queries[TASK]
+    embedded = encode(retriever, queries, max_completion_length=stage.max_completion_length)
+    bank = mined.banks[TASK]
+    right = torch.tensor([examples.positive_rows(q)[0] for q in queries])
+    negatives = bank[mined.rows(Batch(0, TASK, list(range(len(queries)))))]
+    return elva_kernels.ranking_reward(embedded.embeddings, bank[right], negatives).scores
+
+
+def ordered_share(rank: Tensor, reward: Tensor) -> float:
+    """Of all pairs of groups with different ranks, those whose better rank has the higher reward."""
+    better = rank[:, None] < rank
+    return (better & (reward[:, None] > reward)).sum().item() / max(1, better.sum().item())
+
+
+def measure(scores: Tensor) -> dict[str, Any]:
+    first = elva_kernels.reward_from_scores(scores).rank == 1
+    margins = [
+        {
+            "margin": margin,
+            "open_of_first": (
+                elva_kernels.reward_from_scores(scores[first], margin=margin).margin_reward > 0
+            ).float().mean().item(),
+        }
+        for margin in MARGINS
+    ]  # fmt: skip
+    penalties = []
+    for penalty in PENALTIES:
+        out = elva_kernels.reward_from_scores(scores, rank_penalty=penalty)
+        share = ordered_share(out.rank, out.rank_reward)
+        penalties.append({"rank_penalty": penalty, "ordered_share": share})
+    return {
+        "groups": len(scores),
+        "negatives": scores.shape[1] - 1,
+        "first_share": first.float().mean().item(),
+        "margins": margins,
+        "penalties": penalties,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reward_defaults")
+    parser.add_argument("run", type=Path, help="a run directory with a trained stage 2")
+    result = measure(scores_of(Run.open(parser.parse_args().run)))
+    result = {"machine": report.machine(), **result}
+    print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
+    path = report.RESULTS / "reward-defaults-emoji.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
