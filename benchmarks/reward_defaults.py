@@ -1,7 +1,8 @@
-"""What `margin` and `rank_penalty` do on a trained model: `python -m benchmarks.reward_defaults RUN`.
+"""The reward's own constants on a trained model: `python -m benchmarks.reward_defaults RUN`.
 
-The paper prints neither. On the groups that stage 3 of RUN would train on (every training query of
-text to picture, 50 mined and 50 random negatives, the model after stage 2):
+The paper prints neither `margin` nor `rank_penalty`. On the groups that stage 3 of RUN would train
+on (every training query of text to picture, 50 mined and 50 random negatives, the model after stage
+2):
 
 - margin: how often the hinge of eq. 3 is open among the groups whose positive is first. A margin
   that opens it always or never says nothing of a group.
@@ -48,7 +49,7 @@ def scores_of(run: Run) -> Tensor:
 
 
 def ordered_share(rank: Tensor, reward: Tensor) -> float:
-    """Of all pairs of groups with different ranks, those whose better rank has the higher reward."""
+    """Of the pairs of groups with different ranks, those whose better one has more reward."""
     better = rank[:, None] < rank
     return (better & (reward[:, None] > reward)).sum().item() / max(1, better.sum().item())
 

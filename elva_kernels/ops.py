@@ -35,8 +35,8 @@ def ranking_reward(
     (`benchmarks/results/reward-defaults-emoji.json`): margin 0.1 is kept by 31 % of the groups
     whose positive is first (0.05: 66 %, 0.2: 1 %), so the hinge tells them apart; with
     rank_penalty 0.01 the better of two ranks has the higher rank reward in 98 % of pairs (0.03:
-    92 %, 0.1: 81 %). `log` is read as the natural one; the positive loses every tie, since otherwise a
-    collapsed model, whose scores are all equal, would earn the best rank.
+    92 %, 0.1: 81 %). `log` is read as the natural one; the positive loses every tie, since
+    otherwise a collapsed model, whose scores are all equal, would earn the best rank.
 
     Args:
         query: [*, D], bfloat16, float16, float32 or float64, of any finite magnitude and any
