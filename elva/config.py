@@ -33,10 +33,10 @@ class ScratchModel:
     layers: int = 2
     heads: int = 4
     vocabulary: int = 3000
-    image_size: int = 60  # pixels a side: 4 x 4 patches, 4 tokens
+    image_size: int = 60  # pixels a side: 6 x 6 patches, 9 tokens
     image_mean: float = 0.8  # ours: of the emoji pictures; CLIP's 0.46 leaves their paper at +2
     image_std: float = 0.3
-    patch_size: int = 15
+    patch_size: int = 10
     vision_size: int = 128
     vision_layers: int = 2
     vision_heads: int = 4
@@ -173,9 +173,8 @@ _STAGE_3 = replace(
     _STAGE_2,
     tasks={"t2i": 0.6, "i2t": 0.4},
     pathwise=1.0,
-    steps=80,
-    learning_rate=3e-4,
-    hard_batches=True,
+    steps=100,
+    learning_rate=2e-4,
     rank_against="batch",
     max_score=1.0,  # names are unique here: no candidate is a false negative
     reward=RewardConfig(w_margin=0.0, w_rank=1.0, rank_temperature=0.03),
@@ -187,11 +186,11 @@ _EMOJI = Recipe(
         "0": StageConfig(
             lm=1.0,
             completions="gold",
-            tasks={"i2t": 0.75, "t2i": 0.15, "it2i": 0.1},
-            steps=2200,
+            tasks={"i2t": 0.65, "t2i": 0.25, "it2i": 0.1},
+            steps=2500,
             batch_size=24,
             learning_rate=1.2e-3,
-            weight_decay=0.1,
+            weight_decay=0.5,
             train_vision=True,
         ),
         "1": StageConfig(lm=0.5, infonce=1.0, tasks={"t2t": 1.0}, steps=25, learning_rate=5e-4),
@@ -207,7 +206,6 @@ _EMOJI = Recipe(
             infonce=0.0,
             pathwise=0.0,
             policy=1.0,
-            hard_batches=False,
             rank_against="pool",
             num_generations=8,
             batch_size=16,

@@ -158,6 +158,19 @@ def test_a_checkpoint_reads_back_to_the_same_bits(
     assert torch.equal(ours.embeddings, theirs.embeddings)
 
 
+def test_the_scratch_tokenizer_reads_back_what_it_wrote(retriever: Retriever) -> None:
+    tokenizer = retriever.inputs.tokenizer
+    for text in (
+        "woman: medium-light skin tone, red hair",
+        "o\u2019clock & co.",
+        "\u00e7a va \u2014 \u00e9t\u00e9",
+        "a_b  c",
+    ):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids).strip() == text
+    assert len(tokenizer("medium-light", add_special_tokens=False).input_ids) == 1
+
+
 def test_ret_is_registered_where_the_vocabulary_lacks_it(checkpoint: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
