@@ -116,22 +116,19 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-ElvaRewardWeights weights_of(double margin, double rank_penalty, double w_margin, double w_rank) {
-  return {margin, rank_penalty, w_margin, w_rank};
-}
-
 void reward_forward(int dtype, int threads, py::handle sizes, int64_t negatives, int64_t dim,
                     py::handle query, py::handle positive, py::handle negative, py::handle mask,
                     py::handle upstream, double margin, double rank_penalty, double w_margin,
-                    double w_rank, uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
-                    uintptr_t rank, uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
+                    double w_rank, double rank_temperature, uintptr_t reward,
+                    uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
+                    uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
                     uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.threads = threads;
   args.negatives = negatives;
   args.dim = dim;
-  args.weights = weights_of(margin, rank_penalty, w_margin, w_rank);
+  args.weights = {margin, rank_penalty, w_margin, w_rank, rank_temperature};
   Layout layout(sizes, &args.batch);
   layout.add(query, 1, &args.query);
   layout.add(positive, 1, &args.positive);
@@ -175,14 +172,14 @@ void reward_backward(int dtype, int threads, py::handle sizes, int64_t negatives
 
 void reward_from_scores(int dtype, int threads, py::handle sizes, int64_t candidates,
                         py::handle scores, py::handle mask, py::handle upstream, double margin,
-                        double rank_penalty, double w_margin, double w_rank, uintptr_t reward,
-                        uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
-                        uintptr_t grad_scores) {
+                        double rank_penalty, double w_margin, double w_rank,
+                        double rank_temperature, uintptr_t reward, uintptr_t margin_reward,
+                        uintptr_t rank_reward, uintptr_t rank, uintptr_t grad_scores) {
   ElvaScoresArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.threads = threads;
   args.candidates = candidates;
-  args.weights = weights_of(margin, rank_penalty, w_margin, w_rank);
+  args.weights = {margin, rank_penalty, w_margin, w_rank, rank_temperature};
   Layout layout(sizes, &args.batch);
   layout.add(scores, 1, &args.scores);
   layout.add(mask, 1, &args.mask);

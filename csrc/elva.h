@@ -20,8 +20,9 @@ typedef enum { ELVA_BF16 = 0, ELVA_FP16 = 1, ELVA_FP32 = 2, ELVA_FP64 = 3 } Elva
 typedef enum {
   ELVA_OK = 0,
   ELVA_OUT_OF_MEMORY = 1,
-  ELVA_BAD_LEVEL = 2,    // ELVA_KERNELS_CPU_LEVEL names no level, or one that this CPU lacks
-  ELVA_DEVICE_ERROR = 3  // a CUDA launch failed
+  ELVA_BAD_LEVEL = 2,     // ELVA_KERNELS_CPU_LEVEL names no level, or one that this CPU lacks
+  ELVA_DEVICE_ERROR = 3,  // a CUDA launch failed
+  ELVA_UNSUPPORTED = 4    // this function does not compute what is asked
 } ElvaStatus;
 
 // Leading dimensions "*" of every operand of a call, already coalesced; groups = product of sizes.
@@ -46,6 +47,7 @@ typedef struct {
   double rank_penalty;
   double w_margin;
   double w_rank;
+  double rank_temperature;  // 0: the integer ranks; else soft ones, at least 1e-6
 } ElvaRewardWeights;
 
 // Below, "value" is float, or double for ELVA_FP64.

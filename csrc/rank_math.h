@@ -12,6 +12,7 @@
 #ifndef ELVA_RANK_MATH_H_
 #define ELVA_RANK_MATH_H_
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -63,6 +64,13 @@ ELVA_HOST_DEVICE inline typename RankKey<Value>::Type rank_key(Value score, uint
 // rank.
 ELVA_HOST_DEVICE inline double rank_weight(bool is_positive, double log_rank, double rank_penalty) {
   return is_positive ? 1.0 / (1.0 + log_rank) : -rank_penalty * (log_rank - 1.0);
+}
+
+// d rank_weight / d rank.
+ELVA_HOST_DEVICE inline double rank_weight_slope(bool is_positive, double rank,
+                                                 double rank_penalty) {
+  const double contrast = 1.0 + log(rank);
+  return (is_positive ? -1.0 / (contrast * contrast) : -rank_penalty) / rank;
 }
 
 // R_margin (3); its gradient is +1 on the positive and -1 on the hardest negative where this is

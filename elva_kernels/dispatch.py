@@ -25,7 +25,6 @@ class Backend(NamedTuple):
     """What a backend needs, asked before it is chosen."""
 
     device_type: str | None  # None: every device
-    soft_ranks: bool  # computes rank_temperature > 0
     unavailable_reason: Callable[[], str | None]
 
 
@@ -84,8 +83,8 @@ def _native_from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
 
 # In the order in which "auto" prefers them.
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend("cpu", soft_ranks=False, unavailable_reason=native.unavailable_reason),
-    "reference": Backend(None, soft_ranks=True, unavailable_reason=lambda: None),
+    "cpu": Backend("cpu", unavailable_reason=native.unavailable_reason),
+    "reference": Backend(None, unavailable_reason=lambda: None),
 }
 
 # op -> backend -> launcher. `library` says what a launcher of each op takes and gives.
@@ -106,38 +105,28 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
 }
 
 
-def launcher(
-    op: str, backend: str, device_type: str, *, soft_ranks: bool = False
-) -> Callable[..., Tensors]:
+@functools.cache
+def launcher(op: str, backend: str, device_type: str) -> Callable[..., Tensors]:
     """The function that computes `op` on `backend`, or on the first that can for "auto".
 
     Raises:
         BackendUnavailable: `backend` was named and cannot run this call.
     """
-    return _launcher(op, backend, device_type, soft_ranks)
-
-
-@functools.cache
-def _launcher(op: str, backend: str, device_type: str, soft_ranks: bool) -> Callable[..., Tensors]:
     if backend == "auto":
-        backend = next(
-            name for name in BACKENDS if _obstacle(op, name, device_type, soft_ranks) is None
-        )
-    obstacle = _obstacle(op, backend, device_type, soft_ranks)
+        backend = next(name for name in BACKENDS if _obstacle(op, name, device_type) is None)
+    obstacle = _obstacle(op, backend, device_type)
     if obstacle is not None:
         raise BackendUnavailable(f"{op}: backend must run here, got {backend!r}; {obstacle}")
     return LAUNCHERS[op][backend]
 
 
-def _obstacle(op: str, name: str, device_type: str, soft_ranks: bool) -> str | None:
+def _obstacle(op: str, name: str, device_type: str) -> str | None:
     """Why backend `name` cannot compute `op` here, in a sentence; None where it can."""
     backend = BACKENDS[name]
     if name not in LAUNCHERS[op]:
         return f"{name} does not compute {op}"
     if backend.device_type not in (None, device_type):
         return f"{name} takes tensors on {backend.device_type}, these are on {device_type}"
-    if soft_ranks and not backend.soft_ranks:
-        return f"{name} computes rank_temperature = 0 only"
     return backend.unavailable_reason()
 
 

@@ -47,18 +47,16 @@ _SCHEMAS = {
 def _launcher(
     op: str, device: torch.device, weights: tuple[Any, ...]
 ) -> tuple[Any, dict[str, Any]]:
-    """The launcher for a call, and its weights by name. Only soft ranks name a temperature."""
+    """The launcher for a call, and its weights by name."""
     margin, rank_penalty, w_margin, w_rank, rank_temperature, backend = weights
     named = {
         "margin": margin,
         "rank_penalty": rank_penalty,
         "w_margin": w_margin,
         "w_rank": w_rank,
+        "rank_temperature": rank_temperature,
     }
-    if rank_temperature > 0:
-        named["rank_temperature"] = rank_temperature
-    launch = dispatch.launcher(op, backend, device.type, soft_ranks=rank_temperature > 0)
-    return launch, named
+    return dispatch.launcher(op, backend, device.type), named
 
 
 def _ranking_reward(

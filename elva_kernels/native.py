@@ -57,6 +57,7 @@ def reward_forward(
     rank_penalty: float,
     w_margin: float,
     w_rank: float,
+    rank_temperature: float = 0.0,
 ) -> Values:
     """Values alone.
 
@@ -69,7 +70,7 @@ def reward_forward(
         reward, margin_reward, rank_reward [*], rank int32 [*], scores [*, N + 1]; in float32
         (float64 for float64) but the rank.
     """
-    weights = (margin, rank_penalty, w_margin, w_rank)
+    weights = (margin, rank_penalty, w_margin, w_rank, rank_temperature)
     return _forward(query, positive, negatives, mask, *weights, save=False)[0]
 
 
@@ -83,13 +84,14 @@ def reward_forward_saved(
     rank_penalty: float,
     w_margin: float,
     w_rank: float,
+    rank_temperature: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `reward_forward`, and a sixth tensor: `saved`, float64 [*, 2 N + 3].
 
     It holds each candidate's two gradient coefficients and the query's one: all that
     `reward_backward` needs beside the inputs.
     """
-    weights = (margin, rank_penalty, w_margin, w_rank)
+    weights = (margin, rank_penalty, w_margin, w_rank, rank_temperature)
     values, saved = _forward(query, positive, negatives, mask, *weights, save=True)
     assert saved is not None
     return *values, saved
@@ -136,6 +138,7 @@ def reward_value_and_grad(
     rank_penalty: float,
     w_margin: float,
     w_rank: float,
+    rank_temperature: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values and gradients in one pass over memory.
 
@@ -163,6 +166,7 @@ def reward_value_and_grad(
         rank_penalty,
         w_margin,
         w_rank,
+        rank_temperature,
         *(value.data_ptr() for value in values),
         0,
         *(gradient.data_ptr() for gradient in gradients),
@@ -181,6 +185,7 @@ def reward_from_scores(
     rank_penalty: float,
     w_margin: float,
     w_rank: float,
+    rank_temperature: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same rewards from given scores [*, C], the positive's first, of any strides.
 
@@ -204,6 +209,7 @@ def reward_from_scores(
         rank_penalty,
         w_margin,
         w_rank,
+        rank_temperature,
         reward.data_ptr(),
         margin_reward.data_ptr(),
         rank_reward.data_ptr(),
@@ -222,6 +228,7 @@ def reward_from_scores_backward(
     rank_penalty: float,
     w_margin: float,
     w_rank: float,
+    rank_temperature: float = 0.0,
 ) -> Tensor:
     """Gradient of sum(grad_reward * reward) on `scores`: [*, C], in the scores' dtype.
 
@@ -240,6 +247,7 @@ def reward_from_scores_backward(
         rank_penalty,
         w_margin,
         w_rank,
+        rank_temperature,
         0,
         0,
         0,
@@ -258,6 +266,7 @@ def _forward(
     rank_penalty: float,
     w_margin: float,
     w_rank: float,
+    rank_temperature: float,
     *,
     save: bool,
 ) -> tuple[Values, Tensor | None]:
@@ -280,6 +289,7 @@ def _forward(
         rank_penalty,
         w_margin,
         w_rank,
+        rank_temperature,
         *(value.data_ptr() for value in values),
         0 if saved is None else saved.data_ptr(),
         0,

@@ -44,6 +44,15 @@ struct QueryGradientJob {
   void* out;
 };
 
+// Sums over the pairs of a group's candidates; sigma_ij = sigmoid((s_j - s_i) / temperature).
+struct PairJob {
+  const void* scores;  // [count] float, or double; finite
+  int64_t count;
+  double temperature;
+  const void* rank_slopes;  // [count], as scores; read by soft_slopes alone
+  double* sums;             // [count]
+};
+
 constexpr int64_t kPadding = 32;
 
 struct Kernels {
@@ -53,6 +62,10 @@ struct Kernels {
   void (*query_gradient[4])(const QueryGradientJob&);
   // ranks[i] = 1 + the number of keys above keys[i].
   void (*count_ranks)(const uint64_t* keys, int64_t count, int32_t* ranks);
+  // By value, float and double. sums[i] = 1 + sum over j != i of sigma_ij.
+  void (*soft_ranks[2])(const PairJob&);
+  // sums[i] = sum over j of sigma_ij (1 - sigma_ij) (rank_slopes[j] - rank_slopes[i]).
+  void (*soft_slopes[2])(const PairJob&);
 };
 
 extern const Kernels kPlainKernels;

@@ -27,29 +27,30 @@ class RewardGroup {
   static size_t arena_bytes(int64_t candidates, int64_t dim) {
     const int64_t c = candidates + 1;
     return Arena::bytes_for<T>(dim) * (kBlock + 1) + Arena::bytes_for<double>(dim + kPadding) +
-           Arena::bytes_for<uint32_t>(c) * 2 + Arena::bytes_for<double>(c) * 6 +
-           Arena::bytes_for<bool>(c) + Arena::bytes_for<typename RankKey<V>::Type>(c) +
-           Arena::bytes_for<V>(c) + Arena::bytes_for<V>(2 * c) + Arena::bytes_for<double>(2 * c);
+           Arena::bytes_for<uint32_t>(c) + Arena::bytes_for<double>(c) * 5 +
+           Arena::bytes_for<bool>(c) + RankBuffers<V>::arena_bytes(c) + Arena::bytes_for<V>(c) +
+           Arena::bytes_for<V>(2 * c) + Arena::bytes_for<double>(2 * c);
   }
 
   RewardGroup(const Kernels& kernels, ElvaDtype dtype, int64_t candidates, int64_t dim,
               Arena* arena)
-      : kernels_(kernels), dtype_(dtype), candidates_(candidates), dim_(dim) {
+      : kernels_(kernels),
+        dtype_(dtype),
+        candidates_(candidates),
+        dim_(dim),
+        ranking_(candidates + 1, arena) {
     packed_query_ = arena->take<T>(dim);
     for (T*& block : packed_) block = arena->take<T>(dim);
     query_sum_ = arena->take<double>(dim + kPadding);
     const int64_t c = candidates + 1;
     live_ = arena->take<uint32_t>(c);
-    ranks_ = arena->take<int32_t>(c);
     dot_ = arena->take<double>(c);
     norm_ = arena->take<double>(c);
     score_ = arena->take<double>(c);
-    slope_ = arena->take<double>(c);
     rows_ = arena->take<const void*>(c);
     outs_ = arena->take<void*>(c);
     live_scores_ = arena->take<V>(c);
     fast_coefficients_ = arena->take<V>(2 * c);
-    keys_ = arena->take<typename RankKey<V>::Type>(c);
     rescaled_ = arena->take<bool>(c);
     own_coefficients_ = arena->take<double>(2 * c);
   }
@@ -106,20 +107,20 @@ class RewardGroup {
     }
   }
 
-  // Eq. (2) to (5) on the scores.
+  // Eq. (2) to (6) on the scores.
   GroupReward rank(const ElvaRewardWeights& weights) {
-    rank_candidates<V>(kernels_, live_scores_, live_count_, keys_, ranks_);
-    return reward_of<V>(live_scores_, ranks_, live_count_, weights, slope_);
+    return reward_of<V>(kernels_, live_scores_, live_count_, weights, ranking_);
   }
 
-  // From the slopes.
-  void set_coefficients(double* coefficients) {
+  // After rank() with the same weights.
+  void set_coefficients(const ElvaRewardWeights& weights, double* coefficients) {
+    add_soft_slopes<V>(kernels_, live_scores_, live_count_, weights, ranking_);
     double* a = coefficients;
     double* b = coefficients + candidates_;
     std::fill(coefficients, coefficients + 2 * candidates_, 0.0);
     double query_b = 0;
     for (int64_t j = 0; j < live_count_; ++j) {
-      const double slope = slope_[j], product = query_norm_ * norm_[j];
+      const double slope = ranking_.slopes[j], product = query_norm_ * norm_[j];
       if (std::isnan(slope)) {
         a[live_[j]] = b[live_[j]] = query_b = slope;
       } else if (product != 0) {  // a zero row has gradient 0 and gives none
@@ -305,14 +306,13 @@ class RewardGroup {
   T* packed_[kBlock];
   double* query_sum_;
   uint32_t* live_;
-  int32_t* ranks_;
-  double *dot_, *norm_, *score_, *slope_;
+  RankBuffers<V> ranking_;
+  double *dot_, *norm_, *score_;
   const void** rows_;
   void** outs_;
   bool* rescaled_;
   V* live_scores_;
   V* fast_coefficients_;
-  typename RankKey<V>::Type* keys_;
   double* own_coefficients_;
 };
 

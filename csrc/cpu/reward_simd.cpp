@@ -1,13 +1,15 @@
-// What: the inner loops of the grouped reward: dots and squared norms of a group's rows, then its
-// gradient rows. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) and its derivatives
-// in elva_kernels/reference.py. In: dense rows [dim] of bf16, fp16, fp32 or fp64. Out: double dots
-// and squares; gradient rows in the rows' dtype. Work split: the caller's thread, one job; 4 rows a
-// pass over the query forward, 8, 4, 2 or 1 backward. Bytes: each row once forward, from memory;
-// once more backward, from the second-level cache, and written once. Numerics: 16 float lanes (8
-// double ones for fp64), at most kChain additions in each before they are added to double
+// What: the inner loops of the grouped reward: dots and squared norms of a group's rows, its ranks,
+// then its gradient rows. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) and (6) and
+// their derivatives in elva_kernels/reference.py. In: dense rows [dim] of bf16, fp16, fp32 or fp64.
+// Out: double dots and squares; gradient rows in the rows' dtype. Work split: the caller's thread,
+// one job; 4 rows a pass over the query forward, 8, 4, 2 or 1 backward. Bytes: each row once
+// forward, from memory; once more backward, from the second-level cache, and written once.
+// Numerics: 16 float lanes (8 double ones for fp64), at most kChain additions in each before they
+// are added to double
 //   lanes, then a tree. The query's gradient adds 8 rows in float, and those sums in double. bf16
 //   dots use vdpbf16ps where the level has it: exact products, two rounded additions; it takes
-//   subnormals for zero, which the caller's range check allows for. The lanes of a row are the same
+//   subnormals for zero, which the caller's range check allows for. Soft ranks in the scores'
+//   precision: a sigmoid errs by 1.5e-7 (3e-16 for double) at most. The lanes of a row are the same
 //   in every block: its bits depend on it alone.
 // Limits: finite rows with squared norms in the range of reward_group.h; gradients without NaN or
 // overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage but
@@ -267,6 +269,87 @@ void count_ranks(const uint64_t* keys, int64_t count, int32_t* ranks) {
   }
 }
 
+// The Taylor series of 2^x: ln(2)^k / k!.
+template <class S, int kDegree>
+struct Exp2Series {
+  S coefficients[kDegree + 1] = {};
+  constexpr Exp2Series() {
+    double coefficient = 1;
+    for (int k = 0; k <= kDegree; coefficient *= 0.6931471805599453 / ++k)
+      coefficients[k] = static_cast<S>(coefficient);
+  }
+};
+
+// 2^y for |y| <= kExp2Limit: the nearest integer as an exponent, times the series of the rest,
+// which is at most 1/2: truncated at 5e-9, or 4e-18. 2^0 is exactly 1.
+template <class V>
+V exp2(V y) {
+  using S = typename V::Scalar;
+  constexpr bool kDouble = std::is_same_v<S, double>;
+  constexpr int kDegree = kDouble ? 13 : 7;
+  // A sum with it holds the integer, and the bias of the exponent field, in its lowest bits.
+  const V shift = V::broadcast(kDouble ? S(0x1.8p52 + 1023) : S(0x1.8p23 + 127));
+  const V shifted = add(y, shift);
+  const V rest = sub(y, sub(shifted, shift));
+  constexpr Exp2Series<S, kDegree> kSeries;
+  V power = V::broadcast(kSeries.coefficients[kDegree]);
+  for (int k = kDegree - 1; k >= 0; --k)
+    power = fma(power, rest, V::broadcast(kSeries.coefficients[k]));
+  return mul(power, exponent_of(shifted));
+}
+
+// Past it a sigmoid is 0 or 1 to more digits than are kept.
+template <class S>
+constexpr S kExp2Limit = std::is_same_v<S, double> ? S(700) : S(86);
+
+// sums[i] = the terms of (i, j) over all j, the term added to `sum` by term(j, slope of i, e,
+// sigma_ij, sum) with e = exp((s_i - s_j) / temperature) = (1 - sigma_ij) / sigma_ij. A candidate a
+// lane: all lanes add in the same order, so equal scores have equal sums.
+template <class V, class Term>
+void sum_over_pairs(const PairJob& job, const Term& term) {
+  using S = typename V::Scalar;
+  constexpr double kLog2E = 1.4426950408889634;
+  const S* scores = static_cast<const S*>(job.scores);
+  const S* slopes = static_cast<const S*>(job.rank_slopes);
+  // Never 0, which a difference that overflowed would turn into NaN.
+  const double factor = kLog2E / job.temperature;
+  constexpr S kLeast = std::numeric_limits<S>::min();
+  const V scale = V::broadcast(factor > kLeast ? static_cast<S>(factor) : kLeast);
+  const V one = V::broadcast(1);
+  for (int64_t i = 0; i < job.count; i += V::kLanes) {
+    const int64_t width = job.count - i < V::kLanes ? job.count - i : V::kLanes;
+    const V score = V::load(PaddedLine<S>(scores + i, width).elements);
+    const V slope = slopes == nullptr ? one : V::load(PaddedLine<S>(slopes + i, width).elements);
+    alignas(64) double lanes[V::kLanes] = {};
+    for (int64_t j = 0; j < job.count;) {
+      const int64_t end = j + kChain < job.count ? j + kChain : job.count;
+      V sum = V::zero();
+      for (; j < end; ++j) {
+        const V gap = mul(sub(score, V::broadcast(scores[j])), scale);
+        const V e = exp2(clamp(gap, kExp2Limit<S>));
+        sum = term(j, slope, e, div(one, add(one, e)), sum);
+      }
+      sum.add_to(lanes);
+    }
+    memcpy(job.sums + i, lanes, static_cast<size_t>(width) * sizeof(double));
+  }
+}
+
+template <class V>
+void soft_ranks(const PairJob& job) {
+  sum_over_pairs<V>(job, [](int64_t, V, V, V sigma, V sum) { return add(sum, sigma); });
+  // The pair of a candidate with itself gave exactly 1/2.
+  for (int64_t i = 0; i < job.count; ++i) job.sums[i] += 0.5;
+}
+
+template <class V>
+void soft_slopes(const PairJob& job) {
+  const auto* slopes = static_cast<const typename V::Scalar*>(job.rank_slopes);
+  sum_over_pairs<V>(job, [slopes](int64_t j, V slope, V e, V sigma, V sum) {
+    return fma(mul(sigma, mul(e, sigma)), sub(V::broadcast(slopes[j]), slope), sum);
+  });
+}
+
 }  // namespace
 
 #if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
@@ -289,6 +372,8 @@ const Kernels ELVA_TABLE = {
     {gradients<Bf16>, gradients<Fp16>, gradients<float>, gradients<double>},
     {query_gradient<Bf16>, query_gradient<Fp16>, query_gradient<float>, query_gradient<double>},
     count_ranks,
+    {soft_ranks<F32>, soft_ranks<F64>},
+    {soft_slopes<F32>, soft_slopes<F64>},
 };
 
 }  // namespace elva

@@ -1,5 +1,5 @@
 // What: the ranking reward of given scores (re-rankers, cross-encoders), with its gradient on the
-// scores. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (2) to (5) of
+// scores. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (2) to (6) of
 // elva_kernels/reference.py. In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64,
 // any strides; mask [*, C - 1]. Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank
 // int32 [*]; grad_scores [*, C] in the scores' dtype. Work split: some groups a thread. Bytes:
@@ -19,24 +19,15 @@ namespace {
 
 template <class V>
 struct ScoreBuffers {
-  using Key = typename RankKey<V>::Type;
-
   static size_t arena_bytes(int64_t c) {
-    return Arena::bytes_for<V>(c) + Arena::bytes_for<Key>(c) + Arena::bytes_for<double>(c) +
-           2 * Arena::bytes_for<uint32_t>(c);
+    return Arena::bytes_for<V>(c) + Arena::bytes_for<uint32_t>(c) + RankBuffers<V>::arena_bytes(c);
   }
   ScoreBuffers(int64_t c, Arena* arena)
-      : scores(arena->take<V>(c)),
-        keys(arena->take<Key>(c)),
-        slopes(arena->take<double>(c)),
-        live(arena->take<uint32_t>(c)),
-        ranks(arena->take<int32_t>(c)) {}
+      : scores(arena->take<V>(c)), live(arena->take<uint32_t>(c)), ranking(c, arena) {}
 
   V* scores;
-  Key* keys;
-  double* slopes;
   uint32_t* live;
-  int32_t* ranks;
+  RankBuffers<V> ranking;
 };
 
 template <class T>
@@ -52,9 +43,8 @@ void one_group(const ElvaScoresArgs& args, const Kernels& kernels, int64_t i,
     buffers.live[count] = static_cast<uint32_t>(c);
     buffers.scores[count++] = static_cast<V>(to_double(scores[c]));
   }
-  rank_candidates<V>(kernels, buffers.scores, count, buffers.keys, buffers.ranks);
   const GroupReward out =
-      reward_of<V>(buffers.scores, buffers.ranks, count, args.weights, buffers.slopes);
+      reward_of<V>(kernels, buffers.scores, count, args.weights, buffers.ranking);
   if (args.reward != nullptr) {
     static_cast<V*>(args.reward)[i] = static_cast<V>(out.reward);
     static_cast<V*>(args.margin_reward)[i] = static_cast<V>(out.margin_reward);
@@ -62,12 +52,13 @@ void one_group(const ElvaScoresArgs& args, const Kernels& kernels, int64_t i,
     args.rank[i] = out.rank;
   }
   if (args.grad_scores != nullptr) {
+    add_soft_slopes<V>(kernels, buffers.scores, count, args.weights, buffers.ranking);
     const V* upstream = group_data<V>(args.batch, args.upstream, index);
     const double factor = upstream == nullptr ? 1.0 : static_cast<double>(*upstream);
     T* grad = static_cast<T*>(args.grad_scores) + i * args.candidates;
     for (int64_t c = 0; c < args.candidates; ++c) from_double(0.0, grad + c);
     for (int64_t j = 0; j < count; ++j)
-      from_double(factor * buffers.slopes[j], grad + buffers.live[j]);
+      from_double(factor * buffers.ranking.slopes[j], grad + buffers.live[j]);
   }
 }
 
@@ -90,8 +81,11 @@ ElvaStatus run(const ElvaScoresArgs& args) {
     arena.trim();
   };
   constexpr int64_t kCandidatesPerPiece = 4096;  // about 20 us
-  parallel_for(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / args.candidates),
-               args.threads, piece);
+  constexpr int64_t kPairsPerCandidate = 8;      // that take soft ranks as long (measured)
+  int64_t work = args.candidates;
+  if (args.weights.rank_temperature > 0) work += work * work / kPairsPerCandidate;
+  parallel_for(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / work), args.threads,
+               piece);
   return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
 }
 

@@ -56,6 +56,26 @@ inline F32 mul(F32 a, F32 b) {
 inline F32 fma(F32 a, F32 b, F32 c) {
   return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
 }
+inline F32 add(F32 a, F32 b) {
+  return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
+}
+inline F32 sub(F32 a, F32 b) {
+  return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}};
+}
+inline F32 div(F32 a, F32 b) {
+  return {{_mm256_div_ps(a.v[0], b.v[0]), _mm256_div_ps(a.v[1], b.v[1])}};
+}
+inline F32 clamp(F32 x, float limit) {
+  const __m256 most = _mm256_set1_ps(limit), least = _mm256_set1_ps(-limit);
+  for (__m256& half : x.v) half = _mm256_min_ps(_mm256_max_ps(half, least), most);
+  return x;
+}
+inline F32 exponent_of(F32 x) {
+  for (__m256& half : x.v) {
+    half = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(half), 23));
+  }
+  return x;
+}
 
 struct F64 {
   using Scalar = double;
@@ -77,6 +97,26 @@ inline F64 mul(F64 a, F64 b) {
 }
 inline F64 fma(F64 a, F64 b, F64 c) {
   return {{_mm256_fmadd_pd(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_pd(a.v[1], b.v[1], c.v[1])}};
+}
+inline F64 add(F64 a, F64 b) {
+  return {{_mm256_add_pd(a.v[0], b.v[0]), _mm256_add_pd(a.v[1], b.v[1])}};
+}
+inline F64 sub(F64 a, F64 b) {
+  return {{_mm256_sub_pd(a.v[0], b.v[0]), _mm256_sub_pd(a.v[1], b.v[1])}};
+}
+inline F64 div(F64 a, F64 b) {
+  return {{_mm256_div_pd(a.v[0], b.v[0]), _mm256_div_pd(a.v[1], b.v[1])}};
+}
+inline F64 clamp(F64 x, double limit) {
+  const __m256d most = _mm256_set1_pd(limit), least = _mm256_set1_pd(-limit);
+  for (__m256d& half : x.v) half = _mm256_min_pd(_mm256_max_pd(half, least), most);
+  return x;
+}
+inline F64 exponent_of(F64 x) {
+  for (__m256d& half : x.v) {
+    half = _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(half), 52));
+  }
+  return x;
 }
 
 inline __m256i bf16_bits(__m256 x) {

@@ -39,6 +39,15 @@ struct F32 {
 
 inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F32 clamp(F32 x, float limit) {
+  return {_mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-limit)), _mm512_set1_ps(limit))};
+}
+inline F32 exponent_of(F32 x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
+}
 
 struct F64 {
   using Scalar = double;
@@ -54,6 +63,15 @@ struct F64 {
 
 inline F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline F64 sub(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline F64 div(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
+inline F64 clamp(F64 x, double limit) {
+  return {_mm512_min_pd(_mm512_max_pd(x.v, _mm512_set1_pd(-limit)), _mm512_set1_pd(limit))};
+}
+inline F64 exponent_of(F64 x) {
+  return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x.v), 52))};
+}
 
 inline __m512i line_of(const F32* v, const float*) { return _mm512_castps_si512(v[0].v); }
 inline __m512i line_of(const F64* v, const double*) { return _mm512_castpd_si512(v[0].v); }

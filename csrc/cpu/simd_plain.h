@@ -57,6 +57,42 @@ inline V fma(V a, V b, V c) {
   return c;
 }
 
+template <class V>
+inline V add(V a, V b) {
+  for (int64_t i = 0; i < V::kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
+
+template <class V>
+inline V sub(V a, V b) {
+  for (int64_t i = 0; i < V::kLanes; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+
+template <class V>
+inline V div(V a, V b) {
+  for (int64_t i = 0; i < V::kLanes; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+
+template <class V>
+inline V clamp(V x, typename V::Scalar limit) {
+  for (auto& lane : x.v) lane = lane > limit ? limit : lane < -limit ? -limit : lane;
+  return x;
+}
+
+template <class V>
+inline V exponent_of(V x) {
+  using Bits = std::conditional_t<sizeof(typename V::Scalar) == 8, uint64_t, uint32_t>;
+  for (auto& lane : x.v) {
+    Bits bits;
+    memcpy(&bits, &lane, sizeof(bits));
+    bits <<= std::numeric_limits<typename V::Scalar>::digits - 1;
+    memcpy(&lane, &bits, sizeof(bits));
+  }
+  return x;
+}
+
 template <class T, class V>
 inline void store_line(T* p, const V* v, bool) {
   for (int64_t i = 0; i < static_cast<int64_t>(64 / sizeof(T)); ++i) {

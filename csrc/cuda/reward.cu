@@ -11,8 +11,8 @@
 // sums a lane, at most 8 terms in each before they are added in double; rows out of range are
 // scaled
 //   by a power of two first; ranks by compare-and-count on integers. No atomics: deterministic.
-// Limits: 1,000 candidates a group (shared memory); fp64 rows with norms from 1e-150 to 1e150 in
-// the gradient. Reference: elva_kernels.reference.ranking_reward.
+// Limits: integer ranks; 1,000 candidates a group (shared memory); fp64 rows with norms from 1e-150
+// to 1e150 in the gradient. Reference: elva_kernels.reference.ranking_reward.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -307,7 +307,9 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
 
 template <class T>
 ElvaStatus forward(const ElvaRewardArgs& args) {
-  if (args.negatives >= kMaxCandidates) return ELVA_DEVICE_ERROR;
+  if (args.negatives >= kMaxCandidates || args.weights.rank_temperature > 0) {
+    return ELVA_UNSUPPORTED;
+  }
   if (args.batch.groups == 0) return ELVA_OK;
   const auto stream = static_cast<cudaStream_t>(args.stream);
   const size_t bytes =

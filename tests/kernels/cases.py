@@ -8,6 +8,7 @@ from tests import tolerances
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 OPEN_HINGE = WEIGHTS | {"margin": -1.0, "rank_penalty": 0.1}
+SOFT_RANKS = OPEN_HINGE | {"rank_temperature": 0.05}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 

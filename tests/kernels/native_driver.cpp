@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr ElvaRewardWeights kWeights = {0.1, 0.01, 0.4, 0.6};
+constexpr ElvaRewardWeights kWeights = {0.1, 0.01, 0.4, 0.6, 0};
 
 size_t size_of(ElvaDtype dtype) { return dtype == ELVA_FP64 ? 8 : dtype == ELVA_FP32 ? 4 : 2; }
 
@@ -71,6 +71,7 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   args.negatives = negatives;
   args.dim = dim;
   args.weights = kWeights;
+  args.weights.rank_temperature = seed % 2 == 0 ? 0 : 0.05;
   args.query = rows_of(query.data(), 1, dim, stride);
   args.positive = rows_of(positive.data(), 1, dim, stride);
   args.negative = rows_of(negative.data(), negatives, dim, stride);
@@ -95,7 +96,7 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   given.threads = 3;
   given.batch = args.batch;
   given.candidates = negatives + 1;
-  given.weights = kWeights;
+  given.weights = args.weights;
   given.scores = rows_of(scores.data(), 1, negatives + 1, 1);
   given.mask = args.mask;
   given.reward = reward.data();

@@ -27,7 +27,7 @@ def test_the_compiled_module_runs_where_it_could_be_built():
 def test_a_backend_that_cannot_run_is_passed_over_by_auto_and_refused_by_name(monkeypatch):
     broken = dispatch.BACKENDS["cpu"]._replace(unavailable_reason=lambda: "it is not built")
     monkeypatch.setitem(dispatch.BACKENDS, "cpu", broken)
-    dispatch._launcher.cache_clear()
+    dispatch.launcher.cache_clear()
     try:
         inputs = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
         expected = ranking_reward(*inputs, backend="reference")
@@ -36,14 +36,7 @@ def test_a_backend_that_cannot_run_is_passed_over_by_auto_and_refused_by_name(mo
             ranking_reward(*inputs, backend="cpu")
         assert "it is not built" in str(doctor())
     finally:
-        dispatch._launcher.cache_clear()
-
-
-def test_auto_takes_the_reference_where_only_it_can():
-    inputs = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
-    soft = ranking_reward(*inputs, rank_temperature=0.1)
-    expected = ranking_reward(*inputs, rank_temperature=0.1, backend="reference")
-    assert torch.equal(soft.reward, expected.reward)
+        dispatch.launcher.cache_clear()
 
 
 def test_every_op_has_a_reference_and_only_known_backends():

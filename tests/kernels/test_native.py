@@ -48,8 +48,10 @@ def inputs(groups=24, n=20, dim=512, dtype=torch.float32):
     return tuple(torch.randn(shape).to(dtype) for shape in shapes)
 
 
-def results(tensors):
-    return native.reward_value_and_grad(*tensors, None, None, **WEIGHTS)
+def results(tensors, rank_temperature=0.0):
+    return native.reward_value_and_grad(
+        *tensors, None, None, rank_temperature=rank_temperature, **WEIGHTS
+    )
 
 
 def equal(left, right):
@@ -73,24 +75,26 @@ def run_python(program, **environment):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_bits_do_not_depend_on_the_number_of_threads(threads, dtype):
+@pytest.mark.parametrize("rank_temperature", [0.0, 0.05])
+def test_bits_do_not_depend_on_the_number_of_threads(threads, dtype, rank_temperature):
     tensors = inputs(dtype=dtype)
     threads(1)
-    alone = results(tensors)
+    alone = results(tensors, rank_temperature)
     for count in (2, 3, 7):
         threads(count)
         for _ in range(5):
-            assert equal(results(tensors), alone)
+            assert equal(results(tensors, rank_temperature), alone)
 
 
 @needs_native
-def test_bits_do_not_depend_on_the_callers_float_mode(threads):
+@pytest.mark.parametrize("rank_temperature", [0.0, 1e-3])
+def test_bits_do_not_depend_on_the_callers_float_mode(threads, rank_temperature):
     tensors = tuple(x * 1e-38 for x in inputs())
     threads(2)
-    normal = results(tensors)
+    normal = results(tensors, rank_temperature)
     assert torch.set_flush_denormal(True), "this processor cannot flush subnormals"
     try:
-        flushed = results(tensors)
+        flushed = results(tensors, rank_temperature)
     finally:
         torch.set_flush_denormal(False)
     assert equal(flushed, normal)

@@ -12,6 +12,7 @@ from tests.kernels.cases import (
     EVERY_LEVEL,
     OPEN_HINGE,
     SHAPES,
+    SOFT_RANKS,
     WEIGHTS,
     check_gradients,
     embeddings,
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory"),
 ]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+each_ranks = pytest.mark.parametrize("weights", [WEIGHTS, SOFT_RANKS], ids=["hard", "soft"])
 each_shape = pytest.mark.parametrize(("leading", "n", "d"), SHAPES, ids=str)
 
 
@@ -56,7 +58,7 @@ def test_values_and_gradients(backend, dtype, leading, n, d, masked):
     inputs = embeddings(leading, n, d, dtype)
     mask = torch.rand(*leading, n) < 0.7 if masked else None
     weight = torch.randn(leading, dtype=reference.compute_dtype(dtype))
-    for weights in (WEIGHTS, OPEN_HINGE):
+    for weights in (WEIGHTS, OPEN_HINGE, SOFT_RANKS):
         result, *gradients = ranking_reward_and_grad(
             *inputs, mask=mask, weight=weight, backend=backend, **weights
         )
@@ -114,10 +116,11 @@ def test_lattice_is_exact(backend, dtype, d):
         "bd,bnd->bn", signs[0], torch.cat([signs[1].unsqueeze(-2), negatives], dim=-2)
     )
     inputs = [x.to(dtype) for x in (signs[0], signs[1], negatives)]
-    result = ranking_reward(*inputs, backend=backend)
-    assert torch.equal(result.scores, (exact / d).to(result.scores.dtype))
-    assert torch.equal(result.rank, (1 + (exact[:, 1:] >= exact[:, :1]).sum(-1)).int())
-    check_reward_of_scores(result, None, **WEIGHTS)
+    for weights in (WEIGHTS, SOFT_RANKS):
+        result = ranking_reward(*inputs, backend=backend, **weights)
+        assert torch.equal(result.scores, (exact / d).to(result.scores.dtype))
+        assert torch.equal(result.rank, (1 + (exact[:, 1:] >= exact[:, :1]).sum(-1)).int())
+        check_reward_of_scores(result, None, **weights)
 
 
 @each_dtype
@@ -161,12 +164,13 @@ def test_magnitudes(backend, dtype):
 
 
 @each_dtype
-def test_zero_rows_score_zero_and_get_no_gradient(backend, dtype):
+@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
+def test_zero_rows_score_zero_and_get_no_gradient(backend, dtype, weights):
     query, positive, negatives = embeddings((4,), 6, 19, dtype)
     query[0], positive[1], negatives[2, 3] = 0, 0, 0
     negatives[3] = -0.0
     inputs = (query, positive, negatives)
-    result, *gradients = ranking_reward_and_grad(*inputs, backend=backend, **OPEN_HINGE)
+    result, *gradients = ranking_reward_and_grad(*inputs, backend=backend, **weights)
     assert (result.scores[0] == 0).all()
     assert result.scores[1, 0] == 0
     assert result.scores[2, 4] == 0
@@ -178,21 +182,22 @@ def test_zero_rows_score_zero_and_get_no_gradient(backend, dtype):
         assert gradient.isfinite().all()
     weight = torch.ones(4, dtype=torch.float64)
     check_gradients(
-        gradients, truth_gradients(inputs, result.scores, None, weight, **OPEN_HINGE), inputs, dtype
+        gradients, truth_gradients(inputs, result.scores, None, weight, **weights), inputs, dtype
     )
 
 
 @each_dtype
+@each_ranks
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["query", "positive", "negatives"])
-def test_non_finite_row_stays_in_its_group(backend, dtype, bad, place):
+def test_non_finite_row_stays_in_its_group(backend, dtype, weights, bad, place):
     inputs = dict(
         zip(("query", "positive", "negatives"), embeddings((5,), 7, 21, dtype), strict=True)
     )
-    clean, *clean_gradients = ranking_reward_and_grad(**inputs, backend=backend)
+    clean, *clean_gradients = ranking_reward_and_grad(**inputs, backend=backend, **weights)
     row = inputs[place][2] if place != "negatives" else inputs[place][2, 3]
     row[11] = bad
-    result, *gradients = ranking_reward_and_grad(**inputs, backend=backend)
+    result, *gradients = ranking_reward_and_grad(**inputs, backend=backend, **weights)
     others = [0, 1, 3, 4]
     for actual, expected in zip((*result, *gradients), (*clean, *clean_gradients), strict=True):
         assert same_bits(actual[others], expected[others])
@@ -207,12 +212,13 @@ def test_non_finite_row_stays_in_its_group(backend, dtype, bad, place):
 
 
 @each_dtype
+@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
 @pytest.mark.parametrize("n", [1, 5, 70])
-def test_masked_rows_are_never_read(backend, dtype, n):
+def test_masked_rows_are_never_read(backend, dtype, weights, n):
     query, positive, negatives = embeddings((6,), n, 27, dtype)
     mask = torch.rand(6, n) < 0.5
     mask[0], mask[1] = False, True
-    arguments = {"mask": mask, "backend": backend} | OPEN_HINGE
+    arguments = {"mask": mask, "backend": backend} | weights
     expected = ranking_reward_and_grad(query, positive, negatives, **arguments)
     for hidden in (math.nan, math.inf, 0.0):
         negatives[~mask] = hidden
@@ -226,7 +232,7 @@ def test_masked_rows_are_never_read(backend, dtype, n):
     for group in range(6):  # hiding a row is leaving it out
         left = negatives[group][mask[group]]
         alone, grad_alone, _, _ = ranking_reward_and_grad(
-            query[group], positive[group], left, backend=backend, **OPEN_HINGE
+            query[group], positive[group], left, backend=backend, **weights
         )
         live = torch.cat([torch.ones(1, dtype=torch.bool), mask[group]])
         assert same_bits(alone.scores, result.scores[group][live])
@@ -236,48 +242,52 @@ def test_masked_rows_are_never_read(backend, dtype, n):
 
 
 @each_dtype
+@each_ranks
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
-def test_any_layout_gives_the_same_bits(backend, dtype, leading):
+def test_any_layout_gives_the_same_bits(backend, dtype, weights, leading):
     inputs = embeddings(leading, 11, 37, dtype)
     mask = torch.rand(*leading, 11) < 0.8
     weight = torch.randn(leading).to(reference.compute_dtype(dtype))
-    expected = ranking_reward_and_grad(*inputs, mask=mask, weight=weight, backend=backend)
+    options = {"backend": backend} | weights
+    expected = ranking_reward_and_grad(*inputs, mask=mask, weight=weight, **options)
     ways = [layouts(x) for x in inputs]
     live = mask.movedim(-1, 0).contiguous().movedim(0, -1)
     for name in ways[0]:
         given = [way[name] for way in ways]
         copies = [x.clone() for x in given]
-        actual = ranking_reward_and_grad(*given, mask=live, weight=weight, backend=backend)
+        actual = ranking_reward_and_grad(*given, mask=live, weight=weight, **options)
         for a, b in zip((*actual[0], *actual[1:]), (*expected[0], *expected[1:]), strict=True):
             assert same_bits(a, b), name
             assert a.is_contiguous()
         leaves = [x.detach().requires_grad_() for x in given]
-        ranking_reward(*leaves, mask=mask, backend=backend).reward.backward(weight)
-        truths = truth_gradients(inputs, expected[0].scores, mask, weight, **WEIGHTS)
+        ranking_reward(*leaves, mask=mask, **options).reward.backward(weight)
+        truths = truth_gradients(inputs, expected[0].scores, mask, weight, **weights)
         check_gradients([x.grad for x in leaves], truths, inputs, dtype)
         assert all(same_bits(x, y) for x, y in zip(given, copies, strict=True)), "input written"
 
 
 @each_dtype
-def test_shared_tensors_and_their_gradients(backend, dtype):
+@each_ranks
+def test_shared_tensors_and_their_gradients(backend, dtype, weights):
     """Leading dimensions broadcast; a shared tensor's gradient is the sum over its groups."""
     query, positive, _ = embeddings((4, 3), 0, 29, dtype)
     negatives = embeddings((), 8, 29, dtype, seed=1)[2]
     mask = torch.rand(3, 8) < 0.8
+    options = {"mask": mask, "backend": backend} | weights
     shared = (query, positive[:, :1], negatives)
     whole = (
         query,
         positive[:, :1].expand(4, 3, 29).clone(),
         negatives.expand(4, 3, 8, 29).clone(),
     )
-    expected = ranking_reward(*whole, mask=mask.expand(4, 3, 8), backend=backend)
+    expected = ranking_reward(*whole, **options | {"mask": mask.expand(4, 3, 8)})
     weight = torch.randn(3, dtype=reference.compute_dtype(dtype))
-    result, *gradients = ranking_reward_and_grad(*shared, mask=mask, weight=weight, backend=backend)
+    result, *gradients = ranking_reward_and_grad(*shared, weight=weight, **options)
     leaves = [x.clone().requires_grad_() for x in shared]
-    ranking_reward(*leaves, mask=mask, backend=backend).reward.backward(weight.expand(4, 3))
+    ranking_reward(*leaves, **options).reward.backward(weight.expand(4, 3))
     for a, b in zip(result, expected, strict=True):
         assert same_bits(a, b)
-    truths = truth_gradients(shared, expected.scores, mask, weight, **WEIGHTS)
+    truths = truth_gradients(shared, expected.scores, mask, weight, **weights)
     for found in (gradients, [x.grad for x in leaves]):
         for gradient, truth, rows in zip(found, truths, shared, strict=True):
             groups = result.rank.numel() // (rows.shape[:-1].numel() or 1) + 1
@@ -291,26 +301,29 @@ def test_shared_tensors_and_their_gradients(backend, dtype):
 
 
 @each_dtype
-def test_a_groups_bits_depend_on_that_group_alone(backend, dtype):
+@each_ranks
+def test_a_groups_bits_depend_on_that_group_alone(backend, dtype, weights):
     inputs = embeddings((13,), 23, 130, dtype)
     mask = torch.rand(13, 23) < 0.8
-    whole = ranking_reward_and_grad(*inputs, mask=mask, backend=backend)
+    options = {"backend": backend} | weights
+    whole = ranking_reward_and_grad(*inputs, mask=mask, **options)
     for part in (slice(0, 1), slice(3, 8), slice(5, 13)):
-        some = ranking_reward_and_grad(*(x[part] for x in inputs), mask=mask[part], backend=backend)
+        some = ranking_reward_and_grad(*(x[part] for x in inputs), mask=mask[part], **options)
         for a, b in zip((*some[0], *some[1:]), (*whole[0], *whole[1:]), strict=True):
             assert same_bits(a, b[part])
 
 
 @each_dtype
-def test_threads_and_repeats_give_the_same_bits(backend, dtype):
+@each_ranks
+def test_threads_and_repeats_give_the_same_bits(backend, dtype, weights):
     inputs = embeddings((40,), 30, 200, dtype)
     threads = torch.get_num_threads()
-    expected = ranking_reward_and_grad(*inputs, backend=backend)
+    expected = ranking_reward_and_grad(*inputs, backend=backend, **weights)
     try:
         for n_threads in (1, 2, 3, 8):
             torch.set_num_threads(n_threads)
             for _ in range(3):
-                actual = ranking_reward_and_grad(*inputs, backend=backend)
+                actual = ranking_reward_and_grad(*inputs, backend=backend, **weights)
                 for a, b in zip(
                     (*actual[0], *actual[1:]), (*expected[0], *expected[1:]), strict=True
                 ):
@@ -320,15 +333,17 @@ def test_threads_and_repeats_give_the_same_bits(backend, dtype):
 
 
 @each_dtype
-def test_order_of_negatives_does_not_matter(backend, dtype):
+@each_ranks
+def test_order_of_negatives_does_not_matter(backend, dtype, weights):
     query, positive, negatives = embeddings((3,), 50, 64, dtype)
     order = torch.randperm(50)
-    result = ranking_reward(query, positive, negatives, backend=backend)
-    shuffled = ranking_reward(query, positive, negatives[:, order], backend=backend)
+    options = {"backend": backend} | weights
+    result = ranking_reward(query, positive, negatives, **options)
+    shuffled = ranking_reward(query, positive, negatives[:, order], **options)
     assert same_bits(shuffled.scores[:, 1:], result.scores[:, 1 + order])
     assert torch.equal(shuffled.rank, result.rank)
     assert same_bits(shuffled.margin_reward, result.margin_reward)
-    check_reward_of_scores(shuffled, None, **WEIGHTS)
+    check_reward_of_scores(shuffled, None, **weights)
 
 
 @each_dtype

@@ -11,6 +11,7 @@ from tests.kernels.cases import (
     DTYPES,
     EVERY_LEVEL,
     OPEN_HINGE,
+    SOFT_RANKS,
     WEIGHTS,
     embeddings,
     layouts,
@@ -19,6 +20,7 @@ from tests.kernels.cases import (
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 each_backend = pytest.mark.parametrize("backend", EVERY_LEVEL, indirect=True)
+each_ranks = pytest.mark.parametrize("weights", [WEIGHTS, SOFT_RANKS], ids=["hard", "soft"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -30,7 +32,7 @@ def test_values_and_gradients(backend, dtype, shape, masked):
     scores = (torch.randn(shape) * 2).to(dtype)
     mask = torch.rand(*shape[:-1], shape[-1] - 1) < 0.7 if masked else None
     weight = torch.randn(shape[:-1], dtype=reference.compute_dtype(dtype))
-    for weights in (WEIGHTS, OPEN_HINGE):
+    for weights in (WEIGHTS, OPEN_HINGE, SOFT_RANKS):
         leaf = scores.clone().requires_grad_()
         result = reward_from_scores(leaf, mask=mask, backend=backend, **weights)
         result.reward.backward(weight)
@@ -55,27 +57,31 @@ def test_values_and_gradients(backend, dtype, shape, masked):
 
 @each_backend
 @each_dtype
-def test_agrees_with_ranking_reward_on_its_scores(backend, dtype):
+@each_ranks
+def test_agrees_with_ranking_reward_on_its_scores(backend, dtype, weights):
     inputs = embeddings((6,), 30, 24, dtype)
     mask = torch.rand(6, 30) < 0.7
-    result = ranking_reward(*inputs, mask=mask, backend=backend)
-    again = reward_from_scores(result.scores, mask=mask, backend=backend)
+    options = {"mask": mask, "backend": backend} | weights
+    result = ranking_reward(*inputs, **options)
+    again = reward_from_scores(result.scores, **options)
     for a, b in zip(result, again, strict=True):
         assert same_bits(a, b)
 
 
 @each_backend
+@each_ranks
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_score_stays_in_its_group(backend, bad):
+def test_non_finite_score_stays_in_its_group(backend, weights, bad):
     scores = torch.randn(5, 8)
     clean = scores.clone().requires_grad_()
-    expected = reward_from_scores(clean, backend=backend)
+    options = {"backend": backend} | weights
+    expected = reward_from_scores(clean, **options)
     expected.reward.sum().backward()
     for place in (0, 3):
         dirty = scores.clone()
         dirty[2, place] = bad
         dirty.requires_grad_()
-        result = reward_from_scores(dirty, backend=backend)
+        result = reward_from_scores(dirty, **options)
         result.reward.sum().backward()
         others = [0, 1, 3, 4]
         for a, b in zip((*result, dirty.grad), (*expected, clean.grad), strict=True):
@@ -87,7 +93,7 @@ def test_non_finite_score_stays_in_its_group(backend, bad):
         hidden = torch.ones(5, 7, dtype=torch.bool)
         if place:
             hidden[2, place - 1] = False
-            assert reward_from_scores(dirty, mask=hidden, backend=backend).reward.isfinite().all()
+            assert reward_from_scores(dirty, mask=hidden, **options).reward.isfinite().all()
 
 
 @each_backend
@@ -115,6 +121,55 @@ def test_ties_and_signed_zeros(backend):
     scores = torch.tensor([[0.5, 0.5, 0.9, 0.5], [0.0, -0.0, 0.0, -1.0], [-0.0, 0.0, 1.0, -1.0]])
     result = reward_from_scores(scores, backend=backend)
     assert result.rank.tolist() == [4, 3, 3]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 0.05, 1.0, 1e6])
+def test_soft_ranks_at_every_temperature(backend, dtype, temperature):
+    """Apart, tied and nearly tied scores: no overflow; gradients to the bound over temperature."""
+    scores = torch.stack([torch.randn(101), torch.full((101,), 0.5), torch.randn(101)]).to(dtype)
+    scores[2, ::3] = scores[2, 0]
+    scores[2, 1::3] = scores[2, 0] + torch.linspace(-4, 4, 34) * temperature
+    weights = OPEN_HINGE | {"rank_temperature": temperature}
+    leaf = scores.clone().requires_grad_()
+    result = reward_from_scores(leaf, backend=backend, **weights)
+    result.reward.sum().backward()
+    exact = reference.reward_from_scores(scores.double(), None, **weights)
+    truth = reference.reward_from_scores_backward(
+        scores.double(), None, torch.ones(3, dtype=torch.float64), **weights
+    )
+    penalty = weights["rank_penalty"] * (math.lgamma(102) + 101)
+    allowed = tolerances.REWARD[dtype] * (3 + penalty) * (1 + scores.abs().max())
+    for name in ("reward", "margin_reward", "rank_reward"):
+        assert ((getattr(result, name).double() - getattr(exact, name)).abs() <= allowed).all()
+    bound = tolerances.GRADIENT[dtype] * (1 + 1 / temperature) + tolerances.half_ulp(truth, dtype)
+    assert ((leaf.grad.double() - truth).abs() <= bound).all()
+
+
+@each_backend
+def test_soft_ranks_of_one_candidate_and_of_ties_are_exact(backend):
+    alone = reward_from_scores(torch.tensor([0.7]), backend=backend, rank_temperature=0.1)
+    assert alone.rank_reward == torch.tensor(0.7)
+    tied = torch.full((2, 5), 0.25)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[1, 1:] = False
+    weights = {"rank_penalty": 1.0, "rank_temperature": 0.1}
+    rank_reward = reward_from_scores(tied, mask=mask, backend=backend, **weights).rank_reward
+    for reward, rank, negatives in [(rank_reward[0], 3.0, 4), (rank_reward[1], 1.5, 1)]:
+        expected = 0.25 / (1 + math.log(rank)) - negatives * 0.25 * (math.log(rank) - 1)
+        torch.testing.assert_close(reward.item(), expected, rtol=0, atol=1e-7)
+
+
+@each_backend
+def test_soft_ranks_of_huge_scores_are_finite(backend):
+    """Differences that overflow are as far apart as can be."""
+    scores = torch.tensor([2e38, -3e38, 3e38, 1.0, 0.0], requires_grad=True)
+    reward = reward_from_scores(scores, backend=backend, margin=0.0, rank_temperature=0.1).reward
+    reward.backward()
+    hard = reward_from_scores(scores.detach(), backend=backend, margin=0.0).reward
+    torch.testing.assert_close(reward.detach(), hard, rtol=1e-6, atol=0)
+    assert scores.grad.isfinite().all()
 
 
 class TestGroupAdvantages:

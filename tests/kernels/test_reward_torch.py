@@ -13,10 +13,10 @@ from elva_kernels import (
     ranking_reward_and_grad,
     reward_from_scores,
 )
-from tests.kernels.cases import BACKENDS, OPEN_HINGE, embeddings, same_bits
+from tests.kernels.cases import BACKENDS, OPEN_HINGE, SOFT_RANKS, embeddings, same_bits
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
-SCALARS = (0.1, 0.01, 0.4, 0.6, 0.0)
+SCALARS = (0.1, 0.01, 0.4, 0.6)
 OPS = torch.ops.elva_kernels
 
 
@@ -25,37 +25,40 @@ def leaves(*leading, n=4, d=6, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(backend, masked):
+@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
+def test_gradcheck(backend, weights, masked):
     mask = torch.rand(3, 4) < 0.6 if masked else None
 
     def reward(*inputs):
-        return ranking_reward(*inputs, mask=mask, backend=backend, **OPEN_HINGE).reward
+        return ranking_reward(*inputs, mask=mask, backend=backend, **weights).reward
 
     assert torch.autograd.gradcheck(reward, leaves(3))
     scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda s: reward_from_scores(s, mask=mask, backend=backend, **OPEN_HINGE).reward, [scores]
+        lambda s: reward_from_scores(s, mask=mask, backend=backend, **weights).reward, [scores]
     )
 
 
-def test_gradcheck_of_shared_tensors(backend):
+@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
+def test_gradcheck_of_shared_tensors(backend, weights):
     query, positive, _ = leaves(2, 3)
     negatives = leaves(n=4)[2]
     shared = [query, positive.detach()[:1].requires_grad_(), negatives]
     assert torch.autograd.gradcheck(
-        lambda *x: ranking_reward(*x, backend=backend, **OPEN_HINGE).reward, shared
+        lambda *x: ranking_reward(*x, backend=backend, **weights).reward, shared
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("shared", [False, True])
-def test_opcheck(backend, dtype, shared):
+@pytest.mark.parametrize("rank_temperature", [0.0, 0.05])
+def test_opcheck(backend, dtype, shared, rank_temperature):
     query, positive, negatives = embeddings((3,), 5, 8, dtype)
     negatives = negatives[0] if shared else negatives
     inputs = (query, positive, negatives, torch.rand(3, 5) < 0.7)
     reward = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = torch.randn(3, dtype=reward)
-    rest = (*SCALARS, backend)
+    rest = (*SCALARS, rank_temperature, backend)
     saved = OPS.ranking_reward_saved(*inputs, *rest)[-1]
     assert saved.shape == (3, 2 * 5 + 3)
     scores = torch.randn(3, 6).to(dtype)
