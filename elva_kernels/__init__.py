@@ -1,7 +1,8 @@
 """Kernels for retrieval embeddings trained by ranking rewards (ELVA, arXiv:2606.20280)."""
 
 from elva_kernels.dispatch import BackendUnavailable, Report, available_backends, doctor
-from elva_kernels.modules import RankingRewardLoss
+from elva_kernels.infonce import info_nce
+from elva_kernels.modules import InfoNCELoss, RankingRewardLoss
 from elva_kernels.ops import (
     group_advantages,
     ranking_reward,
@@ -9,15 +10,22 @@ from elva_kernels.ops import (
     reward_from_scores,
 )
 from elva_kernels.reference import RankingReward
+from elva_kernels.reference_batch import RankStatistics
+from elva_kernels.statistics import in_batch_ranking_reward, rank_statistics
 
 __all__ = [
     "BackendUnavailable",
+    "InfoNCELoss",
+    "RankStatistics",
     "RankingReward",
     "RankingRewardLoss",
     "Report",
     "available_backends",
     "doctor",
     "group_advantages",
+    "in_batch_ranking_reward",
+    "info_nce",
+    "rank_statistics",
     "ranking_reward",
     "ranking_reward_and_grad",
     "reward_from_scores",

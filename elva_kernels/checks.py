@@ -20,6 +20,8 @@ LARGEST = sys.float_info.max
 COLDEST = 1e-6
 
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
+_INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
+_REDUCTIONS = ("mean", "sum", "none")
 _SCALES = ("std", "batch", "none")
 _ROWS_NAMED = 8
 
@@ -94,9 +96,7 @@ def weights(
     widest_margin: float,
 ) -> tuple[float, float, float, float, float, str]:
     """The scalars as floats, in the order of the registered ops."""
-    if backend != "auto" and backend not in dispatch.BACKENDS:
-        names = ", ".join(("auto", *dispatch.BACKENDS))
-        _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
+    known_backend(op, backend)
     if rank_temperature != 0.0 or type(rank_temperature) is not float:
         rank_temperature = _number(op, "rank_temperature", rank_temperature, 0.0, LARGEST)
         if 0.0 < rank_temperature < COLDEST:
@@ -110,6 +110,87 @@ def weights(
         rank_temperature,
         backend,
     )
+
+
+def known_backend(op: str, backend: str) -> None:
+    """A name that `backend` may have; whether it runs here is asked when it is called."""
+    if backend != "auto" and backend not in dispatch.BACKENDS:
+        names = ", ".join(("auto", *dispatch.BACKENDS))
+        _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
+
+
+def batch(
+    op: str,
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None,
+    candidate_ids: Tensor | None,
+    check_finite: bool,
+) -> None:
+    """query [B, D], candidates [M, D], target [B], candidate_ids [M]."""
+    for name, rows, shape in (("query", query, "[B, D]"), ("candidates", candidates, "[M, D]")):
+        _tensor(op, name, rows, shape, 2)
+        if rows.dim() != 2:
+            _refuse(
+                ValueError, op, name, f"have shape {shape}", _shape(rows), "use .flatten(0, -2)"
+            )
+    _alike(op, "candidates", candidates, query)
+    (b, size), m = query.shape, candidates.shape[0]
+    if size == 0:
+        _refuse(ValueError, op, "query", "have D >= 1", _shape(query))
+    if candidates.shape[1] != size:
+        _refuse(ValueError, op, "candidates", f"have query's D = {size}", _shape(candidates))
+    if target is not None:
+        _indices(op, "target", target, query, "[B]", b)
+    elif b > m:
+        rule = f"be given where queries ({b}) outnumber candidates ({m})"
+        _refuse(ValueError, op, "target", rule, "None", "pass each query's row of candidates")
+    if candidate_ids is not None:
+        _indices(op, "candidate_ids", candidate_ids, query, "[M]", m)
+    if check_finite:
+        for name, rows in (("query", query), ("candidates", candidates)):
+            _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+
+
+def temperature_number(op: str, value: float) -> float:
+    """A temperature that is known beforehand, as a float."""
+    number = _number(op, "temperature", value, -LARGEST, LARGEST)
+    if number < COLDEST:
+        _refuse(ValueError, op, "temperature", f"be at least {COLDEST}", repr(number))
+    return number
+
+
+def temperature(op: str, value: float | Tensor, query: Tensor) -> Tensor:
+    """The temperature as a tensor [], float64 where it came as a number."""
+    if not isinstance(value, Tensor):
+        number = temperature_number(op, value)
+        return torch.full((), number, dtype=torch.float64, device=query.device)
+    _tensor(op, "temperature", value, "[]", 0)
+    if value.device != query.device:
+        _refuse_device(op, "temperature", value, query.device)
+    if value.numel() != 1:
+        _refuse(ValueError, op, "temperature", "hold one number", _shape(value))
+    return value.reshape(())
+
+
+def max_score(op: str, value: float | None) -> float | None:
+    """A finite number as a float, or None."""
+    return None if value is None else _number(op, "max_score", value, -LARGEST, LARGEST)
+
+
+def count(op: str, argument: str, value: int, least: int) -> int:
+    """An integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse(TypeError, op, argument, "be an int", f"{type(value).__name__} {value!r}")
+    if value < least:
+        _refuse(ValueError, op, argument, f"be at least {least}", str(value))
+    return value
+
+
+def reduction(op: str, value: str) -> None:
+    """How losses become a loss."""
+    if value not in _REDUCTIONS:
+        _refuse(ValueError, op, "reduction", f"be one of {', '.join(_REDUCTIONS)}", repr(value))
 
 
 def upstream(
@@ -172,6 +253,23 @@ def _tensor(op: str, argument: str, value: Tensor, shape: str, least_dims: int) 
         _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
     if value.dim() < least_dims:
         _refuse(ValueError, op, argument, f"have shape {shape}", _shape(value))
+
+
+def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str, size: int) -> None:
+    """Integers [size], on the query's device."""
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+        _refuse(TypeError, op, argument, f"be a tensor {shape}", got, "use torch.as_tensor")
+    if value.dtype not in _INTEGERS:
+        _refuse(
+            TypeError, op, argument, "hold integers", str(value.dtype), "convert it with .long()"
+        )
+    if value.layout is not torch.strided:
+        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
+    if value.device != query.device:
+        _refuse_device(op, argument, value, query.device)
+    if value.dim() != 1 or value.shape[0] != size:
+        _refuse(ValueError, op, argument, f"have shape {shape} = [{size}]", _shape(value))
 
 
 def _alike(op: str, argument: str, value: Tensor, query: Tensor) -> None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elva_kernels import native, reference
+from elva_kernels import native, reference, reference_batch
+from elva_kernels.reference_batch import Batch, RankStatistics
 
 Tensors = tuple[Tensor, ...]
 
@@ -62,6 +63,58 @@ def _advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
     return (reference.group_advantages(reward, scale=scale, std_eps=std_eps),)
 
 
+def _statistics(query: Tensor, candidates: Tensor, batch: Batch, **options: Any) -> Tensors:
+    found = reference_batch.rank_statistics(query, candidates, batch, **options)
+    return _all_statistics(found)
+
+
+def _all_statistics(found: RankStatistics) -> Tensors:
+    """As the registered op gives them: a logsumexp that nobody asked for is empty."""
+    logsumexp = found.target_score.new_empty(0) if found.logsumexp is None else found.logsumexp
+    return _own((*found[:-1], logsumexp))
+
+
+def _in_batch_reward(
+    query: Tensor, candidates: Tensor, batch: Batch, head: int, **weights: float
+) -> Tensors:
+    found = reference_batch.rank_statistics(query, candidates, batch, k=head, temperature=None)
+    return _reward_of_statistics(found, batch, head, **weights)
+
+
+def _reward_of_statistics(
+    found: RankStatistics, batch: Batch, head: int, **weights: float
+) -> Tensors:
+    scores = torch.cat([found.target_score.unsqueeze(1), found.topk_scores], dim=1)
+    index = torch.cat([batch.target.unsqueeze(1), found.topk_index], dim=1)
+    return _own((*reference_batch.reward_of_head(scores, found.rank, head, **weights), index))
+
+
+def _in_batch_backward(*tensors: Any, **weights: float) -> Tensors:
+    query, candidates, index, scores, rank, grad_reward, head = tensors
+    slopes = reference_batch.head_slopes(scores, rank, head, grad_reward, **weights)
+    return _own(reference_batch.in_batch_gradients(query, candidates, index, slopes))
+
+
+def _info_nce(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
+    loss, found = reference_batch.info_nce(*tensors, symmetric=symmetric)
+    return *_own([loss]), *_all_statistics(found)
+
+
+def _info_nce_saved(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
+    query, candidates, batch, temperature = tensors
+    results = _info_nce(*tensors, symmetric=symmetric, workspace_mb=workspace_mb)
+    query, candidates = (x.to(results[0].dtype) for x in (query, candidates))  # no rounding yet
+    weight = torch.ones_like(results[0])
+    gradients = reference_batch.info_nce_gradients(
+        query, candidates, batch, temperature.double(), weight, symmetric=symmetric
+    )
+    return *results, *_own(gradients)
+
+
+def _info_nce_backward(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
+    return _own(reference_batch.info_nce_gradients(*tensors, symmetric=symmetric))
+
+
 def _own(results: Iterable[Tensor]) -> Tensors:
     """Results as every backend returns them: contiguous and without a graph."""
     return tuple(tensor.detach().contiguous() for tensor in results)
@@ -102,6 +155,12 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
         "reference": _from_scores_backward,
     },
     "group_advantages": {"reference": _advantages},
+    "rank_statistics": {"reference": _statistics},
+    "in_batch_ranking_reward": {"reference": _in_batch_reward},
+    "in_batch_ranking_reward_backward": {"reference": _in_batch_backward},
+    "info_nce": {"reference": _info_nce},
+    "info_nce_saved": {"reference": _info_nce_saved},
+    "info_nce_backward": {"reference": _info_nce_backward},
 }
 
 

@@ -8,7 +8,7 @@ opaque to `torch.compile`, so a compiled program runs the same kernels and gets 
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -251,10 +251,15 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            f"{ctx.name}: the reward must be differentiated once, got a second derivative; its "
-            "backward is a closed form without a gradient of its own"
-        )
+        refuse_second_derivative(ctx.name, "loss" if ctx.name == "info_nce" else "reward")
+
+
+def refuse_second_derivative(op: str, result: str) -> NoReturn:
+    """What every backward's backward does."""
+    raise RuntimeError(
+        f"{op}: the {result} must be differentiated once, got a second derivative; its backward "
+        "is a closed form without a gradient of its own"
+    )
 
 
 _differentiated_once: Callable[..., Any] = _DifferentiatedOnce.apply
@@ -271,7 +276,8 @@ def is_watched(*tensors: Tensor) -> bool:
     return False
 
 
-def _gradient(op: Any, *arguments: Any) -> Any:
+def gradient_op(op: Any, *arguments: Any) -> Any:
+    """The backward op `op` of these arguments, as a backward has to call it."""
     if torch.is_grad_enabled():
         return _differentiated_once(op, *arguments)
     return op(*arguments)
@@ -292,7 +298,7 @@ class _RankingReward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         inputs = ctx.saved_tensors
         op = _OPS.ranking_reward_backward.default
-        gradients = _gradient(op, *inputs, grads[0], *ctx.weights)
+        gradients = gradient_op(op, *inputs, grads[0], *ctx.weights)
         return *gradients, None, *(None for _ in ctx.weights)
 
 
@@ -310,7 +316,7 @@ class _RewardFromScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op = _OPS.reward_from_scores_backward.default
-        grad_scores = _gradient(op, *ctx.saved_tensors, grads[0], *ctx.weights)
+        grad_scores = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.weights)
         return grad_scores, None, *(None for _ in ctx.weights)
 
 

@@ -1,9 +1,12 @@
 """The ops as `nn.Module`s."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from elva_kernels import checks
+from elva_kernels.infonce import info_nce
 from elva_kernels.ops import ranking_reward
 
 
@@ -65,4 +68,75 @@ class RankingRewardLoss(torch.nn.Module):
             f"margin={self.margin}, rank_penalty={self.rank_penalty}, w_margin={self.w_margin}, "
             f"w_rank={self.w_rank}, rank_temperature={self.rank_temperature}, "
             f"backend={self.backend!r}"
+        )
+
+
+class InfoNCELoss(torch.nn.Module):
+    """`info_nce` as a module.
+
+    Args:
+        temperature: at least 1e-6; the initial one where it is learnt.
+        learnable_temperature: learn it, as the parameter `log_temperature`, whose exponential is
+            used: no step makes it negative.
+        symmetric, max_score, reduction, workspace_mb, backend: as in `info_nce`.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.05,
+        learnable_temperature: bool = False,
+        symmetric: bool = False,
+        max_score: float | None = None,
+        reduction: str = "mean",
+        workspace_mb: int = 256,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        checks.known_backend(op, backend)
+        checks.reduction(op, reduction)
+        self._temperature = checks.temperature_number(op, temperature)
+        self.max_score = checks.max_score(op, max_score)
+        self.workspace_mb = checks.count(op, "workspace_mb", workspace_mb, 1)
+        self.symmetric, self.reduction, self.backend = bool(symmetric), reduction, backend
+        self.log_temperature = None
+        if learnable_temperature:
+            self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(self._temperature)))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """What `info_nce` is called with."""
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def forward(
+        self,
+        query: Tensor,
+        candidates: Tensor,
+        target: Tensor | None = None,
+        candidate_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of query [B, D], candidates [M, D], target [B], candidate_ids [M]."""
+        return info_nce(
+            query,
+            candidates,
+            target,
+            temperature=self.temperature,
+            symmetric=self.symmetric,
+            candidate_ids=candidate_ids,
+            max_score=self.max_score,
+            reduction=self.reduction,
+            workspace_mb=self.workspace_mb,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments, as `print(module)` shows them."""
+        learnt = "" if self.log_temperature is None else " (learnt)"
+        with torch.no_grad():
+            temperature = float(self.temperature)
+        return (
+            f"temperature={temperature:.6g}{learnt}, symmetric={self.symmetric}, "
+            f"max_score={self.max_score}, reduction={self.reduction!r}, "
+            f"workspace_mb={self.workspace_mb}, backend={self.backend!r}"
         )

@@ -58,18 +58,24 @@ def test_the_reference_imports_only_torch():
     assert roots(ROOT / "elva_kernels" / "reference.py") - sys.stdlib_module_names == {"torch"}
 
 
+def test_the_batch_reference_imports_only_torch_and_the_reference():
+    known = {module for module, _ in imports(ROOT / "elva_kernels" / "reference_batch.py")}
+    assert known - sys.stdlib_module_names == {"torch", "elva_kernels.reference"}
+
+
 def test_backends_do_not_know_the_ops():
-    backends = [ROOT / "elva_kernels" / "native.py"]
+    backends = list((ROOT / "elva_kernels").glob("native*.py"))
     backends += (ROOT / "elva_kernels" / "triton_kernels").glob("*.py")
     for path in backends:
         known = {module for module, _ in imports(path) if module.startswith("elva_kernels")}
-        assert known <= {"elva_kernels._C", "elva_kernels.reference"}, path
+        allowed = {"_C", "native", "reference", "reference_batch"}
+        assert known <= {f"elva_kernels.{name}" for name in allowed}, path
 
 
 def test_only_dispatch_knows_the_backends():
     for path in KERNELS:
         taken = {f"{module}.{name}" for module, name in imports(path)}
-        if path.name != "dispatch.py":
+        if path.name != "dispatch.py" and not path.name.startswith("native"):
             assert "elva_kernels.native" not in taken, path
             assert not any(module.startswith("elva_kernels.native") for module, _ in imports(path))
 

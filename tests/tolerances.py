@@ -13,6 +13,9 @@ SCORE = {
     torch.float64: 1e-13,
 }
 
+# The same where a matrix product accumulates: scores of a batch.
+BATCH = SCORE | {torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.float32: 1e-5}
+
 # |gradient - float64 truth| * |row|, beside half an ulp of the dtype that stores the gradient.
 GRADIENT = {
     torch.bfloat16: 2e-6,

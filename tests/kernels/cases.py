@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elva_kernels import available_backends, doctor, reference
+from elva_kernels import available_backends, dispatch, doctor, reference
 from tests import tolerances
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
@@ -40,6 +40,12 @@ EVERY_LEVEL = [
         "cpu:plain",
     )
 ]
+
+
+def computing(op, backends):
+    """Those of `backends` that have a launcher for `op`."""
+    return [x for x in backends if x.values[0].split(":")[0] in dispatch.LAUNCHERS[op]]
+
 
 # (leading shape, N, D): single groups, no negatives, ragged tails of every vector width, no groups.
 SHAPES = [
@@ -125,3 +131,36 @@ def same_bits(a, b):
         a, b = (torch.where(x.isnan(), torch.nan, x) for x in (a, b))
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
+
+
+# (B, M, D): one of each, ragged tails of every tile, more candidates than queries, none at all.
+BATCH_SHAPES = [(1, 1, 1), (3, 7, 5), (17, 17, 33), (40, 97, 64), (5, 5, 257), (0, 4, 8), (0, 0, 3)]
+
+
+def batch(b, m, d, dtype, *, seed=0, signal=0.7):
+    """Queries and candidates, candidate i near query i."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, candidates = randn(b, d), randn(m, d)
+    near = min(b, m)
+    candidates[:near] += signal * query[:near]
+    return query.to(dtype), candidates.to(dtype)
+
+
+def lattice(b, m, d, dtype):
+    """Entries +-1: with d = 4^k every cosine is a binary fraction."""
+    return tuple((torch.randint(0, 2, (n, d)) * 2 - 1).to(dtype) for n in (b, m))
+
+
+def exact_negatives(scores, target, ids=None, max_score=None):
+    """Bool [B, M]: who is a negative of whom, one pair at a time."""
+    negative = torch.zeros(scores.shape, dtype=torch.bool)
+    for i, t in enumerate(target.tolist()):
+        for j in range(scores.shape[1]):
+            same = ids is not None and ids[j] == ids[t]
+            above = max_score is not None and scores[i, j] > max_score
+            negative[i, j] = j != t and not same and not above
+    return negative

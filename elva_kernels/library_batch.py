@@ -1,0 +1,315 @@
+"""The in-batch ops as torch knows them; see `library`.
+
+Every op takes checked arguments with `target` and `candidate_ids` as they were passed; here they
+become int64 tensors whose values lie in range (on a CPU; a GPU has to be trusted or waited for).
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from elva_kernels import dispatch
+from elva_kernels.library import gradient_op, refuse_second_derivative
+from elva_kernels.reference import compute_dtype
+from elva_kernels.reference_batch import Batch
+
+Tensors = tuple[Tensor, ...]
+
+_PAIRS = "Tensor query, Tensor candidates, Tensor? target, Tensor? candidate_ids"
+_WEIGHTS = "float margin, float rank_penalty, float w_margin, float w_rank, str backend"
+_STATISTICS = (
+    "Tensor rank, Tensor n_greater, Tensor n_equal, Tensor target_score, Tensor hardest_score, "
+    "Tensor hardest_index, Tensor topk_scores, Tensor topk_index, Tensor logsumexp"
+)
+_NCE = (
+    f"{_PAIRS}, Tensor temperature, float? max_score, bool symmetric, int workspace_mb, str backend"
+)
+_GRADIENTS = "Tensor grad_query, Tensor grad_candidates"
+_SCHEMAS = {
+    # logsumexp is [0] without a temperature.
+    "rank_statistics": f"({_PAIRS}, Tensor? temperature, float? max_score, int k, "
+    f"str backend) -> ({_STATISTICS})",
+    # index [B, 1 + h]: the candidates that `scores` are of.
+    "in_batch_ranking_reward": f"({_PAIRS}, float? max_score, int head, {_WEIGHTS}) -> "
+    "(Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor scores, "
+    "Tensor index)",
+    "in_batch_ranking_reward_backward": "(Tensor query, Tensor candidates, Tensor index, "
+    "Tensor scores, Tensor rank, Tensor grad_reward, int head, "
+    f"{_WEIGHTS}) -> ({_GRADIENTS})",
+    "info_nce": f"({_NCE}) -> (Tensor loss, {_STATISTICS})",
+    # Also the gradients of the sum of the losses, in the dtype of the scores.
+    "info_nce_saved": f"({_NCE}) -> (Tensor loss, {_STATISTICS}, {_GRADIENTS}, "
+    "Tensor grad_temperature)",
+    "info_nce_backward": f"({_NCE}, Tensor weight) -> ({_GRADIENTS}, Tensor grad_temperature)",
+}
+
+
+def _batch(
+    op: str,
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None,
+    candidate_ids: Tensor | None,
+    max_score: float | None,
+) -> Batch:
+    m = len(candidates)
+    if target is None:
+        target = torch.arange(len(query), device=query.device)
+    elif target.device.type == "cpu" and target.numel() > 0:
+        low, high = (int(x) for x in target.aminmax())
+        if low < 0 or high >= m:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"{op}: target must hold indices of candidates, in [0, {m}), got {wrong}; "
+                "give each query the row of its positive"
+            )
+    if candidate_ids is not None:
+        candidate_ids = candidate_ids.to(torch.int64).contiguous()
+    return Batch(target.to(torch.int64).contiguous(), candidate_ids, max_score)
+
+
+def _rank_statistics(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None,
+    candidate_ids: Tensor | None,
+    temperature: Tensor | None,
+    max_score: float | None,
+    k: int,
+    backend: str,
+) -> Tensors:
+    op = "rank_statistics"
+    batch = _batch(op, query, candidates, target, candidate_ids, max_score)
+    launch = dispatch.launcher(op, backend, query.device.type)
+    return launch(query, candidates, batch, k=k, temperature=temperature)
+
+
+def _in_batch_ranking_reward(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None,
+    candidate_ids: Tensor | None,
+    max_score: float | None,
+    head: int,
+    *weights: Any,
+) -> Tensors:
+    op = "in_batch_ranking_reward"
+    batch = _batch(op, query, candidates, target, candidate_ids, max_score)
+    *_, backend = weights
+    launch = dispatch.launcher(op, backend, query.device.type)
+    return launch(query, candidates, batch, head, **_named(weights))
+
+
+def _in_batch_ranking_reward_backward(
+    query: Tensor,
+    candidates: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    rank: Tensor,
+    grad_reward: Tensor,
+    head: int,
+    *weights: Any,
+) -> Tensors:
+    *_, backend = weights
+    launch = dispatch.launcher("in_batch_ranking_reward_backward", backend, query.device.type)
+    return launch(query, candidates, index, scores, rank, grad_reward, head, **_named(weights))
+
+
+def _named(weights: tuple[Any, ...]) -> dict[str, float]:
+    margin, rank_penalty, w_margin, w_rank, _ = weights
+    return {
+        "margin": margin,
+        "rank_penalty": rank_penalty,
+        "w_margin": w_margin,
+        "w_rank": w_rank,
+    }
+
+
+def _nce(op: str) -> Callable[..., Tensors]:
+    """The kernel of `op`, one of the three that take what `info_nce` takes."""
+
+    def kernel(
+        query: Tensor,
+        candidates: Tensor,
+        target: Tensor | None,
+        candidate_ids: Tensor | None,
+        temperature: Tensor,
+        max_score: float | None,
+        symmetric: bool,
+        workspace_mb: int,
+        backend: str,
+        *weight: Tensor,
+    ) -> Tensors:
+        batch = _batch("info_nce", query, candidates, target, candidate_ids, max_score)
+        launch = dispatch.launcher(op, backend, query.device.type)
+        options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
+        return launch(query, candidates, batch, temperature, *weight, **options)
+
+    return kernel
+
+
+def _like_statistics(query: Tensor, candidates: Tensor, k: int, with_lse: bool) -> Tensors:
+    """Empty statistics, for tracing."""
+    b, m = query.shape[0], candidates.shape[0]
+    dtype = compute_dtype(query.dtype)
+    columns = min(k, m)
+    return (
+        *(query.new_empty(b, dtype=torch.int32) for _ in range(3)),
+        *(query.new_empty(b, dtype=dtype) for _ in range(2)),
+        query.new_empty(b, dtype=torch.int64),
+        query.new_empty((b, columns), dtype=dtype),
+        query.new_empty((b, columns), dtype=torch.int64),
+        query.new_empty(b if with_lse else 0, dtype=dtype),
+    )
+
+
+def _fake_statistics(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
+    _target, _ids, temperature, _max_score, k, _backend = rest
+    return _like_statistics(query, candidates, k, temperature is not None)
+
+
+def _fake_reward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
+    head = rest[3]
+    b, dtype = query.shape[0], compute_dtype(query.dtype)
+    columns = 1 + min(head, candidates.shape[0])
+    return (
+        *(query.new_empty(b, dtype=dtype) for _ in range(3)),
+        query.new_empty(b, dtype=torch.int32),
+        query.new_empty((b, columns), dtype=dtype),
+        query.new_empty((b, columns), dtype=torch.int64),
+    )
+
+
+def _fake_reward_backward(query: Tensor, candidates: Tensor, *_: Any) -> Tensors:
+    return query.new_empty(query.shape), candidates.new_empty(candidates.shape)
+
+
+def _fake_nce(query: Tensor, candidates: Tensor, *_: Any) -> Tensors:
+    loss = query.new_empty(query.shape[0], dtype=compute_dtype(query.dtype))
+    return loss, *_like_statistics(query, candidates, 0, with_lse=True)
+
+
+def _fake_nce_saved(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
+    dtype = compute_dtype(query.dtype)
+    gradients = (x.new_empty(x.shape, dtype=dtype) for x in (query, candidates))
+    return *_fake_nce(query, candidates), *gradients, rest[2].new_empty((), dtype=torch.float64)
+
+
+def _fake_nce_backward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
+    return tuple(x.new_empty(x.shape) for x in (query, candidates, rest[2]))
+
+
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "rank_statistics": (_rank_statistics, _fake_statistics),
+    "in_batch_ranking_reward": (_in_batch_ranking_reward, _fake_reward),
+    "in_batch_ranking_reward_backward": (_in_batch_ranking_reward_backward, _fake_reward_backward),
+    "info_nce": (_nce("info_nce"), _fake_nce),
+    "info_nce_saved": (_nce("info_nce_saved"), _fake_nce_saved),
+    "info_nce_backward": (_nce("info_nce_backward"), _fake_nce_backward),
+}
+
+_LIBRARY = torch.library.Library("elva_kernels", "FRAGMENT")
+for _name, (_kernel, _fake) in _KERNELS.items():
+    _LIBRARY.define(_name + _SCHEMAS[_name])
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"elva_kernels::{_name}", _fake, lib=_LIBRARY)
+
+_OPS = torch.ops.elva_kernels
+rank_statistics = _OPS.rank_statistics.default
+in_batch_ranking_reward = _OPS.in_batch_ranking_reward.default
+info_nce = _OPS.info_nce.default
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """The losses [B] as `reduction` says."""
+    if reduction == "mean":
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss
+
+
+class _ScaledOnce(torch.autograd.Function):
+    """Gradients times a scalar while a graph is being made of them; refuses to be its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, *tensors: Tensor) -> Tensors:
+        return _scaled(scale, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        refuse_second_derivative("info_nce", "loss")
+
+
+def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
+    """Of three inputs and their three gradients: the gradients scaled, in the inputs' dtypes."""
+    inputs, gradients = tensors[:3], tensors[3:]
+    return tuple(
+        (gradient * scale.to(gradient.dtype)).to(x.dtype)
+        for x, gradient in zip(inputs, gradients, strict=True)
+    )
+
+
+_scaled_once: Callable[..., Tensors] = _ScaledOnce.apply
+
+
+class _InBatchRankingReward(torch.autograd.Function):
+    """What the op takes -> its six results; gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensors:
+        results = in_batch_ranking_reward(*arguments)
+        rank, scores, index = results[3:]
+        ctx.save_for_backward(*arguments[:2], index, scores, rank)
+        ctx.rest = arguments[5:]
+        ctx.n_arguments = len(arguments)
+        ctx.mark_non_differentiable(*results[1:])
+        return cast(Tensors, results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        op = _OPS.in_batch_ranking_reward_backward.default
+        gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
+        return *gradients, *(None for _ in range(ctx.n_arguments - 2))
+
+
+class _InfoNCE(torch.autograd.Function):
+    """(reduction, what the op takes) -> the reduced loss and the statistics; gradient of the loss.
+
+    A loss that is reduced to a number has gradients known up to a factor, so they come with the
+    forward, from the scores at hand. One loss a query needs the scores once more in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reduction: str, *arguments: Any) -> Tensors:
+        tensors, rest = arguments[:5], arguments[5:]
+        ctx.reduction, ctx.rest = reduction, rest
+        if reduction == "none":
+            results = info_nce(*arguments)
+            ctx.save_for_backward(*tensors)
+        else:
+            results = _OPS.info_nce_saved.default(*arguments)
+            results, gradients = results[:-3], results[-3:]
+            ctx.save_for_backward(*tensors[:2], tensors[4], *gradients)
+        ctx.mark_non_differentiable(*results[1:])
+        return reduced(results[0], reduction), *results[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        upstream = grads[0]
+        if ctx.reduction == "none":
+            gradients = gradient_op(
+                _OPS.info_nce_backward.default, *ctx.saved_tensors, *ctx.rest, upstream
+            )
+        else:
+            if ctx.reduction == "mean":
+                upstream = upstream / ctx.saved_tensors[0].shape[0]
+            scale = _scaled_once if torch.is_grad_enabled() else _scaled
+            gradients = scale(upstream, *ctx.saved_tensors)
+        grad_query, grad_candidates, grad_temperature = gradients
+        nothing = (None for _ in ctx.rest)
+        return None, grad_query, grad_candidates, None, None, grad_temperature, *nothing
+
+
+differentiable_in_batch_ranking_reward: Callable[..., Tensors] = _InBatchRankingReward.apply
+differentiable_info_nce: Callable[..., Tensors] = _InfoNCE.apply

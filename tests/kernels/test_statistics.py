@@ -1,0 +1,470 @@
+"""The contract of the in-batch statistics and reward, on every backend."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elva_kernels import (
+    in_batch_ranking_reward,
+    rank_statistics,
+    reference_batch,
+    reward_from_scores,
+)
+from tests import tolerances
+from tests.kernels.cases import (
+    BACKENDS,
+    BATCH_SHAPES,
+    DTYPES,
+    EVERY_LEVEL,
+    OPEN_HINGE,
+    WEIGHTS,
+    batch,
+    check_gradients,
+    computing,
+    exact_negatives,
+    lattice,
+    layouts,
+    same_bits,
+)
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+every_level = pytest.mark.parametrize(
+    "backend", computing("rank_statistics", EVERY_LEVEL), indirect=True
+)
+every_backend = pytest.mark.parametrize("backend", computing("rank_statistics", BACKENDS))
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+OPS = torch.ops.elva_kernels
+
+
+def cosines(query, candidates):
+    """In float64."""
+    q, c = (
+        torch.nn.functional.normalize(x.double(), dim=1, eps=1e-300) for x in (query, candidates)
+    )
+    return q @ c.T
+
+
+def every_score(query, candidates, target, backend):
+    """The backend's own scores [B, M], put together from its target score and its whole order."""
+    found = rank_statistics(query, candidates, target, k=len(candidates), backend=backend)
+    scores = torch.full((len(query), len(candidates)), torch.nan, dtype=found.topk_scores.dtype)
+    for i in range(len(query)):
+        there = found.topk_index[i] >= 0
+        scores[i, found.topk_index[i][there]] = found.topk_scores[i][there]
+        scores[i, target[i]] = found.target_score[i]
+    return scores
+
+
+def check(found, scores, negative, target, k, temperature):
+    """Every field is what `scores` and `negative` say, exactly; the logsumexp up to rounding."""
+    for i, t in enumerate(target.tolist()):
+        own = scores[i, t]
+        live = [(-scores[i, j].item(), j) for j in negative[i].nonzero().flatten().tolist()]
+        live.sort()
+        assert found.n_greater[i] == sum(-s > own for s, _ in live)
+        assert found.n_equal[i] == sum(-s == own for s, _ in live)
+        assert found.rank[i] == 1 + found.n_greater[i] + found.n_equal[i]
+        assert found.target_score[i] == own
+        first = (live + [(math.inf, -1)] * scores.shape[1])[: min(k, scores.shape[1])]
+        assert found.topk_scores[i].tolist() == [-s for s, _ in first]
+        assert found.topk_index[i].tolist() == [j for _, j in first]
+        hardest = live[0] if live else (math.inf, -1)
+        assert (-found.hardest_score[i].item(), found.hardest_index[i].item()) == hardest
+        logits = torch.tensor([own.item(), *(-s for s, _ in live)], dtype=torch.float64)
+        exact = (logits / temperature).logsumexp(0)
+        error = abs(found.logsumexp[i].double() - exact)
+        assert error <= 4 * torch.finfo(scores.dtype).eps * (
+            1 / temperature + math.log(1 + len(live))
+        )
+
+
+@every_level
+@each_dtype
+@pytest.mark.parametrize(("b", "m", "d"), BATCH_SHAPES)
+def test_values(backend, dtype, b, m, d):
+    query, candidates = batch(b, m, d, dtype)
+    ids = torch.randint(0, max(1, m // 2), (m,))
+    for target, given_ids, max_score, k in [
+        (None, None, None, 3),
+        (torch.randint(0, max(m, 1), (b,)), None, 0.3, m),
+        (torch.randint(0, max(m, 1), (b,)).int(), ids, None, 1),
+        (torch.randint(0, max(m, 1), (b,)), ids.int(), 0.1, m + 5),
+    ]:
+        rows = torch.arange(b) if target is None else target.long()
+        found = rank_statistics(
+            query,
+            candidates,
+            target,
+            k=k,
+            temperature=0.05,
+            candidate_ids=given_ids,
+            max_score=max_score,
+            backend=backend,
+        )
+        scores = every_score(query, candidates, rows, backend)
+        assert (
+            (scores.double() - cosines(query, candidates)).abs() <= tolerances.BATCH[dtype]
+        ).all()
+        check(found, scores, exact_negatives(scores, rows, given_ids, max_score), rows, k, 0.05)
+        assert not any(x.requires_grad or not x.is_contiguous() for x in found)
+        assert found.rank.dtype == found.n_greater.dtype == found.n_equal.dtype == torch.int32
+        assert found.topk_index.dtype == found.hardest_index.dtype == torch.int64
+
+
+@every_level
+@each_dtype
+@pytest.mark.parametrize("d", [4, 64, 256, 1024])
+def test_lattice_is_exact(backend, dtype, d):
+    query, candidates = lattice(9, 70, d, dtype)
+    candidates[69] = candidates[3]
+    exact = (query.double() @ candidates.double().T / d).to(torch.float64)
+    target = torch.randint(0, 70, (9,))
+    target[0] = 3
+    found = rank_statistics(query, candidates, target, k=70, temperature=1.0, backend=backend)
+    exact = exact.to(found.target_score.dtype)
+    check(found, exact, exact_negatives(exact, target), target, 70, 1.0)
+
+
+@every_level
+@each_dtype
+@pytest.mark.parametrize(("b", "m", "d"), [(1, 67, 48), (13, 131, 257), (50, 70, 9)])
+def test_a_copy_of_the_positive_ties_wherever_it_stands(backend, dtype, b, m, d):
+    query, candidates = batch(b, m, d, dtype)
+    for at in range(m):
+        copied = candidates.clone()
+        t = (at * 7 + 3) % m
+        copied[at] = copied[t]
+        found = rank_statistics(query, copied, torch.full((b,), t), backend=backend)
+        assert (found.n_equal == (at != t)).all()
+    collapsed = candidates[:1].expand(m, d)
+    found = rank_statistics(query, collapsed, torch.full((b,), m // 2), k=m, backend=backend)
+    assert (found.n_equal == m - 1).all()
+    assert (found.rank == m).all()  # the worst rank, not the best
+    order = [j for j in range(m) if j != m // 2]
+    assert (found.topk_index[:, :-1] == torch.tensor(order)).all()
+
+
+@every_level
+@each_dtype
+def test_bits_depend_on_the_two_rows_alone(backend, dtype):
+    query, candidates = batch(40, 90, 300, dtype)
+    target = torch.randint(0, 90, (40,))
+    scores = every_score(query, candidates, target, backend)
+    order = torch.randperm(90)
+    place = order.argsort()
+    permuted = every_score(query, candidates[order], place[target], backend)
+    assert same_bits(permuted, scores[:, order])
+    for i in (0, 13, 39):
+        assert same_bits(
+            every_score(query[i : i + 1], candidates, target[i : i + 1], backend)[0], scores[i]
+        )
+    t = target[7].item()
+    alone = rank_statistics(query[7:8], candidates[t : t + 1], backend=backend)
+    assert same_bits(alone.target_score, scores[7, t : t + 1])
+    scaled = [
+        x * torch.exp2(torch.randint(0, 5, (len(x), 1))).to(dtype) for x in (query, candidates)
+    ]
+    assert same_bits(every_score(*scaled, target, backend), scores)
+    signs = (torch.randint(0, 2, (300,)) * 2 - 1).to(dtype)
+    assert same_bits(every_score(query * signs, candidates * signs, target, backend), scores)
+
+
+@every_level
+@each_dtype
+def test_rows_of_any_magnitude(backend, dtype):
+    info = torch.finfo(dtype)
+    for low, high in [(info.smallest_normal * info.eps, info.max), (info.tiny, info.max / 2)]:
+        ones = torch.ones(1, 32, dtype=dtype)
+        query = torch.cat([ones * low, ones * high, ones])
+        candidates = torch.cat([ones * high, ones * low, -ones * high])
+        scores = every_score(query, candidates, torch.arange(3), backend)
+        exact = torch.tensor([1.0, 1.0, -1.0], dtype=scores.dtype).expand(3, 3)
+        assert ((scores - exact).abs() <= tolerances.BATCH[dtype]).all()
+        assert (scores.abs() <= 1).all()
+
+
+@every_level
+@each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_and_zero_rows(backend, dtype, bad):
+    query, candidates = batch(6, 40, 24, dtype)
+    clean = rank_statistics(query, candidates, k=40, temperature=0.1, backend=backend)
+    query[1, 3] = bad
+    candidates[2, 5] = bad  # the positive of query 2
+    candidates[30, 0] = bad  # nobody's
+    candidates[4] = 0
+    query[5] = 0
+    found = rank_statistics(query, candidates, k=40, temperature=0.1, backend=backend)
+    assert found.target_score.isnan().tolist() == [False, True, True, False, False, False]
+    assert found.logsumexp.isnan().tolist() == [False, True, True, False, False, False]
+    assert (found.rank[1:3] == 40).all()
+    assert found.n_equal[1:3].tolist() == [39, 1]
+    assert found.target_score[4:].tolist() == [0, 0]
+    assert found.n_equal[5] == 37  # a zero query scores 0 with every finite candidate
+    assert not found.topk_scores.isnan().any()
+    assert found.hardest_index[1] == -1
+    assert found.hardest_score[1] == -math.inf
+    for i in (0, 3):
+        gone = {2, 4, 30, -1}
+        before = [j for j in clean.topk_index[i].tolist() if j not in gone]
+        assert [j for j in found.topk_index[i].tolist() if j not in (4, -1)] == before
+        assert same_bits(found.target_score[i], clean.target_score[i])
+
+
+@every_level
+@each_dtype
+def test_layouts(backend, dtype):
+    query, candidates = batch(7, 21, 37, dtype)
+    target, ids = torch.randint(0, 21, (7,)), torch.randint(0, 9, (21,))
+    options = {"k": 5, "temperature": 0.07, "backend": backend}
+    expected = rank_statistics(query, candidates, target, candidate_ids=ids, **options)
+    spread = torch.stack([target, target * 0 + 99], dim=1)[:, 0]
+    for q, c in zip(layouts(query).values(), layouts(candidates).values(), strict=True):
+        kept = [x.clone() for x in (q, c)]
+        found = rank_statistics(q, c, spread, candidate_ids=ids, **options)
+        for a, b in zip(found, expected, strict=True):
+            assert same_bits(a, b)
+        assert all(same_bits(a, b) for a, b in zip((q, c), kept, strict=True))
+    wide = rank_statistics(query[:1].expand(7, 37), candidates, target, **options)
+    single = rank_statistics(query[:1], candidates, target[3:4], **options)
+    assert same_bits(wide.topk_scores[3], single.topk_scores[0])
+
+
+def exact_reward(scores, target, negative, head, **weights):
+    """The reward of one query at a time, from `reward_from_scores` where it has no head."""
+    rewards = []
+    for i, t in enumerate(target.tolist()):
+        own = torch.cat([scores[i, t : t + 1], scores[i][negative[i]]]).double()
+        result = reward_from_scores(own, backend="reference", **weights)
+        ranked = own[1:].sort(descending=True).values
+        places = torch.arange(1, len(own)) + (own[0] > ranked)
+        beyond = places > head
+        terms = ranked[beyond] * (places[beyond].double().log() - 1)
+        rewards.append(result.reward + weights["w_rank"] * weights["rank_penalty"] * terms.sum())
+    return torch.stack(rewards)
+
+
+@every_level
+@each_dtype
+@pytest.mark.parametrize("head", [1, 2, 7, 100, None])
+def test_reward(backend, dtype, head):
+    query, candidates = (x.requires_grad_() for x in batch(19, 45, 40, dtype, signal=0.4))
+    target, ids = torch.randint(0, 45, (19,)), torch.randint(0, 30, (45,))
+    for given_ids, max_score in [(None, None), (ids, 0.35)]:
+        for weights in (WEIGHTS, OPEN_HINGE):
+            options = {"candidate_ids": given_ids, "max_score": max_score, "backend": backend}
+            result = in_batch_ranking_reward(
+                query, candidates, target, head=head, **options, **weights
+            )
+            found = rank_statistics(query, candidates, target, k=head or 45, **options)
+            scores = every_score(query.detach(), candidates.detach(), target, backend)
+            negative = exact_negatives(scores, target, given_ids, max_score)
+            leaf = scores.double().requires_grad_()
+            exact = exact_reward(leaf, target, negative, head or 45, **weights)
+            torch.testing.assert_close(result.reward.double(), exact, rtol=0, atol=2e-5)
+            assert torch.equal(result.rank, found.rank)
+            assert same_bits(result.scores[:, 0], found.target_score)
+            assert same_bits(result.scores[:, 1:], found.topk_scores)
+            weight = torch.randn(19, dtype=result.reward.dtype)
+            gradients = torch.autograd.grad(result.reward, (query, candidates), weight)
+            (slopes,) = torch.autograd.grad(exact, leaf, weight.double())
+            exact_inputs = [x.detach().double().requires_grad_() for x in (query, candidates)]
+            truths = torch.autograd.grad(cosines(*exact_inputs), exact_inputs, slopes)
+            check_gradients(gradients, truths, [query.detach(), candidates.detach()], dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_row_spoils_its_own_pair_alone(backend, bad):
+    def run(query, candidates):
+        leaves = [x.clone().requires_grad_() for x in (query, candidates)]
+        result = in_batch_ranking_reward(*leaves, head=5, backend=backend)
+        result.reward.sum().backward()
+        return result.reward.detach(), *(x.grad for x in leaves)
+
+    query, candidates = batch(6, 30, 16, torch.float32)
+    kept = torch.tensor([0, 3, 4, 5])
+    query[1, 0] = candidates[2, 0] = candidates[20, 0] = bad
+    reward, grad_query, grad_candidates = run(query, candidates)
+    assert reward.isnan().tolist() == [False, True, True, False, False, False]
+    assert grad_query.isnan().all(1).tolist() == reward.isnan().tolist()
+    assert grad_candidates.isnan().all(1).nonzero().flatten().tolist() == [2, 20]
+    assert grad_query[kept].isfinite().all()
+    leaves = [x.clone().requires_grad_() for x in (query[kept], candidates)]
+    alone = in_batch_ranking_reward(*leaves, kept, head=5, backend=backend)
+    alone.reward.sum().backward()
+    assert same_bits(alone.reward.detach(), reward[kept])
+    torch.testing.assert_close(leaves[1].grad, grad_candidates, rtol=0, atol=1e-7, equal_nan=True)
+
+
+@every_backend
+def test_gradcheck_opcheck_and_once(backend):
+    query, candidates = (x.requires_grad_() for x in batch(4, 7, 5, torch.float64))
+    target, ids = torch.tensor([3, 0, 0, 6]), torch.tensor([0, 1, 2, 3, 4, 4, 6])
+
+    def reward(q, c):
+        return in_batch_ranking_reward(
+            q, c, target, head=3, candidate_ids=ids, backend=backend, **OPEN_HINGE
+        ).reward
+
+    assert torch.autograd.gradcheck(reward, (query, candidates))
+    (grad,) = torch.autograd.grad(reward(query, candidates).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^in_batch_ranking_reward: .* differentiated once"):
+        grad.sum().backward()
+    q, c = (x.detach() for x in (query, candidates))
+    heat = torch.tensor(0.1)
+    pairs = (q, c, target, ids)
+    torch.library.opcheck(OPS.rank_statistics.default, (*pairs, heat, 0.5, 3, backend))
+    torch.library.opcheck(OPS.rank_statistics.default, (q, c, None, None, None, None, 99, backend))
+    scalars = (4, 0.1, 0.01, 0.4, 0.6, backend)
+    results = OPS.in_batch_ranking_reward(*pairs, 0.5, *scalars)
+    torch.library.opcheck(OPS.in_batch_ranking_reward.default, (*pairs, 0.5, *scalars))
+    upstream = torch.randn(4, dtype=torch.float64)
+    arguments = (q, c, results[5], results[4], results[3], upstream, *scalars)
+    torch.library.opcheck(OPS.in_batch_ranking_reward_backward.default, arguments)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@every_backend
+def test_compiles_without_a_graph_break(backend):
+    def loss(query, candidates, target):
+        result = in_batch_ranking_reward(query * 2, candidates, target, head=4, backend=backend)
+        found = rank_statistics(query, candidates, target, k=2, temperature=0.1, backend=backend)
+        return -(result.reward * found.rank).mean(), found
+
+    target = torch.tensor([4, 0, 1])
+    inputs = [x.requires_grad_() for x in batch(3, 6, 8, torch.float32)]
+    compiled_inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    expected, found = loss(*inputs, target)
+    expected.backward()
+    torch._dynamo.reset()
+    actual, compiled_found = torch.compile(loss, fullgraph=True, backend="aot_eager")(
+        *compiled_inputs, target
+    )
+    actual.backward()
+    for a, b in zip(compiled_found, found, strict=True):
+        assert same_bits(a, b)
+    for a, b in zip(compiled_inputs, inputs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-7)
+
+
+Q, C = torch.randn(3, 8), torch.randn(5, 8)
+ERRORS = [
+    ({"query": Q[0]}, ValueError, "query must have shape [B, D], got shape [8]"),
+    ({"query": Q[None]}, ValueError, "query must have shape [B, D], got shape [1, 3, 8]; use"),
+    ({"candidates": C.half()}, TypeError, "candidates must have query's dtype torch.float32"),
+    ({"candidates": C[:, :4]}, ValueError, "candidates must have query's D = 8, got shape [5, 4]"),
+    ({"candidates": C.to("meta")}, ValueError, "candidates must be on the first tensor's device"),
+    ({"query": Q[:, :0], "candidates": C[:, :0]}, ValueError, "query must have D >= 1"),
+    ({"candidates": C[:2]}, ValueError, "target must be given where queries (3) outnumber"),
+    ({"target": [0, 1, 2]}, TypeError, "target must be a tensor [B], got list"),
+    ({"target": torch.zeros(3)}, TypeError, "target must hold integers, got torch.float32"),
+    ({"target": torch.zeros(2).long()}, ValueError, "target must have shape [B] = [3], got shape"),
+    ({"target": torch.tensor([0, 5, 1])}, ValueError, "indices of candidates, in [0, 5), got 5"),
+    ({"target": torch.tensor([0, -1, 1])}, ValueError, "of candidates, in [0, 5), got -1; give"),
+    ({"candidate_ids": torch.zeros(3).long()}, ValueError, "candidate_ids must have shape [M] ="),
+    ({"max_score": math.nan}, ValueError, "max_score must be finite, got nan"),
+    ({"max_score": "1"}, TypeError, "max_score must be a number, got str '1'"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu"),
+    ({"query": Q / 0, "check_finite": True}, ValueError, "query must be finite, got NaN or inf"),
+]
+
+
+@pytest.mark.parametrize("op", [rank_statistics, in_batch_ranking_reward])
+@pytest.mark.parametrize(("change", "error", "text"), ERRORS, ids=lambda x: str(x)[:40])
+def test_errors(op, change, error, text):
+    with pytest.raises(error) as caught:
+        op(**({"query": Q, "candidates": C} | change))
+    message = str(caught.value)
+    assert message.startswith(f"{op.__name__}: ")
+    assert text in message
+    assert "\n" not in message
+
+
+def test_errors_of_their_own():
+    for change, error, text in [
+        ({"k": -1}, ValueError, "rank_statistics: k must be at least 0, got -1"),
+        ({"k": 2.0}, TypeError, "rank_statistics: k must be an int, got float 2.0"),
+        ({"temperature": 0}, ValueError, "rank_statistics: temperature must be at least 1e-06"),
+    ]:
+        with pytest.raises(error) as caught:
+            rank_statistics(Q, C, **change)
+        assert str(caught.value).startswith(text)
+    with pytest.raises(ValueError, match="in_batch_ranking_reward: head must be at least 1, got 0"):
+        in_batch_ranking_reward(Q, C, head=0)
+    with pytest.raises(ValueError, match="target must hold indices of candidates, in \\[0, 0\\)"):
+        rank_statistics(Q, C[:0], torch.zeros(3).long())
+
+
+def test_chunks_of_the_reference_change_nothing(monkeypatch):
+    query, candidates = batch(9, 30, 16, torch.float32)
+    expected = rank_statistics(query, candidates, k=4, temperature=0.1, backend="reference")
+    monkeypatch.setattr(reference_batch, "_CHUNK", 64)
+    found = rank_statistics(query, candidates, k=4, temperature=0.1, backend="reference")
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
+
+
+@st.composite
+def cases(draw):
+    dtype = draw(st.sampled_from(DTYPES))
+    b, m, d = draw(st.integers(0, 9)), draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rows = [torch.randn(n, d, generator=generator, dtype=torch.float64) for n in (b, m)]
+    if draw(st.booleans()):
+        rows = [x.sign() for x in rows]  # ties
+    tensors = [x.to(dtype) for x in rows]
+    for x in tensors:
+        for _ in range(draw(st.integers(0, 2))):
+            if x.numel():
+                value = draw(st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 6e4, 1e-7]))
+                x.view(-1)[draw(st.integers(0, x.numel() - 1))] = value
+    target = torch.randint(0, m, (b,), generator=generator)
+    ids = torch.randint(0, 5, (m,), generator=generator) if draw(st.booleans()) else None
+    max_score = draw(st.sampled_from([None, 0.0, 0.5, 1.0, -2.0]))
+    return *tensors, target, {"candidate_ids": ids, "max_score": max_score}
+
+
+@every_level
+@given(case=cases(), k=st.integers(0, 45))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_batch_agrees_with_its_own_scores(backend, case, k):
+    query, candidates, target, options = case
+    found = rank_statistics(
+        query, candidates, target, k=k, temperature=0.2, backend=backend, **options
+    )
+    dtype = found.target_score.dtype
+    m = len(candidates)
+    # The scores one by one: each candidate as the only one beside itself.
+    pairs = [(i, j) for i in range(len(query)) for j in range(m)]
+    if not pairs:
+        assert len(found.rank) == len(query)
+        return
+    scores = every_score_one_by_one(query, candidates, backend).to(dtype)
+    again = reference_batch.statistics_of_scores(
+        scores,
+        reference_batch.Batch(target, options["candidate_ids"], options["max_score"]),
+        k=k,
+        temperature=torch.tensor(0.2, dtype=torch.float64),
+    )
+    for a, b in zip(found[:8], again[:8], strict=True):
+        assert same_bits(a, b)
+    torch.testing.assert_close(
+        found.logsumexp, again.logsumexp, rtol=1e-6, atol=1e-6, equal_nan=True
+    )
+
+
+def every_score_one_by_one(query, candidates, backend):
+    columns = [
+        rank_statistics(
+            query, candidates[j : j + 1], torch.zeros(len(query)).long(), backend=backend
+        )
+        for j in range(len(candidates))
+    ]
+    return torch.stack([x.target_score for x in columns], dim=1)
