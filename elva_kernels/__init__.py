@@ -8,17 +8,20 @@ from elva_kernels.ops import (
     ranking_reward_and_grad,
     reward_from_scores,
 )
-from elva_kernels.reference import RankingReward
+from elva_kernels.reference import RankingReward, TopK
+from elva_kernels.search import topk
 
 __all__ = [
     "BackendUnavailable",
     "RankingReward",
     "RankingRewardLoss",
     "Report",
+    "TopK",
     "available_backends",
     "doctor",
     "group_advantages",
     "ranking_reward",
     "ranking_reward_and_grad",
     "reward_from_scores",
+    "topk",
 ]

@@ -21,6 +21,8 @@ COLDEST = 1e-6
 
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 _SCALES = ("std", "batch", "none")
+_METRICS = ("cosine", "dot")
+_LARGEST_K = 2**63 - 1
 _ROWS_NAMED = 8
 
 
@@ -94,9 +96,7 @@ def weights(
     widest_margin: float,
 ) -> tuple[float, float, float, float, float, str]:
     """The scalars as floats, in the order of the registered ops."""
-    if backend != "auto" and backend not in dispatch.BACKENDS:
-        names = ", ".join(("auto", *dispatch.BACKENDS))
-        _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
+    _backend(op, backend)
     if rank_temperature != 0.0 or type(rank_temperature) is not float:
         rank_temperature = _number(op, "rank_temperature", rank_temperature, 0.0, LARGEST)
         if 0.0 < rank_temperature < COLDEST:
@@ -134,6 +134,26 @@ def upstream(
     return weight.detach().to(compute_dtype(query.dtype))
 
 
+def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> None:
+    """query [Q, D], corpus [P, D], k >= 0, a known metric."""
+    _tensor(op, "query", query, "[Q, D]", 2)
+    _tensor(op, "corpus", corpus, "[P, D]", 2)
+    _alike(op, "corpus", corpus, query)
+    for name, rows in (("query", query), ("corpus", corpus)):
+        if rows.dim() != 2 or rows.shape[1] == 0:
+            _refuse(ValueError, op, name, "have shape [rows, D] with D >= 1", _shape(rows))
+    if corpus.shape[1] != query.shape[1]:
+        rule = f"have query's D = {query.shape[1]}"
+        _refuse(ValueError, op, "corpus", rule, _shape(corpus))
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        _refuse(TypeError, op, "k", "be an int", f"{type(k).__name__} {k!r}")
+    if not 0 <= k <= _LARGEST_K:
+        _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", repr(k))
+    if metric not in _METRICS:
+        _refuse(ValueError, op, "metric", f"be one of {', '.join(_METRICS)}", repr(metric))
+    _backend(op, backend)
+
+
 def finite_rows(
     op: str, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
 ) -> None:
@@ -150,6 +170,12 @@ def finite_scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         sound = sound | ~torch.nn.functional.pad(mask, (1, 0), value=True)
     _finite(op, "scores", sound, "entries")
+
+
+def _backend(op: str, backend: str) -> None:
+    if backend != "auto" and backend not in dispatch.BACKENDS:
+        names = ", ".join(("auto", *dispatch.BACKENDS))
+        _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
 
 
 def _finite(op: str, argument: str, sound: Tensor, places: str) -> None:

@@ -63,6 +63,10 @@ def _advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
     return (reference.group_advantages(reward, scale=scale, std_eps=std_eps),)
 
 
+def _topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
+    return _own(reference.topk(query, corpus, k, metric=metric))
+
+
 def _own(results: Iterable[Tensor]) -> Tensors:
     """Results as every backend returns them: contiguous and without a graph."""
     return tuple(tensor.detach().contiguous() for tensor in results)
@@ -102,6 +106,7 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
         "cpu": _native_from_scores_backward,
         "reference": _from_scores_backward,
     },
+    "topk": {"cpu": native.topk, "reference": _topk},
     "group_advantages": {"reference": _advantages},
 }
 
