@@ -80,8 +80,9 @@ class NinjaBuild(build_ext):
         values["link"] = f"{nvcc} -cudart static" if nvcc else f"{cxx} -pthread"
         values["gencode"] = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
-        steps += [("cxx", "cpu/reward_simd.cpp", f"-DELVA_LEVEL={n} {LEVELS[n]}") for n in LEVELS]
-        steps += [("cxx", f"cpu/{x}.cpp", "") for x in ("level", "parallel", "reward", "scores")]
+        for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):
+            levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
+            steps += [("cxx", f"cpu/{x.name}", y) for y in (levels if "_simd" in x.name else [""])]
         steps.append(("cxx", "bindings.cpp", f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
         text = NINJA.format(**values)
         for i, (rule, name, extra) in enumerate(steps):

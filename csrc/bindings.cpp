@@ -193,6 +193,33 @@ void reward_from_scores(int dtype, int threads, py::handle sizes, int64_t candid
   run_released(elva_reward_from_scores_cpu, args);
 }
 
+// An operand [rows, dim].
+void set_rows(py::handle operand, ElvaInput* input) {
+  check_tuple(operand.ptr(), 2);
+  PyObject* strides = PyTuple_GET_ITEM(operand.ptr(), 1);
+  check_tuple(strides, 2);
+  input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
+  input->row_stride = integer(strides, 0);
+  input->stride = integer(strides, 1);
+}
+
+void topk(int dtype, int threads, int metric, int64_t queries, int64_t rows, int64_t dim, int64_t k,
+          py::handle query, py::handle corpus, uintptr_t scores, uintptr_t index) {
+  ElvaTopkArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.threads = threads;
+  args.metric = static_cast<ElvaMetric>(metric);
+  args.queries = queries;
+  args.rows = rows;
+  args.dim = dim;
+  args.k = k;
+  set_rows(query, &args.query);
+  set_rows(corpus, &args.corpus);
+  args.scores = pointer(scores);
+  args.index = pointer<int64_t>(index);
+  run_released(elva_topk_cpu, args);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -213,6 +240,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("reward_forward", &reward_forward);
   module.def("reward_backward", &reward_backward);
   module.def("reward_from_scores", &reward_from_scores);
+  module.def("topk", &topk);
   module.def("build_info", &build_info);
   module.def("level", [] {
     const char* level = elva_cpu_level();

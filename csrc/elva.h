@@ -107,6 +107,26 @@ typedef struct {
 
 ElvaStatus elva_reward_from_scores_cpu(const ElvaScoresArgs* args);
 
+typedef enum { ELVA_DOT = 0, ELVA_COSINE = 1 } ElvaMetric;
+
+// The k best corpus rows of each query: score descending, then index ascending.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  ElvaMetric metric;
+  int64_t queries;
+  int64_t rows;
+  int64_t dim;
+  int64_t k;         // at most rows
+  ElvaInput query;   // [queries, dim]
+  ElvaInput corpus;  // [rows, dim]; read block by block
+  void* scores;      // value [queries, k]; -inf where the row or the query is not finite
+  int64_t* index;    // [queries, k]
+  void* stream;
+} ElvaTopkArgs;
+
+ElvaStatus elva_topk_cpu(const ElvaTopkArgs* args);
+
 // The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
 // reason below.
 const char* elva_cpu_level(void);

@@ -9,8 +9,9 @@ from elva_kernels.ops import (
     ranking_reward_and_grad,
     reward_from_scores,
 )
-from elva_kernels.reference import RankingReward
+from elva_kernels.reference import RankingReward, TopK
 from elva_kernels.reference_batch import RankStatistics
+from elva_kernels.search import topk
 from elva_kernels.statistics import in_batch_ranking_reward, rank_statistics
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RankingReward",
     "RankingRewardLoss",
     "Report",
+    "TopK",
     "available_backends",
     "doctor",
     "group_advantages",
@@ -29,4 +31,5 @@ __all__ = [
     "ranking_reward",
     "ranking_reward_and_grad",
     "reward_from_scores",
+    "topk",
 ]

@@ -23,6 +23,8 @@ _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 _REDUCTIONS = ("mean", "sum", "none")
 _SCALES = ("std", "batch", "none")
+_METRICS = ("cosine", "dot")
+_LARGEST_K = 2**63 - 1
 _ROWS_NAMED = 8
 
 
@@ -213,6 +215,26 @@ def upstream(
         rule = f"broadcast to the reward's shape {list(batch)}"
         _refuse(ValueError, op, "weight", rule, _shape(weight))
     return weight.detach().to(compute_dtype(query.dtype))
+
+
+def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> None:
+    """query [Q, D], corpus [P, D], k >= 0, a known metric."""
+    _tensor(op, "query", query, "[Q, D]", 2)
+    _tensor(op, "corpus", corpus, "[P, D]", 2)
+    _alike(op, "corpus", corpus, query)
+    for name, rows in (("query", query), ("corpus", corpus)):
+        if rows.dim() != 2 or rows.shape[1] == 0:
+            _refuse(ValueError, op, name, "have shape [rows, D] with D >= 1", _shape(rows))
+    if corpus.shape[1] != query.shape[1]:
+        rule = f"have query's D = {query.shape[1]}"
+        _refuse(ValueError, op, "corpus", rule, _shape(corpus))
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        _refuse(TypeError, op, "k", "be an int", f"{type(k).__name__} {k!r}")
+    if not 0 <= k <= _LARGEST_K:
+        _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", repr(k))
+    if metric not in _METRICS:
+        _refuse(ValueError, op, "metric", f"be one of {', '.join(_METRICS)}", repr(metric))
+    known_backend(op, backend)
 
 
 def finite_rows(

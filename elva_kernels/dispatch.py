@@ -115,6 +115,10 @@ def _info_nce_backward(*tensors: Any, symmetric: bool, workspace_mb: int) -> Ten
     return _own(reference_batch.info_nce_gradients(*tensors, symmetric=symmetric))
 
 
+def _topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
+    return _own(reference.topk(query, corpus, k, metric=metric))
+
+
 def _own(results: Iterable[Tensor]) -> Tensors:
     """Results as every backend returns them: contiguous and without a graph."""
     return tuple(tensor.detach().contiguous() for tensor in results)
@@ -154,6 +158,7 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
         "cpu": _native_from_scores_backward,
         "reference": _from_scores_backward,
     },
+    "topk": {"cpu": native.topk, "reference": _topk},
     "group_advantages": {"reference": _advantages},
     "rank_statistics": {"reference": _statistics},
     "in_batch_ranking_reward": {"reference": _in_batch_reward},

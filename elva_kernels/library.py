@@ -41,6 +41,8 @@ _SCHEMAS = {
     "Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor live_scores)",
     "reward_from_scores_backward": "(Tensor scores, Tensor? mask, Tensor grad_reward, "
     f"{_WEIGHTS}) -> Tensor grad_scores",
+    "topk": "(Tensor query, Tensor corpus, SymInt k, str metric, str backend) "
+    "-> (Tensor scores, Tensor index)",
 }
 
 
@@ -135,6 +137,11 @@ def _reward_from_scores_backward(
     return _reduce(launch(*inputs, grad_reward, **named), (scores,))[0]
 
 
+def _topk(query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> Tensors:
+    launch = dispatch.launcher("topk", backend, query.device.type)
+    return launch(query, corpus, k, metric=metric)
+
+
 def _leading(
     query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
 ) -> tuple[torch.Size, bool]:
@@ -220,6 +227,12 @@ def _fake_grad_scores(scores: Tensor, *_: Any) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
+def _fake_topk(query: Tensor, corpus: Tensor, k: int, *_: Any) -> Tensors:
+    shape = (query.shape[0], torch.sym_min(k, corpus.shape[0]))
+    scores = query.new_empty(shape, dtype=compute_dtype(query.dtype))
+    return scores, query.new_empty(shape, dtype=torch.int64)
+
+
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "ranking_reward": (_ranking_reward, _fake_ranking_reward),
     "ranking_reward_saved": (_ranking_reward_saved, _fake_ranking_reward_saved),
@@ -227,6 +240,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "ranking_reward_and_grad": (_ranking_reward_and_grad, _fake_reward_and_grad),
     "reward_from_scores": (_reward_from_scores, _fake_from_scores),
     "reward_from_scores_backward": (_reward_from_scores_backward, _fake_grad_scores),
+    "topk": (_topk, _fake_topk),
 }
 
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
@@ -239,6 +253,7 @@ _OPS = torch.ops.elva_kernels
 ranking_reward = _OPS.ranking_reward.default
 ranking_reward_and_grad = _OPS.ranking_reward_and_grad.default
 reward_from_scores = _OPS.reward_from_scores.default
+topk = _OPS.topk.default
 
 
 class _DifferentiatedOnce(torch.autograd.Function):

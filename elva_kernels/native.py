@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+_METRIC_CODES = {"dot": 0, "cosine": 1}
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -255,6 +256,31 @@ def reward_from_scores_backward(
         grad_scores.data_ptr(),
     )
     return grad_scores
+
+
+def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> tuple[Tensor, Tensor]:
+    """The best rows of corpus [P, D] for each row of query [Q, D], both of any strides.
+
+    Returns:
+        scores [Q, min(k, P)] in float32 (float64 for float64), index int64 of the same shape.
+    """
+    kept = min(k, corpus.shape[0])
+    scores = torch.empty(query.shape[0], kept, dtype=_value_dtype(query.dtype))
+    index = torch.empty(query.shape[0], kept, dtype=torch.int64)
+    _module().topk(
+        _DTYPE_CODES[query.dtype],
+        torch.get_num_threads(),
+        _METRIC_CODES[metric],
+        query.shape[0],
+        corpus.shape[0],
+        query.shape[1],
+        kept,
+        _operand(query),
+        _operand(corpus),
+        scores.data_ptr(),
+        index.data_ptr(),
+    )
+    return scores, index
 
 
 def _forward(

@@ -13,6 +13,8 @@ positive's score, `s_i` (i = 1..N) a negative's, `r_i` the 1-based rank of candi
                     in place of r_i in (4) where a temperature is given; ours, not the paper's
     (7)  A_g      = (R_g - mean R) / (std R + std_eps)
                     GRPO: DeepSeekMath, arXiv:2402.03300, sec. 4.1
+    (8)  topk(q)  = the k rows c with the largest s = q . c / (|q| |c|), or s = q . c;
+                    equal scores in the order of indices
 
 Ranks are constants to the gradient in (4), so autograd yields the closed form
     dR/ds_0 = w_margin [hinge open] + w_rank / (1 + log r_0)
@@ -32,6 +34,10 @@ from torch import Tensor
 # it by its own standard deviation would make a signal of it. Ours.
 SAME_REWARD = 1e-6
 
+# Elements of a corpus block in `topk`, and of its products with some queries: a few tens of MB.
+_BLOCK_ELEMENTS = 2**20
+_PRODUCT_ELEMENTS = 2**22
+
 
 class RankingReward(NamedTuple):
     """The reward of each group, its two terms, the positive's rank, and the scores it rests on."""
@@ -41,6 +47,14 @@ class RankingReward(NamedTuple):
     rank_reward: Tensor  # [*] eq. 4, before w_rank
     rank: Tensor  # [*] int32, 1-based
     scores: Tensor  # [*, N + 1] the positive first; masked negatives are -inf
+
+
+class TopK(NamedTuple):
+    """The best corpus rows of each query, best first."""
+
+    scores: Tensor  # [Q, min(k, P)]
+    # int64 [Q, min(k, P)], rows of the corpus; in place of a method of tuples that nobody misses
+    index: Tensor  # type: ignore[assignment]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -186,6 +200,56 @@ def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensor:
     return torch.where(sound, advantage, torch.nan).to(compute_dtype(reward.dtype))
 
 
+def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> TopK:
+    """Eq. 8 for query [Q, D] and corpus [P, D], read in blocks: float32 copies are small.
+
+    A score is a product and a sum over its own two rows, and blocks have at least two rows (torch
+    may sum a lone row in parts), so copies of a row score the same bits wherever they are.
+    """
+    kept = min(k, corpus.shape[0])
+    dtype = compute_dtype(query.dtype)
+    best = TopK(
+        query.new_empty((query.shape[0], 0), dtype=dtype),
+        torch.empty((query.shape[0], 0), dtype=torch.int64, device=query.device),
+    )
+    if kept == 0:
+        return best
+    height = max(2, _BLOCK_ELEMENTS // corpus.shape[1])
+    start = 0
+    for block in corpus.detach().tensor_split(-(-corpus.shape[0] // height)):
+        scores = _flat_scores(query.detach(), block, metric)
+        index = torch.arange(start, start + block.shape[0], device=query.device)
+        scores = torch.cat([best.scores, scores], -1)
+        index = torch.cat([best.index, index.expand(query.shape[0], -1)], -1)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :kept]
+        best = TopK(scores.gather(-1, order), index.gather(-1, order))
+        start += block.shape[0]
+    return best
+
+
+def _flat_scores(query: Tensor, rows: Tensor, metric: str) -> Tensor:
+    """Scores [Q, P] of eq. 8; -inf where the query or the row is not finite."""
+    dtype = compute_dtype(rows.dtype)
+    finite = torch.isfinite(query).all(-1, keepdim=True) & torch.isfinite(rows).all(-1)
+    if metric == "cosine":
+        scores = _dots(_unit(query), _unit(rows)).clamp(-1, 1)
+    else:
+        query, query_exponent = _scaled(query)
+        rows, exponent = _scaled(rows)
+        scores = _dots(query, rows).double()
+        steps = 4  # so that each power lies inside the range of float64
+        for step in range(steps):
+            part = (query_exponent + exponent.mT + step) // steps  # they sum to the whole
+            scores = scores * torch.exp2(part.double())
+    return torch.where(finite, scores, -torch.inf).to(dtype) + 0.0  # -0 becomes 0
+
+
+def _dots(query: Tensor, rows: Tensor) -> Tensor:
+    """[Q, P], some queries at a time."""
+    count = max(1, _PRODUCT_ELEMENTS // rows.numel())
+    return torch.cat([(part.unsqueeze(1) * rows).sum(-1) for part in query.split(count)])
+
+
 def _live(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Bool [*, N + 1]: the positive and the unmasked negatives."""
     live = torch.ones_like(scores, dtype=torch.bool)
@@ -205,9 +269,16 @@ def _upstream(weight: Tensor | None, reward: Tensor) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """`rows` over their norms; a zero row stays zero and gets gradient 0.
+    """`rows` over their norms; a zero row stays zero and gets gradient 0."""
+    rows, _ = _scaled(rows)
+    square = (rows * rows).sum(-1, keepdim=True)
+    zero = square == 0
+    return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, square).sqrt())
 
-    Each row is first scaled by an exact power of two, so its squares neither overflow nor vanish.
+
+def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` times 2^-exponent, so that squares neither overflow nor vanish, and the exponents.
+
     In two steps, since the power itself may lie outside the dtype's range (subnormal rows).
     """
     rows = rows.to(compute_dtype(rows.dtype)).contiguous()
@@ -215,9 +286,7 @@ def _unit(rows: Tensor) -> Tensor:
     first = exponent // 2
     for step in (first, exponent - first):
         rows = rows * torch.exp2(-step.to(rows.dtype))
-    square = (rows * rows).sum(-1, keepdim=True)
-    zero = square == 0
-    return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, square).sqrt())
+    return rows, exponent
 
 
 def _cosine(query: Tensor, candidates: Tensor) -> Tensor:

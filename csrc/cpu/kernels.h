@@ -55,6 +55,24 @@ struct PairJob {
 
 constexpr int64_t kPadding = 32;
 
+// Dot products of up to kScanQueries queries with `count` dense rows, and the rows' squared norms.
+// As in DotJob a result depends on its row and its query alone.
+struct ScanJob {
+  const void* const* queries;  // each dense and followed by zeros up to a multiple of kPadding
+  int32_t query_count;
+  const void* const* rows;  // [count + kScanAhead]; the last ones are read in the next job
+  int64_t count;            // a multiple of kScanRows
+  int64_t dim;
+  double* dot;     // [kScanQueries, count]
+  double* square;  // [count]; null: known from an earlier job, which has also read the rows
+};
+
+constexpr int64_t kScanQueries = 4;
+constexpr int64_t kScanRows = 4;
+constexpr int64_t kScanAhead = 8;
+
+using Scan = void (*)(const ScanJob&);
+
 struct Kernels {
   const char* name;
   void (*dots[4])(const DotJob&);  // by ElvaDtype
@@ -66,13 +84,18 @@ struct Kernels {
   void (*soft_ranks[2])(const PairJob&);
   // sums[i] = sum over j of sigma_ij (1 - sigma_ij) (rank_slopes[j] - rank_slopes[i]).
   void (*soft_slopes[2])(const PairJob&);
+  const Scan* scan;  // [4], by ElvaDtype
 };
 
 extern const Kernels kPlainKernels;
+extern const Scan kPlainScan[4];
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Scan kAvx2Scan[4];
 extern const Kernels kAvx512Kernels;
+extern const Scan kAvx512Scan[4];
 extern const Kernels kAvx512Bf16Kernels;
+extern const Scan kAvx512Bf16Scan[4];
 #endif
 
 // The best level, or the one that ELVA_KERNELS_CPU_LEVEL names; null where that is not possible

@@ -14,66 +14,13 @@
 // Limits: finite rows with squared norms in the range of reward_group.h; gradients without NaN or
 // overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage but
 // the table at the end. Reference: elva_kernels.reference.cosine_scores.
-#include <type_traits>
-
 #include "kernels.h"
-#include "simd.h"
+#include "simd_dots.h"
 
 namespace elva {
 namespace {
 
-constexpr int64_t kChain = 16;
-
-// Elements in 64 bytes.
-template <class T>
-constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-
-template <class T>
-using VectorFor = std::conditional_t<std::is_same_v<T, double>, F64, F32>;
-
-// The first `count` elements at p and zeros.
-template <class T>
-struct PaddedLine {
-  alignas(64) T elements[kLine<T>] = {};
-  PaddedLine(const T* p, int64_t count) {
-    memcpy(elements, p, static_cast<size_t>(count) * sizeof(T));
-  }
-};
-
-// Dot and square of R rows, one vector a step.
-template <class T>
-struct PlainDots {
-  using V = VectorFor<T>;
-  static constexpr int64_t kStep = V::kLanes;
-  static constexpr int64_t kSteps = kChain;
-  using Element = V;
-  static Element load(const T* p) { return V::load(p); }
-  static Element load(const T* p, int64_t count) { return load(PaddedLine<T>(p, count).elements); }
-  static V accumulate(V sum, Element a, Element b) { return fma(a, b, sum); }
-};
-
-#if ELVA_BF16_INSTRUCTIONS
-struct PairedDots {
-  using V = F32;
-  static constexpr int64_t kStep = 32;
-  static constexpr int64_t kSteps = kChain;  // of two additions each, of exact products
-  using Element = __m512bh;
-  static Element load(const Bf16* p) {
-    Element x;
-    memcpy(&x, p, sizeof(x));
-    return x;
-  }
-  static Element load(const Bf16* p, int64_t count) {
-    return load(PaddedLine<Bf16>(p, count).elements);
-  }
-  static V accumulate(V sum, Element a, Element b) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
-};
-template <class T>
-using DotsFor = std::conditional_t<std::is_same_v<T, Bf16>, PairedDots, PlainDots<T>>;
-#else
-template <class T>
-using DotsFor = PlainDots<T>;
-#endif
+constexpr int64_t kChain = 16;  // of two additions each for paired bf16, of exact products
 
 template <int64_t kLanes>
 double tree_sum(double* lanes) {
@@ -96,7 +43,7 @@ void dots_of_rows(const T* query, const T* const* rows, const T* const* next, in
   for (int64_t i = 0; i < dim;) {
     V dots[R], squares[R];
     for (int r = 0; r < R; ++r) dots[r] = squares[r] = V::zero();
-    const int64_t chain = i + D::kSteps * D::kStep;
+    const int64_t chain = i + kChain * D::kStep;
     const int64_t end = chain < whole ? chain : whole;
     for (; i < end; i += D::kStep) {
       const auto q = D::load(query + i);
@@ -354,15 +301,19 @@ void soft_slopes(const PairJob& job) {
 
 #if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
 #define ELVA_TABLE kAvx512Bf16Kernels
+#define ELVA_SCAN kAvx512Bf16Scan
 #define ELVA_NAME "avx512bf16"
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX512
 #define ELVA_TABLE kAvx512Kernels
+#define ELVA_SCAN kAvx512Scan
 #define ELVA_NAME "avx512"
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX2
 #define ELVA_TABLE kAvx2Kernels
+#define ELVA_SCAN kAvx2Scan
 #define ELVA_NAME "avx2"
 #else
 #define ELVA_TABLE kPlainKernels
+#define ELVA_SCAN kPlainScan
 #define ELVA_NAME "plain"
 #endif
 
@@ -374,6 +325,7 @@ const Kernels ELVA_TABLE = {
     count_ranks,
     {soft_ranks<F32>, soft_ranks<F64>},
     {soft_slopes<F32>, soft_slopes<F64>},
+    ELVA_SCAN,
 };
 
 }  // namespace elva

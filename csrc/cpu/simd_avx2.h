@@ -119,6 +119,30 @@ inline F64 exponent_of(F64 x) {
   return x;
 }
 
+inline void add_sums(const F32* v, double* p) {
+  __m256 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = _mm256_add_ps(v[2 * i].v[0], v[2 * i].v[1]);
+    const __m256 b = _mm256_add_ps(v[2 * i + 1].v[0], v[2 * i + 1].v[1]);
+    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  const __m256d first = _mm256_castps_pd(pairs[0]), second = _mm256_castps_pd(pairs[1]);
+  const __m256 halves = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(first, second)),
+                                      _mm256_castpd_ps(_mm256_unpackhi_pd(first, second)));
+  add_floats(p, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+inline void add_sums(const F64* v, double* p) {
+  for (int i = 0; i < 4; i += 2) {
+    const __m256d a = _mm256_add_pd(v[i].v[0], v[i].v[1]);
+    const __m256d b = _mm256_add_pd(v[i + 1].v[0], v[i + 1].v[1]);
+    const __m256d halves = _mm256_add_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+    const __m128d sums =
+        _mm_add_pd(_mm256_castpd256_pd128(halves), _mm256_extractf128_pd(halves, 1));
+    _mm_storeu_pd(p + i, _mm_add_pd(_mm_loadu_pd(p + i), sums));
+  }
+}
+
 inline __m256i bf16_bits(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -73,6 +73,33 @@ inline F64 exponent_of(F64 x) {
   return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x.v), 52))};
 }
 
+inline void add_sums(const F32* v, double* p) {
+  __m512 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = v[2 * i].v, b = v[2 * i + 1].v;
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  const __m512d first = _mm512_castps_pd(pairs[0]), second = _mm512_castps_pd(pairs[1]);
+  const __m512 quarters = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                                        _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+  const __m256 halves =
+      _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+  _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), _mm256_cvtps_pd(sums)));
+}
+
+inline void add_sums(const F64* v, double* p) {
+  for (int i = 0; i < 4; i += 2) {
+    const __m512d pairs = _mm512_add_pd(_mm512_unpacklo_pd(v[i].v, v[i + 1].v),
+                                        _mm512_unpackhi_pd(v[i].v, v[i + 1].v));
+    const __m256d halves =
+        _mm256_add_pd(_mm512_castpd512_pd256(pairs), _mm512_extractf64x4_pd(pairs, 1));
+    const __m128d sums =
+        _mm_add_pd(_mm256_castpd256_pd128(halves), _mm256_extractf128_pd(halves, 1));
+    _mm_storeu_pd(p + i, _mm_add_pd(_mm_loadu_pd(p + i), sums));
+  }
+}
+
 inline __m512i line_of(const F32* v, const float*) { return _mm512_castps_si512(v[0].v); }
 inline __m512i line_of(const F64* v, const double*) { return _mm512_castpd_si512(v[0].v); }
 inline __m512i line_of(const F32* v, const Fp16*) {

@@ -93,6 +93,17 @@ inline V exponent_of(V x) {
   return x;
 }
 
+template <class V>
+inline void add_sums(const V* v, double* p) {
+  for (int r = 0; r < 4; ++r) {
+    V lanes = v[r];
+    for (int64_t width = V::kLanes / 2; width > 0; width /= 2) {
+      for (int64_t i = 0; i < width; ++i) lanes.v[i] += lanes.v[i + width];
+    }
+    p[r] += static_cast<double>(lanes.v[0]);
+  }
+}
+
 template <class T, class V>
 inline void store_line(T* p, const V* v, bool) {
   for (int64_t i = 0; i < static_cast<int64_t>(64 / sizeof(T)); ++i) {
