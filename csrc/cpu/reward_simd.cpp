@@ -230,7 +230,7 @@ struct Exp2Series {
 // 2^y for |y| <= kExp2Limit: the nearest integer as an exponent, times the series of the rest,
 // which is at most 1/2: truncated at 5e-9, or 4e-18. 2^0 is exactly 1.
 template <class V>
-V exp2(V y) {
+inline V exp2(V y) {  // a call would pass the vectors of AVX2 through memory
   using S = typename V::Scalar;
   constexpr bool kDouble = std::is_same_v<S, double>;
   constexpr int kDegree = kDouble ? 13 : 7;
