@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "batch_kernels.h"
+
 namespace elva {
 
 // Dot products of `count` dense rows with a dense query, and their squared norms. A row's two
@@ -53,6 +55,7 @@ struct Kernels {
   void (*query_gradient[4])(const QueryGradientJob&);
   // ranks[i] = 1 + the number of keys above keys[i].
   void (*count_ranks)(const uint64_t* keys, int64_t count, int32_t* ranks);
+  const BatchKernels* batch;  // of the same level
 };
 
 extern const Kernels kPlainKernels;

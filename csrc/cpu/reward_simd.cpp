@@ -271,15 +271,19 @@ void count_ranks(const uint64_t* keys, int64_t count, int32_t* ranks) {
 
 #if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
 #define ELVA_TABLE kAvx512Bf16Kernels
+#define ELVA_BATCH_TABLE kAvx512Bf16BatchKernels
 #define ELVA_NAME "avx512bf16"
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX512
 #define ELVA_TABLE kAvx512Kernels
+#define ELVA_BATCH_TABLE kAvx512BatchKernels
 #define ELVA_NAME "avx512"
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX2
 #define ELVA_TABLE kAvx2Kernels
+#define ELVA_BATCH_TABLE kAvx2BatchKernels
 #define ELVA_NAME "avx2"
 #else
 #define ELVA_TABLE kPlainKernels
+#define ELVA_BATCH_TABLE kPlainBatchKernels
 #define ELVA_NAME "plain"
 #endif
 
@@ -289,6 +293,7 @@ const Kernels ELVA_TABLE = {
     {gradients<Bf16>, gradients<Fp16>, gradients<float>, gradients<double>},
     {query_gradient<Bf16>, query_gradient<Fp16>, query_gradient<float>, query_gradient<double>},
     count_ranks,
+    &ELVA_BATCH_TABLE,
 };
 
 }  // namespace elva

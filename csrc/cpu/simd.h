@@ -2,12 +2,12 @@
 // of reward_simd.cpp.
 //
 // F32 is 16 float lanes and F64 8 double lanes on every level: load (from any element type,
-// unaligned), broadcast, mul, fma(a, b, c) = a b + c, add_to (double lanes += this), rounded (from
-// double lanes). A line is 64 bytes of elements in as many vectors as it takes, in an order of the
-// level's own: load_line, store_line (rounded to nearest even), add_line and round_line (to and
-// from doubles in the elements' order). All of it has internal linkage: an inline function that one
-// level compiled with its own instructions could otherwise be the copy that the linker keeps for
-// all levels.
+// unaligned), store, broadcast, plus, mul, fma(a, b, c) = a b + c, add_to (double lanes += this),
+// rounded (from double lanes). A line is 64 bytes of elements in as many vectors as it takes, in an
+// order of the level's own: load_line, store_line (rounded to nearest even), add_line and
+// round_line (to and from doubles in the elements' order). All of it has internal linkage: an
+// inline function that one level compiled with its own instructions could otherwise be the copy
+// that the linker keeps for all levels.
 #ifndef ELVA_CPU_SIMD_H_
 #define ELVA_CPU_SIMD_H_
 

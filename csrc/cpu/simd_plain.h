@@ -25,6 +25,7 @@ struct Vector {
     for (int64_t i = 0; i < kLanes; ++i) out.v[i] = widened(p[i]);
     return out;
   }
+  void store(Scalar* p) const { memcpy(p, v, sizeof(v)); }
   void add_to(double* p) const {
     for (int64_t i = 0; i < kLanes; ++i) p[i] += static_cast<double>(v[i]);
   }
@@ -44,6 +45,12 @@ struct Vector {
 
 using F32 = Vector<float, 16>;
 using F64 = Vector<double, 8>;
+
+template <class V>
+inline V plus(V a, V b) {
+  for (int64_t i = 0; i < V::kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
 
 template <class V>
 inline V mul(V a, V b) {
