@@ -18,13 +18,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/simd.h -> the flags that its object alone gets
+LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/simd.h -> flags of that level's *_simd objects
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16"}
-# -Wno-maybe-uninitialized: gcc 12 warns inside its own intrinsics.
+# -Wno-maybe-uninitialized: gcc 12 warns inside its own intrinsics. -Wno-psabi: of the ABI between
+# files, of vectors that stay in one.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
-  -Wall -Wextra -Wno-maybe-uninitialized -isystem {python} -isystem {pybind11} {CXXFLAGS}
+  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi $
+  -isystem {python} -isystem {pybind11} {CXXFLAGS}
 nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills $
   -Werror all-warnings {gencode}
 rule cxx
@@ -80,9 +82,10 @@ class NinjaBuild(build_ext):
         values["link"] = f"{nvcc} -cudart static" if nvcc else f"{cxx} -pthread"
         values["gencode"] = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
+        levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):
-            levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
-            steps += [("cxx", f"cpu/{x.name}", y) for y in (levels if "_simd" in x.name else [""])]
+            extras = levels if x.stem.endswith("_simd") else [""]
+            steps += [("cxx", f"cpu/{x.name}", extra) for extra in extras]
         steps.append(("cxx", "bindings.cpp", f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
         text = NINJA.format(**values)
         for i, (rule, name, extra) in enumerate(steps):

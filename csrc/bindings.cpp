@@ -220,6 +220,87 @@ void topk(int dtype, int threads, int metric, int64_t queries, int64_t rows, int
   run_released(elva_topk_cpu, args);
 }
 
+void unit_rows(int dtype, int threads, int64_t count, int64_t dim, uintptr_t rows,
+               int64_t row_stride, int64_t stride, uintptr_t unit, uintptr_t norm) {
+  ElvaUnitRowsArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.threads = threads;
+  args.count = count;
+  args.dim = dim;
+  args.rows.data = pointer(rows);
+  args.rows.row_stride = row_stride;
+  args.rows.stride = stride;
+  args.unit = pointer(unit);
+  args.norm = pointer<double>(norm);
+  run_released(elva_unit_rows_cpu, args);
+}
+
+void unit_gradient(int dtype, int threads, int64_t count, int64_t dim, uintptr_t unit,
+                   uintptr_t grad_unit, uintptr_t norm, uintptr_t grad_rows) {
+  run_released(
+      elva_unit_gradient_cpu,
+      ElvaUnitGradientArgs{static_cast<ElvaDtype>(dtype), threads, count, dim, pointer(unit),
+                           pointer(grad_unit), pointer<double>(norm), pointer(grad_rows)});
+}
+
+void matrix_product(int dtype, int threads, int64_t m, int64_t n, int64_t k, uintptr_t a,
+                    int64_t a_row_stride, int64_t a_stride, uintptr_t b, int64_t b_row_stride,
+                    int64_t b_stride, uintptr_t c, int64_t c_row_stride, bool add) {
+  run_released(
+      elva_matrix_product_cpu,
+      ElvaMatrixArgs{static_cast<ElvaDtype>(dtype), threads, m, n, k, pointer(a), a_row_stride,
+                     a_stride, pointer(b), b_row_stride, b_stride, pointer(c), c_row_stride, add});
+}
+
+void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_t width,
+                uintptr_t scores, uintptr_t penalty, uintptr_t norm, uintptr_t target,
+                uintptr_t ids, double max_score, double inverse_temperature, int64_t k,
+                uintptr_t n_greater, uintptr_t n_equal, uintptr_t target_score,
+                uintptr_t hardest_score, uintptr_t hardest_index, uintptr_t topk_scores,
+                uintptr_t topk_index, uintptr_t sum, uintptr_t moment) {
+  run_released(elva_score_rows_cpu, ElvaScoreRowsArgs{static_cast<ElvaDtype>(dtype),
+                                                      threads,
+                                                      rows,
+                                                      candidates,
+                                                      width,
+                                                      pointer(scores),
+                                                      pointer(penalty),
+                                                      pointer<double>(norm),
+                                                      pointer<int64_t>(target),
+                                                      pointer<int64_t>(ids),
+                                                      max_score,
+                                                      inverse_temperature,
+                                                      k,
+                                                      pointer<int32_t>(n_greater),
+                                                      pointer<int32_t>(n_equal),
+                                                      pointer(target_score),
+                                                      pointer(hardest_score),
+                                                      pointer<int64_t>(hardest_index),
+                                                      pointer(topk_scores),
+                                                      pointer<int64_t>(topk_index),
+                                                      pointer<double>(sum),
+                                                      pointer<double>(moment)});
+}
+
+void slope_rows(int dtype, int threads, int64_t rows, int64_t width, uintptr_t scores,
+                uintptr_t row_peak, uintptr_t row_factor, uintptr_t target_slope, uintptr_t target,
+                uintptr_t column_peak, uintptr_t column_factor, double inverse_temperature) {
+  run_released(
+      elva_slope_rows_cpu,
+      ElvaSlopeRowsArgs{static_cast<ElvaDtype>(dtype), threads, rows, width, pointer(scores),
+                        pointer(row_peak), pointer(row_factor), pointer(target_slope),
+                        pointer<int64_t>(target), pointer(column_peak), pointer(column_factor),
+                        inverse_temperature});
+}
+
+void column_sums(int dtype, int threads, int64_t rows, int64_t width, uintptr_t scores,
+                 double inverse_temperature, uintptr_t peak, uintptr_t sum, uintptr_t moment) {
+  run_released(elva_column_sums_cpu,
+               ElvaColumnSumsArgs{static_cast<ElvaDtype>(dtype), threads, rows, width,
+                                  pointer(scores), inverse_temperature, pointer(peak),
+                                  pointer<double>(sum), pointer<double>(moment)});
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -241,6 +322,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("reward_backward", &reward_backward);
   module.def("reward_from_scores", &reward_from_scores);
   module.def("topk", &topk);
+  module.def("unit_rows", &unit_rows);
+  module.def("unit_gradient", &unit_gradient);
+  module.def("matrix_product", &matrix_product);
+  module.def("score_rows", &score_rows);
+  module.def("slope_rows", &slope_rows);
+  module.def("column_sums", &column_sums);
   module.def("build_info", &build_info);
   module.def("level", [] {
     const char* level = elva_cpu_level();

@@ -7,6 +7,7 @@
 #ifndef ELVA_H_
 #define ELVA_H_
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -126,6 +127,105 @@ typedef struct {
 } ElvaTopkArgs;
 
 ElvaStatus elva_topk_cpu(const ElvaTopkArgs* args);
+
+// The in-batch ops, in steps: unit rows, their products (scores), rows of scores, gradients. Scores
+// are rows of `width` values, the number of candidates rounded up to 16. See reference_batch.py.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  ElvaInput rows;  // [count, dim]
+  void* unit;      // value [count, dim]; zeros for a row that is zero or not finite
+  double* norm;    // [count, 2]: 1 / |x 2^-e| (0 for a zero row, NaN for one not finite), and e
+} ElvaUnitRowsArgs;
+
+typedef struct {
+  ElvaDtype dtype;  // of grad_rows
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  const void* unit;       // value [count, dim]
+  const void* grad_unit;  // value [count, dim]
+  const double* norm;     // [count, 2]
+  void* grad_rows;        // [count, dim]
+} ElvaUnitGradientArgs;
+
+// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1.
+typedef struct {
+  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64
+  int32_t threads;
+  int64_t m, n, k;
+  const void* a;
+  int64_t a_row_stride, a_stride;
+  const void* b;
+  int64_t b_row_stride, b_stride;
+  void* c;
+  int64_t c_row_stride;
+  bool add;
+} ElvaMatrixArgs;
+
+typedef struct {
+  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64, of the values
+  int32_t threads;
+  int64_t rows;
+  int64_t candidates;
+  int64_t width;
+  void* scores;           // value [rows, width]; becomes the negatives' scores, -inf elsewhere
+  const void* penalty;    // value [width]: 0, or -inf for candidates not finite and for padding
+  const double* norm;     // [rows, 2], of the queries
+  const int64_t* target;  // [rows]
+  const int64_t* ids;     // [candidates]; null: all differ
+  double max_score;       // inf: no limit
+  double inverse_temperature;  // NaN: no sums
+  int64_t k;
+  int32_t* n_greater;      // [rows]
+  int32_t* n_equal;        // [rows]
+  void* target_score;      // value [rows]
+  void* hardest_score;     // value [rows]
+  int64_t* hardest_index;  // [rows]
+  void* topk_scores;       // value [rows, k]
+  int64_t* topk_index;     // [rows, k]
+  double* sum;             // [rows]: over the negatives, exp((s - hardest) / T)
+  double* moment;          // [rows]: and that times (s - hardest)
+} ElvaScoreRowsArgs;
+
+// Masked scores become row_factor exp((s - row_peak) / T) + column_factor exp((s - column_peak) /
+// T), and target_slope at the target.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  int64_t rows;
+  int64_t width;
+  void* scores;               // value [rows, width]
+  const void* row_peak;       // value [rows], finite
+  const void* row_factor;     // value [rows]
+  const void* target_slope;   // value [rows]
+  const int64_t* target;      // [rows]
+  const void* column_peak;    // value [width], finite; null: no second term
+  const void* column_factor;  // value [width]
+  double inverse_temperature;
+} ElvaSlopeRowsArgs;
+
+// Adds masked scores to sums over columns: exp((s - peak) / T), and that times (s - peak).
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  int64_t rows;
+  int64_t width;
+  const void* scores;  // value [rows, width]
+  double inverse_temperature;
+  void* peak;      // value [width], -inf at first
+  double* sum;     // [width]
+  double* moment;  // [width]
+} ElvaColumnSumsArgs;
+
+ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args);
+ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args);
+ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args);
+ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
+ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
+ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);
 
 // The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
 // reason below.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elva_kernels import native, reference, reference_batch
+from elva_kernels import native, native_batch, reference, reference_batch
 from elva_kernels.reference_batch import Batch, RankStatistics
 
 Tensors = tuple[Tensor, ...]
@@ -119,6 +119,40 @@ def _topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
     return _own(reference.topk(query, corpus, k, metric=metric))
 
 
+def _native_statistics(query: Tensor, candidates: Tensor, batch: Batch, **options: Any) -> Tensors:
+    return _all_statistics(native_batch.rank_statistics(query, candidates, batch, **options))
+
+
+def _native_in_batch_reward(
+    query: Tensor, candidates: Tensor, batch: Batch, head: int, **weights: float
+) -> Tensors:
+    found = native_batch.rank_statistics(query, candidates, batch, k=head, temperature=None)
+    return _reward_of_statistics(found, batch, head, **weights)
+
+
+def _native_in_batch_backward(*tensors: Any, **weights: float) -> Tensors:
+    query, candidates, index, scores, rank, grad_reward, head = tensors
+    slopes = reference_batch.head_slopes(scores, rank, head, grad_reward, **weights)
+    return native_batch.in_batch_gradients(query, candidates, index, slopes)
+
+
+def _native_info_nce(*tensors: Any, **options: Any) -> Tensors:
+    loss, found = native_batch.info_nce(*tensors, **options)
+    return loss, *_all_statistics(found)
+
+
+def _native_info_nce_saved(*tensors: Any, **options: Any) -> Tensors:
+    query, candidates, batch, temperature = tensors
+    loss, found, *gradients = native_batch.info_nce_and_gradients(
+        query, candidates, batch, temperature, None, rounded=False, **options
+    )
+    return loss, *_all_statistics(found), *gradients
+
+
+def _native_info_nce_backward(*tensors: Any, **options: Any) -> Tensors:
+    return native_batch.info_nce_and_gradients(*tensors, rounded=True, **options)[2:]
+
+
 def _own(results: Iterable[Tensor]) -> Tensors:
     """Results as every backend returns them: contiguous and without a graph."""
     return tuple(tensor.detach().contiguous() for tensor in results)
@@ -160,12 +194,15 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
     },
     "topk": {"cpu": native.topk, "reference": _topk},
     "group_advantages": {"reference": _advantages},
-    "rank_statistics": {"reference": _statistics},
-    "in_batch_ranking_reward": {"reference": _in_batch_reward},
-    "in_batch_ranking_reward_backward": {"reference": _in_batch_backward},
-    "info_nce": {"reference": _info_nce},
-    "info_nce_saved": {"reference": _info_nce_saved},
-    "info_nce_backward": {"reference": _info_nce_backward},
+    "rank_statistics": {"cpu": _native_statistics, "reference": _statistics},
+    "in_batch_ranking_reward": {"cpu": _native_in_batch_reward, "reference": _in_batch_reward},
+    "in_batch_ranking_reward_backward": {
+        "cpu": _native_in_batch_backward,
+        "reference": _in_batch_backward,
+    },
+    "info_nce": {"cpu": _native_info_nce, "reference": _info_nce},
+    "info_nce_saved": {"cpu": _native_info_nce_saved, "reference": _info_nce_saved},
+    "info_nce_backward": {"cpu": _native_info_nce_backward, "reference": _info_nce_backward},
 }
 
 

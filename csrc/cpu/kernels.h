@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "batch_kernels.h"
+
 namespace elva {
 
 // Dot products of `count` dense rows with a dense query, and their squared norms. A row's two
@@ -84,7 +86,8 @@ struct Kernels {
   void (*soft_ranks[2])(const PairJob&);
   // sums[i] = sum over j of sigma_ij (1 - sigma_ij) (rank_slopes[j] - rank_slopes[i]).
   void (*soft_slopes[2])(const PairJob&);
-  const Scan* scan;  // [4], by ElvaDtype
+  const Scan* scan;           // [4], by ElvaDtype
+  const BatchKernels* batch;  // of the same level
 };
 
 extern const Kernels kPlainKernels;

@@ -2,9 +2,9 @@
 // of *_simd.cpp.
 //
 // F32 is 16 float lanes and F64 8 double lanes on every level: load (from any element type,
-// unaligned), broadcast, add, sub, mul, div, fma(a, b, c) = a b + c, clamp(x, limit) to +-limit,
-// exponent_of(x) = the float whose exponent field is x's lowest bits, add_to (double lanes +=
-// this), rounded (from double lanes), add_sums (four doubles += the sums of four vectors' lanes,
+// unaligned), store, broadcast, add, sub, mul, div, fma(a, b, c) = a b + c, clamp(x, limit) to
+// +-limit, exponent_of(x) = the float whose exponent field is x's lowest bits, add_to (double lanes
+// += this), rounded (from double lanes), add_sums (four doubles += the sums of four vectors' lanes,
 // each by one tree). A line is 64 bytes of elements in as many vectors as it takes, in an order of
 // the level's own: load_line, store_line (rounded to nearest even), add_line and round_line (to and
 // from doubles in the elements' order). All of it has internal linkage: an inline function that one

@@ -33,6 +33,10 @@ struct F32 {
     return {
         {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))}};
   }
+  void store(float* p) const {
+    _mm256_storeu_ps(p, v[0]);
+    _mm256_storeu_ps(p + 8, v[1]);
+  }
   void add_to(double* p) const {
     for (int i = 0; i < 2; ++i) {
       add_floats(p + 8 * i, _mm256_castps256_ps128(v[i]));
@@ -85,6 +89,10 @@ struct F64 {
   static F64 zero() { return {{_mm256_setzero_pd(), _mm256_setzero_pd()}}; }
   static F64 broadcast(double x) { return {{_mm256_set1_pd(x), _mm256_set1_pd(x)}}; }
   static F64 load(const double* p) { return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}}; }
+  void store(double* p) const {
+    _mm256_storeu_pd(p, v[0]);
+    _mm256_storeu_pd(p + 4, v[1]);
+  }
   void add_to(double* p) const {
     for (int i = 0; i < 2; ++i)
       _mm256_storeu_pd(p + 4 * i, _mm256_add_pd(_mm256_loadu_pd(p + 4 * i), v[i]));

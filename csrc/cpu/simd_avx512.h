@@ -23,6 +23,7 @@ struct F32 {
   static F32 load(const Fp16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
   // Double [16] += this.
   void add_to(double* p) const {
     const __m256 high = _mm512_extractf32x8_ps(v, 1);
@@ -57,6 +58,7 @@ struct F64 {
   static F64 zero() { return {_mm512_setzero_pd()}; }
   static F64 broadcast(double x) { return {_mm512_set1_pd(x)}; }
   static F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
   void add_to(double* p) const { _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), v)); }
   static F64 rounded(const double* p) { return load(p); }
 };

@@ -25,6 +25,7 @@ struct Vector {
     for (int64_t i = 0; i < kLanes; ++i) out.v[i] = widened(p[i]);
     return out;
   }
+  void store(Scalar* p) const { memcpy(p, v, sizeof(v)); }
   void add_to(double* p) const {
     for (int64_t i = 0; i < kLanes; ++i) p[i] += static_cast<double>(v[i]);
   }

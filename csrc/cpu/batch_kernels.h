@@ -1,0 +1,100 @@
+// The inner loops of the in-batch ops that are compiled once per CPU level: tiles of matrix
+// products, rows and columns of scores.
+#ifndef ELVA_CPU_BATCH_KERNELS_H_
+#define ELVA_CPU_BATCH_KERNELS_H_
+
+#include <stdint.h>
+
+namespace elva {
+
+// One tile of a product out of packed panels: c[i, j] = (add ? c[i, j] : 0) + the sum over p of
+// a[p, i] b[p, j], summed from p = 0 on in an accumulator of its own. An element's bits depend on
+// its row of a and its column of b alone, not on its place in the tile.
+template <class S>
+struct MatrixTile {
+  int64_t rows;
+  int64_t columns;
+  void (*multiply)(const S* a, const S* b, int64_t depth, S* c, int64_t c_stride, bool add);
+};
+
+// Elements that a row of scores is padded to.
+constexpr int64_t kRowPadding = 16;
+
+// One query's cosines, in place: clamped to [-1, 1], with -inf for who is no negative (eq. 9 of
+// elva_kernels/reference_batch.py), and what eq. 10 and 11 need of them.
+template <class S>
+struct ScoreRowJob {
+  S* row;            // [width]
+  int64_t width;     // padded
+  const S* penalty;  // [width], 0 or -inf
+  S max_score;
+  int64_t candidates;
+  const int64_t* ids;  // [candidates], or null
+  int64_t target;
+  S target_score;
+  S inverse_temperature;  // NaN: no sums
+  int64_t n_greater, n_equal;
+  S hardest;
+  double sum;     // over the negatives, exp((s - hardest) / T)
+  double moment;  // and that times (s - hardest)
+};
+
+// A row of masked scores becomes row_factor exp((s - row_peak) / T) + column_factor exp((s -
+// column_peak) / T). Peaks are finite and not below the scores.
+template <class S>
+struct SlopeRowJob {
+  S* row;
+  int64_t width;
+  S row_peak;
+  S row_factor;
+  const S* column_peak;    // [width]; null: no second term
+  const S* column_factor;  // [width]
+  S inverse_temperature;
+};
+
+// What ScoreRowJob sums over a row, over columns of masked scores, added to what is there.
+template <class S>
+struct ColumnJob {
+  const S* scores;  // [rows, stride]
+  int64_t rows;
+  int64_t stride;
+  int64_t columns;  // a multiple of the vector's lanes
+  S inverse_temperature;
+  S* peak;         // [columns], -inf at first
+  double* sum;     // [columns]
+  double* moment;  // [columns]
+};
+
+template <class S>
+struct RowKernels {
+  MatrixTile<S> tile;
+  void (*score_row)(ScoreRowJob<S>*);
+  void (*slope_row)(const SlopeRowJob<S>&);
+  void (*columns)(const ColumnJob<S>&);
+};
+
+struct BatchKernels {
+  RowKernels<float> f32;
+  RowKernels<double> f64;
+};
+
+template <class S>
+const RowKernels<S>& row_kernels(const BatchKernels& kernels);
+template <>
+inline const RowKernels<float>& row_kernels<float>(const BatchKernels& kernels) {
+  return kernels.f32;
+}
+template <>
+inline const RowKernels<double>& row_kernels<double>(const BatchKernels& kernels) {
+  return kernels.f64;
+}
+
+extern const BatchKernels kPlainBatchKernels;
+#if defined(__x86_64__)
+extern const BatchKernels kAvx2BatchKernels;
+extern const BatchKernels kAvx512BatchKernels;
+extern const BatchKernels kAvx512Bf16BatchKernels;
+#endif
+
+}  // namespace elva
+#endif  // ELVA_CPU_BATCH_KERNELS_H_

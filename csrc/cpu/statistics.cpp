@@ -1,0 +1,191 @@
+// What: statistics of rows of in-batch scores, and what InfoNCE makes of the rows: softmax slopes
+// in place, sums over columns. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4, and eq. (9) to
+// (14) of elva_kernels/reference_batch.py. In: dots of unit rows [R, padded M] in fp32 or fp64,
+// targets, ids. Out: counts int32, hardest and top-k, sums double; the rows masked, then their
+// slopes. Work split: rows, or blocks of columns, a thread at a time. Bytes: each row once from
+// memory for all of its statistics, and once more for its slopes. Numerics: see
+// statistics_simd.cpp; ties by lower index. Deterministic: a row's bits depend on that row alone, a
+// column's on the chunks it came in. Limits: none. Reference:
+// elva_kernels.reference_batch.statistics_of_scores, info_nce_of_scores.
+#include <math.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "../elva.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace elva {
+namespace {
+
+constexpr int64_t kScoresPerPiece = 1 << 14;  // about 20 us
+constexpr int64_t kColumnsPerPiece = 64;
+
+template <class S>
+constexpr S kNone = -std::numeric_limits<S>::infinity();
+
+template <class S>
+struct Place {
+  S score;
+  int64_t index;
+  bool operator<(const Place& other) const {
+    return score > other.score || (score == other.score && index < other.index);
+  }
+};
+
+// The k first of a masked row in the order; -inf and -1 where there are fewer.
+template <class S>
+void top_k(const S* row, int64_t count, int64_t k, std::vector<Place<S>>* places, S* scores,
+           int64_t* index) {
+  const size_t wanted = static_cast<size_t>(k), room = 2 * wanted + 64;
+  S least = kNone<S>;
+  places->clear();
+  places->reserve(room);
+  for (int64_t j = 0; j < count; ++j) {
+    if (!(row[j] > least)) continue;  // a tie with the last of them comes after it
+    places->push_back({row[j], j});
+    if (places->size() < room) continue;
+    std::nth_element(places->begin(), places->begin() + (wanted - 1), places->end());
+    least = (*places)[wanted - 1].score;
+    places->resize(wanted);
+  }
+  const size_t found = std::min(wanted, places->size());
+  std::partial_sort(places->begin(), places->begin() + found, places->end());
+  for (size_t i = 0; i < wanted; ++i) {
+    scores[i] = i < found ? (*places)[i].score : kNone<S>;
+    index[i] = i < found ? (*places)[i].index : -1;
+  }
+}
+
+// Counts where the target's score is NaN, which is less than any number and equals NaN. Candidates
+// that are not finite have a penalty; a query that is not finite has no other scores.
+template <class S>
+void count_below_all(const ElvaScoreRowsArgs& args, bool bad_query, const S* row, int64_t target,
+                     int32_t* n_greater, int32_t* n_equal) {
+  const S* penalty = static_cast<const S*>(args.penalty);
+  int64_t greater = 0, equal = 0;
+  for (int64_t j = 0; j < args.candidates; ++j) {
+    if (j == target || (args.ids != nullptr && args.ids[j] == args.ids[target])) continue;
+    const bool bad = bad_query || penalty[j] < 0;
+    equal += bad;
+    greater += !bad && row[j] > kNone<S>;
+  }
+  *n_greater = static_cast<int32_t>(greater);
+  *n_equal = static_cast<int32_t>(equal);
+}
+
+template <class S>
+void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_t i,
+             std::vector<Place<S>>* places) {
+  S* row = static_cast<S*>(args.scores) + i * args.width;
+  const S* penalty = static_cast<const S*>(args.penalty);
+  const int64_t target = args.target[i];
+  const bool bad_query = !(args.norm[2 * i] == args.norm[2 * i]);
+  const bool bad = bad_query || penalty[target] < 0;
+  // + 0: not -0, which a sum with the penalty does not keep either.
+  const S own = std::min(S(1), std::max(S(-1), row[target])) + S(0);
+  ScoreRowJob<S> job = {};
+  job.row = row;
+  job.width = args.width;
+  job.penalty = penalty;
+  job.max_score = bad_query ? kNone<S> : static_cast<S>(args.max_score);
+  job.candidates = args.candidates;
+  job.ids = args.ids;
+  job.target = target;
+  job.target_score = own;
+  job.inverse_temperature = static_cast<S>(args.inverse_temperature);
+  kernels.score_row(&job);
+  args.n_greater[i] = static_cast<int32_t>(job.n_greater);
+  args.n_equal[i] = static_cast<int32_t>(job.n_equal);
+  if (bad) count_below_all(args, bad_query, row, target, args.n_greater + i, args.n_equal + i);
+  static_cast<S*>(args.target_score)[i] = bad ? std::numeric_limits<S>::quiet_NaN() : own;
+  static_cast<S*>(args.hardest_score)[i] = job.hardest;
+  const S* first = std::find(row, row + args.candidates, job.hardest);
+  args.hardest_index[i] = job.hardest > kNone<S> ? first - row : -1;
+  args.sum[i] = job.sum;
+  args.moment[i] = job.moment;
+  if (args.k > 0) {
+    top_k(row, args.candidates, args.k, places, static_cast<S*>(args.topk_scores) + i * args.k,
+          args.topk_index + i * args.k);
+  }
+}
+
+template <class S>
+ElvaStatus score_rows(const ElvaScoreRowsArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  std::atomic<bool> out_of_memory{false};
+  parallel_for(args.rows, std::max<int64_t>(1, kScoresPerPiece / args.width), args.threads,
+               [&](int64_t begin, int64_t end) {
+                 try {
+                   std::vector<Place<S>> places;
+                   for (int64_t i = begin; i < end; ++i) {
+                     one_row<S>(args, row_kernels<S>(*kernels->batch), i, &places);
+                   }
+                 } catch (const std::bad_alloc&) {
+                   out_of_memory = true;
+                 }
+               });
+  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+}
+
+template <class S>
+ElvaStatus slope_rows(const ElvaSlopeRowsArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  parallel_for(args.rows, std::max<int64_t>(1, kScoresPerPiece / args.width), args.threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   S* row = static_cast<S*>(args.scores) + i * args.width;
+                   row_kernels<S>(*kernels->batch)
+                       .slope_row({row, args.width, static_cast<const S*>(args.row_peak)[i],
+                                   static_cast<const S*>(args.row_factor)[i],
+                                   static_cast<const S*>(args.column_peak),
+                                   static_cast<const S*>(args.column_factor),
+                                   static_cast<S>(args.inverse_temperature)});
+                   row[args.target[i]] = static_cast<const S*>(args.target_slope)[i];
+                 }
+               });
+  return ELVA_OK;
+}
+
+template <class S>
+ElvaStatus column_sums(const ElvaColumnSumsArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  const int64_t pieces = (args.width - 1) / kColumnsPerPiece + 1;
+  parallel_for(pieces, 1, args.threads, [&](int64_t begin, int64_t end) {
+    const int64_t j = begin * kColumnsPerPiece;
+    row_kernels<S>(*kernels->batch)
+        .columns({static_cast<const S*>(args.scores) + j, args.rows, args.width,
+                  std::min(end * kColumnsPerPiece, args.width) - j,
+                  static_cast<S>(args.inverse_temperature), static_cast<S*>(args.peak) + j,
+                  args.sum + j, args.moment + j});
+  });
+  return ELVA_OK;
+}
+
+}  // namespace
+}  // namespace elva
+
+extern "C" {
+
+ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args) {
+  return args->dtype == ELVA_FP64 ? elva::score_rows<double>(*args)
+                                  : elva::score_rows<float>(*args);
+}
+
+ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args) {
+  return args->dtype == ELVA_FP64 ? elva::slope_rows<double>(*args)
+                                  : elva::slope_rows<float>(*args);
+}
+
+ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args) {
+  return args->dtype == ELVA_FP64 ? elva::column_sums<double>(*args)
+                                  : elva::column_sums<float>(*args);
+}
+
+}  // extern "C"

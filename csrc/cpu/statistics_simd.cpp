@@ -1,0 +1,285 @@
+// What: the inner loops of the in-batch ops: tiles of matrix products, masks, counts and sums over
+// rows of scores, softmax slopes in place, sums over columns. Source: eq. (8) to (14) of
+// elva_kernels/reference_batch.py. In/Out: packed panels and dense rows of float or double. Work
+// split: the caller's thread, one job. Bytes: a row of scores is touched while it is in the caches.
+// Numerics: products by fma, one accumulator an element; exp by a polynomial (2e-7, 4e-16
+//   relative), 0 below exp(-87) (exp(-708)); at most kChain additions in an accumulator before they
+//   are added to a double one. Deterministic.
+// Limits: rows padded to kRowPadding. Compiled once per CPU level, with ELVA_LEVEL set; nothing
+// here has external linkage but the table at the end. Reference: elva_kernels.reference_batch.
+#include <limits>
+
+#include "batch_kernels.h"
+#include "simd.h"
+
+namespace elva {
+namespace {
+
+constexpr int64_t kChain = 32;
+
+// 64 bytes of S, and integers as wide: the compiler's own vectors, which every level has.
+template <class S>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float Vector __attribute__((vector_size(64)));
+  typedef int32_t Mask __attribute__((vector_size(64)));
+  static constexpr float kLowest = -87.0f;
+  static constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // ln 2 in two parts
+  static constexpr int kDegree = 7;
+  static constexpr int kMantissa = 23;
+  static constexpr int32_t kOne = 0x3f800000;
+};
+template <>
+struct Lanes<double> {
+  typedef double Vector __attribute__((vector_size(64)));
+  typedef int64_t Mask __attribute__((vector_size(64)));
+  static constexpr double kLowest = -708.0;
+  static constexpr double kShifter = 6755399441055744.0;
+  static constexpr double kHigh = 6.93147180369123816490e-1, kLow = 1.90821492927058770002e-10;
+  static constexpr int kDegree = 13;
+  static constexpr int kMantissa = 52;
+  static constexpr int64_t kOne = 0x3ff0000000000000;
+};
+template <class S>
+using Vec = typename Lanes<S>::Vector;
+template <class S>
+using Mask = typename Lanes<S>::Mask;
+template <class S>
+constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(S));
+template <class S>
+constexpr S kNone = -std::numeric_limits<S>::infinity();
+
+template <class S>
+inline Vec<S> load(const S* p) {
+  Vec<S> x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+template <class S>
+inline void store(S* p, Vec<S> x) {
+  memcpy(p, &x, sizeof(x));
+}
+template <class S>
+inline Vec<S> all(S x) {
+  return Vec<S>{} + x;
+}
+template <class S>
+inline Vec<S> larger(Vec<S> a, Vec<S> b) {
+  return a > b ? a : b;
+}
+template <class S>
+S largest(Vec<S> x) {
+  S out = x[0];
+  for (int64_t i = 1; i < kLanes<S>; ++i) out = x[i] > out ? x[i] : out;
+  return out;
+}
+
+// exp(x) for x <= 0, -inf included.
+template <class S>
+inline Vec<S> exp_of(Vec<S> x) {
+  using L = Lanes<S>;
+  const Mask<S> vanishes = x < L::kLowest;
+  x = larger<S>(x, all<S>(L::kLowest));
+  const Vec<S> shifted = x * S(1.442695040888963407) + L::kShifter;
+  const Vec<S> n = shifted - L::kShifter;
+  const Vec<S> r = (x - n * L::kHigh) - n * L::kLow;
+  S factorial = 1;
+  for (int i = 2; i <= L::kDegree; ++i) factorial *= S(i);
+  Vec<S> sum = all<S>(1 / factorial);
+  for (int i = L::kDegree - 1; i >= 0; --i) {
+    factorial /= S(i + 1);
+    sum = sum * r + 1 / factorial;
+  }
+  Mask<S> bits;
+  memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << L::kMantissa) + L::kOne;
+  Vec<S> power;
+  memcpy(&power, &bits, sizeof(power));
+  return vanishes ? all<S>(0) : sum * power;
+}
+
+template <class S>
+void add_lanes(double* sums, Vec<S> x) {
+  for (int64_t i = 0; i < kLanes<S>; ++i) sums[i] += static_cast<double>(x[i]);
+}
+
+double tree_sum(double* lanes, int64_t count) {
+  for (int64_t width = count / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+template <class S>
+void mask_row(const ScoreRowJob<S>& job) {
+  const Vec<S> none = all<S>(kNone<S>), limit = all<S>(job.max_score);
+  for (int64_t j = 0; j < job.width; j += kLanes<S>) {
+    Vec<S> x = load(job.row + j);
+    x = larger<S>(x, all<S>(-1));
+    x = x < S(1) ? x : all<S>(1);
+    x = x > limit ? none : x + load(job.penalty + j);
+    store(job.row + j, x);
+  }
+  if (job.ids != nullptr) {
+    const int64_t own = job.ids[job.target];
+    for (int64_t j = 0; j < job.candidates; ++j) {
+      job.row[j] = job.ids[j] == own ? kNone<S> : job.row[j];
+    }
+  }
+  job.row[job.target] = kNone<S>;
+}
+
+template <class S>
+void score_row(ScoreRowJob<S>* job) {
+  mask_row(*job);
+  Mask<S> greater = {}, equal = {};
+  Vec<S> best = all<S>(kNone<S>);
+  for (int64_t j = 0; j < job->width; j += kLanes<S>) {
+    const Vec<S> x = load(job->row + j);
+    greater -= x > job->target_score;
+    equal -= x == job->target_score;
+    best = larger<S>(x, best);
+  }
+  job->n_greater = job->n_equal = 0;
+  for (int64_t i = 0; i < kLanes<S>; ++i) {
+    job->n_greater += greater[i];
+    job->n_equal += equal[i];
+  }
+  job->hardest = largest<S>(best);
+  job->sum = job->moment = 0;
+  if (!(job->inverse_temperature >= 0) || job->hardest == kNone<S>) return;
+  double sums[kLanes<S>] = {}, moments[kLanes<S>] = {};
+  for (int64_t j = 0; j < job->width;) {
+    const int64_t chain = j + kChain * kLanes<S>;
+    const int64_t end = chain < job->width ? chain : job->width;
+    Vec<S> sum = {}, moment = {};
+    for (; j < end; j += kLanes<S>) {
+      const Vec<S> gap = load(job->row + j) - job->hardest;
+      const Vec<S> term = exp_of<S>(gap * job->inverse_temperature);
+      sum += term;
+      moment += term * larger<S>(gap, all<S>(-2));  // not 0 times -inf
+    }
+    add_lanes<S>(sums, sum);
+    add_lanes<S>(moments, moment);
+  }
+  job->sum = tree_sum(sums, kLanes<S>);
+  job->moment = tree_sum(moments, kLanes<S>);
+}
+
+template <class S>
+void slope_row(const SlopeRowJob<S>& job) {
+  for (int64_t j = 0; j < job.width; j += kLanes<S>) {
+    const Vec<S> x = load(job.row + j);
+    Vec<S> slope = exp_of<S>((x - job.row_peak) * job.inverse_temperature) * job.row_factor;
+    if (job.column_peak != nullptr) {
+      const Vec<S> gap = x - load(job.column_peak + j);
+      slope += exp_of<S>(gap * job.inverse_temperature) * load(job.column_factor + j);
+    }
+    store(job.row + j, slope);
+  }
+}
+
+template <class S>
+void columns_of(const ColumnJob<S>& job, int64_t j) {
+  const Vec<S> old = load(job.peak + j);
+  Vec<S> peak = old;
+  for (int64_t i = 0; i < job.rows; ++i) {
+    peak = larger<S>(load(job.scores + i * job.stride + j), peak);
+  }
+  store(job.peak + j, peak);
+  const Vec<S> base = peak > kNone<S> ? peak : all<S>(0);  // not -inf minus -inf
+  const Vec<S> grown = old > kNone<S> ? old - base : all<S>(0);
+  const Vec<S> shrink = exp_of<S>(grown * job.inverse_temperature);
+  double sums[kLanes<S>], moments[kLanes<S>];
+  for (int64_t l = 0; l < kLanes<S>; ++l) {
+    const double factor = static_cast<double>(shrink[l]), before = job.sum[j + l];
+    sums[l] = before * factor;
+    moments[l] = (job.moment[j + l] + before * static_cast<double>(grown[l])) * factor;
+  }
+  for (int64_t i = 0; i < job.rows;) {
+    const int64_t end = i + kChain < job.rows ? i + kChain : job.rows;
+    Vec<S> sum = {}, moment = {};
+    for (; i < end; ++i) {
+      const Vec<S> gap = load(job.scores + i * job.stride + j) - base;
+      const Vec<S> term = exp_of<S>(gap * job.inverse_temperature);
+      sum += term;
+      moment += term * larger<S>(gap, all<S>(-2));
+    }
+    add_lanes<S>(sums, sum);
+    add_lanes<S>(moments, moment);
+  }
+  memcpy(job.sum + j, sums, sizeof(sums));
+  memcpy(job.moment + j, moments, sizeof(moments));
+}
+
+template <class S>
+void columns(const ColumnJob<S>& job) {
+  for (int64_t j = 0; j < job.columns; j += kLanes<S>) columns_of(job, j);
+}
+
+// R rows of N vectors: as many accumulators as the level has registers for.
+template <class V, int R, int N>
+void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t depth,
+              typename V::Scalar* c, int64_t c_stride, bool accumulate) {
+  V sums[R][N];
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) sums[r][n] = V::zero();
+  }
+  for (int64_t p = 0; p < depth; ++p) {
+    V column[N];
+    for (int n = 0; n < N; ++n) column[n] = V::load(b + n * V::kLanes);
+    for (int r = 0; r < R; ++r) {
+      const V row = V::broadcast(a[r]);
+      for (int n = 0; n < N; ++n) sums[r][n] = fma(row, column[n], sums[r][n]);
+    }
+    a += R;
+    b += N * V::kLanes;
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) {
+      typename V::Scalar* at = c + r * c_stride + n * V::kLanes;
+      if (accumulate) sums[r][n] = add(V::load(at), sums[r][n]);
+      sums[r][n].store(at);
+    }
+  }
+}
+
+}  // namespace
+
+#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
+#define ELVA_BATCH_TABLE kAvx512Bf16BatchKernels
+#elif ELVA_LEVEL == ELVA_LEVEL_AVX512
+#define ELVA_BATCH_TABLE kAvx512BatchKernels
+#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
+#define ELVA_BATCH_TABLE kAvx2BatchKernels
+#else
+#define ELVA_BATCH_TABLE kPlainBatchKernels
+#endif
+
+#if ELVA_LEVEL >= ELVA_LEVEL_AVX512
+#define ELVA_TILE_ROWS 12
+#define ELVA_TILE_VECTORS 2
+#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
+#define ELVA_TILE_ROWS 6
+#define ELVA_TILE_VECTORS 1
+#else
+#define ELVA_TILE_ROWS 2
+#define ELVA_TILE_VECTORS 1
+#endif
+
+const BatchKernels ELVA_BATCH_TABLE = {
+    {{ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F32::kLanes,
+      multiply<F32, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
+     score_row<float>,
+     slope_row<float>,
+     columns<float>},
+    {{ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F64::kLanes,
+      multiply<F64, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
+     score_row<double>,
+     slope_row<double>,
+     columns<double>},
+};
+
+}  // namespace elva

@@ -1,0 +1,152 @@
+// What: unit rows for the in-batch ops, and the gradient through them. Source: eq. (1) and (8) of
+// elva_kernels/reference.py and reference_batch.py; dx = (g - u (u . g)) / |x|. In: rows [R, D] in
+// bf16, fp16, fp32 or fp64, any strides; gradients on unit rows in fp32 (fp64). Out: dense unit
+// rows in fp32 (fp64), norms double [R, 2]; gradients in the rows' dtype. Work split: some rows a
+// thread. Bytes: each row twice from the caches, its unit row once. Numerics: double; fp64 rows are
+// scaled by a power of two first; one rounding. A row that is not finite becomes zeros with a norm
+// of NaN, a zero row has an inverse norm of 0. Deterministic. Reference:
+// elva_kernels.reference._unit.
+#include <math.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "layout.h"
+#include "numeric.h"
+#include "parallel.h"
+
+namespace elva {
+namespace {
+
+constexpr int64_t kLanes = 8;
+constexpr int64_t kElementsPerPiece = 1 << 16;  // about 50 us
+
+// Sum over i of term(i), in lanes and a tree.
+template <class Term>
+double sum_of(int64_t count, const Term& term) {
+  double lanes[kLanes] = {};
+  const int64_t whole = count - count % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
+  }
+  for (int64_t i = whole; i < count; ++i) lanes[i - whole] += term(i);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  }
+  return lanes[0];
+}
+
+// x 2^exponent, for an exponent whose power alone may leave the range.
+double scaled(double x, int exponent) {
+  const int first = exponent / 2;
+  return ldexp(ldexp(x, first), exponent - first);
+}
+
+template <class T>
+int exponent_of(const Row<T>& row, int64_t dim) {
+  if constexpr (!std::is_same_v<T, double>) return 0;  // their squares lie in double's range
+  double largest = 0;
+  for (int64_t i = 0; i < dim; ++i) largest = std::max(largest, std::fabs(to_double(row[i])));
+  int exponent = 0;
+  if (std::isfinite(largest)) frexp(largest, &exponent);
+  return exponent;
+}
+
+// norm[0]: 1 / |x 2^-e| (0 for a zero row, NaN for one that is not finite); norm[1]: e.
+template <class T, class V>
+void unit_row(const Row<T>& row, int64_t dim, V* out, double* norm) {
+  const int exponent = exponent_of(row, dim);
+  const auto at = [&](int64_t i) {
+    const double x = to_double(row[i]);
+    return exponent == 0 ? x : scaled(x, -exponent);
+  };
+  const double square = sum_of(dim, [&](int64_t i) {
+    const double x = at(i);
+    return x * x;
+  });
+  norm[1] = exponent;
+  if (!std::isfinite(square) || square == 0) {
+    norm[0] = square == 0 ? 0.0 : NAN;
+    std::fill(out, out + dim, V(0));
+    return;
+  }
+  const double root = std::sqrt(square);
+  norm[0] = 1 / root;
+  for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<V>(at(i) / root);
+}
+
+template <class T, class V>
+void gradient_row(const V* unit, const V* grad, const double* norm, int64_t dim, T* out) {
+  if (!(norm[0] != 0)) {
+    for (int64_t i = 0; i < dim; ++i) from_double(0.0, out + i);
+    return;
+  }
+  const double dot = sum_of(
+      dim, [&](int64_t i) { return static_cast<double>(unit[i]) * static_cast<double>(grad[i]); });
+  const int exponent = static_cast<int>(norm[1]);
+  for (int64_t i = 0; i < dim; ++i) {
+    const double x = (static_cast<double>(grad[i]) - static_cast<double>(unit[i]) * dot) * norm[0];
+    from_double(exponent == 0 ? x : scaled(x, -exponent), out + i);
+  }
+}
+
+int64_t grain(int64_t dim) { return std::max<int64_t>(1, kElementsPerPiece / dim); }
+
+template <class T>
+ElvaStatus unit_rows(const ElvaUnitRowsArgs& args) {
+  using V = typename ValueOf<T>::Type;
+  const T* rows = static_cast<const T*>(args.rows.data);
+  parallel_for(args.count, grain(args.dim), args.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Row<T> row{rows + i * args.rows.row_stride, args.rows.stride};
+      unit_row(row, args.dim, static_cast<V*>(args.unit) + i * args.dim, args.norm + 2 * i);
+    }
+  });
+  return ELVA_OK;
+}
+
+template <class T>
+ElvaStatus gradients(const ElvaUnitGradientArgs& args) {
+  using V = typename ValueOf<T>::Type;
+  parallel_for(args.count, grain(args.dim), args.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      gradient_row(static_cast<const V*>(args.unit) + i * args.dim,
+                   static_cast<const V*>(args.grad_unit) + i * args.dim, args.norm + 2 * i,
+                   args.dim, static_cast<T*>(args.grad_rows) + i * args.dim);
+    }
+  });
+  return ELVA_OK;
+}
+
+}  // namespace
+}  // namespace elva
+
+extern "C" {
+
+ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args) {
+  switch (args->dtype) {
+    case ELVA_BF16:
+      return elva::unit_rows<elva::Bf16>(*args);
+    case ELVA_FP16:
+      return elva::unit_rows<elva::Fp16>(*args);
+    case ELVA_FP32:
+      return elva::unit_rows<float>(*args);
+    default:
+      return elva::unit_rows<double>(*args);
+  }
+}
+
+ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args) {
+  switch (args->dtype) {
+    case ELVA_BF16:
+      return elva::gradients<elva::Bf16>(*args);
+    case ELVA_FP16:
+      return elva::gradients<elva::Fp16>(*args);
+    case ELVA_FP32:
+      return elva::gradients<float>(*args);
+    default:
+      return elva::gradients<double>(*args);
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,399 @@
+"""The in-batch ops out of the steps of `elva_kernels._C`: unit rows, products, rows of scores.
+
+Scores are held a chunk of queries at a time, masked and counted in place, and turned into slopes
+in place: three products for a loss and its gradients, four where both directions are wanted and the
+scores do not all fit (a column's sum has to be known before the first slope is). Inputs arrive
+checked by `library_batch`, with any strides. Reference: `elva_kernels.reference_batch`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elva_kernels.native import _DTYPE_CODES, _module, _value_dtype
+from elva_kernels.reference_batch import Batch, RankStatistics
+
+# Scores held at once where the caller has no say. Ours: the products lose nothing to it.
+_WORKSPACE_MB = 256
+_LEAST_ROWS = 192  # of a chunk: fewer, and packing the candidates costs as much as the product
+_ROW_PADDING = 16
+
+
+class _Units(NamedTuple):
+    """Unit rows, zeros where a row is not finite, and what gradients through them need."""
+
+    rows: Tensor  # value [R, D]
+    norm: Tensor  # float64 [R, 2]; [:, 0] is NaN where the row is not finite
+
+
+class _Sums(NamedTuple):
+    """Over negatives, in float64: exp((s - peak) / T), and that times (s - peak)."""
+
+    peak: Tensor
+    total: Tensor
+    moment: Tensor
+
+
+class _Terms(NamedTuple):
+    """What one direction of InfoNCE makes of each query's sums. Zero slopes for a bad pair."""
+
+    loss: Tensor  # [B] NaN for a bad pair
+    share: Tensor  # [B] a negative's probability over exp((s - peak) / T)
+    others: Tensor  # [B] the negatives' probability
+    heat: Tensor  # [B] d loss / d T
+
+
+def rank_statistics(
+    query: Tensor, candidates: Tensor, batch: Batch, *, k: int, temperature: Tensor | None
+) -> RankStatistics:
+    """As `reference_batch.rank_statistics`."""
+    run = _Run(query, candidates, batch, k, temperature, _WORKSPACE_MB)
+    for rows in run.chunks:
+        run.score(rows)
+    return run.statistics()
+
+
+def info_nce(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    *,
+    symmetric: bool,
+    workspace_mb: int,
+) -> tuple[Tensor, RankStatistics]:
+    """As `reference_batch.info_nce`."""
+    run = _Run(query, candidates, batch, 0, temperature, workspace_mb)
+    for rows in run.chunks:
+        scores = run.score(rows)
+        if symmetric:
+            run.add_columns(scores)
+    return run.loss(symmetric), run.statistics()
+
+
+def info_nce_and_gradients(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    weight: Tensor | None,
+    *,
+    symmetric: bool,
+    workspace_mb: int,
+    rounded: bool,
+) -> tuple[Tensor, RankStatistics, Tensor, Tensor, Tensor]:
+    """The loss, its statistics, and the gradients of sum(weight * loss).
+
+    Args:
+        weight: [B] in the dtype of the loss; None is 1.
+        rounded: gradients in the dtypes of the inputs; else in the loss's, the temperature's in
+            float64.
+    """
+    run = _Run(query, candidates, batch, 0, temperature, workspace_mb)
+    held = None
+    if symmetric:
+        for rows in run.chunks:
+            held = run.score(rows)
+            run.add_columns(held)
+    for rows in run.chunks:
+        if held is None or len(run.chunks) > 1:
+            held = run.score(rows)
+        run.slopes(held, rows, weight, symmetric)
+        run.add_gradients(held, rows)
+    dtypes = (query.dtype, candidates.dtype) if rounded else (run.dtype, run.dtype)
+    grad_query, grad_candidates = run.gradients(*dtypes)
+    heat = run.heat_gradient(weight, symmetric)
+    return (
+        run.loss(symmetric),
+        run.statistics(),
+        grad_query,
+        grad_candidates,
+        heat.to(temperature.dtype) if rounded else heat,
+    )
+
+
+def in_batch_gradients(
+    query: Tensor, candidates: Tensor, index: Tensor, slopes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `reference_batch.in_batch_gradients`."""
+    target = index[:, 0].contiguous()
+    run = _Run(query, candidates, Batch(target, None, None), 0, None, _WORKSPACE_MB)
+    run.target_score.copy_(torch.where(run.bad_pairs(), math.nan, 0.0))
+    for rows in run.chunks:
+        # A slope of no candidate goes to a column of padding, or of its own.
+        matrix = slopes.new_zeros(len(index[rows]), run.width + 1)
+        nowhere = torch.where(index[rows] < 0, run.width, index[rows])
+        matrix.scatter_(1, nowhere, slopes[rows])
+        run.add_gradients(matrix, rows)
+    return run.gradients(query.dtype, candidates.dtype)
+
+
+class _Run:
+    """One call: its unit rows, the chunk of scores, and the results as they come together."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        candidates: Tensor,
+        batch: Batch,
+        k: int,
+        temperature: Tensor | None,
+        workspace_mb: int,
+    ) -> None:
+        self.dtype = _value_dtype(query.dtype)
+        self.batch = batch
+        self.query, self.candidates = _units(query), _units(candidates)
+        b, m = len(query), len(candidates)
+        self.width = -(-m // _ROW_PADDING) * _ROW_PADDING
+        self.with_sums = temperature is not None
+        heat = math.nan if temperature is None else float(temperature)
+        self.temperature = heat if heat > 0 else math.nan
+        self.cold = 1 / self.temperature  # no sums where it is NaN
+        self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
+        self.workspace: Tensor | None = None
+
+        self.penalty = torch.full((self.width,), -math.inf, dtype=self.dtype)
+        self.penalty[:m] = torch.where(self.candidates.norm[:, 0].isnan(), -math.inf, 0.0)
+        self.n_greater, self.n_equal = (torch.empty(b, dtype=torch.int32) for _ in range(2))
+        self.target_score, self.hardest_score = (torch.empty(b, dtype=self.dtype) for _ in range(2))
+        self.hardest_index = torch.empty(b, dtype=torch.int64)
+        self.k = min(k, m)
+        self.topk_scores = torch.empty(b, self.k, dtype=self.dtype)
+        self.topk_index = torch.empty(b, self.k, dtype=torch.int64)
+        self.total, self.moment = (torch.empty(b, dtype=torch.float64) for _ in range(2))
+        self.columns = _Sums(
+            torch.full((self.width,), -math.inf, dtype=self.dtype),
+            *(torch.zeros(self.width, dtype=torch.float64) for _ in range(2)),
+        )
+        self.grad_units = [torch.zeros_like(x.rows) for x in (self.query, self.candidates)]
+
+    def score(self, rows: slice) -> Tensor:
+        """The masked scores of some queries, in the workspace; fills in their statistics."""
+        query = self.query.rows[rows]
+        if self.workspace is None:
+            self.workspace = torch.empty(len(query), self.width, dtype=self.dtype)
+            self.workspace[:, len(self.candidates.rows) :] = 0
+        scores = self.workspace[: len(query)]
+        _multiply(query, self.candidates.rows.T, scores)
+        max_score = math.inf if self.batch.max_score is None else self.batch.max_score
+        ids = self.batch.candidate_ids
+        _module().score_rows(
+            _DTYPE_CODES[self.dtype],
+            torch.get_num_threads(),
+            len(query),
+            len(self.candidates.rows),
+            self.width,
+            scores.data_ptr(),
+            self.penalty.data_ptr(),
+            self.query.norm[rows].data_ptr(),
+            self.batch.target[rows].data_ptr(),
+            0 if ids is None else ids.data_ptr(),
+            max_score,
+            self.cold,
+            self.k,
+            self.n_greater[rows].data_ptr(),
+            self.n_equal[rows].data_ptr(),
+            self.target_score[rows].data_ptr(),
+            self.hardest_score[rows].data_ptr(),
+            self.hardest_index[rows].data_ptr(),
+            self.topk_scores[rows].data_ptr(),
+            self.topk_index[rows].data_ptr(),
+            self.total[rows].data_ptr(),
+            self.moment[rows].data_ptr(),
+        )
+        return scores
+
+    def add_columns(self, scores: Tensor) -> None:
+        """Masked scores of some queries into the sums over columns."""
+        _module().column_sums(
+            _DTYPE_CODES[self.dtype],
+            torch.get_num_threads(),
+            len(scores),
+            self.width,
+            scores.data_ptr(),
+            self.cold,
+            *(x.data_ptr() for x in self.columns),
+        )
+
+    def statistics(self) -> RankStatistics:
+        lse = None
+        if self.with_sums:
+            terms = self.row_terms(slice(None))
+            lse = (terms.loss + self.target_score.double() / self.temperature).to(self.dtype)
+        return RankStatistics(
+            rank=1 + self.n_greater + self.n_equal,
+            n_greater=self.n_greater,
+            n_equal=self.n_equal,
+            target_score=self.target_score,
+            hardest_score=self.hardest_score,
+            hardest_index=self.hardest_index,
+            topk_scores=self.topk_scores,
+            topk_index=self.topk_index,
+            logsumexp=lse,
+        )
+
+    def row_terms(self, rows: slice) -> _Terms:
+        sums = _Sums(self.hardest_score[rows].double(), self.total[rows], self.moment[rows])
+        return self.terms(sums, rows)
+
+    def column_terms(self, rows: slice) -> _Terms:
+        peak, total, moment = (x[self.batch.target[rows]] for x in self.columns)
+        return self.terms(_Sums(peak.double(), total, moment), rows)
+
+    def terms(self, sums: _Sums, rows: slice) -> _Terms:
+        """Eq. 11 and 13 from the sums over negatives, and their derivatives."""
+        temperature = self.temperature
+        target = self.target_score[rows].double()
+        sound = target.isfinite()
+        target = torch.where(sound, target, 0.0)
+        peak = torch.where(sums.peak > -math.inf, sums.peak, target)
+        top = torch.maximum(peak, target)
+        weight = ((peak - top) / temperature).exp()
+        rest = weight * sums.total
+        whole = rest + ((target - top) / temperature).exp()
+        # A small loss is the logarithm of a number near 1.
+        ahead = torch.log1p(rest)
+        behind = whole.log() + (top - target) / temperature
+        loss = torch.where(top == target, ahead, behind)
+        share = torch.where(sound, weight / whole, 0.0)
+        gap = sums.moment + sums.total * (peak - target)
+        return _Terms(
+            loss=torch.where(sound, loss, math.nan),
+            share=share,
+            others=share * sums.total,
+            heat=-share * gap / temperature**2,
+        )
+
+    def loss(self, symmetric: bool) -> Tensor:
+        loss = self.row_terms(slice(None)).loss
+        if symmetric:
+            loss = (loss + self.column_terms(slice(None)).loss) / 2
+        return loss.to(self.dtype)
+
+    def upstream(self, weight: Tensor | None, rows: slice, symmetric: bool) -> Tensor:
+        """What multiplies each direction's slope: 0 for a bad pair, whatever its weight."""
+        half = 0.5 if symmetric else 1.0
+        sound = self.target_score[rows].isfinite()
+        value = half if weight is None else weight[rows].double() * half
+        return torch.where(sound, value, 0.0).double()
+
+    def slopes(self, scores: Tensor, rows: slice, weight: Tensor | None, symmetric: bool) -> None:
+        """Masked scores become d sum(weight * loss) / d score, in place."""
+        upstream = self.upstream(weight, rows, symmetric) * self.cold
+        terms = self.row_terms(rows)
+        target_slope = -upstream * terms.others
+        column_peak = column_factor = None
+        if symmetric:
+            everyone = slice(None)
+            columns = self.column_terms(everyone)
+            factors = self.upstream(weight, everyone, symmetric) * self.cold * columns.share
+            target_slope = target_slope - upstream * columns.others[rows]
+            sums = torch.zeros(self.width, dtype=torch.float64)
+            column_factor = sums.index_add_(0, self.batch.target, factors).to(self.dtype)
+            peak = self.columns.peak
+            column_peak = torch.where(peak > -math.inf, peak, 0.0)
+        hardest = self.hardest_score[rows]
+        operands = [
+            torch.where(hardest > -math.inf, hardest, 0.0),
+            (upstream * terms.share).to(self.dtype),
+            target_slope.to(self.dtype),
+            self.batch.target[rows],
+        ]
+        _module().slope_rows(
+            _DTYPE_CODES[self.dtype],
+            torch.get_num_threads(),
+            len(scores),
+            self.width,
+            scores.data_ptr(),
+            *(x.data_ptr() for x in operands),
+            0 if column_peak is None else column_peak.data_ptr(),
+            0 if column_factor is None else column_factor.data_ptr(),
+            self.cold,
+        )
+
+    def add_gradients(self, slopes: Tensor, rows: slice) -> None:
+        """Slopes on the scores of some queries into the gradients on unit rows."""
+        slopes = slopes[:, : len(self.candidates.rows)]
+        _multiply(slopes, self.candidates.rows, self.grad_units[0][rows])
+        _multiply(slopes.T, self.query.rows[rows], self.grad_units[1], add=True)
+
+    def gradients(
+        self, query_dtype: torch.dtype, candidate_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """On the rows themselves; NaN for a bad candidate and for a query of a bad pair."""
+        norm = self.query.norm
+        norm[:, 0] = torch.where(self.target_score.isfinite(), norm[:, 0], math.nan)
+        return (
+            _gradient(self.query, self.grad_units[0], query_dtype),
+            _gradient(self.candidates, self.grad_units[1], candidate_dtype),
+        )
+
+    def heat_gradient(self, weight: Tensor | None, symmetric: bool) -> Tensor:
+        everyone = slice(None)
+        heat = self.row_terms(everyone).heat
+        if symmetric:
+            heat = heat + self.column_terms(everyone).heat
+        return (self.upstream(weight, everyone, symmetric) * heat).sum()
+
+    def bad_pairs(self) -> Tensor:
+        """Bool [B]: queries that are not finite, or whose target is not."""
+        query, candidates = (x.norm[:, 0].isnan() for x in (self.query, self.candidates))
+        return query | candidates[self.batch.target]
+
+
+def _chunks(b: int, row_bytes: int, workspace_mb: int) -> list[slice]:
+    """Queries in chunks of equal size whose scores fit the workspace."""
+    if b == 0:
+        return []
+    most = max(_LEAST_ROWS, workspace_mb * 2**20 // row_bytes)
+    size = -(-b // -(-b // most))
+    return [slice(i, min(i + size, b)) for i in range(0, b, size)]
+
+
+def _units(rows: Tensor) -> _Units:
+    unit = torch.empty(*rows.shape, dtype=_value_dtype(rows.dtype))
+    norm = torch.empty(len(rows), 2, dtype=torch.float64)
+    _module().unit_rows(
+        _DTYPE_CODES[rows.dtype],
+        torch.get_num_threads(),
+        *rows.shape,
+        rows.data_ptr(),
+        *rows.stride(),
+        unit.data_ptr(),
+        norm.data_ptr(),
+    )
+    return _Units(unit, norm)
+
+
+def _gradient(units: _Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
+    grad = torch.empty(*units.rows.shape, dtype=dtype)
+    _module().unit_gradient(
+        _DTYPE_CODES[dtype],
+        torch.get_num_threads(),
+        *units.rows.shape,
+        units.rows.data_ptr(),
+        grad_unit.data_ptr(),
+        units.norm.data_ptr(),
+        grad.data_ptr(),
+    )
+    return grad
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """The first columns of out [m, n or more] = a [m, k] b [k, n], or += it."""
+    _module().matrix_product(
+        _DTYPE_CODES[a.dtype],
+        torch.get_num_threads(),
+        a.shape[0],
+        b.shape[1],
+        a.shape[1],
+        a.data_ptr(),
+        *a.stride(),
+        b.data_ptr(),
+        *b.stride(),
+        out.data_ptr(),
+        out.stride(0),
+        add,
+    )
