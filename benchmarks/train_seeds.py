@@ -1,7 +1,7 @@
 """The README's training table from finished runs: `python -m benchmarks.train_seeds RUN...`.
 
-Keeps each run's figures as results/train-<recipe>-seed-<seed>.json and prints the table of means
-with each figure's lowest and highest seed.
+Keeps each run's figures as results/train-<recipe>-seed-<seed>.json and prints the table; of several
+seeds, the means with each figure's lowest and highest.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     for rows in zip(*(r["figures"]["rows"] for r in runs), strict=True):
         kind = rows[0]["kind"]
         values = [[row["figures"][key] for row in rows] for key in COLUMNS]
-        cells = [f"{fmean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values]
+        spread = [f" ({min(v):.3f} to {max(v):.3f})" if len(v) > 1 else "" for v in values]
+        cells = [f"{fmean(v):.3f}{between}" for v, between in zip(values, spread, strict=True)]
         seconds = f"{fmean(row['seconds'] for row in rows):.0f}"
         lines.append(f"| {kind} {rows[0]['name']} | " + " | ".join([*cells, seconds]) + " |")
     return "\n".join(lines)
