@@ -16,7 +16,9 @@ SCORE = {
 # The same where a matrix product accumulates: scores of a batch.
 BATCH = SCORE | {torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.float32: 1e-5}
 
-# |gradient - float64 truth| * |row|, beside half an ulp of the dtype that stores the gradient.
+# |gradient - float64 truth| * |row|, beside half an ulp of the dtype that stores the gradient. With
+# soft ranks colder than the suite's 0.05, whose slopes grow as 1 / rank_temperature, it is relative
+# to 1 + 1 / rank_temperature.
 GRADIENT = {
     torch.bfloat16: 2e-6,
     torch.float16: 2e-6,
