@@ -41,31 +41,52 @@ def write(name: str, result: dict[str, Any]) -> Path:
 
 
 # Column, its key in a row, its format; what is not known reads "-".
-COLUMNS = (
+TIMES = (
     ("median ms", "median_ms", ".4f"),
     ("p20", "p20_ms", ".4f"),
     ("p80", "p80_ms", ".4f"),
     ("best", "best_ms", ".4f"),
     ("GB/s", "gbps", ".1f"),
-    ("of copy", "of_copy", ".0%"),
-    ("x eager", "times_eager", ".1f"),
-    ("MB extra", "extra_mb", ".1f"),
-    ("score err", "score_error", ".1e"),
-    ("grad err", "grad_error", ".1e"),
 )
+COLUMNS = {
+    "reward": (
+        *TIMES,
+        ("of copy", "of_copy", ".0%"),
+        ("x eager", "times_eager", ".1f"),
+        ("MB extra", "extra_mb", ".1f"),
+        ("score err", "score_error", ".1e"),
+        ("grad err", "grad_error", ".1e"),
+    ),
+    "topk": (
+        *TIMES,
+        ("GFLOP/s", "gflops", ".0f"),
+        ("of floor", "of_floor", ".0%"),
+        ("x torch", "times_torch", ".2f"),
+        ("MB extra", "extra_mb", ".1f"),
+        ("score err", "score_error", ".1e"),
+    ),
+}
+COUNTED = {
+    "reward": "GB/s counts each input read once and each gradient written once",
+    "topk": "GB/s counts the corpus read once; errors are over |q| |c|",
+}
 
 
 def show(result: dict[str, Any]) -> str:
     """`result` as text: the machine, the ceilings, a row for each case and provider."""
+    op = result.get("op", "reward")
     lines = ["  ".join(f"{key} {value}" for key, value in result["machine"].items())]
     for name, ceiling in result["ceilings"].items():
         slow, fast = ceiling["slow_gbps"], ceiling["fast_gbps"]
         times = f"p80 {slow:.1f}, p20 {fast:.1f}, best {ceiling['best_gbps']:.1f}"
         lines.append(f"{name} {ceiling['gbps']:.1f} GB/s ({times})")
-    lines.append("GB/s counts each input read once and each gradient written once")
-    lines.append(f"{'shape, dtype, provider':56s}" + "".join(f"{x[0]:>10s}" for x in COLUMNS))
+    lines += [f"not run: {name}: {why}" for name, why in result.get("not_run", {}).items()]
+    lines.append(COUNTED[op])
+    columns = COLUMNS[op]
+    lines.append(f"{'shape, dtype, provider':56s}" + "".join(f"{x[0]:>10s}" for x in columns))
     for row in result["rows"]:
-        cells = ["-" if row[key] is None else format(row[key], form) for _, key, form in COLUMNS]
+        found = ((row.get(key), form) for _, key, form in columns)
+        cells = ["-" if value is None else format(value, form) for value, form in found]
         title = f"{row['shape']} {row['dtype']} {row['provider']}"
         lines.append(f"{title:56s}" + "".join(f"{cell:>10s}" for cell in cells))
     return "\n".join(lines)

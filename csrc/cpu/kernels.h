@@ -67,6 +67,8 @@ struct ScanJob {
   int64_t dim;
   double* dot;     // [kScanQueries, count]
   double* square;  // [count]; null: known from an earlier job, which has also read the rows
+  const void* const* next;  // [count]: rows of which bytes [next_begin, next_end) are asked for
+  int64_t next_begin, next_end;
 };
 
 constexpr int64_t kScanQueries = 4;

@@ -43,7 +43,7 @@ class Scanner {
 
   static size_t arena_bytes(const ElvaTopkArgs& args) {
     const int64_t rows = block_rows<T>(args.dim);
-    return Arena::bytes_for<const void*>(rows + kScanAhead) +
+    return Arena::bytes_for<const void*>(rows + kScanAhead) + Arena::bytes_for<const void*>(rows) +
            Arena::bytes_for<double>(kScanQueries * rows) + 2 * Arena::bytes_for<double>(rows) +
            Arena::bytes_for<T>(args.dim) +
            Arena::bytes_for<T>(args.corpus.stride == 1 ? 0 : rows * args.dim);
@@ -57,6 +57,7 @@ class Scanner {
         lists_(lists),
         slot_(slot),
         rows_(arena->take<const void*>(block_rows<T>(args.dim) + kScanAhead)),
+        next_(arena->take<const void*>(block_rows<T>(args.dim))),
         dots_(arena->take<double>(kScanQueries * block_rows<T>(args.dim))),
         norms_(arena->take<double>(block_rows<T>(args.dim))),
         inverses_(arena->take<double>(block_rows<T>(args.dim))),
@@ -68,10 +69,12 @@ class Scanner {
   void block(int64_t first, int64_t count) {
     const int64_t whole = (count + kScanRows - 1) / kScanRows * kScanRows;
     find_rows(first, count, whole);
-    ScanJob job{nullptr, 0, rows_, whole, args_.dim, dots_, norms_};
+    find_next(first + whole, whole);
+    ScanJob job{nullptr, 0, rows_, whole, args_.dim, dots_, norms_, next_, 0, 0};
     for (int64_t q = 0; q < queries_.count(); q += kScanQueries) {
       job.queries = queries_.pointers(q);
       job.query_count = static_cast<int32_t>(std::min(kScanQueries, queries_.count() - q));
+      ask_for_part(q / kScanQueries, &job);
       scan_(job);
       if (job.square != nullptr) set_norms(count);
       job.square = nullptr;
@@ -98,6 +101,23 @@ class Scanner {
         pack(Row<T>{data, args_.corpus.stride}, args_.dim, packed_ + r * args_.dim);
       }
     }
+  }
+
+  // The block after this one, or the corpus's last row in its place.
+  void find_next(int64_t first, int64_t count) {
+    const T* corpus = static_cast<const T*>(args_.corpus.data);
+    for (int64_t r = 0; r < count; ++r)
+      next_[r] = corpus + std::min(first + r, args_.rows - 1) * args_.corpus.row_stride;
+  }
+
+  // The next block comes from memory while this one is computed: all jobs but the first, which
+  // reads ahead by itself, ask for equal parts of its rows.
+  void ask_for_part(int64_t tile, ScanJob* job) const {
+    const int64_t parts = (queries_.count() - 1) / kScanQueries;
+    if (tile == 0 || packed_ != nullptr) return;
+    const int64_t lines = (args_.dim * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+    job->next_begin = (tile - 1) * lines / parts * 64;
+    job->next_end = tile * lines / parts * 64;
   }
 
   // From the squares in norms_. The inverse of a row outside the fast path's range is NaN, which
@@ -133,7 +153,7 @@ class Scanner {
     const void* copies[kScanRows + kScanAhead];
     std::fill(copies, copies + kScanRows + kScanAhead, scaled_);
     double dots[kScanQueries * kScanRows], squares[kScanRows];
-    ScanJob job{nullptr, 0, copies, kScanRows, args_.dim, dots, squares};
+    ScanJob job{nullptr, 0, copies, kScanRows, args_.dim, dots, squares, copies, 0, 0};
     for (int64_t q = 0; q < queries_.count(); q += kScanQueries) {
       job.queries = queries_.pointers(q);
       job.query_count = static_cast<int32_t>(std::min(kScanQueries, queries_.count() - q));
@@ -156,6 +176,7 @@ class Scanner {
   Lists<V>* const lists_;
   const int64_t slot_;
   const void** rows_;
+  const void** next_;
   double* dots_;
   double* norms_;
   double* inverses_;

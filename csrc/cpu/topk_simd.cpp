@@ -33,7 +33,11 @@ struct Tile {
   double sums[kVectors] = {};
 
   void clear() {
-    for (V& vector : vectors) vector = V::zero();
+    // In fours, since the compiler unrolls no loop of 20, and an array that is indexed by a
+    // variable stays in memory.
+    for (int k = 0; k < kVectors; k += 4) {
+      for (int j = 0; j < 4; ++j) vectors[k + j] = V::zero();
+    }
   }
   void step(const T* const* queries, int64_t i, const Element* rows) {
     for (int c = 0; c < C; ++c) {
@@ -64,13 +68,13 @@ void scan_tile(const T* const* query_pointers, const T* const* row_pointers, int
     ahead[r] = row_pointers[r + kScanAhead];
   }
   Tile<T, C, R, kSquares> tile;
-  typename D::Element elements[R];
   const int64_t whole = dim - dim % D::kStep;
   for (int64_t i = 0; i < dim;) {
     tile.clear();
     const int64_t chain = i + kChain * D::kStep;
     const int64_t end = chain < whole ? chain : whole;
     for (; i < end; i += D::kStep) {
+      typename D::Element elements[R];
       for (int r = 0; r < R; ++r) {
         elements[r] = D::load(rows[r] + i);
         if constexpr (kSquares) prefetch_far(ahead[r] + i);
@@ -78,6 +82,7 @@ void scan_tile(const T* const* query_pointers, const T* const* row_pointers, int
       tile.step(queries, i, elements);
     }
     if (i == whole && i < dim) {
+      typename D::Element elements[R];
       for (int r = 0; r < R; ++r) elements[r] = D::load(rows[r] + i, dim - i);
       tile.step(queries, i, elements);
       i = dim;
@@ -99,6 +104,10 @@ void scan_block(const ScanJob& job, int64_t first) {
   const int64_t n = job.count;
   double* dot = job.dot + first * n;
   for (int64_t i = 0; i < n; i += kTileRows) {
+    for (int64_t r = 0; first == 0 && r < kTileRows; ++r) {
+      const char* next = static_cast<const char*>(job.next[i + r]);
+      for (int64_t at = job.next_begin; at < job.next_end; at += 64) prefetch_far(next + at);
+    }
     if (first == 0 && job.square != nullptr) {
       scan_tile<T, C, kTileRows, true>(queries, rows + i, job.dim, n, dot + i, job.square + i);
     } else {

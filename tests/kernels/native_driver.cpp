@@ -108,17 +108,44 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   if (elva_reward_from_scores_cpu(&given) != ELVA_OK) abort();
 }
 
+void one_search(ElvaDtype dtype, int64_t queries, int64_t rows, int64_t dim, int64_t stride,
+                bool special, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto query = numbers(dtype, queries * dim * stride, special, &random);
+  const auto corpus = numbers(dtype, rows * dim * stride, special, &random);
+  for (int64_t k : {int64_t{1}, int64_t{7}, rows}) {
+    std::vector<char> scores(static_cast<size_t>(queries * k * (dtype == ELVA_FP64 ? 8 : 4)));
+    std::vector<int64_t> index(static_cast<size_t>(queries * k));
+    ElvaTopkArgs args = {};
+    args.dtype = dtype;
+    args.threads = 3;
+    args.metric = k == 7 ? ELVA_DOT : ELVA_COSINE;
+    args.queries = queries;
+    args.rows = rows;
+    args.dim = dim;
+    args.k = k;
+    args.query = rows_of(query.data(), 1, dim, stride);
+    args.corpus = rows_of(corpus.data(), 1, dim, stride);
+    args.scores = scores.data();
+    args.index = index.data();
+    if (elva_topk_cpu(&args) != ELVA_OK) abort();
+  }
+}
+
 void many_calls(unsigned seed) {
   for (ElvaDtype dtype : {ELVA_BF16, ELVA_FP16, ELVA_FP32, ELVA_FP64}) {
     for (int64_t dim : {1, 31, 32, 100}) {
       for (int64_t stride : {1, 3}) {
         one_call(dtype, 5, 9, dim, stride, false, seed);
         one_call(dtype, 3, 17, dim, stride, true, seed + 1);
+        one_search(dtype, 6, 263, dim, stride, false, seed);
+        one_search(dtype, 3, 21, dim, stride, true, seed + 1);
       }
     }
     one_call(dtype, 2, 0, 8, 1, false, seed);
     one_call(dtype, 2, 600, 16, 1, false, seed);
     one_call(dtype, 24, 20, 512, 1, false, seed);
+    one_search(dtype, 9, 301, 512, 1, false, seed);
   }
 }
 

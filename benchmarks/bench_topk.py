@@ -1,0 +1,153 @@
+"""Flat search against torch, the memory and the matrix product: `python -m benchmarks.bench_topk`.
+
+Each case is checked against float64 first; a red op gets no speed. Ours, torch and the ceilings
+take turns call by call; other libraries run in processes of their own, before them. The floor of a
+case is the slower of one read of the corpus and a matrix product of its size in its dtype.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import elva_kernels
+from benchmarks import report, search_rivals
+from benchmarks.bench_reward import DTYPES, extra_mb, spread, timed
+from benchmarks.ceilings import BYTES, Ceilings
+
+ROWS, DIM, K = 100_000, 1536, 10
+CASES = ((1, "bf16"), (16, "bf16"), (32, "bf16"), (256, "bf16"), (1, "fp32"), (32, "fp32"))
+MAX_ERROR = 1e-5  # over |q| |c|
+GEMM = (1024, DIM, 2048)  # m x k x n of the product that measures the arithmetic
+Search = Callable[[Tensor], Any]
+
+
+def searches_of(corpus: Tensor) -> dict[str, Search]:
+    """Each takes a query [Q, D] and gives scores and index [Q, K]."""
+    exact = corpus.float()
+    found: dict[str, Search] = {
+        "ours, dot": lambda q: elva_kernels.topk(q, corpus, K, metric="dot", backend="cpu"),
+        "ours, cosine": lambda q: elva_kernels.topk(q, corpus, K, backend="cpu"),
+        "torch mm + topk": lambda q: torch.mm(q, corpus.mT).topk(K),
+    }
+    if corpus.dtype != torch.float32:
+        found["torch mm + topk, fp32 copy"] = lambda q: torch.mm(q.float(), exact.mT).topk(K)
+    return found
+
+
+def error_of(query: Tensor, corpus: Tensor, result: Any, cosine: bool) -> float:
+    """Largest |score - truth| of the rows found, and of each place's best, over |q| |c|."""
+    scores, index = result
+    norms = query.double().norm(dim=-1, keepdim=True) * corpus.double().norm(dim=-1)
+    truth = query.double() @ corpus.double().mT
+    got = truth.gather(-1, index) / norms.gather(-1, index)
+    found = scores.double() if cosine else scores.double() / norms.gather(-1, index)
+    error = (found - got).abs().max().item()
+    if cosine:
+        missed = (truth / norms).topk(K).values - got
+    else:
+        missed = (truth.topk(K).values - truth.gather(-1, index)) / norms.gather(-1, index)
+    return max(error, missed.abs().max().item())
+
+
+def checked(name: str, run: Search, query: Tensor, corpus: Tensor) -> dict[str, Any]:
+    """The error and the extra memory of a search; ends the program where ours is red."""
+    result = run(query)
+    error = error_of(query, corpus, result, cosine="cosine" in name)
+    if name.startswith("ours"):
+        again = run(query)
+        if error > MAX_ERROR or any(
+            not torch.equal(a, b) for a, b in zip(result, again, strict=True)
+        ):
+            sys.exit(f"topk: {name}, {query.dtype} is red: error {error}, or its bits differ")
+    return {"score_error": error, "extra_mb": extra_mb(lambda: run(query), 12 * K * len(query))}
+
+
+def measure(n_queries: int, dtype: str, seconds: float) -> tuple[Any, dict[str, list[float]]]:
+    """Rows of one case, and the read, copy and product times that were taken in turns with it."""
+    corpus = torch.randn(ROWS, DIM).to(DTYPES[dtype])
+    queries = [torch.randn(n_queries, DIM).to(DTYPES[dtype]) for _ in range(4)]
+    searches = searches_of(corpus)
+    facts = {name: checked(name, run, queries[0], corpus) for name, run in searches.items()}
+    ceilings = Ceilings()
+    left, right = (torch.randn(x).to(DTYPES[dtype]) for x in (GEMM[:2], GEMM[1:]))
+    turns: dict[str, Callable[[int], Any]] = {
+        name: lambda i, run=run: run(queries[i % 4]) for name, run in searches.items()
+    }
+    turns |= {"read": lambda _: ceilings.read(), "copy": lambda _: ceilings.copy()}
+    turns["product"] = lambda _: torch.mm(left, right)
+    times = timed(turns, seconds)
+    corpus_bytes = corpus.numel() * corpus.element_size()
+    operations = 2 * n_queries * corpus.numel()
+    read_ms = corpus_bytes / BYTES * spread(times["read"])[1]
+    product_ms = operations / (2 * GEMM[0] * GEMM[1] * GEMM[2]) * spread(times["product"])[1]
+    rows = []
+    for name in searches:
+        low, median, high = spread(times[name])
+        row = {"shape": f"{n_queries}x{ROWS}x{DIM}", "dtype": dtype, "provider": name}
+        row |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "best_ms": min(times[name])}
+        row |= {"calls": len(times[name]), "gbps": corpus_bytes / median / 1e6}
+        row |= {"gflops": operations / median / 1e6, "read_ms": read_ms, "product_ms": product_ms}
+        row["of_floor"] = max(read_ms, product_ms) / median
+        row["times_torch"] = spread(times["torch mm + topk"])[1] / median
+        rows.append(row | facts[name])
+    return rows, {name: times[name] for name in ("read", "copy")}
+
+
+def others(n_queries: int, threads: int, seconds: float) -> tuple[list[Any], dict[str, str]]:
+    """Rows of the libraries that are installed, and why the others were not run."""
+    rows, not_run = [], {}
+    for name in search_rivals.RIVALS:
+        sizes = (n_queries, ROWS, DIM, K, threads)
+        times = search_rivals.milliseconds(name, *sizes, seconds=seconds)
+        if isinstance(times, str):
+            not_run[name] = times
+            continue
+        low, median, high = spread(times)
+        row = {"shape": f"{n_queries}x{ROWS}x{DIM}", "dtype": "fp32", "provider": name}
+        row |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "best_ms": min(times)}
+        row |= {"calls": len(times), "gbps": 4 * ROWS * DIM / median / 1e6}
+        row |= {"gflops": 2 * n_queries * ROWS * DIM / median / 1e6}
+        rows.append(row)
+    return rows, not_run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_topk", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, per case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="one query in bf16, no file")
+    arguments = parser.parse_args()
+    reason = elva_kernels.available_backends()["cpu"]
+    if reason is not None:
+        sys.exit(f"benchmarks: {reason}; the package of this tree is meant: pip install -e .")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    rows: list[Any] = []
+    not_run: dict[str, str] = {}
+    ceilings: dict[str, list[float]] = {"read": [], "copy": []}
+    for n_queries, dtype in CASES[:1] if arguments.quick else CASES:
+        if dtype == "bf16":
+            more, not_run = others(n_queries, arguments.threads, arguments.seconds / 2)
+            rows += more
+        more, times = measure(n_queries, dtype, arguments.seconds)
+        rows += more
+        for name, values in times.items():
+            ceilings[name] += values
+    result = {"op": "topk", "machine": report.machine(), "ceilings": {}, "rows": rows}
+    for name, factor in (("read", 1), ("copy", 2)):
+        fast, median, slow = (factor * BYTES / t / 1e6 for t in spread(ceilings[name]))
+        best = factor * BYTES / min(ceilings[name]) / 1e6
+        result["ceilings"][name] = {"gbps": median, "fast_gbps": fast, "slow_gbps": slow}
+        result["ceilings"][name]["best_gbps"] = best
+    result["not_run"] = not_run
+    print(report.show(result))
+    if not arguments.quick:
+        print(report.write("topk", result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Flat search by other libraries, each in a process of its own: beside torch they slow each other.
+
+`python -m benchmarks.search_rivals NAME QUERIES ROWS DIM K THREADS SECONDS` prints a list of
+milliseconds as JSON.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+RIVALS = {"faiss IndexFlatIP fp32": "faiss", "usearch exact fp32": "usearch"}
+
+
+def milliseconds(name: str, *sizes: int, seconds: float) -> list[float] | str:
+    """The times of rival `name` for (queries, rows, dim, k, threads), or why there are none."""
+    package = RIVALS[name]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    command = [sys.executable, "-m", __spec__.name, package, *map(str, (*sizes, seconds))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        return done.stderr.strip().rsplit("\n", 1)[-1] or f"exit status {done.returncode}"
+    times: list[float] = json.loads(done.stdout)
+    return times
+
+
+def _faiss(corpus: Any, k: int, threads: int) -> Callable[[Any], Any]:
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatIP(corpus.shape[1])
+    index.add(corpus)
+    return lambda query: index.search(query, k)
+
+
+def _usearch(corpus: Any, k: int, threads: int) -> Callable[[Any], Any]:
+    from usearch.index import MetricKind, search
+
+    return lambda query: search(corpus, query, k, MetricKind.IP, exact=True, threads=threads)
+
+
+def main() -> None:
+    package, *sizes, seconds = sys.argv[1:]
+    n_queries, n_rows, dim, k, threads = map(int, sizes)
+    random = np.random.default_rng(0)
+    corpus = random.standard_normal((n_rows, dim), dtype=np.float32)
+    query = random.standard_normal((n_queries, dim), dtype=np.float32)
+    run = {"faiss": _faiss, "usearch": _usearch}[package](corpus, k, threads)
+    run(query)
+    times: list[float] = []
+    end = time.perf_counter() + float(seconds)
+    while time.perf_counter() < end or len(times) < 7:
+        start = time.perf_counter()
+        run(query)
+        times.append((time.perf_counter() - start) * 1e3)
+    print(json.dumps(times))
+
+
+if __name__ == "__main__":
+    main()
