@@ -32,7 +32,8 @@ class Rollouts:
 
     @staticmethod
     def cat(parts: Sequence[Rollouts], pad: int) -> Rollouts:
-        """Join along the rows, padding to the longest."""
+        """Join along the rows, padding to the longest; `pad` must be an id that may be written, or
+        its log-probability is -inf and its gradient NaN."""
         width = max(p.ids.shape[1] for p in parts)
 
         def wide(x: Tensor, value: float) -> Tensor:

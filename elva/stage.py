@@ -190,7 +190,7 @@ class StageTrainer(ResumableTrainer):
             )
             order += [i * groups + g for i in rows for g in range(groups)]
         back = torch.tensor(order).argsort().to(self.retriever.device)
-        return Rollouts.cat(parts, pad=0).select(back)
+        return Rollouts.cat(parts, pad=self.retriever.inputs.ret_id).select(back)
 
     def _score(self, rolled: _Rolled) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
         """Step 2: d loss / d embeddings [R, D], advantages [R] and what to log."""
