@@ -169,7 +169,7 @@ _STAGE_2 = StageConfig(
     lm=2.0,  # what limits a model of this size is reading its pictures
     infonce=1.0,
     tasks=_RETRIEVAL,
-    steps=240,
+    steps=250,
     batch_size=64,
     learning_rate=5e-4,
     train_vision=True,
@@ -194,11 +194,11 @@ _EMOJI = Recipe(
         "0": StageConfig(
             lm=1.0,
             completions="gold",
-            tasks={"i2t": 0.65, "t2i": 0.25, "it2i": 0.1},
+            tasks={"i2t": 0.8, "t2i": 0.12, "it2i": 0.08},
             steps=2200,
             batch_size=24,
             learning_rate=1.2e-3,
-            weight_decay=0.5,
+            weight_decay=0.7,  # at 0.3 held-out captions lag far behind the trained ones
             train_vision=True,
         ),
         "1": StageConfig(lm=0.5, infonce=1.0, tasks={"t2t": 1.0}, steps=25, learning_rate=5e-4),
