@@ -156,11 +156,8 @@ def lattice(b, m, d, dtype):
 
 
 def exact_negatives(scores, target, ids=None, max_score=None):
-    """Bool [B, M]: who is a negative of whom, one pair at a time."""
-    negative = torch.zeros(scores.shape, dtype=torch.bool)
-    for i, t in enumerate(target.tolist()):
-        for j in range(scores.shape[1]):
-            same = ids is not None and ids[j] == ids[t]
-            above = max_score is not None and scores[i, j] > max_score
-            negative[i, j] = j != t and not same and not above
-    return negative
+    """Bool [B, M]: who is a negative of whom."""
+    negative = torch.arange(scores.shape[1]) != target.unsqueeze(1)
+    if ids is not None:
+        negative &= ids != ids[target].unsqueeze(1)
+    return negative if max_score is None else negative & (scores <= max_score)
