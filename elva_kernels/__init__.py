@@ -1,6 +1,12 @@
 """Kernels for retrieval embeddings trained by ranking rewards (ELVA, arXiv:2606.20280)."""
 
-from elva_kernels.dispatch import BackendUnavailable, Report, available_backends, doctor
+from elva_kernels.dispatch import (
+    BackendUnavailable,
+    Report,
+    available_backends,
+    doctor,
+    warm_up,
+)
 from elva_kernels.modules import RankingRewardLoss
 from elva_kernels.ops import (
     group_advantages,
@@ -21,4 +27,5 @@ __all__ = [
     "ranking_reward",
     "ranking_reward_and_grad",
     "reward_from_scores",
+    "warm_up",
 ]

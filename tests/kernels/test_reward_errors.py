@@ -116,8 +116,8 @@ SCALARS = [
     ({"rank_temperature": -1.0}, ValueError, "rank_temperature must be finite and at least 0"),
     ({"rank_temperature": math.nan}, ValueError, "rank_temperature must be finite"),
     ({"rank_temperature": 1e-9}, ValueError, "rank_temperature must be 0 or at least 1e-06"),
-    ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu, reference, got 'gpu'"),
-    ({"backend": None}, ValueError, "backend must be one of auto, cpu, reference, got None"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu, triton, reference, got 'gpu'"),
+    ({"backend": None}, ValueError, "backend must be one of auto, cpu, triton, reference, got None"),
     (
         {"backend": "cpu", "rank_temperature": 0.1},
         BackendUnavailable,

@@ -1,0 +1,137 @@
+"""Triton kernels compiled ahead of time, and what each takes: registers, spills, shared memory.
+
+Needs no GPU and no driver. `python -m tests.kernels.triton_resources` rewrites the committed table
+(triton_resources.json), which `test_triton_compile` holds the kernels to.
+"""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).parent / "triton_resources.json"
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx942": ("hip", "gfx942", 64),
+}
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+# kernel -> the inputs that lead its strides, in order; what is an output of the reward's dtype.
+VALUES = {"reward", "margin_reward", "rank_reward", "scores", "live_scores", "upstream"}
+EXACT = {"scratch", "saved", "slopes"}
+WEIGHTS = {"margin", "rank_penalty", "w_margin", "w_rank", "coldness"}
+
+# (kernel, dtype, what it leaves out, soft ranks). Each is compiled aligned and not.
+VARIANTS = {
+    "forward-bf16": ("reward", torch.bfloat16, ("upstream", "mask", "saved", "grads"), False),
+    "saved-fp16-masked": ("reward", torch.float16, ("upstream", "grads"), False),
+    "value_and_grad-bf16": ("reward", torch.bfloat16, ("mask",), False),
+    "value_and_grad-fp32": ("reward", torch.float32, ("mask", "upstream"), False),
+    "value_and_grad-bf16-soft": ("reward", torch.bfloat16, (), True),
+    "value_and_grad-fp64": ("reward", torch.float64, (), False),
+    "backward-bf16": ("gradient", torch.bfloat16, ("mask",), False),
+    "backward-fp32-masked": ("gradient", torch.float32, (), False),
+    "scores-bf16": ("scores", torch.bfloat16, (), False),
+    "scores-fp32-soft": ("scores", torch.float32, ("mask",), True),
+    "scores_gradient-fp32": ("scores_gradient", torch.float32, (), False),
+    "scores_gradient-bf16-soft": ("scores_gradient", torch.bfloat16, ("mask",), True),
+}
+DIM = 1536
+LEFT_OUT = {
+    "saved": ("scratch", "saved"),
+    "grads": ("grad_query", "grad_positive", "grad_negatives"),
+}
+
+
+def compile_variant(name, aligned, target):
+    """The compiled kernel: `asm`, `metadata`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from elva_kernels.triton_kernels import launch, reward, scores
+
+    family, dtype, left_out, soft = VARIANTS[name]
+    module = scores if family.startswith("scores") else reward
+    kernel = getattr(module, f"{family}_kernel")
+    gpu = GPUTarget(*TARGETS[target])
+    sizes = launch.blocks(DIM, dtype, gpu.backend == "hip")
+    constants = {"SOFT": soft, "SAME": aligned, "ROWS": sizes.rows, "RANKS": launch._RANKS}
+    constants |= {"BLOCK": sizes.columns, "SPAN": launch._SPAN * sizes.columns}
+    num_warps = sizes.num_warps
+    if module is scores:
+        constants["BLOCK"], num_warps = launch._RANKS, 4
+    absent = {x for name in left_out for x in LEFT_OUT.get(name, (name,))}
+    source = ASTSource(kernel, *_specialise(kernel, dtype, aligned, absent, constants))
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def _specialise(kernel, dtype, aligned, absent, constants):
+    """Signature, constants and attributes, as a call with such arguments would have them."""
+    value = "fp64" if dtype == torch.float64 else "fp32"
+    signature, fixed, attributes = {}, {}, {}
+    for at, name in enumerate(inspect.signature(kernel.fn).parameters):
+        if name in absent or name in constants:
+            signature[name], fixed[(at,)] = "constexpr", constants.get(name)
+        elif name.endswith("_strides"):
+            # lead strides, the last dimension's, the row's; the last is 1 in aligned tensors
+            signature[name] = ("i64", "i64", "constexpr" if aligned else "i64", "i64")
+            if aligned:
+                fixed[(at, 2)] = 1
+                attributes |= {(at, i): [["tt.divisibility", 16]] for i in (0, 1, 3)}
+        elif name in WEIGHTS:
+            signature[name] = "fp64"
+        elif name in ("candidates", "dim", "inner"):
+            signature[name] = "i32"
+            if aligned and name == "dim":
+                attributes[(at,)] = [["tt.divisibility", 16]]
+        else:
+            is_value = name in VALUES and not (name == "scores" and "live_scores" in str(kernel.fn))
+            kind = NAMES[dtype]
+            kind = value if is_value else kind
+            kind = {"mask": "i1", "rank": "i32"}.get(name, "fp64" if name in EXACT else kind)
+            signature[name] = f"*{kind}"
+            if aligned:
+                attributes[(at,)] = [["tt.divisibility", 16]]
+    return signature, fixed, attributes
+
+
+def resources(compiled, target):
+    """Registers, spilled bytes (or registers, on AMD) and shared memory of a compiled kernel."""
+    if TARGETS[target][0] == "hip":
+        text = compiled.asm["amdgcn"]
+        found = {
+            key: max(int(x) for x in re.findall(rf"\.{key}:\s+(\d+)", text))
+            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        registers, spills = found["vgpr_count"], found["vgpr_spill_count"]
+        return {
+            "registers": registers,
+            "spills": spills + found["sgpr_spill_count"],
+            "shared": compiled.metadata.shared,
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(__import__("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": found["REG"],
+        "spills": found["STACK"] + found["LOCAL"],
+        "shared": compiled.metadata.shared,
+    }
