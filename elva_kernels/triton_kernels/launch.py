@@ -28,8 +28,8 @@ class Blocks(NamedTuple):
 
 
 # By D: the first row whose D is not exceeded. `columns` decides the order of sums, so it is the
-# same on every GPU; rows and warps only decide speed. Sized by the registers that the compiler reports
-# (tests/kernels/triton_resources.json) and the bytes in flight; not yet timed on a GPU.
+# same on every GPU; rows and warps only decide speed. Sized by the registers that the compiler
+# reports (tests/kernels/triton_resources.json) and the bytes in flight; not yet timed on a GPU.
 _NVIDIA = ((32, Blocks(32, 32, 4)), (2**63, Blocks(16, 128, 8)))
 _AMD = ((32, Blocks(32, 32, 2)), (2**63, Blocks(16, 128, 4)))  # a wavefront holds 64 threads
 _SPAN = 16  # tiles summed in lanes before they are added up in float64

@@ -17,6 +17,7 @@ from elva_kernels import (
 )
 
 Q, P, N = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
+BACKENDS = "auto, cpu, triton, reference"
 MASK = torch.ones(3, 5, dtype=torch.bool)
 META = torch.empty(3, 8, device="meta")
 
@@ -116,8 +117,8 @@ SCALARS = [
     ({"rank_temperature": -1.0}, ValueError, "rank_temperature must be finite and at least 0"),
     ({"rank_temperature": math.nan}, ValueError, "rank_temperature must be finite"),
     ({"rank_temperature": 1e-9}, ValueError, "rank_temperature must be 0 or at least 1e-06"),
-    ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu, triton, reference, got 'gpu'"),
-    ({"backend": None}, ValueError, "backend must be one of auto, cpu, triton, reference, got None"),
+    ({"backend": "gpu"}, ValueError, f"backend must be one of {BACKENDS}, got 'gpu'"),
+    ({"backend": None}, ValueError, f"backend must be one of {BACKENDS}, got None"),
     (
         {"backend": "cpu", "rank_temperature": 0.1},
         BackendUnavailable,
