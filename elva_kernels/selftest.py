@@ -84,9 +84,8 @@ def verdict(subject: Subject, launchers: Launchers) -> str | None:
     facts = subject.facts()
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if key not in _verdicts:
-        found, error = _recall(key)
-        if not found:
-            error = _try(subject, launchers, key, facts)
+        kept = _read(_directory() / f"{key}.json")
+        error = kept[1] if kept else _try(subject, launchers, key, facts)
         _verdicts[key] = facts, error
         if error is not None:
             warnings.warn(
@@ -100,8 +99,7 @@ def verdict(subject: Subject, launchers: Launchers) -> str | None:
 
 def known(versions: Iterable[str]) -> dict[str, str | None]:
     """Verdicts on these versions that this process or the cache directory holds, by description."""
-    entries = [json.loads(path.read_text()) for path in sorted(_directory().glob("*.json"))]
-    told = [(entry["facts"], entry["error"]) for entry in entries]
+    told = [entry for path in sorted(_directory().glob("*.json")) if (entry := _read(path))]
     current = set(versions)
     return {
         f"{facts['op']} {facts['backend']} {facts['dtype']} on {facts['device']}": error
@@ -112,7 +110,7 @@ def known(versions: Iterable[str]) -> dict[str, str | None]:
 
 def _try(subject: Subject, launchers: Launchers, key: str, facts: dict[str, str]) -> str | None:
     device = torch.device(subject.device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_captured(device):
         raise Capturing(
             f"{subject.op}: backend {subject.backend} must prove itself before it is captured into "
             f"a CUDA graph, got no verdict for {facts['dtype']}; call "
@@ -132,18 +130,23 @@ def _try(subject: Subject, launchers: Launchers, key: str, facts: dict[str, str]
     return None
 
 
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _directory() -> Path:
     """Where verdicts outlive the process."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "elva_kernels" / "selftest"
 
 
-def _recall(key: str) -> tuple[bool, str | None]:
+def _read(path: Path) -> tuple[dict[str, str], str | None] | None:
+    """A kept verdict; None where there is none, or none that can be read: it is found again."""
     try:
-        entry = json.loads((_directory() / f"{key}.json").read_text())
-        return True, entry["error"]
-    except (OSError, ValueError, KeyError):  # none yet, or cut short: it is found again
-        return False, None
+        entry = json.loads(path.read_text())
+        return entry["facts"], entry["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _remember(key: str, facts: dict[str, str], error: str | None) -> None:

@@ -4,7 +4,9 @@ Needs no GPU and no driver. `python -m tests.kernels.triton_resources` rewrites 
 (triton_resources.json), which `test_triton_compile` holds the kernels to.
 """
 
+import importlib
 import inspect
+import json
 import re
 import subprocess
 import tempfile
@@ -27,8 +29,8 @@ NAMES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
 }
-# kernel -> the inputs that lead its strides, in order; what is an output of the reward's dtype.
-VALUES = {"reward", "margin_reward", "rank_reward", "scores", "live_scores", "upstream"}
+# Arguments in the reward's dtype, in float64 whatever the inputs are, and scalars.
+VALUES = {"reward", "margin_reward", "rank_reward", "live_scores", "upstream"}
 EXACT = {"scratch", "saved", "slopes"}
 WEIGHTS = {"margin", "rank_penalty", "w_margin", "w_rank", "coldness"}
 
@@ -56,7 +58,7 @@ LEFT_OUT = {
 
 def compile_variant(name, aligned, target):
     """The compiled kernel: `asm`, `metadata`."""
-    import triton
+    import triton  # here, for these modules need it and a test file that lists variants does not
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -98,10 +100,11 @@ def _specialise(kernel, dtype, aligned, absent, constants):
             if aligned and name == "dim":
                 attributes[(at,)] = [["tt.divisibility", 16]]
         else:
-            is_value = name in VALUES and not (name == "scores" and "live_scores" in str(kernel.fn))
-            kind = NAMES[dtype]
-            kind = value if is_value else kind
-            kind = {"mask": "i1", "rank": "i32"}.get(name, "fp64" if name in EXACT else kind)
+            kind = {"mask": "i1", "rank": "i32"}.get(name, NAMES[dtype])
+            if name in EXACT:
+                kind = "fp64"
+            elif name in VALUES or (name == "scores" and kernel.__name__ == "reward_kernel"):
+                kind = value
             signature[name] = f"*{kind}"
             if aligned:
                 attributes[(at,)] = [["tt.divisibility", 16]]
@@ -109,29 +112,49 @@ def _specialise(kernel, dtype, aligned, absent, constants):
 
 
 def resources(compiled, target):
-    """Registers, spilled bytes (or registers, on AMD) and shared memory of a compiled kernel."""
+    """Registers a thread, bytes a thread spilled to memory, bytes of shared memory a program."""
     if TARGETS[target][0] == "hip":
         text = compiled.asm["amdgcn"]
-        found = {
-            key: max(int(x) for x in re.findall(rf"\.{key}:\s+(\d+)", text))
-            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        registers, spills = (
+            int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+            for key in ("vgpr_count", "private_segment_fixed_size")
+        )
+    else:
+        tool = Path(importlib.import_module("triton").__file__).parent
+        tool = tool / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            arguments = [tool, "--dump-resource-usage", file.name]
+            done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        found = {key: int(x) for key, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
+        registers, spills = found["REG"], found["STACK"] + found["LOCAL"]
+    shared = compiled.metadata.shared
+    return {"registers": registers, "spilled_bytes": spills, "shared_bytes": shared}
+
+
+def variant_names():
+    """(variant, aligned, its name in the table)."""
+    for name in VARIANTS:
+        for aligned in (True, False):
+            yield name, aligned, f"{name}-{'aligned' if aligned else 'unaligned'}"
+
+
+def main():
+    """Compile everything, some minutes, and write the table."""
+    table = {"triton": importlib.import_module("triton").__version__}
+    for target in TARGETS:
+        table[target] = {
+            row: resources(compile_variant(name, aligned, target), target)
+            for name, aligned, row in variant_names()
         }
-        registers, spills = found["vgpr_count"], found["vgpr_spill_count"]
-        return {
-            "registers": registers,
-            "spills": spills + found["sgpr_spill_count"],
-            "shared": compiled.metadata.shared,
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(__import__("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {
-        "registers": found["REG"],
-        "spills": found["STACK"] + found["LOCAL"],
-        "shared": compiled.metadata.shared,
-    }
+    text = json.dumps(table, indent=1)
+    TABLE.write_text(re.sub(r"{\s+(\"registers[^}]*?)\s+}", _one_line, text) + "\n")
+
+
+def _one_line(found):
+    return "{" + re.sub(r"\s+", " ", found[1]) + "}"
+
+
+if __name__ == "__main__":
+    main()
