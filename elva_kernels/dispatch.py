@@ -161,21 +161,21 @@ def launcher(
         BackendUnavailable: `backend` was named and cannot run this call, or a CUDA graph is being
             captured and "auto" has no verdict yet.
     """
-    return _launcher(op, backend, str(device), soft_ranks, dtype)
+    return _launcher(op, backend, device, soft_ranks, dtype)
 
 
 @functools.cache
 def _launcher(
-    op: str, backend: str, device: str, soft_ranks: bool, dtype: torch.dtype
+    op: str, backend: str, device: torch.device | str, soft_ranks: bool, dtype: torch.dtype
 ) -> Callable[..., Tensors]:
-    device_type = device.partition(":")[0]
+    device_type = str(device).partition(":")[0]
     if backend == "auto":
         backend = next(
             name
             for name in BACKENDS
             if _obstacle(op, name, device_type, soft_ranks) is None
             and not BACKENDS[name].by_name_only
-            and _failure(op, name, device, dtype) is None
+            and _failure(op, name, str(device), dtype) is None
         )
     obstacle = _obstacle(op, backend, device_type, soft_ranks)
     if obstacle is not None:

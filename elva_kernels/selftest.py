@@ -182,8 +182,13 @@ class _Case(NamedTuple):
 
 def _case(dtype: torch.dtype, device: torch.device, soft: bool) -> _Case:
     """Ragged sizes, wide strides, a tie, a zero row, masked NaN, huge rows, a group with NaN."""
-    generator = torch.Generator().manual_seed(1)
+    with torch.device("cpu"):  # whatever the default device is
+        return _case_from(torch.Generator().manual_seed(1), dtype, device, soft)
 
+
+def _case_from(
+    generator: torch.Generator, dtype: torch.dtype, device: torch.device, soft: bool
+) -> _Case:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
@@ -274,7 +279,7 @@ TRIALS: dict[str, Callable[[Launchers, torch.dtype, torch.device, bool], None]] 
 
 def _check_values(found: Iterable[Tensor], truth: reference.RankingReward) -> None:
     for name, actual, expected in zip(truth._fields, found, truth, strict=True):
-        _check(name, actual, expected, torch.zeros((), dtype=torch.float64))
+        _check(name, actual, expected, torch.zeros_like(expected, dtype=torch.float64))
 
 
 def _check_gradients(found: Iterable[Tensor], case: _Case) -> None:
@@ -301,6 +306,7 @@ def _check(
     actual, expected = found.cpu().double(), truth.double()
     if actual.shape != expected.shape:
         raise _Wrong(f"{name} has shape {list(actual.shape)}, not {list(expected.shape)}")
+    # Where both are infinite or both NaN, a difference would be NaN.
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     error = torch.where(same, 0.0, (actual - expected).abs() - rounding)
     if not bool((error <= allowed).all()):

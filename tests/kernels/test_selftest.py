@@ -199,3 +199,13 @@ def test_every_op_of_a_backend_that_must_prove_itself_has_a_trial():
     proving = {name for name, backend in dispatch.BACKENDS.items() if backend.version is not None}
     for op, row in dispatch.LAUNCHERS.items():
         assert op in selftest.TRIALS or not proving & set(row), op
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
+    """Scores lie apart by more than any backend may err, but for exact ties."""
+    for soft in (False, True):
+        scores = selftest._case(dtype, torch.device("cpu"), soft).truth.scores
+        for group in scores:
+            gaps = group[group.isfinite()].sort().values.diff()
+            assert ((gaps == 0) | (gaps > 1e-4)).all()
