@@ -8,6 +8,7 @@ contiguous. Signatures are those of `elva_kernels.native`. Reference: `elva_kern
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,26 +21,56 @@ Tensors = tuple[Tensor, ...]
 
 
 class Blocks(NamedTuple):
-    """Sizes of a tile of embeddings, and the warps that work on it."""
+    """Sizes of a tile of embeddings, the warps that work on it, and the registers of a thread."""
 
     rows: int
     columns: int
     num_warps: int
+    registers: int | None  # None: as many as the compiler likes
+
+    def options(self) -> dict[str, Any]:
+        """As the compiler takes them."""
+        capped = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False} | capped
 
 
-# By D: the first row whose D is not exceeded. `columns` decides the order of sums, so it is the
-# same on every GPU; rows and warps only decide speed. Sized by the registers that the compiler
-# reports (tests/kernels/triton_resources.json) and the bytes in flight; not yet timed on a GPU.
-_NVIDIA = ((32, Blocks(32, 32, 4)), (2**63, Blocks(16, 128, 8)))
-_AMD = ((32, Blocks(32, 32, 2)), (2**63, Blocks(16, 128, 4)))  # a wavefront holds 64 threads
+# Architecture -> by D, the first row whose D is not exceeded. `columns` decides the order of sums,
+# so it is the same everywhere; the rest only decides speed. Sized by what the compiler reports
+# (tests/kernels/triton_resources.json) and the bytes in flight, not yet timed on a GPU. Left to
+# itself NVIDIA's compiler spills a few bytes to fit one more program; hence a number of registers
+# that leaves room for two programs where both fit (sm_90 on), else for one.
+_LARGEST = 2**63
+_BLOCKS = {
+    "sm_80": ((32, Blocks(32, 32, 4, 255)), (_LARGEST, Blocks(16, 128, 8, 255))),
+    "sm_90": ((32, Blocks(32, 32, 4, 255)), (_LARGEST, Blocks(16, 128, 8, 128))),
+    "hip": ((32, Blocks(32, 32, 2, None)), (_LARGEST, Blocks(16, 128, 4, None))),
+}
 _SPAN = 16  # tiles summed in lanes before they are added up in float64
 _RANKS = 32  # candidates compared with as many at a time
 
 
-def blocks(dim: int, dtype: torch.dtype, hip: bool) -> Blocks:
-    """The tile for embeddings of size `dim`; float64 takes half the rows."""
-    found = next(sizes for most, sizes in (_AMD if hip else _NVIDIA) if dim <= most)
-    return found._replace(rows=found.rows // 2) if dtype == torch.float64 else found
+def blocks(architecture: str, dim: int, dtype: torch.dtype) -> Blocks:
+    """The tile for embeddings of size `dim`; float64 takes half the rows, wide types registers."""
+    found = next(sizes for most, sizes in _BLOCKS[architecture] if dim <= most)
+    if dtype.itemsize == 2:
+        return found
+    rows = found.rows // 2 if dtype == torch.float64 else found.rows
+    return found._replace(rows=rows, registers=found.registers and 255)
+
+
+def rank_blocks(architecture: str) -> Blocks:
+    """The tile for scores alone, compared with one another."""
+    return Blocks(_RANKS, _RANKS, 4, None if architecture == "hip" else 255)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    """The row of `_BLOCKS` for a device; every later NVIDIA GPU takes the last one's."""
+    if torch.version.hip is not None:
+        return "hip"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "sm_80"
+    return "sm_90"
 
 
 def reward_forward(
@@ -85,7 +116,7 @@ def reward_backward(
 
     gradients = tuple(_empty(x.shape, x.dtype, x.device) for x in (query, positive, negatives))
     n, dim = negatives.shape[-2:]
-    sizes = blocks(dim, query.dtype, torch.version.hip is not None)
+    sizes = blocks(_architecture(query.device), dim, query.dtype)
     leading = negatives.shape[:-2]
     inputs = (query, positive, negatives, mask, grad_reward)
     for part, (inner, groups), strides in _parts(leading, (*inputs, saved, *gradients)):
@@ -102,8 +133,7 @@ def reward_backward(
                 SAME=positive.stride(-1) == negatives.stride(-1),
                 ROWS=sizes.rows,
                 BLOCK=sizes.columns,
-                num_warps=sizes.num_warps,
-                enable_fp_fusion=False,
+                **sizes.options(),
             )
     return gradients
 
@@ -114,6 +144,7 @@ def reward_from_scores(scores: Tensor, mask: Tensor | None, **weights: float) ->
 
     leading, dtype = scores.shape[:-1], compute_dtype(scores.dtype)
     values = _empty_values(leading, scores.shape[-1], dtype, scores.device)
+    sizes = rank_blocks(_architecture(scores.device))
     for part, (inner, groups), strides in _parts(leading, (scores, mask, *values)):
         with _on(scores.device):
             scores_kernel[(groups,)](
@@ -122,9 +153,8 @@ def reward_from_scores(scores: Tensor, mask: Tensor | None, **weights: float) ->
                 inner,
                 *strides[:2],
                 **_weights(weights),
-                BLOCK=_RANKS,
-                num_warps=4,
-                enable_fp_fusion=False,
+                BLOCK=sizes.rows,
+                **sizes.options(),
             )
     return values
 
@@ -138,6 +168,7 @@ def reward_from_scores_backward(
     leading, candidates = scores.shape[:-1], scores.shape[-1]
     gradient = _empty(scores.shape, scores.dtype, scores.device)
     slopes = _empty((*leading, 2 * candidates), torch.float64, scores.device)
+    sizes = rank_blocks(_architecture(scores.device))
     tensors = (scores, mask, grad_reward, slopes, gradient)
     for part, (inner, groups), strides in _parts(leading, tensors):
         with _on(scores.device):
@@ -147,9 +178,8 @@ def reward_from_scores_backward(
                 inner,
                 *strides[:3],
                 **_weights(weights),
-                BLOCK=_RANKS,
-                num_warps=4,
-                enable_fp_fusion=False,
+                BLOCK=sizes.rows,
+                **sizes.options(),
             )
     return (gradient,)
 
@@ -179,7 +209,7 @@ def _reward(
     gradients: Any = (None, None, None)
     if grads:
         gradients = tuple(_empty(x.shape, x.dtype, device) for x in inputs)
-    sizes = blocks(dim, query.dtype, torch.version.hip is not None)
+    sizes = blocks(_architecture(query.device), dim, query.dtype)
     tensors = (*inputs, mask, upstream, *values, scratch, saved, *gradients)
     for part, (inner, groups), strides in _parts(leading, tensors):
         with _on(device):
@@ -195,8 +225,7 @@ def _reward(
                 BLOCK=sizes.columns,
                 SPAN=_SPAN * sizes.columns,
                 RANKS=_RANKS,
-                num_warps=sizes.num_warps,
-                enable_fp_fusion=False,
+                **sizes.options(),
             )
     return *values, saved, *gradients
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).parent / "triton_resources.json"
+# Target -> Triton's name for it, and the architecture whose block sizes it takes.
 TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "sm_120": ("cuda", 120, 32),
-    "gfx90a": ("hip", "gfx90a", 64),
-    "gfx942": ("hip", "gfx942", 64),
+    "sm_80": (("cuda", 80, 32), "sm_80"),
+    "sm_90": (("cuda", 90, 32), "sm_90"),
+    "sm_100": (("cuda", 100, 32), "sm_90"),
+    "sm_120": (("cuda", 120, 32), "sm_90"),
+    "gfx90a": (("hip", "gfx90a", 64), "hip"),
+    "gfx942": (("hip", "gfx942", 64), "hip"),
 }
 NAMES = {
     torch.bfloat16: "bf16",
@@ -67,17 +68,15 @@ def compile_variant(name, aligned, target):
     family, dtype, left_out, soft = VARIANTS[name]
     module = scores if family.startswith("scores") else reward
     kernel = getattr(module, f"{family}_kernel")
-    gpu = GPUTarget(*TARGETS[target])
-    sizes = launch.blocks(DIM, dtype, gpu.backend == "hip")
+    gpu, architecture = TARGETS[target]
+    sizes = launch.blocks(architecture, DIM, dtype)
+    if module is scores:
+        sizes = launch.rank_blocks(architecture)
     constants = {"SOFT": soft, "SAME": aligned, "ROWS": sizes.rows, "RANKS": launch._RANKS}
     constants |= {"BLOCK": sizes.columns, "SPAN": launch._SPAN * sizes.columns}
-    num_warps = sizes.num_warps
-    if module is scores:
-        constants["BLOCK"], num_warps = launch._RANKS, 4
     absent = {x for name in left_out for x in LEFT_OUT.get(name, (name,))}
     source = ASTSource(kernel, *_specialise(kernel, dtype, aligned, absent, constants))
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=gpu, options=options)
+    return triton.compile(source, target=GPUTarget(*gpu), options=sizes.options())
 
 
 def _specialise(kernel, dtype, aligned, absent, constants):
@@ -113,7 +112,7 @@ def _specialise(kernel, dtype, aligned, absent, constants):
 
 def resources(compiled, target):
     """Registers a thread, bytes a thread spilled to memory, bytes of shared memory a program."""
-    if TARGETS[target][0] == "hip":
+    if TARGETS[target][1] == "hip":
         text = compiled.asm["amdgcn"]
         registers, spills = (
             int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
