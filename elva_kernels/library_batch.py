@@ -82,7 +82,7 @@ def _rank_statistics(
 ) -> Tensors:
     op = "rank_statistics"
     batch = _batch(op, query, candidates, target, candidate_ids, max_score)
-    launch = dispatch.launcher(op, backend, query.device.type)
+    launch = dispatch.launcher(op, backend, query.device, query.dtype)
     return launch(query, candidates, batch, k=k, temperature=temperature)
 
 
@@ -98,7 +98,7 @@ def _in_batch_ranking_reward(
     op = "in_batch_ranking_reward"
     batch = _batch(op, query, candidates, target, candidate_ids, max_score)
     *_, backend = weights
-    launch = dispatch.launcher(op, backend, query.device.type)
+    launch = dispatch.launcher(op, backend, query.device, query.dtype)
     return launch(query, candidates, batch, head, **_named(weights))
 
 
@@ -113,7 +113,9 @@ def _in_batch_ranking_reward_backward(
     *weights: Any,
 ) -> Tensors:
     *_, backend = weights
-    launch = dispatch.launcher("in_batch_ranking_reward_backward", backend, query.device.type)
+    launch = dispatch.launcher(
+        "in_batch_ranking_reward_backward", backend, query.device, query.dtype
+    )
     return launch(query, candidates, index, scores, rank, grad_reward, head, **_named(weights))
 
 
@@ -143,7 +145,7 @@ def _nce(op: str) -> Callable[..., Tensors]:
         *weight: Tensor,
     ) -> Tensors:
         batch = _batch("info_nce", query, candidates, target, candidate_ids, max_score)
-        launch = dispatch.launcher(op, backend, query.device.type)
+        launch = dispatch.launcher(op, backend, query.device, query.dtype)
         options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
         return launch(query, candidates, batch, temperature, *weight, **options)
 

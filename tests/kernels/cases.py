@@ -1,5 +1,7 @@
 """Inputs, truths and backends of the contract suite. A new backend is one line in `BACKENDS`."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 OPEN_HINGE = WEIGHTS | {"margin": -1.0, "rank_penalty": 0.1}
 SOFT_RANKS = OPEN_HINGE | {"rank_temperature": 0.05}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# Set by test_triton.py: the suite on Triton's interpreter alone, at sizes that it can bear.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _backends(*names):
@@ -59,6 +63,12 @@ SHAPES = [
     ((2,), 17, 1537),
     ((5, 1), 3, 31),
 ]
+
+
+if INTERPRETED:
+    BACKENDS = EVERY_LEVEL = [*_backends("triton")]
+    DTYPES = [torch.bfloat16, torch.float32]
+    SHAPES = [((), 1, 1), ((1, 2), 5, 33), ((0,), 4, 8), ((1,), 17, 130), ((), 0, 5)]
 
 
 def embeddings(leading, n, d, dtype, *, seed=0, signal=0.7):
