@@ -18,6 +18,7 @@ from elva_kernels import dispatch
 from elva_kernels.reference import compute_dtype
 
 Tensors = tuple[Tensor, ...]
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # what computes an op, what traces it
 
 _WEIGHTS = (
     "float margin, float rank_penalty, float w_margin, float w_rank, float rank_temperature, "
@@ -231,7 +232,7 @@ def _fake_topk(query: Tensor, corpus: Tensor, k: int, *_: Any) -> Tensors:
     return scores, query.new_empty(shape, dtype=torch.int64)
 
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+_KERNELS: dict[str, Kernels] = {
     "ranking_reward": (_ranking_reward, _fake_ranking_reward),
     "ranking_reward_saved": (_ranking_reward_saved, _fake_ranking_reward_saved),
     "ranking_reward_backward": (_ranking_reward_backward, _fake_gradients),
@@ -241,11 +242,19 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "topk": (_topk, _fake_topk),
 }
 
+
+def register(
+    library: torch.library.Library, schemas: dict[str, str], kernels: dict[str, Kernels]
+) -> None:
+    """Define every op of `schemas` with what computes it and what traces it."""
+    for name, (kernel, fake) in kernels.items():
+        library.define(name + schemas[name])
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"elva_kernels::{name}", fake, lib=library)
+
+
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
-for _name, (_kernel, _fake) in _KERNELS.items():
-    _LIBRARY.define(_name + _SCHEMAS[_name])
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"elva_kernels::{_name}", _fake, lib=_LIBRARY)
+register(_LIBRARY, _SCHEMAS, _KERNELS)
 
 _OPS = torch.ops.elva_kernels
 ranking_reward = _OPS.ranking_reward.default

@@ -154,29 +154,13 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
 extern "C" {
 
 ElvaStatus elva_reward_forward_cpu(const ElvaRewardArgs* args) {
-  switch (args->dtype) {
-    case ELVA_BF16:
-      return elva::forward<elva::Bf16>(*args);
-    case ELVA_FP16:
-      return elva::forward<elva::Fp16>(*args);
-    case ELVA_FP32:
-      return elva::forward<float>(*args);
-    default:
-      return elva::forward<double>(*args);
-  }
+  return elva::by_dtype(args->dtype,
+                        [args](auto element) { return elva::forward<decltype(element)>(*args); });
 }
 
 ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args) {
-  switch (args->dtype) {
-    case ELVA_BF16:
-      return elva::backward<elva::Bf16>(*args);
-    case ELVA_FP16:
-      return elva::backward<elva::Fp16>(*args);
-    case ELVA_FP32:
-      return elva::backward<float>(*args);
-    default:
-      return elva::backward<double>(*args);
-  }
+  return elva::by_dtype(args->dtype,
+                        [args](auto element) { return elva::backward<decltype(element)>(*args); });
 }
 
 }  // extern "C"
