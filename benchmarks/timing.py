@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import os
 import statistics
 import sys
 import time
@@ -38,7 +39,18 @@ def arguments(name: str, doc: str | None, *, quick: str) -> argparse.Namespace:
 
 
 def extra_mb(run: Callable[[], Any], result_bytes: int) -> float:
-    """Peak memory of a call beyond its inputs and results, from Linux's own account."""
+    """Peak memory of a call beyond its inputs and results, from Linux's own account.
+
+    Memory of earlier results must not lie idle meanwhile, or it would be counted out.
+    """
+    os.environ["ELVA_KERNELS_CACHE_MB"] = "0"
+    try:
+        return _extra_mb(run, result_bytes)
+    finally:
+        del os.environ["ELVA_KERNELS_CACHE_MB"]
+
+
+def _extra_mb(run: Callable[[], Any], result_bytes: int) -> float:
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return float("nan")

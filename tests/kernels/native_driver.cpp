@@ -222,7 +222,22 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   if (elva_unit_gradient_cpu(&gradient) != ELVA_OK) abort();
 }
 
+// Blocks of a few sizes, held two at a time and written to their ends.
+void many_blocks(unsigned seed) {
+  std::mt19937 random(seed);
+  ElvaBlock held[2] = {};
+  for (int i = 0; i < 200; ++i) {
+    ElvaBlock& block = held[i % 2];
+    if (block.data != nullptr) elva_release_block(&block);
+    const int64_t bytes = 1 + static_cast<int64_t>(random() % (5u << 20));
+    if (elva_acquire_block(bytes, &block) != ELVA_OK || block.bytes < bytes) abort();
+    static_cast<char*>(block.data)[0] = static_cast<char*>(block.data)[bytes - 1] = 1;
+  }
+  for (const ElvaBlock& block : held) elva_release_block(&block);
+}
+
 void many_calls(unsigned seed) {
+  many_blocks(seed);
   for (ElvaDtype dtype : {ELVA_BF16, ELVA_FP16, ELVA_FP32, ELVA_FP64}) {
     for (int64_t dim : {1, 31, 32, 100}) {
       for (int64_t stride : {1, 3}) {
