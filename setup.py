@@ -21,12 +21,10 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/simd.h -> flags of that level's *_simd objects
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16"}
-# -Wno-maybe-uninitialized: gcc 12 warns inside its own intrinsics. -Wno-psabi: of the ABI between
-# files, of vectors that stay in one.
+# gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
-  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi $
-  -isystem {python} -isystem {pybind11} {CXXFLAGS}
+  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -isystem {python} -isystem {pybind11} {CXXFLAGS}
 nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills $
   -Werror all-warnings {gencode}
 rule cxx
@@ -84,7 +82,7 @@ class NinjaBuild(build_ext):
         steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
         levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):
-            extras = levels if x.stem.endswith("_simd") else [""]
+            extras = levels if "_simd" in x.name else [""]
             steps += [("cxx", f"cpu/{x.name}", extra) for extra in extras]
         steps.append(("cxx", "bindings.cpp", f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
         text = NINJA.format(**values)

@@ -5,7 +5,6 @@ take turns call by call; other libraries run in processes of their own, before t
 case is the slower of one read of the corpus and a matrix product of its size in its dtype.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 import elva_kernels
-from benchmarks import report, search_rivals
-from benchmarks.bench_reward import DTYPES, extra_mb, spread, timed
+from benchmarks import report, search_rivals, timing
 from benchmarks.ceilings import BYTES, Ceilings
+from benchmarks.timing import DTYPES, extra_mb, spread, timed
 
 ROWS, DIM, K = 100_000, 1536, 10
 CASES = ((1, "bf16"), (16, "bf16"), (32, "bf16"), (256, "bf16"), (1, "fp32"), (32, "fp32"))
@@ -86,11 +85,10 @@ def measure(n_queries: int, dtype: str, seconds: float) -> tuple[Any, dict[str, 
     product_ms = operations / (2 * GEMM[0] * GEMM[1] * GEMM[2]) * spread(times["product"])[1]
     rows = []
     for name in searches:
-        low, median, high = spread(times[name])
-        row = {"shape": f"{n_queries}x{ROWS}x{DIM}", "dtype": dtype, "provider": name}
-        row |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "best_ms": min(times[name])}
-        row |= {"calls": len(times[name]), "gbps": corpus_bytes / median / 1e6}
-        row |= {"gflops": operations / median / 1e6, "read_ms": read_ms, "product_ms": product_ms}
+        row = timing.row(f"{n_queries}x{ROWS}x{DIM}", dtype, name, times[name])
+        median = row["median_ms"]
+        row |= {"gbps": corpus_bytes / median / 1e6, "gflops": operations / median / 1e6}
+        row |= {"read_ms": read_ms, "product_ms": product_ms}
         row["of_floor"] = max(read_ms, product_ms) / median
         row["times_torch"] = spread(times["torch mm + topk"])[1] / median
         rows.append(row | facts[name])
@@ -106,26 +104,15 @@ def others(n_queries: int, threads: int, seconds: float) -> tuple[list[Any], dic
         if isinstance(times, str):
             not_run[name] = times
             continue
-        low, median, high = spread(times)
-        row = {"shape": f"{n_queries}x{ROWS}x{DIM}", "dtype": "fp32", "provider": name}
-        row |= {"median_ms": median, "p20_ms": low, "p80_ms": high, "best_ms": min(times)}
-        row |= {"calls": len(times), "gbps": 4 * ROWS * DIM / median / 1e6}
-        row |= {"gflops": 2 * n_queries * ROWS * DIM / median / 1e6}
+        row = timing.row(f"{n_queries}x{ROWS}x{DIM}", "fp32", name, times)
+        row["gbps"] = 4 * ROWS * DIM / row["median_ms"] / 1e6
+        row["gflops"] = 2 * n_queries * ROWS * DIM / row["median_ms"] / 1e6
         rows.append(row)
     return rows, not_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_topk", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, per case")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--quick", action="store_true", help="one query in bf16, no file")
-    arguments = parser.parse_args()
-    reason = elva_kernels.available_backends()["cpu"]
-    if reason is not None:
-        sys.exit(f"benchmarks: {reason}; the package of this tree is meant: pip install -e .")
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    arguments = timing.arguments("bench_topk", __doc__, quick="one query in bf16, no file")
     rows: list[Any] = []
     not_run: dict[str, str] = {}
     ceilings: dict[str, list[float]] = {"read": [], "copy": []}
@@ -137,12 +124,8 @@ def main() -> None:
         rows += more
         for name, values in times.items():
             ceilings[name] += values
-    result = {"op": "topk", "machine": report.machine(), "ceilings": {}, "rows": rows}
-    for name, factor in (("read", 1), ("copy", 2)):
-        fast, median, slow = (factor * BYTES / t / 1e6 for t in spread(ceilings[name]))
-        best = factor * BYTES / min(ceilings[name]) / 1e6
-        result["ceilings"][name] = {"gbps": median, "fast_gbps": fast, "slow_gbps": slow}
-        result["ceilings"][name]["best_gbps"] = best
+    summary = timing.ceilings_of(ceilings)
+    result = {"op": "topk", "machine": report.machine(), "ceilings": summary, "rows": rows}
     result["not_run"] = not_run
     print(report.show(result))
     if not arguments.quick:

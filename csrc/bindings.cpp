@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -301,6 +303,70 @@ void column_sums(int dtype, int threads, int64_t rows, int64_t width, uintptr_t 
                                   pointer<double>(sum), pointer<double>(moment)});
 }
 
+// DLPack, as far as a dense result needs it (https://dmlc.github.io/dlpack): the way for memory
+// that is not torch's into a tensor, which gives it back without the interpreter.
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+
+struct Result {
+  DLManagedTensor managed;
+  ElvaBlock block;
+  int64_t shape[ELVA_MAX_DIMS + 2];
+};
+
+void release(DLManagedTensor* managed) {
+  Result* result = static_cast<Result*>(managed->context);
+  elva_release_block(&result->block);
+  delete result;
+}
+
+// An uninitialised tensor of the shape `sizes`, as a DLPack capsule.
+py::capsule empty(int dtype, py::tuple sizes) {
+  constexpr uint8_t kFloat = 2, kBfloat = 4, kBits[] = {16, 16, 32, 64};
+  auto result = std::make_unique<Result>();
+  DLTensor& tensor = result->managed.tensor;
+  if (sizes.size() > std::size(result->shape)) {
+    throw std::invalid_argument("elva_kernels._C: too many dimensions");
+  }
+  tensor.dtype = {dtype == ELVA_BF16 ? kBfloat : kFloat, kBits[dtype], 1};
+  int64_t bytes = kBits[dtype] / 8;
+  for (py::handle size : sizes) bytes *= result->shape[tensor.ndim++] = size.cast<int64_t>();
+  tensor.shape = result->shape;
+  tensor.device = {1, 0};
+  result->managed.context = result.get();
+  result->managed.deleter = release;
+  raise_unless_ok(elva_acquire_block(bytes, &result->block));
+  tensor.data = result->block.data;
+  PyObject* capsule = PyCapsule_New(&result->managed, "dltensor", [](PyObject* unused) {
+    if (!PyCapsule_IsValid(unused, "dltensor")) return;  // a tensor has it
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(unused, "dltensor"));
+    managed->deleter(managed);
+  });
+  if (capsule == nullptr) {
+    release(&result.release()->managed);
+    throw py::error_already_set();
+  }
+  result.release();
+  return py::reinterpret_steal<py::capsule>(capsule);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -322,6 +388,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("reward_backward", &reward_backward);
   module.def("reward_from_scores", &reward_from_scores);
   module.def("topk", &topk);
+  module.def("empty", &empty);
   module.def("unit_rows", &unit_rows);
   module.def("unit_gradient", &unit_gradient);
   module.def("matrix_product", &matrix_product);

@@ -227,6 +227,15 @@ ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);
 
+// Memory of a large result. A released block is kept for the next result of about its size.
+typedef struct {
+  void* data;     // on a page of 2 MB, its contents undefined
+  int64_t bytes;  // at least as many as were asked for
+} ElvaBlock;
+
+ElvaStatus elva_acquire_block(int64_t bytes, ElvaBlock* block);
+void elva_release_block(const ElvaBlock* block);
+
 // The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
 // reason below.
 const char* elva_cpu_level(void);

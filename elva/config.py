@@ -58,7 +58,10 @@ class ModelConfig:
     path: str | None = None
     scratch: ScratchModel = ScratchModel()
     summary_prompt: str = ""
-    parameters: int | None = None  # for the memory estimate of a checkpoint that is not at hand
+    # of a checkpoint that is not at hand, for the memory estimate
+    parameters: int | None = None
+    hidden_size: int | None = None
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ _EMOJI = Recipe(
             steps=2200,
             batch_size=24,
             learning_rate=1.2e-3,
-            weight_decay=0.7,  # at 0.3 held-out captions lag far behind the trained ones
+            weight_decay=0.7,
             train_vision=True,
         ),
         "1": StageConfig(lm=0.5, infonce=1.0, tasks={"t2t": 1.0}, steps=25, learning_rate=5e-4),
@@ -225,7 +228,7 @@ _EMOJI = Recipe(
 that starts from random weights must first learn to see and to write; Qwen2-VL already can."""
 
 
-def _paper(name: str, path: str, parameters: int) -> Recipe:
+def _paper(name: str, model: ModelConfig) -> Recipe:
     """Liu et al., ELVA, arXiv:2606.20280, sec. 4.1. LoRA ranks and temperature: LamRA's, which the
     paper builds on; batch sizes are over all devices."""
     prompt = "Analyse the input, summarise it, and end with [RET]."
@@ -237,7 +240,7 @@ def _paper(name: str, path: str, parameters: int) -> Recipe:
     )
     return Recipe(
         name=name,
-        model=ModelConfig(path=path, summary_prompt=prompt, parameters=parameters),
+        model=replace(model, summary_prompt=prompt),
         stages={
             "1": replace(
                 common, infonce=1.0, data="data/nli", tasks={"t2t": 1.0}, epochs=2,
@@ -272,8 +275,18 @@ def _smoke() -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "emoji": _EMOJI,
     "smoke": _smoke(),
-    "elva-2b": _paper("elva-2b", "Qwen/Qwen2-VL-2B-Instruct", 2_208_985_600),
-    "elva-7b": _paper("elva-7b", "Qwen/Qwen2-VL-7B-Instruct", 8_291_375_616),
+    "elva-2b": _paper(
+        "elva-2b",
+        ModelConfig(
+            "Qwen/Qwen2-VL-2B-Instruct", parameters=2_208_985_600, hidden_size=1536, layers=28
+        ),
+    ),
+    "elva-7b": _paper(
+        "elva-7b",
+        ModelConfig(
+            "Qwen/Qwen2-VL-7B-Instruct", parameters=8_291_375_616, hidden_size=3584, layers=28
+        ),
+    ),
 }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from elva.config import ModelConfig, Recipe, StageConfig, to_dict
 
 _BYTES = 4  # fp32; 2 under bf16
+_PROMPT_TOKENS = 256  # of a prompt with a picture, where no picture has been seen yet
+_QWEN_VOCABULARY = 151_936
 
 
 def describe(recipe: Recipe, limit: int | None = None) -> dict[str, Any]:
@@ -17,7 +19,8 @@ def describe(recipe: Recipe, limit: int | None = None) -> dict[str, Any]:
         name: {
             "steps": _steps(stage, limit),
             "sequences_a_step": _sequences(stage),
-            "memory_mb": _memory(stage, parameters, width),
+            "memory_mb": _megabytes(_states(stage, parameters, width)),
+            "activations_mb": _megabytes(_activations(stage, recipe.model, width)),
         }
         for name, stage in recipe.stages.items()
     }
@@ -53,15 +56,38 @@ def _sequences(stage: StageConfig) -> int:
     return stage.batch_size * rolled * stage.num_generations
 
 
-def _memory(stage: StageConfig, parameters: int | None, width: int) -> int | None:
-    """Weights, gradients and Adam's two moments of what is trained, and the KL reference.
-
-    Activations come on top: they grow with micro_batch_size, not with the batch.
-    """
+def _states(stage: StageConfig, parameters: int | None, width: int) -> float | None:
+    """Bytes of weights, gradients and Adam's two moments of what is trained, and the KL
+    reference."""
     if parameters is None:
         return None
     share = 1.0 if stage.lora.rank == 0 else 0.02  # an adapter of rank 64-128 on every projection
     copies = 1.0 + 3 * share
     if stage.policy > 0 and stage.beta > 0 and stage.lora.rank == 0:
         copies += 1.0
-    return round(parameters * width * copies / 2**20)
+    return parameters * width * copies
+
+
+def _activations(stage: StageConfig, model: ModelConfig, width: int) -> float | None:
+    """Bytes that a micro-batch keeps for its backward, in the language model.
+
+    17 values a token, layer and hidden unit (Korthikanti et al., arXiv:2205.05198, table 2, without
+    the attention matrix, which is not kept), and the logits of the completion in fp32, with their
+    gradient.
+    """
+    s = model.scratch
+    prompt = (s.image_size // s.patch_size // 2) ** 2 + 16
+    hidden, layers, vocabulary = s.hidden_size, s.layers, s.vocabulary
+    if model.path is not None:
+        if model.hidden_size is None or model.layers is None:
+            return None
+        prompt, vocabulary = _PROMPT_TOKENS, _QWEN_VOCABULARY
+        hidden, layers = model.hidden_size, model.layers
+    sequences = min(stage.micro_batch_size, _sequences(stage))
+    tokens = sequences * (prompt + stage.max_completion_length)
+    logits = sequences * stage.max_completion_length * vocabulary
+    return 17 * tokens * layers * hidden * width + 2 * 4 * logits
+
+
+def _megabytes(size: float | None) -> int | None:
+    return None if size is None else round(size / 2**20)

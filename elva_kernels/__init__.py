@@ -1,6 +1,12 @@
 """Kernels for retrieval embeddings trained by ranking rewards (ELVA, arXiv:2606.20280)."""
 
-from elva_kernels.dispatch import BackendUnavailable, Report, available_backends, doctor
+from elva_kernels.dispatch import (
+    BackendUnavailable,
+    Report,
+    available_backends,
+    doctor,
+    warm_up,
+)
 from elva_kernels.infonce import info_nce
 from elva_kernels.modules import InfoNCELoss, RankingRewardLoss
 from elva_kernels.ops import (
@@ -32,4 +38,5 @@ __all__ = [
     "ranking_reward_and_grad",
     "reward_from_scores",
     "topk",
+    "warm_up",
 ]

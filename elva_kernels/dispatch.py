@@ -4,15 +4,23 @@ A new backend is one line in `BACKENDS` and one in each row of `LAUNCHERS` that 
 """
 
 import functools
+import importlib
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from elva_kernels import native, native_batch, reference, reference_batch
+from elva_kernels import (
+    native,
+    native_batch,
+    reference,
+    reference_batch,
+    selftest,
+    triton_kernels,
+)
 from elva_kernels.reference_batch import Batch, RankStatistics
 
 Tensors = tuple[Tensor, ...]
@@ -27,6 +35,9 @@ class Backend(NamedTuple):
 
     device_type: str | None  # None: every device
     unavailable_reason: Callable[[], str | None]
+    # What a self-test's verdict on it holds for; None: trusted without one.
+    version: Callable[[], str] | None = None
+    by_name_only: bool = False  # never chosen by "auto"
 
 
 def _reward(*tensors: Any, **weights: Any) -> Tensors:
@@ -172,24 +183,58 @@ def _native_from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
     return (native.reward_from_scores_backward(*tensors, **weights),)
 
 
+def _triton(name: str) -> Callable[..., Tensors]:
+    """A launcher of the Triton backend, imported when it is first called."""
+
+    def launch(*tensors: Any, **weights: Any) -> Tensors:
+        launchers = importlib.import_module("elva_kernels.triton_kernels.launch")
+        return cast(Tensors, getattr(launchers, name)(*tensors, **weights))
+
+    return launch
+
+
 # In the order in which "auto" prefers them.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend("cpu", unavailable_reason=native.unavailable_reason),
+    "triton": Backend(
+        triton_kernels.DEVICE_TYPE,
+        unavailable_reason=triton_kernels.unavailable_reason,
+        version=triton_kernels.version,
+        by_name_only=triton_kernels.INTERPRETED,
+    ),
     "reference": Backend(None, unavailable_reason=lambda: None),
 }
 
 # op -> backend -> launcher. `library` says what a launcher of each op takes and gives.
 LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
-    "ranking_reward": {"cpu": native.reward_forward, "reference": _reward},
-    "ranking_reward_saved": {"cpu": native.reward_forward_saved, "reference": _reward_saved},
-    "ranking_reward_backward": {"cpu": _native_reward_backward, "reference": _reward_backward},
+    "ranking_reward": {
+        "cpu": native.reward_forward,
+        "triton": _triton("reward_forward"),
+        "reference": _reward,
+    },
+    "ranking_reward_saved": {
+        "cpu": native.reward_forward_saved,
+        "triton": _triton("reward_forward_saved"),
+        "reference": _reward_saved,
+    },
+    "ranking_reward_backward": {
+        "cpu": _native_reward_backward,
+        "triton": _triton("reward_backward"),
+        "reference": _reward_backward,
+    },
     "ranking_reward_and_grad": {
         "cpu": native.reward_value_and_grad,
+        "triton": _triton("reward_value_and_grad"),
         "reference": _reward_and_grad,
     },
-    "reward_from_scores": {"cpu": _native_from_scores, "reference": _from_scores},
+    "reward_from_scores": {
+        "cpu": _native_from_scores,
+        "triton": _triton("reward_from_scores"),
+        "reference": _from_scores,
+    },
     "reward_from_scores_backward": {
         "cpu": _native_from_scores_backward,
+        "triton": _triton("reward_from_scores_backward"),
         "reference": _from_scores_backward,
     },
     "topk": {"cpu": native.topk, "reference": _topk},
@@ -207,18 +252,57 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
 
 
 @functools.cache
-def launcher(op: str, backend: str, device_type: str) -> Callable[..., Tensors]:
+def launcher(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype
+) -> Callable[..., Tensors]:
     """The function that computes `op` on `backend`, or on the first that can for "auto".
 
+    On a GPU "auto" takes a backend only after its self-test (`selftest`) in `dtype` on `device`.
+
     Raises:
-        BackendUnavailable: `backend` was named and cannot run this call.
+        BackendUnavailable: `backend` was named and cannot run this call, or a CUDA graph is being
+            captured and "auto" has no verdict yet.
     """
     if backend == "auto":
-        backend = next(name for name in BACKENDS if _obstacle(op, name, device_type) is None)
-    obstacle = _obstacle(op, backend, device_type)
+        backend = next(
+            name
+            for name in BACKENDS
+            if _obstacle(op, name, device.type) is None
+            and not BACKENDS[name].by_name_only
+            and _failure(op, name, device, dtype) is None
+        )
+    obstacle = _obstacle(op, backend, device.type)
     if obstacle is not None:
         raise BackendUnavailable(f"{op}: backend must run here, got {backend!r}; {obstacle}")
     return LAUNCHERS[op][backend]
+
+
+def _failure(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What a backend's self-test found wrong, in a sentence; None where it passed or needs none."""
+    backend = BACKENDS[name]
+    if backend.version is None:
+        return None
+    subject = selftest.Subject(op, name, backend.version(), dtype, str(device))
+    try:
+        return selftest.verdict(subject, lambda half: LAUNCHERS[half][name])
+    except selftest.Capturing as error:
+        raise BackendUnavailable(str(error)) from None
+
+
+def warm_up(device: torch.device | str) -> "Report":
+    """Prove and compile, now, every backend that "auto" may take on `device`; then `doctor()`.
+
+    Each op is run in each dtype against the reference, unless a verdict on it is known. Call it
+    before a CUDA graph capture, which can run no self-test.
+    """
+    place = torch.device(device)
+    for op, row in LAUNCHERS.items():
+        for name in row:
+            usable = _obstacle(op, name, place.type) is None
+            if usable and not BACKENDS[name].by_name_only:
+                for dtype in selftest.DTYPES:
+                    _failure(op, name, place, dtype)
+    return doctor()
 
 
 def _obstacle(op: str, name: str, device_type: str) -> str | None:
@@ -243,6 +327,7 @@ class Report:
     versions: dict[str, str]
     backends: dict[str, str | None]  # None: runs here; else the reason why not
     native: dict[str, Any]  # the compiled module: level, levels, compiler, threads, ...
+    selftests: dict[str, str | None]  # what is known of GPU backends: None passed; else the error
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
@@ -250,6 +335,8 @@ class Report:
             lines.append(f"{name:10s} {'runs here' if reason is None else reason}")
         told = ("available", "reason")  # among the backends
         lines += [f"  {name}: {fact}" for name, fact in self.native.items() if name not in told]
+        for subject, error in self.selftests.items():
+            lines.append(f"  self-test of {subject}: {'passed' if error is None else error}")
         return "\n".join(lines)
 
 
@@ -260,7 +347,12 @@ def doctor() -> Report:
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
-    return Report(versions, available_backends(), native.describe())
+    proven = {
+        backend.version()
+        for backend in BACKENDS.values()
+        if backend.version is not None and backend.unavailable_reason() is None
+    }
+    return Report(versions, available_backends(), native.describe(), selftest.known(proven))
 
 
 def markdown_table() -> str:

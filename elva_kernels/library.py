@@ -18,6 +18,7 @@ from elva_kernels import dispatch
 from elva_kernels.reference import compute_dtype
 
 Tensors = tuple[Tensor, ...]
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]  # what computes an op, what traces it
 
 _WEIGHTS = (
     "float margin, float rank_penalty, float w_margin, float w_rank, float rank_temperature, "
@@ -46,9 +47,7 @@ _SCHEMAS = {
 }
 
 
-def _launcher(
-    op: str, device: torch.device, weights: tuple[Any, ...]
-) -> tuple[Any, dict[str, Any]]:
+def _launcher(op: str, like: Tensor, weights: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
     """The launcher for a call, and its weights by name."""
     margin, rank_penalty, w_margin, w_rank, rank_temperature, backend = weights
     named = {
@@ -58,7 +57,7 @@ def _launcher(
         "w_rank": w_rank,
         "rank_temperature": rank_temperature,
     }
-    return dispatch.launcher(op, backend, device.type), named
+    return dispatch.launcher(op, backend, like.device, like.dtype), named
 
 
 def _ranking_reward(
@@ -69,7 +68,7 @@ def _ranking_reward(
     *weights: Any,
     op: str = "ranking_reward",
 ) -> Tensors:
-    launch, named = _launcher(op, query.device, weights)
+    launch, named = _launcher(op, query, weights)
     leading, shared = _leading(query, positive, negatives, mask)
     inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
     if shared:
@@ -89,7 +88,7 @@ def _ranking_reward_backward(
     grad_reward: Tensor,
     *weights: Any,
 ) -> Tensors:
-    launch, named = _launcher("ranking_reward_backward", query.device, weights)
+    launch, named = _launcher("ranking_reward_backward", query, weights)
     leading, shared = _leading(query, positive, negatives, mask)
     inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
     if not shared:
@@ -113,7 +112,7 @@ def _ranking_reward_and_grad(
         weight = weight.expand(leading)
     inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
     if not shared:
-        launch, named = _launcher("ranking_reward_and_grad", query.device, weights)
+        launch, named = _launcher("ranking_reward_and_grad", query, weights)
         return cast(Tensors, launch(*inputs, weight, **named))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
     *values, saved = _ranking_reward_saved(*inputs, *weights)
@@ -122,7 +121,7 @@ def _ranking_reward_and_grad(
 
 
 def _reward_from_scores(scores: Tensor, mask: Tensor | None, *weights: Any) -> Tensors:
-    launch, named = _launcher("reward_from_scores", scores.device, weights)
+    launch, named = _launcher("reward_from_scores", scores, weights)
     leading = _leading_of_scores(scores, mask)
     return cast(Tensors, launch(_expand(scores, leading, 1), _expand(mask, leading, 1), **named))
 
@@ -130,7 +129,7 @@ def _reward_from_scores(scores: Tensor, mask: Tensor | None, *weights: Any) -> T
 def _reward_from_scores_backward(
     scores: Tensor, mask: Tensor | None, grad_reward: Tensor, *weights: Any
 ) -> Tensor:
-    launch, named = _launcher("reward_from_scores_backward", scores.device, weights)
+    launch, named = _launcher("reward_from_scores_backward", scores, weights)
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
@@ -138,7 +137,7 @@ def _reward_from_scores_backward(
 
 
 def _topk(query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> Tensors:
-    launch = dispatch.launcher("topk", backend, query.device.type)
+    launch = dispatch.launcher("topk", backend, query.device, query.dtype)
     return launch(query, corpus, k, metric=metric)
 
 
@@ -233,7 +232,7 @@ def _fake_topk(query: Tensor, corpus: Tensor, k: int, *_: Any) -> Tensors:
     return scores, query.new_empty(shape, dtype=torch.int64)
 
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+_KERNELS: dict[str, Kernels] = {
     "ranking_reward": (_ranking_reward, _fake_ranking_reward),
     "ranking_reward_saved": (_ranking_reward_saved, _fake_ranking_reward_saved),
     "ranking_reward_backward": (_ranking_reward_backward, _fake_gradients),
@@ -243,11 +242,19 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "topk": (_topk, _fake_topk),
 }
 
+
+def register(
+    library: torch.library.Library, schemas: dict[str, str], kernels: dict[str, Kernels]
+) -> None:
+    """Define every op of `schemas` with what computes it and what traces it."""
+    for name, (kernel, fake) in kernels.items():
+        library.define(name + schemas[name])
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"elva_kernels::{name}", fake, lib=library)
+
+
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
-for _name, (_kernel, _fake) in _KERNELS.items():
-    _LIBRARY.define(_name + _SCHEMAS[_name])
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"elva_kernels::{_name}", _fake, lib=_LIBRARY)
+register(_LIBRARY, _SCHEMAS, _KERNELS)
 
 _OPS = torch.ops.elva_kernels
 ranking_reward = _OPS.ranking_reward.default

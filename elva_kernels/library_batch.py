@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels import dispatch
-from elva_kernels.library import gradient_op, refuse_second_derivative
+from elva_kernels.library import Kernels, gradient_op, refuse_second_derivative, register
 from elva_kernels.reference import compute_dtype
 from elva_kernels.reference_batch import Batch
 
@@ -82,7 +82,7 @@ def _rank_statistics(
 ) -> Tensors:
     op = "rank_statistics"
     batch = _batch(op, query, candidates, target, candidate_ids, max_score)
-    launch = dispatch.launcher(op, backend, query.device.type)
+    launch = dispatch.launcher(op, backend, query.device, query.dtype)
     return launch(query, candidates, batch, k=k, temperature=temperature)
 
 
@@ -98,7 +98,7 @@ def _in_batch_ranking_reward(
     op = "in_batch_ranking_reward"
     batch = _batch(op, query, candidates, target, candidate_ids, max_score)
     *_, backend = weights
-    launch = dispatch.launcher(op, backend, query.device.type)
+    launch = dispatch.launcher(op, backend, query.device, query.dtype)
     return launch(query, candidates, batch, head, **_named(weights))
 
 
@@ -113,7 +113,9 @@ def _in_batch_ranking_reward_backward(
     *weights: Any,
 ) -> Tensors:
     *_, backend = weights
-    launch = dispatch.launcher("in_batch_ranking_reward_backward", backend, query.device.type)
+    launch = dispatch.launcher(
+        "in_batch_ranking_reward_backward", backend, query.device, query.dtype
+    )
     return launch(query, candidates, index, scores, rank, grad_reward, head, **_named(weights))
 
 
@@ -143,7 +145,7 @@ def _nce(op: str) -> Callable[..., Tensors]:
         *weight: Tensor,
     ) -> Tensors:
         batch = _batch("info_nce", query, candidates, target, candidate_ids, max_score)
-        launch = dispatch.launcher(op, backend, query.device.type)
+        launch = dispatch.launcher(op, backend, query.device, query.dtype)
         options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
         return launch(query, candidates, batch, temperature, *weight, **options)
 
@@ -201,7 +203,7 @@ def _fake_nce_backward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors
     return tuple(x.new_empty(x.shape) for x in (query, candidates, rest[2]))
 
 
-_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+_KERNELS: dict[str, Kernels] = {
     "rank_statistics": (_rank_statistics, _fake_statistics),
     "in_batch_ranking_reward": (_in_batch_ranking_reward, _fake_reward),
     "in_batch_ranking_reward_backward": (_in_batch_ranking_reward_backward, _fake_reward_backward),
@@ -211,10 +213,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 _LIBRARY = torch.library.Library("elva_kernels", "FRAGMENT")
-for _name, (_kernel, _fake) in _KERNELS.items():
-    _LIBRARY.define(_name + _SCHEMAS[_name])
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"elva_kernels::{_name}", _fake, lib=_LIBRARY)
+register(_LIBRARY, _SCHEMAS, _KERNELS)
 
 _OPS = torch.ops.elva_kernels
 rank_statistics = _OPS.rank_statistics.default

@@ -15,9 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _METRIC_CODES = {"dot": 0, "cosine": 1}
+_LARGE_BYTES = 1 << 20  # the memory of larger gradients is kept for the next (csrc/cpu/blocks.cpp)
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -347,9 +349,13 @@ def _empty_values(query: Tensor, negatives: Tensor) -> Values:
 
 
 def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(x) if x.is_contiguous() else _empty(x.shape, x.dtype) for x in inputs
-    )
+    return tuple(_empty_gradient(x) for x in inputs)
+
+
+def _empty_gradient(x: Tensor) -> Tensor:
+    if x.nbytes >= _LARGE_BYTES:
+        return from_dlpack(_module().empty(_DTYPE_CODES[x.dtype], tuple(x.shape)))
+    return torch.empty_like(x) if x.is_contiguous() else _empty(x.shape, x.dtype)
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:

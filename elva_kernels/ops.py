@@ -231,6 +231,6 @@ def group_advantages(reward: Tensor, *, scale: str = "std", std_eps: float = 1e-
     """
     op = "group_advantages"
     std_eps = checks.rewards(op, reward, scale, std_eps)
-    launch = dispatch.launcher(op, "auto", reward.device.type)
+    launch = dispatch.launcher(op, "auto", reward.device, reward.dtype)
     (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
     return advantages

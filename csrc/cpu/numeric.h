@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../elva.h"
+
 namespace elva {
 
 struct Bf16 {
@@ -15,6 +17,21 @@ struct Bf16 {
 struct Fp16 {
   uint16_t bits;
 };
+
+// `function` with an element of the type that `dtype` names: where a call's type is decided.
+template <class Function>
+static inline ElvaStatus by_dtype(ElvaDtype dtype, const Function& function) {
+  switch (dtype) {
+    case ELVA_BF16:
+      return function(Bf16());
+    case ELVA_FP16:
+      return function(Fp16());
+    case ELVA_FP32:
+      return function(float());
+    default:
+      return function(double());
+  }
+}
 
 // What scores and rewards of an element type are computed to.
 template <class T>

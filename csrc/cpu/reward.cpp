@@ -11,15 +11,10 @@
 //   Deterministic: a group's bits depend on that group alone.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.ranking_reward.
-#include "reward_group.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 
 #include "parallel.h"
+#include "reward_group.h"
 
 namespace elva {
 namespace {
@@ -89,22 +84,6 @@ bool streams(const ElvaRewardArgs& args) {
          args.batch.groups * args.negatives * row_bytes > kStreamBytes;
 }
 
-// A large output is fresh from the system as a rule, and its page faults then cost ten times what
-// the op does (measured: 49 ms for 40 MB in 4 KB pages, 10 ms in 2 MB pages, the op 4).
-template <class T>
-void ask_for_huge_pages(const ElvaRewardArgs& args) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(args.grad_negative);
-  const uintptr_t end =
-      start + static_cast<uintptr_t>(args.batch.groups * args.negatives * args.dim) * sizeof(T);
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
-  if (first + kPage < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  static_cast<void>(args);
-#endif
-}
-
 template <class T>
 void write_gradients(const ElvaRewardArgs& args, int64_t i, const double* coefficients,
                      double upstream, bool query_is_open, RewardGroup<T>* group) {
@@ -118,7 +97,6 @@ template <class T>
 ElvaStatus forward(const ElvaRewardArgs& args) {
   using V = typename ValueOf<T>::Type;
   const int64_t width = 2 * args.negatives + 3;
-  if (args.grad_query != nullptr) ask_for_huge_pages<T>(args);
   return for_groups<T>(args, [&](int64_t i, const GroupIndex& index, RewardGroup<T>* group) {
     double* saved = args.coefficients;
     double* coefficients = saved == nullptr ? group->own_coefficients() : saved + i * width;
@@ -141,7 +119,6 @@ template <class T>
 ElvaStatus backward(const ElvaRewardArgs& args) {
   using V = typename ValueOf<T>::Type;
   const int64_t width = 2 * args.negatives + 3;
-  if (args.grad_query != nullptr) ask_for_huge_pages<T>(args);
   return for_groups<T>(args, [&](int64_t i, const GroupIndex& index, RewardGroup<T>* group) {
     write_gradients<T>(args, i, args.coefficients + i * width, upstream_of<V>(args, index), false,
                        group);
@@ -154,29 +131,13 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
 extern "C" {
 
 ElvaStatus elva_reward_forward_cpu(const ElvaRewardArgs* args) {
-  switch (args->dtype) {
-    case ELVA_BF16:
-      return elva::forward<elva::Bf16>(*args);
-    case ELVA_FP16:
-      return elva::forward<elva::Fp16>(*args);
-    case ELVA_FP32:
-      return elva::forward<float>(*args);
-    default:
-      return elva::forward<double>(*args);
-  }
+  return elva::by_dtype(args->dtype,
+                        [args](auto element) { return elva::forward<decltype(element)>(*args); });
 }
 
 ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args) {
-  switch (args->dtype) {
-    case ELVA_BF16:
-      return elva::backward<elva::Bf16>(*args);
-    case ELVA_FP16:
-      return elva::backward<elva::Fp16>(*args);
-    case ELVA_FP32:
-      return elva::backward<float>(*args);
-    default:
-      return elva::backward<double>(*args);
-  }
+  return elva::by_dtype(args->dtype,
+                        [args](auto element) { return elva::backward<decltype(element)>(*args); });
 }
 
 }  // extern "C"

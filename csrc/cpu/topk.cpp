@@ -273,14 +273,6 @@ ElvaStatus run(const ElvaTopkArgs& args) {
 }  // namespace elva
 
 extern "C" ElvaStatus elva_topk_cpu(const ElvaTopkArgs* args) {
-  switch (args->dtype) {
-    case ELVA_BF16:
-      return elva::run<elva::Bf16>(*args);
-    case ELVA_FP16:
-      return elva::run<elva::Fp16>(*args);
-    case ELVA_FP32:
-      return elva::run<float>(*args);
-    default:
-      return elva::run<double>(*args);
-  }
+  return elva::by_dtype(args->dtype,
+                        [args](auto element) { return elva::run<decltype(element)>(*args); });
 }

@@ -124,29 +124,13 @@ ElvaStatus gradients(const ElvaUnitGradientArgs& args) {
 extern "C" {
 
 ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args) {
-  switch (args->dtype) {
-    case ELVA_BF16:
-      return elva::unit_rows<elva::Bf16>(*args);
-    case ELVA_FP16:
-      return elva::unit_rows<elva::Fp16>(*args);
-    case ELVA_FP32:
-      return elva::unit_rows<float>(*args);
-    default:
-      return elva::unit_rows<double>(*args);
-  }
+  return elva::by_dtype(args->dtype,
+                        [args](auto element) { return elva::unit_rows<decltype(element)>(*args); });
 }
 
 ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args) {
-  switch (args->dtype) {
-    case ELVA_BF16:
-      return elva::gradients<elva::Bf16>(*args);
-    case ELVA_FP16:
-      return elva::gradients<elva::Fp16>(*args);
-    case ELVA_FP32:
-      return elva::gradients<float>(*args);
-    default:
-      return elva::gradients<double>(*args);
-  }
+  return elva::by_dtype(args->dtype,
+                        [args](auto element) { return elva::gradients<decltype(element)>(*args); });
 }
 
 }  // extern "C"

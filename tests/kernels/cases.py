@@ -1,5 +1,7 @@
 """Inputs, truths and backends of the contract suite. A new backend is one line in `BACKENDS`."""
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 OPEN_HINGE = WEIGHTS | {"margin": -1.0, "rank_penalty": 0.1}
 SOFT_RANKS = OPEN_HINGE | {"rank_temperature": 0.05}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# Set by test_triton.py: the suite on Triton's interpreter alone, at sizes that it can bear.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _backends(*names):
@@ -59,6 +63,12 @@ SHAPES = [
     ((2,), 17, 1537),
     ((5, 1), 3, 31),
 ]
+
+
+if INTERPRETED:
+    BACKENDS = EVERY_LEVEL = [*_backends("triton")]
+    DTYPES = [torch.bfloat16, torch.float32]
+    SHAPES = [((), 1, 1), ((1, 2), 5, 33), ((0,), 4, 8), ((1,), 17, 130), ((), 0, 5)]
 
 
 def embeddings(leading, n, d, dtype, *, seed=0, signal=0.7):
@@ -156,11 +166,8 @@ def lattice(b, m, d, dtype):
 
 
 def exact_negatives(scores, target, ids=None, max_score=None):
-    """Bool [B, M]: who is a negative of whom, one pair at a time."""
-    negative = torch.zeros(scores.shape, dtype=torch.bool)
-    for i, t in enumerate(target.tolist()):
-        for j in range(scores.shape[1]):
-            same = ids is not None and ids[j] == ids[t]
-            above = max_score is not None and scores[i, j] > max_score
-            negative[i, j] = j != t and not same and not above
-    return negative
+    """Bool [B, M]: who is a negative of whom."""
+    negative = torch.arange(scores.shape[1]) != target.unsqueeze(1)
+    if ids is not None:
+        negative &= ids != ids[target].unsqueeze(1)
+    return negative if max_score is None else negative & (scores <= max_score)

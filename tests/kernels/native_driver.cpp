@@ -132,7 +132,112 @@ void one_search(ElvaDtype dtype, int64_t queries, int64_t rows, int64_t dim, int
   }
 }
 
+// The steps of an in-batch op, on b queries and m candidates.
+void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t stride, bool special,
+               unsigned seed) {
+  std::mt19937 random(seed);
+  const ElvaDtype value_dtype = dtype == ELVA_FP64 ? ELVA_FP64 : ELVA_FP32;
+  const int64_t value = dtype == ELVA_FP64 ? 8 : 4, width = (m + 15) / 16 * 16, k = 5;
+  const auto block = [](int64_t bytes) { return std::vector<char>(static_cast<size_t>(bytes)); };
+  const auto doubles = [](int64_t count) {
+    return std::vector<double>(static_cast<size_t>(count));
+  };
+  const auto query = numbers(dtype, b * dim * stride, special, &random);
+  const auto candidates = numbers(dtype, m * dim * stride, special, &random);
+  auto query_unit = block(b * dim * value), candidate_unit = block(m * dim * value);
+  auto query_norm = doubles(2 * b), candidate_norm = doubles(2 * m);
+  ElvaUnitRowsArgs units = {dtype,
+                            3,
+                            b,
+                            dim,
+                            rows_of(query.data(), b, dim, stride),
+                            query_unit.data(),
+                            query_norm.data()};
+  if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
+  units = {dtype,
+           3,
+           m,
+           dim,
+           rows_of(candidates.data(), m, dim, stride),
+           candidate_unit.data(),
+           candidate_norm.data()};
+  if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
+
+  auto scores = block(b * width * value);
+  ElvaMatrixArgs product = {
+      value_dtype,   3,     b,    m, dim, query_unit.data(), dim, 1, candidate_unit.data(), 1, dim,
+      scores.data(), width, false};
+  if (elva_matrix_product_cpu(&product) != ELVA_OK) abort();
+  const auto penalty = block(width * value);
+  std::vector<int64_t> target(static_cast<size_t>(b)), ids(static_cast<size_t>(m)),
+      hardest = target;
+  for (auto& t : target) t = static_cast<int64_t>(random() % static_cast<unsigned>(m));
+  for (auto& id : ids) id = static_cast<int64_t>(random() % 5);
+  std::vector<int32_t> greater(static_cast<size_t>(b)), equal = greater;
+  auto own = block(b * value), peak = own, topk = block(b * k * value);
+  std::vector<int64_t> topk_index(static_cast<size_t>(b * k));
+  auto sum = doubles(b), moment = sum, column_sum = doubles(width), column_moment = column_sum;
+  ElvaScoreRowsArgs rows = {value_dtype,
+                            3,
+                            b,
+                            m,
+                            width,
+                            scores.data(),
+                            penalty.data(),
+                            query_norm.data(),
+                            target.data(),
+                            ids.data(),
+                            0.5,
+                            20.0,
+                            k,
+                            greater.data(),
+                            equal.data(),
+                            own.data(),
+                            peak.data(),
+                            hardest.data(),
+                            topk.data(),
+                            topk_index.data(),
+                            sum.data(),
+                            moment.data()};
+  if (elva_score_rows_cpu(&rows) != ELVA_OK) abort();
+  auto column_peak = block(width * value);
+  ElvaColumnSumsArgs columns = {
+      value_dtype,         3, b, width, scores.data(), 20.0, column_peak.data(), column_sum.data(),
+      column_moment.data()};
+  if (elva_column_sums_cpu(&columns) != ELVA_OK) abort();
+  const auto zeros = block(width * value);
+  ElvaSlopeRowsArgs slopes = {
+      value_dtype,  3,          b,          width,         scores.data(),
+      own.data(),   own.data(), own.data(), target.data(), column_peak.data(),
+      zeros.data(), 20.0};
+  if (elva_slope_rows_cpu(&slopes) != ELVA_OK) abort();
+  auto grad_unit = block(m * dim * value);
+  product = {value_dtype,      3,   m,   dim, b, scores.data(), 1, width, query_unit.data(), dim, 1,
+             grad_unit.data(), dim, true};
+  if (elva_matrix_product_cpu(&product) != ELVA_OK) abort();
+  auto grad = block(m * dim * static_cast<int64_t>(size_of(dtype)));
+  const ElvaUnitGradientArgs gradient = {
+      dtype,      3, m, dim, candidate_unit.data(), grad_unit.data(), candidate_norm.data(),
+      grad.data()};
+  if (elva_unit_gradient_cpu(&gradient) != ELVA_OK) abort();
+}
+
+// Blocks of a few sizes, held two at a time and written to their ends.
+void many_blocks(unsigned seed) {
+  std::mt19937 random(seed);
+  ElvaBlock held[2] = {};
+  for (int i = 0; i < 200; ++i) {
+    ElvaBlock& block = held[i % 2];
+    if (block.data != nullptr) elva_release_block(&block);
+    const int64_t bytes = 1 + static_cast<int64_t>(random() % (5u << 20));
+    if (elva_acquire_block(bytes, &block) != ELVA_OK || block.bytes < bytes) abort();
+    static_cast<char*>(block.data)[0] = static_cast<char*>(block.data)[bytes - 1] = 1;
+  }
+  for (const ElvaBlock& block : held) elva_release_block(&block);
+}
+
 void many_calls(unsigned seed) {
+  many_blocks(seed);
   for (ElvaDtype dtype : {ELVA_BF16, ELVA_FP16, ELVA_FP32, ELVA_FP64}) {
     for (int64_t dim : {1, 31, 32, 100}) {
       for (int64_t stride : {1, 3}) {
@@ -141,6 +246,11 @@ void many_calls(unsigned seed) {
         one_search(dtype, 6, 263, dim, stride, false, seed);
         one_search(dtype, 3, 21, dim, stride, true, seed + 1);
       }
+    }
+    for (int64_t stride : {1, 3}) {
+      one_batch(dtype, 7, 37, 33, stride, stride == 3, seed);
+      one_batch(dtype, 1, 1, 1, stride, false, seed);
+      one_batch(dtype, 230, 70, 200, stride, stride == 1, seed);
     }
     one_call(dtype, 2, 0, 8, 1, false, seed);
     one_call(dtype, 2, 600, 16, 1, false, seed);

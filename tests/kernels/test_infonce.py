@@ -120,7 +120,7 @@ def test_values_and_gradients(backend, dtype, b, m, d, symmetric):
         check(query, candidates, target, temperature, weight, backend, **options)
 
 
-@every_level
+@every_backend
 @each_dtype
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -141,7 +141,7 @@ def test_reductions_are_those_of_the_losses(backend, dtype, symmetric, reduction
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=2e-6)
 
 
-@every_level
+@every_backend
 @each_dtype
 def test_symmetric_is_two_calls(backend, dtype):
     query, candidates = (x.requires_grad_() for x in batch(23, 40, 24, dtype))
@@ -226,7 +226,7 @@ def test_a_bad_row_spoils_its_own_pair_alone(backend, symmetric, bad):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@every_level
+@every_backend
 @each_dtype
 def test_zero_rows_have_no_gradient(backend, dtype):
     query, candidates = batch(5, 9, 16, dtype)
@@ -241,7 +241,7 @@ def test_zero_rows_have_no_gradient(backend, dtype):
     assert query.grad[0].abs().sum() > 0
 
 
-@every_level
+@every_backend
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 0.01, 1e6])
 def test_temperatures_far_out(backend, temperature):
     """No overflow, and the hardest negative is what is left of a cold sum."""
@@ -272,7 +272,7 @@ def test_a_temperature_that_is_no_temperature_gives_nan(backend):
         assert loss.isnan()
 
 
-@every_level
+@every_backend
 @each_dtype
 def test_layouts(backend, dtype):
     query, candidates = batch(7, 21, 37, dtype)
@@ -290,16 +290,17 @@ def test_layouts(backend, dtype):
             assert same_bits(a, b)
 
 
-@every_level
+@every_backend
 @each_dtype
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_workspace_changes_no_loss(backend, dtype, symmetric):
-    query, candidates = (x.requires_grad_() for x in batch(700, 1100, 8, dtype))
+    query, candidates = (x.requires_grad_() for x in batch(500, 1100, 8, dtype))
     results = []
     for workspace_mb in (1, 2, 256):
         loss = info_nce(
             query,
             candidates,
+            temperature=1.0,
             symmetric=symmetric,
             workspace_mb=workspace_mb,
             reduction="none",
@@ -313,6 +314,23 @@ def test_workspace_changes_no_loss(backend, dtype, symmetric):
             assert same_bits(loss, results[0][0])
         for a, b in zip(gradients, results[0][1:], strict=True):
             torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=2e-6)
+
+
+@every_level
+def test_any_number_of_threads_gives_the_same_bits(backend):
+    query, candidates = (x.requires_grad_() for x in batch(300, 700, 40, torch.float32))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            loss = info_nce(query, candidates, symmetric=True, workspace_mb=1, backend=backend)
+            found = rank_statistics(query, candidates, k=9, temperature=0.1, backend=backend)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (query, candidates)), *found))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert same_bits(a, b)
 
 
 @every_backend

@@ -17,6 +17,7 @@ from elva_kernels import (
 )
 
 Q, P, N = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
+BACKENDS = "auto, cpu, triton, reference"
 MASK = torch.ones(3, 5, dtype=torch.bool)
 META = torch.empty(3, 8, device="meta")
 
@@ -116,8 +117,8 @@ SCALARS = [
     ({"rank_temperature": -1.0}, ValueError, "rank_temperature must be finite and at least 0"),
     ({"rank_temperature": math.nan}, ValueError, "rank_temperature must be finite"),
     ({"rank_temperature": 1e-9}, ValueError, "rank_temperature must be 0 or at least 1e-06"),
-    ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu, reference, got 'gpu'"),
-    ({"backend": None}, ValueError, "backend must be one of auto, cpu, reference, got None"),
+    ({"backend": "gpu"}, ValueError, f"backend must be one of {BACKENDS}, got 'gpu'"),
+    ({"backend": None}, ValueError, f"backend must be one of {BACKENDS}, got None"),
 ]
 
 
@@ -250,7 +251,8 @@ def test_named_backend_on_another_device():
     meta = [x.to("meta") for x in (Q, P, N)]
     message = "backend must run here, got 'cpu'; cpu takes tensors on cpu, these are on meta"
     # A meta tensor never reaches a launcher, so the table itself is asked.
-    refused(dispatch.launcher, BackendUnavailable, message, "ranking_reward", "cpu", "meta")
+    asked = ("ranking_reward", "cpu", torch.device("meta"), torch.float32)
+    refused(dispatch.launcher, BackendUnavailable, message, *asked)
     assert ranking_reward(*meta).scores.shape == (3, 6)
 
 

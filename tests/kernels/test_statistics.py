@@ -173,7 +173,7 @@ def test_bits_depend_on_the_two_rows_alone(backend, dtype):
     assert same_bits(every_score(query * signs, candidates * signs, target, backend), scores)
 
 
-@every_level
+@every_backend
 @each_dtype
 def test_rows_of_any_magnitude(backend, dtype):
     info = torch.finfo(dtype)
@@ -215,7 +215,7 @@ def test_bad_and_zero_rows(backend, dtype, bad):
         assert same_bits(found.target_score[i], clean.target_score[i])
 
 
-@every_level
+@every_backend
 @each_dtype
 def test_layouts(backend, dtype):
     query, candidates = batch(7, 21, 37, dtype)
@@ -250,7 +250,7 @@ def exact_reward(scores, target, negative, head, **weights):
 
 @every_level
 @each_dtype
-@pytest.mark.parametrize("head", [1, 2, 7, 100, None])
+@pytest.mark.parametrize("head", [1, 7, None])
 def test_reward(backend, dtype, head):
     query, candidates = (x.requires_grad_() for x in batch(19, 45, 40, dtype, signal=0.4))
     target, ids = torch.randint(0, 45, (19,)), torch.randint(0, 30, (45,))
@@ -432,7 +432,7 @@ def cases(draw):
 @every_level
 @given(case=cases(), k=st.integers(0, 45))
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_batch_agrees_with_its_own_scores(backend, case, k):
     query, candidates, target, options = case

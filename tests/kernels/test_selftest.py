@@ -1,0 +1,214 @@
+"""The self-test that "auto" asks of a GPU backend, on backends that are right, wrong or broken."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from elva_kernels import BackendUnavailable, dispatch, doctor, ranking_reward, selftest, warm_up
+from tests.kernels.cases import embeddings
+
+INPUTS = embeddings((2,), 5, 16, torch.float32)
+CPU = torch.device("cpu")
+
+
+class Machine:
+    """A backend "probe" that "auto" would take first, with launchers made by `make`."""
+
+    def __init__(self, monkeypatch, cache):
+        self.patch, self.cache, self.calls = monkeypatch, cache, 0
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.delenv("ELVA_KERNELS_SELFTEST", raising=False)
+        monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
+        monkeypatch.setattr(
+            dispatch, "LAUNCHERS", {op: dict(row) for op, row in dispatch.LAUNCHERS.items()}
+        )
+        self.restart()
+
+    def restart(self):
+        """As a new process would find it."""
+        dispatch.launcher.cache_clear()
+        self.patch.setattr(selftest, "_verdicts", {})
+
+    def install(self, make, version="1"):
+        probe = dispatch.Backend("cpu", lambda: None, version=lambda: version)
+        self.patch.setattr(
+            dispatch, "BACKENDS", {"probe": probe} | dispatch.BACKENDS | {"probe": probe}
+        )
+        for op in selftest.TRIALS:
+            dispatch.LAUNCHERS[op]["probe"] = self._counted(make(dispatch.LAUNCHERS[op]))
+
+    def _counted(self, launch):
+        def counted(*tensors, **weights):
+            self.calls += 1
+            return launch(*tensors, **weights)
+
+        return counted
+
+    def entries(self):
+        files = sorted((self.cache / "elva_kernels" / "selftest").glob("*"))
+        return [json.loads(path.read_text()) for path in files]
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    yield Machine(monkeypatch, tmp_path)
+    dispatch.launcher.cache_clear()
+
+
+def right(row):
+    return row["reference"]
+
+
+def wrong(row):
+    def launch(*tensors, **weights):
+        first, *rest = row["reference"](*tensors, **weights)
+        return first + 1e-3, *rest
+
+    return launch
+
+
+def broken(row):
+    def launch(*tensors, **weights):
+        raise RuntimeError("no such\ninstruction")
+
+    return launch
+
+
+def taken(op="ranking_reward", dtype=torch.float32):
+    """Which backend "auto" takes."""
+    launch = dispatch.launcher(op, "auto", CPU, dtype)
+    return next(name for name, found in dispatch.LAUNCHERS[op].items() if found is launch)
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_a_right_backend_is_taken_and_tested_once(machine, dtype):
+    machine.install(right)
+    for op in selftest.TRIALS:
+        assert taken(op, dtype=dtype) == "probe"
+    ran = machine.calls
+    machine.restart()
+    for op in selftest.TRIALS:
+        assert taken(op, dtype=dtype) == "probe"
+    assert machine.calls == ran
+    assert [entry["error"] for entry in machine.entries()] == [None] * len(selftest.TRIALS)
+    machine.restart()
+    machine.install(right, version="2")
+    assert taken(dtype=dtype) == "probe"
+    assert machine.calls > ran
+
+
+@pytest.mark.parametrize("op", selftest.TRIALS)
+def test_a_wrong_backend_is_passed_over_with_one_warning(machine, op):
+    machine.install(wrong)
+    with pytest.warns(RuntimeWarning, match=rf"^{op}: backend probe is passed over") as caught:
+        assert taken(op) != "probe"
+    assert len(caught) == 1
+    assert "from the reference" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.launcher.cache_clear()
+        assert taken(op) != "probe"
+    ran = machine.calls
+    machine.restart()  # the verdict outlives the process, and warns again in the next
+    assert f"self-test of {op} probe float32" in str(doctor())
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        assert taken(op) != "probe"
+    assert machine.calls == ran
+    named = dispatch.launcher(op, "probe", CPU, torch.float32)
+    assert named is dispatch.LAUNCHERS[op]["probe"]
+
+
+def test_a_broken_backend_is_passed_over_for_this_process_alone(machine):
+    machine.install(broken)
+    expected = ranking_reward(*INPUTS, backend="reference")
+    with pytest.warns(RuntimeWarning, match="it raised RuntimeError: no such instruction"):
+        result = ranking_reward(*INPUTS)
+    torch.testing.assert_close(result.reward, expected.reward)
+    assert not machine.entries()
+    assert "it raised RuntimeError" in str(doctor())
+    machine.restart()
+    machine.install(right)
+    assert taken() == "probe"
+
+
+def test_blind_trust(machine, monkeypatch):
+    machine.install(wrong)
+    monkeypatch.setenv("ELVA_KERNELS_SELFTEST", "0")
+    assert taken() == "probe"
+    assert machine.calls == 0
+
+
+def test_an_op_without_a_trial_is_not_trusted(machine, monkeypatch):
+    machine.install(right)
+    monkeypatch.delitem(selftest.TRIALS, "ranking_reward")
+    assert taken() != "probe"
+    assert machine.calls == 0
+
+
+def test_a_capture_needs_a_verdict_and_says_so(machine, monkeypatch):
+    machine.install(right)
+    monkeypatch.setattr(selftest, "_is_captured", lambda device: True)
+    message = r"got no verdict for float32; call elva_kernels.warm_up\('cpu'\) before the capture"
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match=message):
+            ranking_reward(*INPUTS)
+    monkeypatch.setattr(selftest, "_is_captured", lambda device: False)
+    warm_up("cpu")
+    dispatch.launcher.cache_clear()
+    monkeypatch.setattr(selftest, "_is_captured", lambda device: True)
+    assert taken() == "probe"
+    ranking_reward(*INPUTS)
+
+
+def test_warm_up_tests_every_op_in_every_dtype(machine):
+    machine.install(right)
+    report = warm_up(CPU)
+    verdicts = [text for text in report.selftests if " probe " in text]
+    assert len(verdicts) == len(selftest.TRIALS) * len(selftest.DTYPES)
+    assert set(report.selftests.values()) == {None}
+
+
+def test_a_cache_that_cannot_be_written_or_read_costs_a_test_and_nothing_else(machine, tmp_path):
+    (tmp_path / "elva_kernels").write_text("a file where the directory would be")
+    machine.install(right)
+    assert taken() == "probe"
+    machine.restart()
+    assert taken() == "probe"
+    assert "runs here" in str(doctor())
+    (tmp_path / "elva_kernels").unlink()
+    machine.restart()
+    assert taken() == "probe"
+    for path in (tmp_path / "elva_kernels" / "selftest").glob("*.json"):
+        path.write_text("{")
+    machine.restart()
+    assert taken() == "probe"
+    assert "runs here" in str(doctor())
+
+
+def test_every_backend_passes_where_it_runs():
+    for op, trial in selftest.TRIALS.items():
+        for name in ("cpu", "reference"):
+            if dispatch.available_backends()[name] is None:
+                launchers = {half: row.get(name) for half, row in dispatch.LAUNCHERS.items()}
+                for dtype in selftest.DTYPES:
+                    for soft in (False, True):
+                        trial(launchers.get, dtype, CPU, soft)
+            assert op in dispatch.LAUNCHERS
+
+
+def test_every_op_of_a_backend_that_must_prove_itself_has_a_trial():
+    proving = {name for name, backend in dispatch.BACKENDS.items() if backend.version is not None}
+    for op, row in dispatch.LAUNCHERS.items():
+        assert op in selftest.TRIALS or not proving & set(row), op
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
+    """Scores lie apart by more than any backend may err, but for exact ties."""
+    for soft in (False, True):
+        scores = selftest._case(dtype, CPU, soft).truth.scores
+        for group in scores:
+            gaps = group[group.isfinite()].sort().values.diff()
+            assert ((gaps == 0) | (gaps > 1e-4)).all()

@@ -1,0 +1,112 @@
+"""The Triton backend without a GPU: the contract suite in the interpreter, and lints."""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elva_kernels import triton_kernels
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SOURCES = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
+KERNELS = [path for path in SOURCES if "@triton.jit" in path.read_text()]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+# Of the contract suite, what the interpreter gets through in seconds.
+REWARD = (
+    "(values_and_gradients and not 130) or (magnitudes and float32) or (zero_rows and bfloat16)"
+    " or (non_finite and negatives and nan) or (non_finite and query--inf and float32)"
+    " or (any_layout and float32 and not 2 and not 5) or (copies and 3-bfloat16)"
+    " or (flipping and bfloat16) or expanded_sum"
+)
+
+
+@needs_triton
+@pytest.mark.skipif(triton_kernels.INTERPRETED, reason="this is the interpreted session")
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("triton_interpreted.py", ""),
+        ("test_reward.py", REWARD),
+        ("test_reward_scores.py", "non_finite or signed_zeros or (values and 9 and float32)"),
+    ],
+)
+def test_contract_in_the_interpreter(file, chosen):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(HERE / file), "-k", chosen],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def calls(path, name):
+    """Calls of `tl.<name>` in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == f"tl.{name}":
+            yield node
+
+
+def cast_calls(path):
+    """What `.to(...)` is called on, in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if node.func.attr == "to":
+            yield ast.unparse(node.func.value), ast.unparse(node)
+
+
+def test_there_are_kernels_to_lint():
+    assert {path.name for path in KERNELS} >= {"ranks.py", "reward.py", "scores.py"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_masked_loads_say_what_else_they_give(path):
+    for call in calls(path, "load"):
+        names = {keyword.arg for keyword in call.keywords}
+        assert len(call.args) == 1, ast.unparse(call)  # mask and other by name
+        assert "mask" not in names or "other" in names, ast.unparse(call)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_loads_are_cast_at_once(path):
+    """The interpreter computes bfloat16 wrongly, and a GPU in half precision."""
+    cast = {value for value, _ in cast_calls(path)}
+    for call in calls(path, "load"):
+        assert ast.unparse(call) in cast, ast.unparse(call)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_offsets_have_64_bits(path):
+    cast = {text for _, text in cast_calls(path)}
+    for name in ("program_id", "arange"):
+        for call in calls(path, name):
+            assert f"{ast.unparse(call)}.to(tl.int64)" in cast, ast.unparse(call)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_add_floats_by_a_stated_tree_and_never_atomically(path):
+    """`tl.sum` leaves the order to the compiler: for integers, or of a single element."""
+    text = path.read_text()
+    assert "atomic" not in text.split('"""', 2)[2]
+    for call in calls(path, "sum"):
+        first = ast.unparse(call.args[0])
+        single = first.startswith(("tree_sum(", "query_norms", "query_ks"))
+        whole = "tl.int32" in first or first.startswith("tl.where(index == 0, ahead")
+        assert single or whole, ast.unparse(call)
+
+
+def test_without_triton_it_is_unavailable_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert triton_kernels.unavailable_reason().startswith("triton is not installed; ")

@@ -1,0 +1,58 @@
+"""Triton kernels compile ahead of time for every target, and take what they took.
+
+A few variants a target; ELVA_TEST_EVERY_KERNEL=1 compiles them all.
+"""
+
+import importlib.util
+import json
+import os
+import re
+
+import pytest
+
+from tests.kernels import triton_resources
+from tests.kernels.triton_resources import TARGETS, compile_variant, resources, variant_names
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+FEW = {"forward-bf16-aligned", "backward-bf16-unaligned", "scores_gradient-fp32-aligned"}
+EVERY = os.environ.get("ELVA_TEST_EVERY_KERNEL") == "1"
+CASES = [
+    (target, name, aligned, row)
+    for target in TARGETS
+    for name, aligned, row in variant_names()
+    if EVERY or row in FEW or (row, target) == ("value_and_grad-bf16-aligned", "sm_90")
+]
+
+
+@pytest.mark.parametrize(("target", "name", "aligned", "row"), CASES)
+def test_takes_no_more_than_it_took(target, name, aligned, row):
+    """No spill to memory, and at most a tenth more registers and shared memory than committed."""
+    triton = importlib.import_module("triton")
+    table = json.loads(triton_resources.TABLE.read_text())
+    taken = resources(compile_variant(name, aligned, target), target)
+    committed = table[target][row]
+    assert taken["spilled_bytes"] <= committed["spilled_bytes"]
+    if triton.__version__ == table["triton"]:  # another compiler has its own figures
+        for what in ("registers", "shared_bytes"):
+            assert taken[what] <= 1.1 * committed[what], what
+
+
+def test_the_table_is_complete_and_shows_no_spill():
+    table = json.loads(triton_resources.TABLE.read_text())
+    rows = [row for *_, row in variant_names()]
+    assert list(table) == ["triton", *TARGETS]
+    for target in TARGETS:
+        assert list(table[target]) == rows
+        spilling = [row for row in rows if table[target][row]["spilled_bytes"]]
+        assert not spilling, target
+
+
+def test_compiled_arithmetic_is_what_the_numerics_rest_on():
+    """No flush to zero, no fusion in float32, barriers over all memory, loads that see stores."""
+    compiled = compile_variant("value_and_grad-bf16", True, "sm_90")
+    assert compiled.asm["ttgir"].count("ttg.barrier all") == 3
+    assert "ld.global.nc" not in compiled.asm["ptx"]
+    assert not re.search(r"(add|sub|mul|fma)\S*\.ftz", compiled.asm["ptx"])
+    assert not re.search(r"fma\.rn\.f32", compiled.asm["ptx"])

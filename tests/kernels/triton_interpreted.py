@@ -1,0 +1,128 @@
+"""Triton kernels in Triton's interpreter. `test_triton` runs this file, with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+
+from elva_kernels import dispatch, ranking_reward, ranking_reward_and_grad, selftest
+from elva_kernels.triton_kernels import launch
+from tests.kernels.cases import OPEN_HINGE, embeddings, same_bits
+
+GUARD = 64  # elements before and after a buffer
+SOFT = OPEN_HINGE | {"rank_temperature": 0.2}
+TRIALS = [
+    ("ranking_reward", torch.bfloat16, False),
+    ("ranking_reward", torch.float16, True),
+    ("ranking_reward_saved", torch.float16, False),
+    ("ranking_reward_backward", torch.float64, True),
+    ("ranking_reward_and_grad", torch.bfloat16, True),
+    ("ranking_reward_and_grad", torch.float64, False),
+    ("reward_from_scores", torch.float64, True),
+    ("reward_from_scores", torch.float16, False),
+    ("reward_from_scores_backward", torch.bfloat16, True),
+    ("reward_from_scores_backward", torch.float64, False),
+]
+
+
+@pytest.mark.parametrize(("op", "dtype", "soft"), TRIALS, ids=str)
+def test_passes_its_self_test(op, dtype, soft):
+    launchers = {half: row.get("triton") for half, row in dispatch.LAUNCHERS.items()}
+    selftest.TRIALS[op](launchers.get, dtype, torch.device("cpu"), soft)
+
+
+def every_launch(inputs, scores, mask, upstream, weights):
+    """All results of all launchers."""
+    *values, saved = launch.reward_forward_saved(*inputs, mask, **weights)
+    yield from values
+    yield from launch.reward_forward(*inputs, mask, **weights)
+    yield from launch.reward_backward(*inputs, mask, saved, upstream, **weights)
+    yield from launch.reward_value_and_grad(*inputs, mask, upstream, **weights)
+    yield from launch.reward_from_scores(scores, mask, **weights)
+    yield from launch.reward_from_scores_backward(scores, mask, upstream, **weights)
+
+
+def arguments(dtype=torch.bfloat16, groups=3, n=6, d=35):
+    inputs = embeddings((groups,), n, d, dtype)
+    inputs[2][0, 1] = 0
+    inputs[1][groups - 1] *= 2.0**60  # out of range: scaled
+    mask = torch.rand(groups, n) < 0.7
+    return inputs, torch.randn(groups, n + 1).to(dtype), mask, torch.randn(groups)
+
+
+class Guarded:
+    """Buffers between red zones that hold NaN (the lowest integer), as nothing written does."""
+
+    def __init__(self):
+        self.zones = []
+
+    def empty(self, shape, dtype, device=None):
+        filler = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+        size = torch.Size(shape).numel()
+        memory = torch.full((size + 2 * GUARD,), filler, dtype=dtype)
+        self.zones += [memory[:GUARD], memory[GUARD + size :]]
+        return memory[GUARD : GUARD + size].view(shape)
+
+    def copy(self, x):
+        if x.dtype == torch.bool:
+            return self.empty(x.shape, torch.uint8).copy_(x).view(torch.bool)
+        return self.empty(x.shape, x.dtype).copy_(x)
+
+    def check(self):
+        for zone in self.zones:
+            fresh = torch.full_like(zone, torch.nan if zone.is_floating_point() else 0)
+            if not zone.is_floating_point():
+                fresh.fill_(torch.iinfo(zone.dtype).min)
+            assert same_bits(zone.view(torch.uint8).short(), fresh.view(torch.uint8).short())
+
+
+@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT], ids=["hard", "soft"])
+def test_red_zones_are_neither_read_nor_written(monkeypatch, weights):
+    inputs, scores, mask, upstream = arguments()
+    expected = list(every_launch(inputs, scores, mask, upstream, weights))
+    guarded = Guarded()
+    monkeypatch.setattr(launch, "_empty", guarded.empty)
+    copies = [guarded.copy(x) for x in inputs]
+    others = [guarded.copy(x) for x in (scores, mask, upstream)]
+    found = list(every_launch(copies, *others, weights))
+    guarded.check()
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
+
+
+def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
+    from triton.runtime import interpreter
+
+    builder, groups = interpreter.interpreter_builder, 5
+    given = (*arguments(torch.float32, groups), SOFT)
+    expected = list(every_launch(*given))
+    place = builder.set_grid_idx
+    for order in (list(reversed(range(groups))), torch.randperm(groups).tolist()):
+        monkeypatch.setattr(
+            builder, "set_grid_idx", lambda x, y, z, order=order: place(order[x], y, z)
+        )
+        for a, b in zip(every_launch(*given), expected, strict=True):
+            assert same_bits(a, b)
+
+
+def test_leading_dimensions_that_do_not_merge():
+    """Three of them, permuted and expanded: launched in parts, with the bits of dense tensors."""
+    query, positive, negatives = embeddings((2, 3, 2), 3, 9, torch.float32)
+    strange = (
+        query.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+        positive[:, :1].expand(2, 3, 2, 9),
+        negatives.permute(1, 0, 2, 4, 3).contiguous().permute(1, 0, 2, 4, 3),
+    )
+    dense = [x.contiguous() for x in strange]
+    actual = launch.reward_value_and_grad(*strange, None, None, **OPEN_HINGE)
+    expected = launch.reward_value_and_grad(*dense, None, None, **OPEN_HINGE)
+    for a, b in zip(actual, expected, strict=True):
+        assert same_bits(a, b)
+        assert a.is_contiguous()
+
+
+def test_auto_never_takes_the_interpreter():
+    inputs = embeddings((1,), 2, 4, torch.float32)
+    taken = dispatch.launcher("ranking_reward", "auto", torch.device("cpu"), torch.float32)
+    assert taken is not dispatch.LAUNCHERS["ranking_reward"]["triton"]
+    for weights in (OPEN_HINGE, SOFT):
+        result = ranking_reward(*inputs, **weights)
+        assert torch.equal(result.rank, ranking_reward_and_grad(*inputs, **weights)[0].rank)
