@@ -19,6 +19,7 @@ namespace elva {
 namespace {
 
 constexpr int64_t kPage = int64_t{2} << 20;
+constexpr int64_t kRounding = 64 << 10;
 constexpr int64_t kMegabytes = 512;
 constexpr int kMostBlocks = 64;
 
@@ -53,7 +54,7 @@ int64_t most_idle_bytes() {
 extern "C" {
 
 ElvaStatus elva_acquire_block(int64_t bytes, ElvaBlock* block) {
-  block->bytes = (bytes + elva::kPage - 1) / elva::kPage * elva::kPage;
+  block->bytes = (bytes + elva::kRounding - 1) / elva::kRounding * elva::kRounding;
   elva::IdleBlocks& idle = elva::idle_blocks();
   if (idle.mutex.try_lock()) {
     int best = -1;
