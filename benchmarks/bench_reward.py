@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import elva_kernels
-from benchmarks import report, rivals, timing
+from benchmarks import rivals, timing
 from benchmarks.ceilings import BYTES, Ceilings
-from benchmarks.timing import DTYPES, extra_mb, spread, timed
+from benchmarks.timing import DTYPES, Tally, extra_mb, spread, timed
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 # groups x rows x D: one query, one positive and rows - 2 negatives a group.
@@ -28,6 +29,12 @@ SIZES = (
     (64, 102, 3584),
 )
 HEADLINE = (64, 102, 1536)  # the size that every dtype and torch.compile are measured at
+CASES = [
+    (HEADLINE, "bf16"),
+    *((size, "bf16") for size in SIZES if size != HEADLINE),
+    *((HEADLINE, dtype) for dtype in DTYPES if dtype != "bf16"),
+]
+SECONDS = 3.0  # of measuring, per case under pytest
 MAX_SCORE_ERROR = {"bf16": 1e-6, "fp16": 1e-6, "fp32": 1e-6, "fp64": 1e-13}
 MAX_GRAD_ERROR = {"bf16": 2e-6, "fp16": 2e-6, "fp32": 2e-6, "fp64": 1e-13}
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -112,25 +119,21 @@ def measure(size: tuple[int, int, int], dtype: str, seconds: float, compile_too:
     return rows, {name: times[name] for name in ("read", "copy")}
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype"), CASES, ids=["x".join(map(str, (*size, dtype))) for size, dtype in CASES]
+)
+def test_reward(size: Any, dtype: str, tally: Tally, benchmark: Any) -> None:
+    tally.add(*measure(size, dtype, SECONDS, compile_too=(size, dtype) == CASES[0]))
+    benchmark(ours, *inputs_of(*size, DTYPES[dtype]))
+
+
 def main() -> None:
     arguments = timing.arguments("bench_reward", __doc__, quick="one size in bf16, no file")
-    cases = [(HEADLINE, "bf16")]
-    if not arguments.quick:
-        cases = [(size, "bf16") for size in SIZES]
-        cases += [(HEADLINE, dtype) for dtype in DTYPES if dtype != "bf16"]
-    rows: list[Any] = []
-    ceilings: dict[str, list[float]] = {"read": [], "copy": []}
-    for case in cases:
-        compile_too = case == (HEADLINE, "bf16") and not arguments.quick
-        more, times = measure(*case, arguments.seconds, compile_too)
-        rows += more
-        for name, values in times.items():
-            ceilings[name] += values
-    summary = timing.ceilings_of(ceilings)
-    result = {"machine": report.machine(), "ceilings": summary, "rows": rows}
-    print(report.show(result))
-    if not arguments.quick:
-        print(report.write("reward", result))
+    tally = Tally("reward")
+    for case in CASES[:1] if arguments.quick else CASES:
+        compile_too = case == CASES[0] and not arguments.quick
+        tally.add(*measure(*case, arguments.seconds, compile_too))
+    tally.tell(keep=not arguments.quick)
 
 
 if __name__ == "__main__":

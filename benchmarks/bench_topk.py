@@ -9,16 +9,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import elva_kernels
-from benchmarks import report, search_rivals, timing
+from benchmarks import search_rivals, timing
 from benchmarks.ceilings import BYTES, Ceilings
-from benchmarks.timing import DTYPES, extra_mb, spread, timed
+from benchmarks.timing import DTYPES, Tally, extra_mb, spread, timed
 
 ROWS, DIM, K = 100_000, 1536, 10
 CASES = ((1, "bf16"), (16, "bf16"), (32, "bf16"), (256, "bf16"), (1, "fp32"), (32, "fp32"))
+SECONDS = 3.0  # of measuring, per case under pytest
 MAX_ERROR = 1e-5  # over |q| |c|
 GEMM = (1024, DIM, 2048)  # m x k x n of the product that measures the arithmetic
 Search = Callable[[Tensor], Any]
@@ -111,25 +113,27 @@ def others(n_queries: int, threads: int, seconds: float) -> tuple[list[Any], dic
     return rows, not_run
 
 
+@pytest.mark.parametrize(("n_queries", "dtype"), CASES)
+def test_topk(n_queries: int, dtype: str, tally: Tally, benchmark: Any) -> None:
+    run_case(tally, n_queries, dtype, torch.get_num_threads(), SECONDS)
+    query, corpus = torch.randn(n_queries, DIM), torch.randn(ROWS, DIM)
+    benchmark(elva_kernels.topk, query.to(DTYPES[dtype]), corpus.to(DTYPES[dtype]), K)
+
+
+def run_case(tally: Tally, n_queries: int, dtype: str, threads: int, seconds: float) -> None:
+    if dtype == "bf16":
+        more, not_run = others(n_queries, threads, seconds / 2)
+        tally.rows += more
+        tally.not_run |= not_run
+    tally.add(*measure(n_queries, dtype, seconds))
+
+
 def main() -> None:
     arguments = timing.arguments("bench_topk", __doc__, quick="one query in bf16, no file")
-    rows: list[Any] = []
-    not_run: dict[str, str] = {}
-    ceilings: dict[str, list[float]] = {"read": [], "copy": []}
+    tally = Tally("topk")
     for n_queries, dtype in CASES[:1] if arguments.quick else CASES:
-        if dtype == "bf16":
-            more, not_run = others(n_queries, arguments.threads, arguments.seconds / 2)
-            rows += more
-        more, times = measure(n_queries, dtype, arguments.seconds)
-        rows += more
-        for name, values in times.items():
-            ceilings[name] += values
-    summary = timing.ceilings_of(ceilings)
-    result = {"op": "topk", "machine": report.machine(), "ceilings": summary, "rows": rows}
-    result["not_run"] = not_run
-    print(report.show(result))
-    if not arguments.quick:
-        print(report.write("topk", result))
+        run_case(tally, n_queries, dtype, arguments.threads, arguments.seconds)
+    tally.tell(keep=not arguments.quick)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,15 @@ COLUMNS = {
         ("score err", "score_error", ".1e"),
         ("grad err", "grad_error", ".1e"),
     ),
+    "in_batch": (
+        *TIMES[:-1],
+        ("GFLOP/s", "gflops", ".0f"),
+        ("of floor", "of_floor", ".0%"),
+        ("x eager", "times_eager", ".2f"),
+        ("MB extra", "extra_mb", ".1f"),
+        ("score err", "score_error", ".1e"),
+        ("grad err", "grad_error", ".1e"),
+    ),
     "topk": (
         *TIMES,
         ("GFLOP/s", "gflops", ".0f"),
@@ -68,6 +77,7 @@ COLUMNS = {
 }
 COUNTED = {
     "reward": "GB/s counts each input read once and each gradient written once",
+    "in_batch": "the floor is the matrix products alone; gradients' errors are over their norm",
     "topk": "GB/s counts the corpus read once; errors are over |q| |c|",
 }
 

@@ -7,12 +7,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import elva_kernels
+from benchmarks import report
 from benchmarks.ceilings import BYTES
 
 DTYPES = {
@@ -21,6 +23,39 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+
+
+@dataclass
+class Tally:
+    """What the cases of an op have measured so far."""
+
+    op: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    ceilings: dict[str, list[float]] = field(default_factory=lambda: {"read": [], "copy": []})
+    not_run: dict[str, str] = field(default_factory=dict)
+
+    def add(self, rows: list[dict[str, Any]], ceilings: dict[str, list[float]]) -> None:
+        """Rows of one case, and the milliseconds of the reads and copies taken in turns with it."""
+        self.rows += rows
+        for name, values in ceilings.items():
+            self.ceilings[name] += values
+
+    def result(self) -> dict[str, Any]:
+        """As `report` shows and keeps it."""
+        return {
+            "op": self.op,
+            "machine": report.machine(),
+            "ceilings": ceilings_of(self.ceilings),
+            "not_run": self.not_run,
+            "rows": self.rows,
+        }
+
+    def tell(self, keep: bool) -> None:
+        """Print the report, and keep it among the results."""
+        result = self.result()
+        print(report.show(result))
+        if keep:
+            print(report.write(self.op, result))
 
 
 def arguments(name: str, doc: str | None, *, quick: str) -> argparse.Namespace:
