@@ -1,4 +1,8 @@
-"""Tables and files of a benchmark run; `python -m benchmarks.report FILE...` prints kept ones."""
+"""Tables, plots and files of a benchmark run.
+
+`python -m benchmarks.report [FILE...]` prints kept results as Markdown and draws each beside its
+file, as a PNG.
+"""
 
 import json
 import os
@@ -102,6 +106,56 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """`result` as a Markdown table under a line about the machine."""
+    columns = COLUMNS[result.get("op", "reward")]
+    facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    heads = ["case", "provider", *(column[0] for column in columns)]
+    lines = [facts, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in result["rows"]:
+        found = ((row.get(key), form) for _, key, form in columns)
+        cells = ["-" if value is None else format(value, form) for value, form in found]
+        case = f"{row['shape']} {row['dtype']}"
+        lines.append("| " + " | ".join([case, row["provider"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A row a case, a dot a provider: its median time over ours, p20 to p80 as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases: dict[str, dict[str, Any]] = {}
+    for row in result["rows"]:
+        cases.setdefault(f"{row['shape']} {row['dtype']}", {})[row["provider"]] = row
+    providers = list(dict.fromkeys(row["provider"] for row in result["rows"]))
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(cases)), layout="constrained")
+    for color, provider in enumerate(providers):
+        for y, rows in enumerate(cases.values()):
+            if provider not in rows:
+                continue
+            ours = next(row["median_ms"] for name, row in rows.items() if name.startswith("ours"))
+            row = rows[provider]
+            low, middle, high = (row[key] / ours for key in ("p20_ms", "median_ms", "p80_ms"))
+            axes.plot([low, high], [y, y], color=f"C{color}", linewidth=2, alpha=0.5)
+            axes.plot(middle, y, "o", color=f"C{color}", markersize=7)
+    for color, provider in enumerate(providers):
+        axes.plot([], [], "o", color=f"C{color}", label=provider)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axvline(1, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(cases)), list(cases))
+    axes.invert_yaxis()
+    axes.set_xlabel("time over ours (median, p20 to p80)")
+    axes.grid(axis="x", color="0.9")
+    axes.set_title(f"{result.get('op', 'reward')}: {result['machine']['device']}", loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def _cpu_model() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -133,6 +187,14 @@ def _commit() -> str:
     return commit + ("+" if dirty else "")
 
 
+def main(arguments: list[str]) -> None:
+    for argument in arguments or sorted(map(str, RESULTS.glob("*.json"))):
+        result = json.loads(Path(argument).read_text())
+        if "ceilings" not in result:
+            continue  # of a training, not of an op
+        print(markdown(result), end="\n\n")
+        plot(result, Path(argument).with_suffix(".png"))
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:] or sorted(map(str, RESULTS.glob("*.json"))):
-        print(show(json.loads(Path(argument).read_text())))
+    main(sys.argv[1:])
