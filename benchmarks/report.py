@@ -126,17 +126,25 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
 
-    cases: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
-        cases.setdefault(f"{row['shape']} {row['dtype']}", {})[row["provider"]] = row
+        found.setdefault(f"{row['shape']} {row['dtype']}", {})[row["provider"]] = row
+    cases = {  # some rivals take a dtype that we were not asked for
+        case: (
+            next(row["median_ms"] for name, row in rows.items() if name.startswith("ours")),
+            rows,
+        )
+        for case, rows in found.items()
+        if any(name.startswith("ours") for name in rows)
+    }
     providers = list(dict.fromkeys(row["provider"] for row in result["rows"]))
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(cases)), layout="constrained")
     for color, provider in enumerate(providers):
-        for y, rows in enumerate(cases.values()):
+        for y, (ours, rows) in enumerate(cases.values()):
             if provider not in rows:
                 continue
-            ours = next(row["median_ms"] for name, row in rows.items() if name.startswith("ours"))
             row = rows[provider]
             low, middle, high = (row[key] / ours for key in ("p20_ms", "median_ms", "p80_ms"))
             axes.plot([low, high], [y, y], color=f"C{color}", linewidth=2, alpha=0.5)
@@ -145,6 +153,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.plot([], [], "o", color=f"C{color}", label=provider)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter())
     axes.axvline(1, color="0.6", linewidth=1)
     axes.set_yticks(range(len(cases)), list(cases))
     axes.invert_yaxis()
