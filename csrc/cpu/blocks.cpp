@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <mutex>
 
 #include "../elva.h"
@@ -44,8 +45,9 @@ IdleBlocks& idle_blocks() {
 }
 
 int64_t most_idle_bytes() {
-  const char* megabytes = getenv("ELVA_KERNELS_CACHE_MB");
-  return (megabytes == nullptr ? kMegabytes : strtoll(megabytes, nullptr, 10)) * (int64_t{1} << 20);
+  const char* wish = getenv("ELVA_KERNELS_CACHE_MB");
+  const int64_t megabytes = wish == nullptr ? kMegabytes : strtoll(wish, nullptr, 10);
+  return std::min<int64_t>(megabytes, int64_t{1} << 32) * (int64_t{1} << 20);
 }
 
 }  // namespace

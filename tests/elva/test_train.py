@@ -232,6 +232,7 @@ def test_dry_run_resolves_to_the_papers_table(recipe: str) -> None:
     assert not any(s["train_vision"] for s in (first, second, third))
     assert plan["plan"]["2"]["steps"] == round(1_100_000 / 960)
     assert all(s["memory_mb"] > 0 for s in plan["plan"].values())
+    assert all(s["activations_mb"] > 1_000 for s in plan["plan"].values())  # gigabytes at 2B or 7B
 
 
 def test_dry_run_trains_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,10 @@ def test_no_more_lies_idle_than_is_allowed(monkeypatch, megabytes):
     assert idle < 32 << 20
 
 
-def test_it_lies_idle_by_default():
+@pytest.mark.parametrize("megabytes", [None, "9" * 30])
+def test_it_lies_idle_by_default_and_where_more_is_allowed(monkeypatch, megabytes):
+    if megabytes is not None:
+        monkeypatch.setenv("ELVA_KERNELS_CACHE_MB", megabytes)
     assert resident(lambda: gradient(torch.float32, (64 << 20,)).fill_(1)) > 192 << 20
 
 
