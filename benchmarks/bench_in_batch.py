@@ -100,8 +100,15 @@ def checked(op: str, name: str, run: Provider, pair: Pair, dtype: str) -> dict[s
             for gradient, truth in zip(gradients, expected, strict=True)
         )
     elif name == "ours":
-        truth = torch.cosine_similarity(*(x.double() for x in pair), dim=-1)
+        query, candidates = (F.normalize(x.double(), dim=-1) for x in pair)
+        scores = query @ candidates.T
+        truth = scores.diagonal()
         facts["score_error"] = (result.target_score.double() - truth).abs().max().item()
+        # Scores as near as rounding may fall on either side.
+        gap, room = scores - truth.unsqueeze(1), 2 * MAX_SCORE_ERROR[dtype]
+        fewest, most = (gap > room).sum(1) + 1, (gap > -room).sum(1)
+        if bool(((result.rank < fewest) | (result.rank > most)).any()):
+            sys.exit(f"{op}: {dtype} is red: a rank is not that of float64's scores")
     if name == "ours":
         red = facts["score_error"] > MAX_SCORE_ERROR[dtype]
         if red or facts.get("grad_error", 0.0) > MAX_GRAD_ERROR[dtype]:

@@ -5,8 +5,6 @@ pytest-benchmark times our own call of each case, so that its options work
 with its rivals and with the machine's ceilings.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,11 +15,11 @@ TALLIES: pytest.StashKey[dict[str, Tally]] = pytest.StashKey()
 
 
 @pytest.fixture
-def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+def tally(request: pytest.FixtureRequest) -> Tally:
     """Where the cases of a module put their rows; the module is called bench_<op>."""
     torch.manual_seed(0)
     op = request.module.__name__.rpartition("bench_")[2]
-    yield request.config.stash.setdefault(TALLIES, {}).setdefault(op, Tally(op))
+    return request.config.stash.setdefault(TALLIES, {}).setdefault(op, Tally(op))
 
 
 def pytest_terminal_summary(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -78,14 +79,6 @@ def extra_mb(run: Callable[[], Any], result_bytes: int) -> float:
 
     Memory of earlier results must not lie idle meanwhile, or it would be counted out.
     """
-    os.environ["ELVA_KERNELS_CACHE_MB"] = "0"
-    try:
-        return _extra_mb(run, result_bytes)
-    finally:
-        del os.environ["ELVA_KERNELS_CACHE_MB"]
-
-
-def _extra_mb(run: Callable[[], Any], result_bytes: int) -> float:
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not clear.exists():
         return float("nan")
@@ -94,13 +87,14 @@ def _extra_mb(run: Callable[[], Any], result_bytes: int) -> float:
         line = next(x for x in status.read_text().splitlines() if x.startswith(name))
         return int(line.split()[1]) * 1024
 
-    run()
-    ctypes.CDLL(None).malloc_trim(0)
-    clear.write_text("5")
-    before = field("VmRSS")
-    kept = run()
-    peak = field("VmHWM")
-    del kept
+    with mock.patch.dict(os.environ, ELVA_KERNELS_CACHE_MB="0"):
+        run()
+        ctypes.CDLL(None).malloc_trim(0)
+        clear.write_text("5")
+        before = field("VmRSS")
+        kept = run()
+        peak = field("VmHWM")
+        del kept
     return max(0.0, (peak - before - result_bytes) / 1e6)
 
 

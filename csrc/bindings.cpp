@@ -9,6 +9,7 @@
 #include <string>
 
 #include "elva.h"
+#include "result.h"
 
 namespace py = pybind11;
 
@@ -301,40 +302,6 @@ void column_sums(int dtype, int threads, int64_t rows, int64_t width, uintptr_t 
                ElvaColumnSumsArgs{static_cast<ElvaDtype>(dtype), threads, rows, width,
                                   pointer(scores), inverse_temperature, pointer(peak),
                                   pointer<double>(sum), pointer<double>(moment)});
-}
-
-// DLPack, as far as a dense result needs it (https://dmlc.github.io/dlpack): the way for memory
-// that is not torch's into a tensor, which gives it back without the interpreter.
-struct DLTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void* context;
-  void (*deleter)(DLManagedTensor*);
-};
-
-struct Result {
-  DLManagedTensor managed;
-  ElvaBlock block;
-  int64_t shape[ELVA_MAX_DIMS + 2];
-};
-
-void release(DLManagedTensor* managed) {
-  Result* result = static_cast<Result*>(managed->context);
-  elva_release_block(&result->block);
-  delete result;
 }
 
 // An uninitialised tensor of the shape `sizes`, as a DLPack capsule.

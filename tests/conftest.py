@@ -20,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--benchmark"):
+        if config.args_source is pytest.Config.ArgsSource.ARGS:
+            raise pytest.UsageError("--benchmark: takes no paths; choose a benchmark with -k")
         config.args = [str(config.rootpath / "benchmarks")]
         config.addinivalue_line("python_files", "bench_*.py")
 

@@ -23,7 +23,7 @@ def test_the_benchmarks_print_their_report():
         assert f"1x10x64 bf16 {provider}" in report
 
 
-def test_every_op_has_a_benchmark_and_none_is_a_test():
+def test_the_option_collects_benchmarks_alone_and_without_it_there_are_none():
     code, text = pytest_says("--benchmark", "--collect-only", "-q")
     assert code == 0, text[-3000:]
     for op in ("reward", "topk", "in_batch"):
@@ -31,3 +31,5 @@ def test_every_op_has_a_benchmark_and_none_is_a_test():
     assert "tests/" not in text
     code, text = pytest_says("--collect-only", "-q", "tests/test_benchmark.py")
     assert code == 0 and "benchmarks/" not in text
+    code, _ = pytest_says("--benchmark", "tests/test_benchmark.py")
+    assert code == 4  # a wrong command line
