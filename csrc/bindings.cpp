@@ -223,10 +223,11 @@ void topk(int dtype, int threads, int metric, int64_t queries, int64_t rows, int
   run_released(elva_topk_cpu, args);
 }
 
-void unit_rows(int dtype, int threads, int64_t count, int64_t dim, uintptr_t rows,
-               int64_t row_stride, int64_t stride, uintptr_t unit, uintptr_t norm) {
+void unit_rows(int dtype, int unit_dtype, int threads, int64_t count, int64_t dim, uintptr_t rows,
+               int64_t row_stride, int64_t stride, uintptr_t unit, uintptr_t norm, uintptr_t peak) {
   ElvaUnitRowsArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
+  args.unit_dtype = static_cast<ElvaDtype>(unit_dtype);
   args.threads = threads;
   args.count = count;
   args.dim = dim;
@@ -235,29 +236,33 @@ void unit_rows(int dtype, int threads, int64_t count, int64_t dim, uintptr_t row
   args.rows.stride = stride;
   args.unit = pointer(unit);
   args.norm = pointer<double>(norm);
+  args.peak = pointer<float>(peak);
   run_released(elva_unit_rows_cpu, args);
 }
 
-void unit_gradient(int dtype, int threads, int64_t count, int64_t dim, uintptr_t unit,
-                   uintptr_t grad_unit, uintptr_t norm, uintptr_t grad_rows) {
-  run_released(
-      elva_unit_gradient_cpu,
-      ElvaUnitGradientArgs{static_cast<ElvaDtype>(dtype), threads, count, dim, pointer(unit),
-                           pointer(grad_unit), pointer<double>(norm), pointer(grad_rows)});
+void unit_gradient(int dtype, int unit_dtype, int threads, int64_t count, int64_t dim,
+                   uintptr_t unit, uintptr_t grad_unit, uintptr_t norm, uintptr_t grad_rows) {
+  run_released(elva_unit_gradient_cpu,
+               ElvaUnitGradientArgs{static_cast<ElvaDtype>(dtype),
+                                    static_cast<ElvaDtype>(unit_dtype), threads, count, dim,
+                                    pointer(unit), pointer(grad_unit), pointer<double>(norm),
+                                    pointer(grad_rows)});
 }
 
-void matrix_product(int dtype, int threads, int64_t m, int64_t n, int64_t k, uintptr_t a,
-                    int64_t a_row_stride, int64_t a_stride, uintptr_t b, int64_t b_row_stride,
-                    int64_t b_stride, uintptr_t c, int64_t c_row_stride, bool add) {
-  run_released(
-      elva_matrix_product_cpu,
-      ElvaMatrixArgs{static_cast<ElvaDtype>(dtype), threads, m, n, k, pointer(a), a_row_stride,
-                     a_stride, pointer(b), b_row_stride, b_stride, pointer(c), c_row_stride, add});
+void matrix_product(int a_dtype, int b_dtype, int threads, int64_t m, int64_t n, int64_t k,
+                    uintptr_t a, int64_t a_row_stride, int64_t a_stride, uintptr_t b,
+                    int64_t b_row_stride, int64_t b_stride, uintptr_t c, int64_t c_row_stride,
+                    bool add, uintptr_t a_scale, uintptr_t b_peak, double allowed) {
+  run_released(elva_matrix_product_cpu,
+               ElvaMatrixArgs{static_cast<ElvaDtype>(a_dtype), static_cast<ElvaDtype>(b_dtype),
+                              threads, m, n, k, pointer(a), a_row_stride, a_stride, pointer(b),
+                              b_row_stride, b_stride, pointer(c), c_row_stride, add,
+                              pointer<float>(a_scale), pointer<float>(b_peak), allowed});
 }
 
 void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_t width,
-                uintptr_t scores, uintptr_t penalty, uintptr_t norm, uintptr_t target,
-                uintptr_t ids, double max_score, double inverse_temperature, int64_t k,
+                uintptr_t scores, uintptr_t penalty, uintptr_t scale, uintptr_t norm,
+                uintptr_t target, uintptr_t ids, double max_score, double inverse_temperature, int64_t k,
                 uintptr_t n_greater, uintptr_t n_equal, uintptr_t target_score,
                 uintptr_t hardest_score, uintptr_t hardest_index, uintptr_t topk_scores,
                 uintptr_t topk_index, uintptr_t sum, uintptr_t moment) {
@@ -268,6 +273,7 @@ void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_
                                                       width,
                                                       pointer(scores),
                                                       pointer(penalty),
+                                                      pointer(scale),
                                                       pointer<double>(norm),
                                                       pointer<int64_t>(target),
                                                       pointer<int64_t>(ids),
@@ -359,6 +365,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("unit_rows", &unit_rows);
   module.def("unit_gradient", &unit_gradient);
   module.def("matrix_product", &matrix_product);
+  module.def("multiplies_bf16", &elva_multiplies_bf16);
   module.def("score_rows", &score_rows);
   module.def("slope_rows", &slope_rows);
   module.def("column_sums", &column_sums);

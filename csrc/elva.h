@@ -132,37 +132,47 @@ ElvaStatus elva_topk_cpu(const ElvaTopkArgs* args);
 // are rows of `width` values, the number of candidates rounded up to 16. See reference_batch.py.
 typedef struct {
   ElvaDtype dtype;
+  ElvaDtype unit_dtype;  // the value's; or ELVA_BF16, of ELVA_BF16: the rows as they are, times
+                         // 2^-e where their squares would leave the range of float
   int32_t threads;
   int64_t count;
   int64_t dim;
   ElvaInput rows;  // [count, dim]
-  void* unit;      // value [count, dim]; zeros for a row that is zero or not finite
+  void* unit;      // [count, dim]; zeros for a row that is zero or not finite
   double* norm;    // [count, 2]: 1 / |x 2^-e| (0 for a zero row, NaN for one not finite), and e
+  float* peak;     // [count], the largest magnitude in unit; null unless that is ELVA_BF16
 } ElvaUnitRowsArgs;
 
 typedef struct {
   ElvaDtype dtype;  // of grad_rows
+  ElvaDtype unit_dtype;
   int32_t threads;
   int64_t count;
   int64_t dim;
-  const void* unit;       // value [count, dim]
+  const void* unit;       // [count, dim]
   const void* grad_unit;  // value [count, dim]
   const double* norm;     // [count, 2]
-  void* grad_rows;        // [count, dim]
+  void* grad_rows;        // [count, dim]; with a unit of ELVA_BF16 that, or ELVA_FP32
 } ElvaUnitGradientArgs;
 
 // c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1.
 typedef struct {
-  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64
+  ElvaDtype a_dtype;  // as b's; ELVA_FP32 also beside ELVA_BF16
+  ElvaDtype b_dtype;  // ELVA_FP32 or ELVA_FP64; ELVA_BF16 where elva_multiplies_bf16()
   int32_t threads;
   int64_t m, n, k;
   const void* a;
   int64_t a_row_stride, a_stride;
   const void* b;
   int64_t b_row_stride, b_stride;
-  void* c;
+  void* c;  // value of b
   int64_t c_row_stride;
   bool add;
+  // Of ELVA_FP32 times ELVA_BF16 alone: a's columns are first multiplied by a_scale, then held to
+  // 16 bits, or to 8 where that moves no element of c by more than `allowed` whatever the signs.
+  const float* a_scale;  // [k]
+  const float* b_peak;   // [k], the largest magnitudes in b's rows
+  double allowed;
 } ElvaMatrixArgs;
 
 typedef struct {
@@ -173,6 +183,7 @@ typedef struct {
   int64_t width;
   void* scores;           // value [rows, width]; becomes the negatives' scores, -inf elsewhere
   const void* penalty;    // value [width]: 0, or -inf for candidates not finite and for padding
+  const void* scale;      // value [width], 1 / |candidate|; null: the scores are cosines already
   const double* norm;     // [rows, 2], of the queries
   const int64_t* target;  // [rows]
   const int64_t* ids;     // [candidates]; null: all differ
@@ -223,6 +234,8 @@ typedef struct {
 ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args);
 ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args);
 ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args);
+// Whether the CPU level in use multiplies pairs of bf16.
+bool elva_multiplies_bf16(void);
 ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);

@@ -353,9 +353,16 @@ def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _empty_gradient(x: Tensor) -> Tensor:
-    if x.nbytes >= _LARGE_BYTES:
-        return from_dlpack(_module().empty(_DTYPE_CODES[x.dtype], tuple(x.shape)))
-    return torch.empty_like(x) if x.is_contiguous() else _empty(x.shape, x.dtype)
+    if x.nbytes < _LARGE_BYTES and x.is_contiguous():
+        return torch.empty_like(x)
+    return _empty_kept(x.shape, x.dtype)
+
+
+def _empty_kept(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Where it is large, of memory that is kept for the next one."""
+    if shape.numel() * dtype.itemsize >= _LARGE_BYTES:
+        return from_dlpack(_module().empty(_DTYPE_CODES[dtype], tuple(shape)))
+    return _empty(shape, dtype)
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -12,20 +12,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elva_kernels.native import _DTYPE_CODES, _module, _value_dtype
+from elva_kernels.native import _DTYPE_CODES, _empty_kept, _module, _value_dtype
 from elva_kernels.reference_batch import Batch, RankStatistics
 
 # Scores held at once where the caller has no say. Ours: the products lose nothing to it.
 _WORKSPACE_MB = 256
 _LEAST_ROWS = 192  # of a chunk: fewer, and packing the candidates costs as much as the product
 _ROW_PADDING = 16
+_ALLOWED = 2e-6
 
 
 class _Units(NamedTuple):
-    """Unit rows, zeros where a row is not finite, and what gradients through them need."""
+    """Unit rows, zeros where a row is not finite, and what gradients through them need.
 
-    rows: Tensor  # value [R, D]
+    Where the CPU multiplies bfloat16, rows of it stay as they are, and their products are scaled.
+    """
+
+    rows: Tensor  # value [R, D], or bfloat16
     norm: Tensor  # float64 [R, 2]; [:, 0] is NaN where the row is not finite
+    scale: Tensor | None  # float32 [R] of bfloat16 rows, what makes them unit; 0 where they are 0
+    peak: Tensor | None  # float32 [R] of bfloat16 rows, their largest magnitudes
 
 
 class _Sums(NamedTuple):
@@ -156,6 +162,10 @@ class _Run:
 
         self.penalty = torch.full((self.width,), -math.inf, dtype=self.dtype)
         self.penalty[:m] = torch.where(self.candidates.norm[:, 0].isnan(), -math.inf, 0.0)
+        self.scale: Tensor | None = None
+        if self.candidates.scale is not None:
+            self.scale = torch.zeros(self.width)
+            self.scale[:m] = self.candidates.scale
         self.n_greater, self.n_equal = (torch.empty(b, dtype=torch.int32) for _ in range(2))
         self.target_score, self.hardest_score = (torch.empty(b, dtype=self.dtype) for _ in range(2))
         self.hardest_index = torch.empty(b, dtype=torch.int64)
@@ -167,13 +177,13 @@ class _Run:
             torch.full((self.width,), -math.inf, dtype=self.dtype),
             *(torch.zeros(self.width, dtype=torch.float64) for _ in range(2)),
         )
-        self.grad_units = [torch.zeros_like(x.rows) for x in (self.query, self.candidates)]
+        self.grad_units: list[Tensor] = []
 
     def score(self, rows: slice) -> Tensor:
         """The masked scores of some queries, in the workspace; fills in their statistics."""
         query = self.query.rows[rows]
         if self.workspace is None:
-            self.workspace = torch.empty(len(query), self.width, dtype=self.dtype)
+            self.workspace = _empty_kept(torch.Size((len(query), self.width)), self.dtype)
             self.workspace[:, len(self.candidates.rows) :] = 0
         scores = self.workspace[: len(query)]
         _multiply(query, self.candidates.rows.T, scores)
@@ -187,9 +197,10 @@ class _Run:
             self.width,
             scores.data_ptr(),
             self.penalty.data_ptr(),
+            _pointer(self.scale),
             self.query.norm[rows].data_ptr(),
             self.batch.target[rows].data_ptr(),
-            0 if ids is None else ids.data_ptr(),
+            _pointer(ids),
             max_score,
             self.cold,
             self.k,
@@ -308,21 +319,29 @@ class _Run:
             self.width,
             scores.data_ptr(),
             *(x.data_ptr() for x in operands),
-            0 if column_peak is None else column_peak.data_ptr(),
-            0 if column_factor is None else column_factor.data_ptr(),
+            _pointer(column_peak),
+            _pointer(column_factor),
             self.cold,
         )
 
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
         """Slopes on the scores of some queries into the gradients on unit rows."""
+        if not self.grad_units:
+            both = (self.query, self.candidates)
+            self.grad_units = [_empty_kept(x.rows.shape, self.dtype) for x in both]
         slopes = slopes[:, : len(self.candidates.rows)]
-        _multiply(slopes, self.candidates.rows, self.grad_units[0][rows])
-        _multiply(slopes.T, self.query.rows[rows], self.grad_units[1], add=True)
+        query = _Units(*(None if x is None else x[rows] for x in self.query))
+        _multiply_units(slopes, self.candidates, self.grad_units[0][rows])
+        _multiply_units(slopes.T, query, self.grad_units[1], add=rows.start > 0)
 
     def gradients(
         self, query_dtype: torch.dtype, candidate_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """On the rows themselves; NaN for a bad candidate and for a query of a bad pair."""
+        if not self.chunks:
+            self.grad_units = [
+                torch.zeros(x.rows.shape, dtype=self.dtype) for x in (self.query, self.candidates)
+            ]
         norm = self.query.norm
         norm[:, 0] = torch.where(self.target_score.isfinite(), norm[:, 0], math.nan)
         return (
@@ -353,24 +372,30 @@ def _chunks(b: int, row_bytes: int, workspace_mb: int) -> list[slice]:
 
 
 def _units(rows: Tensor) -> _Units:
-    unit = torch.empty(*rows.shape, dtype=_value_dtype(rows.dtype))
+    raw = rows.dtype == torch.bfloat16 and _module().multiplies_bf16()
+    dtype = torch.bfloat16 if raw else _value_dtype(rows.dtype)
+    unit = torch.empty(*rows.shape, dtype=dtype)
     norm = torch.empty(len(rows), 2, dtype=torch.float64)
+    peak = torch.empty(len(rows)) if raw else None
     _module().unit_rows(
         _DTYPE_CODES[rows.dtype],
+        _DTYPE_CODES[dtype],
         torch.get_num_threads(),
         *rows.shape,
         rows.data_ptr(),
         *rows.stride(),
         unit.data_ptr(),
         norm.data_ptr(),
+        _pointer(peak),
     )
-    return _Units(unit, norm)
+    return _Units(unit, norm, norm[:, 0].nan_to_num(0.0).float() if raw else None, peak)
 
 
 def _gradient(units: _Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
-    grad = torch.empty(*units.rows.shape, dtype=dtype)
+    grad = _empty_kept(units.rows.shape, dtype)
     _module().unit_gradient(
         _DTYPE_CODES[dtype],
+        _DTYPE_CODES[units.rows.dtype],
         torch.get_num_threads(),
         *units.rows.shape,
         units.rows.data_ptr(),
@@ -381,10 +406,31 @@ def _gradient(units: _Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
     return grad
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """The first columns of out [m, n or more] = a [m, k] b [k, n], or += it."""
+def _multiply_units(a: Tensor, units: _Units, out: Tensor, *, add: bool = False) -> None:
+    """out [m, D] = a [m, R] and the unit rows [R, D], or += it."""
+    _multiply(a, units.rows, out, add=add, scale=units.scale, peak=units.peak)
+
+
+def _multiply(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    add: bool = False,
+    scale: Tensor | None = None,
+    peak: Tensor | None = None,
+) -> None:
+    """The first columns of out [m, n or more] = a [m, k] b [k, n], or += it.
+
+    Where float32 meets bfloat16, a's columns are multiplied by `scale`; b's rows reach `peak`.
+    """
+    if a.shape[1] == 0:  # a sum of nothing
+        if not add:
+            out.zero_()
+        return
     _module().matrix_product(
         _DTYPE_CODES[a.dtype],
+        _DTYPE_CODES[b.dtype],
         torch.get_num_threads(),
         a.shape[0],
         b.shape[1],
@@ -396,4 +442,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         out.data_ptr(),
         out.stride(0),
         add,
+        _pointer(scale),
+        _pointer(peak),
+        _ALLOWED,
     )
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,5 +1,5 @@
-// The inner loops of the in-batch ops that are compiled once per CPU level: tiles of matrix
-// products, rows and columns of scores.
+// The inner loops of the in-batch ops that are compiled once per CPU level: rows and
+// columns of scores.
 #ifndef ELVA_CPU_BATCH_KERNELS_H_
 #define ELVA_CPU_BATCH_KERNELS_H_
 
@@ -7,26 +7,19 @@
 
 namespace elva {
 
-// One tile of a product out of packed panels: c[i, j] = (add ? c[i, j] : 0) + the sum over p of
-// a[p, i] b[p, j], summed from p = 0 on in an accumulator of its own. An element's bits depend on
-// its row of a and its column of b alone, not on its place in the tile.
-template <class S>
-struct MatrixTile {
-  int64_t rows;
-  int64_t columns;
-  void (*multiply)(const S* a, const S* b, int64_t depth, S* c, int64_t c_stride, bool add);
-};
-
 // Elements that a row of scores is padded to.
 constexpr int64_t kRowPadding = 16;
 
-// One query's cosines, in place: clamped to [-1, 1], with -inf for who is no negative (eq. 9 of
+// One query's dot products, in place: made cosines, clamped to [-1, 1], with -inf for who is no negative (eq. 9 of
 // elva_kernels/reference_batch.py), and what eq. 10 and 11 need of them.
 template <class S>
 struct ScoreRowJob {
   S* row;            // [width]
   int64_t width;     // padded
   const S* penalty;  // [width], 0 or -inf
+  const S* scale;    // [width], what a dot product is multiplied with; null: they are cosines
+  S row_scale;       // and with this
+  S smallest;        // below it a product of these is 0
   S max_score;
   int64_t candidates;
   const int64_t* ids;  // [candidates], or null
@@ -67,7 +60,6 @@ struct ColumnJob {
 
 template <class S>
 struct RowKernels {
-  MatrixTile<S> tile;
   void (*score_row)(ScoreRowJob<S>*);
   void (*slope_row)(const SlopeRowJob<S>&);
   void (*columns)(const ColumnJob<S>&);

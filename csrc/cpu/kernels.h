@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "batch_kernels.h"
+#include "matrix_kernels.h"
 
 namespace elva {
 
@@ -90,6 +91,7 @@ struct Kernels {
   void (*soft_slopes[2])(const PairJob&);
   const Scan* scan;           // [4], by ElvaDtype
   const BatchKernels* batch;  // of the same level
+  const MatrixKernels* matrix;
 };
 
 extern const Kernels kPlainKernels;

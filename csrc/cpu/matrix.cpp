@@ -1,12 +1,15 @@
-// What: matrix products for the in-batch ops. In: a [m, k] and b [k, n] of float or double, any
-// strides. Out: c [m, n], c = a b or c += a b. Work split: blocks of c; b is packed once a block of
-// columns and depth, by all threads, a by the thread that multiplies it. Bytes: a block of b stays
-// in the second-level or third-level cache for all of a. Numerics: by blocks of kDepth, each summed
-// in an accumulator of its own and added to c in order: an element's bits depend on its row of a
-// and its column of b alone, whatever the sizes, the place and the number of threads. That is why
-// this is not a library's product: those choose another kernel at an edge, or for another size, and
-// then a copy of the positive does not tie with it (measured with MKL: 2 different scores for 777
-// equal columns of length 64). Limits: none. Reference: torch.mm.
+// What: matrix products for the in-batch ops. In: a [m, k] and b [k, n] of float or double, of bf16
+// both, or a of float with b of bf16, any strides. Out: c [m, n] of float or double, c = a b or
+// c += a b. Work split: blocks of rows of c; b is packed by all threads, a block of a by the thread
+// that multiplies it. Bytes: b once a pass, from the third-level cache for each block of a.
+// Numerics: by blocks of kDepth, each summed in an accumulator of its own and added to c in order:
+// an element's bits depend on its row of a and its column of b alone, whatever the sizes, the place
+// and the number of threads. That is why this is not a library's product: those choose another
+// kernel at an edge, or for another size, and then a copy of the positive does not tie with it
+// (measured with MKL: 2 different scores for 777 equal columns of length 64). Products of bf16 are
+// exact. Floats times bf16 are two products of halves, the second one left out of a block where it
+// can move no element of c by more than its part of `allowed`. Limits: bf16 wants a level with
+// instructions for it (elva_multiplies_bf16). Reference: torch.mm.
 #include <algorithm>
 #include <atomic>
 
@@ -17,142 +20,288 @@
 namespace elva {
 namespace {
 
-// Ours: a panel of b in the first-level cache, a block of a in the second-level one.
-constexpr int64_t kDepth = 192;
-constexpr int64_t kRows = 192;
-constexpr int64_t kColumns = 512;
-constexpr int64_t kPackedColumns = 4096;
+// Ours: a panel of b in the first-level cache, a block of a in the second-level one; b in the
+// third-level one as far as it goes.
+constexpr int64_t kWordsOfB = int64_t{4} << 20;
+constexpr int64_t kMostColumns = 4096;
+constexpr size_t kBlockBytes = size_t{1} << 20;  // from here on memory is worth keeping
 
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-// `count` rows of `depth` elements as panels [depth, width], zero-padded.
+// How elements become words. `take` makes one of the elements at p and, if it lies within the
+// depth, one stride on.
 template <class S>
-void pack(const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth,
-          int64_t width, S* out) {
-  for (int64_t i = 0; i < count; i += width) {
+struct Singles {
+  using Word = S;
+  static constexpr int64_t kElements = 1, kDepth = 192;
+  static const MatrixTile<S, S>& tile(const MatrixKernels& kernels);
+  static Word take(const S* p, int64_t, bool) { return *p; }
+};
+template <>
+const MatrixTile<float, float>& Singles<float>::tile(const MatrixKernels& kernels) {
+  return kernels.f32;
+}
+template <>
+const MatrixTile<double, double>& Singles<double>::tile(const MatrixKernels& kernels) {
+  return kernels.f64;
+}
+struct Pairs {
+  using Word = Bf16Pair;
+  static constexpr int64_t kElements = 2, kDepth = 256;
+  static const MatrixTile<Bf16Pair, float>& tile(const MatrixKernels& kernels) {
+    return kernels.bf16;
+  }
+  static Word take(const Bf16* p, int64_t stride, bool second) {
+    const uint32_t high = second ? p[stride].bits : 0;
+    return {p->bits | high << 16};
+  }
+};
+
+// `count` rows of `depth` elements as panels [steps, width] of words, zero-padded.
+template <class F, class T>
+void pack(const T* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth,
+          int64_t width, typename F::Word* out) {
+  constexpr int64_t kElements = F::kElements;
+  const int64_t steps = (depth + kElements - 1) / kElements, whole = depth / kElements;
+  for (int64_t i = 0; i < count; i += width, out += steps * width) {
     const int64_t there = std::min(width, count - i);
-    const S* from = rows + i * row_stride;
+    const T* from = rows + i * row_stride;
+    if (there < width) std::fill(out, out + steps * width, typename F::Word{});
     if (stride == 1) {
       for (int64_t r = 0; r < there; ++r) {
-        for (int64_t p = 0; p < depth; ++p) out[p * width + r] = from[r * row_stride + p];
+        const T* row = from + r * row_stride;
+        for (int64_t s = 0; s < whole; ++s) out[s * width + r] = F::take(row + s * kElements, 1, true);
+      }
+    } else if (row_stride == 1) {
+      for (int64_t s = 0; s < whole; ++s) {
+        const T* at = from + s * kElements * stride;
+        for (int64_t r = 0; r < there; ++r) out[s * width + r] = F::take(at + r, stride, true);
       }
     } else {
-      for (int64_t p = 0; p < depth; ++p) {
-        for (int64_t r = 0; r < there; ++r) out[p * width + r] = from[r * row_stride + p * stride];
+      for (int64_t s = 0; s < whole; ++s) {
+        const T* at = from + s * kElements * stride;
+        for (int64_t r = 0; r < there; ++r)
+          out[s * width + r] = F::take(at + r * row_stride, stride, true);
       }
     }
-    for (int64_t r = there; r < width; ++r) {
-      for (int64_t p = 0; p < depth; ++p) out[p * width + r] = 0;
+    if (whole < steps) {
+      const T* at = from + whole * kElements * stride;
+      for (int64_t r = 0; r < there; ++r)
+        out[whole * width + r] = F::take(at + r * row_stride, stride, false);
     }
-    out += depth * width;
   }
 }
 
-template <class S>
-struct Product {
-  const ElvaMatrixArgs& args;
-  const MatrixTile<S>& tile;
-
-  const S* a(int64_t i, int64_t p) const {
-    return static_cast<const S*>(args.a) + i * args.a_row_stride + p * args.a_stride;
+// Memory of one product: kept for the next one where it is large.
+template <class Word>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Word));
+    if (static_cast<size_t>(bytes) < kBlockBytes) {
+      arena_.reset(static_cast<size_t>(bytes));
+      data_ = arena_.take<Word>(count);
+    } else {
+      if (elva_acquire_block(bytes, &block_) != ELVA_OK) throw std::bad_alloc();
+      data_ = static_cast<Word*>(block_.data);
+    }
   }
-  const S* b(int64_t p, int64_t j) const {
-    return static_cast<const S*>(args.b) + p * args.b_row_stride + j * args.b_stride;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    if (block_.data != nullptr) elva_release_block(&block_);
   }
-  S* c(int64_t i, int64_t j) const { return static_cast<S*>(args.c) + i * args.c_row_stride + j; }
+  Word* data() const { return data_; }
 
-  // Rows [i, i + rows) and columns [j, j + columns) of c, with packed a and b.
-  void block(int64_t i, int64_t rows, int64_t j, int64_t columns, int64_t depth, const S* a_panels,
-             const S* b_panels, bool add, S* corner) const {
-    for (int64_t y = 0; y < columns; y += tile.columns) {
-      const S* b_panel = b_panels + y * depth;
-      for (int64_t x = 0; x < rows; x += tile.rows) {
-        const S* a_panel = a_panels + x * depth;
-        if (x + tile.rows <= rows && y + tile.columns <= columns) {
-          tile.multiply(a_panel, b_panel, depth, c(i + x, j + y), args.c_row_stride, add);
-        } else {
-          edge(a_panel, b_panel, depth, i + x, std::min(tile.rows, rows - x), j + y,
-               std::min(tile.columns, columns - y), add, corner);
+ private:
+  Arena arena_;
+  ElvaBlock block_ = {};
+  Word* data_;
+};
+
+// A: of a's elements; float beside Pairs is split in halves.
+template <class F, class A, class B, class S>
+class Product {
+  using Word = typename F::Word;
+  static constexpr int64_t kDepth = F::kDepth, kSteps = kDepth / F::kElements;
+  static constexpr bool kHalves = std::is_same_v<Word, Bf16Pair> && std::is_same_v<A, float>;
+
+ public:
+  Product(const ElvaMatrixArgs& args, const MatrixKernels& kernels)
+      : args_(args), kernels_(kernels), tile_(F::tile(kernels)) {}
+
+  ElvaStatus run() {
+    const int64_t most_columns = std::min(kMostColumns, rounded_up(args_.n, tile_.columns));
+    const int64_t most_blocks = std::max<int64_t>(1, kWordsOfB / (most_columns * kSteps));
+    const int64_t blocks = std::min(most_blocks, (args_.k - 1) / kDepth + 1);
+    const Buffer<Word> b_panels(blocks * kSteps * most_columns);
+    for (int64_t j = 0; j < args_.n; j += most_columns) {
+      const int64_t columns = std::min(most_columns, args_.n - j);
+      for (int64_t p = 0; p < args_.k; p += blocks * kDepth) {
+        const int64_t depth = std::min(blocks * kDepth, args_.k - p);
+        pack_b(p, depth, j, columns, b_panels.data());
+        const ElvaStatus status = multiply(p, depth, j, columns, b_panels.data());
+        if (status != ELVA_OK) return status;
+      }
+    }
+    return ELVA_OK;
+  }
+
+ private:
+  // One thread's memory.
+  struct Panels {
+    Word *high, *low;
+    bool* low_matters;
+    S* corner;
+  };
+
+  const A* a(int64_t i, int64_t p) const {
+    return static_cast<const A*>(args_.a) + i * args_.a_row_stride + p * args_.a_stride;
+  }
+  const B* b(int64_t p, int64_t j) const {
+    return static_cast<const B*>(args_.b) + p * args_.b_row_stride + j * args_.b_stride;
+  }
+  S* c(int64_t i, int64_t j) const { return static_cast<S*>(args_.c) + i * args_.c_row_stride + j; }
+  static int64_t steps(int64_t depth) { return (depth + F::kElements - 1) / F::kElements; }
+
+  // Blocks of kDepth one after the other, each [columns' panels, steps, tile's columns].
+  void pack_b(int64_t p0, int64_t depth, int64_t j0, int64_t columns, Word* panels) const {
+    const int64_t padded = rounded_up(columns, tile_.columns), tiles = padded / tile_.columns;
+    const int64_t blocks = (depth - 1) / kDepth + 1;
+    parallel_for(blocks * tiles, 8, args_.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t p = item / tiles * kDepth, j = item % tiles * tile_.columns;
+        const int64_t here = std::min(kDepth, depth - p);
+        pack<F>(b(p0 + p, j0 + j), args_.b_stride, args_.b_row_stride,
+                std::min(tile_.columns, columns - j), here, tile_.columns,
+                panels + p / F::kElements * padded + j * steps(here));
+      }
+    });
+  }
+
+  // Rows in equal blocks, a whole number of them a thread; columns are split where rows are few.
+  ElvaStatus multiply(int64_t p0, int64_t depth, int64_t j0, int64_t columns,
+                      const Word* b_panels) const {
+    const int64_t threads = std::max(args_.threads, 1);
+    const int64_t rounds = (args_.m - 1) / (threads * kMostRows) + 1;
+    const int64_t even = (args_.m - 1) / (threads * rounds) + 1;
+    const int64_t rows = std::min(kMostRows, rounded_up(even, tile_.rows));
+    const int64_t row_blocks = (args_.m - 1) / rows + 1;
+    const int64_t parts = row_blocks < threads ? 2 * threads / row_blocks : 1;
+    const int64_t width = rounded_up((columns - 1) / parts + 1, tile_.columns);
+    const int64_t column_blocks = (columns - 1) / width + 1;
+    std::atomic<bool> out_of_memory{false};
+    parallel_for(row_blocks * column_blocks, 1, args_.threads, [&](int64_t begin, int64_t end) {
+      Panels mine;
+      try {
+        mine = take_panels(rows);
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
+        return;
+      }
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t i = item / column_blocks * rows, j = item % column_blocks * width;
+        block(p0, depth, i, std::min(rows, args_.m - i), j0, j, std::min(j + width, columns),
+              rounded_up(columns, tile_.columns), b_panels, mine);
+      }
+    });
+    return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+  }
+
+  Panels take_panels(int64_t rows) const {
+    const int64_t words = rounded_up(rows, tile_.rows) * kSteps, tiles = words / kSteps / tile_.rows;
+    const int64_t corner = tile_.rows * tile_.columns;
+    Arena& arena = thread_arena();
+    arena.reset(2 * Arena::bytes_for<Word>(words) + Arena::bytes_for<bool>(tiles) +
+                Arena::bytes_for<S>(corner));
+    return {arena.take<Word>(words), arena.take<Word>(words), arena.take<bool>(tiles),
+            arena.take<S>(corner)};
+  }
+
+  // Rows [i, i + rows) of columns [j, end) of those packed, all of the packed depth.
+  void block(int64_t p0, int64_t depth, int64_t i, int64_t rows, int64_t j0, int64_t j, int64_t end,
+             int64_t padded, const Word* b_panels, const Panels& mine) const {
+    for (int64_t p = 0; p < depth; p += kDepth) {
+      const int64_t here = std::min(kDepth, depth - p);
+      pack_a(i, rows, p0 + p, here, mine);
+      const bool add = args_.add || p0 + p > 0;
+      for (int64_t y = j; y < end; y += tile_.columns) {
+        const Word* panel = b_panels + p / F::kElements * padded + y * steps(here);
+        for (int64_t x = 0; x < rows; x += tile_.rows) {
+          const int64_t height = std::min(tile_.rows, rows - x);
+          tile(panel, x, height, steps(here), std::min(tile_.columns, end - y),
+               c(i + x, j0 + y), add, mine);
         }
       }
     }
   }
 
-  void edge(const S* a_panel, const S* b_panel, int64_t depth, int64_t i, int64_t rows, int64_t j,
-            int64_t columns, bool add, S* corner) const {
-    tile.multiply(a_panel, b_panel, depth, corner, tile.columns, false);
-    for (int64_t x = 0; x < rows; ++x) {
-      for (int64_t y = 0; y < columns; ++y) {
-        S* at = c(i + x, j + y);
-        const S sum = corner[x * tile.columns + y];
+  void pack_a(int64_t i, int64_t rows, int64_t p, int64_t depth, const Panels& mine) const {
+    if constexpr (kHalves) {
+      const double part = static_cast<double>(depth) / static_cast<double>(args_.k);
+      kernels_.halves({a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows,
+                       args_.a_scale + p, args_.b_peak + p, static_cast<float>(args_.allowed * part),
+                       mine.high, mine.low, mine.low_matters});
+    } else {
+      pack<F>(a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows, mine.high);
+    }
+  }
+
+  // One tile of c, whole or at an edge, from the packed rows [x, x + rows).
+  void tile(const Word* panel, int64_t x, int64_t rows, int64_t steps, int64_t columns, S* c,
+            bool add, const Panels& mine) const {
+    const bool whole = rows == tile_.rows && columns == tile_.columns;
+    S* out = whole ? c : mine.corner;
+    const int64_t stride = whole ? args_.c_row_stride : tile_.columns;
+    tile_.multiply(mine.high + x * steps, panel, steps, out, stride, whole && add);
+    if (kHalves && mine.low_matters[x / tile_.rows])
+      tile_.multiply(mine.low + x * steps, panel, steps, out, stride, true);
+    if (whole) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t n = 0; n < columns; ++n) {
+        S* at = c + r * args_.c_row_stride + n;
+        const S sum = mine.corner[r * tile_.columns + n];
         *at = add ? *at + sum : sum;
       }
     }
   }
+
+  const ElvaMatrixArgs& args_;
+  const MatrixKernels& kernels_;
+  const MatrixTile<Word, S>& tile_;
 };
 
-template <class S>
 ElvaStatus run(const ElvaMatrixArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
-  const Product<S> product{args, row_kernels<S>(*kernels->batch).tile};
-  const MatrixTile<S>& tile = product.tile;
-  const int64_t packed = std::min(kPackedColumns, rounded_up(args.n, tile.columns));
-  Arena shared;
-  shared.reset(Arena::bytes_for<S>(kDepth * packed));
-  S* b_panels = shared.take<S>(kDepth * packed);
-  const int64_t a_size = rounded_up(std::min(kRows, args.m), tile.rows) * kDepth;
-  const int64_t corner_size = tile.rows * tile.columns;
-  std::atomic<bool> out_of_memory{false};
-  for (int64_t j0 = 0; j0 < args.n; j0 += packed) {
-    const int64_t columns = std::min(packed, args.n - j0);
-    for (int64_t p0 = 0; p0 < args.k; p0 += kDepth) {
-      const int64_t depth = std::min(kDepth, args.k - p0);
-      parallel_for((columns - 1) / tile.columns + 1, 8, args.threads,
-                   [&](int64_t begin, int64_t end) {
-                     const int64_t j = begin * tile.columns;
-                     const int64_t count = std::min(end * tile.columns, columns) - j;
-                     pack(product.b(p0, j0 + j), args.b_stride, args.b_row_stride, count, depth,
-                          tile.columns, b_panels + j * depth);
-                   });
-      const int64_t column_blocks = (columns - 1) / kColumns + 1;
-      const int64_t row_blocks = (args.m - 1) / kRows + 1;
-      parallel_for(row_blocks * column_blocks, 1, args.threads, [&](int64_t begin, int64_t end) {
-        Arena& arena = thread_arena();
-        try {
-          arena.reset(Arena::bytes_for<S>(a_size) + Arena::bytes_for<S>(corner_size));
-        } catch (const std::bad_alloc&) {
-          out_of_memory = true;
-          return;
-        }
-        S* a_panels = arena.take<S>(a_size);
-        S* corner = arena.take<S>(corner_size);
-        int64_t packed_rows = -1;
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t i = item / column_blocks * kRows, j = item % column_blocks * kColumns;
-          const int64_t rows = std::min(kRows, args.m - i);
-          if (i != packed_rows) {
-            pack(product.a(i, p0), args.a_row_stride, args.a_stride, rows, depth, tile.rows,
-                 a_panels);
-            packed_rows = i;
-          }
-          product.block(i, rows, j0 + j, std::min(kColumns, columns - j), depth, a_panels,
-                        b_panels + j * depth, args.add || p0 > 0, corner);
-        }
-      });
-      if (out_of_memory) return ELVA_OUT_OF_MEMORY;
-    }
+  const MatrixKernels& matrix = *kernels->matrix;
+  if (args.b_dtype == ELVA_FP64) {
+    return Product<Singles<double>, double, double, double>(args, matrix).run();
   }
-  return ELVA_OK;
+  if (args.b_dtype == ELVA_FP32) {
+    return Product<Singles<float>, float, float, float>(args, matrix).run();
+  }
+  if (matrix.bf16.multiply == nullptr) return ELVA_BAD_LEVEL;
+  if (args.a_dtype == ELVA_FP32) return Product<Pairs, float, Bf16, float>(args, matrix).run();
+  return Product<Pairs, Bf16, Bf16, float>(args, matrix).run();
 }
 
 }  // namespace
 }  // namespace elva
 
-extern "C" ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args) {
+extern "C" {
+
+ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args) {
   try {
-    return args->dtype == ELVA_FP64 ? elva::run<double>(*args) : elva::run<float>(*args);
+    return elva::run(*args);
   } catch (const std::bad_alloc&) {
     return ELVA_OUT_OF_MEMORY;
   }
 }
+
+bool elva_multiplies_bf16(void) {
+  const elva::Kernels* kernels = elva::chosen_kernels();
+  return kernels != nullptr && kernels->matrix->bf16.multiply != nullptr;
+}
+
+}  // extern "C"

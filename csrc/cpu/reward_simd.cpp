@@ -303,21 +303,25 @@ void soft_slopes(const PairJob& job) {
 #define ELVA_TABLE kAvx512Bf16Kernels
 #define ELVA_SCAN kAvx512Bf16Scan
 #define ELVA_BATCH_TABLE kAvx512Bf16BatchKernels
+#define ELVA_MATRIX_TABLE kAvx512Bf16MatrixKernels
 #define ELVA_NAME "avx512bf16"
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX512
 #define ELVA_TABLE kAvx512Kernels
 #define ELVA_SCAN kAvx512Scan
 #define ELVA_BATCH_TABLE kAvx512BatchKernels
+#define ELVA_MATRIX_TABLE kAvx512MatrixKernels
 #define ELVA_NAME "avx512"
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX2
 #define ELVA_TABLE kAvx2Kernels
 #define ELVA_SCAN kAvx2Scan
 #define ELVA_BATCH_TABLE kAvx2BatchKernels
+#define ELVA_MATRIX_TABLE kAvx2MatrixKernels
 #define ELVA_NAME "avx2"
 #else
 #define ELVA_TABLE kPlainKernels
 #define ELVA_SCAN kPlainScan
 #define ELVA_BATCH_TABLE kPlainBatchKernels
+#define ELVA_MATRIX_TABLE kPlainMatrixKernels
 #define ELVA_NAME "plain"
 #endif
 
@@ -331,6 +335,7 @@ const Kernels ELVA_TABLE = {
     {soft_slopes<F32>, soft_slopes<F64>},
     ELVA_SCAN,
     &ELVA_BATCH_TABLE,
+    &ELVA_MATRIX_TABLE,
 };
 
 }  // namespace elva

@@ -17,6 +17,7 @@
 #include "../elva.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "rescale.h"
 
 namespace elva {
 namespace {
@@ -26,6 +27,9 @@ constexpr int64_t kColumnsPerPiece = 64;
 
 template <class S>
 constexpr S kNone = -std::numeric_limits<S>::infinity();
+
+template <class S>
+constexpr S kSmallest = static_cast<S>(Range<S>::kSmallestScore);
 
 template <class S>
 struct Place {
@@ -86,11 +90,21 @@ void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_
   const bool bad_query = !(args.norm[2 * i] == args.norm[2 * i]);
   const bool bad = bad_query || penalty[target] < 0;
   // + 0: not -0, which a sum with the penalty does not keep either.
-  const S own = std::min(S(1), std::max(S(-1), row[target])) + S(0);
+  const S* scale = static_cast<const S*>(args.scale);
+  const S row_scale = bad_query ? S(0) : static_cast<S>(args.norm[2 * i]);
+  S own = row[target];
+  if (scale != nullptr) {
+    own = own * row_scale * scale[target];
+    own = std::fabs(own) < kSmallest<S> ? S(0) : own;
+  }
+  own = std::min(S(1), std::max(S(-1), own)) + S(0);
   ScoreRowJob<S> job = {};
   job.row = row;
   job.width = args.width;
   job.penalty = penalty;
+  job.scale = scale;
+  job.row_scale = row_scale;
+  job.smallest = kSmallest<S>;
   job.max_score = bad_query ? kNone<S> : static_cast<S>(args.max_score);
   job.candidates = args.candidates;
   job.ids = args.ids;

@@ -1,10 +1,9 @@
-// What: the inner loops of the in-batch ops: tiles of matrix products, masks, counts and sums over
-// rows of scores, softmax slopes in place, sums over columns. Source: eq. (8) to (14) of
-// elva_kernels/reference_batch.py. In/Out: packed panels and dense rows of float or double. Work
-// split: the caller's thread, one job. Bytes: a row of scores is touched while it is in the caches.
-// Numerics: products by fma, one accumulator an element; exp by a polynomial (2e-7, 4e-16
-//   relative), 0 below exp(-87) (exp(-708)); at most kChain additions in an accumulator before they
-//   are added to a double one. Deterministic.
+// What: the inner loops of the in-batch ops: cosines, masks, counts and sums over rows of scores,
+// softmax slopes in place, sums over columns. Source: eq. (8) to (14) of
+// elva_kernels/reference_batch.py. In/Out: dense rows of float or double. Work split: the caller's
+// thread, one job. Bytes: a row of scores is touched while it is in the caches.
+// Numerics: exp by a polynomial (2e-7, 4e-16 relative), 0 below exp(-87) (exp(-708)); at most
+//   kChain additions in an accumulator before they are added to a double one. Deterministic.
 // Limits: rows padded to kRowPadding. Compiled once per CPU level, with ELVA_LEVEL set; nothing
 // here has external linkage but the table at the end. Reference: elva_kernels.reference_batch.
 #include <limits>
@@ -117,6 +116,10 @@ void mask_row(const ScoreRowJob<S>& job) {
   const Vec<S> none = all<S>(kNone<S>), limit = all<S>(job.max_score);
   for (int64_t j = 0; j < job.width; j += kLanes<S>) {
     Vec<S> x = load(job.row + j);
+    if (job.scale != nullptr) {
+      x = x * job.row_scale * load(job.scale + j);
+      x = (x < job.smallest) & (x > -job.smallest) ? all<S>(0) : x;
+    }
     x = larger<S>(x, all<S>(-1));
     x = x < S(1) ? x : all<S>(1);
     x = x > limit ? none : x + load(job.penalty + j);
@@ -219,33 +222,6 @@ void columns(const ColumnJob<S>& job) {
   for (int64_t j = 0; j < job.columns; j += kLanes<S>) columns_of(job, j);
 }
 
-// R rows of N vectors: as many accumulators as the level has registers for.
-template <class V, int R, int N>
-void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t depth,
-              typename V::Scalar* c, int64_t c_stride, bool accumulate) {
-  V sums[R][N];
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) sums[r][n] = V::zero();
-  }
-  for (int64_t p = 0; p < depth; ++p) {
-    V column[N];
-    for (int n = 0; n < N; ++n) column[n] = V::load(b + n * V::kLanes);
-    for (int r = 0; r < R; ++r) {
-      const V row = V::broadcast(a[r]);
-      for (int n = 0; n < N; ++n) sums[r][n] = fma(row, column[n], sums[r][n]);
-    }
-    a += R;
-    b += N * V::kLanes;
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) {
-      typename V::Scalar* at = c + r * c_stride + n * V::kLanes;
-      if (accumulate) sums[r][n] = add(V::load(at), sums[r][n]);
-      sums[r][n].store(at);
-    }
-  }
-}
-
 }  // namespace
 
 #if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
@@ -258,28 +234,9 @@ void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t 
 #define ELVA_BATCH_TABLE kPlainBatchKernels
 #endif
 
-#if ELVA_LEVEL >= ELVA_LEVEL_AVX512
-#define ELVA_TILE_ROWS 12
-#define ELVA_TILE_VECTORS 2
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_TILE_ROWS 6
-#define ELVA_TILE_VECTORS 1
-#else
-#define ELVA_TILE_ROWS 2
-#define ELVA_TILE_VECTORS 1
-#endif
-
 const BatchKernels ELVA_BATCH_TABLE = {
-    {{ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F32::kLanes,
-      multiply<F32, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
-     score_row<float>,
-     slope_row<float>,
-     columns<float>},
-    {{ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F64::kLanes,
-      multiply<F64, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
-     score_row<double>,
-     slope_row<double>,
-     columns<double>},
+    {score_row<float>, slope_row<float>, columns<float>},
+    {score_row<double>, slope_row<double>, columns<double>},
 };
 
 }  // namespace elva

@@ -11,9 +11,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "kernels.h"
 #include "layout.h"
 #include "numeric.h"
 #include "parallel.h"
+#include "rescale.h"
 
 namespace elva {
 namespace {
@@ -52,6 +54,13 @@ int exponent_of(const Row<T>& row, int64_t dim) {
   return exponent;
 }
 
+double square_of(const Kernels& kernels, const Bf16* row, int64_t dim) {
+  double dot, square;
+  const void* rows[] = {row};
+  kernels.dots[ELVA_BF16]({row, rows, 1, dim, &dot, &square});
+  return square;
+}
+
 // norm[0]: 1 / |x 2^-e| (0 for a zero row, NaN for one that is not finite); norm[1]: e.
 template <class T, class V>
 void unit_row(const Row<T>& row, int64_t dim, V* out, double* norm) {
@@ -73,6 +82,31 @@ void unit_row(const Row<T>& row, int64_t dim, V* out, double* norm) {
   const double root = std::sqrt(square);
   norm[0] = 1 / root;
   for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<V>(at(i) / root);
+}
+
+// A bf16 row as it is, or as near to 1 as a power of two brings it where its squares would leave
+// the range of a float; norm as in unit_row.
+void bf16_row(const Kernels& kernels, const Row<Bf16>& row, int64_t dim, Bf16* out, double* norm,
+              float* peak) {
+  pack(row, dim, out);
+  int exponent = 0;
+  double square = square_of(kernels, out, dim);
+  if (!in_range<Bf16>(square)) {
+    const RowKind kind = inspect(row, dim, &exponent);
+    if (kind == RowKind::kFinite) {
+      pack_scaled(row, dim, exponent, out);
+      square = square_of(kernels, out, dim);
+    } else {
+      std::fill(out, out + dim, Bf16{});
+      square = kind == RowKind::kZero ? 0.0 : NAN;
+    }
+  }
+  norm[0] = square == 0 ? 0.0 : 1 / std::sqrt(square);
+  norm[1] = exponent;
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < dim; ++i)
+    largest = std::max(largest, static_cast<uint16_t>(out[i].bits & 0x7fff));
+  *peak = to_float(Bf16{largest});
 }
 
 template <class T, class V>
@@ -118,17 +152,54 @@ ElvaStatus gradients(const ElvaUnitGradientArgs& args) {
   return ELVA_OK;
 }
 
+ElvaStatus bf16_rows(const ElvaUnitRowsArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  const Bf16* rows = static_cast<const Bf16*>(args.rows.data);
+  parallel_for(args.count, grain(args.dim), args.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Row<Bf16> row{rows + i * args.rows.row_stride, args.rows.stride};
+      bf16_row(*kernels, row, args.dim, static_cast<Bf16*>(args.unit) + i * args.dim,
+               args.norm + 2 * i, args.peak + i);
+    }
+  });
+  return ELVA_OK;
+}
+
+ElvaStatus bf16_gradients(const ElvaUnitGradientArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  const bool rounded = args.dtype == ELVA_BF16;
+  const int64_t row_bytes = args.dim * (rounded ? sizeof(Bf16) : sizeof(float));
+  parallel_for(args.count, grain(args.dim), args.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      char* out = static_cast<char*>(args.grad_rows) + i * row_bytes;
+      const double* norm = args.norm + 2 * i;
+      if (!(norm[0] != 0)) {
+        memset(out, 0, static_cast<size_t>(row_bytes));
+        continue;
+      }
+      kernels->matrix->bf16_gradient({static_cast<const Bf16*>(args.unit) + i * args.dim,
+                                      static_cast<const float*>(args.grad_unit) + i * args.dim,
+                                      args.dim, norm[0], static_cast<int>(norm[1]), rounded, out});
+    }
+  });
+  return ELVA_OK;
+}
+
 }  // namespace
 }  // namespace elva
 
 extern "C" {
 
 ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args) {
+  if (args->unit_dtype == ELVA_BF16) return elva::bf16_rows(*args);
   return elva::by_dtype(args->dtype,
                         [args](auto element) { return elva::unit_rows<decltype(element)>(*args); });
 }
 
 ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args) {
+  if (args->unit_dtype == ELVA_BF16) return elva::bf16_gradients(*args);
   return elva::by_dtype(args->dtype,
                         [args](auto element) { return elva::gradients<decltype(element)>(*args); });
 }

@@ -147,20 +147,24 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   auto query_unit = block(b * dim * value), candidate_unit = block(m * dim * value);
   auto query_norm = doubles(2 * b), candidate_norm = doubles(2 * m);
   ElvaUnitRowsArgs units = {dtype,
+                            value_dtype,
                             3,
                             b,
                             dim,
                             rows_of(query.data(), b, dim, stride),
                             query_unit.data(),
-                            query_norm.data()};
+                            query_norm.data(),
+                            nullptr};
   if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
   units = {dtype,
+           value_dtype,
            3,
            m,
            dim,
            rows_of(candidates.data(), m, dim, stride),
            candidate_unit.data(),
-           candidate_norm.data()};
+           candidate_norm.data(),
+           nullptr};
   if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
 
   auto scores = block(b * width * value);

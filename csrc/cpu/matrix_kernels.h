@@ -1,0 +1,72 @@
+// The inner loops of matrix products and of the gradients through norms that are compiled once per
+// CPU level.
+#ifndef ELVA_CPU_MATRIX_KERNELS_H_
+#define ELVA_CPU_MATRIX_KERNELS_H_
+
+#include <stdint.h>
+
+#include "numeric.h"
+
+namespace elva {
+
+// One tile of a product out of packed panels of words: c[i, j] = (add ? c[i, j] : 0) + the sum over
+// p of a[p, i] b[p, j], summed from p = 0 on in an accumulator of its own. A word is an element, or
+// a pair of bf16 neighbours in depth. An element's bits depend on its row of a and its column of b
+// alone, not on its place in the tile.
+template <class Word, class S>
+struct MatrixTile {
+  int64_t rows;
+  int64_t columns;
+  void (*multiply)(const Word* a, const Word* b, int64_t steps, S* c, int64_t c_stride, bool add);
+};
+
+// Two neighbours in depth.
+struct Bf16Pair {
+  uint32_t bits;
+};
+
+constexpr int64_t kMostRows = 192;  // of a block of a: it stays in the second-level cache
+
+// `count` rows, kMostRows or fewer, of `depth` floats as pairs of bf16 halves, x scale = high + low + 2^-18 or less of
+// it, in panels of `width` rows that are zero-padded.
+struct HalvesJob {
+  const float* rows;
+  int64_t row_stride, stride;
+  int64_t count, depth;
+  int64_t width;
+  const float* scale;  // [depth]
+  const float* peak;   // [depth]
+  float allowed;
+  Bf16Pair* high;  // [panels, (depth + 1) / 2, width]
+  Bf16Pair* low;
+  bool* matters;  // [panels]: whether some row's sum of |low| peak exceeds `allowed`
+};
+
+// Through u = x inverse_norm: out = (grad - u (u . grad)) inverse_norm 2^-exponent.
+struct Bf16GradientJob {
+  const Bf16* x;
+  const float* grad;
+  int64_t dim;
+  double inverse_norm;
+  int exponent;
+  bool rounded;  // once, to bf16; else float
+  void* out;
+};
+
+struct MatrixKernels {
+  MatrixTile<float, float> f32;
+  MatrixTile<double, double> f64;
+  MatrixTile<Bf16Pair, float> bf16;  // no `multiply` where the level has none
+  void (*halves)(const HalvesJob&);
+  void (*bf16_gradient)(const Bf16GradientJob&);
+};
+
+extern const MatrixKernels kPlainMatrixKernels;
+#if defined(__x86_64__)
+extern const MatrixKernels kAvx2MatrixKernels;
+extern const MatrixKernels kAvx512MatrixKernels;
+extern const MatrixKernels kAvx512Bf16MatrixKernels;
+#endif
+
+}  // namespace elva
+#endif  // ELVA_CPU_MATRIX_KERNELS_H_
