@@ -224,7 +224,7 @@ void topk(int dtype, int threads, int metric, int64_t queries, int64_t rows, int
 }
 
 void unit_rows(int dtype, int unit_dtype, int threads, int64_t count, int64_t dim, uintptr_t rows,
-               int64_t row_stride, int64_t stride, uintptr_t unit, uintptr_t norm, uintptr_t peak) {
+               int64_t row_stride, int64_t stride, uintptr_t unit, uintptr_t norm) {
   ElvaUnitRowsArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.unit_dtype = static_cast<ElvaDtype>(unit_dtype);
@@ -236,7 +236,6 @@ void unit_rows(int dtype, int unit_dtype, int threads, int64_t count, int64_t di
   args.rows.stride = stride;
   args.unit = pointer(unit);
   args.norm = pointer<double>(norm);
-  args.peak = pointer<float>(peak);
   run_released(elva_unit_rows_cpu, args);
 }
 
@@ -252,12 +251,27 @@ void unit_gradient(int dtype, int unit_dtype, int threads, int64_t count, int64_
 void matrix_product(int a_dtype, int b_dtype, int threads, int64_t m, int64_t n, int64_t k,
                     uintptr_t a, int64_t a_row_stride, int64_t a_stride, uintptr_t b,
                     int64_t b_row_stride, int64_t b_stride, uintptr_t c, int64_t c_row_stride,
-                    bool add, uintptr_t a_scale, uintptr_t b_peak, double allowed) {
+                    bool add, uintptr_t a_scale, uintptr_t a_norm, double allowed) {
   run_released(elva_matrix_product_cpu,
                ElvaMatrixArgs{static_cast<ElvaDtype>(a_dtype), static_cast<ElvaDtype>(b_dtype),
                               threads, m, n, k, pointer(a), a_row_stride, a_stride, pointer(b),
                               b_row_stride, b_stride, pointer(c), c_row_stride, add,
-                              pointer<float>(a_scale), pointer<float>(b_peak), allowed});
+                              pointer<float>(a_scale), pointer<float>(a_norm), allowed});
+}
+
+double column_norm(int threads, int64_t count, int64_t dim, uintptr_t rows, uintptr_t scale) {
+  double norm = 0;
+  run_released(elva_column_norm_cpu, ElvaColumnNormArgs{threads, count, dim, pointer(rows),
+                                                        pointer<float>(scale), &norm});
+  return norm;
+}
+
+void add_rows(int threads, int64_t count, int64_t dim, uintptr_t from, uintptr_t into,
+              uintptr_t factor, uintptr_t rows, uintptr_t out, int64_t out_count) {
+  run_released(elva_add_rows_cpu,
+               ElvaAddRowsArgs{threads, count, dim, pointer<int64_t>(from), pointer<int64_t>(into),
+                               pointer<float>(factor), pointer(rows), pointer<float>(out),
+                               out_count});
 }
 
 void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_t width,
@@ -365,6 +379,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("unit_rows", &unit_rows);
   module.def("unit_gradient", &unit_gradient);
   module.def("matrix_product", &matrix_product);
+  module.def("column_norm", &column_norm);
+  module.def("add_rows", &add_rows);
   module.def("multiplies_bf16", &elva_multiplies_bf16);
   module.def("score_rows", &score_rows);
   module.def("slope_rows", &slope_rows);

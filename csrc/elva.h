@@ -140,7 +140,6 @@ typedef struct {
   ElvaInput rows;  // [count, dim]
   void* unit;      // [count, dim]; zeros for a row that is zero or not finite
   double* norm;    // [count, 2]: 1 / |x 2^-e| (0 for a zero row, NaN for one not finite), and e
-  float* peak;     // [count], the largest magnitude in unit; null unless that is ELVA_BF16
 } ElvaUnitRowsArgs;
 
 typedef struct {
@@ -169,9 +168,9 @@ typedef struct {
   int64_t c_row_stride;
   bool add;
   // Of ELVA_FP32 times ELVA_BF16 alone: a's columns are first multiplied by a_scale, then held to
-  // 16 bits, or to 8 where that moves no element of c by more than `allowed` whatever the signs.
+  // 16 bits; or to 8 in rows where the errors times a_norm have a norm of `allowed` or less.
   const float* a_scale;  // [k]
-  const float* b_peak;   // [k], the largest magnitudes in b's rows
+  const float* a_norm;   // [k]
   double allowed;
 } ElvaMatrixArgs;
 
@@ -231,11 +230,36 @@ typedef struct {
   double* moment;  // [width]
 } ElvaColumnSumsArgs;
 
+// The largest norm of a column of dense rows times their scales, at most 1 % above the truth.
+typedef struct {
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  const void* rows;    // ELVA_BF16 [count, dim]
+  const float* scale;  // [count]
+  double* norm;        // [1]
+} ElvaColumnNormArgs;
+
+// out[into[i]] += factor[i] rows[from[i]] in the order of i.
+typedef struct {
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  const int64_t* from;  // [count]; null: i
+  const int64_t* into;  // [count], in [0, out_count); null: i
+  const float* factor;  // [count]
+  const void* rows;     // ELVA_BF16 [., dim]
+  float* out;           // [out_count, dim]
+  int64_t out_count;
+} ElvaAddRowsArgs;
+
 ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args);
 ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args);
 ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args);
 // Whether the CPU level in use multiplies pairs of bf16.
 bool elva_multiplies_bf16(void);
+ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args);
+ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args);
 ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);

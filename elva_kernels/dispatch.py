@@ -111,15 +111,20 @@ def _info_nce(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
     return *_own([loss]), *_all_statistics(found)
 
 
-def _info_nce_saved(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
+def _info_nce_saved(*tensors: Any, mean: bool, symmetric: bool, workspace_mb: int) -> Tensors:
     query, candidates, batch, temperature = tensors
     results = _info_nce(*tensors, symmetric=symmetric, workspace_mb=workspace_mb)
     query, candidates = (x.to(results[0].dtype) for x in (query, candidates))  # no rounding yet
-    weight = torch.ones_like(results[0])
+    weight = torch.full_like(results[0], _weight(query, mean))
     gradients = reference_batch.info_nce_gradients(
         query, candidates, batch, temperature.double(), weight, symmetric=symmetric
     )
     return *results, *_own(gradients)
+
+
+def _weight(query: Tensor, mean: bool) -> float:
+    """A query's weight in the reduced loss."""
+    return 1 / max(1, len(query)) if mean else 1.0
 
 
 def _info_nce_backward(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
@@ -152,10 +157,11 @@ def _native_info_nce(*tensors: Any, **options: Any) -> Tensors:
     return loss, *_all_statistics(found)
 
 
-def _native_info_nce_saved(*tensors: Any, **options: Any) -> Tensors:
-    query, candidates, batch, temperature = tensors
+def _native_info_nce_saved(*tensors: Any, mean: bool, **options: Any) -> Tensors:
+    query = tensors[0]
+    weight = query.new_full((len(query),), _weight(query, mean), dtype=torch.float64)
     loss, found, *gradients = native_batch.info_nce_and_gradients(
-        query, candidates, batch, temperature, None, rounded=False, **options
+        *tensors, weight, rounded=False, **options
     )
     return loss, *_all_statistics(found), *gradients
 

@@ -39,8 +39,8 @@ _SCHEMAS = {
     "Tensor scores, Tensor rank, Tensor grad_reward, int head, "
     f"{_WEIGHTS}) -> ({_GRADIENTS})",
     "info_nce": f"({_NCE}) -> (Tensor loss, {_STATISTICS})",
-    # Also the gradients of the sum of the losses, in the dtype of the scores.
-    "info_nce_saved": f"({_NCE}) -> (Tensor loss, {_STATISTICS}, {_GRADIENTS}, "
+    # Also the gradients of the losses' mean or sum, in the dtype of the scores.
+    "info_nce_saved": f"({_NCE}, bool mean) -> (Tensor loss, {_STATISTICS}, {_GRADIENTS}, "
     "Tensor grad_temperature)",
     "info_nce_backward": f"({_NCE}, Tensor weight) -> ({_GRADIENTS}, Tensor grad_temperature)",
 }
@@ -142,12 +142,15 @@ def _nce(op: str) -> Callable[..., Tensors]:
         symmetric: bool,
         workspace_mb: int,
         backend: str,
-        *weight: Tensor,
+        *more: Any,
     ) -> Tensors:
         batch = _batch("info_nce", query, candidates, target, candidate_ids, max_score)
         launch = dispatch.launcher(op, backend, query.device, query.dtype)
         options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
-        return launch(query, candidates, batch, temperature, *weight, **options)
+        if op == "info_nce_saved":
+            (options["mean"],) = more
+            more = ()
+        return launch(query, candidates, batch, temperature, *more, **options)
 
     return kernel
 
@@ -244,7 +247,7 @@ def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
     """Of three inputs and their three gradients: the gradients scaled, in the inputs' dtypes."""
     inputs, gradients = tensors[:3], tensors[3:]
     return tuple(
-        (gradient * scale.to(gradient.dtype)).to(x.dtype)
+        torch.mul(gradient, scale.to(gradient.dtype), out=torch.empty_like(gradient, dtype=x.dtype))
         for x, gradient in zip(inputs, gradients, strict=True)
     )
 
@@ -287,7 +290,7 @@ class _InfoNCE(torch.autograd.Function):
             results = info_nce(*arguments)
             ctx.save_for_backward(*tensors)
         else:
-            results = _OPS.info_nce_saved.default(*arguments)
+            results = _OPS.info_nce_saved.default(*arguments, reduction == "mean")
             results, gradients = results[:-3], results[-3:]
             ctx.save_for_backward(*tensors[:2], tensors[4], *gradients)
         ctx.mark_non_differentiable(*results[1:])
@@ -301,8 +304,6 @@ class _InfoNCE(torch.autograd.Function):
                 _OPS.info_nce_backward.default, *ctx.saved_tensors, *ctx.rest, upstream
             )
         else:
-            if ctx.reduction == "mean":
-                upstream = upstream / ctx.saved_tensors[0].shape[0]
             scale = _scaled_once if torch.is_grad_enabled() else _scaled
             gradients = scale(upstream, *ctx.saved_tensors)
         grad_query, grad_candidates, grad_temperature = gradients

@@ -19,7 +19,10 @@ from elva_kernels.reference_batch import Batch, RankStatistics
 _WORKSPACE_MB = 256
 _LEAST_ROWS = 192  # of a chunk: fewer, and packing the candidates costs as much as the product
 _ROW_PADDING = 16
-_ALLOWED = 2e-6
+_CACHE_PERIOD = 1024  # bytes; measured: 151 GFLOP/s instead of 187 at 1024 x 1024
+# What slopes that are rounded to bfloat16 may add to a gradient on unit rows, of the 2e-6 that it may
+# be off where a query weighs 1 or less; beyond it they are split in two halves.
+_ALLOWED = 1.8e-6
 
 
 class _Units(NamedTuple):
@@ -31,7 +34,6 @@ class _Units(NamedTuple):
     rows: Tensor  # value [R, D], or bfloat16
     norm: Tensor  # float64 [R, 2]; [:, 0] is NaN where the row is not finite
     scale: Tensor | None  # float32 [R] of bfloat16 rows, what makes them unit; 0 where they are 0
-    peak: Tensor | None  # float32 [R] of bfloat16 rows, their largest magnitudes
 
 
 class _Sums(NamedTuple):
@@ -108,6 +110,8 @@ def info_nce_and_gradients(
             held = run.score(rows)
         run.slopes(held, rows, weight, symmetric)
         run.add_gradients(held, rows)
+    if run.chunks:
+        run.add_targets()
     dtypes = (query.dtype, candidates.dtype) if rounded else (run.dtype, run.dtype)
     grad_query, grad_candidates = run.gradients(*dtypes)
     heat = run.heat_gradient(weight, symmetric)
@@ -152,7 +156,7 @@ class _Run:
         self.batch = batch
         self.query, self.candidates = _units(query), _units(candidates)
         b, m = len(query), len(candidates)
-        self.width = -(-m // _ROW_PADDING) * _ROW_PADDING
+        self.width = _width(m, self.dtype)
         self.with_sums = temperature is not None
         heat = math.nan if temperature is None else float(temperature)
         self.temperature = heat if heat > 0 else math.nan
@@ -178,6 +182,8 @@ class _Run:
             *(torch.zeros(self.width, dtype=torch.float64) for _ in range(2)),
         )
         self.grad_units: list[Tensor] = []
+        self.allowed: list[float] = []
+        self.target_slope = torch.empty(b, dtype=self.dtype)
 
     def score(self, rows: slice) -> Tensor:
         """The masked scores of some queries, in the workspace; fills in their statistics."""
@@ -306,10 +312,14 @@ class _Run:
             peak = self.columns.peak
             column_peak = torch.where(peak > -math.inf, peak, 0.0)
         hardest = self.hardest_score[rows]
+        target_slope = target_slope.to(self.dtype)
+        if self.scale is not None:  # the largest of a row: rounded, it would decide the error
+            self.target_slope[rows] = target_slope
+            target_slope = torch.zeros_like(target_slope)
         operands = [
             torch.where(hardest > -math.inf, hardest, 0.0),
             (upstream * terms.share).to(self.dtype),
-            target_slope.to(self.dtype),
+            target_slope,
             self.batch.target[rows],
         ]
         _module().slope_rows(
@@ -329,10 +339,38 @@ class _Run:
         if not self.grad_units:
             both = (self.query, self.candidates)
             self.grad_units = [_empty_kept(x.rows.shape, self.dtype) for x in both]
+            self.allowed = [_allowed(x) for x in both]
         slopes = slopes[:, : len(self.candidates.rows)]
         query = _Units(*(None if x is None else x[rows] for x in self.query))
-        _multiply_units(slopes, self.candidates, self.grad_units[0][rows])
-        _multiply_units(slopes.T, query, self.grad_units[1], add=rows.start > 0)
+        part = math.sqrt(len(query.rows) / len(self.query.rows))
+        _multiply_units(slopes, self.candidates, self.grad_units[0][rows], self.allowed[1])
+        _multiply_units(
+            slopes.T, query, self.grad_units[1], self.allowed[0] * part, add=rows.start > 0
+        )
+
+    def add_targets(self) -> None:
+        """The slopes on the targets' scores, where they were kept apart."""
+        query, candidates, target = self.query, self.candidates, self.batch.target
+        if query.scale is None or candidates.scale is None:
+            return
+        pairs = (
+            (candidates, target, None, self.grad_units[0]),
+            (query, None, target, self.grad_units[1]),
+        )
+        for units, source, into, out in pairs:
+            scale = candidates.scale[target] if into is None else query.scale
+            factor = self.target_slope * scale
+            _module().add_rows(
+                torch.get_num_threads(),
+                len(target),
+                units.rows.shape[1],
+                _pointer(source),
+                _pointer(into),
+                factor.data_ptr(),
+                units.rows.data_ptr(),
+                out.data_ptr(),
+                len(out),
+            )
 
     def gradients(
         self, query_dtype: torch.dtype, candidate_dtype: torch.dtype
@@ -362,6 +400,12 @@ class _Run:
         return query | candidates[self.batch.target]
 
 
+def _width(m: int, dtype: torch.dtype) -> int:
+    """Scores in a row: padded, and no multiple of what maps a column to a few lines of a cache."""
+    width = -(-m // _ROW_PADDING) * _ROW_PADDING
+    return width if width * dtype.itemsize % _CACHE_PERIOD else width + _ROW_PADDING
+
+
 def _chunks(b: int, row_bytes: int, workspace_mb: int) -> list[slice]:
     """Queries in chunks of equal size whose scores fit the workspace."""
     if b == 0:
@@ -376,7 +420,6 @@ def _units(rows: Tensor) -> _Units:
     dtype = torch.bfloat16 if raw else _value_dtype(rows.dtype)
     unit = torch.empty(*rows.shape, dtype=dtype)
     norm = torch.empty(len(rows), 2, dtype=torch.float64)
-    peak = torch.empty(len(rows)) if raw else None
     _module().unit_rows(
         _DTYPE_CODES[rows.dtype],
         _DTYPE_CODES[dtype],
@@ -386,9 +429,8 @@ def _units(rows: Tensor) -> _Units:
         *rows.stride(),
         unit.data_ptr(),
         norm.data_ptr(),
-        _pointer(peak),
     )
-    return _Units(unit, norm, norm[:, 0].nan_to_num(0.0).float() if raw else None, peak)
+    return _Units(unit, norm, norm[:, 0].nan_to_num(0.0).float() if raw else None)
 
 
 def _gradient(units: _Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
@@ -406,9 +448,28 @@ def _gradient(units: _Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
     return grad
 
 
-def _multiply_units(a: Tensor, units: _Units, out: Tensor, *, add: bool = False) -> None:
+def _allowed(units: _Units) -> float:
+    """How long a row of errors of slopes may be, for an element of their product with `units`.
+
+    By Cauchy and Schwarz: an element errs by no more than that times its column's norm.
+    """
+    if units.scale is None:
+        return 0.0
+    norm: float = _module().column_norm(
+        torch.get_num_threads(),
+        *units.rows.shape,
+        units.rows.data_ptr(),
+        units.scale.data_ptr(),
+    )
+    return _ALLOWED / norm if norm > 0 else 0.0
+
+
+def _multiply_units(
+    a: Tensor, units: _Units, out: Tensor, allowed: float, *, add: bool = False
+) -> None:
     """out [m, D] = a [m, R] and the unit rows [R, D], or += it."""
-    _multiply(a, units.rows, out, add=add, scale=units.scale, peak=units.peak)
+    norm = None if units.scale is None else torch.where(units.scale > 0, 1 / units.scale, 0.0)
+    _multiply(a, units.rows, out, add=add, scale=units.scale, norm=norm, allowed=allowed)
 
 
 def _multiply(
@@ -418,11 +479,12 @@ def _multiply(
     *,
     add: bool = False,
     scale: Tensor | None = None,
-    peak: Tensor | None = None,
+    norm: Tensor | None = None,
+    allowed: float = 0.0,
 ) -> None:
     """The first columns of out [m, n or more] = a [m, k] b [k, n], or += it.
 
-    Where float32 meets bfloat16, a's columns are multiplied by `scale`; b's rows reach `peak`.
+    Where float32 meets bfloat16, out = a diag(scale) b, with norm = 1 / scale.
     """
     if a.shape[1] == 0:  # a sum of nothing
         if not add:
@@ -443,8 +505,8 @@ def _multiply(
         out.stride(0),
         add,
         _pointer(scale),
-        _pointer(peak),
-        _ALLOWED,
+        _pointer(norm),
+        allowed,
     )
 
 

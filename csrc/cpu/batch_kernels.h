@@ -10,6 +10,9 @@ namespace elva {
 // Elements that a row of scores is padded to.
 constexpr int64_t kRowPadding = 16;
 
+// Residues modulo this are told apart in a row, so that k of their largest bound the k largest.
+constexpr int64_t kBests = 64;
+
 // One query's dot products, in place: made cosines, clamped to [-1, 1], with -inf for who is no negative (eq. 9 of
 // elva_kernels/reference_batch.py), and what eq. 10 and 11 need of them.
 template <class S>
@@ -28,6 +31,7 @@ struct ScoreRowJob {
   S inverse_temperature;  // NaN: no sums
   int64_t n_greater, n_equal;
   S hardest;
+  S best[kBests];  // the largest of each residue of j; the largest of these is the hardest
   double sum;     // over the negatives, exp((s - hardest) / T)
   double moment;  // and that times (s - hardest)
 };
@@ -61,6 +65,8 @@ struct ColumnJob {
 template <class S>
 struct RowKernels {
   void (*score_row)(ScoreRowJob<S>*);
+  // The indices, ascending, of what is at least `least` in a row; their number.
+  int64_t (*at_least)(const S* row, int64_t width, S least, int64_t* index);
   void (*slope_row)(const SlopeRowJob<S>&);
   void (*columns)(const ColumnJob<S>&);
 };

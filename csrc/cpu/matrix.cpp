@@ -8,10 +8,13 @@
 // kernel at an edge, or for another size, and then a copy of the positive does not tie with it
 // (measured with MKL: 2 different scores for 777 equal columns of length 64). Products of bf16 are
 // exact. Floats times bf16 are two products of halves, the second one left out of a block where it
-// can move no element of c by more than its part of `allowed`. Limits: bf16 wants a level with
+// cannot matter (ElvaMatrixArgs.allowed). Limits: bf16 wants a level with
 // instructions for it (elva_multiplies_bf16). Reference: torch.mm.
+#include <string.h>
+
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "kernels.h"
 #include "layout.h"
@@ -29,13 +32,14 @@ constexpr size_t kBlockBytes = size_t{1} << 20;  // from here on memory is worth
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 // How elements become words. `take` makes one of the elements at p and, if it lies within the
-// depth, one stride on.
+// depth, one stride on; `read` one of neighbours in memory.
 template <class S>
 struct Singles {
   using Word = S;
   static constexpr int64_t kElements = 1, kDepth = 192;
   static const MatrixTile<S, S>& tile(const MatrixKernels& kernels);
   static Word take(const S* p, int64_t, bool) { return *p; }
+  static Word read(const S* p) { return *p; }
 };
 template <>
 const MatrixTile<float, float>& Singles<float>::tile(const MatrixKernels& kernels) {
@@ -55,6 +59,11 @@ struct Pairs {
     const uint32_t high = second ? p[stride].bits : 0;
     return {p->bits | high << 16};
   }
+  static Word read(const Bf16* p) {
+    Word word;
+    memcpy(&word, p, sizeof(word));
+    return word;
+  }
 };
 
 // `count` rows of `depth` elements as panels [steps, width] of words, zero-padded.
@@ -70,7 +79,7 @@ void pack(const T* rows, int64_t row_stride, int64_t stride, int64_t count, int6
     if (stride == 1) {
       for (int64_t r = 0; r < there; ++r) {
         const T* row = from + r * row_stride;
-        for (int64_t s = 0; s < whole; ++s) out[s * width + r] = F::take(row + s * kElements, 1, true);
+        for (int64_t s = 0; s < whole; ++s) out[s * width + r] = F::read(row + s * kElements);
       }
     } else if (row_stride == 1) {
       for (int64_t s = 0; s < whole; ++s) {
@@ -238,10 +247,12 @@ class Product {
 
   void pack_a(int64_t i, int64_t rows, int64_t p, int64_t depth, const Panels& mine) const {
     if constexpr (kHalves) {
+      // By Cauchy and Schwarz, over all blocks together.
       const double part = static_cast<double>(depth) / static_cast<double>(args_.k);
+      const auto allowed = static_cast<float>(args_.allowed * args_.allowed * part);
       kernels_.halves({a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows,
-                       args_.a_scale + p, args_.b_peak + p, static_cast<float>(args_.allowed * part),
-                       mine.high, mine.low, mine.low_matters});
+                       args_.a_scale + p, args_.a_norm + p, allowed, mine.high, mine.low,
+                       mine.low_matters});
     } else {
       pack<F>(a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows, mine.high);
     }

@@ -35,11 +35,11 @@ struct HalvesJob {
   int64_t count, depth;
   int64_t width;
   const float* scale;  // [depth]
-  const float* peak;   // [depth]
+  const float* norm;   // [depth]
   float allowed;
   Bf16Pair* high;  // [panels, (depth + 1) / 2, width]
   Bf16Pair* low;
-  bool* matters;  // [panels]: whether some row's sum of |low| peak exceeds `allowed`
+  bool* matters;  // [panels]: whether some row's sum of (low norm)^2 exceeds `allowed`
 };
 
 // Through u = x inverse_norm: out = (grad - u (u . grad)) inverse_norm 2^-exponent.
@@ -53,12 +53,26 @@ struct Bf16GradientJob {
   void* out;
 };
 
+constexpr int64_t kColumnsOfNorms = 64;
+
+// sums[j] = the sum over rows of (x scale)^2, for kColumnsOfNorms columns or fewer.
+struct ColumnSquaresJob {
+  const Bf16* rows;
+  int64_t count, stride;
+  int64_t columns;
+  const float* scale;  // [count]
+  float* sums;
+};
+
 struct MatrixKernels {
   MatrixTile<float, float> f32;
   MatrixTile<double, double> f64;
   MatrixTile<Bf16Pair, float> bf16;  // no `multiply` where the level has none
   void (*halves)(const HalvesJob&);
   void (*bf16_gradient)(const Bf16GradientJob&);
+  void (*column_squares)(const ColumnSquaresJob&);
+  // out += factor x.
+  void (*add_row)(const Bf16* x, float factor, int64_t dim, float* out);
 };
 
 extern const MatrixKernels kPlainMatrixKernels;

@@ -13,10 +13,20 @@
 namespace elva {
 namespace {
 
+// c is needed only at the end, and comes from far.
+template <int R, class S>
+inline void ask_for(const S* c, int64_t stride, int64_t columns) {
+  for (int r = 0; r < R; ++r) {
+    for (int64_t n = 0; n < columns; n += 64 / static_cast<int64_t>(sizeof(S)))
+      __builtin_prefetch(c + r * stride + n, 1);
+  }
+}
+
 // R rows of N vectors: as many accumulators as the level has registers for.
 template <class V, int R, int N>
 void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t steps,
               typename V::Scalar* c, int64_t c_stride, bool accumulate) {
+  ask_for<R>(c, c_stride, N * V::kLanes);
   V sums[R][N];
   for (int r = 0; r < R; ++r) {
     for (int n = 0; n < N; ++n) sums[r][n] = V::zero();
@@ -50,6 +60,7 @@ inline __m512bh pairs(__m512i bits) {
 template <int R, int N>
 void multiply_pairs(const Bf16Pair* a, const Bf16Pair* b, int64_t steps, float* c, int64_t c_stride,
                     bool accumulate) {
+  ask_for<R>(c, c_stride, N * 16);
   __m512 sums[R][N];
   for (int r = 0; r < R; ++r) {
     for (int n = 0; n < N; ++n) sums[r][n] = _mm512_setzero_ps();
@@ -83,12 +94,13 @@ inline uint32_t rounded(float x) {
 inline float widened(uint32_t bits) { return float_of(bits << 16); }
 
 // A pair of neighbours in depth; what the low halves add to their row's sum.
-inline float split(float x, float y, float x_peak, float y_peak, Bf16Pair* high, Bf16Pair* low) {
+inline float split(float x, float y, float x_norm, float y_norm, Bf16Pair* high, Bf16Pair* low) {
   const uint32_t x_high = rounded(x), y_high = rounded(y);
   const float x_rest = x - widened(x_high), y_rest = y - widened(y_high);
   high->bits = x_high | y_high << 16;
   low->bits = rounded(x_rest) | rounded(y_rest) << 16;
-  return __builtin_fabsf(x_rest) * x_peak + __builtin_fabsf(y_rest) * y_peak;
+  const float x_lost = x_rest * x_norm, y_lost = y_rest * y_norm;
+  return x_lost * x_lost + y_lost * y_lost;
 }
 
 // Rows that lie side by side in memory, a pair in depth at a time: whole lines are read once.
@@ -99,13 +111,13 @@ void halves_of_columns(const HalvesJob& job, float* sums) {
     const float* first = job.rows + p * job.stride;
     const float* second = job.rows + q * job.stride;
     const float scale = job.scale[p], next_scale = q > p ? job.scale[q] : 0.0f;
-    const float peak = job.peak[p], next_peak = job.peak[q];
+    const float norm = job.norm[p], next_norm = job.norm[q];
     for (int64_t i = 0; i < job.count; i += job.width) {
       const int64_t left = job.count - i, there = left < job.width ? left : job.width;
       Bf16Pair* high = job.high + i * steps + s * job.width;
       Bf16Pair* low = job.low + i * steps + s * job.width;
       for (int64_t r = 0; r < there; ++r)
-        sums[i + r] += split(first[i + r] * scale, second[i + r] * next_scale, peak, next_peak,
+        sums[i + r] += split(first[i + r] * scale, second[i + r] * next_scale, norm, next_norm,
                              high + r, low + r);
     }
   }
@@ -120,14 +132,14 @@ void halves_of_rows(const HalvesJob& job, float* sums) {
     float lanes[kPiece] = {};
     for (int64_t begin = 0; begin < job.depth; begin += 2 * kPiece) {
       const int64_t left = job.depth - begin, there = left < 2 * kPiece ? left : 2 * kPiece;
-      float x[2 * kPiece] = {}, peak[2 * kPiece] = {};
+      float x[2 * kPiece] = {}, norm[2 * kPiece] = {};
       for (int64_t p = 0; p < there; ++p) {
         x[p] = job.rows[i * job.row_stride + (begin + p) * job.stride] * job.scale[begin + p];
-        peak[p] = job.peak[begin + p];
+        norm[p] = job.norm[begin + p];
       }
       Bf16Pair high[kPiece], low[kPiece];
       for (int64_t s = 0; s < kPiece; ++s)
-        lanes[s] += split(x[2 * s], x[2 * s + 1], peak[2 * s], peak[2 * s + 1], high + s, low + s);
+        lanes[s] += split(x[2 * s], x[2 * s + 1], norm[2 * s], norm[2 * s + 1], high + s, low + s);
       for (int64_t s = 0; s < (there + 1) / 2; ++s) {
         job.high[panel + (begin / 2 + s) * job.width] = high[s];
         job.low[panel + (begin / 2 + s) * job.width] = low[s];
@@ -206,6 +218,22 @@ void bf16_gradient(const Bf16GradientJob& job) {
   }
 }
 
+void column_squares(const ColumnSquaresJob& job) {
+  float sums[kColumnsOfNorms] = {};
+  for (int64_t i = 0; i < job.count; ++i) {
+    const Bf16* row = job.rows + i * job.stride;
+    for (int64_t j = 0; j < job.columns; ++j) {
+      const float x = widened(row[j].bits) * job.scale[i];
+      sums[j] += x * x;
+    }
+  }
+  memcpy(job.sums, sums, sizeof(sums));
+}
+
+void add_row(const Bf16* x, float factor, int64_t dim, float* out) {
+  for (int64_t i = 0; i < dim; ++i) out[i] += factor * widened(x[i].bits);
+}
+
 }  // namespace
 
 #if ELVA_LEVEL >= ELVA_LEVEL_AVX512
@@ -241,6 +269,8 @@ const MatrixKernels ELVA_MATRIX_TABLE = {
     ELVA_PAIRS_TILE,
     halves,
     bf16_gradient,
+    column_squares,
+    add_row,
 };
 
 }  // namespace elva

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -40,29 +41,53 @@ struct Place {
   }
 };
 
-// The k first of a masked row in the order; -inf and -1 where there are fewer.
+// One thread's memory for rows of scores: the places of some, in the order in the end.
 template <class S>
-void top_k(const S* row, int64_t count, int64_t k, std::vector<Place<S>>* places, S* scores,
-           int64_t* index) {
-  const size_t wanted = static_cast<size_t>(k), room = 2 * wanted + 64;
-  S least = kNone<S>;
-  places->clear();
-  places->reserve(room);
-  for (int64_t j = 0; j < count; ++j) {
-    if (!(row[j] > least)) continue;  // a tie with the last of them comes after it
-    places->push_back({row[j], j});
-    if (places->size() < room) continue;
-    std::nth_element(places->begin(), places->begin() + (wanted - 1), places->end());
-    least = (*places)[wanted - 1].score;
-    places->resize(wanted);
+class Places {
+ public:
+  Places(const RowKernels<S>& kernels, int64_t width)
+      : kernels_(kernels), found_(static_cast<size_t>(width) + 1) {}
+
+  // Of a masked row: the first of those that score `hardest`, or -1.
+  int64_t first(const S* row, int64_t width, S hardest) {
+    if (!(hardest > kNone<S>)) return -1;
+    kernels_.at_least(row, width, hardest, found_.data());
+    return found_[0];
   }
-  const size_t found = std::min(wanted, places->size());
-  std::partial_sort(places->begin(), places->begin() + found, places->end());
-  for (size_t i = 0; i < wanted; ++i) {
-    scores[i] = i < found ? (*places)[i].score : kNone<S>;
-    index[i] = i < found ? (*places)[i].index : -1;
+
+  // The k first of a masked row; -inf and -1 where there are fewer.
+  void top_k(const ScoreRowJob<S>& job, int64_t k, S* scores, int64_t* index) {
+    const int64_t count = kernels_.at_least(job.row, job.width, least_of(job, k), found_.data());
+    places_.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = found_[static_cast<size_t>(i)];
+      places_.push_back({job.row[at], at});
+    }
+    const int64_t there = std::min(k, count);
+    std::partial_sort(places_.begin(), places_.begin() + there, places_.end());
+    for (int64_t i = 0; i < k; ++i) {
+      const Place<S> none{kNone<S>, -1};
+      const Place<S>& place = i < there ? places_[static_cast<size_t>(i)] : none;
+      scores[i] = place.score;
+      index[i] = place.index;
+    }
   }
-}
+
+ private:
+  // A finite score that the k first are not below.
+  static S least_of(const ScoreRowJob<S>& job, int64_t k) {
+    constexpr S kLowest = std::numeric_limits<S>::lowest();
+    if (k > kBests) return kLowest;
+    S best[kBests];
+    std::copy(job.best, job.best + kBests, best);
+    std::nth_element(best, best + k - 1, best + kBests, std::greater<S>());
+    return std::max(best[k - 1], kLowest);
+  }
+
+  const RowKernels<S>& kernels_;
+  std::vector<int64_t> found_;
+  std::vector<Place<S>> places_;
+};
 
 // Counts where the target's score is NaN, which is less than any number and equals NaN. Candidates
 // that are not finite have a penalty; a query that is not finite has no other scores.
@@ -83,7 +108,7 @@ void count_below_all(const ElvaScoreRowsArgs& args, bool bad_query, const S* row
 
 template <class S>
 void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_t i,
-             std::vector<Place<S>>* places) {
+             Places<S>* places) {
   S* row = static_cast<S*>(args.scores) + i * args.width;
   const S* penalty = static_cast<const S*>(args.penalty);
   const int64_t target = args.target[i];
@@ -117,13 +142,12 @@ void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_
   if (bad) count_below_all(args, bad_query, row, target, args.n_greater + i, args.n_equal + i);
   static_cast<S*>(args.target_score)[i] = bad ? std::numeric_limits<S>::quiet_NaN() : own;
   static_cast<S*>(args.hardest_score)[i] = job.hardest;
-  const S* first = std::find(row, row + args.candidates, job.hardest);
-  args.hardest_index[i] = job.hardest > kNone<S> ? first - row : -1;
+  args.hardest_index[i] = places->first(row, args.width, job.hardest);
   args.sum[i] = job.sum;
   args.moment[i] = job.moment;
   if (args.k > 0) {
-    top_k(row, args.candidates, args.k, places, static_cast<S*>(args.topk_scores) + i * args.k,
-          args.topk_index + i * args.k);
+    places->top_k(job, args.k, static_cast<S*>(args.topk_scores) + i * args.k,
+                  args.topk_index + i * args.k);
   }
 }
 
@@ -135,10 +159,9 @@ ElvaStatus score_rows(const ElvaScoreRowsArgs& args) {
   parallel_for(args.rows, std::max<int64_t>(1, kScoresPerPiece / args.width), args.threads,
                [&](int64_t begin, int64_t end) {
                  try {
-                   std::vector<Place<S>> places;
-                   for (int64_t i = begin; i < end; ++i) {
-                     one_row<S>(args, row_kernels<S>(*kernels->batch), i, &places);
-                   }
+                   const RowKernels<S>& rows = row_kernels<S>(*kernels->batch);
+                   Places<S> places(rows, args.width);
+                   for (int64_t i = begin; i < end; ++i) one_row<S>(args, rows, i, &places);
                  } catch (const std::bad_alloc&) {
                    out_of_memory = true;
                  }

@@ -138,13 +138,23 @@ template <class S>
 void score_row(ScoreRowJob<S>* job) {
   mask_row(*job);
   Mask<S> greater = {}, equal = {};
-  Vec<S> best = all<S>(kNone<S>);
-  for (int64_t j = 0; j < job->width; j += kLanes<S>) {
+  constexpr int64_t kVectors = kBests / kLanes<S>;
+  Vec<S> bests[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) bests[v] = all<S>(kNone<S>);
+  const auto look = [&](int64_t j, int64_t v) {
     const Vec<S> x = load(job->row + j);
     greater -= x > job->target_score;
     equal -= x == job->target_score;
-    best = larger<S>(x, best);
+    bests[v] = larger<S>(x, bests[v]);
+  };
+  int64_t at = 0;
+  for (; at + kBests <= job->width; at += kBests) {
+    for (int64_t v = 0; v < kVectors; ++v) look(at + v * kLanes<S>, v);
   }
+  for (; at < job->width; at += kLanes<S>) look(at, at % kBests / kLanes<S>);
+  for (int64_t v = 0; v < kVectors; ++v) store(job->best + v * kLanes<S>, bests[v]);
+  Vec<S> best = bests[0];
+  for (int64_t v = 1; v < kVectors; ++v) best = larger<S>(bests[v], best);
   job->n_greater = job->n_equal = 0;
   for (int64_t i = 0; i < kLanes<S>; ++i) {
     job->n_greater += greater[i];
@@ -169,6 +179,25 @@ void score_row(ScoreRowJob<S>* job) {
   }
   job->sum = tree_sum(sums, kLanes<S>);
   job->moment = tree_sum(moments, kLanes<S>);
+}
+
+template <class S>
+int64_t at_least(const S* row, int64_t width, S least, int64_t* index) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < width; j += kBests) {
+    const int64_t end = j + kBests < width ? j + kBests : width;
+    Mask<S> any = {};
+    for (int64_t i = j; i < end; i += kLanes<S>) any |= load(row + i) >= least;
+    uint64_t words[sizeof(any) / sizeof(uint64_t)], some = 0;
+    memcpy(words, &any, sizeof(any));
+    for (const uint64_t word : words) some |= word;
+    if (some == 0) continue;
+    for (int64_t i = j; i < end; ++i) {
+      index[count] = i;
+      count += row[i] >= least;
+    }
+  }
+  return count;
 }
 
 template <class S>
@@ -235,8 +264,8 @@ void columns(const ColumnJob<S>& job) {
 #endif
 
 const BatchKernels ELVA_BATCH_TABLE = {
-    {score_row<float>, slope_row<float>, columns<float>},
-    {score_row<double>, slope_row<double>, columns<double>},
+    {score_row<float>, at_least<float>, slope_row<float>, columns<float>},
+    {score_row<double>, at_least<double>, slope_row<double>, columns<double>},
 };
 
 }  // namespace elva

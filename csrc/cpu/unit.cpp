@@ -7,9 +7,11 @@
 // of NaN, a zero row has an inverse norm of 0. Deterministic. Reference:
 // elva_kernels.reference._unit.
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "kernels.h"
 #include "layout.h"
@@ -86,9 +88,12 @@ void unit_row(const Row<T>& row, int64_t dim, V* out, double* norm) {
 
 // A bf16 row as it is, or as near to 1 as a power of two brings it where its squares would leave
 // the range of a float; norm as in unit_row.
-void bf16_row(const Kernels& kernels, const Row<Bf16>& row, int64_t dim, Bf16* out, double* norm,
-              float* peak) {
-  pack(row, dim, out);
+void bf16_row(const Kernels& kernels, const Row<Bf16>& row, int64_t dim, Bf16* out, double* norm) {
+  if (row.stride == 1) {
+    memcpy(out, row.data, static_cast<size_t>(dim) * sizeof(Bf16));
+  } else {
+    pack(row, dim, out);
+  }
   int exponent = 0;
   double square = square_of(kernels, out, dim);
   if (!in_range<Bf16>(square)) {
@@ -103,10 +108,6 @@ void bf16_row(const Kernels& kernels, const Row<Bf16>& row, int64_t dim, Bf16* o
   }
   norm[0] = square == 0 ? 0.0 : 1 / std::sqrt(square);
   norm[1] = exponent;
-  uint16_t largest = 0;
-  for (int64_t i = 0; i < dim; ++i)
-    largest = std::max(largest, static_cast<uint16_t>(out[i].bits & 0x7fff));
-  *peak = to_float(Bf16{largest});
 }
 
 template <class T, class V>
@@ -160,7 +161,7 @@ ElvaStatus bf16_rows(const ElvaUnitRowsArgs& args) {
     for (int64_t i = begin; i < end; ++i) {
       const Row<Bf16> row{rows + i * args.rows.row_stride, args.rows.stride};
       bf16_row(*kernels, row, args.dim, static_cast<Bf16*>(args.unit) + i * args.dim,
-               args.norm + 2 * i, args.peak + i);
+               args.norm + 2 * i);
     }
   });
   return ELVA_OK;
@@ -187,6 +188,45 @@ ElvaStatus bf16_gradients(const ElvaUnitGradientArgs& args) {
   return ELVA_OK;
 }
 
+ElvaStatus column_norm(const ElvaColumnNormArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  const int64_t pieces = (args.dim - 1) / kColumnsOfNorms + 1;
+  std::vector<float> largest(static_cast<size_t>(pieces));
+  parallel_for(pieces, 1, args.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t j = piece * kColumnsOfNorms;
+      float sums[kColumnsOfNorms] = {};
+      kernels->matrix->column_squares({static_cast<const Bf16*>(args.rows) + j, args.count,
+                                       args.dim, std::min(kColumnsOfNorms, args.dim - j),
+                                       args.scale, sums});
+      largest[static_cast<size_t>(piece)] = *std::max_element(sums, sums + kColumnsOfNorms);
+    }
+  });
+  const double square = *std::max_element(largest.begin(), largest.end());
+  *args.norm = 1.01 * std::sqrt(square);  // the sums are of floats
+  return ELVA_OK;
+}
+
+ElvaStatus add_rows(const ElvaAddRowsArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  const Bf16* rows = static_cast<const Bf16*>(args.rows);
+  // Each thread goes through all of them for its own rows of out.
+  const int64_t share = (args.out_count - 1) / std::max(args.threads, 1) + 1;
+  parallel_for(args.out_count, std::max(share, grain(args.dim)), args.threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = 0; i < args.count; ++i) {
+                   const int64_t into = args.into == nullptr ? i : args.into[i];
+                   if (into < begin || into >= end) continue;
+                   const int64_t from = args.from == nullptr ? i : args.from[i];
+                   kernels->matrix->add_row(rows + from * args.dim, args.factor[i], args.dim,
+                                            args.out + into * args.dim);
+                 }
+               });
+  return ELVA_OK;
+}
+
 }  // namespace
 }  // namespace elva
 
@@ -203,5 +243,15 @@ ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args) {
   return elva::by_dtype(args->dtype,
                         [args](auto element) { return elva::gradients<decltype(element)>(*args); });
 }
+
+ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args) {
+  try {
+    return elva::column_norm(*args);
+  } catch (const std::bad_alloc&) {
+    return ELVA_OUT_OF_MEMORY;
+  }
+}
+
+ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args) { return elva::add_rows(*args); }
 
 }  // extern "C"

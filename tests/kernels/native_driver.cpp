@@ -153,8 +153,7 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
                             dim,
                             rows_of(query.data(), b, dim, stride),
                             query_unit.data(),
-                            query_norm.data(),
-                            nullptr};
+                            query_norm.data()};
   if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
   units = {dtype,
            value_dtype,
@@ -163,8 +162,7 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
            dim,
            rows_of(candidates.data(), m, dim, stride),
            candidate_unit.data(),
-           candidate_norm.data(),
-           nullptr};
+           candidate_norm.data()};
   if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
 
   auto scores = block(b * width * value);

@@ -376,7 +376,7 @@ def test_opcheck(backend, dtype):
         (query, candidates, None, None, heat, None, False, 16, backend),
     ]:
         torch.library.opcheck(OPS.info_nce.default, arguments)
-        torch.library.opcheck(OPS.info_nce_saved.default, arguments)
+        torch.library.opcheck(OPS.info_nce_saved.default, (*arguments, True))
         torch.library.opcheck(OPS.info_nce_backward.default, (*arguments, weight))
 
 
