@@ -305,6 +305,17 @@ void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_
                                                       pointer<double>(moment)});
 }
 
+void info_nce_terms(int dtype, int64_t count, uintptr_t target_score, uintptr_t at, uintptr_t peak,
+                    uintptr_t sum, uintptr_t moment, double temperature, uintptr_t loss,
+                    uintptr_t share, uintptr_t others, uintptr_t heat) {
+  run_released(elva_info_nce_terms_cpu,
+               ElvaInfoNceTermsArgs{static_cast<ElvaDtype>(dtype), count, pointer(target_score),
+                                    pointer<int64_t>(at), pointer(peak), pointer<double>(sum),
+                                    pointer<double>(moment), temperature, pointer<double>(loss),
+                                    pointer<double>(share), pointer<double>(others),
+                                    pointer<double>(heat)});
+}
+
 void slope_rows(int dtype, int threads, int64_t rows, int64_t width, uintptr_t scores,
                 uintptr_t row_peak, uintptr_t row_factor, uintptr_t target_slope, uintptr_t target,
                 uintptr_t column_peak, uintptr_t column_factor, double inverse_temperature) {
@@ -383,6 +394,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("add_rows", &add_rows);
   module.def("multiplies_bf16", &elva_multiplies_bf16);
   module.def("score_rows", &score_rows);
+  module.def("info_nce_terms", &info_nce_terms);
   module.def("slope_rows", &slope_rows);
   module.def("column_sums", &column_sums);
   module.def("build_info", &build_info);

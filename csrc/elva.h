@@ -200,6 +200,23 @@ typedef struct {
   double* moment;          // [rows]: and that times (s - hardest)
 } ElvaScoreRowsArgs;
 
+// One direction of InfoNCE from what score_rows or column_sums summed: eq. 11 and 13 and their
+// derivatives. All NaN or 0 where the target's score is NaN.
+typedef struct {
+  ElvaDtype dtype;
+  int64_t count;
+  const void* target_score;  // value [count]
+  const int64_t* at;         // [count], where the sums of i are; null: i
+  const void* peak;          // value, -inf where nothing was summed
+  const double* sum;
+  const double* moment;
+  double temperature;
+  double* loss;    // [count]
+  double* share;   // [count], a negative's probability over exp((s - peak) / T)
+  double* others;  // [count], the negatives' probability
+  double* heat;    // [count], d loss / d T
+} ElvaInfoNceTermsArgs;
+
 // Masked scores become row_factor exp((s - row_peak) / T) + column_factor exp((s - column_peak) /
 // T), and target_slope at the target.
 typedef struct {
@@ -261,6 +278,7 @@ bool elva_multiplies_bf16(void);
 ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args);
 ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args);
 ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
+ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);
 

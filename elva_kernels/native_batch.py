@@ -45,7 +45,7 @@ class _Sums(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What one direction of InfoNCE makes of each query's sums. Zero slopes for a bad pair."""
+    """What one direction of InfoNCE makes of each query's sums, in float64. 0 for a bad pair."""
 
     loss: Tensor  # [B] NaN for a bad pair
     share: Tensor  # [B] a negative's probability over exp((s - peak) / T)
@@ -78,6 +78,8 @@ def info_nce(
         scores = run.score(rows)
         if symmetric:
             run.add_columns(scores)
+    if symmetric:
+        run.end_columns()
     return run.loss(symmetric), run.statistics()
 
 
@@ -105,6 +107,7 @@ def info_nce_and_gradients(
         for rows in run.chunks:
             held = run.score(rows)
             run.add_columns(held)
+        run.end_columns()
     for rows in run.chunks:
         if held is None or len(run.chunks) > 1:
             held = run.score(rows)
@@ -177,6 +180,8 @@ class _Run:
         self.topk_scores = torch.empty(b, self.k, dtype=self.dtype)
         self.topk_index = torch.empty(b, self.k, dtype=torch.int64)
         self.total, self.moment = (torch.empty(b, dtype=torch.float64) for _ in range(2))
+        self.row_terms = _Terms(*torch.empty(4, b, dtype=torch.float64))
+        self.column_terms = _Terms(*torch.empty(4, b, dtype=torch.float64))
         self.columns = _Sums(
             torch.full((self.width,), -math.inf, dtype=self.dtype),
             *(torch.zeros(self.width, dtype=torch.float64) for _ in range(2)),
@@ -220,6 +225,9 @@ class _Run:
             self.total[rows].data_ptr(),
             self.moment[rows].data_ptr(),
         )
+        if self.with_sums:
+            sums = _Sums(self.hardest_score[rows], self.total[rows], self.moment[rows])
+            self.set_terms(self.row_terms, rows, sums)
         return scores
 
     def add_columns(self, scores: Tensor) -> None:
@@ -237,8 +245,7 @@ class _Run:
     def statistics(self) -> RankStatistics:
         lse = None
         if self.with_sums:
-            terms = self.row_terms(slice(None))
-            lse = (terms.loss + self.target_score.double() / self.temperature).to(self.dtype)
+            lse = (self.row_terms.loss + self.target_score.double() / self.temperature).to(self.dtype)
         return RankStatistics(
             rank=1 + self.n_greater + self.n_equal,
             n_greater=self.n_greater,
@@ -251,42 +258,27 @@ class _Run:
             logsumexp=lse,
         )
 
-    def row_terms(self, rows: slice) -> _Terms:
-        sums = _Sums(self.hardest_score[rows].double(), self.total[rows], self.moment[rows])
-        return self.terms(sums, rows)
-
-    def column_terms(self, rows: slice) -> _Terms:
-        peak, total, moment = (x[self.batch.target[rows]] for x in self.columns)
-        return self.terms(_Sums(peak.double(), total, moment), rows)
-
-    def terms(self, sums: _Sums, rows: slice) -> _Terms:
-        """Eq. 11 and 13 from the sums over negatives, and their derivatives."""
-        temperature = self.temperature
-        target = self.target_score[rows].double()
-        sound = target.isfinite()
-        target = torch.where(sound, target, 0.0)
-        peak = torch.where(sums.peak > -math.inf, sums.peak, target)
-        top = torch.maximum(peak, target)
-        weight = ((peak - top) / temperature).exp()
-        rest = weight * sums.total
-        whole = rest + ((target - top) / temperature).exp()
-        # A small loss is the logarithm of a number near 1.
-        ahead = torch.log1p(rest)
-        behind = whole.log() + (top - target) / temperature
-        loss = torch.where(top == target, ahead, behind)
-        share = torch.where(sound, weight / whole, 0.0)
-        gap = sums.moment + sums.total * (peak - target)
-        return _Terms(
-            loss=torch.where(sound, loss, math.nan),
-            share=share,
-            others=share * sums.total,
-            heat=-share * gap / temperature**2,
+    def set_terms(self, terms: _Terms, rows: slice, sums: _Sums, at: Tensor | None = None) -> None:
+        """Eq. 11 and 13 of some queries from the sums over negatives, and their derivatives."""
+        target_score = self.target_score[rows]
+        _module().info_nce_terms(
+            _DTYPE_CODES[self.dtype],
+            len(target_score),
+            target_score.data_ptr(),
+            _pointer(at),
+            *(x.data_ptr() for x in sums),
+            self.temperature,
+            *(x[rows].data_ptr() for x in terms),
         )
 
+    def end_columns(self) -> None:
+        """After all `add_columns`."""
+        self.set_terms(self.column_terms, slice(None), self.columns, self.batch.target)
+
     def loss(self, symmetric: bool) -> Tensor:
-        loss = self.row_terms(slice(None)).loss
+        loss = self.row_terms.loss
         if symmetric:
-            loss = (loss + self.column_terms(slice(None)).loss) / 2
+            loss = (loss + self.column_terms.loss) / 2
         return loss.to(self.dtype)
 
     def upstream(self, weight: Tensor | None, rows: slice, symmetric: bool) -> Tensor:
@@ -299,12 +291,11 @@ class _Run:
     def slopes(self, scores: Tensor, rows: slice, weight: Tensor | None, symmetric: bool) -> None:
         """Masked scores become d sum(weight * loss) / d score, in place."""
         upstream = self.upstream(weight, rows, symmetric) * self.cold
-        terms = self.row_terms(rows)
-        target_slope = -upstream * terms.others
+        target_slope = -upstream * self.row_terms.others[rows]
         column_peak = column_factor = None
         if symmetric:
             everyone = slice(None)
-            columns = self.column_terms(everyone)
+            columns = self.column_terms
             factors = self.upstream(weight, everyone, symmetric) * self.cold * columns.share
             target_slope = target_slope - upstream * columns.others[rows]
             sums = torch.zeros(self.width, dtype=torch.float64)
@@ -318,7 +309,7 @@ class _Run:
             target_slope = torch.zeros_like(target_slope)
         operands = [
             torch.where(hardest > -math.inf, hardest, 0.0),
-            (upstream * terms.share).to(self.dtype),
+            (upstream * self.row_terms.share[rows]).to(self.dtype),
             target_slope,
             self.batch.target[rows],
         ]
@@ -389,9 +380,9 @@ class _Run:
 
     def heat_gradient(self, weight: Tensor | None, symmetric: bool) -> Tensor:
         everyone = slice(None)
-        heat = self.row_terms(everyone).heat
+        heat = self.row_terms.heat
         if symmetric:
-            heat = heat + self.column_terms(everyone).heat
+            heat = heat + self.column_terms.heat
         return (self.upstream(weight, everyone, symmetric) * heat).sum()
 
     def bad_pairs(self) -> Tensor:

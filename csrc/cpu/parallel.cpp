@@ -1,5 +1,8 @@
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
@@ -162,6 +165,22 @@ Pool* pool() {
   return known;
 }
 
+// The entry of the OpenMP runtime that torch has loaded into the process, or null. Its threads look
+// for work for some milliseconds after each of torch's own loops, on the cores that ours would wait
+// for (measured: 1024 queries and candidates in 18 ms beside torch instead of 13).
+using OpenMp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+OpenMp openmp() {
+#if defined(__linux__)
+  static const auto entry = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  // In a child of a fork the runtime's threads are gone, and it does not know.
+  static const pid_t loaded = getpid();
+  return getpid() == loaded ? entry : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
 }  // namespace
 
 void parallel_for(int64_t items, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t),
@@ -176,6 +195,13 @@ void parallel_for(int64_t items, int64_t grain, int threads, void (*body)(void*,
   job.body = body;
   job.context = context;
   const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
+  const OpenMp shared = openmp();
+  if (helpers >= 1 && shared != nullptr) {
+    // All of its threads, as torch asks for: another number would make it start and end some.
+    shared([](void* work) { static_cast<Job*>(work)->work(); }, &job,
+           static_cast<unsigned>(threads), 0);
+    return;
+  }
   if (helpers < 1 || !pool()->run(&job, helpers)) job.work();
 }
 

@@ -170,6 +170,32 @@ ElvaStatus score_rows(const ElvaScoreRowsArgs& args) {
 }
 
 template <class S>
+void info_nce_terms(const ElvaInfoNceTermsArgs& args) {
+  const double t = args.temperature;
+  for (int64_t i = 0; i < args.count; ++i) {
+    const int64_t at = args.at == nullptr ? i : args.at[i];
+    const double target = static_cast<double>(static_cast<const S*>(args.target_score)[i]);
+    if (!std::isfinite(target)) {
+      args.loss[i] = std::numeric_limits<double>::quiet_NaN();
+      args.share[i] = args.others[i] = args.heat[i] = 0;
+      continue;
+    }
+    const double found = static_cast<double>(static_cast<const S*>(args.peak)[at]);
+    const double peak = found > kNone<double> ? found : target;
+    const double top = std::max(peak, target);
+    const double weight = std::exp((peak - top) / t);
+    const double rest = weight * args.sum[at];
+    const double whole = rest + std::exp((target - top) / t);
+    // A small loss is the logarithm of a number near 1.
+    args.loss[i] = top == target ? std::log1p(rest) : std::log(whole) + (top - target) / t;
+    const double share = weight / whole;
+    args.share[i] = share;
+    args.others[i] = share * args.sum[at];
+    args.heat[i] = -share * (args.moment[at] + args.sum[at] * (peak - target)) / (t * t);
+  }
+}
+
+template <class S>
 ElvaStatus slope_rows(const ElvaSlopeRowsArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
@@ -213,6 +239,15 @@ extern "C" {
 ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args) {
   return args->dtype == ELVA_FP64 ? elva::score_rows<double>(*args)
                                   : elva::score_rows<float>(*args);
+}
+
+ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args) {
+  if (args->dtype == ELVA_FP64) {
+    elva::info_nce_terms<double>(*args);
+  } else {
+    elva::info_nce_terms<float>(*args);
+  }
+  return ELVA_OK;
 }
 
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args) {
