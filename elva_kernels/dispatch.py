@@ -6,7 +6,7 @@ A new backend is one line in `BACKENDS` and one in each row of `LAUNCHERS` that 
 import functools
 import importlib
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from elva_kernels import (
+    batch_launchers,
+    in_batch,
     native,
     native_batch,
     reference,
-    reference_batch,
     selftest,
     triton_kernels,
 )
-from elva_kernels.reference_batch import Batch, RankStatistics
+from elva_kernels.batch_launchers import own
 
 Tensors = tuple[Tensor, ...]
 
@@ -41,7 +42,7 @@ class Backend(NamedTuple):
 
 
 def _reward(*tensors: Any, **weights: Any) -> Tensors:
-    return _own(reference.ranking_reward(*tensors, **weights))
+    return own(reference.ranking_reward(*tensors, **weights))
 
 
 def _reward_saved(*tensors: Any, **weights: Any) -> Tensors:
@@ -54,125 +55,34 @@ def _reward_backward(*tensors: Any, **weights: Any) -> Tensors:
     query, positive, negatives, mask, _, grad_reward = tensors
     inputs = (query, positive, negatives, mask)
     _, *gradients = reference.ranking_reward_and_grad(*inputs, grad_reward, **weights)
-    return _own(gradients)
+    return own(gradients)
 
 
 def _reward_and_grad(*tensors: Any, **weights: Any) -> Tensors:
     result, *gradients = reference.ranking_reward_and_grad(*tensors, **weights)
-    return *_own(result), *_own(gradients)
+    return *own(result), *own(gradients)
 
 
 def _from_scores(scores: Tensor, mask: Tensor | None, **weights: Any) -> Tensors:
-    return _own(reference.reward_from_scores(scores, mask, **weights))
+    return own(reference.reward_from_scores(scores, mask, **weights))
 
 
 def _from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
-    return _own([reference.reward_from_scores_backward(*tensors, **weights)])
+    return own([reference.reward_from_scores_backward(*tensors, **weights)])
 
 
 def _advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
     return (reference.group_advantages(reward, scale=scale, std_eps=std_eps),)
 
 
-def _statistics(query: Tensor, candidates: Tensor, batch: Batch, **options: Any) -> Tensors:
-    found = reference_batch.rank_statistics(query, candidates, batch, **options)
-    return _all_statistics(found)
-
-
-def _all_statistics(found: RankStatistics) -> Tensors:
-    """As the registered op gives them: a logsumexp that nobody asked for is empty."""
-    logsumexp = found.target_score.new_empty(0) if found.logsumexp is None else found.logsumexp
-    return _own((*found[:-1], logsumexp))
-
-
-def _in_batch_reward(
-    query: Tensor, candidates: Tensor, batch: Batch, head: int, **weights: float
-) -> Tensors:
-    found = reference_batch.rank_statistics(query, candidates, batch, k=head, temperature=None)
-    return _reward_of_statistics(found, batch, head, **weights)
-
-
-def _reward_of_statistics(
-    found: RankStatistics, batch: Batch, head: int, **weights: float
-) -> Tensors:
-    scores = torch.cat([found.target_score.unsqueeze(1), found.topk_scores], dim=1)
-    index = torch.cat([batch.target.unsqueeze(1), found.topk_index], dim=1)
-    return _own((*reference_batch.reward_of_head(scores, found.rank, head, **weights), index))
-
-
-def _in_batch_backward(*tensors: Any, **weights: float) -> Tensors:
-    query, candidates, index, scores, rank, grad_reward, head = tensors
-    slopes = reference_batch.head_slopes(scores, rank, head, grad_reward, **weights)
-    return _own(reference_batch.in_batch_gradients(query, candidates, index, slopes))
-
-
-def _info_nce(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
-    loss, found = reference_batch.info_nce(*tensors, symmetric=symmetric)
-    return *_own([loss]), *_all_statistics(found)
-
-
-def _info_nce_saved(*tensors: Any, mean: bool, symmetric: bool, workspace_mb: int) -> Tensors:
-    query, candidates, batch, temperature = tensors
-    results = _info_nce(*tensors, symmetric=symmetric, workspace_mb=workspace_mb)
-    query, candidates = (x.to(results[0].dtype) for x in (query, candidates))  # no rounding yet
-    weight = torch.full_like(results[0], _weight(query, mean))
-    gradients = reference_batch.info_nce_gradients(
-        query, candidates, batch, temperature.double(), weight, symmetric=symmetric
-    )
-    return *results, *_own(gradients)
-
-
-def _weight(query: Tensor, mean: bool) -> float:
-    """A query's weight in the reduced loss."""
-    return 1 / max(1, len(query)) if mean else 1.0
-
-
-def _info_nce_backward(*tensors: Any, symmetric: bool, workspace_mb: int) -> Tensors:
-    return _own(reference_batch.info_nce_gradients(*tensors, symmetric=symmetric))
-
-
 def _topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
-    return _own(reference.topk(query, corpus, k, metric=metric))
+    return own(reference.topk(query, corpus, k, metric=metric))
 
 
-def _native_statistics(query: Tensor, candidates: Tensor, batch: Batch, **options: Any) -> Tensors:
-    return _all_statistics(native_batch.rank_statistics(query, candidates, batch, **options))
-
-
-def _native_in_batch_reward(
-    query: Tensor, candidates: Tensor, batch: Batch, head: int, **weights: float
-) -> Tensors:
-    found = native_batch.rank_statistics(query, candidates, batch, k=head, temperature=None)
-    return _reward_of_statistics(found, batch, head, **weights)
-
-
-def _native_in_batch_backward(*tensors: Any, **weights: float) -> Tensors:
-    query, candidates, index, scores, rank, grad_reward, head = tensors
-    slopes = reference_batch.head_slopes(scores, rank, head, grad_reward, **weights)
-    return native_batch.in_batch_gradients(query, candidates, index, slopes)
-
-
-def _native_info_nce(*tensors: Any, **options: Any) -> Tensors:
-    loss, found = native_batch.info_nce(*tensors, **options)
-    return loss, *_all_statistics(found)
-
-
-def _native_info_nce_saved(*tensors: Any, mean: bool, **options: Any) -> Tensors:
-    query = tensors[0]
-    weight = query.new_full((len(query),), _weight(query, mean), dtype=torch.float64)
-    loss, found, *gradients = native_batch.info_nce_and_gradients(
-        *tensors, weight, rounded=False, **options
-    )
-    return loss, *_all_statistics(found), *gradients
-
-
-def _native_info_nce_backward(*tensors: Any, **options: Any) -> Tensors:
-    return native_batch.info_nce_and_gradients(*tensors, rounded=True, **options)[2:]
-
-
-def _own(results: Iterable[Tensor]) -> Tensors:
-    """Results as every backend returns them: contiguous and without a graph."""
-    return tuple(tensor.detach().contiguous() for tensor in results)
+def _triton_run(*arguments: Any) -> in_batch.Run:
+    """The steps of the Triton backend, imported when they are first needed."""
+    launchers = importlib.import_module("elva_kernels.triton_kernels.launch_batch")
+    return cast(in_batch.Run, launchers.Run(*arguments))
 
 
 def _native_reward_backward(*tensors: Any, **_: Any) -> Tensors:
@@ -189,14 +99,24 @@ def _native_from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
     return (native.reward_from_scores_backward(*tensors, **weights),)
 
 
-def _triton(name: str) -> Callable[..., Tensors]:
+def _triton(name: str, module: str = "launch") -> Callable[..., Tensors]:
     """A launcher of the Triton backend, imported when it is first called."""
 
     def launch(*tensors: Any, **weights: Any) -> Tensors:
-        launchers = importlib.import_module("elva_kernels.triton_kernels.launch")
+        launchers = importlib.import_module(f"elva_kernels.triton_kernels.{module}")
         return cast(Tensors, getattr(launchers, name)(*tensors, **weights))
 
     return launch
+
+
+def _in_batch(name: str) -> dict[str, Callable[..., Tensors]]:
+    """An in-batch op's launchers: the same steps, of each backend that has them."""
+    op = getattr(batch_launchers, f"stepped_{name}")
+    return {
+        "cpu": functools.partial(op, native_batch.Run),
+        "triton": functools.partial(op, _triton_run),
+        "reference": getattr(batch_launchers, f"reference_{name}"),
+    }
 
 
 # In the order in which "auto" prefers them.
@@ -243,17 +163,18 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
         "triton": _triton("reward_from_scores_backward"),
         "reference": _from_scores_backward,
     },
-    "topk": {"cpu": native.topk, "reference": _topk},
-    "group_advantages": {"reference": _advantages},
-    "rank_statistics": {"cpu": _native_statistics, "reference": _statistics},
-    "in_batch_ranking_reward": {"cpu": _native_in_batch_reward, "reference": _in_batch_reward},
-    "in_batch_ranking_reward_backward": {
-        "cpu": _native_in_batch_backward,
-        "reference": _in_batch_backward,
+    "topk": {
+        "cpu": native.topk,
+        "triton": _triton("topk", "launch_topk"),
+        "reference": _topk,
     },
-    "info_nce": {"cpu": _native_info_nce, "reference": _info_nce},
-    "info_nce_saved": {"cpu": _native_info_nce_saved, "reference": _info_nce_saved},
-    "info_nce_backward": {"cpu": _native_info_nce_backward, "reference": _info_nce_backward},
+    "group_advantages": {"reference": _advantages},
+    "rank_statistics": _in_batch("statistics"),
+    "in_batch_ranking_reward": _in_batch("in_batch_reward"),
+    "in_batch_ranking_reward_backward": _in_batch("in_batch_backward"),
+    "info_nce": _in_batch("info_nce"),
+    "info_nce_saved": _in_batch("info_nce_saved"),
+    "info_nce_backward": _in_batch("info_nce_backward"),
 }
 
 

@@ -27,10 +27,8 @@ from elva_kernels.triton_kernels.ranks import (
     settle,
     tree_sum,
 )
+from elva_kernels.triton_kernels.rows import exponents, in_range, power
 from elva_kernels.triton_kernels.scores import lead
-
-# A row is scaled by 2^-(STEP k), k = -3 .. 3: after it no product overflows, and what underflows is
-# at least 2^70 below a score that counts (FLUSH).
 
 
 @triton.jit
@@ -46,24 +44,6 @@ def row_steps(positive_step, negative_step, index, SAME: tl.constexpr):
     if not SAME:
         steps = tl.where(index == 0, positive_step, negative_step)[:, None]
     return steps
-
-
-@triton.jit
-def power(k, dtype: tl.constexpr):
-    """2^-(STEP k) in dtype: STEP = 256 for float64, else 32."""
-    if dtype == tl.float64:
-        bits = (1023 - 256 * k.to(tl.int64)) << 52
-    else:
-        bits = (127 - 32 * k.to(tl.int32)) << 23
-    return bits.to(dtype, bitcast=True)
-
-
-@triton.jit
-def in_range(square, dtype: tl.constexpr):
-    """Whether a row needs no scaling, by its squared norm; not for NaN."""
-    LEAST: tl.constexpr = 2.0**-200 if dtype == tl.float64 else 2.0**-20
-    MOST: tl.constexpr = 2.0**400 if dtype == tl.float64 else 2.0**60
-    return (square >= LEAST) & (square <= MOST)
 
 
 @triton.jit
@@ -92,31 +72,6 @@ def products(
         dot += tree_sum(dots).to(tl.float64)
         square += tree_sum(squares).to(tl.float64)
     return dot, square
-
-
-@triton.jit
-def exponents(
-    rows, row_step, live, dim, dtype: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Each row's k, by the bits of its largest entry; 0 for a row of zeros or not finite."""
-    INTEGER: tl.constexpr = tl.int64 if dtype == tl.float64 else tl.int32
-    top = tl.zeros([ROWS], INTEGER)
-    for start in range(0, dim, BLOCK):
-        column = start + tl.arange(0, BLOCK).to(tl.int64)
-        there = live[:, None] & (column < dim)[None, :]
-        c = tl.load(rows[:, None] + column[None, :] * row_step, mask=there, other=0.0).to(dtype)
-        top = tl.maximum(top, tl.max(tl.abs(c).to(INTEGER, bitcast=True), axis=1))
-    if dtype == tl.float64:
-        exponent = (top >> 52).to(tl.int32)
-        k = ((exponent + 129) >> 8) - 4
-        finite = exponent < 2047
-    else:
-        exponent = top >> 23
-        k = ((exponent + 17) >> 5) - 4
-        finite = exponent < 255
-    k = tl.minimum(tl.maximum(k, -3), 3)
-    return tl.where(finite & (top > 0), k, 0)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,11 @@ from tests.kernels.cases import INTERPRETED
 
 
 @pytest.fixture(scope="session", autouse=INTERPRETED)
-def _bfloat16_of_a_gpu():
-    """Triton's interpreter truncates to bfloat16 and loses its subnormals; no GPU does either."""
+def _arithmetic_of_a_gpu():
+    """Triton's interpreter truncates to bfloat16 and loses its subnormals; no GPU does either.
+
+    And it multiplies matrices by a library whose sums may depend on the place in the tile.
+    """
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -25,8 +29,14 @@ def _bfloat16_of_a_gpu():
             return wide.view(torch.uint32).numpy()
         return convert(values, source, target, rounding)
 
+    def dot(_, a, b, total, *precision):
+        products = a.data[:, :, None].astype(np.float64) * b.data[None].astype(np.float64)
+        sums = products.sum(1).astype(total.data.dtype) + total.data
+        return interpreter.TensorHandle(sums, total.dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", exact)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield
 
 

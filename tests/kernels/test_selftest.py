@@ -6,7 +6,15 @@ import warnings
 import pytest
 import torch
 
-from elva_kernels import BackendUnavailable, dispatch, doctor, ranking_reward, selftest, warm_up
+from elva_kernels import (
+    BackendUnavailable,
+    dispatch,
+    doctor,
+    ranking_reward,
+    selftest,
+    trials,
+    warm_up,
+)
 from tests.kernels.cases import embeddings
 
 INPUTS = embeddings((2,), 5, 16, torch.float32)
@@ -208,7 +216,7 @@ def test_every_op_of_a_backend_that_must_prove_itself_has_a_trial():
 def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
     """Scores lie apart by more than any backend may err, but for exact ties."""
     for soft in (False, True):
-        scores = selftest._case(dtype, CPU, soft).truth.scores
+        scores = trials._case(dtype, CPU, soft).truth.scores
         for group in scores:
             gaps = group[group.isfinite()].sort().values.diff()
             assert ((gaps == 0) | (gaps > 1e-4)).all()

@@ -20,6 +20,16 @@ TRIALS = [
     ("reward_from_scores", torch.float16, False),
     ("reward_from_scores_backward", torch.bfloat16, True),
     ("reward_from_scores_backward", torch.float64, False),
+    ("rank_statistics", torch.bfloat16, True),
+    ("rank_statistics", torch.float64, False),
+    ("in_batch_ranking_reward", torch.float16, True),
+    ("in_batch_ranking_reward_backward", torch.float32, False),
+    ("info_nce", torch.float16, False),
+    ("info_nce", torch.float64, True),
+    ("info_nce_saved", torch.bfloat16, True),
+    ("info_nce_backward", torch.float32, False),
+    ("topk", torch.bfloat16, True),
+    ("topk", torch.float32, False),
 ]
 
 

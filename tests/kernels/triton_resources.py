@@ -50,6 +50,105 @@ VARIANTS = {
     "scores_gradient-fp32": ("scores_gradient", torch.float32, (), False),
     "scores_gradient-bf16-soft": ("scores_gradient", torch.bfloat16, ("mask",), True),
 }
+# Kernels of the in-batch ops and search: module, kernel, and the types of their arguments ("16":
+# divisible by 16 where aligned, "1": then 1), or a constant.
+SIZE = dict.fromkeys(("m", "n", "k"), "i32")
+PRODUCT = SIZE | {"a_row": "i64 16", "a_step": "i64 1", "b_row": "i64 16", "b_step": "i64 1"}
+PRODUCT |= {"c_row": "i64 16"}
+SCALES = {"inner": None, "outer_rows": "*fp64", "outer_columns": "*fp64", "ADD": False}
+SLOPES = {"inner": "*fp64", "outer_rows": None, "outer_columns": None, "ADD": True}
+
+
+def _product(a, b, scales):
+    from elva_kernels.triton_kernels import launch_batch
+
+    types = {
+        "a": f"*{NAMES[a]}",
+        "b": f"*{NAMES[b]}",
+        "c": "*fp64" if a == torch.float64 else "*fp32",
+    }
+    constants = launch_batch.product_options(a, b, scales is SLOPES)
+    return "matrix", "product_kernel", types | PRODUCT | scales | constants
+
+
+def _rows(dtype, kernel):
+    value = "fp64" if dtype == torch.float64 else "fp32"
+    types = {"rows": f"*{NAMES[dtype]}", "units": f"*{NAMES[dtype]}", "norms": "*fp64"}
+    types |= {"grad_units": f"*{value}", "gradients": f"*{NAMES[dtype]}", "dim": "i32 16"}
+    types |= {"row_stride": "i64 16", "step": "i64 1", "SCALED": dtype != torch.float16}
+    return "rows", kernel, types | {"dtype": _type(value), "BLOCK": 1024}
+
+
+def _statistics(value, kernel, **left_out):
+    integers = dict.fromkeys(("target", "ids", "hardest_index"), "*i64")
+    integers |= dict.fromkeys(("n_greater", "n_equal"), "*i32")
+    exact = ("query_norms", "candidate_norms", "row_norms", "total", "moment", "temperature")
+    values = ("scores", "target_score", "hardest_score", "peak", "row_peak", "row_factor")
+    values += ("target_slope", "column_peak", "column_factor")
+    types = integers | dict.fromkeys(exact, "*fp64") | dict.fromkeys(values, f"*{value}")
+    types |= {"candidates": "i32", "width": "i32 16", "rows": "i32", "max_score": "fp64"}
+    block = 128 if kernel == "column_sums_kernel" else 1024
+    module = "topk" if kernel == "finish_scores_kernel" else "statistics"
+    return module, kernel, types | {"BLOCK": block, "COSINE": True} | left_out
+
+
+def batch_variants():
+    """Name -> (module, kernel, types)."""
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    found = {
+        "scores-bf16": _product(half, half, SCALES),
+        "scores-fp16": _product(torch.float16, torch.float16, SCALES),
+        "scores-fp32": _product(single, single, SCALES),
+        "scores-fp64": _product(double, double, SCALES),
+        "slopes-bf16": _product(single, half, SLOPES),
+        "slopes-fp16": _product(single, torch.float16, SLOPES),
+        "slopes-fp32": _product(single, single, SLOPES),
+        "slopes-fp64": _product(double, double, SLOPES),
+    }
+    for dtype in (half, torch.float16, single, double):
+        found[f"units-{NAMES[dtype]}"] = _rows(dtype, "units_kernel")
+        found[f"unit_gradient-{NAMES[dtype]}"] = _rows(dtype, "unit_gradient_kernel")
+    for value in ("fp32", "fp64"):
+        found[f"score_rows-{value}"] = _statistics(value, "score_rows_kernel")
+        found[f"column_sums-{value}"] = _statistics(value, "column_sums_kernel")
+        found[f"slope_rows-{value}"] = _statistics(value, "slope_rows_kernel")
+        found[f"finish_scores-{value}"] = _statistics(value, "finish_scores_kernel")
+    found["score_rows-fp32-bare"] = _statistics(
+        "fp32", "score_rows_kernel", ids=None, temperature=None
+    )
+    return found
+
+
+def _type(name):
+    return getattr(importlib.import_module("triton.language"), name)
+
+
+def _compile_batch(name, aligned, target):
+    import triton  # here, for these modules need it and a test file that lists variants does not
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel, types = batch_variants()[name]
+    kernel = getattr(importlib.import_module(f"elva_kernels.triton_kernels.{module}"), kernel)
+    signature, fixed, attributes = {}, {}, {}
+    for at, argument in enumerate(inspect.signature(kernel.fn).parameters):
+        given = types[argument]
+        kind, _, note = given.partition(" ") if isinstance(given, str) else ("", "", "")
+        if not kind or (note == "1" and aligned):
+            signature[argument] = "constexpr"
+            fixed[(at,)] = 1 if kind else given
+            continue
+        signature[argument] = kind
+        if aligned and (note == "16" or kind.startswith("*")):
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    options = {"enable_fp_fusion": module == "matrix"}
+    options |= {x: types.get(x, 4) for x in ("num_warps",)}
+    if "num_stages" in types:
+        options["num_stages"] = types["num_stages"]
+    source = ASTSource(kernel, signature, fixed, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=options)
+
+
 DIM = 1536
 LEFT_OUT = {
     "saved": ("scratch", "saved"),
@@ -65,6 +164,8 @@ def compile_variant(name, aligned, target):
 
     from elva_kernels.triton_kernels import launch, reward, scores
 
+    if name not in VARIANTS:
+        return _compile_batch(name, aligned, target)
     family, dtype, left_out, soft = VARIANTS[name]
     module = scores if family.startswith("scores") else reward
     kernel = getattr(module, f"{family}_kernel")
@@ -134,7 +235,7 @@ def resources(compiled, target):
 
 def variant_names():
     """(variant, aligned, its name in the table)."""
-    for name in VARIANTS:
+    for name in (*VARIANTS, *batch_variants()):
         for aligned in (True, False):
             yield name, aligned, f"{name}-{'aligned' if aligned else 'unaligned'}"
 

@@ -1,0 +1,280 @@
+"""Launches the Triton kernels of the in-batch ops: the steps of `in_batch`."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from elva_kernels import in_batch
+from elva_kernels.in_batch import Slopes, Sums, Terms, Units, part_of
+from elva_kernels.reference import compute_dtype
+from elva_kernels.triton_kernels import INTERPRETED, launch
+
+
+class Tile(NamedTuple):
+    """Of a product: its sizes and the warps that work on it, the loads under way."""
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+# By what tiles are multiplied in. `depth` decides the order of sums, so it is the same everywhere.
+# Sized by what the compiler reports (tests/kernels/triton_resources.json), not yet timed on a GPU.
+_TILES = {
+    torch.bfloat16: Tile(128, 128, 32, 8, 3),
+    torch.float16: Tile(128, 128, 32, 8, 3),
+    torch.float32: Tile(64, 64, 32, 8, 2),
+    torch.float64: Tile(32, 32, 32, 4, 1),
+}
+_BLOCK = 128 if INTERPRETED else 1024  # scores, or columns of an embedding, at a time
+_COLUMNS = 128  # of scores in a program that walks over all rows
+
+
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    inner: Tensor | None = None,
+    outer: tuple[Tensor, Tensor] | None = None,
+    add: bool = False,
+) -> None:
+    """The first columns of out [m, n or more] = a [m, k] b [k, n], or += it.
+
+    `inner`: norms [k, 2] whose first column scales a's columns; `outer`: of out's rows and columns.
+    """
+    from elva_kernels.triton_kernels import matrix
+
+    (m, k), n = a.shape, b.shape[1]
+    if m == 0 or n == 0:
+        return
+    operand = product_operand(a.dtype, b.dtype)
+    tile = tile_of(operand)
+    rows, columns = (None, None) if outer is None else outer
+    with launch._on(out.device):
+        matrix.product_kernel[(-(-m // tile.rows) * -(-n // tile.columns),)](
+            a,
+            b,
+            out,
+            inner,
+            rows,
+            columns,
+            m,
+            n,
+            k,
+            *a.stride(),
+            *b.stride(),
+            out.stride(0),
+            ADD=add,
+            **product_options(a.dtype, b.dtype, inner is not None),
+        )
+
+
+def product_operand(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """What tiles are multiplied in: rows as they are; slopes and float16 rows in float32."""
+    if a == b:
+        return a
+    return b if b == torch.bfloat16 else a
+
+
+def tile_of(operand: torch.dtype) -> Tile:
+    return Tile(32, 32, 64, 4, 1) if INTERPRETED else _TILES[operand]
+
+
+def product_options(a: torch.dtype, b: torch.dtype, scaled: bool) -> dict[str, Any]:
+    """The constants of `matrix.product_kernel`."""
+    operand = product_operand(a, b)
+    halves = scaled and operand == torch.bfloat16
+    outer = operand == torch.float64 and not INTERPRETED
+    if INTERPRETED and operand.itemsize == 2:  # it multiplies bfloat16 wrongly
+        operand, halves = torch.float32, False
+    tile = tile_of(operand)
+    return {
+        "OUTER": outer,
+        "HALVES": halves,
+        "operand": _triton_type(operand),
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "DEPTH": tile.depth,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def units_of(rows: Tensor) -> Units:
+    """As `in_batch.Run.units`."""
+    from elva_kernels.triton_kernels import rows as kernels
+
+    units = launch._empty(rows.shape, rows.dtype, rows.device)
+    norms = launch._empty((len(rows), 2), torch.float64, rows.device)
+    if len(rows) > 0:
+        with launch._on(rows.device):
+            kernels.units_kernel[(len(rows),)](
+                rows,
+                units,
+                norms,
+                rows.shape[1],
+                *rows.stride(),
+                SCALED=rows.dtype != torch.float16,
+                dtype=_triton_type(compute_dtype(rows.dtype)),
+                BLOCK=_BLOCK,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+    return Units(units, norms, None)
+
+
+class Run(in_batch.Run):
+    """Rows stay in their dtype; slopes times bfloat16 rows are multiplied in halves."""
+
+    def units(self, rows: Tensor) -> Units:
+        return units_of(rows)
+
+    def multiply_rows(self, query: Units, scores: Tensor) -> None:
+        outer = (query.norm, self.candidates.norm)
+        multiply(query.rows, self.candidates.rows.T, scores, outer=outer)
+
+    def score_rows(self, scores: Tensor, rows: slice) -> None:
+        from elva_kernels.triton_kernels import statistics
+
+        with launch._on(self.device):
+            statistics.score_rows_kernel[(len(scores),)](
+                scores,
+                self.query.norm[rows],
+                self.candidates.norm,
+                self.batch.target[rows],
+                self.batch.candidate_ids,
+                math.inf if self.batch.max_score is None else self.batch.max_score,
+                self.n_greater[rows],
+                self.n_equal[rows],
+                self.target_score[rows],
+                self.hardest_score[rows],
+                self.hardest_index[rows],
+                self.total[rows],
+                self.moment[rows],
+                self.temperature,
+                len(self.candidates.rows),
+                self.width,
+                BLOCK=_BLOCK,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+        if self.k > 0:
+            best, index = best_of(scores[:, : len(self.candidates.rows)], self.k)
+            self.topk_scores[rows] = best
+            self.topk_index[rows] = torch.where(best > -math.inf, index, -1)
+
+    def column_sums(self, scores: Tensor) -> None:
+        from elva_kernels.triton_kernels import statistics
+
+        with launch._on(self.device):
+            statistics.column_sums_kernel[(-(-self.width // _COLUMNS),)](
+                scores,
+                *self.columns,
+                self.temperature,
+                len(scores),
+                self.width,
+                BLOCK=_COLUMNS,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+
+    def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
+        if at is not None:
+            sums = Sums(*(x[at] for x in sums))
+        assert self.temperature is not None
+        target = self.target_score[rows].double()
+        sound = target.isfinite()
+        target = torch.where(sound, target, 0.0)
+        peak = torch.where(sums.peak > -math.inf, sums.peak.double(), target)
+        top = torch.maximum(peak, target)
+        weight = ((peak - top) / self.temperature).exp()
+        rest = weight * sums.total
+        whole = rest + ((target - top) / self.temperature).exp()
+        # A small loss is the logarithm of a number near 1.
+        behind = whole.log() + (top - target) / self.temperature
+        loss = torch.where(top == target, torch.log1p(rest), behind)
+        share = torch.where(sound, weight / whole, 0.0)
+        gap = sums.moment + sums.total * (peak - target)
+        terms.loss[rows] = torch.where(sound, loss, math.nan)
+        terms.share[rows] = share
+        terms.others[rows] = share * sums.total
+        terms.heat[rows] = -share * gap / self.temperature**2
+
+    def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
+        from elva_kernels.triton_kernels import statistics
+
+        with launch._on(self.device):
+            statistics.slope_rows_kernel[(len(scores) * -(-self.width // _BLOCK),)](
+                scores,
+                *slopes,
+                self.temperature,
+                self.width,
+                BLOCK=_BLOCK,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+
+    def add_gradients(self, slopes: Tensor, rows: slice) -> None:
+        query, candidates = part_of(self.query, rows), self.candidates
+        if not self.grad_units:
+            both = (self.query, candidates)
+            self.grad_units = [self.empty(x.rows.shape, self.dtype) for x in both]
+        slopes = slopes[:, : len(candidates.rows)]
+        of_query, of_candidates = self.grad_units[0][rows], self.grad_units[1]
+        multiply(slopes, candidates.rows, of_query, inner=candidates.norm)
+        multiply(slopes.T, query.rows, of_candidates, inner=query.norm, add=rows.start > 0)
+
+    def add_targets(self) -> None:
+        """`slope_rows` had them."""
+
+    def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
+        from elva_kernels.triton_kernels import rows as kernels
+
+        gradient = self.empty(units.rows.shape, dtype)
+        if len(gradient) > 0:
+            with launch._on(self.device):
+                kernels.unit_gradient_kernel[(len(gradient),)](
+                    units.rows,
+                    grad_unit,
+                    units.norm,
+                    gradient,
+                    units.rows.shape[1],
+                    dtype=_triton_type(self.dtype),
+                    BLOCK=_BLOCK,
+                    num_warps=4,
+                    enable_fp_fusion=False,
+                )
+        return gradient
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return launch._empty(shape, dtype, self.device)
+
+
+def best_of(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k first of each row: score descending, then index ascending; no NaN among the scores.
+
+    By unique integers, of which any top-k gives the same; float64 by a stable sort.
+    """
+    if scores.dtype == torch.float64:
+        best, index = scores.sort(dim=1, descending=True, stable=True)
+        return best[:, :k], index[:, :k]
+    bits = (scores + 0.0).view(torch.int32).long()  # -0 becomes 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    behind = torch.arange(scores.shape[1], device=scores.device).bitwise_not() & 0xFFFFFFFF
+    best = (ordered << 32 | behind).topk(k, dim=1).values
+    index = best.bitwise_not() & 0xFFFFFFFF
+    return scores.gather(1, index) + 0.0, index
+
+
+def _triton_type(dtype: torch.dtype) -> Any:
+    language = importlib.import_module("triton.language")
+    return getattr(language, str(dtype).removeprefix("torch."))
