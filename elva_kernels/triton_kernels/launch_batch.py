@@ -28,12 +28,12 @@ class Tile(NamedTuple):
 # By what tiles are multiplied in. `depth` decides the order of sums, so it is the same everywhere.
 # Sized by what the compiler reports (tests/kernels/triton_resources.json), not yet timed on a GPU.
 _TILES = {
-    torch.bfloat16: Tile(128, 128, 32, 8, 3),
-    torch.float16: Tile(128, 128, 32, 8, 3),
-    torch.float32: Tile(64, 64, 32, 8, 2),
+    torch.bfloat16: Tile(128, 64, 32, 8, 3),
+    torch.float16: Tile(128, 64, 32, 8, 3),
+    torch.float32: Tile(64, 64, 16, 8, 2),
     torch.float64: Tile(32, 32, 32, 4, 1),
 }
-_BLOCK = 128 if INTERPRETED else 1024  # scores, or columns of an embedding, at a time
+_BLOCK = 256  # scores, or columns of an embedding, at a time
 _COLUMNS = 128  # of scores in a program that walks over all rows
 
 
@@ -73,7 +73,8 @@ def multiply(
             *b.stride(),
             out.stride(0),
             ADD=add,
-            **product_options(a.dtype, b.dtype, inner is not None),
+            **product_constants(a.dtype, b.dtype, inner is not None),
+            **options(launch._architecture(out.device), tile),
         )
 
 
@@ -88,7 +89,7 @@ def tile_of(operand: torch.dtype) -> Tile:
     return Tile(32, 32, 64, 4, 1) if INTERPRETED else _TILES[operand]
 
 
-def product_options(a: torch.dtype, b: torch.dtype, scaled: bool) -> dict[str, Any]:
+def product_constants(a: torch.dtype, b: torch.dtype, scaled: bool) -> dict[str, Any]:
     """The constants of `matrix.product_kernel`."""
     operand = product_operand(a, b)
     halves = scaled and operand == torch.bfloat16
@@ -103,10 +104,19 @@ def product_options(a: torch.dtype, b: torch.dtype, scaled: bool) -> dict[str, A
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,
     }
+
+
+def options(architecture: str, tile: Tile | None = None) -> dict[str, Any]:
+    """As the compiler takes them: of a product in tiles, or of a kernel whose sums are not fused.
+
+    NVIDIA's compiler, left to itself, spills to fit one more program.
+    """
+    capped = {} if architecture == "hip" else {"maxnreg": 255}
+    if tile is None:
+        return {"num_warps": 4, "enable_fp_fusion": False} | capped
+    sizes = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return sizes | {"enable_fp_fusion": True} | capped
 
 
 def units_of(rows: Tensor) -> Units:
@@ -126,8 +136,7 @@ def units_of(rows: Tensor) -> Units:
                 SCALED=rows.dtype != torch.float16,
                 dtype=_triton_type(compute_dtype(rows.dtype)),
                 BLOCK=_BLOCK,
-                num_warps=4,
-                enable_fp_fusion=False,
+                **options(launch._architecture(rows.device)),
             )
     return Units(units, norms, None)
 
@@ -164,8 +173,7 @@ class Run(in_batch.Run):
                 len(self.candidates.rows),
                 self.width,
                 BLOCK=_BLOCK,
-                num_warps=4,
-                enable_fp_fusion=False,
+                **options(launch._architecture(self.device)),
             )
         if self.k > 0:
             best, index = best_of(scores[:, : len(self.candidates.rows)], self.k)
@@ -183,8 +191,7 @@ class Run(in_batch.Run):
                 len(scores),
                 self.width,
                 BLOCK=_COLUMNS,
-                num_warps=4,
-                enable_fp_fusion=False,
+                **options(launch._architecture(self.device)),
             )
 
     def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
@@ -219,8 +226,7 @@ class Run(in_batch.Run):
                 self.temperature,
                 self.width,
                 BLOCK=_BLOCK,
-                num_warps=4,
-                enable_fp_fusion=False,
+                **options(launch._architecture(self.device)),
             )
 
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
@@ -250,8 +256,7 @@ class Run(in_batch.Run):
                     units.rows.shape[1],
                     dtype=_triton_type(self.dtype),
                     BLOCK=_BLOCK,
-                    num_warps=4,
-                    enable_fp_fusion=False,
+                    **options(launch._architecture(self.device)),
                 )
         return gradient
 

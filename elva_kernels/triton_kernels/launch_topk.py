@@ -10,7 +10,13 @@ from torch import Tensor
 from elva_kernels.in_batch import Units
 from elva_kernels.reference import compute_dtype
 from elva_kernels.triton_kernels import launch
-from elva_kernels.triton_kernels.launch_batch import _BLOCK, best_of, multiply, units_of
+from elva_kernels.triton_kernels.launch_batch import (
+    _BLOCK,
+    best_of,
+    multiply,
+    options,
+    units_of,
+)
 
 _WORKSPACE_BYTES = 256 << 20  # of scores, and of copies of the corpus's rows; ours
 
@@ -61,7 +67,6 @@ def _scores(queries: Units, rows: Units, cosine: bool) -> Tensor:
             n,
             COSINE=cosine,
             BLOCK=_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **options(launch._architecture(device)),
         )
     return scores

@@ -80,8 +80,8 @@ def product_kernel(
                 x = tl.load(x_at, mask=x_there, other=0.0).to(operand)
                 total = tl.dot(x, y, total, input_precision="ieee")
             else:
-                x = tl.load(x_at, mask=x_there, other=0.0).to(tl.float32)
-                x *= load_scales(inner, 2, depth, depth < k, tl.float32)[None, :]
+                x = tl.load(x_at, mask=x_there, other=0.0).to(value)
+                x *= load_scales(inner, 2, depth, depth < k, value)[None, :]
                 if HALVES:
                     high = x.to(operand)
                     low = (x - high.to(tl.float32)).to(operand)

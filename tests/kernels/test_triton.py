@@ -27,6 +27,16 @@ REWARD = (
     " or (flipping and bfloat16) or expanded_sum"
 )
 
+STATISTICS = (
+    "triton and ((test_values and (1-1-1 or 3-7-5 or 0-4-8)) or bad_row_spoils or bits_depend"
+    " or test_reward or any_magnitude or lattice)"
+)
+INFO_NCE = (
+    "triton and ((values_and_gradients and (1-1-1 or 3-7-5 or 0-4-8)) or bad_row_spoils"
+    " or no_temperature or zero_rows)"
+)
+SEARCH = "triton and (1x1x1 or zero_or_not_finite)"
+
 
 @needs_triton
 @pytest.mark.skipif(triton_kernels.INTERPRETED, reason="this is the interpreted session")
@@ -35,6 +45,9 @@ REWARD = (
     [
         ("triton_interpreted.py", ""),
         ("test_reward.py", REWARD),
+        ("test_statistics.py", STATISTICS),
+        ("test_infonce.py", INFO_NCE),
+        ("test_topk.py", SEARCH),
         ("test_reward_scores.py", "non_finite or signed_zeros or (values and 9 and float32)"),
     ],
 )
@@ -68,7 +81,8 @@ def cast_calls(path):
 
 
 def test_there_are_kernels_to_lint():
-    assert {path.name for path in KERNELS} >= {"ranks.py", "reward.py", "scores.py"}
+    kernels = {"matrix", "ranks", "reward", "rows", "scores", "statistics", "topk"}
+    assert {path.stem for path in KERNELS} == kernels
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
@@ -102,7 +116,7 @@ def test_kernels_add_floats_by_a_stated_tree_and_never_atomically(path):
     assert "atomic" not in text.split('"""', 2)[2]
     for call in calls(path, "sum"):
         first = ast.unparse(call.args[0])
-        single = first.startswith(("tree_sum(", "query_norms", "query_ks"))
+        single = first.startswith(("tree_sum(", "query_norms", "query_ks", "exponents("))
         whole = "tl.int32" in first or first.startswith("tl.where(index == 0, ahead")
         assert single or whole, ast.unparse(call)
 

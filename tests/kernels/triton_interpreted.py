@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from elva_kernels import dispatch, ranking_reward, ranking_reward_and_grad, selftest
-from elva_kernels.triton_kernels import launch
+from elva_kernels.reference_batch import Batch
+from elva_kernels.triton_kernels import launch, launch_batch, launch_topk
 from tests.kernels.cases import OPEN_HINGE, embeddings, same_bits
 
 GUARD = 64  # elements before and after a buffer
@@ -48,6 +49,26 @@ def every_launch(inputs, scores, mask, upstream, weights):
     yield from launch.reward_value_and_grad(*inputs, mask, upstream, **weights)
     yield from launch.reward_from_scores(scores, mask, **weights)
     yield from launch.reward_from_scores_backward(scores, mask, upstream, **weights)
+
+
+def every_batch_launch(query, candidates, weight):
+    """All results of the in-batch ops and of search."""
+    batch = Batch(torch.arange(len(query)), torch.arange(len(candidates)) % 7, 0.9)
+    heat = torch.tensor(0.1)
+    yield from launch_batch.Run(query, candidates, batch, 3, heat).rank_statistics()
+    call = launch_batch.Run(query, candidates, batch, 0, heat, 1)
+    dtypes = (query.dtype, torch.float32)
+    loss, _, *gradients = call.info_nce_and_gradients(weight, symmetric=True, dtypes=dtypes)
+    yield from (loss, *gradients)
+    for metric in ("cosine", "dot"):
+        yield from launch_topk.topk(query, candidates, 5, metric=metric)
+
+
+def batch_arguments():
+    query, candidates = torch.randn(5, 35), torch.randn(41, 35)
+    candidates[7], candidates[9] = 0, torch.nan
+    query[1] *= 2.0**60
+    return query.bfloat16(), candidates.bfloat16(), torch.rand(5)
 
 
 def arguments(dtype=torch.bfloat16, groups=3, n=6, d=35):
@@ -96,6 +117,50 @@ def test_red_zones_are_neither_read_nor_written(monkeypatch, weights):
     guarded.check()
     for a, b in zip(found, expected, strict=True):
         assert same_bits(a, b)
+
+
+def test_red_zones_of_a_batch_are_neither_read_nor_written(monkeypatch):
+    given = batch_arguments()
+    expected = list(every_batch_launch(*given))
+    guarded = Guarded()
+    monkeypatch.setattr(launch, "_empty", guarded.empty)
+    found = list(every_batch_launch(*(guarded.copy(x) for x in given)))
+    guarded.check()
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
+
+
+def test_programs_of_a_batch_backwards_give_the_same_bits(monkeypatch):
+    from triton.runtime import interpreter
+
+    builder, sizes = interpreter.interpreter_builder, []
+    given = batch_arguments()
+    expected = list(every_batch_launch(*given))
+    place, measure = builder.set_grid_idx, builder.set_grid_dim
+
+    def set_size(*size):
+        sizes.append(size[0])
+        measure(*size)
+
+    monkeypatch.setattr(builder, "set_grid_dim", set_size)
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(sizes[-1] - 1 - x, y, z))
+    for a, b in zip(every_batch_launch(*given), expected, strict=True):
+        assert same_bits(a, b)
+    assert max(sizes) > 1
+
+
+def test_float64_products_step_by_step_are_those_of_tiles(monkeypatch):
+    """A GPU takes the former, the interpreter the latter."""
+    a, b, norm = torch.randn(3, 9).double(), torch.randn(9, 37).double(), torch.rand(9, 2).double()
+    tiles, steps = torch.empty(2, 3, 37, dtype=torch.float64)
+    launch_batch.multiply(a, b, tiles, inner=norm)
+    constants = launch_batch.product_constants
+    monkeypatch.setattr(
+        launch_batch, "product_constants", lambda *x: constants(*x) | {"OUTER": True}
+    )
+    launch_batch.multiply(a, b, steps, inner=norm)
+    assert (tiles - steps).abs().max() < 1e-14
+    assert (steps - a * norm[:, 0] @ b).abs().max() < 1e-14
 
 
 def test_any_order_of_programs_gives_the_same_bits(monkeypatch):

@@ -59,16 +59,20 @@ SCALES = {"inner": None, "outer_rows": "*fp64", "outer_columns": "*fp64", "ADD":
 SLOPES = {"inner": "*fp64", "outer_rows": None, "outer_columns": None, "ADD": True}
 
 
-def _product(a, b, scales):
-    from elva_kernels.triton_kernels import launch_batch
+def launch_batch():
+    """Not at import: it needs triton, which a test file that lists variants does not."""
+    return importlib.import_module("elva_kernels.triton_kernels.launch_batch")
 
+
+def _product(a, b, scales):
     types = {
         "a": f"*{NAMES[a]}",
         "b": f"*{NAMES[b]}",
         "c": "*fp64" if a == torch.float64 else "*fp32",
     }
-    constants = launch_batch.product_options(a, b, scales is SLOPES)
-    return "matrix", "product_kernel", types | PRODUCT | scales | constants
+    constants = launch_batch().product_constants(a, b, scales is SLOPES)
+    tile = launch_batch().tile_of(launch_batch().product_operand(a, b))
+    return "matrix", "product_kernel", types | PRODUCT | scales | constants | {"tile": tile}
 
 
 def _rows(dtype, kernel):
@@ -76,7 +80,7 @@ def _rows(dtype, kernel):
     types = {"rows": f"*{NAMES[dtype]}", "units": f"*{NAMES[dtype]}", "norms": "*fp64"}
     types |= {"grad_units": f"*{value}", "gradients": f"*{NAMES[dtype]}", "dim": "i32 16"}
     types |= {"row_stride": "i64 16", "step": "i64 1", "SCALED": dtype != torch.float16}
-    return "rows", kernel, types | {"dtype": _type(value), "BLOCK": 1024}
+    return "rows", kernel, types | {"dtype": _type(value), "BLOCK": launch_batch()._BLOCK}
 
 
 def _statistics(value, kernel, **left_out):
@@ -87,7 +91,8 @@ def _statistics(value, kernel, **left_out):
     values += ("target_slope", "column_peak", "column_factor")
     types = integers | dict.fromkeys(exact, "*fp64") | dict.fromkeys(values, f"*{value}")
     types |= {"candidates": "i32", "width": "i32 16", "rows": "i32", "max_score": "fp64"}
-    block = 128 if kernel == "column_sums_kernel" else 1024
+    launch = launch_batch()
+    block = launch._COLUMNS if kernel == "column_sums_kernel" else launch._BLOCK
     module = "topk" if kernel == "finish_scores_kernel" else "statistics"
     return module, kernel, types | {"BLOCK": block, "COSINE": True} | left_out
 
@@ -120,7 +125,7 @@ def batch_variants():
 
 
 def _type(name):
-    return getattr(importlib.import_module("triton.language"), name)
+    return getattr(importlib.import_module("triton.language"), f"float{name[2:]}")
 
 
 def _compile_batch(name, aligned, target):
@@ -141,10 +146,7 @@ def _compile_batch(name, aligned, target):
         signature[argument] = kind
         if aligned and (note == "16" or kind.startswith("*")):
             attributes[(at,)] = [["tt.divisibility", 16]]
-    options = {"enable_fp_fusion": module == "matrix"}
-    options |= {x: types.get(x, 4) for x in ("num_warps",)}
-    if "num_stages" in types:
-        options["num_stages"] = types["num_stages"]
+    options = launch_batch().options(TARGETS[target][1], types.get("tile"))
     source = ASTSource(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=options)
 
