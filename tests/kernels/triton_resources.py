@@ -101,14 +101,14 @@ def batch_variants():
     """Name -> (module, kernel, types)."""
     half, single, double = torch.bfloat16, torch.float32, torch.float64
     found = {
-        "scores-bf16": _product(half, half, SCALES),
-        "scores-fp16": _product(torch.float16, torch.float16, SCALES),
-        "scores-fp32": _product(single, single, SCALES),
-        "scores-fp64": _product(double, double, SCALES),
-        "slopes-bf16": _product(single, half, SLOPES),
-        "slopes-fp16": _product(single, torch.float16, SLOPES),
-        "slopes-fp32": _product(single, single, SLOPES),
-        "slopes-fp64": _product(double, double, SLOPES),
+        "product-bf16": _product(half, half, SCALES),
+        "product-fp16": _product(torch.float16, torch.float16, SCALES),
+        "product-fp32": _product(single, single, SCALES),
+        "product-fp64": _product(double, double, SCALES),
+        "slopes_product-bf16": _product(single, half, SLOPES),
+        "slopes_product-fp16": _product(single, torch.float16, SLOPES),
+        "slopes_product-fp32": _product(single, single, SLOPES),
+        "slopes_product-fp64": _product(double, double, SLOPES),
     }
     for dtype in (half, torch.float16, single, double):
         found[f"units-{NAMES[dtype]}"] = _rows(dtype, "units_kernel")
