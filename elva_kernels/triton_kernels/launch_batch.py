@@ -33,7 +33,7 @@ _TILES = {
     torch.float32: Tile(64, 64, 16, 8, 2),
     torch.float64: Tile(32, 32, 32, 4, 1),
 }
-_BLOCK = 256  # scores, or columns of an embedding, at a time
+_BLOCK = 128  # scores, or columns of an embedding, at a time
 _COLUMNS = 128  # of scores in a program that walks over all rows
 
 
