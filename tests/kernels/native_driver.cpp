@@ -132,96 +132,199 @@ void one_search(ElvaDtype dtype, int64_t queries, int64_t rows, int64_t dim, int
   }
 }
 
+// Unit rows of dense or strided ones: as values, or where `raw` as they are with a scale.
+struct Units {
+  ElvaDtype dtype, unit_dtype;
+  int64_t count, dim;
+  std::vector<char> rows, unit;
+  std::vector<double> norm;
+  std::vector<float> scale, length;
+
+  Units(ElvaDtype dtype, bool raw, int64_t count, int64_t dim, int64_t stride, bool special,
+        std::mt19937* random)
+      : dtype(dtype),
+        unit_dtype(raw                  ? ELVA_BF16
+                   : dtype == ELVA_FP64 ? ELVA_FP64
+                                        : ELVA_FP32),
+        count(count),
+        dim(dim),
+        rows(numbers(dtype, count * dim * stride, special, random)),
+        unit(static_cast<size_t>(count * dim) * size_of(unit_dtype)),
+        norm(static_cast<size_t>(2 * count)) {
+    ElvaUnitRowsArgs args = {};
+    args.dtype = dtype;
+    args.unit_dtype = unit_dtype;
+    args.threads = 3;
+    args.count = count;
+    args.dim = dim;
+    args.rows = rows_of(rows.data(), count, dim, stride);
+    args.unit = unit.data();
+    args.norm = norm.data();
+    if (elva_unit_rows_cpu(&args) != ELVA_OK) abort();
+    if (!raw) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const double x = norm[static_cast<size_t>(2 * i)];
+      scale.push_back(x > 0 ? static_cast<float>(x) : 0.0f);
+      length.push_back(x > 0 ? static_cast<float>(1 / x) : 0.0f);
+    }
+  }
+
+  double column_norm() const {
+    double norm = 0;
+    const ElvaColumnNormArgs args = {3, count, dim, unit.data(), scale.data(), &norm};
+    if (elva_column_norm_cpu(&args) != ELVA_OK) abort();
+    return norm;
+  }
+
+  // The gradient on the rows of one on the unit rows.
+  void gradient(const std::vector<char>& grad_unit) const {
+    std::vector<char> grad(static_cast<size_t>(count * dim) * size_of(dtype));
+    const ElvaUnitGradientArgs args = {dtype,       unit_dtype,       3,           count,      dim,
+                                       unit.data(), grad_unit.data(), norm.data(), grad.data()};
+    if (elva_unit_gradient_cpu(&args) != ELVA_OK) abort();
+  }
+};
+
+// out = a units, or += it, where a is [rows, units.count] with any strides; in one half where
+// `allowed` is large, in two where it is 0.
+void multiply(const void* a, int64_t row_stride, int64_t stride, int64_t rows, const Units& units,
+              double allowed, bool add, std::vector<char>* out) {
+  const bool raw = units.unit_dtype == ELVA_BF16;
+  ElvaMatrixArgs args = {};
+  args.a_dtype = raw ? ELVA_FP32 : units.unit_dtype;
+  args.b_dtype = units.unit_dtype;
+  args.threads = 3;
+  args.m = rows;
+  args.n = units.dim;
+  args.k = units.count;
+  args.a = a;
+  args.a_row_stride = row_stride;
+  args.a_stride = stride;
+  args.b = units.unit.data();
+  args.b_row_stride = units.dim;
+  args.b_stride = 1;
+  args.c = out->data();
+  args.c_row_stride = units.dim;
+  args.add = add;
+  if (raw) {
+    args.a_scale = units.scale.data();
+    args.a_norm = units.length.data();
+    args.allowed = allowed;
+  }
+  if (elva_matrix_product_cpu(&args) != ELVA_OK) abort();
+}
+
 // The steps of an in-batch op, on b queries and m candidates.
 void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t stride, bool special,
                unsigned seed) {
   std::mt19937 random(seed);
+  const bool raw = dtype == ELVA_BF16 && elva_multiplies_bf16();
   const ElvaDtype value_dtype = dtype == ELVA_FP64 ? ELVA_FP64 : ELVA_FP32;
-  const int64_t value = dtype == ELVA_FP64 ? 8 : 4, width = (m + 15) / 16 * 16, k = 5;
+  const int64_t value = dtype == ELVA_FP64 ? 8 : 4, width = (m + 15) / 16 * 16, k = m < 5 ? m : 5;
   const auto block = [](int64_t bytes) { return std::vector<char>(static_cast<size_t>(bytes)); };
   const auto doubles = [](int64_t count) {
     return std::vector<double>(static_cast<size_t>(count));
   };
-  const auto query = numbers(dtype, b * dim * stride, special, &random);
-  const auto candidates = numbers(dtype, m * dim * stride, special, &random);
-  auto query_unit = block(b * dim * value), candidate_unit = block(m * dim * value);
-  auto query_norm = doubles(2 * b), candidate_norm = doubles(2 * m);
-  ElvaUnitRowsArgs units = {dtype,
-                            value_dtype,
-                            3,
-                            b,
-                            dim,
-                            rows_of(query.data(), b, dim, stride),
-                            query_unit.data(),
-                            query_norm.data()};
-  if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
-  units = {dtype,
-           value_dtype,
-           3,
-           m,
-           dim,
-           rows_of(candidates.data(), m, dim, stride),
-           candidate_unit.data(),
-           candidate_norm.data()};
-  if (elva_unit_rows_cpu(&units) != ELVA_OK) abort();
+  const Units query(dtype, raw, b, dim, stride, special, &random);
+  const Units candidates(dtype, raw, m, dim, stride, special, &random);
 
-  auto scores = block(b * width * value);
-  ElvaMatrixArgs product = {
-      value_dtype,   3,     b,    m, dim, query_unit.data(), dim, 1, candidate_unit.data(), 1, dim,
-      scores.data(), width, false};
+  auto scores = block(b * width * value), penalty = block(width * value), scale = penalty;
+  if (raw) memcpy(scale.data(), candidates.scale.data(), candidates.scale.size() * sizeof(float));
+  ElvaMatrixArgs product = {};
+  product.a_dtype = product.b_dtype = query.unit_dtype;
+  product.threads = 3;
+  product.m = b;
+  product.n = m;
+  product.k = dim;
+  product.a = query.unit.data();
+  product.a_row_stride = product.b_stride = dim;
+  product.a_stride = product.b_row_stride = 1;
+  product.b = candidates.unit.data();
+  product.c = scores.data();
+  product.c_row_stride = width;
   if (elva_matrix_product_cpu(&product) != ELVA_OK) abort();
-  const auto penalty = block(width * value);
+
   std::vector<int64_t> target(static_cast<size_t>(b)), ids(static_cast<size_t>(m)),
-      hardest = target;
+      hardest = target, topk_index(static_cast<size_t>(b * k));
   for (auto& t : target) t = static_cast<int64_t>(random() % static_cast<unsigned>(m));
   for (auto& id : ids) id = static_cast<int64_t>(random() % 5);
   std::vector<int32_t> greater(static_cast<size_t>(b)), equal = greater;
   auto own = block(b * value), peak = own, topk = block(b * k * value);
-  std::vector<int64_t> topk_index(static_cast<size_t>(b * k));
-  auto sum = doubles(b), moment = sum, column_sum = doubles(width), column_moment = column_sum;
-  ElvaScoreRowsArgs rows = {value_dtype,
-                            3,
-                            b,
-                            m,
-                            width,
-                            scores.data(),
-                            penalty.data(),
-                            query_norm.data(),
-                            target.data(),
-                            ids.data(),
-                            0.5,
-                            20.0,
-                            k,
-                            greater.data(),
-                            equal.data(),
-                            own.data(),
-                            peak.data(),
-                            hardest.data(),
-                            topk.data(),
-                            topk_index.data(),
-                            sum.data(),
-                            moment.data()};
+  auto sum = doubles(b), moment = sum, loss = sum, share = sum, others = sum, heat = sum;
+  ElvaScoreRowsArgs rows = {};
+  rows.dtype = value_dtype;
+  rows.threads = 3;
+  rows.rows = b;
+  rows.candidates = m;
+  rows.width = width;
+  rows.scores = scores.data();
+  rows.penalty = penalty.data();
+  rows.scale = raw ? scale.data() : nullptr;
+  rows.norm = query.norm.data();
+  rows.target = target.data();
+  rows.ids = ids.data();
+  rows.max_score = 0.5;
+  rows.inverse_temperature = 20.0;
+  rows.k = k;
+  rows.n_greater = greater.data();
+  rows.n_equal = equal.data();
+  rows.target_score = own.data();
+  rows.hardest_score = peak.data();
+  rows.hardest_index = hardest.data();
+  rows.topk_scores = topk.data();
+  rows.topk_index = topk_index.data();
+  rows.sum = sum.data();
+  rows.moment = moment.data();
   if (elva_score_rows_cpu(&rows) != ELVA_OK) abort();
+
   auto column_peak = block(width * value);
-  ElvaColumnSumsArgs columns = {
+  auto column_sum = doubles(width), column_moment = column_sum;
+  const ElvaColumnSumsArgs columns = {
       value_dtype,         3, b, width, scores.data(), 20.0, column_peak.data(), column_sum.data(),
       column_moment.data()};
   if (elva_column_sums_cpu(&columns) != ELVA_OK) abort();
-  const auto zeros = block(width * value);
-  ElvaSlopeRowsArgs slopes = {
-      value_dtype,  3,          b,          width,         scores.data(),
-      own.data(),   own.data(), own.data(), target.data(), column_peak.data(),
-      zeros.data(), 20.0};
+  ElvaInfoNceTermsArgs terms = {
+      value_dtype,   b,    own.data(),  nullptr,      peak.data(),   sum.data(),
+      moment.data(), 0.05, loss.data(), share.data(), others.data(), heat.data()};
+  if (elva_info_nce_terms_cpu(&terms) != ELVA_OK) abort();
+  terms.at = target.data();
+  terms.peak = column_peak.data();
+  terms.sum = column_sum.data();
+  terms.moment = column_moment.data();
+  if (elva_info_nce_terms_cpu(&terms) != ELVA_OK) abort();
+
+  const auto factor = block(width * value);
+  const ElvaSlopeRowsArgs slopes = {
+      value_dtype,   3,          b,          width,         scores.data(),
+      own.data(),    own.data(), own.data(), target.data(), column_peak.data(),
+      factor.data(), 20.0};
   if (elva_slope_rows_cpu(&slopes) != ELVA_OK) abort();
-  auto grad_unit = block(m * dim * value);
-  product = {value_dtype,      3,   m,   dim, b, scores.data(), 1, width, query_unit.data(), dim, 1,
-             grad_unit.data(), dim, true};
-  if (elva_matrix_product_cpu(&product) != ELVA_OK) abort();
-  auto grad = block(m * dim * static_cast<int64_t>(size_of(dtype)));
-  const ElvaUnitGradientArgs gradient = {
-      dtype,      3, m, dim, candidate_unit.data(), grad_unit.data(), candidate_norm.data(),
-      grad.data()};
-  if (elva_unit_gradient_cpu(&gradient) != ELVA_OK) abort();
+  auto grad_query = block(b * dim * value), grad_candidates = block(m * dim * value);
+  for (double allowed : {0.0, raw ? 1e-2 / (1 + candidates.column_norm()) : 0.0, 1e30}) {
+    multiply(scores.data(), width, 1, b, candidates, allowed, false, &grad_query);
+    multiply(scores.data(), 1, width, m, query, allowed, true, &grad_candidates);
+  }
+  if (raw) {
+    const auto weights = std::vector<float>(static_cast<size_t>(b), 0.5f);
+    ElvaAddRowsArgs add = {};
+    add.threads = 3;
+    add.count = b;
+    add.dim = dim;
+    add.factor = weights.data();
+    add.from = target.data();
+    add.rows = candidates.unit.data();
+    add.out = reinterpret_cast<float*>(grad_query.data());
+    add.out_count = b;
+    if (elva_add_rows_cpu(&add) != ELVA_OK) abort();
+    add.from = nullptr;
+    add.into = target.data();
+    add.rows = query.unit.data();
+    add.out = reinterpret_cast<float*>(grad_candidates.data());
+    add.out_count = m;
+    if (elva_add_rows_cpu(&add) != ELVA_OK) abort();
+  }
+  query.gradient(grad_query);
+  candidates.gradient(grad_candidates);
 }
 
 // Blocks of a few sizes, held two at a time and written to their ends.
