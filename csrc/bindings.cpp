@@ -196,6 +196,22 @@ void reward_from_scores(int dtype, int threads, py::handle sizes, int64_t candid
   run_released(elva_reward_from_scores_cpu, args);
 }
 
+void group_advantages(int dtype, int threads, py::handle sizes, int64_t size, py::handle reward,
+                      int scale, double std_eps, double same_reward, uintptr_t advantages) {
+  ElvaAdvantagesArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.threads = threads;
+  args.size = size;
+  args.scale = static_cast<ElvaScale>(scale);
+  args.std_eps = std_eps;
+  args.same_reward = same_reward;
+  Layout layout(sizes, &args.batch);
+  layout.add(reward, 1, &args.reward);
+  layout.finish();
+  args.advantages = pointer(advantages);
+  run_released(elva_group_advantages_cpu, args);
+}
+
 // An operand [rows, dim].
 void set_rows(py::handle operand, ElvaInput* input) {
   check_tuple(operand.ptr(), 2);
@@ -241,11 +257,11 @@ void unit_rows(int dtype, int unit_dtype, int threads, int64_t count, int64_t di
 
 void unit_gradient(int dtype, int unit_dtype, int threads, int64_t count, int64_t dim,
                    uintptr_t unit, uintptr_t grad_unit, uintptr_t norm, uintptr_t grad_rows) {
-  run_released(elva_unit_gradient_cpu,
-               ElvaUnitGradientArgs{static_cast<ElvaDtype>(dtype),
-                                    static_cast<ElvaDtype>(unit_dtype), threads, count, dim,
-                                    pointer(unit), pointer(grad_unit), pointer<double>(norm),
-                                    pointer(grad_rows)});
+  run_released(
+      elva_unit_gradient_cpu,
+      ElvaUnitGradientArgs{static_cast<ElvaDtype>(dtype), static_cast<ElvaDtype>(unit_dtype),
+                           threads, count, dim, pointer(unit), pointer(grad_unit),
+                           pointer<double>(norm), pointer(grad_rows)});
 }
 
 void matrix_product(int a_dtype, int b_dtype, int threads, int64_t m, int64_t n, int64_t k,
@@ -268,16 +284,15 @@ double column_norm(int threads, int64_t count, int64_t dim, uintptr_t rows, uint
 
 void add_rows(int threads, int64_t count, int64_t dim, uintptr_t from, uintptr_t into,
               uintptr_t factor, uintptr_t rows, uintptr_t out, int64_t out_count) {
-  run_released(elva_add_rows_cpu,
-               ElvaAddRowsArgs{threads, count, dim, pointer<int64_t>(from), pointer<int64_t>(into),
-                               pointer<float>(factor), pointer(rows), pointer<float>(out),
-                               out_count});
+  run_released(elva_add_rows_cpu, ElvaAddRowsArgs{threads, count, dim, pointer<int64_t>(from),
+                                                  pointer<int64_t>(into), pointer<float>(factor),
+                                                  pointer(rows), pointer<float>(out), out_count});
 }
 
 void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_t width,
                 uintptr_t scores, uintptr_t penalty, uintptr_t scale, uintptr_t norm,
-                uintptr_t target, uintptr_t ids, double max_score, double inverse_temperature, int64_t k,
-                uintptr_t n_greater, uintptr_t n_equal, uintptr_t target_score,
+                uintptr_t target, uintptr_t ids, double max_score, double inverse_temperature,
+                int64_t k, uintptr_t n_greater, uintptr_t n_equal, uintptr_t target_score,
                 uintptr_t hardest_score, uintptr_t hardest_index, uintptr_t topk_scores,
                 uintptr_t topk_index, uintptr_t sum, uintptr_t moment) {
   run_released(elva_score_rows_cpu, ElvaScoreRowsArgs{static_cast<ElvaDtype>(dtype),
@@ -308,12 +323,12 @@ void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_
 void info_nce_terms(int dtype, int64_t count, uintptr_t target_score, uintptr_t at, uintptr_t peak,
                     uintptr_t sum, uintptr_t moment, double temperature, uintptr_t loss,
                     uintptr_t share, uintptr_t others, uintptr_t heat) {
-  run_released(elva_info_nce_terms_cpu,
-               ElvaInfoNceTermsArgs{static_cast<ElvaDtype>(dtype), count, pointer(target_score),
-                                    pointer<int64_t>(at), pointer(peak), pointer<double>(sum),
-                                    pointer<double>(moment), temperature, pointer<double>(loss),
-                                    pointer<double>(share), pointer<double>(others),
-                                    pointer<double>(heat)});
+  run_released(
+      elva_info_nce_terms_cpu,
+      ElvaInfoNceTermsArgs{static_cast<ElvaDtype>(dtype), count, pointer(target_score),
+                           pointer<int64_t>(at), pointer(peak), pointer<double>(sum),
+                           pointer<double>(moment), temperature, pointer<double>(loss),
+                           pointer<double>(share), pointer<double>(others), pointer<double>(heat)});
 }
 
 void slope_rows(int dtype, int threads, int64_t rows, int64_t width, uintptr_t scores,
@@ -385,6 +400,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("reward_forward", &reward_forward);
   module.def("reward_backward", &reward_backward);
   module.def("reward_from_scores", &reward_from_scores);
+  module.def("group_advantages", &group_advantages);
   module.def("topk", &topk);
   module.def("empty", &empty);
   module.def("unit_rows", &unit_rows);

@@ -108,6 +108,23 @@ typedef struct {
 
 ElvaStatus elva_reward_from_scores_cpu(const ElvaScoresArgs* args);
 
+typedef enum { ELVA_SCALE_STD = 0, ELVA_SCALE_BATCH = 1, ELVA_SCALE_NONE = 2 } ElvaScale;
+
+// Each reward less its group's mean, over a deviation.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  ElvaBatch batch;
+  int64_t size;        // rewards in a group, at least 1
+  ElvaScale scale;     // the deviation: the group's own, that of all groups, or 1
+  double std_eps;      // added to a deviation
+  double same_reward;  // a group whose rewards are all closer than this gets 0
+  ElvaInput reward;    // [*, size]
+  void* advantages;    // value [*, size]
+} ElvaAdvantagesArgs;
+
+ElvaStatus elva_group_advantages_cpu(const ElvaAdvantagesArgs* args);
+
 typedef enum { ELVA_DOT = 0, ELVA_COSINE = 1 } ElvaMetric;
 
 // The k best corpus rows of each query: score descending, then index ascending.

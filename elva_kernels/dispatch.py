@@ -18,6 +18,7 @@ from elva_kernels import (
     in_batch,
     native,
     native_batch,
+    native_scores,
     reference,
     selftest,
     triton_kernels,
@@ -91,12 +92,16 @@ def _native_reward_backward(*tensors: Any, **_: Any) -> Tensors:
 
 
 def _native_from_scores(scores: Tensor, mask: Tensor | None, **weights: Any) -> Tensors:
-    values = native.reward_from_scores(scores, mask, **weights)
+    values = native_scores.reward_from_scores(scores, mask, **weights)
     return *values, reference.live_scores(scores, mask)
 
 
 def _native_from_scores_backward(*tensors: Any, **weights: Any) -> Tensors:
-    return (native.reward_from_scores_backward(*tensors, **weights),)
+    return (native_scores.reward_from_scores_backward(*tensors, **weights),)
+
+
+def _native_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
+    return (native_scores.group_advantages(reward, scale=scale, std_eps=std_eps),)
 
 
 def _triton(name: str, module: str = "launch") -> Callable[..., Tensors]:
@@ -168,7 +173,7 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
         "triton": _triton("topk", "launch_topk"),
         "reference": _topk,
     },
-    "group_advantages": {"reference": _advantages},
+    "group_advantages": {"cpu": _native_advantages, "reference": _advantages},
     "rank_statistics": _in_batch("statistics"),
     "in_batch_ranking_reward": _in_batch("in_batch_reward"),
     "in_batch_ranking_reward_backward": _in_batch("in_batch_backward"),

@@ -42,6 +42,8 @@ _SCHEMAS = {
     "Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor live_scores)",
     "reward_from_scores_backward": "(Tensor scores, Tensor? mask, Tensor grad_reward, "
     f"{_WEIGHTS}) -> Tensor grad_scores",
+    "group_advantages": "(Tensor reward, str scale, float std_eps, str backend) -> "
+    "Tensor advantages",
     "topk": "(Tensor query, Tensor corpus, SymInt k, str metric, str backend) "
     "-> (Tensor scores, Tensor index)",
 }
@@ -136,6 +138,12 @@ def _reward_from_scores_backward(
     return _reduce(launch(*inputs, grad_reward, **named), (scores,))[0]
 
 
+def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
+    launch = dispatch.launcher("group_advantages", backend, reward.device, reward.dtype)
+    (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
+    return advantages
+
+
 def _topk(query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> Tensors:
     launch = dispatch.launcher("topk", backend, query.device, query.dtype)
     return launch(query, corpus, k, metric=metric)
@@ -226,6 +234,10 @@ def _fake_grad_scores(scores: Tensor, *_: Any) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
+def _fake_advantages(reward: Tensor, *_: Any) -> Tensor:
+    return reward.new_empty(reward.shape, dtype=compute_dtype(reward.dtype))
+
+
 def _fake_topk(query: Tensor, corpus: Tensor, k: int, *_: Any) -> Tensors:
     shape = (query.shape[0], torch.sym_min(k, corpus.shape[0]))
     scores = query.new_empty(shape, dtype=compute_dtype(query.dtype))
@@ -239,6 +251,7 @@ _KERNELS: dict[str, Kernels] = {
     "ranking_reward_and_grad": (_ranking_reward_and_grad, _fake_reward_and_grad),
     "reward_from_scores": (_reward_from_scores, _fake_from_scores),
     "reward_from_scores_backward": (_reward_from_scores_backward, _fake_grad_scores),
+    "group_advantages": (_group_advantages, _fake_advantages),
     "topk": (_topk, _fake_topk),
 }
 
@@ -260,6 +273,7 @@ _OPS = torch.ops.elva_kernels
 ranking_reward = _OPS.ranking_reward.default
 ranking_reward_and_grad = _OPS.ranking_reward_and_grad.default
 reward_from_scores = _OPS.reward_from_scores.default
+group_advantages = _OPS.group_advantages.default
 topk = _OPS.topk.default
 
 

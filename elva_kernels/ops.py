@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from elva_kernels import checks, dispatch, library
+from elva_kernels import checks, library
 from elva_kernels.reference import RankingReward
 
 
@@ -231,6 +231,5 @@ def group_advantages(reward: Tensor, *, scale: str = "std", std_eps: float = 1e-
     """
     op = "group_advantages"
     std_eps = checks.rewards(op, reward, scale, std_eps)
-    launch = dispatch.launcher(op, "auto", reward.device, reward.dtype)
-    (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
+    advantages: Tensor = library.group_advantages(reward.detach(), scale, std_eps, "auto")
     return advantages

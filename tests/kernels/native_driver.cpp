@@ -108,6 +108,27 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   if (elva_reward_from_scores_cpu(&given) != ELVA_OK) abort();
 }
 
+void one_group_of_rewards(ElvaDtype dtype, int64_t groups, int64_t size, int64_t stride,
+                          bool special, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto reward = numbers(dtype, groups * size * stride, special, &random);
+  std::vector<char> advantages(static_cast<size_t>(groups * size * (dtype == ELVA_FP64 ? 8 : 4)));
+  for (ElvaScale scale : {ELVA_SCALE_STD, ELVA_SCALE_BATCH, ELVA_SCALE_NONE}) {
+    ElvaAdvantagesArgs args = {};
+    args.dtype = dtype;
+    args.threads = 3;
+    args.batch.groups = args.batch.sizes[0] = groups;
+    args.batch.ndim = 1;
+    args.size = size;
+    args.scale = scale;
+    args.std_eps = 1e-4;
+    args.same_reward = 1e-6;
+    args.reward = rows_of(reward.data(), 1, size, stride);
+    args.advantages = advantages.data();
+    if (elva_group_advantages_cpu(&args) != ELVA_OK) abort();
+  }
+}
+
 void one_search(ElvaDtype dtype, int64_t queries, int64_t rows, int64_t dim, int64_t stride,
                 bool special, unsigned seed) {
   std::mt19937 random(seed);
@@ -357,6 +378,8 @@ void many_calls(unsigned seed) {
       one_batch(dtype, 1, 1, 1, stride, false, seed);
       one_batch(dtype, 230, 70, 200, stride, stride == 1, seed);
     }
+    one_group_of_rewards(dtype, 3, 1, 1, false, seed);
+    one_group_of_rewards(dtype, 3000, 9, 3, true, seed);
     one_call(dtype, 2, 0, 8, 1, false, seed);
     one_call(dtype, 2, 600, 16, 1, false, seed);
     one_call(dtype, 24, 20, 512, 1, false, seed);

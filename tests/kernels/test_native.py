@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import elva_kernels
-from elva_kernels import native
+from elva_kernels import native, native_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
@@ -127,7 +127,7 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
     # tested. The parent's pool is in use by another thread at the moment of each fork.
     program = """
         import multiprocessing, threading, torch
-        from elva_kernels import native
+        from elva_kernels import native, native_scores
         weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
@@ -187,7 +187,7 @@ def test_a_data_loader_worker_computes_the_parents_bits(threads):
 def test_the_interpreter_exits_while_the_pool_works():
     program = """
         import threading, time, torch
-        from elva_kernels import native
+        from elva_kernels import native, native_scores
         weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(64, 2048), torch.randn(64, 2048), torch.randn(64, 100, 2048))
@@ -236,7 +236,7 @@ def test_a_level_that_is_not_there_is_an_error_and_not_another_level():
 def test_ranks_by_counting_and_by_sorting_agree_with_the_reference(n):
     scores = torch.randint(-9, 9, (3, n + 1)).float() / 8  # many ties
     for dtype in (torch.float32, torch.float64):
-        ours = native.reward_from_scores(scores.to(dtype), None, **WEIGHTS)
+        ours = native_scores.reward_from_scores(scores.to(dtype), None, **WEIGHTS)
         right = elva_kernels.reward_from_scores(scores.double(), backend="reference", **WEIGHTS)
         assert torch.equal(ours[3], right.rank)
         torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
@@ -262,7 +262,7 @@ def test_offsets_beyond_32_bits():
 def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
     program = f"""
         import torch
-        from elva_kernels import native
+        from elva_kernels import native, native_scores
         weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         def field(name):
             line = next(x for x in open("/proc/self/status") if x.startswith(name))

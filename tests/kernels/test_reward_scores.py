@@ -192,3 +192,41 @@ class TestGroupAdvantages:
         assert advantages.sum(-1).abs().max() < 1e-5
         reward = torch.randn(1, 8)
         assert torch.equal(group_advantages(reward).argsort(), reward.argsort())
+
+    @each_dtype
+    @pytest.mark.parametrize("scale", ["std", "batch", "none"])
+    @pytest.mark.parametrize("shape", [(7,), (3, 1), (2, 5, 8), (700, 33), (0, 4)], ids=str)
+    def test_every_layout_follows_the_reference(self, dtype, scale, shape):
+        wide = torch.randn(*shape, 2)
+        if wide.shape[0] > 2:
+            wide[0] = 0.25  # no difference: with (7,) one reward of the group
+            wide[1, ..., 0] = torch.nan
+        for reward in (wide[..., 0].to(dtype), wide[..., 1].to(dtype).contiguous()):
+            advantages = group_advantages(reward, scale=scale, std_eps=0.01)
+            expected = reference.group_advantages(reward.double(), scale=scale, std_eps=0.01)
+            rtol = 1e-12 if dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(
+                advantages.double(), expected, rtol=rtol, atol=rtol, equal_nan=True
+            )
+
+    def test_is_the_same_on_any_number_of_threads(self):
+        reward = torch.randn(5000, 8)
+        reward[17, 3] = torch.inf
+        threads = torch.get_num_threads()
+        for scale in ("std", "batch"):
+            torch.set_num_threads(1)
+            alone = group_advantages(reward, scale=scale)
+            torch.set_num_threads(3)
+            together = group_advantages(reward, scale=scale)
+            torch.set_num_threads(threads)
+            assert same_bits(alone, together)
+        assert alone[17].isnan().all() and alone[18].isfinite().all()
+
+    def test_is_an_op_to_torch(self):
+        op = torch.ops.elva_kernels.group_advantages.default
+        for dtype in DTYPES:
+            for backend in ("cpu", "reference"):
+                torch.library.opcheck(op, (torch.randn(3, 4).to(dtype), "batch", 0.1, backend))
+        compiled = torch.compile(group_advantages, fullgraph=True, backend="aot_eager")
+        reward = torch.randn(3, 4)
+        assert same_bits(compiled(reward), group_advantages(reward))
