@@ -2,9 +2,10 @@
 
 Each case is checked against float64 first; a red op gets no speed. Providers take turns call by
 call. The floor is the product of queries and candidates alone in the inputs' dtype, whose scores
-torch rounds to that dtype where ours are float32; InfoNCE with its gradients takes three of them.
+torch rounds to that dtype where ours are float32; an op with its gradients takes three of them.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import elva_kernels
-from benchmarks import timing
+from benchmarks import in_batch_rivals, timing
 from benchmarks.ceilings import Ceilings
+from benchmarks.in_batch_rivals import TEMPERATURE, loss_and_grads
 from benchmarks.timing import DTYPES, Tally, extra_mb, spread, timed
 
-DIM, K, TEMPERATURE = 1536, 10, 0.05
+DIM, K, HEAD = 1536, 10, 100
+WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
+SIZES = ((1024, "bf16"), (4096, "bf16"), (256, "bf16"), (1024, "fp32"))
 CASES = [
     (op, size, dtype)
-    for op in ("info_nce", "rank_statistics")
-    for size, dtype in ((1024, "bf16"), (4096, "bf16"), (256, "bf16"), (1024, "fp32"))
+    for op in ("info_nce", "rank_statistics", "in_batch_ranking_reward")
+    for size, dtype in SIZES
 ]
-PRODUCTS = {"info_nce": 3, "rank_statistics": 1}
+PRODUCTS = {"info_nce": 3, "rank_statistics": 1, "in_batch_ranking_reward": 3}
 SECONDS = 6.0  # of measuring, per case under pytest
 # Of the loss or the targets' scores; of the gradients over their norm, with their rounding.
 MAX_SCORE_ERROR = {"bf16": 1e-5, "fp32": 1e-5}
-MAX_GRAD_ERROR = {"bf16": 4e-3, "fp32": 1e-5}
+MAX_GRAD_ERROR = {
+    "info_nce": {"bf16": 4e-3, "fp32": 1e-5},
+    # Negatives whose scores differ by less than float32 tells may change places, and slopes.
+    "in_batch_ranking_reward": {"bf16": 4e-3, "fp32": 1e-3},
+}
 Pair = tuple[Tensor, Tensor]
 Provider = Callable[[Pair], Any]
 
@@ -39,61 +47,67 @@ def pair_of(size: int, dtype: torch.dtype) -> Pair:
     return query.to(dtype), (query + 4 * torch.randn(size, DIM)).to(dtype)
 
 
-def loss_and_grads(loss: Callable[[Tensor, Tensor], Tensor]) -> Provider:
-    """A pair -> the loss, then its gradients."""
-
-    def run(pair: Pair) -> tuple[Tensor, ...]:
-        leaves = [x.detach().requires_grad_() for x in pair]
-        value = loss(*leaves)
-        return value.detach(), *torch.autograd.grad(value, leaves)
-
-    return run
-
-
-def eager_loss(query: Tensor, candidates: Tensor) -> Tensor:
-    """Scores in the inputs' dtype, the rest in float32, or in float64 for float64."""
-    scores = F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return F.cross_entropy(scores.to(wide) / TEMPERATURE, torch.arange(len(query)))
-
-
-def exact_loss(query: Tensor, candidates: Tensor) -> Tensor:
-    return eager_loss(query.float(), candidates.float())
-
-
-def eager_statistics(pair: Pair) -> Tensor:
-    query, candidates = (F.normalize(x, dim=-1) for x in pair)
-    scores = query @ candidates.T
-    target = scores.diagonal().unsqueeze(1)
-    rank = (scores >= target).sum(1)
-    scores.topk(K + 1)
-    return torch.stack([rank, target.squeeze(1)])
-
-
-def ours_loss(query: Tensor, candidates: Tensor) -> Tensor:
+def our_loss(query: Tensor, candidates: Tensor) -> Tensor:
     return elva_kernels.info_nce(query, candidates, temperature=TEMPERATURE)
+
+
+def our_reward_loss(query: Tensor, candidates: Tensor) -> Tensor:
+    result = elva_kernels.in_batch_ranking_reward(query, candidates, head=HEAD, **WEIGHTS)
+    return -result.reward.mean()
+
+
+eager_reward_loss = functools.partial(in_batch_rivals.reward_loss, weights=WEIGHTS, head=HEAD)
+
+
+def exact_reward_loss(query: Tensor, candidates: Tensor) -> Tensor:
+    return eager_reward_loss(query.float(), candidates.float())
 
 
 PROVIDERS: dict[str, dict[str, Provider]] = {
     "info_nce": {
-        "ours": loss_and_grads(ours_loss),
-        "torch eager": loss_and_grads(eager_loss),
-        "torch eager, fp32 scores": loss_and_grads(exact_loss),
+        "ours": loss_and_grads(our_loss),
+        "torch eager": loss_and_grads(in_batch_rivals.eager_loss),
+        "torch eager, fp32 scores": loss_and_grads(in_batch_rivals.exact_loss),
+        "torch linear_cross_entropy": loss_and_grads(in_batch_rivals.linear_loss),
+        "sentence-transformers": in_batch_rivals.sentence_transformers,
     },
     "rank_statistics": {
         "ours": lambda pair: elva_kernels.rank_statistics(*pair, k=K),
-        "torch eager, count + topk": eager_statistics,
+        "torch eager, count + topk": lambda pair: in_batch_rivals.statistics(*pair, K),
+    },
+    "in_batch_ranking_reward": {
+        "ours": loss_and_grads(our_reward_loss),
+        "torch eager": loss_and_grads(eager_reward_loss),
+        "torch eager, fp32 scores": loss_and_grads(exact_reward_loss),
     },
 }
+TRUTHS = {"info_nce": in_batch_rivals.eager_loss, "in_batch_ranking_reward": eager_reward_loss}
+
+
+def providers_of(op: str, compile_too: bool) -> tuple[dict[str, Provider], dict[str, str]]:
+    """Those that can run here, and why the others cannot."""
+    providers = dict(PROVIDERS[op])
+    if op != "info_nce":
+        return providers, {}
+    not_run = in_batch_rivals.absent()
+    if "sentence-transformers" in not_run:
+        del providers["sentence-transformers"]
+    if not hasattr(F, "linear_cross_entropy"):
+        del providers["torch linear_cross_entropy"]
+        not_run["torch linear_cross_entropy"] = f"torch {torch.__version__} has none"
+    if compile_too:
+        fast = in_batch_rivals.compiled(in_batch_rivals.eager_loss)
+        providers["torch compile"] = loss_and_grads(fast)
+    return providers, not_run
 
 
 def checked(op: str, name: str, run: Provider, pair: Pair, dtype: str) -> dict[str, Any]:
     """The errors against float64 and the extra memory; ends the program where ours is red."""
     result = run(pair)
     facts: dict[str, Any] = {}
-    if op == "info_nce":
+    if op in TRUTHS:
         loss, *gradients = result
-        right, *expected = loss_and_grads(eager_loss)((pair[0].double(), pair[1].double()))
+        right, *expected = loss_and_grads(TRUTHS[op])((pair[0].double(), pair[1].double()))
         facts["score_error"] = (loss.double() - right).abs().item()
         facts["grad_error"] = max(
             ((gradient.double() - truth).norm() / truth.norm()).item()
@@ -111,18 +125,17 @@ def checked(op: str, name: str, run: Provider, pair: Pair, dtype: str) -> dict[s
             sys.exit(f"{op}: {dtype} is red: a rank is not that of float64's scores")
     if name == "ours":
         red = facts["score_error"] > MAX_SCORE_ERROR[dtype]
-        if red or facts.get("grad_error", 0.0) > MAX_GRAD_ERROR[dtype]:
+        if red or (op in TRUTHS and facts["grad_error"] > MAX_GRAD_ERROR[op][dtype]):
             sys.exit(f"{op}: {dtype} is red: errors {facts}")
-    gradient_bytes = sum(x.nbytes for x in pair) if op == "info_nce" else 0
+    gradient_bytes = sum(x.nbytes for x in pair) if op in TRUTHS else 0
     return facts | {"extra_mb": extra_mb(lambda: run(pair), gradient_bytes)}
 
 
-def measure(
-    op: str, size: int, dtype: str, seconds: float
-) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Rows of one case, and the read and copy times that were taken in turns with it."""
+def measure(tally: Tally, op: str, size: int, dtype: str, seconds: float) -> None:
+    """Adds the rows of one case, and the read and copy times that were taken in turns with it."""
     pairs = [pair_of(size, DTYPES[dtype]) for _ in range(2)]
-    providers = PROVIDERS[op]
+    providers, not_run = providers_of(op, compile_too=(size, dtype) == SIZES[0])
+    tally.not_run |= not_run
     facts = {name: checked(op, name, run, pairs[0], dtype) for name, run in providers.items()}
     ceilings = Ceilings()
     turns: dict[str, Callable[[int], Any]] = {
@@ -132,7 +145,7 @@ def measure(
     turns |= {"read": lambda _: ceilings.read(), "copy": lambda _: ceilings.copy()}
     times = timed(turns, seconds)
     product_ms = PRODUCTS[op] * spread(times["product"])[1]
-    eager = min(spread(times[name])[1] for name in providers if name != "ours")
+    eager = min(spread(times[name])[1] for name in providers if "eager" in name)
     rows = []
     for name in providers:
         row = timing.row(f"{op} {size}x{size}x{DIM}", dtype, name, times[name])
@@ -140,12 +153,12 @@ def measure(
         row |= {"product_ms": product_ms, "of_floor": product_ms / row["median_ms"]}
         row["times_eager"] = eager / row["median_ms"]
         rows.append(row | facts[name])
-    return rows, {name: times[name] for name in ("read", "copy")}
+    tally.add(rows, {name: times[name] for name in ("read", "copy")})
 
 
 @pytest.mark.parametrize(("op", "size", "dtype"), CASES)
 def test_in_batch(op: str, size: int, dtype: str, tally: Tally, benchmark: Any) -> None:
-    tally.add(*measure(op, size, dtype, SECONDS))
+    measure(tally, op, size, dtype, SECONDS)
     benchmark(PROVIDERS[op]["ours"], pair_of(size, DTYPES[dtype]))
 
 
@@ -153,7 +166,7 @@ def main() -> None:
     arguments = timing.arguments("bench_in_batch", __doc__, quick="one size in bf16, no file")
     tally = Tally("in_batch")
     for case in CASES[:1] if arguments.quick else CASES:
-        tally.add(*measure(*case, arguments.seconds))
+        measure(tally, *case, arguments.seconds)
     tally.tell(keep=not arguments.quick)
 
 

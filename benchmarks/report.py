@@ -70,6 +70,12 @@ COLUMNS = {
         ("score err", "score_error", ".1e"),
         ("grad err", "grad_error", ".1e"),
     ),
+    "scores": (
+        *TIMES,
+        ("x eager", "times_eager", ".1f"),
+        ("MB extra", "extra_mb", ".1f"),
+        ("err", "score_error", ".1e"),
+    ),
     "topk": (
         *TIMES,
         ("GFLOP/s", "gflops", ".0f"),
@@ -82,6 +88,7 @@ COLUMNS = {
 COUNTED = {
     "reward": "GB/s counts each input read once and each gradient written once",
     "in_batch": "the floor is the matrix products alone; gradients' errors are over their norm",
+    "scores": "GB/s counts each value read and written once; errors are over the largest value",
     "topk": "GB/s counts the corpus read once; errors are over |q| |c|",
 }
 
@@ -111,7 +118,9 @@ def markdown(result: dict[str, Any]) -> str:
     columns = COLUMNS[result.get("op", "reward")]
     facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     heads = ["case", "provider", *(column[0] for column in columns)]
-    lines = [facts, "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = [facts, ""]
+    lines += [f"Not run: {name}: {why}." for name, why in result.get("not_run", {}).items()]
+    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in result["rows"]:
         found = ((row.get(key), form) for _, key, form in columns)
         cells = ["-" if value is None else format(value, form) for value, form in found]

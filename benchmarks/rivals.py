@@ -9,7 +9,7 @@ from torch import Tensor
 Gradients = tuple[Tensor, ...]
 
 
-def _reward(scores: Tensor, weights: dict[str, float]) -> Tensor:
+def reward_of_scores(scores: Tensor, weights: dict[str, float]) -> Tensor:
     """Eq. 2 to 5 of elva_kernels/reference.py, by a sort."""
     positive, hardest = scores[:, 0], scores[:, 1:].amax(-1)
     order = scores.argsort(-1, descending=True)
@@ -29,7 +29,7 @@ def normalize_sort(
     scores = (
         F.normalize(query.float(), dim=-1).unsqueeze(1) * F.normalize(candidates, dim=-1)
     ).sum(-1)
-    return _reward(scores, weights)
+    return reward_of_scores(scores, weights)
 
 
 def bmm_norms(
@@ -39,7 +39,7 @@ def bmm_norms(
     candidates = torch.cat([positive.unsqueeze(1), negatives], 1)
     dots = torch.bmm(candidates, query.unsqueeze(-1)).squeeze(-1).float()
     norms = candidates.norm(dim=-1).float() * query.norm(dim=-1, keepdim=True).float()
-    return _reward(dots / norms, weights)
+    return reward_of_scores(dots / norms, weights)
 
 
 FORMS = {"torch eager, normalize + sort": normalize_sort, "torch eager, bmm + norms": bmm_norms}

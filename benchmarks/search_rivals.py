@@ -14,14 +14,18 @@ from typing import Any
 
 import numpy as np
 
-RIVALS = {"faiss IndexFlatIP fp32": "faiss", "usearch exact fp32": "usearch"}
+RIVALS = {
+    "faiss IndexFlatIP fp32": "faiss",
+    "usearch exact fp32": "usearch",
+    "sentence-transformers semantic_search fp32": "sentence_transformers",
+}
 
 
 def milliseconds(name: str, *sizes: int, seconds: float) -> list[float] | str:
     """The times of rival `name` for (queries, rows, dim, k, threads), or why there are none."""
     package = RIVALS[name]
     if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed"
+        return "not installed; pip install 'elva[rivals]'"
     command = [sys.executable, "-m", __spec__.name, package, *map(str, (*sizes, seconds))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -45,13 +49,29 @@ def _usearch(corpus: Any, k: int, threads: int) -> Callable[[Any], Any]:
     return lambda query: search(corpus, query, k, MetricKind.IP, exact=True, threads=threads)
 
 
+def _sentence_transformers(corpus: Any, k: int, threads: int) -> Callable[[Any], Any]:
+    import torch
+    from sentence_transformers.util import dot_score, semantic_search
+
+    torch.set_num_threads(threads)
+    rows = torch.from_numpy(corpus)
+    return lambda query: semantic_search(query, rows, top_k=k, score_function=dot_score)
+
+
+SEARCHES = {
+    "faiss": _faiss,
+    "usearch": _usearch,
+    "sentence_transformers": _sentence_transformers,
+}
+
+
 def main() -> None:
     package, *sizes, seconds = sys.argv[1:]
     n_queries, n_rows, dim, k, threads = map(int, sizes)
     random = np.random.default_rng(0)
     corpus = random.standard_normal((n_rows, dim), dtype=np.float32)
     query = random.standard_normal((n_queries, dim), dtype=np.float32)
-    run = {"faiss": _faiss, "usearch": _usearch}[package](corpus, k, threads)
+    run = SEARCHES[package](corpus, k, threads)
     run(query)
     times: list[float] = []
     end = time.perf_counter() + float(seconds)

@@ -13,8 +13,8 @@ constexpr int64_t kRowPadding = 16;
 // Residues modulo this are told apart in a row, so that k of their largest bound the k largest.
 constexpr int64_t kBests = 64;
 
-// One query's dot products, in place: made cosines, clamped to [-1, 1], with -inf for who is no negative (eq. 9 of
-// elva_kernels/reference_batch.py), and what eq. 10 and 11 need of them.
+// One query's dot products, in place: made cosines, clamped to [-1, 1], with -inf for who is no
+// negative (eq. 9 of elva_kernels/reference_batch.py), and what eq. 10 and 11 need of them.
 template <class S>
 struct ScoreRowJob {
   S* row;            // [width]
@@ -32,8 +32,8 @@ struct ScoreRowJob {
   int64_t n_greater, n_equal;
   S hardest;
   S best[kBests];  // the largest of each residue of j; the largest of these is the hardest
-  double sum;     // over the negatives, exp((s - hardest) / T)
-  double moment;  // and that times (s - hardest)
+  double sum;      // over the negatives, exp((s - hardest) / T)
+  double moment;   // and that times (s - hardest)
 };
 
 // A row of masked scores becomes row_factor exp((s - row_peak) / T) + column_factor exp((s -

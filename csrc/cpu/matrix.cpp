@@ -218,7 +218,8 @@ class Product {
   }
 
   Panels take_panels(int64_t rows) const {
-    const int64_t words = rounded_up(rows, tile_.rows) * kSteps, tiles = words / kSteps / tile_.rows;
+    const int64_t words = rounded_up(rows, tile_.rows) * kSteps,
+                  tiles = words / kSteps / tile_.rows;
     const int64_t corner = tile_.rows * tile_.columns;
     Arena& arena = thread_arena();
     arena.reset(2 * Arena::bytes_for<Word>(words) + Arena::bytes_for<bool>(tiles) +
@@ -238,8 +239,8 @@ class Product {
         const Word* panel = b_panels + p / F::kElements * padded + y * steps(here);
         for (int64_t x = 0; x < rows; x += tile_.rows) {
           const int64_t height = std::min(tile_.rows, rows - x);
-          tile(panel, x, height, steps(here), std::min(tile_.columns, end - y),
-               c(i + x, j0 + y), add, mine);
+          tile(panel, x, height, steps(here), std::min(tile_.columns, end - y), c(i + x, j0 + y),
+               add, mine);
         }
       }
     }

@@ -27,8 +27,8 @@ struct Bf16Pair {
 
 constexpr int64_t kMostRows = 192;  // of a block of a: it stays in the second-level cache
 
-// `count` rows, kMostRows or fewer, of `depth` floats as pairs of bf16 halves, x scale = high + low + 2^-18 or less of
-// it, in panels of `width` rows that are zero-padded.
+// `count` rows, kMostRows or fewer, of `depth` floats as pairs of bf16 halves, x scale = high + low
+// + 2^-18 or less of it, in panels of `width` rows that are zero-padded.
 struct HalvesJob {
   const float* rows;
   int64_t row_stride, stride;

@@ -7,7 +7,6 @@
 // Limits: none. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
 // but the table at the end. Reference: torch.mm, elva_kernels.reference._unit.
 #include "matrix_kernels.h"
-
 #include "simd.h"
 
 namespace elva {
@@ -154,8 +153,10 @@ void halves(const HalvesJob& job) {
   const int64_t steps = (job.depth + 1) / 2;
   const int64_t tail = job.count % job.width;
   if (tail != 0) {
-    Bf16Pair* ends[] = {job.high + (job.count - tail) * steps, job.low + (job.count - tail) * steps};
-    for (Bf16Pair* end : ends) memset(end, 0, static_cast<size_t>(steps * job.width) * sizeof(*end));
+    Bf16Pair* ends[] = {job.high + (job.count - tail) * steps,
+                        job.low + (job.count - tail) * steps};
+    for (Bf16Pair* end : ends)
+      memset(end, 0, static_cast<size_t>(steps * job.width) * sizeof(*end));
   }
   if (job.row_stride == 1) {
     halves_of_columns(job, sums);
@@ -178,8 +179,7 @@ void gradient_into(const Bf16GradientJob& job, Out* out) {
     const int64_t end = i + kChain < whole ? i + kChain : whole;
     float sums[kLanes] = {};
     for (; i < end; i += kLanes) {
-      for (int64_t l = 0; l < kLanes; ++l)
-        sums[l] += widened(job.x[i + l].bits) * job.grad[i + l];
+      for (int64_t l = 0; l < kLanes; ++l) sums[l] += widened(job.x[i + l].bits) * job.grad[i + l];
     }
     for (int64_t l = 0; l < kLanes; ++l) lanes[l] += static_cast<double>(sums[l]);
   }

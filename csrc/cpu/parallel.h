@@ -1,6 +1,6 @@
-// Loops over several threads: those of the OpenMP runtime that torch has loaded, where there is one,
-// else a small pool of our own that sleeps when it has nothing to do. Never a second OpenMP runtime:
-// the two would spin against each other.
+// Loops over several threads: those of the OpenMP runtime that torch has loaded, where there is
+// one, else a small pool of our own that sleeps when it has nothing to do. Never a second OpenMP
+// runtime: the two would spin against each other.
 #ifndef ELVA_CPU_PARALLEL_H_
 #define ELVA_CPU_PARALLEL_H_
 
