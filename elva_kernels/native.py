@@ -279,8 +279,8 @@ def _empty_gradient(x: Tensor) -> Tensor:
 
 
 def _empty_kept(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Where it is large, of memory that is kept for the next one."""
-    if shape.numel() * dtype.itemsize >= _LARGE_BYTES:
+    """Where it is large, of memory that is kept for the next one; an index is not."""
+    if dtype in _DTYPE_CODES and shape.numel() * dtype.itemsize >= _LARGE_BYTES:
         return from_dlpack(_module().empty(_DTYPE_CODES[dtype], tuple(shape)))
     return _empty(shape, dtype)
 

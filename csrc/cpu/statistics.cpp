@@ -64,7 +64,8 @@ class Places {
       places_.push_back({job.row[at], at});
     }
     const int64_t there = std::min(k, count);
-    std::partial_sort(places_.begin(), places_.begin() + there, places_.end());
+    if (there < count) std::nth_element(places_.begin(), places_.begin() + there, places_.end());
+    std::sort(places_.begin(), places_.begin() + there);
     for (int64_t i = 0; i < k; ++i) {
       const Place<S> none{kNone<S>, -1};
       const Place<S>& place = i < there ? places_[static_cast<size_t>(i)] : none;
@@ -75,18 +76,33 @@ class Places {
 
  private:
   // A finite score that the k first are not below.
-  static S least_of(const ScoreRowJob<S>& job, int64_t k) {
+  S least_of(const ScoreRowJob<S>& job, int64_t k) {
     constexpr S kLowest = std::numeric_limits<S>::lowest();
-    if (k > kBests) return kLowest;
-    S best[kBests];
-    std::copy(job.best, job.best + kBests, best);
-    std::nth_element(best, best + k - 1, best + kBests, std::greater<S>());
-    return std::max(best[k - 1], kLowest);
+    if (k <= kBests) {
+      best_.assign(job.best, job.best + kBests);
+    } else if (2 * kStripes * k <= job.width) {  // else there is little to pass over
+      best_.assign(job.row, job.row + kStripes * k);
+      for (int64_t j = kStripes * k; j < job.width;) {
+        const int64_t there = std::min(kStripes * k, job.width - j);
+        for (int64_t i = 0; i < there; ++i, ++j) {
+          S& best = best_[static_cast<size_t>(i)];
+          best = job.row[j] > best ? job.row[j] : best;
+        }
+      }
+    } else {
+      return kLowest;
+    }
+    // Of the best of as many disjoint parts of the row, the k-th: k scores are no less.
+    std::nth_element(best_.begin(), best_.begin() + k - 1, best_.end(), std::greater<S>());
+    return std::max(best_[static_cast<size_t>(k - 1)], kLowest);
   }
+
+  static constexpr int64_t kStripes = 4;  // parts of a row for each score wanted: ours
 
   const RowKernels<S>& kernels_;
   std::vector<int64_t> found_;
   std::vector<Place<S>> places_;
+  std::vector<S> best_;
 };
 
 // Counts where the target's score is NaN, which is less than any number and equals NaN. Candidates

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from elva_kernels import available_backends, dispatch, doctor, reference
+from elva_kernels import available_backends, dispatch, doctor, rank_statistics, reference
 from tests import tolerances
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
@@ -171,3 +171,22 @@ def exact_negatives(scores, target, ids=None, max_score=None):
     if ids is not None:
         negative &= ids != ids[target].unsqueeze(1)
     return negative if max_score is None else negative & (scores <= max_score)
+
+
+def cosines(query, candidates):
+    """In float64; differentiable."""
+    q, c = (
+        torch.nn.functional.normalize(x.double(), dim=1, eps=1e-300) for x in (query, candidates)
+    )
+    return q @ c.T
+
+
+def every_score(query, candidates, target, backend):
+    """The backend's own scores [B, M], put together from its target score and its whole order."""
+    found = rank_statistics(query, candidates, target, k=len(candidates), backend=backend)
+    scores = torch.full((len(query), len(candidates)), torch.nan, dtype=found.topk_scores.dtype)
+    for i in range(len(query)):
+        there = found.topk_index[i] >= 0
+        scores[i, found.topk_index[i][there]] = found.topk_scores[i][there]
+        scores[i, target[i]] = found.target_score[i]
+    return scores

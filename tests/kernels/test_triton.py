@@ -28,9 +28,10 @@ REWARD = (
 )
 
 STATISTICS = (
-    "triton and ((test_values and (1-1-1 or 3-7-5 or 0-4-8)) or bad_row_spoils or bits_depend"
-    " or test_reward or any_magnitude or lattice)"
+    "triton and ((test_values and (1-1-1 or 3-7-5 or 0-4-8)) or bits_depend or any_magnitude"
+    " or lattice)"
 )
+IN_BATCH_REWARD = "triton and (bad_row_spoils or test_reward)"
 INFO_NCE = (
     "triton and ((values_and_gradients and (1-1-1 or 3-7-5 or 0-4-8)) or bad_row_spoils"
     " or no_temperature or zero_rows)"
@@ -46,6 +47,7 @@ SEARCH = "triton and (1x1x1 or zero_or_not_finite)"
         ("triton_interpreted.py", ""),
         ("test_reward.py", REWARD),
         ("test_statistics.py", STATISTICS),
+        ("test_in_batch_reward.py", IN_BATCH_REWARD),
         ("test_infonce.py", INFO_NCE),
         ("test_topk.py", SEARCH),
         ("test_reward_scores.py", "non_finite or signed_zeros or (values and 9 and float32)"),
