@@ -25,7 +25,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
   -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -isystem {python} -isystem {pybind11} {CXXFLAGS}
-nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills $
+nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills,-Werror $
   -Werror all-warnings {gencode}
 rule cxx
   command = {cxx} -MMD -MF $out.d $cxxflags $extra -c $in -o $out
@@ -84,7 +84,9 @@ class NinjaBuild(build_ext):
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             extras = levels if "_simd" in x.name else [""]
             steps += [("cxx", f"cpu/{x.name}", extra) for extra in extras]
-        steps.append(("cxx", "bindings.cpp", f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"'))
+        cuda = f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"' if nvcc else "-O1"
+        plain = ["bindings.cpp"] + ["bindings_cuda.cpp", "cuda/device.cpp"] * bool(nvcc)
+        steps += [("cxx", name, cuda) for name in plain]
         text = NINJA.format(**values)
         for i, (rule, name, extra) in enumerate(steps):
             source = str(ROOT / "csrc" / name).replace(" ", "$ ")

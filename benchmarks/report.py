@@ -135,7 +135,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     found: dict[str, dict[str, Any]] = {}
     for row in result["rows"]:
@@ -161,8 +161,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for color, provider in enumerate(providers):
         axes.plot([], [], "o", color=f"C{color}", label=provider)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="0.6", linewidth=1)
     axes.set_yticks(range(len(cases)), list(cases))
     axes.invert_yaxis()

@@ -1,123 +1,20 @@
 // The Python module elva_kernels._C: integers and tuples in, status out, the interpreter released
 // while ops run.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#include <cstdint>
-#include <iterator>
 #include <memory>
-#include <stdexcept>
 #include <string>
 
-#include "elva.h"
 #include "result.h"
-
-namespace py = pybind11;
 
 namespace {
 
-#ifndef ELVA_CUDA_ARCHS
-#define ELVA_CUDA_ARCHS ""
-#endif
-
-void raise_unless_ok(ElvaStatus status) {
-  if (status == ELVA_OUT_OF_MEMORY) throw std::bad_alloc();
-  if (status == ELVA_BAD_LEVEL) throw std::runtime_error(elva_cpu_level_error());
-  if (status != ELVA_OK)
-    throw std::runtime_error("elva_kernels._C: device error " + std::to_string(status));
-}
-
-void check_tuple(PyObject* object, size_t size) {
-  if (!PyTuple_Check(object) || static_cast<size_t>(PyTuple_GET_SIZE(object)) != size) {
-    throw std::invalid_argument("elva_kernels._C: expected a tuple of " + std::to_string(size));
-  }
-}
-
-int64_t integer(PyObject* tuple, size_t i) {
-  const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
-  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return value;
-}
-
-// Runs an op without the interpreter. Where the interpreter ends meanwhile, Python ends this thread
-// in PyEval_RestoreThread by unwinding it: through no destructor (py::gil_scoped_release has one,
-// and would terminate the process), and with no reference to a Python object to give back. That is
-// why this file borrows all it is passed.
-template <class Args>
-void run_released(ElvaStatus (*op)(const Args*), const Args& args) {
-  PyThreadState* state = PyEval_SaveThread();
-  const ElvaStatus status = op(&args);
-  PyEval_RestoreThread(state);
-  raise_unless_ok(status);
-}
-
-constexpr size_t kMaxOperands = 5;
-
-// Merges the leading dimensions `sizes` that every operand walks as one, and writes batch and batch
-// strides. An operand is what Python passes for a tensor: (address, strides), or None for an absent
-// one.
-class Layout {
- public:
-  Layout(py::handle sizes, ElvaBatch* batch) : batch_(batch), sizes_(sizes.ptr()) {
-    ndim_ = static_cast<size_t>(PyTuple_Size(sizes_));
-    check_tuple(sizes_, ndim_);
-    batch->groups = 1;
-    batch->ndim = 0;
-    for (size_t i = 0; i < ndim_; ++i) batch->groups *= integer(sizes_, i);
-  }
-
-  // own: the dimensions of the operand itself, after the leading ones (0, 1 or 2).
-  void add(py::handle operand, size_t own, ElvaInput* input) {
-    if (operand.is_none()) return;
-    check_tuple(operand.ptr(), 2);
-    PyObject* strides = PyTuple_GET_ITEM(operand.ptr(), 1);
-    check_tuple(strides, ndim_ + own);
-    input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
-    if (own >= 1) input->stride = integer(strides, ndim_ + own - 1);
-    if (own == 2) input->row_stride = integer(strides, ndim_);
-    strides_[count_] = strides;
-    inputs_[count_++] = input;
-  }
-
-  void finish() {
-    for (size_t i = 0; i < ndim_; ++i) {
-      const int64_t size = integer(sizes_, i);
-      if (size == 1) continue;
-      if (batch_->ndim > 0 && merges(i, size)) {
-        batch_->sizes[batch_->ndim - 1] *= size;
-      } else {
-        if (batch_->ndim == ELVA_MAX_DIMS) {
-          throw std::invalid_argument(
-              "more than 8 leading dimensions that do not merge; call contiguous() first");
-        }
-        batch_->sizes[batch_->ndim++] = size;
-      }
-      for (size_t k = 0; k < count_; ++k) {
-        inputs_[k]->batch_strides[batch_->ndim - 1] = integer(strides_[k], i);
-      }
-    }
-  }
-
- private:
-  bool merges(size_t dimension, int64_t size) const {
-    for (size_t k = 0; k < count_; ++k) {
-      const int64_t inner = integer(strides_[k], dimension);
-      if (inputs_[k]->batch_strides[batch_->ndim - 1] != inner * size) return false;
-    }
-    return true;
-  }
-
-  ElvaBatch* batch_;
-  PyObject* sizes_;
-  size_t ndim_;
-  PyObject* strides_[kMaxOperands] = {};
-  ElvaInput* inputs_[kMaxOperands] = {};
-  size_t count_ = 0;
-};
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using elva::check_tuple;
+using elva::integer;
+using elva::Layout;
+using elva::pointer;
+using elva::raise_unless_ok;
+using elva::run_released;
 
 void reward_forward(int dtype, int threads, py::handle sizes, int64_t negatives, int64_t dim,
                     py::handle query, py::handle positive, py::handle negative, py::handle mask,
@@ -387,7 +284,11 @@ py::dict build_info() {
 #else
   info["compiler"] = std::string("gcc ") + __VERSION__;
 #endif
+#ifdef ELVA_CUDA_ARCHS
   const std::string archs = ELVA_CUDA_ARCHS;
+#else
+  const std::string archs;
+#endif
   info["cuda"] = !archs.empty();
   info["cuda_archs"] = archs;
   return info;
@@ -421,4 +322,7 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("levels", [] { return std::string(elva_cpu_levels()); });
   module.def("reset_level", &elva_cpu_level_reset);
+#ifdef ELVA_CUDA_ARCHS
+  elva::bind_cuda(module);
+#endif
 }

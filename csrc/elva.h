@@ -74,7 +74,9 @@ typedef struct {
   void* grad_query;  // [*, dim], the inputs' dtype; null in forward: not wanted
   void* grad_positive;  // [*, dim]
   void* grad_negative;  // [*, negatives, dim]
-  void* stream;         // CUDA only
+  void* scratch;  // CUDA only, as all that follows: elva_reward_scratch_bytes_cuda, on 16 bytes
+  int32_t device;
+  void* stream;
 } ElvaRewardArgs;
 
 // Values; with grad_* also the gradients (value and grad in one pass over memory); with
@@ -83,11 +85,15 @@ ElvaStatus elva_reward_forward_cpu(const ElvaRewardArgs* args);
 // Gradients from coefficients (read), the inputs (read again) and upstream.
 ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args);
 
-// The same on a GPU: pointers of the current device, launched on args->stream. grad_* needs
-// coefficients in the forward too. Compiled where nvcc is found; nothing calls them yet
-// (cuda/reward.cu).
+// The same on a GPU: pointers of `device`, launched on `stream`; not for ELVA_FP64. Where grad_* is
+// wanted so are coefficients: groups that do not fit the shared memory of a cluster take two
+// passes.
 ElvaStatus elva_reward_forward_cuda(const ElvaRewardArgs* args);
 ElvaStatus elva_reward_backward_cuda(const ElvaRewardArgs* args);
+// 0 unless groups are too large for a block's shared memory.
+int64_t elva_reward_scratch_bytes_cuda(int64_t groups, int64_t negatives);
+// What ELVA_DEVICE_ERROR last meant on this thread.
+const char* elva_device_error(void);
 
 typedef struct {
   ElvaDtype dtype;

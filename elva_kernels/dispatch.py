@@ -18,6 +18,7 @@ from elva_kernels import (
     in_batch,
     native,
     native_batch,
+    native_cuda,
     native_scores,
     reference,
     selftest,
@@ -40,6 +41,7 @@ class Backend(NamedTuple):
     # What a self-test's verdict on it holds for; None: trusted without one.
     version: Callable[[], str] | None = None
     by_name_only: bool = False  # never chosen by "auto"
+    dtypes: tuple[torch.dtype, ...] | None = None  # None: all
 
 
 def _reward(*tensors: Any, **weights: Any) -> Tensors:
@@ -91,6 +93,11 @@ def _native_reward_backward(*tensors: Any, **_: Any) -> Tensors:
     return native.reward_backward(query, positive, negatives, saved, grad_reward)
 
 
+def _cuda_reward_backward(*tensors: Any, **_: Any) -> Tensors:
+    query, positive, negatives, _mask, saved, grad_reward = tensors
+    return native_cuda.reward_backward(query, positive, negatives, saved, grad_reward)
+
+
 def _native_from_scores(scores: Tensor, mask: Tensor | None, **weights: Any) -> Tensors:
     values = native_scores.reward_from_scores(scores, mask, **weights)
     return *values, reference.live_scores(scores, mask)
@@ -127,6 +134,12 @@ def _in_batch(name: str) -> dict[str, Callable[..., Tensors]]:
 # In the order in which "auto" prefers them.
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend("cpu", unavailable_reason=native.unavailable_reason),
+    "cuda": Backend(
+        "cuda",
+        unavailable_reason=native_cuda.unavailable_reason,
+        version=native_cuda.version,
+        dtypes=native_cuda.DTYPES,
+    ),
     "triton": Backend(
         triton_kernels.DEVICE_TYPE,
         unavailable_reason=triton_kernels.unavailable_reason,
@@ -140,21 +153,25 @@ BACKENDS: dict[str, Backend] = {
 LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
     "ranking_reward": {
         "cpu": native.reward_forward,
+        "cuda": native_cuda.reward_forward,
         "triton": _triton("reward_forward"),
         "reference": _reward,
     },
     "ranking_reward_saved": {
         "cpu": native.reward_forward_saved,
+        "cuda": native_cuda.reward_forward_saved,
         "triton": _triton("reward_forward_saved"),
         "reference": _reward_saved,
     },
     "ranking_reward_backward": {
         "cpu": _native_reward_backward,
+        "cuda": _cuda_reward_backward,
         "triton": _triton("reward_backward"),
         "reference": _reward_backward,
     },
     "ranking_reward_and_grad": {
         "cpu": native.reward_value_and_grad,
+        "cuda": native_cuda.reward_value_and_grad,
         "triton": _triton("reward_value_and_grad"),
         "reference": _reward_and_grad,
     },
@@ -199,11 +216,11 @@ def launcher(
         backend = next(
             name
             for name in BACKENDS
-            if _obstacle(op, name, device.type) is None
+            if _obstacle(op, name, device.type, dtype) is None
             and not BACKENDS[name].by_name_only
             and _failure(op, name, device, dtype) is None
         )
-    obstacle = _obstacle(op, backend, device.type)
+    obstacle = _obstacle(op, backend, device.type, dtype)
     if obstacle is not None:
         raise BackendUnavailable(f"{op}: backend must run here, got {backend!r}; {obstacle}")
     return LAUNCHERS[op][backend]
@@ -230,20 +247,23 @@ def warm_up(device: torch.device | str) -> "Report":
     place = torch.device(device)
     for op, row in LAUNCHERS.items():
         for name in row:
-            usable = _obstacle(op, name, place.type) is None
-            if usable and not BACKENDS[name].by_name_only:
-                for dtype in selftest.DTYPES:
+            for dtype in selftest.DTYPES:
+                usable = _obstacle(op, name, place.type, dtype) is None
+                if usable and not BACKENDS[name].by_name_only:
                     _failure(op, name, place, dtype)
     return doctor()
 
 
-def _obstacle(op: str, name: str, device_type: str) -> str | None:
+def _obstacle(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why backend `name` cannot compute `op` here, in a sentence; None where it can."""
     backend = BACKENDS[name]
     if name not in LAUNCHERS[op]:
         return f"{name} does not compute {op}"
     if backend.device_type not in (None, device_type):
         return f"{name} takes tensors on {backend.device_type}, these are on {device_type}"
+    if backend.dtypes is not None and dtype not in backend.dtypes:
+        names = ", ".join(str(x).removeprefix("torch.") for x in backend.dtypes)
+        return f"{name} takes {names}, these are {str(dtype).removeprefix('torch.')}"
     return backend.unavailable_reason()
 
 

@@ -9,7 +9,9 @@ Reference: `elva_kernels.reference`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -48,6 +50,13 @@ def describe() -> dict[str, Any]:
         facts["cuda_archs"] = tuple(filter(None, info["cuda_archs"].split(",")))
         facts["threads"] = torch.get_num_threads()
     return facts
+
+
+def build_digest() -> str:
+    """What this build of the module is: its verdicts hold for no other."""
+    path = _module().__file__
+    assert path is not None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def reward_forward(

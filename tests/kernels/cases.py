@@ -14,6 +14,8 @@ SOFT_RANKS = OPEN_HINGE | {"rank_temperature": 0.05}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 # Set by test_triton.py: the suite on Triton's interpreter alone, at sizes that it can bear.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Set by test_cuda.py: the suite on the bodies of the CUDA kernels alone, run on the host.
+ON_FIBERS = "ELVA_TEST_CUDA_HOST" in os.environ
 
 
 def _backends(*names):
@@ -69,6 +71,9 @@ if INTERPRETED:
     BACKENDS = EVERY_LEVEL = [*_backends("triton")]
     DTYPES = [torch.bfloat16, torch.float32]
     SHAPES = [((), 1, 1), ((1, 2), 5, 33), ((0,), 4, 8), ((1,), 17, 130), ((), 0, 5)]
+if ON_FIBERS:
+    BACKENDS = EVERY_LEVEL = [pytest.param("cuda")]
+    DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def embeddings(leading, n, d, dtype, *, seed=0, signal=0.7):

@@ -1,12 +1,33 @@
 """Fixtures of the kernel tests."""
 
 import importlib
+import importlib.util
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from tests.kernels.cases import INTERPRETED
+from elva_kernels import dispatch, native_cuda
+from tests.kernels.cases import INTERPRETED, ON_FIBERS
+
+
+def pytest_configure():
+    """On fibers the CUDA kernels run on the host, on its tensors."""
+    if not ON_FIBERS:
+        return
+    path = os.environ["ELVA_TEST_CUDA_HOST"]
+    spec = importlib.util.spec_from_file_location("cuda_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    native_cuda._module = lambda: module
+    native_cuda._place = lambda tensor: (0, 0)
+    dispatch.BACKENDS["cuda"] = dispatch.BACKENDS["cuda"]._replace(
+        device_type="cpu",
+        unavailable_reason=lambda: None,
+        version=None,
+        by_name_only=True,
+    )
 
 
 @pytest.fixture(scope="session", autouse=INTERPRETED)

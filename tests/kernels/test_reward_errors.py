@@ -17,7 +17,7 @@ from elva_kernels import (
 )
 
 Q, P, N = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
-BACKENDS = "auto, cpu, triton, reference"
+BACKENDS = "auto, cpu, cuda, triton, reference"
 MASK = torch.ones(3, 5, dtype=torch.bool)
 META = torch.empty(3, 8, device="meta")
 

@@ -1,0 +1,376 @@
+// What: the grouped ranking reward with its gradients, each group read once and held in the shared
+// memory of a cluster of blocks (sm_90 and later). Source: Liu et al., ELVA, arXiv:2606.20280, sec.
+// 3.4; eq. (1) to (6) of elva_kernels/reference.py. In and out: as reward.cu, rows dense and on 16
+// bytes. Work split: a cluster a group, over and over; a block some columns of all of the group's
+// rows, so that every gradient is its own; a warp a row's dot, then gradient.h. Blocks exchange a
+// product and a square a row through distributed shared memory, and each block ranks for itself.
+// Bytes: each input read once by bulk copies, each gradient written once, from the place where the
+// row lay: 2 (N + 2) D elements a group, the floor. Numerics: as reward.cu, to the last bit. No
+// atomics: the same bits on every run. Limits: a group of (N + 2) D elements in 8 times 227 KB.
+// Reference: elva_kernels.reference.ranking_reward_and_grad.
+#include "cluster.h"
+#include "reward_cluster.h"
+
+namespace elva {
+namespace {
+
+constexpr int kThreads = kGradientThreads;
+constexpr int kMostBlocks = 8;
+constexpr size_t kMostShared = 227 << 10;
+constexpr size_t kHalfShared = 113 << 10;  // two blocks a multiprocessor: one loads, one stores
+constexpr int64_t kLongSegment = 2048;     // where no block decides
+
+int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+struct ClusterArgs {
+  ElvaRewardArgs reward;
+  int64_t columns;
+  int64_t clusters;
+};
+
+// A block's shared memory, in order.
+template <class T>
+struct Layout {
+  int64_t candidates, columns, blocks;
+
+  static constexpr size_t kBarrier = 16;
+  // The rows: the query's, then the candidates'.
+  __host__ __device__ size_t tile() const {
+    return static_cast<size_t>((candidates + 1) * columns) * sizeof(T);
+  }
+  static constexpr size_t kSums = kGradientSums<T> * sizeof(float);
+  // A product and a square of the query and the candidates, from every block, twice.
+  __host__ __device__ size_t exchange() const {
+    return 2 * static_cast<size_t>(blocks * (candidates + 1)) * sizeof(float2);
+  }
+  __host__ __device__ size_t coefficients() const {
+    return 2 * static_cast<size_t>(candidates) * sizeof(double);
+  }
+  __host__ __device__ size_t exponents() const {
+    return static_cast<size_t>((candidates + 2) / 2 * 2) * sizeof(int);
+  }
+  size_t bytes() const {
+    return kBarrier + tile() + kSums + exchange() + coefficients() + exponents() +
+           Group::bytes(candidates);
+  }
+};
+
+template <class T>
+class Block {
+  static constexpr int kSize = Vector<T>::kSize, kWarps = kThreads / 32;
+
+ public:
+  __device__ Block(const ClusterArgs& args, unsigned char* memory, int64_t blocks)
+      : args_(args.reward),
+        candidates_(args.reward.negatives + 1),
+        block_(cluster_rank()),
+        blocks_(blocks),
+        columns_(args.columns),
+        layout_{candidates_, columns_, blocks},
+        arrivals_(reinterpret_cast<Arrivals*>(memory)),
+        tile_(reinterpret_cast<T*>(memory + Layout<T>::kBarrier)),
+        sums_(reinterpret_cast<float*>(memory + Layout<T>::kBarrier + layout_.tile())),
+        exchange_(
+            reinterpret_cast<float2*>(reinterpret_cast<unsigned char*>(sums_) + Layout<T>::kSums)),
+        a_(reinterpret_cast<double*>(reinterpret_cast<unsigned char*>(exchange_) +
+                                     layout_.exchange())),
+        b_(a_ + candidates_),
+        exponent_(reinterpret_cast<int*>(b_ + candidates_)),
+        group_(reinterpret_cast<unsigned char*>(exponent_) + layout_.exponents(), candidates_) {
+    first_ = columns_ * block_;
+    const int64_t left = args_.dim > first_ ? args_.dim - first_ : 0;
+    width_ = left < columns_ ? left : columns_;
+  }
+
+  __device__ void open() {
+    if (threadIdx.x == 0) arrivals_->init();
+    __syncthreads();
+    cluster_sync();
+  }
+
+  __device__ void run(int64_t index) {
+    index_ = index;
+    mask_ = args_.mask.data == nullptr ? nullptr : group_data<bool>(args_.batch, args_.mask, index);
+    load();
+    score();
+    __syncthreads();
+    rank_group(group_, candidates_, args_.weights);
+    __syncthreads();
+    if (threadIdx.x < 32) total_group(group_, candidates_, args_.weights);
+    __syncthreads();
+    if (block_ == 0) write_group(args_, index, group_);
+    set_coefficients(group_, candidates_, query_norm_, args_.weights, a_, b_);
+    __syncthreads();
+    if (threadIdx.x < 32) total_query(group_, candidates_, query_norm_, b_);
+    __syncthreads();
+    gradients();
+    store();
+  }
+
+  // Before the block ends: its memory must outlive the stores from it, and those of other blocks
+  // into it.
+  __device__ void close() {
+    if (threadIdx.x < 32) wait_bulk_stores();
+    cluster_sync();
+  }
+
+ private:
+  __device__ bool is_live_row(int64_t c) const { return is_live(args_, mask_, c); }
+  // Candidate c's columns in shared memory; -1: the query's.
+  __device__ T* row(int64_t c) const { return tile_ + (c + 1) * columns_; }
+  __device__ Row<T> scaled_row(int64_t c) const { return {row(c), 1, scale_of(c)}; }
+
+  // Starts on one warp; all wait.
+  __device__ void load() {
+    const uint32_t bytes = static_cast<uint32_t>(width_) * static_cast<uint32_t>(sizeof(T));
+    if (threadIdx.x < 32) {
+      wait_bulk_stores();  // of the group before, by the lanes that issued them
+      __syncwarp();
+      int live = threadIdx.x == 0 ? 1 : 0;  // the query
+      for (int64_t c = threadIdx.x; c < candidates_; c += 32) live += is_live_row(c) ? 1 : 0;
+      live = warp_sum(live);
+      if (threadIdx.x == 0) arrivals_->expect(bytes * static_cast<uint32_t>(live));
+      __syncwarp();
+      if (width_ > 0) {
+        const T* query = group_data<T>(args_.batch, args_.query, index_);
+        if (threadIdx.x == 0) bulk_load(row(-1), query + first_, bytes, arrivals_);
+        for (int64_t c = threadIdx.x; c < candidates_; c += 32) {
+          if (!is_live_row(c)) continue;
+          bulk_load(row(c), candidate_row<T>(args_, index_, c).data + first_, bytes, arrivals_);
+        }
+      }
+    }
+    arrivals_->wait(phase_);
+    phase_ ^= 1;
+  }
+
+  // Dots and squares of this block's columns, of rows at their exponents.
+  __device__ void partial_sums() {
+    for (int64_t c = static_cast<int64_t>(threadIdx.x / 32) - 1; c < candidates_; c += kWarps) {
+      if (c >= 0 && !is_live_row(c)) continue;
+      send(c, segment_sums(scaled_row(c), scaled_row(-1), 0, width_, true));
+    }
+  }
+
+  // A row's largest magnitude in this block's columns.
+  __device__ void partial_magnitudes() {
+    for (int64_t c = static_cast<int64_t>(threadIdx.x / 32) - 1; c < candidates_; c += kWarps) {
+      if (c >= 0 && !is_live_row(c)) continue;
+      float largest = 0;
+      for (int64_t at = threadIdx.x % 32; at < width_; at += 32) {
+        largest = fmaxf(largest, magnitude_of(widen(row(c)[at])));
+      }
+      send(c, float2{warp_max(largest), 0});
+    }
+  }
+
+  // To every block, by as many lanes.
+  __device__ void send(int64_t c, float2 x) {
+    const uint32_t lane = threadIdx.x % 32;
+    if (lane >= blocks_) return;
+    const int64_t half = turn_ * blocks_ * (candidates_ + 1);
+    cluster_store(exchange_ + half + block_ * (candidates_ + 1) + c + 1, lane, x);
+  }
+
+  // What block `from` sent of row c. Sent by halves in turn: a block that is ahead by one exchange
+  // writes into the other half than the one that is still read.
+  __device__ float2 received(int64_t from, int64_t c) const {
+    const int64_t half = (turn_ ^ 1) * blocks_ * (candidates_ + 1);
+    return exchange_[half + from * (candidates_ + 1) + c + 1];
+  }
+  __device__ void exchanged() {
+    cluster_sync();
+    turn_ ^= 1;
+  }
+
+  __device__ double2 total(int64_t c) const {
+    double2 sum{0, 0};
+    for (int64_t from = 0; from < blocks_; ++from) {
+      const float2 part = received(from, c);
+      sum.x += part.x;
+      sum.y += part.y;
+    }
+    return sum;
+  }
+
+  // Eq. (1) for every candidate. The same in every block.
+  __device__ void score() {
+    for (int64_t c = threadIdx.x; c <= candidates_; c += kThreads) exponent_[c] = 0;
+    __syncthreads();
+    partial_sums();
+    exchanged();
+    bool far = false;
+    for (int64_t c = static_cast<int64_t>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
+      if ((c >= 0 && !is_live_row(c)) || is_in_range(total(c).y)) continue;
+      exponent_[c + 1] = kZero;  // until it is known
+      far = true;
+    }
+    if (__syncthreads_or(far) != 0) rescale();
+    const double query = norm_of(-1);
+    query_norm_ = scalbn(query, scale_of(-1));
+    for (int64_t c = threadIdx.x; c < candidates_; c += kThreads) {
+      const bool live = is_live_row(c);
+      const double own = live ? norm_of(c) : 0;
+      group_.set(c, live, live ? total(c).x : 0, query, own, scalbn(own, scale_of(c)));
+    }
+  }
+
+  // Rows whose exponents are kZero get their own; then all sums again.
+  __device__ void rescale() {
+    partial_magnitudes();
+    exchanged();
+    for (int64_t c = static_cast<int64_t>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
+      if (exponent_[c + 1] != kZero) continue;
+      float largest = 0;
+      for (int64_t from = 0; from < blocks_; ++from) {
+        largest = fmaxf(largest, received(from, c).x);
+      }
+      exponent_[c + 1] = exponent_of(largest);
+    }
+    __syncthreads();
+    partial_sums();
+    exchanged();
+  }
+
+  // 0 also for a row that has no exponent.
+  __device__ int scale_of(int64_t c) const {
+    const int exponent = exponent_[c + 1];
+    return exponent == kZero || exponent == kNotFinite ? 0 : exponent;
+  }
+  // In units of 2^exponent.
+  __device__ double norm_of(int64_t c) const {
+    if (exponent_[c + 1] == kNotFinite) return nan("");
+    if (exponent_[c + 1] == kZero) return 0;
+    return sqrt(total(c).y);
+  }
+
+  // Gradient rows in place of the rows.
+  __device__ void gradients() {
+    const double upstream = upstream_of(args_, index_), query_b = group_.total[Group::kQuery];
+    for (int64_t first = 0; first < width_; first += kWide * kSize) {
+      const int64_t at = first + static_cast<int64_t>(threadIdx.x % kWide) * kSize;
+      const auto read = [&](int64_t c, float* x) {
+        Row<T>{row(c), 1, 0}.read(at, width_, true, x);
+      };
+      const auto write = [&](int64_t c, const auto* gradient) {
+        store16(row(c) + at, packed<T>(gradient));
+      };
+      gradient_columns<T>(candidates_, a_, b_, query_b, upstream, at < width_, sums_, read, write);
+    }
+  }
+
+  __device__ void store() {
+    before_bulk_store();
+    __syncthreads();
+    if (threadIdx.x >= 32 || width_ == 0) return;
+    const uint32_t bytes = static_cast<uint32_t>(width_) * static_cast<uint32_t>(sizeof(T));
+    const int64_t dim = args_.dim;
+    if (threadIdx.x == 0) {
+      bulk_store(static_cast<T*>(args_.grad_query) + index_ * dim + first_, row(-1), bytes);
+      bulk_store(static_cast<T*>(args_.grad_positive) + index_ * dim + first_, row(0), bytes);
+    }
+    T* out = static_cast<T*>(args_.grad_negative) + index_ * args_.negatives * dim + first_;
+    for (int64_t n = threadIdx.x; n < args_.negatives; n += 32) {
+      bulk_store(out + n * dim, row(n + 1), bytes);
+    }
+  }
+
+  const ElvaRewardArgs& args_;
+  int64_t candidates_;
+  uint32_t block_;
+  int64_t blocks_, columns_, first_, width_;
+  Layout<T> layout_;
+  Arrivals* arrivals_;
+  T* tile_;
+  float* sums_;
+  float2* exchange_;
+  double *a_, *b_;
+  int* exponent_;  // of the query, then of the candidates
+  Group group_;
+  int64_t index_ = 0;
+  const bool* mask_ = nullptr;
+  double query_norm_ = 0;
+  uint32_t phase_ = 0;
+  int64_t turn_ = 0;
+};
+
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kThreads, 2)
+    reward_value_and_grad(const __grid_constant__ ClusterArgs args) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  ELVA_DYNAMIC_SHARED(memory);
+  Block<T> block(args, memory, kBlocks);
+  block.open();
+  for (int64_t index = blockIdx.x / kBlocks; index < args.reward.batch.groups;
+       index += args.clusters) {
+    block.run(index);
+  }
+  block.close();
+#endif
+}
+
+// All rows dense and on 16 bytes.
+template <class T>
+bool is_copied_in_bulk(const ElvaRewardArgs& args) {
+  const auto whole = [](int64_t elements) { return elements % Vector<T>::kSize == 0; };
+  const auto fits = [&](const ElvaInput& input, bool has_rows) {
+    bool fine = input.stride == 1 && reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
+    for (int32_t i = 0; i < args.batch.ndim; ++i) fine = fine && whole(input.batch_strides[i]);
+    return fine && (!has_rows || whole(input.row_stride));
+  };
+  const auto out = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return whole(args.dim) && fits(args.query, false) && fits(args.positive, false) &&
+         (args.negatives == 0 || fits(args.negative, args.negatives > 1)) && out(args.grad_query) &&
+         out(args.grad_positive) && out(args.grad_negative);
+}
+
+template <class T, int kBlocks>
+ElvaStatus launch_clusters(const ElvaRewardArgs& args, int64_t columns) {
+  const size_t bytes = Layout<T>{args.negatives + 1, columns, kBlocks}.bytes();
+  ClusterArgs all = {args, columns, 0};
+  int clusters = 0;
+  const ElvaStatus status =
+      most_clusters(reward_value_and_grad<T, kBlocks>, kBlocks, kThreads, bytes, &clusters);
+  if (status != ELVA_OK) return status;
+  if (clusters == 0) return ELVA_UNSUPPORTED;
+  all.clusters = clusters < args.batch.groups ? clusters : args.batch.groups;
+  return launch(reward_value_and_grad<T, kBlocks>, all.clusters * kBlocks, kBlocks, kThreads, bytes,
+                args.stream, all);
+}
+
+}  // namespace
+
+template <class T>
+Split split_of(int64_t candidates, int64_t dim) {
+  for (int blocks : {1, 2, 4, kMostBlocks}) {
+    const int64_t columns = rounded_up((dim + blocks - 1) / blocks, Vector<T>::kSize);
+    const size_t most = blocks == kMostBlocks ? kMostShared : kHalfShared;
+    if (Layout<T>{candidates, columns, blocks}.bytes() <= most) return {columns, blocks};
+  }
+  return {kLongSegment, 0};
+}
+
+template <class T>
+ElvaStatus cluster_reward(const ElvaRewardArgs& args, const Split& split) {
+  if (args.batch.groups == 0) return ELVA_OK;
+  if (!has_clusters() || !is_copied_in_bulk<T>(args)) return ELVA_UNSUPPORTED;
+  switch (split.blocks) {
+    case 1:
+      return launch_clusters<T, 1>(args, split.columns);
+    case 2:
+      return launch_clusters<T, 2>(args, split.columns);
+    case 4:
+      return launch_clusters<T, 4>(args, split.columns);
+    default:
+      return launch_clusters<T, kMostBlocks>(args, split.columns);
+  }
+}
+
+template Split split_of<Bf16>(int64_t, int64_t);
+template Split split_of<Fp16>(int64_t, int64_t);
+template Split split_of<float>(int64_t, int64_t);
+template ElvaStatus cluster_reward<Bf16>(const ElvaRewardArgs&, const Split&);
+template ElvaStatus cluster_reward<Fp16>(const ElvaRewardArgs&, const Split&);
+template ElvaStatus cluster_reward<float>(const ElvaRewardArgs&, const Split&);
+
+}  // namespace elva

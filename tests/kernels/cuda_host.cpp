@@ -1,0 +1,316 @@
+// The fibers of cuda_host.h. ELVA_HOST_ORDER: forwards, reversed, or the seed of a shuffle.
+// ELVA_HOST_CAPABILITY: the compute capability's first number. ELVA_HOST_FAIL=1: launches fail.
+#include "cuda_host.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace host {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr int kWarp = 32;
+
+[[noreturn]] void fail(const char* what) {
+  fprintf(stderr, "cuda_host: %s\n", what);
+  abort();
+}
+
+// Threads that wait for one another.
+struct Meeting {
+  int members = 0, here = 0, generation = 0, any = 0, seen = 0;
+};
+
+struct Block {
+  std::unique_ptr<unsigned char, decltype(&free)> memory{nullptr, &free};
+  size_t bytes = 0;
+  Meeting meeting;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  Arrivals* arrivals;  // null: a store
+  size_t owner;
+};
+
+struct Fiber {
+  Self self;
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  void* fake_stack = nullptr;
+  size_t block = 0, warp = 0;
+  bool done = false;
+};
+
+struct Warp {
+  Meeting meeting;
+  uint64_t words[kWarp] = {};
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Block> blocks;
+  std::vector<Warp> warps;
+  std::vector<Copy> copies;
+  Meeting cluster;
+  ucontext_t scheduler;
+  void* scheduler_stack = nullptr;
+  const void* scheduler_bottom = nullptr;
+  size_t scheduler_size = 0;
+  size_t current = 0;
+  bool progress = false;
+  std::mt19937 random;
+  const std::function<void()>* body = nullptr;
+
+  Fiber& fiber() { return *fibers[current]; }
+};
+Machine machine;
+
+void before_switch(void** fake, const void* bottom, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fake, bottom, size);
+#else
+  (void)fake, (void)bottom, (void)size;
+#endif
+}
+void after_switch(void* fake, const void** bottom, size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, bottom, size);
+#else
+  (void)fake, (void)bottom, (void)size;
+#endif
+}
+
+void yield() {
+  Fiber& fiber = machine.fiber();
+  before_switch(&fiber.fake_stack, machine.scheduler_bottom, machine.scheduler_size);
+  swapcontext(&fiber.context, &machine.scheduler);
+  after_switch(fiber.fake_stack, nullptr, nullptr);
+}
+
+void run_body() {
+  after_switch(nullptr, &machine.scheduler_bottom, &machine.scheduler_size);
+  (*machine.body)();
+  machine.fiber().done = machine.progress = true;
+  before_switch(nullptr, machine.scheduler_bottom, machine.scheduler_size);
+  setcontext(&machine.scheduler);
+}
+
+int meet(Meeting* meeting, int x = 0) {
+  const int generation = meeting->generation;
+  meeting->any |= x;
+  if (++meeting->here == meeting->members) {
+    meeting->seen = meeting->any;
+    meeting->any = meeting->here = 0;
+    ++meeting->generation;
+    machine.progress = true;
+  }
+  while (meeting->generation == generation) yield();
+  return meeting->seen;
+}
+
+void carry_out(size_t i) {
+  const Copy copy = machine.copies[i];
+  machine.copies.erase(machine.copies.begin() + static_cast<ptrdiff_t>(i));
+  memcpy(copy.to, copy.from, copy.bytes);
+  if (copy.arrivals != nullptr) {
+    copy.arrivals->pending -= static_cast<int32_t>(copy.bytes);
+    if (copy.arrivals->pending == 0) copy.arrivals->phase ^= 1;
+  }
+  machine.progress = true;
+}
+
+void check_aligned(const void* p, const void* q, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0 || reinterpret_cast<uintptr_t>(q) % 16 != 0 ||
+      bytes % 16 != 0 || bytes == 0) {
+    fail("a bulk copy is not of multiples of 16 bytes");
+  }
+}
+
+// The order of `count` fibers in a round.
+std::vector<size_t> order_of(size_t count) {
+  std::vector<size_t> order(count);
+  std::iota(order.begin(), order.end(), size_t{0});
+  const char* wish = getenv("ELVA_HOST_ORDER");
+  if (wish == nullptr || strcmp(wish, "forwards") == 0) return order;
+  if (strcmp(wish, "reversed") == 0) {
+    std::reverse(order.begin(), order.end());
+  } else {
+    std::shuffle(order.begin(), order.end(), machine.random);
+  }
+  return order;
+}
+
+void start(size_t i) {
+  Fiber& fiber = *machine.fibers[i];
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, run_body, 0);
+}
+
+void run_cluster(size_t first_block, size_t blocks, const cudaLaunchConfig_t& config) {
+  const size_t threads = config.blockDim.x, warps = (threads + kWarp - 1) / kWarp;
+  machine.blocks = std::vector<Block>(blocks);
+  machine.warps = std::vector<Warp>(blocks * warps);
+  machine.cluster = Meeting{static_cast<int>(blocks * threads)};
+  while (machine.fibers.size() < blocks * threads) machine.fibers.emplace_back(new Fiber);
+  for (size_t b = 0; b < blocks; ++b) {
+    Block& block = machine.blocks[b];
+    block.bytes = config.dynamicSmemBytes;
+    const size_t room = (block.bytes + 127) / 128 * 128;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, room == 0 ? 128 : room) != 0) fail("no memory");
+    block.memory.reset(static_cast<unsigned char*>(memory));
+    memset(memory, 0xff, room);
+    block.meeting.members = static_cast<int>(threads);
+    for (size_t t = 0; t < threads; ++t) {
+      Fiber& fiber = *machine.fibers[b * threads + t];
+      fiber.self.thread.x = static_cast<unsigned>(t);
+      fiber.self.block.x = static_cast<unsigned>(first_block + b);
+      fiber.self.block_dim = config.blockDim;
+      fiber.self.grid_dim = config.gridDim;
+      fiber.block = b;
+      fiber.warp = b * warps + t / kWarp;
+      fiber.done = false;
+      machine.warps[fiber.warp].meeting.members += 1;
+      start(b * threads + t);
+    }
+  }
+  size_t left = blocks * threads;
+  while (left > 0) {
+    machine.progress = false;
+    for (size_t i : order_of(blocks * threads)) {
+      if (machine.fibers[i]->done) continue;
+      machine.current = i;
+      Fiber& fiber = machine.fiber();
+      before_switch(&machine.scheduler_stack, fiber.stack.data(), fiber.stack.size());
+      swapcontext(&machine.scheduler, &fiber.context);
+      after_switch(machine.scheduler_stack, nullptr, nullptr);
+      left -= fiber.done ? 1 : 0;
+    }
+    if (!machine.copies.empty()) carry_out(machine.random() % machine.copies.size());
+    if (!machine.progress) fail("threads wait for one another for ever");
+  }
+  for (const Copy& copy : machine.copies) {
+    if (copy.arrivals != nullptr) fail("a block ended before its loads");
+    fail("a block ended before its stores");
+  }
+}
+
+}  // namespace
+
+float from_bf16(uint16_t bits) {
+  const uint32_t wide = uint32_t{bits} << 16;
+  float x;
+  memcpy(&x, &wide, sizeof(x));
+  return x;
+}
+float from_fp16(uint16_t bits) {
+  _Float16 x;
+  memcpy(&x, &bits, sizeof(x));
+  return static_cast<float>(x);
+}
+// Rounded once: to odd first, then to nearest even.
+uint16_t to_bf16(double x) {
+  if (isnan(x)) return 0x7fff;
+  float narrow = static_cast<float>(x);
+  uint32_t bits;
+  if (isfinite(narrow) && static_cast<double>(narrow) != x) {
+    if (fabs(static_cast<double>(narrow)) > fabs(x)) narrow = nextafterf(narrow, 0.0f);
+    memcpy(&bits, &narrow, sizeof(bits));
+    bits |= 1;
+  } else {
+    memcpy(&bits, &narrow, sizeof(bits));
+  }
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+uint16_t to_fp16(double x) {
+  const _Float16 narrow = static_cast<_Float16>(x);
+  uint16_t bits;
+  memcpy(&bits, &narrow, sizeof(bits));
+  return bits;
+}
+
+const Self& self() { return machine.fiber().self; }
+unsigned char* shared_memory() { return machine.blocks[machine.fiber().block].memory.get(); }
+void sync_block() { meet(&machine.blocks[machine.fiber().block].meeting); }
+int sync_block_or(int x) { return meet(&machine.blocks[machine.fiber().block].meeting, x); }
+void sync_warp() { meet(&machine.warps[machine.fiber().warp].meeting); }
+void cluster_sync() { meet(&machine.cluster); }
+uint32_t cluster_rank() { return static_cast<uint32_t>(machine.fiber().block); }
+
+uint64_t exchange(uint64_t x, int lane_mask) {
+  const size_t warp = machine.fiber().warp;
+  const unsigned lane = machine.fiber().self.thread.x % kWarp;
+  machine.warps[warp].words[lane] = x;
+  sync_warp();
+  const uint64_t other = machine.warps[warp].words[lane ^ static_cast<unsigned>(lane_mask)];
+  sync_warp();
+  return other;
+}
+
+void Arrivals::expect(uint32_t bytes) {
+  pending += static_cast<int32_t>(bytes);
+  if (pending == 0) phase ^= 1;
+}
+void Arrivals::wait(uint32_t parity) {
+  while (phase == parity) yield();
+}
+
+void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals) {
+  check_aligned(shared, global, bytes);
+  machine.copies.push_back({shared, global, bytes, arrivals, machine.current});
+}
+void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  check_aligned(shared, global, bytes);
+  machine.copies.push_back({global, shared, bytes, nullptr, machine.current});
+}
+void wait_bulk_stores() {
+  for (size_t i = 0; i < machine.copies.size();) {
+    if (machine.copies[i].arrivals == nullptr && machine.copies[i].owner == machine.current) {
+      carry_out(i);
+    } else {
+      ++i;
+    }
+  }
+}
+
+void cluster_store(float2* p, uint32_t rank, float2 x) {
+  const Block& own = machine.blocks[machine.fiber().block];
+  const auto offset = reinterpret_cast<unsigned char*>(p) - own.memory.get();
+  if (offset < 0 || static_cast<size_t>(offset) + sizeof(x) > own.bytes) fail("a store is outside");
+  if (rank >= machine.blocks.size()) fail("no such block in the cluster");
+  memcpy(machine.blocks[rank].memory.get() + offset, &x, sizeof(x));
+}
+
+int capability() {
+  const char* wish = getenv("ELVA_HOST_CAPABILITY");
+  return wish == nullptr ? 9 : atoi(wish);
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
+  const char* wish = getenv("ELVA_HOST_FAIL");
+  if (wish != nullptr && strcmp(wish, "1") == 0) return cudaErrorLaunchFailure;
+  const char* order = getenv("ELVA_HOST_ORDER");
+  machine.random.seed(order == nullptr ? 0 : static_cast<unsigned>(atoi(order)));
+  machine.body = &body;
+  const size_t cluster = config.numAttrs == 0 ? 1 : config.attrs[0].val.clusterDim.x;
+  if (config.gridDim.x % cluster != 0) fail("the grid is not whole clusters");
+  for (size_t b = 0; b < config.gridDim.x; b += cluster) run_cluster(b, cluster, config);
+  return cudaSuccess;
+}
+
+}  // namespace host

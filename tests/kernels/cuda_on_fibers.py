@@ -1,0 +1,143 @@
+"""What the host has to show of the CUDA kernels beside the contract suite; see `test_cuda`."""
+
+import pytest
+import torch
+
+from elva_kernels import dispatch, native_cuda, reference
+from elva_kernels.reference import compute_dtype
+from tests.kernels.cases import OPEN_HINGE, SOFT_RANKS, check_gradients, embeddings, same_bits
+
+# N, D: what one, two, four and eight blocks hold in half a multiprocessor's memory, and more.
+CLUSTERS = {
+    "one": (3, 64),
+    "one, ragged over warps": (37, 264),
+    "two": (37, 2048),
+    "four": (100, 1536),
+    "eight": (100, 3584),
+    "no room": (100, 12288),
+    "more candidates than threads": (300, 8),
+}
+LAUNCHERS = {op: row["cuda"] for op, row in dispatch.LAUNCHERS.items() if "cuda" in row}
+
+
+def launch(op, *inputs, **options):
+    return LAUNCHERS[op](*inputs, **options)
+
+
+def truth(inputs, mask, weight, **weights):
+    exact = (x.double() for x in inputs)
+    return reference.ranking_reward_and_grad(
+        *exact, mask, None if weight is None else weight.double(), **weights
+    )
+
+
+def check(found, inputs, mask, weight, **weights):
+    right, *gradients = truth(inputs, mask, weight, **weights)
+    reward, _, _, rank, scores, *ours = found
+    live = torch.isfinite(right.scores)
+    torch.testing.assert_close(scores[live].double(), right.scores[live], rtol=0, atol=1e-6)
+    assert (scores.isneginf() == right.scores.isneginf()).all()
+    exact = reference.reward_from_scores(scores.double(), mask, **weights)
+    assert torch.equal(rank, exact.rank)
+    torch.testing.assert_close(reward.double(), exact.reward, rtol=2e-6, atol=2e-6, equal_nan=True)
+    check_gradients(ours, gradients, inputs, inputs[0].dtype)
+
+
+@pytest.mark.parametrize("shape", CLUSTERS)
+@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
+def test_value_and_grad_of_every_cluster(shape, dtype, weights):
+    n, d = CLUSTERS[shape]
+    inputs = embeddings((3,), n, d, dtype)
+    mask = torch.rand(3, n) < 0.8
+    inputs[2][~mask] = torch.nan  # never read
+    weight = torch.tensor([0.7, -3.0, 0.0])
+    found = launch("ranking_reward_and_grad", *inputs, mask, weight, **weights)
+    cleaned = (*inputs[:2], inputs[2].nan_to_num(0.0))
+    check(found, cleaned, mask, weight, **weights)
+
+
+def sanitized_cases():
+    yield from [((2,), 5, 48), ((3,), 0, 8), ((1,), 40, 2048), ((2,), 9, 33), ((1,), 3, 1)]
+
+
+@pytest.mark.parametrize("case", sanitized_cases(), ids=str)
+@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+def test_sanitized(case, dtype):
+    """Both ways to the gradients, far and near rows; run under AddressSanitizer too."""
+    leading, n, d = case
+    for scale in (1.0, 2.0**-80 if dtype != torch.float16 else 2.0**-12):
+        inputs = tuple((x * scale).to(dtype) for x in embeddings(leading, n, d, torch.float32))
+        mask = torch.rand(*leading, n) < 0.7
+        found = launch("ranking_reward_and_grad", *inputs, mask, None, **SOFT_RANKS)
+        check(found, inputs, mask, None, **SOFT_RANKS)
+        *values, saved = launch("ranking_reward_saved", *inputs, mask, **SOFT_RANKS)
+        upstream = torch.ones(leading)
+        gradients = launch("ranking_reward_backward", *inputs, mask, saved, upstream)
+        check((*values, *gradients), inputs, mask, None, **SOFT_RANKS)
+        for a, b in zip(values[:4], found[:4], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_keep_their_bits_in_any_batch():
+    inputs = embeddings((5,), 23, 128, torch.bfloat16)
+    together = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    for i in range(5):
+        alone = launch(
+            "ranking_reward_and_grad", *(x[i : i + 1] for x in inputs), None, None, **OPEN_HINGE
+        )
+        for a, b in zip(alone, together, strict=True):
+            assert same_bits(a[0], b[i])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0, 2.0**100])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_odd_rows_in_a_cluster(bad, where):
+    """Of two groups the second has one; the first keeps its bits."""
+    inputs = embeddings((2,), 19, 512, torch.bfloat16)
+    before = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    row = inputs[where][1] if where < 2 else inputs[2][1, 4]
+    row.mul_(0).add_(bad) if bad in (0.0, 2.0**100) else row[3].fill_(bad)
+    found = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    for a, b in zip(found, before, strict=True):
+        assert same_bits(a[0], b[0])
+    right, *gradients = truth(inputs, None, None, **OPEN_HINGE)
+    torch.testing.assert_close(
+        found[0].double(), right.reward, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    for ours, exact in zip(found[5:], gradients, strict=True):
+        assert torch.equal(ours.isnan(), exact.isnan())
+    if bad in (0.0, 2.0**100):
+        check_gradients(found[5:], gradients, inputs, torch.bfloat16)
+
+
+def test_more_candidates_than_shared_memory_holds():
+    inputs = embeddings((2,), 2500, 4, torch.float32)
+    found = launch("ranking_reward", *inputs, None, **OPEN_HINGE)
+    exact = reference.ranking_reward(*(x.double() for x in inputs), None, **OPEN_HINGE)
+    assert torch.equal(found[3], reference.reward_from_scores(found[4], None, **OPEN_HINGE).rank)
+    torch.testing.assert_close(found[0].double(), exact.reward, rtol=1e-5, atol=1e-5)
+
+
+def test_older_gpus_take_two_passes(monkeypatch):
+    """Where there are no clusters; also for rows that are not on 16 bytes."""
+    inputs = embeddings((2,), 30, 256, torch.bfloat16)
+    clustered = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    monkeypatch.setenv("ELVA_HOST_CAPABILITY", "8")
+    plain = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    check(plain, inputs, None, None, **OPEN_HINGE)
+    for a, b in zip(plain[:4], clustered[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_failing_launch_is_one_line(monkeypatch):
+    inputs = embeddings((2,), 3, 8, torch.bfloat16)
+    monkeypatch.setenv("ELVA_HOST_FAIL", "1")
+    with pytest.raises(RuntimeError, match=r"^ranking_reward: .*unspecified launch failure"):
+        launch("ranking_reward", *inputs, None, **OPEN_HINGE)
+
+
+def test_float64_is_another_backends():
+    assert compute_dtype(torch.float64) == torch.float64
+    with pytest.raises(dispatch.BackendUnavailable, match="cuda takes bfloat16, float16, float32"):
+        dispatch.launcher("ranking_reward", "cuda", torch.device("cpu"), torch.float64)
