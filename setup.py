@@ -77,8 +77,9 @@ class NinjaBuild(build_ext):
         values = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
         values |= {"cxx": cxx, "nvcc": nvcc, "python": sysconfig.get_path("include")}
         values["pybind11"] = pybind11.get_include()
-        values["link"] = f"{nvcc} -cudart static" if nvcc else f"{cxx} -pthread"
-        values["gencode"] = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+        values["link"] = f"{nvcc} -cudart static {gencode}" if nvcc else f"{cxx} -pthread"
+        values["gencode"] = gencode
         steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
         levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):

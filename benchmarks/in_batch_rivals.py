@@ -30,7 +30,7 @@ def _cosines(query: Tensor, candidates: Tensor) -> Tensor:
 def eager_loss(query: Tensor, candidates: Tensor) -> Tensor:
     """Scores in the inputs' dtype, the rest in float32."""
     logits = _wide(_cosines(query, candidates)) / TEMPERATURE
-    return F.cross_entropy(logits, torch.arange(len(query)))
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
 
 
 def exact_loss(query: Tensor, candidates: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ def exact_loss(query: Tensor, candidates: Tensor) -> Tensor:
 def linear_loss(query: Tensor, candidates: Tensor) -> Tensor:
     """torch's own fusion of a product and a cross entropy."""
     rows, weight = (F.normalize(x, dim=-1) for x in (query, candidates))
-    return F.linear_cross_entropy(rows / TEMPERATURE, weight, torch.arange(len(query)))
+    own = torch.arange(len(query), device=query.device)
+    return F.linear_cross_entropy(rows / TEMPERATURE, weight, own)
 
 
 def compiled(loss: Loss) -> Loss:
@@ -101,9 +102,10 @@ def reward_loss(query: Tensor, candidates: Tensor, weights: dict[str, float], he
     scores = _wide(_cosines(query, candidates))
     target = scores.diagonal().unsqueeze(1)
     rank = (scores >= target).sum(1)  # itself included
-    itself = torch.eye(len(scores), dtype=torch.bool)
+    itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     negatives = scores.masked_fill(itself, -torch.inf).topk(head).values
-    ranks = torch.arange(1, head + 1) + (target > negatives).detach()
+    places = torch.arange(1, head + 1, device=scores.device)
+    ranks = places + (target > negatives).detach()
     weight = torch.where(ranks <= head, ranks.to(scores.dtype).log() - 1, 0.0)
     contrast = target.squeeze(1) / (1 + rank.to(scores.dtype).log())
     rank_reward = contrast - weights["rank_penalty"] * (negatives * weight).sum(1)

@@ -4,6 +4,7 @@
 file, as a PNG.
 """
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -17,11 +18,21 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What a figure depends on besides the code."""
     import elva_kernels
 
     native = elva_kernels.doctor().native
+    if device == "cuda":
+        return {
+            "device": torch.cuda.get_device_name(),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "commit": _commit(),
+        }
     return {
         "device": _cpu_model(),
         "cores": os.cpu_count(),
@@ -70,6 +81,12 @@ COLUMNS = {
         ("score err", "score_error", ".1e"),
         ("grad err", "grad_error", ".1e"),
     ),
+    "gpu": (
+        *TIMES,
+        ("TFLOP/s", "tflops", ".0f"),
+        ("of floor", "of_floor", ".0%"),
+        ("x eager", "times_eager", ".2f"),
+    ),
     "scores": (
         *TIMES,
         ("x eager", "times_eager", ".1f"),
@@ -88,6 +105,7 @@ COLUMNS = {
 COUNTED = {
     "reward": "GB/s counts each input read once and each gradient written once",
     "in_batch": "the floor is the matrix products alone; gradients' errors are over their norm",
+    "gpu": "the floor is the slower of the bytes and the operations counted, at the ceilings",
     "scores": "GB/s counts each value read and written once; errors are over the largest value",
     "topk": "GB/s counts the corpus read once; errors are over |q| |c|",
 }
@@ -184,6 +202,13 @@ def _cpu_model() -> str:
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     name = fields.get("model name", platform.machine())
     return f"{name} family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:

@@ -1,0 +1,62 @@
+"""What a GPU will be asked (`benchmarks.gpu_check`), as far as it can be asked without one."""
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from elva_kernels import dispatch
+
+needs_cpu = pytest.mark.skipif(
+    dispatch.available_backends()["cpu"] is not None, reason="the cpu backend stands in for a GPU"
+)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["gpu_check", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main()
+    return ended.value.code
+
+
+@needs_cpu
+def test_dry_run_is_green(monkeypatch, capsys):
+    assert run(monkeypatch, "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "24 checks, 0 red" in told
+    assert told.count("not run: it needs a GPU") == 6
+    for provider in ("reward 4x102x64 bf16 ours, cpu", "host time of a call"):
+        assert provider in told
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("op", "check", "wrong_result"),  # a gradient on candidates, or the scores
+    [
+        ("ranking_reward_and_grad", "grouped reward", 7),
+        ("info_nce_saved", "in-batch ops", 11),
+        ("topk", "search", 0),
+    ],
+)
+def test_a_wrong_kernel_is_red(monkeypatch, capsys, op, check, wrong_result):
+    right = dispatch.LAUNCHERS[op]["cpu"]
+
+    def wrong(*tensors, **options):
+        results = right(*tensors, **options)
+        return tuple(x * 1.01 if i == wrong_result else x for i, x in enumerate(results))
+
+    row = dispatch.LAUNCHERS[op] | {"cpu": wrong}
+    monkeypatch.setitem(dispatch.LAUNCHERS, op, row)
+    dispatch.launcher.cache_clear()
+    try:
+        assert run(monkeypatch, "--dry-run", "--no-benchmark", "--only", check) == 1
+    finally:
+        monkeypatch.undo()
+        dispatch.launcher.cache_clear()
+    assert "over its bound" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_what_can_be_done(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "--dry-run does what can be done" in run(monkeypatch)
+    assert "--only must be one of grouped reward" in run(monkeypatch, "--dry-run", "--only", "x")
