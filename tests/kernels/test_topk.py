@@ -375,6 +375,6 @@ def test_errors_name_the_argument(arguments, error, message):
 def test_errors_of_names():
     with pytest.raises(ValueError, match="topk: metric must be one of cosine, dot, got 'l2'"):
         topk(Q, C, 1, metric="l2")
-    message = "topk: backend must be one of auto, cpu, triton, reference"
+    message = "topk: backend must be one of auto, cpu, cuda, triton, reference"
     with pytest.raises(ValueError, match=message):
         topk(Q, C, 1, backend="gpu")
