@@ -15,6 +15,7 @@ using elva::Layout;
 using elva::pointer;
 using elva::raise_unless_ok;
 using elva::run_released;
+using elva::set_rows;
 
 void reward_forward(int dtype, int threads, py::handle sizes, int64_t negatives, int64_t dim,
                     py::handle query, py::handle positive, py::handle negative, py::handle mask,
@@ -107,16 +108,6 @@ void group_advantages(int dtype, int threads, py::handle sizes, int64_t size, py
   layout.finish();
   args.advantages = pointer(advantages);
   run_released(elva_group_advantages_cpu, args);
-}
-
-// An operand [rows, dim].
-void set_rows(py::handle operand, ElvaInput* input) {
-  check_tuple(operand.ptr(), 2);
-  PyObject* strides = PyTuple_GET_ITEM(operand.ptr(), 1);
-  check_tuple(strides, 2);
-  input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
-  input->row_stride = integer(strides, 0);
-  input->stride = integer(strides, 1);
 }
 
 void topk(int dtype, int threads, int metric, int64_t queries, int64_t rows, int64_t dim, int64_t k,

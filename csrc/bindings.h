@@ -120,6 +120,16 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// An operand [rows, dim].
+inline void set_rows(py::handle operand, ElvaInput* input) {
+  check_tuple(operand.ptr(), 2);
+  PyObject* strides = PyTuple_GET_ITEM(operand.ptr(), 1);
+  check_tuple(strides, 2);
+  input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
+  input->row_stride = integer(strides, 0);
+  input->stride = integer(strides, 1);
+}
+
 // Adds the functions of csrc/cuda.
 void bind_cuda(py::module_& module);
 

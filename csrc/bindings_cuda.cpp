@@ -68,12 +68,41 @@ void reward_backward(int dtype, int device, uintptr_t stream, py::handle sizes, 
   run_released(elva_reward_backward_cuda, args);
 }
 
+int64_t search_scratch_bytes(int dtype, int64_t queries, int64_t rows, int64_t dim) {
+  ElvaSearchArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.queries = queries;
+  args.rows = rows;
+  args.dim = dim;
+  return elva_search_scratch_bytes_cuda(&args);
+}
+
+void search_scores(int dtype, int device, uintptr_t stream, int metric, int64_t queries,
+                   int64_t rows, int64_t dim, py::handle query, py::handle corpus,
+                   uintptr_t scratch, uintptr_t scores) {
+  ElvaSearchArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  args.device = device;
+  args.stream = pointer(stream);
+  args.metric = static_cast<ElvaMetric>(metric);
+  args.queries = queries;
+  args.rows = rows;
+  args.dim = dim;
+  set_rows(query, &args.query);
+  set_rows(corpus, &args.corpus);
+  args.scratch = pointer(scratch);
+  args.scores = pointer<float>(scores);
+  run_released(elva_search_scores_cuda, args);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& module) {
   module.def("cuda_reward_scratch_bytes", &scratch_bytes);
   module.def("cuda_reward_forward", &reward_forward);
   module.def("cuda_reward_backward", &reward_backward);
+  module.def("cuda_search_scratch_bytes", &search_scratch_bytes);
+  module.def("cuda_search_scores", &search_scores);
 }
 
 }  // namespace elva

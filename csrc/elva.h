@@ -151,6 +151,25 @@ typedef struct {
 
 ElvaStatus elva_topk_cpu(const ElvaTopkArgs* args);
 
+// Scores of all corpus rows for each query, of which a caller takes the best; on a GPU alone, and
+// not for ELVA_FP64.
+typedef struct {
+  ElvaDtype dtype;
+  ElvaMetric metric;
+  int64_t queries;
+  int64_t rows;
+  int64_t dim;
+  ElvaInput query;   // [queries, dim]
+  ElvaInput corpus;  // [rows, dim]
+  void* scratch;     // elva_search_scratch_bytes_cuda, on 16 bytes
+  float* scores;     // [queries, rows]; -inf where the row or the query is not finite
+  int32_t device;
+  void* stream;
+} ElvaSearchArgs;
+
+int64_t elva_search_scratch_bytes_cuda(const ElvaSearchArgs* args);
+ElvaStatus elva_search_scores_cuda(const ElvaSearchArgs* args);
+
 // The in-batch ops, in steps: unit rows, their products (scores), rows of scores, gradients. Scores
 // are rows of `width` values, the number of candidates rounded up to 16. See reference_batch.py.
 typedef struct {

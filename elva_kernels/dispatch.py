@@ -187,6 +187,7 @@ LAUNCHERS: dict[str, dict[str, Callable[..., Tensors]]] = {
     },
     "topk": {
         "cpu": native.topk,
+        "cuda": native_cuda.topk,
         "triton": _triton("topk", "launch_topk"),
         "reference": _topk,
     },

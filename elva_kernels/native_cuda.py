@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elva_kernels import native
-from elva_kernels.native import _DTYPE_CODES, Gradients, Values, _operand
+from elva_kernels import block_search, native
+from elva_kernels.native import _DTYPE_CODES, _METRIC_CODES, Gradients, Values, _operand
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
-_OPS = dict.fromkeys(("reward_forward", "reward_backward"), "ranking_reward")  # for messages
+_OPS = {  # for messages
+    "reward_forward": "ranking_reward",
+    "reward_backward": "ranking_reward",
+    "search_scores": "topk",
+}
+_WORKSPACE_BYTES = 256 << 20  # of scores that a search holds at once; ours
 
 _ValuesAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -85,6 +90,34 @@ def reward_backward(
         *(gradient.data_ptr() for gradient in gradients),
     )
     return gradients
+
+
+def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> tuple[Tensor, Tensor]:
+    """As `native.topk`."""
+    q, dim = query.shape
+    code = _DTYPE_CODES[query.dtype]
+    step = max(1, _WORKSPACE_BYTES // (4 * max(1, q)))
+    size = _module().cuda_search_scratch_bytes(code, q, min(step, len(corpus)), dim)
+    scratch = query.new_empty(size, dtype=torch.uint8)
+
+    def scores_of(rows: Tensor) -> Tensor:
+        scores = query.new_empty((q, len(rows)), dtype=torch.float32)
+        _launch(
+            "search_scores",
+            code,
+            *_place(query),
+            _METRIC_CODES[metric],
+            q,
+            len(rows),
+            dim,
+            _operand(query),
+            _operand(rows),
+            scratch.data_ptr(),
+            scores.data_ptr(),
+        )
+        return scores
+
+    return block_search.search(query, corpus, k, step, scores_of)
 
 
 def _forward(

@@ -56,6 +56,11 @@ __device__ inline float widen(float x) { return x; }
 __device__ inline void narrow(float x, float* out) { *out = x; }
 __device__ inline void narrow(double x, float* out) { *out = static_cast<float>(x); }
 
+template <class T>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<Bf16> = true;
+
 // 16 bytes, moved at once.
 template <class T>
 struct alignas(16) Vector {

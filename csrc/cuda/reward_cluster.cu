@@ -232,11 +232,7 @@ class Block {
     exchanged();
   }
 
-  // 0 also for a row that has no exponent.
-  __device__ int scale_of(int64_t c) const {
-    const int exponent = exponent_[c + 1];
-    return exponent == kZero || exponent == kNotFinite ? 0 : exponent;
-  }
+  __device__ int scale_of(int64_t c) const { return elva::scale_of(exponent_[c + 1]); }
   // In units of 2^exponent.
   __device__ double norm_of(int64_t c) const {
     if (exponent_[c + 1] == kNotFinite) return nan("");

@@ -26,6 +26,17 @@ struct Row {
   __device__ bool is_dense() const {
     return stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   }
+  // The elements themselves, as `read`.
+  __device__ Vector<T> packed(int64_t at, int64_t dim, bool dense) const {
+    Vector<T> out;
+    if (dense && at + kSize <= dim) {
+      out = load16(data + at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) out.at[i] = at + i < dim ? data[(at + i) * stride] : T{};
+    }
+    return out;
+  }
   // kSize elements from `at`, a multiple of kSize; zeros beyond `dim`.
   __device__ void read(int64_t at, int64_t dim, bool dense, float* out) const {
     if (dense && at + kSize <= dim) {
@@ -100,16 +111,25 @@ __device__ inline int exponent_of(float largest) {
 // A magnitude for the largest: NaN is beyond all.
 __device__ inline float magnitude_of(float x) { return isnan(x) ? INFINITY : fabsf(x); }
 
+template <class T>
+__device__ inline int warp_exponent(const Row<T>& row, int64_t dim) {
+  float largest = 0;
+  for (int64_t i = threadIdx.x % 32; i < dim; i += 32) {
+    largest = fmaxf(largest, magnitude_of(row[i]));
+  }
+  return exponent_of(warp_max(largest));
+}
+// 0 also where there is none.
+__device__ inline int scale_of(int exponent) {
+  return exponent == kZero || exponent == kNotFinite ? 0 : exponent;
+}
+
 // The row's norm in units of 2^exponent, which is set; 0 for a zero row, NaN for one not finite.
 // `square` of the row as it is.
 template <class T>
 __device__ inline double norm_of(Row<T>* row, double square, int64_t dim, int64_t columns) {
   if (is_in_range(square)) return sqrt(square);
-  float largest = 0;
-  for (int64_t i = threadIdx.x % 32; i < dim; i += 32) {
-    largest = fmaxf(largest, magnitude_of((*row)[i]));
-  }
-  const int exponent = exponent_of(warp_max(largest));
+  const int exponent = warp_exponent(*row, dim);
   if (exponent == kNotFinite) return nan("");
   if (exponent == kZero) return 0;
   row->exponent = exponent;

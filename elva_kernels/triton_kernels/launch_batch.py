@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels import in_batch
+from elva_kernels.block_search import best_of
 from elva_kernels.in_batch import Slopes, Sums, Terms, Units, part_of
 from elva_kernels.reference import compute_dtype
 from elva_kernels.triton_kernels import INTERPRETED, launch
@@ -263,22 +264,6 @@ class Run(in_batch.Run):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return launch._empty(shape, dtype, self.device)
-
-
-def best_of(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k first of each row: score descending, then index ascending; no NaN among the scores.
-
-    By unique integers, of which any top-k gives the same; float64 by a stable sort.
-    """
-    if scores.dtype == torch.float64:
-        best, index = scores.sort(dim=1, descending=True, stable=True)
-        return best[:, :k], index[:, :k]
-    bits = (scores + 0.0).view(torch.int32).long()  # -0 becomes 0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    behind = torch.arange(scores.shape[1], device=scores.device).bitwise_not() & 0xFFFFFFFF
-    best = (ordered << 32 | behind).topk(k, dim=1).values
-    index = best.bitwise_not() & 0xFFFFFFFF
-    return scores.gather(1, index) + 0.0, index
 
 
 def _triton_type(dtype: torch.dtype) -> Any:

@@ -56,6 +56,7 @@ struct Fiber {
 struct Warp {
   Meeting meeting;
   uint64_t words[kWarp] = {};
+  uint32_t left[kWarp][4] = {}, right[kWarp][2] = {};
 };
 
 struct Machine {
@@ -252,14 +253,46 @@ void sync_warp() { meet(&machine.warps[machine.fiber().warp].meeting); }
 void cluster_sync() { meet(&machine.cluster); }
 uint32_t cluster_rank() { return static_cast<uint32_t>(machine.fiber().block); }
 
+unsigned own_lane() { return machine.fiber().self.thread.x % kWarp; }
+
 uint64_t exchange(uint64_t x, int lane_mask) {
-  const size_t warp = machine.fiber().warp;
-  const unsigned lane = machine.fiber().self.thread.x % kWarp;
-  machine.warps[warp].words[lane] = x;
+  return take(x, static_cast<int>(own_lane()) ^ lane_mask);
+}
+
+uint64_t take(uint64_t x, int lane) {
+  Warp& warp = machine.warps[machine.fiber().warp];
+  warp.words[own_lane()] = x;
   sync_warp();
-  const uint64_t other = machine.warps[warp].words[lane ^ static_cast<unsigned>(lane_mask)];
+  const uint64_t other = warp.words[lane];
   sync_warp();
   return other;
+}
+
+// Fragments as PTX lays out m16n8k16: a holds (row, terms) (g, 2t), (g + 8, 2t), (g, 2t + 8) and
+// (g + 8, 2t + 8), each with the next term; b the terms 2t and 2t + 8 of column g; g = lane / 4,
+// t = lane % 4. The lane's sums are (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+void multiply_add(float* sum, const uint32_t* a, const uint32_t* b, bool bf16) {
+  Warp& warp = machine.warps[machine.fiber().warp];
+  const unsigned lane = own_lane();
+  memcpy(warp.left[lane], a, sizeof(warp.left[lane]));
+  memcpy(warp.right[lane], b, sizeof(warp.right[lane]));
+  sync_warp();
+  const auto element = [bf16](uint32_t word, unsigned term) {
+    const uint16_t bits = static_cast<uint16_t>(term % 2 == 0 ? word : word >> 16);
+    return bf16 ? from_bf16(bits) : from_fp16(bits);
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double total = static_cast<double>(sum[i]);
+    for (unsigned term = 0; term < 16; ++term) {
+      const unsigned t = term % 8 / 2, high = term / 8;
+      const uint32_t left = warp.left[row % 8 * 4 + t][row / 8 + 2 * high];
+      const uint32_t right = warp.right[column * 4 + t][high];
+      total += static_cast<double>(element(left, term)) * static_cast<double>(element(right, term));
+    }
+    sum[i] = static_cast<float>(total);
+  }
+  sync_warp();
 }
 
 void Arrivals::expect(uint32_t bytes) {

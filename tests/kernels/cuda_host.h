@@ -68,7 +68,11 @@ void sync_block();
 void sync_warp();
 int sync_block_or(int x);
 void sync_cluster();
+// What the lane of that number, or that distance, of this lane's warp gave.
 uint64_t exchange(uint64_t x, int lane_mask);
+uint64_t take(uint64_t x, int lane);
+// As the matrix instruction: see multiply.h.
+void multiply_add(float* sum, const uint32_t* a, const uint32_t* b, bool bf16);
 int capability();
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& body);
 
@@ -118,6 +122,16 @@ V __shfl_xor_sync(unsigned, V x, int lane_mask) {
   uint64_t word = 0;
   memcpy(&word, &x, sizeof(x));
   word = host::exchange(word, lane_mask);
+  memcpy(&x, &word, sizeof(x));
+  return x;
+}
+
+template <class V>
+V __shfl_sync(unsigned, V x, int lane) {
+  static_assert(sizeof(V) <= 8);
+  uint64_t word = 0;
+  memcpy(&word, &x, sizeof(x));
+  word = host::take(word, lane);
   memcpy(&x, &word, sizeof(x));
   return x;
 }

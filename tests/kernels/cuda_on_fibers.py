@@ -79,6 +79,24 @@ def test_sanitized(case, dtype):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70, 33), (35, 300, 264)], ids=str)
+def test_sanitized_search(shape, dtype):
+    """Ragged tiles of rows, queries and columns; a row far out, one not finite."""
+    q, p, d = shape
+    query, corpus = torch.randn(q, d).to(dtype), torch.randn(p, d).to(dtype)
+    if p > 1:
+        corpus[1] *= 2.0**-12 if dtype == torch.float16 else 2.0**-70
+        corpus[p // 2, 0] = torch.nan
+    for metric in ("cosine", "dot"):
+        scores, index = launch("topk", query, corpus, 10, metric=metric)
+        right = reference.topk(query.double(), corpus.double(), 10, metric=metric)
+        norms = query.double().norm(dim=1, keepdim=True) * corpus.double().nan_to_num().norm(dim=1)
+        allowed = 1e-5 * (1.0 if metric == "cosine" else norms.gather(1, index))
+        same = scores.double() == right.scores  # -inf is
+        assert (same | ((scores.double() - right.scores).abs() <= allowed)).all()
+
+
 def test_groups_keep_their_bits_in_any_batch():
     inputs = embeddings((5,), 23, 128, torch.bfloat16)
     together = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)

@@ -54,7 +54,7 @@ def kernel_name(mangled):
         name, inner = inner[found.end() : end], inner[end:]
     types = {"Bf16": "Bf16" in inner, "Fp16": "Fp16" in inner}
     element = next((key for key, there in types.items() if there), "float")
-    numbers = "".join(f", {x}" for x in re.findall(r"Li(\d+)E", inner))
+    numbers = "".join(f", {x}" for x in re.findall(r"L[bi](\d+)E", inner))
     return f"{name}<{element}{numbers}>"
 
 

@@ -15,12 +15,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 pytestmark = pytest.mark.skipif(ON_FIBERS, reason="this is the session on fibers")
 
+TOPK = "cuda and not float64 and not offsets_beyond and not memory_map and not compiles"
 # Of the contract suite, what fibers get through in seconds, and the order in which they run.
 CHOSEN = [
     ("cuda_on_fibers.py", "", "forwards"),
     ("cuda_on_fibers.py", "sanitized or odd_rows or any_batch or four", "reversed"),
     ("cuda_on_fibers.py", "sanitized or odd_rows or any_batch or two", "3"),
     ("test_reward.py", "not float64 and not threads_and_repeats", "7"),
+    ("test_topk.py", TOPK, "5"),
     ("test_reward_torch.py", "opcheck and bfloat16", "forwards"),
 ]
 

@@ -182,7 +182,7 @@ def test_rows_that_are_zero_or_not_finite(backend, dtype, metric):
 
 @every_level
 def test_cosines_of_tiny_and_huge_rows(backend):
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in {torch.bfloat16, torch.float32, torch.float64} & set(DTYPES):
         query, corpus = rows(5, 203, 48, dtype)
         plain = topk(query, corpus, 203, backend=backend)
         low, high = (-500, 500) if dtype == torch.float64 else (-66, 66)
@@ -220,7 +220,7 @@ def test_thresholds_at_the_ends_of_the_range(backend):
     toward = line * torch.full((1, 37), 0.1, dtype=torch.float64)
     across = torch.zeros(300, 37, dtype=torch.float64)
     across[:, 0], across[:, 1] = line[:, 0], line[:, 0] * torch.tensor([1e-20, -1e-20]).repeat(150)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in {torch.float32, torch.float64} & set(DTYPES):
         query = torch.full((1, 37), 0.1, dtype=dtype)
         for corpus in (toward, -toward):
             corpus = corpus.to(dtype)

@@ -1,0 +1,42 @@
+// A matrix instruction on 16 rows, 8 columns and 16 terms in half precision, sums in float.
+#ifndef ELVA_CUDA_MULTIPLY_H_
+#define ELVA_CUDA_MULTIPLY_H_
+
+#include "device.h"
+
+namespace elva {
+
+template <class T>
+__device__ inline uint32_t word_of(const Vector<T>& x, int at) {
+  return x.at[at].bits | static_cast<uint32_t>(x.at[at + 1].bits) << 16;
+}
+
+// sum [16, 8] += the four elements from `half` of every lane's vectors: lane l holds row l / 4 (and
+// that plus 8) of the left, column l / 4 of the right, and of the sum those rows at columns
+// 2 (l % 4) and the next. Which terms a lane's elements are is its own affair, as long as it is the
+// same on the left and the right.
+template <class T>
+__device__ inline void multiply_add(float* sum, const Vector<T>& upper, const Vector<T>& lower,
+                                    const Vector<T>& right, int half) {
+  const uint32_t a[4] = {word_of(upper, half), word_of(lower, half), word_of(upper, half + 2),
+                         word_of(lower, half + 2)};
+  const uint32_t b[2] = {word_of(right, half), word_of(right, half + 2)};
+#ifdef __CUDACC__
+  if constexpr (is_bf16<T>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#else
+  host::multiply_add(sum, a, b, is_bf16<T>);
+#endif
+}
+
+}  // namespace elva
+#endif  // ELVA_CUDA_MULTIPLY_H_
