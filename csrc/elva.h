@@ -324,6 +324,85 @@ ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);
 
+// The same steps on a GPU, where torch multiplies; not for ELVA_FP64. Pointers are the device's.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t device;
+  void* stream;
+  int64_t count;
+  int64_t dim;
+  ElvaInput rows;  // [count, dim]
+  void* unit;      // [count, dim], rows times 2^-e; zeros for one that is zero or not finite
+  double* norm;    // [count, 2], as in ElvaUnitRowsArgs
+} ElvaCudaUnitArgs;
+
+typedef struct {
+  ElvaDtype dtype;
+  int32_t device;
+  void* stream;
+  int64_t count;
+  int64_t dim;
+  const void* unit;        // [count, dim]
+  const float* grad_unit;  // [count, dim]
+  const double* norm;      // [count, 2]
+  void* grad_rows;         // [count, dim]
+} ElvaCudaGradientArgs;
+
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t rows;
+  int64_t candidates;
+  int64_t width;
+  float* scores;                 // [rows, width]: products of `unit` rows; becomes masked scores
+  const double* query_norm;      // [rows, 2]
+  const double* candidate_norm;  // [candidates, 2]
+  const int64_t* target;
+  const int64_t* ids;
+  double max_score;
+  const double* temperature;  // [1]; null: no sums
+  int32_t* n_greater;
+  int32_t* n_equal;
+  float* target_score;
+  float* hardest_score;
+  int64_t* hardest_index;
+  double* sum;
+  double* moment;
+} ElvaCudaScoreArgs;
+
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t rows;
+  int64_t width;
+  const float* scores;
+  const double* temperature;
+  float* peak;
+  double* sum;
+  double* moment;
+} ElvaCudaColumnArgs;
+
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t rows;
+  int64_t width;
+  float* scores;
+  const double* temperature;
+  const float* row_peak;
+  const float* row_factor;
+  const float* target_slope;
+  const int64_t* target;
+  const float* column_peak;
+  const float* column_factor;
+} ElvaCudaSlopeArgs;
+
+ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args);
+ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args);
+ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args);
+ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args);
+ElvaStatus elva_slope_rows_cuda(const ElvaCudaSlopeArgs* args);
+
 // Memory of a large result. A released block is kept for the next result of about its size.
 typedef struct {
   void* data;     // on a page of 2 MB, its contents undefined

@@ -121,11 +121,18 @@ def _triton(name: str, module: str = "launch") -> Callable[..., Tensors]:
     return launch
 
 
+def _cuda_run(*arguments: Any) -> in_batch.Run:
+    """The steps of the CUDA backend, imported when they are first needed."""
+    launchers = importlib.import_module("elva_kernels.native_cuda_batch")
+    return cast(in_batch.Run, launchers.Run(*arguments))
+
+
 def _in_batch(name: str) -> dict[str, Callable[..., Tensors]]:
     """An in-batch op's launchers: the same steps, of each backend that has them."""
     op = getattr(batch_launchers, f"stepped_{name}")
     return {
         "cpu": functools.partial(op, native_batch.Run),
+        "cuda": functools.partial(op, _cuda_run),
         "triton": functools.partial(op, _triton_run),
         "reference": getattr(batch_launchers, f"reference_{name}"),
     }

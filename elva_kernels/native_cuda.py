@@ -20,7 +20,9 @@ _OPS = {  # for messages
     "reward_forward": "ranking_reward",
     "reward_backward": "ranking_reward",
     "search_scores": "topk",
-}
+} | dict.fromkeys(
+    ("unit_rows", "unit_gradient", "score_rows", "column_sums", "slope_rows"), "in-batch op"
+)
 _WORKSPACE_BYTES = 256 << 20  # of scores that a search holds at once; ours
 
 _ValuesAndGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

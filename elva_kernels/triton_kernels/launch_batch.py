@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elva_kernels import in_batch
-from elva_kernels.block_search import best_of
-from elva_kernels.in_batch import Slopes, Sums, Terms, Units, part_of
+from elva_kernels import gpu_batch
+from elva_kernels.in_batch import Slopes, Units, part_of
 from elva_kernels.reference import compute_dtype
 from elva_kernels.triton_kernels import INTERPRETED, launch
 
@@ -143,7 +142,7 @@ def units_of(rows: Tensor) -> Units:
     return Units(units, norms, None)
 
 
-class Run(in_batch.Run):
+class Run(gpu_batch.Run):
     """Rows stay in their dtype; slopes times bfloat16 rows are multiplied in halves."""
 
     def units(self, rows: Tensor) -> Units:
@@ -177,10 +176,7 @@ class Run(in_batch.Run):
                 BLOCK=_BLOCK,
                 **options(launch._architecture(self.device)),
             )
-        if self.k > 0:
-            best, index = best_of(scores[:, : len(self.candidates.rows)], self.k)
-            self.topk_scores[rows] = best
-            self.topk_index[rows] = torch.where(best > -math.inf, index, -1)
+        self.keep_best(scores, rows)
 
     def column_sums(self, scores: Tensor) -> None:
         from elva_kernels.triton_kernels import statistics
@@ -195,28 +191,6 @@ class Run(in_batch.Run):
                 BLOCK=_COLUMNS,
                 **options(launch._architecture(self.device)),
             )
-
-    def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
-        if at is not None:
-            sums = Sums(*(x[at] for x in sums))
-        assert self.temperature is not None
-        target = self.target_score[rows].double()
-        sound = target.isfinite()
-        target = torch.where(sound, target, 0.0)
-        peak = torch.where(sums.peak > -math.inf, sums.peak.double(), target)
-        top = torch.maximum(peak, target)
-        weight = ((peak - top) / self.temperature).exp()
-        rest = weight * sums.total
-        whole = rest + ((target - top) / self.temperature).exp()
-        # A small loss is the logarithm of a number near 1.
-        behind = whole.log() + (top - target) / self.temperature
-        loss = torch.where(top == target, torch.log1p(rest), behind)
-        share = torch.where(sound, weight / whole, 0.0)
-        gap = sums.moment + sums.total * (peak - target)
-        terms.loss[rows] = torch.where(sound, loss, math.nan)
-        terms.share[rows] = share
-        terms.others[rows] = share * sums.total
-        terms.heat[rows] = -share * gap / self.temperature**2
 
     def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
         from elva_kernels.triton_kernels import statistics
@@ -240,9 +214,6 @@ class Run(in_batch.Run):
         of_query, of_candidates = self.grad_units[0][rows], self.grad_units[1]
         multiply(slopes, candidates.rows, of_query, inner=candidates.norm)
         multiply(slopes.T, query.rows, of_candidates, inner=query.norm, add=rows.start > 0)
-
-    def add_targets(self) -> None:
-        """`slope_rows` had them."""
 
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
         from elva_kernels.triton_kernels import rows as kernels

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from elva_kernels import dispatch, native_cuda
+from elva_kernels import dispatch, native_cuda, native_cuda_batch
 from tests.kernels.cases import INTERPRETED, ON_FIBERS
 
 
@@ -21,7 +21,9 @@ def pytest_configure():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     native_cuda._module = lambda: module
-    native_cuda._place = lambda tensor: (0, 0)
+    native_cuda._place = native_cuda_batch._place = lambda tensor: (0, 0)
+    # Exact products, rounded once: no library sums in an order that its place decides.
+    native_cuda_batch.product = lambda a, b: (a.double() @ b.double()).float()
     dispatch.BACKENDS["cuda"] = dispatch.BACKENDS["cuda"]._replace(
         device_type="cpu",
         unavailable_reason=lambda: None,

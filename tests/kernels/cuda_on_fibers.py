@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from elva_kernels import dispatch, native_cuda, reference
+from elva_kernels import dispatch, info_nce, native_cuda, rank_statistics, reference
 from elva_kernels.reference import compute_dtype
-from tests.kernels.cases import OPEN_HINGE, SOFT_RANKS, check_gradients, embeddings, same_bits
+from tests.kernels.cases import (
+    OPEN_HINGE,
+    SOFT_RANKS,
+    batch,
+    check_gradients,
+    embeddings,
+    same_bits,
+)
 
 # N, D: what one, two, four and eight blocks hold in half a multiprocessor's memory, and more.
 CLUSTERS = {
@@ -95,6 +102,28 @@ def test_sanitized_search(shape, dtype):
         allowed = 1e-5 * (1.0 if metric == "cosine" else norms.gather(1, index))
         same = scores.double() == right.scores  # -inf is
         assert (same | ((scores.double() - right.scores).abs() <= allowed)).all()
+
+
+@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+def test_sanitized_batch(dtype):
+    """Two chunks' worth of steps, with ids, a limit and rows that are zero or not finite."""
+    query, candidates = batch(9, 21, 33, torch.float64)
+    candidates[11], candidates[12, 5] = 0, torch.nan
+    leaves = [x.to(dtype).requires_grad_() for x in (query, candidates)]
+    ids = torch.arange(21) % 17
+    for symmetric in (False, True):
+        options = {"candidate_ids": ids, "max_score": 0.9, "symmetric": symmetric}
+        loss = info_nce(*leaves, **options, backend="cuda")
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        right = info_nce(*exact, **options, backend="reference")
+        torch.testing.assert_close(loss.double(), right, rtol=0, atol=2e-4)
+        gradients = torch.autograd.grad(loss, leaves)
+        truths = torch.autograd.grad(right, exact)
+        check_gradients(gradients, truths, [x.detach() for x in leaves], dtype)
+    found = rank_statistics(*leaves, candidate_ids=ids, k=4, temperature=0.1, backend="cuda")
+    again = rank_statistics(*exact, candidate_ids=ids, k=4, temperature=0.1, backend="reference")
+    torch.testing.assert_close(found.topk_scores.double(), again.topk_scores, rtol=0, atol=1e-5)
+    assert torch.equal(found.rank, again.rank)
 
 
 def test_groups_keep_their_bits_in_any_batch():

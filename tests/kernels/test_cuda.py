@@ -15,14 +15,25 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 pytestmark = pytest.mark.skipif(ON_FIBERS, reason="this is the session on fibers")
 
-TOPK = "cuda and not float64 and not offsets_beyond and not memory_map and not compiles"
+HALF = "cuda and not float64 and not float16"
+TOPK = f"{HALF} and not offsets_beyond and not map and not compiles"
+STATISTICS = f"{HALF} and not any_batch and not many and not 50-70"
+IN_BATCH = f"{HALF} and not compiles and not gradcheck"
+INFO_NCE = f"{HALF} and not threads and not any_batch and not workspace"
 # Of the contract suite, what fibers get through in seconds, and the order in which they run.
 CHOSEN = [
     ("cuda_on_fibers.py", "", "forwards"),
     ("cuda_on_fibers.py", "sanitized or odd_rows or any_batch or four", "reversed"),
     ("cuda_on_fibers.py", "sanitized or odd_rows or any_batch or two", "3"),
-    ("test_reward.py", "not float64 and not threads_and_repeats", "7"),
+    ("test_reward.py", "not float64 and not float16 and not threads_and_repeats", "7"),
     ("test_topk.py", TOPK, "5"),
+    ("test_statistics.py", STATISTICS, "forwards"),
+    (
+        "test_in_batch_reward.py",
+        "cuda and not 64 and not float16 and not compiles and not gradcheck",
+        "2",
+    ),
+    ("test_infonce.py", INFO_NCE, "9"),
     ("test_reward_torch.py", "opcheck and bfloat16", "forwards"),
 ]
 

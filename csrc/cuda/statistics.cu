@@ -1,0 +1,245 @@
+// What: the steps of the in-batch ops around the matrix products, which are torch's: unit rows,
+// statistics of rows of products, sums over columns, slopes in place, gradients on rows. Source:
+// Liu et al., ELVA, arXiv:2606.20280, sec. 3.4, and eq. (8) to (14) of
+// elva_kernels/reference_batch.py. In: rows in bf16, fp16 or fp32, any strides; products of unit
+// rows [R, width] in fp32; targets, ids. Out: see elva.h; products become masked scores (-inf where
+// a candidate is no negative), then slopes. Work split: a warp a row of embeddings; a block a row
+// of scores; a thread a column. Bytes: a row of scores is read twice (again from cache) and written
+// once; a chunk's columns twice; slopes once each. Numerics: exponentials in fp32, sums in double
+// in an order of their own. Ties by lower index. No atomics: deterministic. Limits: none.
+// Reference: elva_kernels.reference_batch.
+#include "rows.h"
+
+namespace elva {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int64_t kSegment = 2048;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    unit_rows(const __grid_constant__ ElvaCudaUnitArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (i >= args.count) return;
+  T* out = static_cast<T*>(args.unit) + i * args.dim;
+  Row<T> row{static_cast<const T*>(args.rows.data) + i * args.rows.row_stride, args.rows.stride, 0};
+  const double square = row_sums(row, row, args.dim, kSegment).y;
+  const double norm = norm_of(&row, square, args.dim, kSegment);
+  for (int64_t at = threadIdx.x % 32; at < args.dim; at += 32) {
+    narrow(isnan(norm) ? 0.0f : row[at], out + at);
+  }
+  if (threadIdx.x % 32 == 0) {
+    args.norm[2 * i] = norm > 0 ? 1 / norm : norm;  // 0 or NaN
+    args.norm[2 * i + 1] = row.exponent;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    unit_gradient(const __grid_constant__ ElvaCudaGradientArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (i >= args.count) return;
+  const T* unit = static_cast<const T*>(args.unit) + i * args.dim;
+  const float* slope = args.grad_unit + i * args.dim;
+  T* out = static_cast<T*>(args.grad_rows) + i * args.dim;
+  const double inverse = args.norm[2 * i];
+  const int exponent = static_cast<int>(args.norm[2 * i + 1]);
+  double dot = 0;
+  for (int64_t at = threadIdx.x % 32; at < args.dim; at += 32) {
+    dot += static_cast<double>(widen(unit[at])) * slope[at];
+  }
+  dot = warp_sum(dot) * inverse;
+  for (int64_t at = threadIdx.x % 32; at < args.dim; at += 32) {
+    const double along = dot * inverse * widen(unit[at]);
+    narrow(scalbn((slope[at] - along) * inverse, -exponent), out + at);
+  }
+}
+
+// In [-1, 1], and 0 where the products may have underflowed; never -0.
+__device__ inline float clamped(double product) {
+  const float score = static_cast<float>(product);
+  if (fabsf(score) < 0x1p-50f) return 0;
+  return score > 1 ? 1.0f : score < -1 ? -1.0f : score;
+}
+
+__device__ inline bool is_before(float score, int64_t index, float other, int64_t other_index) {
+  return score > other || (score == other && index < other_index);
+}
+
+// Of a block: every warp's value into `shared` [kWarps], then the first thread adds them in order.
+template <class V>
+__device__ inline V block_sum(V x, V* shared) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  V sum = shared[0];
+  for (int w = 1; w < kWarps; ++w) sum += shared[w];
+  return sum;
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    score_rows(const __grid_constant__ ElvaCudaScoreArgs args) {
+  ELVA_DYNAMIC_SHARED(memory);
+  double* sums = reinterpret_cast<double*>(memory);
+  float* bests = reinterpret_cast<float*>(sums + kWarps);
+  int64_t* places = reinterpret_cast<int64_t*>(bests + kWarps);
+  const int64_t i = blockIdx.x, own = args.target[i];
+  float* row = args.scores + i * args.width;
+  const double query = args.query_norm[2 * i], own_norm = args.candidate_norm[2 * own];
+  const bool bad_query = isnan(query), bad = bad_query || isnan(own_norm);
+  const float mine = bad ? 0.0f : clamped(row[own] * query * own_norm);
+  const int64_t own_id = args.ids == nullptr ? own : args.ids[own];
+  __syncthreads();  // the target's product is masked below
+  int greater = 0, equal = 0;
+  float hardest = -INFINITY;
+  int64_t place = -1;
+  for (int64_t j = threadIdx.x; j < args.width; j += kThreads) {
+    float score = -INFINITY;
+    const bool rival =
+        j < args.candidates && j != own && (args.ids == nullptr || args.ids[j] != own_id);
+    if (rival) {
+      const double norm = args.candidate_norm[2 * j];
+      const bool sound = !bad_query && !isnan(norm);
+      if (sound) {
+        score = clamped(row[j] * query * norm);
+        if (static_cast<double>(score) > args.max_score) score = -INFINITY;
+      }
+      // NaN, a bad pair's own score, is below all numbers and equal to NaN.
+      greater += score > -INFINITY && (bad || score > mine);
+      equal += bad ? !sound : score > -INFINITY && score == mine;
+    }
+    row[j] = score;
+    if (score > hardest) hardest = score, place = j;
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, hardest, offset);
+    const int64_t other_place = __shfl_xor_sync(kAllLanes, place, offset);
+    if (other > -INFINITY && is_before(other, other_place, hardest, place)) {
+      hardest = other, place = other_place;
+    }
+  }
+  const int all_greater = static_cast<int>(block_sum(static_cast<double>(greater), sums));
+  const int all_equal = static_cast<int>(block_sum(static_cast<double>(equal), sums));
+  if (threadIdx.x % 32 == 0) {
+    bests[threadIdx.x / 32] = hardest;
+    places[threadIdx.x / 32] = place;
+  }
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) {
+    if (bests[w] > -INFINITY && (place < 0 || is_before(bests[w], places[w], hardest, place))) {
+      hardest = bests[w], place = places[w];
+    }
+  }
+  if (threadIdx.x == 0) {
+    args.n_greater[i] = all_greater;
+    args.n_equal[i] = all_equal;
+    args.target_score[i] = bad ? nanf("") : mine;
+    args.hardest_score[i] = hardest;
+    args.hardest_index[i] = place;
+  }
+  if (args.temperature == nullptr) return;
+  const float cold = static_cast<float>(1 / *args.temperature);
+  double sum = 0, moment = 0;
+  for (int64_t j = threadIdx.x; j < args.width; j += kThreads) {  // its own stores
+    if (row[j] == -INFINITY) continue;
+    const float gap = row[j] - hardest, term = expf(gap * cold);
+    sum += term;
+    moment += static_cast<double>(term) * gap;
+  }
+  sum = block_sum(sum, sums);
+  moment = block_sum(moment, sums);
+  if (threadIdx.x == 0) {
+    args.sum[i] = sum;
+    args.moment[i] = moment;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    column_sums(const __grid_constant__ ElvaCudaColumnArgs args) {
+  const int64_t j = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (j >= args.width) return;
+  const float cold = static_cast<float>(1 / *args.temperature), old = args.peak[j];
+  float peak = old;
+  for (int64_t i = 0; i < args.rows; ++i) peak = fmaxf(peak, args.scores[i * args.width + j]);
+  const float base = peak > -INFINITY ? peak : 0.0f, grown = old > -INFINITY ? old - base : 0.0f;
+  const double shrink = expf(grown * cold), before = args.sum[j];
+  double sum = before * shrink, moment = (args.moment[j] + before * grown) * shrink;
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const float score = args.scores[i * args.width + j];
+    if (score == -INFINITY) continue;
+    const float gap = score - base, term = expf(gap * cold);
+    sum += term;
+    moment += static_cast<double>(term) * gap;
+  }
+  args.peak[j] = peak;
+  args.sum[j] = sum;
+  args.moment[j] = moment;
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    slope_rows(const __grid_constant__ ElvaCudaSlopeArgs args) {
+  const int64_t i = blockIdx.x, own = args.target[i];
+  float* row = args.scores + i * args.width;
+  const float cold = static_cast<float>(1 / *args.temperature), peak = args.row_peak[i],
+              factor = args.row_factor[i];
+  for (int64_t j = threadIdx.x; j < args.width; j += kThreads) {
+    const float score = row[j];
+    float slope = 0;
+    if (score > -INFINITY) {
+      slope = factor * expf((score - peak) * cold);
+      if (args.column_peak != nullptr) {
+        slope += args.column_factor[j] * expf((score - args.column_peak[j]) * cold);
+      }
+    }
+    row[j] = j == own ? args.target_slope[i] : slope;
+  }
+}
+
+int64_t blocks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
+
+}  // namespace
+}  // namespace elva
+
+extern "C" {
+
+ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args) {
+  using namespace elva;
+  return on_device(args->dtype, args->device, [args](auto element) {
+    return launch(unit_rows<decltype(element)>, blocks_of(args->count, kWarps), 1, kThreads, 0,
+                  args->stream, *args);
+  });
+}
+
+ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args) {
+  using namespace elva;
+  return on_device(args->dtype, args->device, [args](auto element) {
+    return launch(unit_gradient<decltype(element)>, blocks_of(args->count, kWarps), 1, kThreads, 0,
+                  args->stream, *args);
+  });
+}
+
+ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args) {
+  using namespace elva;
+  return on_device(ELVA_FP32, args->device, [args](auto) {
+    const size_t shared = kWarps * (sizeof(double) + sizeof(float) + sizeof(int64_t));
+    return launch(score_rows, args->rows, 1, kThreads, shared, args->stream, *args);
+  });
+}
+
+ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args) {
+  using namespace elva;
+  return on_device(ELVA_FP32, args->device, [args](auto) {
+    return launch(column_sums, blocks_of(args->width, kThreads), 1, kThreads, 0, args->stream,
+                  *args);
+  });
+}
+
+ElvaStatus elva_slope_rows_cuda(const ElvaCudaSlopeArgs* args) {
+  using namespace elva;
+  return on_device(ELVA_FP32, args->device, [args](auto) {
+    return launch(slope_rows, args->rows, 1, kThreads, 0, args->stream, *args);
+  });
+}
+
+}  // extern "C"
