@@ -111,10 +111,34 @@ inline ElvaStatus status_of(cudaError_t error) {
   return ELVA_DEVICE_ERROR;
 }
 
+// The device in use, for a while: torch's notion of it is the same one.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+
 // Runs `function` with an element of the type that `dtype` names, on that device. Not for doubles.
 template <class Function>
 ElvaStatus on_device(ElvaDtype dtype, int32_t device, const Function& function) {
-  const ElvaStatus status = status_of(cudaSetDevice(device));
+  const OnDevice there(device);
+  const ElvaStatus status = status_of(there.error());
   if (status != ELVA_OK) return status;
   switch (dtype) {
     case ELVA_BF16:
@@ -163,14 +187,35 @@ struct LaunchConfig {
   LaunchConfig& operator=(const LaunchConfig&) = delete;
 };
 
-// How many clusters the device in use runs at a time.
+// How many clusters the device in use runs at a time. Asking takes longer than a launch, so each
+// thread remembers some answers.
 template <class Args>
 ElvaStatus most_clusters(void (*kernel)(Args), int cluster, int threads, size_t shared,
                          int* clusters) {
-  const ElvaStatus status = prepare(kernel, shared);
+  struct Answer {
+    void (*kernel)(Args);
+    size_t shared;
+    int device, clusters;
+  };
+  constexpr int kAnswers = 16;
+  static thread_local Answer answers[kAnswers] = {};
+  static thread_local int next = 0;
+  int device = 0;
+  ElvaStatus status = status_of(cudaGetDevice(&device));
+  if (status != ELVA_OK) return status;
+  for (const Answer& answer : answers) {
+    if (answer.kernel == kernel && answer.shared == shared && answer.device == device) {
+      *clusters = answer.clusters;
+      return ELVA_OK;
+    }
+  }
+  status = prepare(kernel, shared);
   if (status != ELVA_OK) return status;
   const LaunchConfig launch(cluster, cluster, threads, shared, nullptr);
-  return status_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config));
+  status = status_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config));
+  if (status != ELVA_OK) return status;
+  answers[next++ % kAnswers] = {kernel, shared, device, *clusters};
+  return ELVA_OK;
 }
 
 // `kernel` on `blocks` blocks in clusters of `cluster`, each with `shared` bytes of memory.

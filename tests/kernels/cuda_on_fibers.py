@@ -119,7 +119,11 @@ def test_sanitized_batch(dtype):
         torch.testing.assert_close(loss.double(), right, rtol=0, atol=2e-4)
         gradients = torch.autograd.grad(loss, leaves)
         truths = torch.autograd.grad(right, exact)
-        check_gradients(gradients, truths, [x.detach() for x in leaves], dtype)
+        for gradient, truth in zip(gradients, truths, strict=True):
+            ulp = torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                gradient.double(), truth, rtol=ulp, atol=2e-5, equal_nan=True
+            )
     found = rank_statistics(*leaves, candidate_ids=ids, k=4, temperature=0.1, backend="cuda")
     again = rank_statistics(*exact, candidate_ids=ids, k=4, temperature=0.1, backend="reference")
     torch.testing.assert_close(found.topk_scores.double(), again.topk_scores, rtol=0, atol=1e-5)
