@@ -21,6 +21,7 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/simd.h -> flags of that level's *_simd objects
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16"}
+CUDA_ARCHS = ("80", "90a", "100", "120")  # as far as nvcc knows them
 # gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
@@ -62,7 +63,11 @@ def cuda_compiler() -> tuple[str, list[str]]:
             sys.exit("ELVA_KERNELS_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
         print("elva_kernels: no nvcc in use, building for the CPU only", file=sys.stderr)
         return "", []
-    return nvcc, os.environ.get("ELVA_KERNELS_CUDA_ARCHS", "80 90a 100 120").split()
+    named = os.environ.get("ELVA_KERNELS_CUDA_ARCHS")
+    if named:
+        return nvcc, named.split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return nvcc, [x for x in CUDA_ARCHS if f"sm_{x.rstrip('a')}" in known]
 
 
 class NinjaBuild(build_ext):

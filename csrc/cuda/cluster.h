@@ -71,6 +71,7 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 __device__ inline void cluster_sync() {
+  __syncwarp();  // "aligned" wants a whole warp
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
