@@ -67,7 +67,10 @@ def cuda_compiler() -> tuple[str, list[str]]:
     if named:
         return nvcc, named.split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    return nvcc, [x for x in CUDA_ARCHS if f"sm_{x.rstrip('a')}" in known]
+    archs = [x for x in CUDA_ARCHS if f"sm_{x.rstrip('a')}" in known]
+    if not archs:
+        print(f"elva_kernels: {nvcc} knows no architecture of ours: CPU only", file=sys.stderr)
+    return (nvcc, archs) if archs else ("", [])
 
 
 class NinjaBuild(build_ext):

@@ -67,7 +67,6 @@ unsigned char* shared_memory();
 void sync_block();
 void sync_warp();
 int sync_block_or(int x);
-void sync_cluster();
 // What the lane of that number, or that distance, of this lane's warp gave.
 uint64_t exchange(uint64_t x, int lane_mask);
 uint64_t take(uint64_t x, int lane);
