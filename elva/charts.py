@@ -7,7 +7,6 @@ behind; a file is replaced whole or not at all.
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from elva.files import write_bytes
 
 DOTS_PER_INCH = 160
 
@@ -274,7 +275,7 @@ def draw_themes(
             draw(figure, theme)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-        replace(path.with_stem(path.stem + theme.suffix), buffer.getvalue())
+        write_bytes(path.with_stem(path.stem + theme.suffix), buffer.getvalue())
 
 
 def _style(theme: Theme) -> Any:
@@ -300,15 +301,3 @@ def _style(theme: Theme) -> Any:
         "xtick.labelcolor": theme.muted,
         "ytick.labelcolor": theme.muted,
     }
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Replace a file by the given bytes, or leave it as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

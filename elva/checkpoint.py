@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elva.files import sync_directory, write_text
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "checkpoint-"
@@ -45,7 +47,7 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
         if final.exists():
             raise FileExistsError(f"{final}: must not exist yet; choose another directory")
         os.rename(partial, final)
-        _sync_directory(final.parent)
+        sync_directory(final.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors hides the system's error number in its text; callers want the real thing.
@@ -56,20 +58,6 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(final)) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by a synced one of the given text, or leave it as it was."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def is_whole(directory: Path) -> bool:
@@ -143,11 +131,3 @@ def _sync_hash(path: Path) -> str:
             if hasattr(hashlib, "file_digest")
             else hashlib.sha256(file.read()).hexdigest()
         )
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,12 +11,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from elva.charts import LIGHT, Theme, draw_themes, replace
+from elva.charts import LIGHT, Theme, draw_themes
 from elva.data import Item
 from elva.data.emoji import ATTRIBUTION
 from elva.data.prompts import EMOJI_DATASET
 from elva.data.schema import TASKS
 from elva.data.strict import records
+from elva.files import write_bytes
 
 THUMBNAIL = 256  # pixels a side at most: more than twice what a page shows, for dense screens
 SHEET_COLUMNS, SHEET_TILES = 5, 50
@@ -49,7 +50,7 @@ def thumbnail(path: Path, item: Item) -> None:
     """Write a picture small enough for a page."""
     buffer = io.BytesIO()
     small(item).save(buffer, format="PNG")
-    replace(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def sheet(

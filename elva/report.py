@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from elva import charts, page, pictures
-from elva.checkpoint import write_text
 from elva.config import RECIPES, to_dict
 from elva.data import DataError
 from elva.errors import UserError
 from elva.evaluate import COLUMNS, source
 from elva.figures import MIN_PROBES, TASKS, Row, chance, row_with, rows_of
+from elva.files import write_text
 from elva.gallery import Gallery
 from elva.run import Run
 

@@ -24,9 +24,10 @@ from typing import Any
 import yaml
 
 from elva import __version__
-from elva.checkpoint import is_whole, write_text
+from elva.checkpoint import is_whole
 from elva.config import Recipe, from_dict, to_dict
 from elva.errors import UserError
+from elva.files import write_text
 
 
 class RunError(UserError):

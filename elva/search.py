@@ -23,6 +23,7 @@ from elva.data.mbeir import read_instructions
 from elva.data.schema import normalise
 from elva.errors import UserError
 from elva.evaluate import source
+from elva.files import write_text
 from elva.model import Retriever
 from elva.progress import Reporter
 from elva.rollout import encode
@@ -199,7 +200,7 @@ def _embedded(
 
     def fill(partial: Path) -> None:
         save_file({"embeddings": out.embeddings}, partial / EMBEDDINGS)
-        checkpoint.write_text(partial / HEADER, json.dumps(notes))
+        write_text(partial / HEADER, json.dumps(notes))
 
     shutil.rmtree(room, ignore_errors=True)  # damaged, or of another model or pool
     checkpoint.write_directory(room, fill)
