@@ -76,6 +76,8 @@ def top(query: Tensor, rows: Tensor, k: int) -> Found:
         out = elva_kernels.topk(query, rows, k)
         return Found(out.scores, out.index)
     k = min(k, len(rows))
+    if not k:
+        return merge([], len(query), k)
     scores = torch.empty(len(query), k)
     index = torch.empty(len(query), k, dtype=torch.int64)
     unit = torch.nn.functional.normalize(query.double(), dim=1)

@@ -182,7 +182,7 @@ def write(
             stored = chunk.detach().to("cpu", DTYPES[dtype]).contiguous()
             _check_finite(stored, rows, table)
             rows += len(stored)
-            content = memoryview(stored.view(torch.uint8).numpy()).cast("B")
+            content = memoryview(stored.view(torch.uint8).flatten().numpy().data)
             sums.update(content)
             sink.write(content)
         if rows != table.num_rows:

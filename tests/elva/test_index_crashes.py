@@ -1,0 +1,172 @@
+"""Whatever happens while an index is written: it is the old one or the new one, and says so when
+it is neither.
+
+`pytest tests/elva/test_index_crashes.py -s` prints the figures that the README quotes.
+"""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from elva.index import Identity, Index, IndexFault
+
+MODEL = Identity("a model", "revision", "preprocessing")
+KILLS, FLIPS = 200, 10_000
+CALLS = ("open", "write", "pwrite", "fsync", "replace", "link")
+
+
+def embeddings(count, seed, dim=256):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def content(path):
+    """Everything that an index answers with, checksums compared."""
+    index = Index(path)
+    alive = index.alive.nonzero()[0]
+    return dict(zip(index.ids(alive), index.embeddings(alive).sum(1).tolist(), strict=True))
+
+
+def changes(path, step, more):
+    """The four ways in which an index changes."""
+    kind, ids = step % 4, [f"{step}-{i}" for i in range(200)]
+    if kind == 0:
+        Index.build(path, ids, embeddings(200, step), model=MODEL, overwrite=True)
+    elif kind == 1:
+        Index(path).add(ids, embeddings(200, step), model=MODEL)
+    elif kind == 2:
+        Index(path).delete(Index(path).ids(range(0, 150, 3)))
+    else:
+        Index(path).add_segments([more], overwrite=True)
+
+
+@pytest.fixture
+def more(tmp_path):
+    index = Index.build(
+        tmp_path / "more", [f"m{i}" for i in range(50)], embeddings(50, 7), model=MODEL
+    )
+    return index.segments[0].path
+
+
+def test_killed_at_any_moment_it_is_the_old_or_the_new_index(tmp_path, more):
+    path, wanted, draw = tmp_path / "index", tmp_path / "wanted", random.Random(0)
+    seen = Counter()
+    began = time.perf_counter()
+    changes(path, 0, more)
+    shutil.copytree(path, wanted)
+    changes(wanted, 1, more)
+    duration = max(0.005, time.perf_counter() - began) * 1.5
+    for step in range(KILLS):
+        old = content(path) if step else {}
+        shutil.rmtree(wanted)
+        if step:
+            shutil.copytree(path, wanted)
+        changes(wanted, step, more)
+        new = content(wanted)
+        if step == 0:
+            shutil.rmtree(path)
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)  # the pool's threads did not come along
+                changes(path, step, more)
+            finally:
+                os._exit(0)
+        time.sleep(draw.uniform(0, duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        try:
+            now = content(path)
+        except IndexFault as error:
+            assert step == 0 and "got no index.json" in str(error)  # nothing was there before
+            now = {}
+        assert now in (old, new), step
+        seen["new" if now == new else "old"] += 1
+        if now == old:
+            changes(path, step, more)  # what a kill left behind is no obstacle
+            assert content(path) == new
+        assert not list(path.rglob("*.partial"))
+    print(
+        f"\n{KILLS} kills while indexing: {seen['old']} left the old index, {seen['new']} the new"
+    )
+    assert min(seen["old"], seen["new"]) > KILLS // 20
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_every_write_that_fails_leaves_the_old_or_the_new_index(
+    tmp_path, more, number, monkeypatch
+):
+    path, tried = tmp_path / "index", 0
+    changes(path, 0, more)
+    for step in (0, 1, 2, 3):
+        for n in range(1, 1000):
+            old = content(path)
+            left = [n]
+
+            def fail(name, real, left=left):
+                def call(*args, **kwargs):
+                    left[0] -= 1
+                    if left[0] == 0 and not (name == "link" and number == errno.EIO):
+                        raise OSError(number, os.strerror(number))
+                    return real(*args, **kwargs)
+
+                return call
+
+            with monkeypatch.context() as patch:
+                for name in CALLS:
+                    patch.setattr(os, name, fail(name, getattr(os, name)))
+                try:
+                    changes(path, step, more)
+                    done = True
+                except OSError as error:
+                    done = False
+                    assert error.errno == number
+            now = content(path)
+            assert not list(path.rglob("*.partial"))
+            if left[0] > 0:
+                assert done  # fewer calls than n: this one succeeded as a whole
+                break
+            tried += 1
+            if now != old:  # it failed after the one step that counts, or got around the failure
+                shutil.rmtree(path)
+                changes(path, 0, more)
+                for earlier in range(1, step):
+                    changes(path, earlier, more)
+        else:
+            raise AssertionError("no end to the writes")
+    print(f"\n{tried} writes failed with {os.strerror(number)}: none left a third state")
+    assert tried > 20
+
+
+def test_every_flipped_byte_is_found(tmp_path, more):
+    path, draw = tmp_path / "index", random.Random(1)
+    changes(path, 0, more)
+    changes(path, 1, more)
+    changes(path, 2, more)
+    files = [p for p in path.rglob("*") if p.is_file() and p.stat().st_size]
+    assert len(files) == 3
+    sizes = [p.stat().st_size for p in files]
+    for number in range(FLIPS):
+        file = draw.randrange(3)
+        # One in four where the structure lies, in the first page or the last.
+        edge = draw.choice((0, max(0, sizes[file] - 4096)))
+        at = (edge + draw.randrange(min(4096, sizes[file])) if number % 4 == 0
+              else draw.randrange(sizes[file]))  # fmt: skip
+        with open(files[file], "r+b", buffering=0) as stream:
+            stream.seek(at)
+            (old,) = stream.read(1)
+            stream.seek(at)
+            stream.write(bytes([old ^ draw.randrange(1, 256)]))
+            with pytest.raises(IndexFault) as caught:
+                Index(path)
+            stream.seek(at)
+            stream.write(bytes([old]))
+        assert "\n" not in str(caught.value) and str(files[file].name) in str(caught.value), at
+    Index(path)
+    print(f"\n{FLIPS} of {FLIPS} flipped bytes detected")
