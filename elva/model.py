@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -59,6 +60,7 @@ class Retriever:
         self.model = model
         self.inputs = inputs
         self.train_vision = False
+        self.name = ""
         self._features: dict[str, Tensor] = {}
 
     # -- files -------------------------------------------------------------------------------------
@@ -82,8 +84,11 @@ class Retriever:
         model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype="auto")
         if len(inputs.tokenizer) > model.lm_head.out_features:
             model.resize_token_embeddings(len(inputs.tokenizer))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.eval().to(device), inputs)
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one process a GPU
+        device = torch.device(gpu if torch.cuda.is_available() else "cpu")
+        retriever = cls(model.eval().to(device), inputs)
+        retriever.name = str(path)
+        return retriever
 
     def save(self, path: Path) -> None:
         """Write weights (safetensors), tokenizer and processor; an adapter is merged first, on a
@@ -164,6 +169,10 @@ class Retriever:
             return
         with torch.no_grad():
             self._features.update((k, f.clone()) for k, f in self.image_features(wanted).items())
+
+    def forget(self) -> None:
+        """Drop the features that are kept."""
+        self._features = {}
 
     def freeze_vision(self, frozen: bool) -> None:
         """Choose whether the vision tower learns; either way features of earlier weights are

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from transformers import DynamicCache
 from elva.data import Item
 from elva.inputs import Prompt, PromptBatch
 from elva.model import Retriever
+
+Reading = Literal["at_ret", "before_ret"]
 
 
 @dataclass
@@ -88,6 +91,7 @@ def sample(
     draws: Tensor | None,
     max_completion_length: int,
     temperature: float = 1.0,
+    read: Reading = "at_ret",
 ) -> Rollouts:
     """Sample G summaries a prompt, each ended by [RET].
 
@@ -95,14 +99,16 @@ def sample(
         draws: [len(prompts), G, max_completion_length] uniform numbers, one a token; None decodes
             greedily with G = 1. top-k and top-p are never applied: the log-probabilities are those
             of the distribution that was drawn from.
-        max_completion_length: tokens before [RET] is appended to a row that did not write it.
+        max_completion_length: tokens before [RET] is appended to a row that did not write it; 0
+            reads the prompt alone.
+        read: the hidden state at [RET] (ELVA), or at the token before it (LamRA).
 
     Returns:
         Rollouts of len(prompts) * G rows on the model's device, in order.
     """
     batch = retriever.inputs.collate(prompts, retriever.device)
     repeats = 1 if draws is None else draws.shape[1]
-    decoder = _Decoder(retriever, batch, repeats, temperature)
+    decoder = _Decoder(retriever, batch, repeats, temperature, read)
     uniform = None if draws is None else draws.flatten(0, 1).to(batch.input_ids.device)
     for step in range(max_completion_length):
         decoder.step(None if uniform is None else uniform[:, step])
@@ -115,8 +121,14 @@ class _Decoder:
     """The state of one batched decoding; rows leave it when [RET] has been fed back."""
 
     def __init__(
-        self, retriever: Retriever, batch: PromptBatch, repeats: int, temperature: float
+        self,
+        retriever: Retriever,
+        batch: PromptBatch,
+        repeats: int,
+        temperature: float,
+        read: Reading,
     ) -> None:
+        self.read = read
         self.retriever, self.temperature = retriever, temperature
         self.banned = retriever.inputs.banned_ids
         language = retriever.plain.model.language_model
@@ -158,10 +170,12 @@ class _Decoder:
                 max=cdf.shape[1] - 1
             )
         self._record(token, logp.gather(-1, token[:, None])[:, 0])
+        before = self.hidden
         self._feed(token)
         ended = token == self.retriever.inputs.ret_id
         if bool(ended.any()):
-            self.embeddings[self.live[ended]] = self.hidden[ended].float()
+            at = self.hidden if self.read == "at_ret" else before
+            self.embeddings[self.live[ended]] = at[ended].float()
             self.finished[self.live[ended]] = True
             self._keep(~ended)
 
@@ -171,8 +185,9 @@ class _Decoder:
         if len(self.live):
             ret = torch.full_like(self.live, self.retriever.inputs.ret_id)
             self._record(ret, torch.zeros(len(ret), device=ret.device))
+            before = self.hidden
             self._feed(ret)
-            self.embeddings[self.live] = self.hidden.float()
+            self.embeddings[self.live] = (self.hidden if self.read == "at_ret" else before).float()
         ids = torch.stack(self.tokens, 1)
         return Rollouts(
             ids.where(ids >= 0, self.retriever.inputs.ret_id),
@@ -224,33 +239,39 @@ def encode(
     *,
     max_completion_length: int,
     batch_size: int = 512,
+    read: Reading = "at_ret",
     progress: Callable[[int], None] | None = None,
 ) -> Encoded:
     """Greedy generative embeddings; batches by length, results in the caller's order.
 
     Args:
         items: pictures, texts or both, each with an optional `instruction`.
+        max_completion_length: 0 reads a fixed prompt's end instead of a summary's.
         batch_size: rows at once; it changes an embedding by rounding only.
-        progress: called with the number of rows each batch has finished.
+        read: where the embedding is read; see `sample`.
+        progress: called after each batch with the rows finished so far.
     """
     prompts = [retriever.inputs.prompt(item) for item in items]
     embeddings = torch.zeros(len(items), retriever.embedding_size)
     finished = torch.zeros(len(items), dtype=torch.bool)
     summaries = [""] * len(items)
     decode = retriever.inputs.tokenizer.decode
+    done = 0
     for rows in batches_by_length([len(p) for p in prompts], batch_size):
         out = sample(
             retriever,
             [prompts[i] for i in rows],
             draws=None,
             max_completion_length=max_completion_length,
+            read=read,
         )
         index = torch.tensor(rows)
         embeddings[index], finished[index] = out.embeddings.cpu(), out.finished.cpu()
         for i, ids, mask in zip(rows, out.ids, out.mask, strict=True):
             summaries[i] = str(decode(ids[mask], skip_special_tokens=True)).strip()
+        done += len(rows)
         if progress is not None:
-            progress(len(rows))
+            progress(done)
     return Encoded(embeddings, summaries, finished)
 
 

@@ -100,6 +100,23 @@ class Run:
         names = [*self.recipe.stages, *self.recipe.controls]
         return [n for n in names if self.is_trained(n)]
 
+    def answering(self, stage: str | None = None) -> str:
+        """The stage or control that is asked: the named one, else the last trained stage."""
+        if stage is not None:
+            if stage in (*self.recipe.stages, *self.recipe.controls) and self.is_trained(stage):
+                return stage
+            raise RunError(
+                f"{self.directory}: stage must be trained, got {stage!r}; "
+                f"trained so far: {', '.join(self.trained) or 'none'}"
+            )
+        for name in reversed(list(self.recipe.stages)):
+            if self.is_trained(name):
+                return name
+        raise RunError(
+            f"{self.directory}: must hold a trained stage, got none; "
+            "finish it with elva train --resume"
+        )
+
     def read(self, name: str, file: str) -> dict[str, Any]:
         data: dict[str, Any] = json.loads((self.stage(name) / file).read_text(encoding="utf-8"))
         return data

@@ -1,110 +1,217 @@
-"""`elva search`: the pictures of the corpus that a text, a picture or both ask for.
+"""`elva search`: the items of an index that a text, a picture or both ask for.
 
 A query is embedded exactly as a test query is: same instruction, same greedy summary, same [RET].
-The pool's embeddings are computed once for each model and kept beside it.
+What is asked is an index (`elva index build`), or a run, whose test pictures are indexed on first
+use and kept beside its model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import elva_kernels
-from elva import checkpoint, pictures
+from elva import pictures
 from elva.data import DataError, Item, Pool, Query, load
-from elva.data.mbeir import read_instructions
+from elva.data.mbeir import first_instructions
 from elva.data.schema import normalise
+from elva.embed import columns
+from elva.encoder import Encoder
 from elva.errors import UserError
 from elva.evaluate import source
-from elva.files import write_text
-from elva.model import Retriever
+from elva.index import Index, IndexFault
+from elva.index.index import Where
 from elva.progress import Reporter
-from elva.rollout import encode
 from elva.run import Run
-
-TASKS = {"text": "t2i", "image": "i2i", "image,text": "it2i"}
-"""What is in a query -> the task that it then is."""
 
 MAX_CHARACTERS = 2000
 """Ours: longer than any query of M-BEIR, short enough for one row of the model."""
 
-ROOM, HEADER, EMBEDDINGS = "pool", "pool.json", "embeddings.safetensors"
+ROOM = "index"
+"""A run's own index, beside the model that made it."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One picture that was found."""
+    """One item that was found."""
 
     rank: int  # from 1
     id: str
-    name: str  # what the data calls it, else its id
+    name: str  # what the data calls it, else its text, else its id
     score: float  # cosine similarity to the query
-    summary: str  # what the model wrote about the picture
-    image: Path
+    summary: str  # what the model wrote about it
+    image: Path | None
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "image": str(self.image)}
+        return {**asdict(self), "image": None if self.image is None else str(self.image)}
+
+
+class Searcher:
+    """A model with three verbs: embed items, index them, search.
+
+    Args:
+        model: a run, a Qwen2-VL checkpoint directory, or a hub name.
+        options: `stage`, `max_completion_length`, `read`, `batch_size` of `Encoder.open`.
+
+    Example::
+
+        searcher = Searcher("runs/one")
+        index = searcher.index("my.index", [Item("1", None, Path("cat.jpg"), "image")])
+        hits = searcher.search(index, "a sleeping cat", instruction="Find the picture.")
+    """
+
+    def __init__(self, model: str | Path | Encoder, **options: Any) -> None:
+        self.encoder = model if isinstance(model, Encoder) else Encoder.open(model, **options)
+
+    def embed(self, items: Sequence[Item], reporter: Reporter | None = None) -> Tensor:
+        """[n, D] fp32 embeddings."""
+        return self.encoder(items, None if reporter is None else reporter.advance).embeddings
+
+    def index(
+        self,
+        directory: str | Path,
+        items: Sequence[Item],
+        *,
+        dtype: str = "float16",
+        names: Mapping[str, str] | None = None,
+        metadata: Mapping[str, Sequence[Any]] | None = None,
+        about: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        reporter: Reporter | None = None,
+    ) -> Index:
+        """Embed items and make an index of them.
+
+        Args:
+            names: id -> what to call it.
+            metadata: further fields to search by, a value for each item.
+            about: noted in the index; `instructions` ({modality of a query: instruction}) are used
+                by `search`.
+        """
+        out = self.encoder(items, None if reporter is None else reporter.advance)
+        return Index.build(
+            directory,
+            [item.id for item in items],
+            out.embeddings,
+            model=self.encoder.identity,
+            dtype=dtype,
+            columns={
+                **columns(items, names or {}), "summary": out.summaries, **(metadata or {}),
+            },
+            about={**self.encoder.about, **(about or {})},
+            overwrite=overwrite,
+        )  # fmt: skip
+
+    def search(
+        self,
+        index: Index,
+        query: str = "",
+        *,
+        image: Path | None = None,
+        k: int = 10,
+        where: Where | None = None,
+        instruction: str | None = None,
+    ) -> list[Hit]:
+        """The k best items, best first; a tie goes to the earlier row.
+
+        Args:
+            query: what the item should show or say; may be empty where there is an image.
+            image: a picture to start from.
+            k: how many; all of them where the index is smaller.
+            where: conditions on the index's fields; see `Index.search`.
+            instruction: what to look for, as in training; the index's own for None.
+
+        Raises:
+            UserError: an argument that cannot be answered, in one line.
+        """
+        _check(query, k, image)
+        index.check_model(self.encoder.identity)
+        asked = _query(index, query, image, instruction)
+        found = index.search(self.embed([asked]), k, where=where)
+        rows = found.rows[0].numpy()
+        table = index.table.take(rows).to_pylist()
+        return [
+            Hit(
+                rank,
+                item["id"],
+                item.get("name") or item["id"],
+                score,
+                item.get("summary") or "",
+                Path(item["image"]) if item.get("image") else None,
+            )
+            for rank, (score, item) in enumerate(
+                zip(found.scores[0].tolist(), table, strict=True), start=1
+            )
+        ]
 
 
 def search(
-    run: Run,
+    target: Run | Index,
     query: str = "",
     *,
     k: int = 10,
     stage: str | None = None,
     image: Path | None = None,
+    where: Where | None = None,
+    instruction: str | None = None,
+    model: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> list[Hit]:
-    """The k best pictures of the whole test pool, best first; a tie goes to the earlier row.
+    """Search an index, or the test pictures of a run; see `Searcher.search`.
 
     Args:
-        query: what the picture should show; may be empty where there is an image.
-        k: how many; all of them where the pool is smaller.
-        stage: the stage or control whose model answers; the last trained stage for None.
-        image: a picture to start from.
+        stage: of a run, the stage or control whose model answers; the last trained for None.
+        model: of an index, where its model lies now; where it lay for None.
 
     Raises:
         UserError: an argument that cannot be answered, in one line.
     """
     _check(query, k, image)
-    name = _stage(run, stage)
-    settings = list(run.recipe.stages.values())[-1]
-    root = source(settings.data, run)
-    pool = load(root, split="test", tasks=["t2i"]).pool("t2i")
-    asked = _query(root, pool, query, image)
-    retriever = Retriever.load(run.model(name))
-    embeddings, notes = _embedded(run, name, retriever, pool, root, reporter)
-    limit = settings.max_completion_length
-    vector = encode(retriever, [asked], max_completion_length=limit).embeddings
-    scores = elva_kernels.ranking_reward(vector, embeddings[:1], embeddings[None, 1:]).scores[0]
-    order = scores.sort(descending=True, stable=True).indices[:k].tolist()
-    hits = []
-    for rank, row in enumerate(order, start=1):
-        item = pool[row]
-        assert isinstance(item.image, Path)  # a pool of pictures from files
-        called = notes["names"][row] or item.id
-        hits.append(
-            Hit(rank, item.id, called, scores[row].item(), notes["summaries"][row], item.image)
+    if isinstance(target, Run):
+        searcher, index = _of_run(target, stage, reporter)
+    else:
+        about = target.about
+        lay = model or about.get("model")
+        if lay is None:
+            raise UserError(
+                f"search: {target.directory} does not say which model made it; pass --model"
+            )
+        index, searcher = target, Searcher(
+            lay,
+            stage=stage,
+            max_completion_length=about.get("max_completion_length"),
+            read=about.get("read", "at_ret"),
+        )  # fmt: skip
+    return searcher.search(index, query, image=image, k=k, where=where, instruction=instruction)
+
+
+def condition(text: str) -> tuple[str, str, str]:
+    """(field, comparison, value) of `field>=value`; UserError for anything else."""
+    match = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
+    if match is None:
+        raise UserError(
+            f"search: --where must read FIELD=VALUE (or != < <= > >=), got {text!r}; "
+            "e.g. --where modality=image"
         )
-    return hits
+    return match[1], match[2], match[3]
 
 
 def write_sheet(hits: list[Hit], path: Path, query: str) -> None:
-    """Write a contact sheet: each picture with its rank and score over it and its name under it."""
+    """Write a contact sheet: each picture with its rank and score over it and its name under it;
+    items without a picture are left out."""
     tiles = [
         (
             pictures.small(Item(hit.id, None, hit.image, "image")),
             f"{hit.rank}   {hit.score:.3f}",
             hit.name,
         )
-        for hit in hits[: pictures.SHEET_TILES]
+        for hit in [h for h in hits if h.image is not None][: pictures.SHEET_TILES]
     ]
     asked = " ".join(query.split()) or "a picture"
     pictures.sheet(path, asked, tiles, pictures.attribution(hit.id for hit in hits))
@@ -136,80 +243,58 @@ def _check(query: str, k: int, image: Path | None) -> None:
         ) from None
 
 
-def _stage(run: Run, stage: str | None) -> str:
-    if stage is not None:
-        if stage in (*run.recipe.stages, *run.recipe.controls) and run.is_trained(stage):
-            return stage
-        raise UserError(
-            f"search: stage must be trained, got {stage!r}; "
-            f"trained in {run.directory}: {', '.join(run.trained) or 'none'}"
-        )
-    for name in reversed(list(run.recipe.stages)):
-        if run.is_trained(name):
-            return name
-    raise UserError(
-        f"search: run must hold a trained stage, got none in {run.directory}; "
-        "finish it with elva train --resume"
-    )
-
-
-def _query(root: Path, pool: Pool, words: str, image: Path | None) -> Query:
+def _query(index: Index, words: str, image: Path | None, instruction: str | None) -> Query:
     """The query as the data's own reader would have made it."""
     text = normalise(words) or None
     modality = ",".join(m for m, there in (("image", image), ("text", text)) if there is not None)
-    file = root / "instructions" / "query_instructions.tsv"
-    dataset = int(pool.ids[0].partition(":")[0])
-    prompts = read_instructions(file).get((dataset, modality, "image"))
-    if prompts is None:
+    known = index.about.get("instructions", {})
+    if instruction is None and modality not in known:
         raise UserError(
-            f"search: {modality.replace(',', ' and ')} to image must have an instruction, got "
-            f"none in {file}; add one, or ask by text alone"
+            f"search: {modality.replace(',', ' and ')} must have an instruction, got none in "
+            f"{index.directory}; pass --instruction, or ask by {' or '.join(known) or 'another'}"
         )
+    asked = known[modality] if instruction is None else instruction
     return Query(
-        "search", text, image, modality, instruction=prompts[0], task=TASKS[modality],
+        "search", text, image, modality, instruction=asked, task="t2i",
         positives=(), raw_text=words, where="search",
     )  # fmt: skip
 
 
-# -- the pool --------------------------------------------------------------------------------------
+# -- a run's own index -----------------------------------------------------------------------------
 
 
-def _embedded(
-    run: Run, name: str, retriever: Retriever, pool: Pool, root: Path, reporter: Reporter | None
-) -> tuple[Tensor, dict[str, Any]]:
-    """Embeddings [P, D], names and summaries of the pool; from `stage-*/pool` where they fit."""
-    room = run.stage(name) / ROOM
-    key = _key(run, name, pool)
-    if checkpoint.is_whole(room):
-        notes: dict[str, Any] = json.loads((room / HEADER).read_text(encoding="utf-8"))
-        if notes["key"] == key:
-            return load_file(room / EMBEDDINGS)["embeddings"], notes
+def _of_run(run: Run, stage: str | None, reporter: Reporter | None) -> tuple[Searcher, Index]:
+    """The run's model and the index of its test pictures, made again where it does not fit."""
+    name = run.answering(stage)
+    root = source(list(run.recipe.stages.values())[-1].data, run)
+    pool = load(root, split="test", tasks=["t2i"]).pool("t2i")
+    searcher = Searcher(run.directory, stage=name)
+    directory = run.stage(name) / ROOM
+    key = _key(pool)
+    try:
+        index = Index(directory)
+        if index.about.get("key") == key and index.model.matches(searcher.encoder.identity):
+            return searcher, index
+    except IndexFault:
+        pass  # absent or damaged; either way it can be had again from the model
+    shutil.rmtree(directory, ignore_errors=True)
     if reporter is not None:
         reporter.start(f"{run.title(name)}: embed {len(pool):,} pictures", len(pool), "pictures")
-    out = encode(
-        retriever,
-        [pool[row] for row in range(len(pool))],
-        max_completion_length=list(run.recipe.stages.values())[-1].max_completion_length,
-        batch_size=run.recipe.evaluate_batch_size,
-        progress=None if reporter is None else reporter.advance,
+    dataset = int(pool[0].id.partition(":")[0])
+    index = searcher.index(
+        directory,
+        list(pool),
+        dtype="float32",
+        names=pictures.names(root),
+        about={"key": key, "instructions": first_instructions(root, dataset, "image")},
+        reporter=reporter,
     )
     if reporter is not None:
         reporter.finish("")
-    known = pictures.names(root)
-    notes = {"key": key, "names": [known.get(id) for id in pool.ids], "summaries": out.summaries}
-
-    def fill(partial: Path) -> None:
-        save_file({"embeddings": out.embeddings}, partial / EMBEDDINGS)
-        write_text(partial / HEADER, json.dumps(notes))
-
-    shutil.rmtree(room, ignore_errors=True)  # damaged, or of another model or pool
-    checkpoint.write_directory(room, fill)
-    return out.embeddings, notes
+    return searcher, index
 
 
-def _key(run: Run, name: str, pool: Pool) -> str:
-    """A hash of what the embeddings depend on: the model's files, the pool, the length limit."""
-    manifest = (run.model(name) / checkpoint.MANIFEST).read_bytes()
-    limit = list(run.recipe.stages.values())[-1].max_completion_length
-    rows = [str(pool.root), pool.ids, pool.table["image"].to_pylist(), limit]
-    return hashlib.sha256(manifest + json.dumps(rows).encode()).hexdigest()
+def _key(pool: Pool) -> str:
+    """A hash of the pool's items."""
+    rows = [str(pool.root), pool.ids, pool.table["image"].to_pylist()]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -15,7 +15,7 @@ KERNELS = sorted((ROOT / "elva_kernels").rglob("*.py"))
 ELVA = sorted((ROOT / "elva").rglob("*.py"))
 
 # elva: `cli` calls commands, commands are made of nouns, nouns know the kernels.
-COMMANDS = {"train", "embed", "search", "evaluate", "report", "demo"}
+COMMANDS = {"train", "embed", "indexing", "search", "evaluate", "protocol", "report", "demo"}
 
 
 def module_name(path):

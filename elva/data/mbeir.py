@@ -14,8 +14,9 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from elva.data.schema import (
     Pool,
     Query,
     concatenate,
+    distinct,
     hashed_id,
     normalise,
 )
@@ -41,8 +43,25 @@ _INSTRUCTIONS = Path("instructions") / "query_instructions.tsv"
 Prompts = Mapping[tuple[int, str, str], tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class QuerySet:
+    """One query file and the pool it is asked of: M-BEIR's unit of evaluation.
+
+    Args:
+        stem: `mscoco_task0`.
+        task: `t2i`.
+        pool_name: The pool file's name without its ending.
+    """
+
+    stem: str
+    task: str
+    queries: list[Query]
+    pool: Pool
+    pool_name: str
+
+
 def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train") -> Dataset:
-    """Read the queries of a split with their candidate pools.
+    """Read the queries of a split with their candidate pools, by task.
 
     Args:
         root: A folder in M-BEIR's layout.
@@ -57,28 +76,59 @@ def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train"
         DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
     """
     root = Path(root)
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    prompts = read_instructions(root / _INSTRUCTIONS)
     queries: list[Query] = []
     pools: dict[str, list[Pool]] = defaultdict(list)
-    opened: dict[Path, Pool] = {}
-    for stem, task, path in _find(root, tasks, split):
-        source = _pool_path(root, stem, split)
-        if source not in opened:
-            opened[source] = read_pool(source, root)
-        pool = opened[source]
-        found = read_queries(path, root, task, pool, prompts)
-        qrels = root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt"
-        if qrels.exists():
-            _check_qrels(read_qrels(qrels), found, pool)
-        queries += found
-        pools[task].append(pool)
+    for one in read_sets(root, tasks=tasks, split=split):
+        queries += one.queries
+        pools[one.task].append(one.pool)
     merged = {task: concatenate(found) for task, found in pools.items()}
     grains = _read_grains(root / "grains.jsonl", queries, merged.values())
     queries = [replace(query, grains=grains["qid"].get(query.id)) for query in queries]
     pairs = _read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
     return Dataset(root, split, queries, merged, grains["did"], pairs)
+
+
+def read_sets(
+    root: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    split: str = "test",
+    pools: Literal["local", "global"] = "local",
+) -> list[QuerySet]:
+    """The query files of a split one by one, each with the pool it is asked of.
+
+    Args:
+        pools: `local`, every set against its own candidates (the paper's protocol), or `global`,
+            all against `cand_pool/global`'s, or the union of the local ones where there is none.
+
+    Raises:
+        DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
+    """
+    root = Path(root)
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    prompts = read_instructions(root / _INSTRUCTIONS)
+    found = _find(root, tasks, split)
+    opened = {p: read_pool(p, root) for p in {_pool_path(root, s, split) for s, _, _ in found}}
+    union = _global_pool(root, split, opened) if pools == "global" else None
+    sets = []
+    for stem, task, path in found:
+        source = _pool_path(root, stem, split)
+        pool, name = (opened[source], source.stem) if union is None else union
+        queries = read_queries(path, root, task, pool, prompts)
+        qrels = root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt"
+        if qrels.exists():
+            _check_qrels(read_qrels(qrels), queries, pool)
+        sets.append(QuerySet(stem, task, queries, pool, name))
+    return sets
+
+
+def _global_pool(root: Path, split: str, local: Mapping[Path, Pool]) -> tuple[Pool, str]:
+    name = f"mbeir_union_{split}_cand_pool"
+    path = root / "cand_pool" / "global" / f"{name}.jsonl"
+    if path.exists():
+        return read_pool(path, root), name
+    return distinct(concatenate([local[p] for p in sorted(local)])), name
 
 
 def read_queries(
@@ -180,6 +230,12 @@ def read_instructions(path: Path) -> dict[tuple[int, str, str], tuple[str, ...]]
             )
         prompts[int(fields[3]), str(modalities[0]), str(modalities[1])] = found
     return prompts
+
+
+def first_instructions(root: Path, dataset: int, candidate: str) -> dict[str, str]:
+    """Query modality -> the instruction by which a dataset asks for such candidates."""
+    prompts = read_instructions(root / _INSTRUCTIONS)
+    return {q: p[0] for (number, q, c), p in prompts.items() if (number, c) == (dataset, candidate)}
 
 
 def write_queries(root: Path, stem: str, split: str, rows: Sequence[Mapping[str, object]]) -> None:

@@ -281,6 +281,13 @@ def concatenate(pools: Sequence[Pool]) -> Pool:
     return Pool(table, pools[0].root)
 
 
+def distinct(pool: Pool) -> Pool:
+    """The pool with the first row of each id."""
+    keys = np.fromiter((hashed_id(id) for id in pool.ids), np.int64, len(pool))
+    first = np.sort(np.unique(keys, return_index=True)[1])
+    return pool if len(first) == len(pool) else Pool(pool.table.take(first), pool.root)
+
+
 def _decode(source: Path | bytes) -> Image.Image:
     opened = io.BytesIO(source) if isinstance(source, bytes) else source
     # Whatever Pillow would warn of as a decompression bomb is refused here, still undecoded.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +13,30 @@ from elva.data.schema import DataError, hashed_id
 
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20
+
+
+class Faults:
+    """Bad rows that are left out and listed, as many as are allowed.
+
+    Args:
+        allowed: How many; one more is raised.
+    """
+
+    def __init__(self, allowed: int = 0) -> None:
+        self.allowed = allowed
+        self.found: list[str] = []
+
+    @contextmanager
+    def row(self) -> Iterator[None]:
+        """Leave out the row that is read in this block if it is bad."""
+        try:
+            yield
+        except DataError as error:
+            if len(self.found) >= self.allowed:
+                if not self.allowed:
+                    raise
+                raise DataError(f"{error}; {len(self.found)} bad rows were allowed") from error
+            self.found.append(str(error))
 
 
 class Record:

@@ -60,6 +60,7 @@ class Index:
         model: Identity,
         dtype: str = "float16",
         columns: Mapping[str, Sequence[Any]] | None = None,
+        about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> Index:
         """Make an index.
@@ -70,6 +71,7 @@ class Index:
             model: what made the embeddings.
             dtype: what they are stored in: float16, bfloat16 or float32.
             columns: metadata, a value for each id.
+            about: what its maker wants to find again, as JSON.
             overwrite: replace an index that is there, in one step, instead of refusing.
 
         Raises:
@@ -80,7 +82,7 @@ class Index:
             raise IndexFault(f"index: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         chunks = [embeddings] if isinstance(embeddings, Tensor) else iter(embeddings)
         first, chunks = _peek(chunks)
-        empty = Manifest(0, first.shape[-1], dtype, model)
+        empty = Manifest(0, first.shape[-1], dtype, model, about=about or {})
         with _building(Path(directory), empty, overwrite) as base:
             table = _table(ids, columns)
             entry = _written(Path(directory), chunks, table, base)
@@ -89,7 +91,12 @@ class Index:
 
     @classmethod
     def assemble(
-        cls, directory: str | Path, segments: Sequence[Path], *, overwrite: bool = False
+        cls,
+        directory: str | Path,
+        segments: Sequence[Path],
+        *,
+        about: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> Index:
         """Make an index of segments that are there, as `elva embed` writes them: linked where the
         file system can, else copied; their checksums are compared either way."""
@@ -97,7 +104,7 @@ class Index:
         if not opened:
             raise IndexFault("index: embeddings must hold a segment, got none; run elva embed")
         first = opened[0]
-        empty = Manifest(0, first.dim, first.dtype, first.model)
+        empty = Manifest(0, first.dim, first.dtype, first.model, about=about or {})
         with _building(Path(directory), empty, overwrite) as base:
             for one in opened:
                 _check_fits(one, base)
@@ -192,6 +199,11 @@ class Index:
     @property
     def model(self) -> Identity:
         return self.manifest.model
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What its maker noted."""
+        return self.manifest.about
 
     @cached_property
     def table(self) -> pa.Table:

@@ -8,10 +8,11 @@ import fcntl
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,13 +56,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an index is at one moment."""
+    """What an index is at one moment.
+
+    Args:
+        about: what its maker wants to find again: how to ask the model, where the data lies.
+    """
 
     generation: int
     dim: int
     dtype: str
     model: Identity
-    segments: tuple[Entry, ...] = field(default=())
+    segments: tuple[Entry, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(directory: Path) -> Manifest:
@@ -95,7 +101,8 @@ def read(directory: Path) -> Manifest:
         if data["dtype"] not in DTYPES:
             raise ValueError(data["dtype"])
         model = Identity(**data["model"])
-        return Manifest(data["generation"], data["dim"], data["dtype"], model, entries)
+        about = data["about"]
+        return Manifest(data["generation"], data["dim"], data["dtype"], model, entries, about)
     except (KeyError, TypeError, ValueError, binascii.Error, zlib.error):
         raise damaged(path, "the fields of an index") from None
 

@@ -1,0 +1,5 @@
+"""`python -m elva` and `torchrun -m elva`."""
+
+from elva.cli import app
+
+app()

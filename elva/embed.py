@@ -1,0 +1,203 @@
+"""`elva embed`: the items of a data directory as embeddings on disk, shard by shard.
+
+Each pool and query file becomes a directory (`elva.embeddings`) of its own name:
+`mbeir_cirr_task7_cand_pool`, `mbeir_cirr_task7_test`. A shard appears whole or not at all, so a
+killed run goes on where it was; several processes (`torchrun -m elva embed`) take the shards in
+turns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from elva import pictures
+from elva.data import Item, Pool, Query
+from elva.data.mbeir import QuerySet, read_sets
+from elva.data.strict import Faults
+from elva.embeddings import PLAN, Embeddings
+from elva.encoder import Encoder
+from elva.errors import UserError
+from elva.index import segment as segment_file
+from elva.progress import Reporter
+
+SHARD_ROWS = 8192
+"""Ours: what a kill can cost, and few enough files at millions of items."""
+
+Sides = Literal["both", "queries", "pools"]
+
+
+def embed(
+    encoder: Encoder,
+    data: Path,
+    output: Path,
+    *,
+    split: str = "test",
+    tasks: Sequence[str] | None = None,
+    sides: Sides = "both",
+    pools: Literal["local", "global"] = "local",
+    dtype: str = "float16",
+    shard_rows: int = SHARD_ROWS,
+    resume: bool = False,
+    skip_bad: int = 0,
+    reporter: Reporter | None = None,
+) -> list[Embeddings]:
+    """Embed queries and pools of a data directory.
+
+    Args:
+        tasks: as `elva.data.load` takes them.
+        dtype: what is stored: float16, bfloat16 or float32.
+        resume: go on with what is in `output`, made by the same model of the same data.
+        skip_bad: so many items that cannot be read (a missing picture) are left out and listed in
+            `skipped.txt`; one more ends the run.
+
+    Returns:
+        One for each pool and query file.
+
+    Raises:
+        UserError, DataError: an argument, the data, or what is in `output`.
+    """
+    faults = Faults(skip_bad)
+    sets = read_sets(data, tasks=tasks, split=split, pools=pools)
+    named = pictures.names(data)
+    done = []
+    for name, items, about in _wanted(sets, split, sides):
+        plan = Embeddings(
+            output / name,
+            len(items),
+            shard_rows,
+            encoder.identity,
+            {**encoder.about, **about, "data": str(Path(data).absolute()), "dtype": dtype},
+        )
+        _begin(plan, resume)
+        _embed_shards(plan, encoder, items, named, dtype, faults, reporter)
+        done.append(plan)
+    return done
+
+
+def plan(
+    data: Path,
+    *,
+    split: str = "test",
+    tasks: Sequence[str] | None = None,
+    sides: Sides = "both",
+    pools: Literal["local", "global"] = "local",
+) -> dict[str, int]:
+    """What `embed` would embed: name -> items."""
+    sets = read_sets(data, tasks=tasks, split=split, pools=pools)
+    return {name: len(items) for name, items, _ in _wanted(sets, split, sides)}
+
+
+def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[str | None]]:
+    """What an index keeps of each item beside its embedding."""
+    return {
+        "text": [i.raw_text if isinstance(i, Query) else i.text for i in items],
+        "image": [str(i.image.absolute()) if isinstance(i.image, Path) else None for i in items],
+        "modality": [i.modality for i in items],
+        "name": [named.get(i.id) or i.text for i in items],
+    }
+
+
+def _wanted(
+    sets: Sequence[QuerySet], split: str, sides: Sides
+) -> Iterator[tuple[str, Pool | list[Query], dict[str, Any]]]:
+    """(name, items, what to note) of each pool once and of each query file."""
+    if sides in ("both", "pools"):
+        for name in dict.fromkeys(s.pool_name for s in sets):
+            of = [s for s in sets if s.pool_name == name]
+            asked = {s.queries[0].modality: s.queries[0].instruction for s in of if s.queries}
+            yield name, of[0].pool, {"side": "pool", "instructions": asked}
+    if sides in ("both", "queries"):
+        for one in sets:
+            yield f"mbeir_{one.stem}_{split}", one.queries, {"side": "queries", "task": one.task}
+
+
+def _begin(wanted: Embeddings, resume: bool) -> None:
+    directory = wanted.directory
+    if (directory / PLAN).exists():
+        found = Embeddings.open(directory)
+        if not resume and _world_rank() == 0:
+            raise UserError(
+                f"{directory}: must not hold embeddings yet; pass --resume to go on with them or "
+                "choose another --output"
+            )
+        same = (found.items, found.shard_rows, dict(found.about)) == (
+            wanted.items, wanted.shard_rows, dict(wanted.about),
+        )  # fmt: skip
+        if not same or not found.model.matches(wanted.model):
+            raise UserError(
+                f"{directory}: must be resumed with its own model, data and options, got others; "
+                "choose another --output"
+            )
+    elif _world_rank() == 0:
+        wanted.save()
+
+
+def _embed_shards(
+    plan: Embeddings,
+    encoder: Encoder,
+    items: Pool | list[Query],
+    named: Mapping[str, str],
+    dtype: str,
+    faults: Faults,
+    reporter: Reporter | None,
+) -> None:
+    mine = [i for i in plan.missing if i % _world_size() == _world_rank()]
+    rows = plan.shard_rows
+    total = sum(min(rows, plan.items - i * rows) for i in mine)
+    if reporter is not None:
+        reporter.start(f"embed {plan.directory.name}", total, "items")
+    done = 0
+    for shard in mine:
+        chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
+        before = len(faults.found)
+        good = list(_readable(encoder, chosen, faults))
+        encoder.retriever.remember(
+            p.image for p in map(encoder.retriever.inputs.prompt, good) if p.image is not None
+        )
+        out = encoder(good, None if reporter is None else _offset(reporter, done))
+        done += len(chosen)
+        table = pa.table(
+            {
+                "id": pa.array([i.id for i in good], pa.string()),
+                **{k: pa.array(v, pa.string()) for k, v in columns(good, named).items()},
+                "summary": pa.array(out.summaries, pa.string()),
+            }
+        )
+        if len(faults.found) > before:
+            with open(plan.directory / "skipped.txt", "a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in faults.found[before:])
+        segment_file.write(
+            plan.shards[shard], [out.embeddings], table,
+            dim=encoder.retriever.embedding_size, dtype=dtype, model=plan.model,
+        )  # fmt: skip
+        encoder.retriever.forget()
+    if reporter is not None:
+        skipped = f", {len(faults.found)} bad items skipped" if faults.found else ""
+        reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")
+
+
+def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterator[Item]:
+    for item in items:
+        fine = False
+        with faults.row():
+            encoder.retriever.inputs.prompt(item)
+            fine = True
+        if fine:
+            yield item
+
+
+def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
+    return lambda more: reporter.advance(done + more)
+
+
+def _world_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
