@@ -11,7 +11,7 @@ from elva import checkpoint, search
 from elva.config import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.data import load, mbeir
 from elva.errors import UserError
-from elva.index import Index
+from elva.index import Identity, Index
 from elva.model import Retriever, create
 from elva.rollout import encode
 from elva.run import Run
@@ -139,10 +139,9 @@ def test_an_index_that_does_not_fit_is_made_again(run: Run, damage: str) -> None
     elif damage == "missing":
         (directory / "index.json").unlink()
     else:
-        manifest = run.model("1") / checkpoint.MANIFEST
-        known = json.loads(manifest.read_text())
-        known["model.safetensors"]["sha256"] = "0" * 64
-        manifest.write_text(json.dumps(known))
+        other, old = Identity("b", "another", "one"), Index(directory)
+        Index.build(directory, ["7:0"], torch.ones(1, 32), model=other, about=old.about,
+                    overwrite=True)  # fmt: skip
     listener = Listener()
     assert search.search(run, "c ring", reporter=listener) == first
     assert len(listener.started) == 1 and len(Index(directory)) == 12
