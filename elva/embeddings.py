@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elva.errors import UserError
 from elva.files import write_text
-from elva.index import Identity, Segment
+from elva.index import Found, Identity, Segment, exact
 
 PLAN, SHARDS = "embeddings.json", "shards"
 
@@ -93,3 +93,19 @@ class Embeddings:
         if not ids:
             raise UserError(f"{self.directory}: must hold queries, got none; embed some")
         return ids, torch.cat([one.embeddings.float() for one in opened])
+
+    def check_model(self, asked: Embeddings) -> None:
+        """Refuse queries of another model."""
+        if not asked.model.matches(self.model):
+            raise UserError(
+                f"{asked.directory}: must be of the model that embedded {self.directory}, "
+                f"{self.model.name}, got {asked.model.name}; embed both with one"
+            )
+
+    def nearest(
+        self, query: Tensor, k: int, progress: Callable[[int], None] | None = None
+    ) -> tuple[Found, list[str]]:
+        """The k best items of each query, in one pass over the shards, and the ids of all rows."""
+        opened = [Segment(path) for path in self.segments()]
+        found = exact.search(query, [one.embeddings for one in opened], k, progress=progress)
+        return found, [id for one in opened for id in one.table["id"].to_pylist()]

@@ -16,9 +16,7 @@ from rich.table import Table
 
 from elva.data.mbeir import QuerySet, read_sets
 from elva.embeddings import Embeddings
-from elva.errors import UserError
 from elva.files import write_text
-from elva.index import Segment, exact
 from elva.metrics import Figures, measure
 from elva.progress import Reporter
 from elva.trec import Qrels, read_qrels, read_run, write_qrels, write_run
@@ -140,22 +138,9 @@ def _answers(
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     asked = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}")
     shown = Embeddings.open(embeddings / one.pool_name)
-    if not asked.model.matches(shown.model):
-        raise UserError(
-            f"{asked.directory}: must be of the model that embedded {shown.directory}, "
-            f"{shown.model.name}, got {asked.model.name}; embed both with one"
-        )
+    shown.check_model(asked)
     qids, query = asked.queries()
-    found = exact.merge([], len(query), DEPTH)
-    dids: list[str] = []
-    for path in shown.segments():
-        segment = Segment(path)
-        part = exact.top(query, segment.embeddings, DEPTH)
-        part = exact.Found(part.scores, part.rows + len(dids))
-        found = exact.merge([found, part], len(query), DEPTH)
-        dids += segment.table["id"].to_pylist()
-        if reporter is not None:
-            reporter.advance(len(dids))
+    found, dids = shown.nearest(query, DEPTH, None if reporter is None else reporter.advance)
     for i, qid in enumerate(qids):
         rows = found.rows[i].tolist()
         yield qid, list(zip([dids[r] for r in rows], found.scores[i].tolist(), strict=True))

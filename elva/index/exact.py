@@ -9,7 +9,7 @@ scores lie closer than the rounding), rows are widened block by block instead: s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,11 @@ class Found:
 
 
 def search(
-    query: Tensor, parts: Sequence[Tensor], k: int, allowed: np.ndarray | None = None
+    query: Tensor,
+    parts: Sequence[Tensor],
+    k: int,
+    allowed: np.ndarray | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Found:
     """The k best rows of several stacked matrices.
 
@@ -48,15 +52,31 @@ def search(
         query: [Q, D] fp32.
         parts: [n, D] each, in one dtype; row numbers run on from one to the next.
         allowed: [sum of n] bool, rows that may be found; all for None.
+        progress: called after each part with the rows read so far.
     """
-    found, start = [], 0
-    for rows in parts:
-        end = start + len(rows)
-        some = None if allowed is None else allowed[start:end]
-        one = top(query, rows, k) if some is None or some.all() else _among(query, rows, k, some)
-        found.append(Found(one.scores, one.rows + start))
-        start = end
-    return merge(found, len(query), k)
+    stack = _Stack(parts)
+    if allowed is None or allowed.all():
+        return _proven(query, stack, min(k, len(stack)), progress)
+    live = int(allowed.sum())
+    dropped = len(stack) - live
+    may = torch.from_numpy(np.ascontiguousarray(allowed))
+    if live and dropped <= MAX_DROPPED:
+        found = _proven(query, stack, min(k + dropped, len(stack)), progress)
+        # The allowed ones first, in their order; every query has at least min(k, live) of them.
+        order = (~may[found.rows]).to(torch.int8).sort(dim=1, stable=True).indices
+        order = order[:, : min(k, live)]
+        return Found(found.scores.gather(1, order), found.rows.gather(1, order))
+    found = merge([], len(query), k)
+    chosen = may.nonzero()[:, 0]
+    for some in chosen.split(stack.rows_a_block) if live else ():
+        one = top(query, stack.take(some), k)
+        found = merge([found, Found(one.scores, some[one.rows])], len(query), k)
+    return found
+
+
+def top(query: Tensor, rows: Tensor, k: int) -> Found:
+    """The k best rows of one matrix."""
+    return search(query, [rows], k)
 
 
 def merge(found: Iterable[Found], queries: int, k: int) -> Found:
@@ -70,66 +90,81 @@ def merge(found: Iterable[Found], queries: int, k: int) -> Found:
     return Found(scores[:, :k], rows[:, :k])
 
 
-def top(query: Tensor, rows: Tensor, k: int) -> Found:
-    """The k best rows of one matrix, whatever its dtype."""
-    if rows.dtype == query.dtype:
-        out = elva_kernels.topk(query, rows, k)
-        return Found(out.scores, out.index)
-    k = min(k, len(rows))
-    if not k:
-        return merge([], len(query), k)
+class _Stack:
+    """Matrices under each other, read where they lie."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = [p for p in parts if len(p)]
+        self.starts = np.cumsum([0, *(len(p) for p in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype if self.parts else torch.float32
+
+    @property
+    def rows_a_block(self) -> int:
+        row = self.parts[0].shape[1] * self.parts[0].element_size() if self.parts else 1
+        return max(1, (BLOCK_MB << 20) // row)
+
+    def nearest(
+        self, query: Tensor, k: int, progress: Callable[[int], None] | None = None
+    ) -> Found:
+        """`elva_kernels.topk` of a query in the parts' own dtype."""
+        found = merge([], len(query), k)
+        for part, start in zip(self.parts, self.starts.tolist(), strict=False):
+            out = elva_kernels.topk(query, part, k)
+            found = merge([found, Found(out.scores, out.index + start)], len(query), k)
+            if progress is not None:
+                progress(start + len(part))
+        return found
+
+    def widened(self, query: Tensor, k: int) -> Found:
+        """The same of an fp32 query, block by block."""
+        found = merge([], len(query), k)
+        for part, start in zip(self.parts, self.starts.tolist(), strict=False):
+            for first in range(0, len(part), self.rows_a_block):
+                block = part[first : first + self.rows_a_block].float()
+                out = elva_kernels.topk(query, block, k)
+                one = Found(out.scores, out.index + (start + first))
+                found = merge([found, one], len(query), k)
+        return found
+
+    def take(self, rows: Tensor) -> Tensor:
+        """[n, D] of ascending rows, in the parts' dtype."""
+        edges = np.searchsorted(rows.numpy(), self.starts)
+        taken = [
+            part[rows[first:last] - start]
+            for part, start, first, last in zip(
+                self.parts, self.starts.tolist(), edges[:-1], edges[1:], strict=False
+            )
+            if last > first
+        ]
+        return taken[0] if len(taken) == 1 else torch.cat(taken)
+
+
+def _proven(query: Tensor, stack: _Stack, k: int, progress: Callable[[int], None] | None) -> Found:
+    if not k or stack.dtype == query.dtype:
+        return stack.nearest(query, k, progress)
     scores = torch.empty(len(query), k)
     index = torch.empty(len(query), k, dtype=torch.int64)
     unit = torch.nn.functional.normalize(query.double(), dim=1)
-    rounded = unit.to(rows.dtype)
+    rounded = unit.to(stack.dtype)
     length = rounded.double().norm(dim=1)
     moved = (unit - rounded.double()).norm(dim=1) + 2 * KERNEL_ERROR
-    pending, depth = torch.arange(len(query)), min(2 * k + 16, len(rows))
+    pending, depth = torch.arange(len(query)), min(2 * k + 16, len(stack))
     while len(pending) and depth <= max(MAX_CANDIDATES, k):
-        candidates = elva_kernels.topk(rounded[pending], rows, depth)
+        candidates = stack.nearest(rounded[pending], depth, progress)
         beyond = candidates.scores[:, -1].double() * length[pending] + moved[pending]
-        whole = depth == len(rows)
         for place, i in enumerate(pending.tolist()):
-            near = candidates.index[place].sort().values
-            out = elva_kernels.topk(query[i : i + 1], rows[near].float(), k)
+            near = candidates.rows[place].sort().values
+            out = elva_kernels.topk(query[i : i + 1], stack.take(near).float(), k)
             scores[i], index[i] = out.scores[0], near[out.index[0]]
-        settled = torch.tensor([whole] * len(pending)) | (scores[pending, -1] > beyond)
-        pending, depth = pending[~settled], min(8 * depth, len(rows))
+        settled = (scores[pending, -1] > beyond) | (depth == len(stack))
+        pending, depth = pending[~settled], min(8 * depth, len(stack))
     if len(pending):
-        found = _widened(query[pending], rows, k)
+        found = stack.widened(query[pending], k)
         scores[pending], index[pending] = found.scores, found.rows
     return Found(scores, index)
-
-
-def _widened(query: Tensor, rows: Tensor, k: int) -> Found:
-    found = merge([], len(query), k)
-    step = _rows_a_block(rows)
-    for start in range(0, len(rows), step):
-        out = elva_kernels.topk(query, rows[start : start + step].float(), k)
-        found = merge([found, Found(out.scores, out.index + start)], len(query), k)
-    return found
-
-
-def _among(query: Tensor, rows: Tensor, k: int, allowed: np.ndarray) -> Found:
-    """The k best of the allowed rows."""
-    live = int(allowed.sum())
-    dropped = len(rows) - live
-    if not live:
-        return merge([], len(query), k)
-    may = torch.from_numpy(np.ascontiguousarray(allowed))
-    if dropped <= MAX_DROPPED:
-        found = top(query, rows, k + dropped)
-        keep = may[found.rows]
-        # The kept ones first, in their order; every query keeps at least `wanted`.
-        order = (~keep).to(torch.int8).sort(dim=1, stable=True).indices[:, : min(k, live)]
-        return Found(found.scores.gather(1, order), found.rows.gather(1, order))
-    chosen = may.nonzero()[:, 0]
-    found = merge([], len(query), k)
-    for some in chosen.split(_rows_a_block(rows)):
-        one = top(query, rows[some], k)
-        found = merge([found, Found(one.scores, some[one.rows])], len(query), k)
-    return found
-
-
-def _rows_a_block(rows: Tensor) -> int:
-    return max(1, (BLOCK_MB << 20) // (rows.shape[1] * rows.element_size()))

@@ -57,16 +57,12 @@ def test_search_is_exact(tmp_path, dtype, k):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_search_is_exact_where_scores_lie_closer_than_the_query_rounds(
-    tmp_path, dtype, monkeypatch
-):
-    """A collapsed model: candidates of the rounded query cannot be proven, and are not believed."""
+def test_search_is_exact_where_scores_lie_close(tmp_path, dtype, monkeypatch):
+    """A collapsed model: candidates of the rounded query cannot be proven, nor believed."""
     embeddings = 1 + 2e-2 * rows(3000)
     query = 1 + 1e-3 * rows(4, seed=1)
-    widened = []
-    monkeypatch.setattr(
-        exact, "_widened", lambda *a, to=exact._widened: widened.append(1) or to(*a)
-    )
+    widened, widen = [], exact._Stack.widened
+    monkeypatch.setattr(exact._Stack, "widened", lambda *a: widened.append(1) or widen(*a))
     found = build(tmp_path / "i", embeddings, dtype).search(query, 10)
     scores, _ = truth(query, embeddings, dtype, 10)
     stored = embeddings.to(getattr(torch, dtype)).double()
