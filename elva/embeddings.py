@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ class Embeddings:
             )
         return self.shards
 
+    @cached_property
+    def opened(self) -> list[Segment]:
+        """The shards, mapped."""
+        return [Segment(path) for path in self.segments()]
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The ids of all rows."""
+        return [id for one in self.opened for id in one.table["id"].to_pylist()]
+
     def save(self) -> None:
         data = {
             "items": self.items,
@@ -88,11 +99,9 @@ class Embeddings:
             raise UserError(
                 f"{self.directory}: must be embedded queries, got a pool; name a query file's"
             )
-        opened = [Segment(path) for path in self.segments()]
-        ids = [id for one in opened for id in one.table["id"].to_pylist()]
-        if not ids:
+        if not self.ids:
             raise UserError(f"{self.directory}: must hold queries, got none; embed some")
-        return ids, torch.cat([one.embeddings.float() for one in opened])
+        return self.ids, torch.cat([one.embeddings.float() for one in self.opened])
 
     def check_model(self, asked: Embeddings) -> None:
         """Refuse queries of another model."""
@@ -106,6 +115,10 @@ class Embeddings:
         self, query: Tensor, k: int, progress: Callable[[int], None] | None = None
     ) -> tuple[Found, list[str]]:
         """The k best items of each query, in one pass over the shards, and the ids of all rows."""
-        opened = [Segment(path) for path in self.segments()]
-        found = exact.search(query, [one.embeddings for one in opened], k, progress=progress)
-        return found, [id for one in opened for id in one.table["id"].to_pylist()]
+        parts = [one.embeddings for one in self.opened]
+        return exact.search(query, parts, k, progress=progress), self.ids
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """[n, D] fp32 of rows counted over all shards as they are written."""
+        stack = exact.Stack([one.embeddings for one in self.opened])
+        return stack.take(torch.tensor(rows)).float()

@@ -15,7 +15,10 @@ KERNELS = sorted((ROOT / "elva_kernels").rglob("*.py"))
 ELVA = sorted((ROOT / "elva").rglob("*.py"))
 
 # elva: `cli` calls commands, commands are made of nouns, nouns know the kernels.
-COMMANDS = {"train", "embed", "indexing", "search", "evaluate", "protocol", "report", "demo"}
+COMMANDS = {
+    "train", "embed", "indexing", "search", "evaluate", "protocol", "mine", "mrbench", "probe",
+    "report", "demo",
+}  # fmt: skip
 
 
 def module_name(path):

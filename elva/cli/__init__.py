@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from elva.cli import data, retrieval, training
+from elva.cli import data, mine, retrieval, training
 
 app = typer.Typer(
     help="Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280).",
@@ -18,4 +18,5 @@ app.command(epilog=retrieval.EMBED_EXAMPLES)(retrieval.embed)
 app.add_typer(retrieval.index_app, name="index")
 app.command(epilog=retrieval.SEARCH_EXAMPLES)(retrieval.search)
 app.command(epilog=retrieval.EVALUATE_EXAMPLES)(retrieval.evaluate)
+app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.add_typer(data.app, name="data")

@@ -240,7 +240,7 @@ def first_instructions(root: Path, dataset: int, candidate: str) -> dict[str, st
 
 def write_queries(root: Path, stem: str, split: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Write `mbeir_<stem>_<split>.jsonl` and its qrels from M-BEIR's own rows."""
-    _write_lines(root / "query" / split / f"mbeir_{stem}_{split}.jsonl", map(_dump, rows))
+    _write_lines(query_file(root, stem, split), map(_dump, rows))
     judged = (
         f"{row['qid']} 0 {did} 1 {row['task_id']}"
         for row in rows
@@ -284,6 +284,11 @@ def write_extras(
         root / "minimal_pairs.jsonl",
         (_dump({"qid": id, "candidates": list(found)}) for id, found in minimal_pairs.items()),
     )
+
+
+def query_file(root: Path, stem: str, split: str) -> Path:
+    """Where a query file lies."""
+    return root / "query" / split / f"mbeir_{stem}_{split}.jsonl"
 
 
 def file_stem(dataset: str, task: str) -> str:

@@ -54,7 +54,7 @@ def search(
         allowed: [sum of n] bool, rows that may be found; all for None.
         progress: called after each part with the rows read so far.
     """
-    stack = _Stack(parts)
+    stack = Stack(parts)
     if allowed is None or allowed.all():
         return _proven(query, stack, min(k, len(stack)), progress)
     live = int(allowed.sum())
@@ -90,7 +90,7 @@ def merge(found: Iterable[Found], queries: int, k: int) -> Found:
     return Found(scores[:, :k], rows[:, :k])
 
 
-class _Stack:
+class Stack:
     """Matrices under each other, read where they lie."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -133,19 +133,19 @@ class _Stack:
         return found
 
     def take(self, rows: Tensor) -> Tensor:
-        """[n, D] of ascending rows, in the parts' dtype."""
-        edges = np.searchsorted(rows.numpy(), self.starts)
+        """[n, D] of some rows, in the parts' dtype."""
+        ascending, order = rows.sort()
+        edges = np.searchsorted(ascending.numpy(), self.starts)
         taken = [
-            part[rows[first:last] - start]
+            part[ascending[first:last] - start]
             for part, start, first, last in zip(
                 self.parts, self.starts.tolist(), edges[:-1], edges[1:], strict=False
             )
-            if last > first
         ]
-        return taken[0] if len(taken) == 1 else torch.cat(taken)
+        return torch.cat(taken)[order.argsort()]
 
 
-def _proven(query: Tensor, stack: _Stack, k: int, progress: Callable[[int], None] | None) -> Found:
+def _proven(query: Tensor, stack: Stack, k: int, progress: Callable[[int], None] | None) -> Found:
     if not k or stack.dtype == query.dtype:
         return stack.nearest(query, k, progress)
     scores = torch.empty(len(query), k)

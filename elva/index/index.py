@@ -247,12 +247,10 @@ class Index:
 
     def embeddings(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """[n, D] in fp32, of rows in any order."""
-        wanted = np.asarray(rows, np.int64)
-        out = torch.empty(len(wanted), self.dim)
-        for one, start in zip(self.segments, self._starts, strict=True):
-            here = np.flatnonzero((wanted >= start) & (wanted < start + one.rows))
-            out[here] = one.embeddings[torch.from_numpy(wanted[here] - start)].float()
-        return out
+        wanted = torch.from_numpy(np.asarray(rows, np.int64))
+        if not len(wanted):
+            return torch.empty(0, self.dim)
+        return exact.Stack([s.embeddings for s in self.segments]).take(wanted).float()
 
     def _rows_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Rows, ascending, of those of the ids that are there; only the asked are hashed."""

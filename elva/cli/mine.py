@@ -1,0 +1,85 @@
+"""`elva mine`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elva.cli.console import AsJson, err, one_line_errors, out
+
+EXAMPLES = (
+    "Examples:  elva mine --embeddings embeddings --data data/emoji --output data/mined   |   "
+    "elva mine --embeddings embeddings --data data/M-BEIR --max-score 0.9 --num-negatives 50 "
+    "--num-random 50 --output data/mined --dry-run"
+)
+
+
+def mine(
+    data: Annotated[Path, typer.Option(help="A directory in M-BEIR's layout.")],
+    embeddings: Annotated[Path, typer.Option(help="What elva embed wrote of it.")],
+    output: Annotated[Path, typer.Option(help="An absent directory for the mined data.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="A task (t2i) or set; all of them.")
+    ] = None,
+    num_negatives: Annotated[int, typer.Option(help="Hard negatives a query.")] = 50,
+    num_random: Annotated[int, typer.Option(help="Random negatives a query.")] = 50,
+    max_score: Annotated[float, typer.Option(help="More similar is no negative.")] = 0.99,
+    min_score: Annotated[float | None, typer.Option(help="Less similar is none.")] = None,
+    absolute_margin: Annotated[
+        float | None, typer.Option(help="Below the positive's score by so much at least.")
+    ] = None,
+    relative_margin: Annotated[
+        float | None, typer.Option(help="The same as a share of the positive's score.")
+    ] = None,
+    range_min: Annotated[int, typer.Option(help="Leave out so many of the most similar.")] = 0,
+    range_max: Annotated[int | None, typer.Option(help="Look at so many at most.")] = None,
+    sampling_strategy: Annotated[str, typer.Option(help="top, or random in range.")] = "top",
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the data again with each query's hardest and some random negatives."""
+    with one_line_errors():
+        from elva import mine as command
+        from elva.progress import Bars
+
+        settings = command.Mining(
+            num_negatives, num_random, max_score, min_score, absolute_margin, relative_margin,
+            range_min, range_max, sampling_strategy, seed,
+        )  # fmt: skip
+        if dry_run:
+            planned = command.plan(data, settings, split=split, tasks=task)
+            if as_json:
+                print(json.dumps(planned))
+                return
+            for stem, row in planned.items():
+                out.print(
+                    f"{stem}: {row['queries']:,} queries x {row['pool']:,} candidates, "
+                    f"{row['negatives']:,} negatives, {row['multiply_adds'] / 1e12:.3g} T "
+                    f"multiply-adds at D = 1536, {row['bytes'] / 1e9:.2f} GB at most",
+                    soft_wrap=True,
+                )
+            return
+        with Bars(err if as_json else out) as bars:
+            counts = command.mine(
+                embeddings, data, output, settings, split=split, tasks=task, reporter=bars
+            )
+        if as_json:
+            print(json.dumps({stem: asdict(c) for stem, c in counts.items()}))
+            return
+        for stem, c in counts.items():
+            out.print(
+                f"{stem}: {c.queries:,} queries, {c.hard:,} hard and {c.random:,} random "
+                f"negatives; dropped {c.too_similar:,} too similar and {c.same_content:,} copies; "
+                f"{c.short:,} queries with fewer than asked",
+                soft_wrap=True,
+            )
+        out.print(
+            f"{output}: load it as --data, or train with --set stages.3.data={output}",
+            soft_wrap=True,
+        )
