@@ -61,8 +61,8 @@ def test_search_is_exact_where_scores_lie_close(tmp_path, dtype, monkeypatch):
     """A collapsed model: candidates of the rounded query cannot be proven, nor believed."""
     embeddings = 1 + 2e-2 * rows(3000)
     query = 1 + 1e-3 * rows(4, seed=1)
-    widened, widen = [], exact._Stack.widened
-    monkeypatch.setattr(exact._Stack, "widened", lambda *a: widened.append(1) or widen(*a))
+    widened, widen = [], exact.Stack.widened
+    monkeypatch.setattr(exact.Stack, "widened", lambda *a: widened.append(1) or widen(*a))
     found = build(tmp_path / "i", embeddings, dtype).search(query, 10)
     scores, _ = truth(query, embeddings, dtype, 10)
     stored = embeddings.to(getattr(torch, dtype)).double()
