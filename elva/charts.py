@@ -100,6 +100,30 @@ def grain_chart(
     draw_themes(path, (9.6, 3.7), draw)
 
 
+def grain_histogram(
+    path: Path, kinds: Sequence[str], groups: Mapping[Series, Mapping[str, Sequence[float]]]
+) -> None:
+    """Histograms of grain distances, a panel a type; what lies at 0 is not seen."""
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            every = [d for group in groups.values() for d in group.get(kind, ())]
+            edges = np.linspace(0.0, max(0.05, *every), 25)
+            for series, group in groups.items():
+                found = np.asarray(group.get(kind, ()))
+                axes.hist(
+                    found, edges, weights=np.full(len(found), 1 / max(1, len(found))),
+                    histtype="step", color=series.colour(theme), label=series.title,
+                )  # fmt: skip
+            axes.set_title(kind, parse_math=False)
+            axes.set_xlabel("cosine distance")
+        panels[0].set_ylabel("share of queries")
+        _legend(figure, panels[0], len(groups))
+
+    draw_themes(path, (max(4.8, 2.4 * len(kinds)), 3.2), draw)
+
+
 def rank_chart(
     path: Path, panels: Mapping[str, tuple[int, Mapping[Series, Sequence[int]]]]
 ) -> None:

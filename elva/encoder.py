@@ -60,9 +60,12 @@ class Encoder:
             UserError: there is no such model.
         """
         path, length, size = Path(model), MAX_COMPLETION_LENGTH, 512
-        if (path / "recipe.yaml").is_file():
-            run = Run.open(path)
-            path = run.model(run.answering(stage))
+        home = next((p for p in (path, path.absolute().parent.parent)
+                     if (p / "recipe.yaml").is_file()), None)  # fmt: skip
+        if home is not None:  # a run, or the model of one of its stages
+            run = Run.open(home)
+            if home == path:
+                path = run.model(run.answering(stage))
             length = list(run.recipe.stages.values())[-1].max_completion_length
             size = run.recipe.evaluate_batch_size
         elif stage is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 import elva_kernels
 from elva.data import Dataset, Item, Query, load
 from elva.data import emoji as emoji_corpus
-from elva.grains import distances
+from elva.grains import by_type, probe
 from elva.model import Retriever
 from elva.progress import Reporter
 from elva.rollout import Encoded, encode
@@ -184,7 +184,9 @@ def _evaluate_task(
     figures[f"{name}_frac_no_ret"] = 1 - shown.finished.float().mean().item()
     if name == "t2i":
         _minimal_pairs(task, minimal_pairs, asked, shown, figures)
-        probes = distances(task.queries, asked.embeddings, lambda q: embed("grains")(q).embeddings)
+        probes = by_type(
+            probe(task.queries, asked.embeddings, lambda q: embed("grains")(q).embeddings)
+        )
         figures["grain_distance"] = {k: fmean(v) for k, v in sorted(probes.items())}
         result["grain_distances"] = probes
 

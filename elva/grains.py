@@ -7,43 +7,75 @@ d(f(q), f(q without g_k)) < delta, with d the cosine distance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from elva.data import Query
+from elva.data import Grain, Query
 from elva.data.emoji import mask_grain
 
 
-def masked(query: Query) -> list[tuple[str, Query]]:
-    """(grain type, the query without that grain), one for each grain that leaves any text."""
+def masked(query: Query) -> list[tuple[Grain, Query]]:
+    """(grain, the query without it), one for each grain that leaves any text."""
     found = []
     for grain in query.grains or ():
         assert query.raw_text is not None
         rest = mask_grain(query.raw_text, grain)
         if rest:
-            found.append((grain.type, replace(query, text=rest, raw_text=rest, grains=None)))
+            found.append((grain, replace(query, text=rest, raw_text=rest, grains=None)))
     return found
 
 
-def distances(
+@dataclass(frozen=True)
+class Probe:
+    """One grain taken away from one query.
+
+    Args:
+        distance: Cosine distance of the query's embedding with and without the grain, in [0, 2].
+    """
+
+    id: str
+    text: str
+    grain: str
+    type: str
+    distance: float
+
+
+def probe(
     queries: Sequence[Query],
     embeddings: Tensor,
     encode: Callable[[Sequence[Query]], Tensor],
-) -> dict[str, list[float]]:
-    """Cosine distances by grain type.
+) -> list[Probe]:
+    """Take away every grain of every query, one at a time.
 
     Args:
         embeddings: [Q, D], f(q) of each query.
         encode: f for a list of queries, [n, D].
     """
-    probes = [(i, kind, q) for i, query in enumerate(queries) for kind, q in masked(query)]
-    if not probes:
-        return {}
-    rows = torch.tensor([i for i, _, _ in probes])
-    apart = 1 - torch.cosine_similarity(embeddings[rows], encode([q for _, _, q in probes]))
+    taken = [(i, *one) for i, query in enumerate(queries) for one in masked(query)]
+    if not taken:
+        return []
+    rows = torch.tensor([i for i, _, _ in taken])
+    apart = 1 - torch.cosine_similarity(embeddings[rows], encode([q for _, _, q in taken]))
+    return [
+        Probe(queries[i].id, queries[i].raw_text or "", grain.text, grain.type, d)
+        for (i, grain, _), d in zip(taken, apart.tolist(), strict=True)
+    ]
+
+
+def by_type(probes: Sequence[Probe]) -> dict[str, list[float]]:
+    """Distances by grain type."""
     found: dict[str, list[float]] = {}
-    for (_, kind, _), d in zip(probes, apart.tolist(), strict=True):
-        found.setdefault(kind, []).append(d)
+    for one in probes:
+        found.setdefault(one.type, []).append(one.distance)
     return found
+
+
+def least(probes: Sequence[Probe]) -> list[Probe]:
+    """Each query's least seen grain, the most blind query first."""
+    found: dict[str, Probe] = {}
+    for one in probes:
+        if one.id not in found or one.distance < found[one.id].distance:
+            found[one.id] = one
+    return sorted(found.values(), key=lambda p: (p.distance, p.id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from elva.cli import data, mine, retrieval, training
+from elva.cli import data, grains, mine, retrieval, training
 
 app = typer.Typer(
     help="Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280).",
@@ -19,4 +19,5 @@ app.add_typer(retrieval.index_app, name="index")
 app.command(epilog=retrieval.SEARCH_EXAMPLES)(retrieval.search)
 app.command(epilog=retrieval.EVALUATE_EXAMPLES)(retrieval.evaluate)
 app.command(epilog=mine.EXAMPLES)(mine.mine)
+app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(data.app, name="data")

@@ -1,0 +1,62 @@
+"""`elva grains`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
+
+EXAMPLES = (
+    "Examples:  elva grains runs/one --data data/emoji --output grains   |   "
+    "elva grains runs/one/stage-2/model runs/one/stage-3/model --data data/emoji --output grains"
+)
+
+
+def grains(
+    models: Annotated[
+        list[str], typer.Argument(help="Runs, checkpoints or hub names: before, after, ...")
+    ],
+    data: Annotated[Path, typer.Option(help="Data in M-BEIR's layout with grains.jsonl.")],
+    output: Annotated[Path, typer.Option(help="Gets grains.json and two pictures.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    task: Annotated[str, typer.Option(help="A task (t2i) or set.")] = "t2i",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many queries.")] = None,
+    delta: Annotated[float, typer.Option(help="Below it a grain is not seen.")] = 0.05,
+    show: Annotated[int, typer.Option(min=0, help="How many blind queries to print.")] = 10,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of a summary; the model's own by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Mask one grain a query: how far does the embedding move?"""
+    with one_line_errors():
+        quiet_libraries()
+        from elva import probe
+        from elva.encoder import Encoder
+        from elva.progress import Bars
+
+        opened = [
+            (name, Encoder.open(name, max_completion_length=max_completion_length))
+            for name in models
+        ]
+        with Bars(err if as_json else out) as bars:
+            found = probe.grains(
+                opened, data, output, split=split, task=task, limit=limit, delta=delta,
+                reporter=bars,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(found))
+            return
+        out.print(probe.table(found))
+        last = found["models"][models[-1]]
+        for one in last["queries"][:show]:
+            out.print(
+                f"{one['distance']:.3f}  {one['text']}  without  {one['grain']} ({one['type']})",
+                markup=False,
+                soft_wrap=True,
+            )
+        out.print(f"figures and pictures: {output}", soft_wrap=True)
