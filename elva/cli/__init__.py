@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from elva.cli import data, grains, mine, retrieval, training
+from elva.cli import data, grains, mine, mrbench, retrieval, training
 
 app = typer.Typer(
     help="Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280).",
@@ -20,4 +20,5 @@ app.command(epilog=retrieval.SEARCH_EXAMPLES)(retrieval.search)
 app.command(epilog=retrieval.EVALUATE_EXAMPLES)(retrieval.evaluate)
 app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
+app.add_typer(mrbench.app, name="mrbench")
 app.add_typer(data.app, name="data")

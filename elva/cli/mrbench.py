@@ -1,0 +1,99 @@
+"""`elva mrbench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
+
+app = typer.Typer(
+    help="Queries of two and more grains, judged and reviewed (rebuilt, not the paper's list).",
+    no_args_is_help=True,
+)
+
+
+@app.command(
+    "build",
+    epilog="Examples:  elva mrbench build --data data/emoji --output data/mrbench   |   "
+    "elva mrbench build --data data/M-BEIR --judge http://localhost:8000/v1 "
+    "--judge-model Qwen/Qwen2.5-VL-7B-Instruct --output data/mrbench",
+)
+def build(
+    data: Annotated[Path, typer.Option(help="Data in M-BEIR's layout.")],
+    output: Annotated[Path, typer.Option(help="An absent directory.")],
+    judge: Annotated[
+        str, typer.Option(help="rules (offline), local, or the URL of an OpenAI server.")
+    ] = "rules",
+    judge_model: Annotated[
+        str | None, typer.Option(help="Of local, a checkpoint or hub name; of a server, its model.")
+    ] = None,
+    describe: Annotated[
+        str | None, typer.Option(help="A run or checkpoint whose summaries put pictures in words.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Sets; the paper's four by default.")
+    ] = None,
+    per_set: Annotated[int, typer.Option(min=1, help="Queries to keep of each set.")] = 250,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad queries.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what was judged before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge queries, sample them, and write data with a page to review."""
+    with one_line_errors():
+        quiet_libraries()
+        from elva import mrbench
+        from elva.encoder import Encoder
+        from elva.judges import judge_of
+        from elva.progress import Bars
+
+        asked = judge_of(judge, judge_model)
+        words = None
+        if describe is not None:
+            encoder = Encoder.open(describe)
+            words = lambda query: encoder([query]).summaries[0]  # noqa: E731
+        with Bars(err if as_json else out) as bars:
+            notes = mrbench.build(
+                data, output, asked, split=split, sets=task, per_set=per_set, seed=seed,
+                resume=resume, skip_bad=skip_bad, describe=words, reporter=bars,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(notes))
+            return
+        for stem, c in notes["sets"].items():
+            out.print(
+                f"{stem}: {c['kept']} kept; {c['judged']} judged, {c['one_grain']} of one grain, "
+                f"{c['without_words']} without words",
+                soft_wrap=True,
+            )
+        out.print(f"review: {output / mrbench.PAGE}", soft_wrap=True)
+
+
+@app.command(
+    "review",
+    epilog="Examples:  elva mrbench review data/mrbench   |   "
+    "elva mrbench review data/mrbench --decisions ~/Downloads/review.tsv",
+)
+def review(
+    directory: Annotated[Path, typer.Argument(help="What elva mrbench build wrote.")],
+    decisions: Annotated[Path | None, typer.Option(help="review.tsv as the page saves it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take decisions: dropped queries leave the data until a later review keeps them."""
+    with one_line_errors():
+        from elva import mrbench
+
+        tally = mrbench.review(directory, decisions)
+        if as_json:
+            print(json.dumps(tally))
+            return
+        out.print(
+            f"{tally['keep']} kept, {tally['drop']} dropped, {tally['undecided']} to decide: "
+            f"{directory / mrbench.PAGE}",
+            soft_wrap=True,
+        )
