@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from elva import pictures
 from elva.data import Item, Pool, Query
-from elva.data.mbeir import QuerySet, read_sets
+from elva.data.mbeir import QuerySet, first_instructions, read_sets
 from elva.data.strict import Faults
 from elva.embeddings import PLAN, Embeddings
 from elva.encoder import Encoder
@@ -65,7 +65,7 @@ def embed(
     sets = read_sets(data, tasks=tasks, split=split, pools=pools)
     named = pictures.names(data)
     done = []
-    for name, items, about in _wanted(sets, split, sides):
+    for name, items, about in _wanted(data, sets, split, sides):
         plan = Embeddings(
             output / name,
             len(items),
@@ -89,7 +89,7 @@ def plan(
 ) -> dict[str, int]:
     """What `embed` would embed: name -> items."""
     sets = read_sets(data, tasks=tasks, split=split, pools=pools)
-    return {name: len(items) for name, items, _ in _wanted(sets, split, sides)}
+    return {name: len(items) for name, items, _ in _wanted(data, sets, split, sides)}
 
 
 def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[str | None]]:
@@ -103,17 +103,25 @@ def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[s
 
 
 def _wanted(
-    sets: Sequence[QuerySet], split: str, sides: Sides
+    data: Path, sets: Sequence[QuerySet], split: str, sides: Sides
 ) -> Iterator[tuple[str, Pool | list[Query], dict[str, Any]]]:
     """(name, items, what to note) of each pool once and of each query file."""
     if sides in ("both", "pools"):
         for name in dict.fromkeys(s.pool_name for s in sets):
             of = [s for s in sets if s.pool_name == name]
             asked = {s.queries[0].modality: s.queries[0].instruction for s in of if s.queries}
-            yield name, of[0].pool, {"side": "pool", "instructions": asked}
+            known = _instructions(data, of[0].pool)
+            yield name, of[0].pool, {"side": "pool", "instructions": {**known, **asked}}
     if sides in ("both", "queries"):
         for one in sets:
             yield f"mbeir_{one.stem}_{split}", one.queries, {"side": "queries", "task": one.task}
+
+
+def _instructions(data: Path, pool: Pool) -> dict[str, str]:
+    """Every way in which the data asks for such items as the pool's first."""
+    if not len(pool):
+        return {}
+    return first_instructions(data, int(pool[0].id.partition(":")[0]), pool[0].modality)
 
 
 def _begin(wanted: Embeddings, resume: bool) -> None:

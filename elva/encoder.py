@@ -70,9 +70,10 @@ class Encoder:
             size = run.recipe.evaluate_batch_size
         elif stage is not None:
             raise UserError(f"embed: --stage must belong to a run, got {model}; leave it out")
-        source: str | Path = path if path.exists() else str(model)
+        if not path.exists() and str(model).count("/") != 1:  # no hub name either
+            raise UserError(f"{model}: must be a run, a Qwen2-VL checkpoint or a hub name")
         try:
-            retriever = Retriever.load(source)
+            retriever = Retriever.load(path if path.exists() else str(model))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -1,0 +1,290 @@
+"""From pictures to answers by the command line alone: emoji, train, embed, index, search, evaluate,
+mine, mrbench, grains; every figure against numpy in float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from elva.cli import app
+from elva.data import load
+from elva.embeddings import Embeddings
+from elva.index import Index
+from elva.mine import content
+
+TASKS = ("--task", "t2i", "--task", "i2t", "--task", "it2i")
+
+
+def call(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output if code == 0 else result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("round") / "run"
+    call("train", "--recipe", "smoke", "--config", recipe_file, "--output", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def embeddings(run: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("round") / "embeddings"
+    call("embed", run, "--data", corpus, "--output", output, "--shard-size", 100, *TASKS)
+    call("embed", run, "--data", corpus, "--output", output, "--split", "train", "--task", "t2i")
+    return output
+
+
+@pytest.fixture(scope="module")
+def index(embeddings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("round") / "index"
+    call("index", "build", directory, embeddings / "mbeir_emoji_task0_cand_pool")
+    return directory
+
+
+def vectors(directory: Path) -> tuple[list[str], np.ndarray]:
+    """Ids and unit rows in float64, read from the shards."""
+    opened = Embeddings.open(directory).opened
+    rows = np.concatenate([s.embeddings.float().numpy().astype(np.float64) for s in opened])
+    ids = [i for s in opened for i in s.table["id"].to_pylist()]
+    return ids, rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_evaluation_equals_numpy(embeddings: Path, corpus: Path, tmp_path: Path) -> None:
+    output = call(
+        "evaluate", "--embeddings", embeddings, "--data", corpus, "--output", tmp_path / "e",
+        *TASKS, "--json",
+    )  # fmt: skip
+    result = json.loads(output)
+    assert result == json.loads((tmp_path / "e" / "figures.json").read_text())
+    assert set(result["sets"]) == {"emoji_task0", "emoji_task3", "emoji_task7"}
+    for stem, row in result["sets"].items():
+        qids, query = vectors(embeddings / f"mbeir_{stem}_test")
+        dids, pool = vectors(embeddings / f"mbeir_{stem}_cand_pool")
+        place = {d: i for i, d in enumerate(dids)}
+        positives = {q.id: q.positives for q in load(corpus, split="test", tasks=[stem]).queries}
+        scores = query @ pool.T
+        ranks = []
+        for i, qid in enumerate(qids):
+            right = [place[p] for p in positives[qid]]
+            wrong = np.delete(scores[i], right)
+            # The stored scores are fp32: what lies closer than that is a tie.
+            ranks.append(1 + int((wrong >= scores[i][right].max() - 1e-7).sum()))
+        ranks = np.array(ranks)
+        assert row["queries"] == len(qids) and row["pool"] == len(dids)
+        for k in (1, 5, 10, 50):
+            assert row[f"hit_at_{k}"] == pytest.approx((ranks <= k).mean(), abs=2e-3)
+        found = np.where(ranks <= 150, 1 / ranks, 0)
+        assert row["mrr"] == pytest.approx(found.mean(), abs=2e-3)
+        again = json.loads(call(
+            "evaluate", "--run", tmp_path / "e" / f"{stem}.run.trec",
+            "--qrels", tmp_path / "e" / f"{stem}.qrels.txt", "--json",
+        ))  # fmt: skip
+        assert all(again[name] == row[name] for name in row if name in again)
+    assert result["average"] == np.mean([r[f"hit_at_{r['k']}"] for r in result["sets"].values()])
+
+
+def test_global_pools_hold_every_local_one(embeddings, run, corpus, tmp_path) -> None:
+    output = tmp_path / "global"
+    call("embed", run, "--data", corpus, "--output", output, "--pools", "global", *TASKS)
+    result = json.loads(call(
+        "evaluate", "--embeddings", output, "--data", corpus, "--pools", "global", *TASKS, "--json"
+    ))  # fmt: skip
+    sizes = {row["pool"] for row in result["sets"].values()}
+    local = {*vectors(embeddings / "mbeir_emoji_task0_cand_pool")[0],
+             *vectors(embeddings / "mbeir_emoji_task3_cand_pool")[0]}  # fmt: skip
+    assert sizes == {len(local)}
+
+
+def test_search_answers_alike_from_an_index_and_a_run(
+    index, embeddings, run, corpus, tmp_path
+) -> None:
+    words = load(corpus, split="test", tasks=["t2i"]).queries[0].raw_text
+    hits = json.loads(call("search", index, words, "-k", 5, "--json"))
+    assert [h["rank"] for h in hits] == [1, 2, 3, 4, 5]
+    own = json.loads(call("search", run, words, "-k", 5, "--json"))
+    # The run's own index is fp32, this one fp16: scores differ by its rounding only.
+    assert [h["score"] for h in hits] == pytest.approx([h["score"] for h in own], abs=2e-3)
+    ids, rows = vectors(pool := embeddings / "mbeir_emoji_task0_cand_pool")
+    assert pool.is_dir() and set(ids) == set(Index(index).table["id"].to_pylist())
+    for hit in hits:  # what is called its score is the cosine of its row and the query
+        stored = Index(index).embeddings(Index(index).rows([hit["id"]]))
+        assert np.allclose(stored / stored.norm(), rows[ids.index(hit["id"])], atol=1e-3)
+    call("search", index, words, "--where", "modality=image", "--sheet", tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 10_000
+    assert json.loads(call("search", index, words, "--where", "modality=text", "--json")) == []
+    picture = hits[0]["image"]
+    both = json.loads(call("search", index, words, "--image", picture, "--json", "-k", 3))
+    assert [h["score"] for h in both] != [h["score"] for h in hits[:3]]
+
+
+def test_an_index_changes_by_the_command_line(index, embeddings, tmp_path) -> None:
+    mine = tmp_path / "mine"
+    pool = embeddings / "mbeir_emoji_task0_cand_pool"
+    call("index", "build", mine, pool)
+    before = json.loads(call("index", "info", mine, "--json"))
+    gone = Index(mine).ids([0, 1])
+    call("index", "delete", mine, *gone)
+    assert json.loads(call("index", "info", mine, "--json"))["items"] == before["items"] - 2
+    assert "ids must be new" in call("index", "add", mine, pool, code=2)
+    call("index", "add", mine, pool, "--overwrite")
+    assert json.loads(call("index", "info", mine, "--json"))["items"] == before["items"]
+    assert "every one as written" in call("index", "verify", mine)
+    ids, rows = vectors(pool)
+    np.save(tmp_path / "rows.npy", rows.astype(np.float32))
+    (tmp_path / "ids.txt").write_text("\n".join(ids) + "\n")
+    call("index", "build", tmp_path / "n", "--npy", tmp_path / "rows.npy", "--ids",
+         tmp_path / "ids.txt", "--model", "numpy")  # fmt: skip
+    assert json.loads(call("index", "info", tmp_path / "n", "--json"))["items"] == len(ids)
+
+
+def test_mined_negatives_are_numpys(embeddings, corpus, tmp_path) -> None:
+    output = tmp_path / "mined"
+    words = ("mine", "--data", corpus, "--embeddings", embeddings, "--task", "t2i",
+             "--num-negatives", 20, "--num-random", 10, "--max-score", 0.97)  # fmt: skip
+    planned = json.loads(call(*words, "--output", output, "--dry-run", "--json"))
+    assert not output.exists()
+    counts = json.loads(call(*words, "--output", output, "--json"))["emoji_task0"]
+    data, mined = load(corpus, tasks=["t2i"]), load(output, tasks=["t2i"])
+    assert planned["emoji_task0"]["queries"] == counts["queries"] == len(data.queries)
+    qids, query = vectors(embeddings / "mbeir_emoji_task0_train")
+    dids, pool = vectors(embeddings / "mbeir_emoji_task0_train_cand_pool")
+    rows = {q: i for i, q in enumerate(qids)}
+    shown = mined.pool("t2i")
+    held = {d: content(shown[shown.row(d)]) for d in dids}
+    for old, new in zip(data.queries, mined.queries, strict=True):
+        assert (old.id, old.text, old.positives) == (new.id, new.text, new.positives)
+        scores = pool @ query[rows[new.id]]
+        allowed = [i for i in np.argsort(-scores, kind="stable")
+                   if scores[i] <= 0.97 and dids[i] not in new.positives]  # fmt: skip
+        seen, expected = {held[p] for p in new.positives}, []
+        for i in allowed:
+            if held[dids[i]] not in seen and len(expected) < 20:
+                seen.add(held[dids[i]])
+                expected.append(scores[i])
+        hard, rest = new.negatives[: len(expected)], new.negatives[len(expected) :]
+        place = {d: i for i, d in enumerate(dids)}
+        assert [scores[place[d]] for d in hard] == pytest.approx(expected, abs=1e-6)
+        assert len(rest) == 10 and len({held[d] for d in new.negatives}) == len(new.negatives)
+        assert not {held[d] for d in new.negatives} & {held[p] for p in new.positives}
+    again = tmp_path / "again"
+    call(*words, "--output", again)
+    name = "query/train/mbeir_emoji_task0_train.jsonl"
+    assert (again / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_mrbench_and_grains(run, corpus, tmp_path) -> None:
+    bench = tmp_path / "bench"
+    notes = json.loads(call("mrbench", "build", "--data", corpus, "--output", bench, "--task",
+                            "t2i", "--per-set", 8, "--json"))  # fmt: skip
+    assert notes["sets"]["emoji_task0"]["kept"] == 8
+    dataset = load(bench, split="test", tasks=["t2i"])
+    assert len(dataset.queries) == 8 and all(len(q.grains) > 1 for q in dataset.queries)
+    rows = (bench / "review.tsv").read_text().splitlines()
+    chosen = rows[1].split("\t")[1]
+    (tmp_path / "decisions.tsv").write_text("\n".join([rows[0], "drop" + rows[1], *rows[2:]]))
+    review = ("mrbench", "review", bench, "--json")
+    tally = json.loads(call(*review, "--decisions", tmp_path / "decisions.tsv"))
+    assert tally == {"keep": 0, "drop": 1, "undecided": 7}
+    assert chosen not in {q.id for q in load(bench, split="test", tasks=["t2i"]).queries}
+    (tmp_path / "decisions.tsv").write_text("\n".join([rows[0], "keep" + rows[1]]))
+    call(*review, "--decisions", tmp_path / "decisions.tsv")
+    assert len(load(bench, split="test", tasks=["t2i"]).queries) == 8
+    output = tmp_path / "grains"
+    found = json.loads(call("grains", run / "stage-2" / "model", run, "--data", bench, "--output",
+                            output, "--json"))  # fmt: skip
+    assert found == json.loads((output / "grains.json").read_text())
+    for figures in found["models"].values():
+        distances = [p["distance"] for p in figures["probes"]]
+        assert figures["mean"] == pytest.approx(np.mean(distances))
+        lowest = {p["id"]: 9.0 for p in figures["probes"]}
+        for p in figures["probes"]:
+            lowest[p["id"]] = min(lowest[p["id"]], p["distance"])
+        assert [q["distance"] for q in figures["queries"]] == sorted(lowest.values())
+    assert (output / "grain-histogram.png").stat().st_size > 5_000
+
+
+def test_a_killed_embedding_goes_on(run, corpus, embeddings, tmp_path) -> None:
+    output = tmp_path / "embeddings"
+    words = ("embed", run, "--data", corpus, "--output", output, "--task", "t2i", "--sides",
+             "pools", "--shard-size", 100)  # fmt: skip
+    call(*words)
+    shards = sorted(output.rglob("*.elva"))
+    assert len(shards) > 1
+    whole = [p.read_bytes() for p in shards]
+    shards[1].unlink()
+    assert "to go" in call("index", "build", tmp_path / "i", output / "mbeir_emoji_task0_cand_pool",
+                           code=2)  # fmt: skip
+    assert "pass --resume" in call(*words, code=2)
+    call(*words, "--resume")
+    assert [p.read_bytes() for p in shards] == whole
+    assert "its own model, data and options" in call(*words[:-1], 50, "--resume", code=2)
+
+
+def test_processes_share_the_shards(run, corpus, tmp_path) -> None:
+    """What torchrun does: the same command with a rank."""
+    output = tmp_path / "embeddings"
+    words = [str(w) for w in ("embed", run, "--data", corpus, "--output", output, "--task", "t2i",
+                              "--sides", "pools", "--shard-size", 60)]  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "elva", *words],
+            env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+        )
+        for r in range(2)
+    ]
+    assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    found = Embeddings.open(output / "mbeir_emoji_task0_cand_pool")
+    assert not found.missing and len(found.ids) == found.items
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (("search", "absent", "a"), "absent: must be an index, got no index.json"),
+        (("search", "INDEX", "a", "--where", "x"), "--where must read FIELD=VALUE"),
+        (("search", "INDEX", "a", "--where", "x=1"), "where must name a field, got 'x'"),
+        (("search", "INDEX", ""), "query must hold words"),
+        (("search", "INDEX", "a", "--model", "absent"), "must be a run, a Qwen2-VL checkpoint"),
+        (("embed", "RUN", "--data", "absent", "--output", "x"), "absent"),
+        (("embed", "absent", "--data", "CORPUS", "--output", "x"), "must be a run, a Qwen2-VL"),
+        (("embed", "RUN", "--data", "CORPUS", "--output", "x", "--dtype", "int8"), "--dtype must"),
+        (("index", "build", "x", "CORPUS"), "must hold embeddings, got no readable embeddings.js"),
+        (("index", "build", "x"), "must be given embeddings, or --npy"),
+        (("evaluate",), "must be given one of RUN, --embeddings or --run"),
+        (("evaluate", "--run", "absent", "--qrels", "absent"), "absent: No such file"),
+        (("mine", "--data", "CORPUS", "--embeddings", "absent", "--output", "x"), "absent"),
+        (("mine", "--data", "CORPUS", "--embeddings", "absent", "--output", "x",
+          "--num-negatives", "-1"), "num_negatives must be at least 0, got -1"),
+        (("mrbench", "build", "--data", "CORPUS", "--output", "x", "--judge", "oracle",
+          "--judge-model", "m"), "--judge must be rules, local"),
+        (("mrbench", "review", "CORPUS"), "must be what elva mrbench build wrote"),
+        (("grains", "RUN", "--data", "absent", "--output", "x"), "absent"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_code_2(
+    words, rule, run, corpus, index, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"INDEX": index, "RUN": run, "CORPUS": corpus}
+    text = call(*(places.get(w, w) for w in words), code=2)
+    assert rule in text and len(text.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_tampered_index_is_refused(index, tmp_path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(index, copy)
+    path = Index(copy).segments[0].path
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    assert "the file is damaged" in call("search", copy, "a woman", code=2)
