@@ -5,6 +5,7 @@
 """
 
 from elva.data.mbeir import load
-from elva.data.schema import DataError, Dataset, Grain, Item, Pool, Query
+from elva.data.pool import Dataset, Pool
+from elva.data.schema import DataError, Grain, Item, Query
 
 __all__ = ["DataError", "Dataset", "Grain", "Item", "Pool", "Query", "load"]

@@ -13,26 +13,14 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-
-from elva.data.schema import (
-    TASKS,
-    DataError,
-    Dataset,
-    Grain,
-    Pool,
-    Query,
-    concatenate,
-    distinct,
-    hashed_id,
-    normalise,
-)
+from elva.data import pool as pool_file
+from elva.data.pool import Dataset, Pool, concatenate, distinct
+from elva.data.schema import TASKS, DataError, Grain, Query, hashed_id, normalise
 from elva.data.strict import Record, lines, modality_of, records
 
 SPLITS = ("train", "val", "test")
@@ -180,21 +168,15 @@ def read_queries(
 
 
 def read_pool(path: Path, root: Path) -> Pool:
-    """One candidate file."""
-    columns: dict[str, list[object]] = {name: [] for name in Pool.SCHEMA.names}
+    """One candidate file; a large one is mapped from a table that is made on first use."""
+    return pool_file.of_file(path, root, lambda: _candidates(path))
+
+
+def _candidates(path: Path) -> Iterator[pool_file.Row]:
     for number, record in enumerate(records(path), start=1):
         modality = record.modality("modality")
         _, text, image = _content(record, "txt", "img_path", "modality", modality)
-        row = (record.id("did"), text, image, modality, str(path), number)
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    keys = np.array([hashed_id(str(id)) for id in columns["id"]], np.int64)
-    first = np.unique(keys, return_index=True)[1]
-    if len(first) < len(keys):
-        repeated = int(np.setdiff1d(np.arange(len(keys)), first)[0])
-        raise DataError(f"{path}:{repeated + 1}: did {columns['id'][repeated]} again")
-    arrays = [pa.array(columns[field.name], field.type) for field in Pool.SCHEMA]
-    return Pool(pa.Table.from_arrays(arrays, schema=Pool.SCHEMA), root)
+        yield record.id("did"), text, image, modality, number
 
 
 def read_qrels(path: Path) -> dict[tuple[str, str], str]:

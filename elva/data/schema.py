@@ -1,21 +1,17 @@
 """The internal schema: what every reader produces and everything else consumes.
 
-A `Query` names its positives and negatives by id; the `Pool` of its task turns ids into
-`Item`s. Pools are Arrow tables, because a dict of dicts does not hold M-BEIR's 5.6 M
-candidates; a saved pool is memory-mapped.
+A `Query` names its positives and negatives by id; the `Pool` of its task (`elva.data.pool`)
+turns ids into `Item`s.
 """
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 # Ours: 64 Mpx holds every M-BEIR picture and stays under Pillow's own warning (89 Mpx).
@@ -134,124 +130,6 @@ class Query(Item):
         return normalise(f"{self.instruction} {text}")
 
 
-class Pool:
-    """The candidates of a task: row -> `Item`, id -> row.
-
-    Args:
-        table: Columns id, text, image (relative to `root`), modality, source, line.
-        root: Where the pictures' paths start.
-    """
-
-    SCHEMA = pa.schema(
-        [
-            ("id", pa.string()),
-            ("text", pa.string()),
-            ("image", pa.string()),
-            ("modality", pa.string()),
-            ("source", pa.dictionary(pa.int32(), pa.string())),
-            ("line", pa.int32()),
-        ]
-    )
-
-    def __init__(self, table: pa.Table, root: Path) -> None:
-        self.table = table.cast(self.SCHEMA).combine_chunks()
-        self.root = root
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    def __getitem__(self, row: int) -> Item:
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        row %= len(self)
-        id, text, image, modality, source, line = (
-            column[row].as_py() for column in self.table.columns
-        )
-        path = None if image is None else self.root / image
-        return Item(id, text, path, modality, where=f"{source}:{line}")
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self[row] for row in range(len(self)))
-
-    def __contains__(self, id: object) -> bool:
-        return isinstance(id, str) and self._find(id) is not None
-
-    @cached_property
-    def ids(self) -> list[str]:
-        """All ids, in row order."""
-        ids: list[str] = self.table["id"].to_pylist()
-        return ids
-
-    def row(self, id: str) -> int:
-        """The row of an id; KeyError if it is not in the pool."""
-        row = self._find(id)
-        if row is None:
-            raise KeyError(id)
-        return row
-
-    def texts(self) -> Iterator[str]:
-        """The texts of the candidates that have one."""
-        return (text for text in self.table["text"].to_pylist() if text is not None)
-
-    def save(self, path: Path) -> None:
-        """Write the table as an Arrow file, which `open` maps instead of reading."""
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, self.SCHEMA) as writer:
-            writer.write_table(self.table)
-
-    @classmethod
-    def open(cls, path: Path, root: Path) -> Pool:
-        """A saved pool, memory-mapped."""
-        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), root)
-
-    @cached_property
-    def _order(self) -> tuple[np.ndarray, np.ndarray]:
-        # Two sorted int64 arrays instead of a dict: 16 bytes a candidate.
-        keys = np.fromiter((hashed_id(id) for id in self.ids), np.int64, len(self))
-        order = np.argsort(keys, kind="stable")
-        return keys[order], order
-
-    def _find(self, id: str) -> int | None:
-        keys, order = self._order
-        try:
-            key = hashed_id(id)
-        except ValueError:
-            return None
-        at = int(np.searchsorted(keys, key))
-        return int(order[at]) if at < len(keys) and keys[at] == key else None
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Queries of one split with the pools of their tasks.
-
-    Args:
-        root: Folder it was read from.
-        split: train, val or test.
-        queries: In file order.
-        pools: Task -> pool.
-        grains: Candidate id -> grains of its text, where the corpus has them.
-        minimal_pairs: Query id -> ids of all candidates of the same entity.
-    """
-
-    root: Path
-    split: str
-    queries: list[Query]
-    pools: Mapping[str, Pool]
-    grains: Mapping[str, tuple[Grain, ...]] = field(default_factory=dict)
-    minimal_pairs: Mapping[str, list[str]] = field(default_factory=dict)
-
-    def pool(self, task: str) -> Pool:
-        """The task's candidates. In the train split it holds no held-out row."""
-        return self.pools[task]
-
-    def texts(self) -> Iterator[str]:
-        """Every text of the split, queries with their instruction; what a tokenizer learns."""
-        for query in self.queries:
-            yield query.prompted
-        for pool in self.pools.values():
-            yield from pool.texts()
-
-
 @lru_cache(maxsize=2**16)
 def hashed_id(id: str) -> int:
     """M-BEIR's hashed_did of `<dataset>:<n>`; ValueError where the id is not of that form."""
@@ -271,21 +149,6 @@ def normalise(text: str) -> str:
         if text[-1] not in ".?!":
             text += "."
     return text
-
-
-def concatenate(pools: Sequence[Pool]) -> Pool:
-    """One pool out of several that share a root."""
-    if len(pools) == 1:
-        return pools[0]
-    table = pa.concat_tables([pool.table for pool in pools]).unify_dictionaries()
-    return Pool(table, pools[0].root)
-
-
-def distinct(pool: Pool) -> Pool:
-    """The pool with the first row of each id."""
-    keys = np.fromiter((hashed_id(id) for id in pool.ids), np.int64, len(pool))
-    first = np.sort(np.unique(keys, return_index=True)[1])
-    return pool if len(first) == len(pool) else Pool(pool.table.take(first), pool.root)
 
 
 def _decode(source: Path | bytes) -> Image.Image:

@@ -10,7 +10,8 @@ import zlib
 import pytest
 from PIL import Image
 
-from elva.data import DataError, Item, Pool, load, mbeir, schema, strict
+from elva.data import DataError, Item, load, mbeir, schema, strict
+from elva.data import pool as pool_file
 
 PROMPTS = {
     ("text", "image"): ("find it.", "Show it.", "Draw it.", "Which one?"),
@@ -118,12 +119,29 @@ def test_a_pool_of_the_split_is_preferred(corpus):
     assert len(load(corpus, tasks=["t2i"], split="test").pool("t2i")) == 2
 
 
-def test_a_saved_pool_is_mapped_back_equal(corpus, tmp_path):
-    pool = load(corpus, tasks=["t2i"], split="test").pool("t2i")
-    pool.save(tmp_path / "pool.arrow")
-    again = Pool.open(tmp_path / "pool.arrow", corpus)
-    assert list(again) == list(pool) and again[1].where == pool[1].where
-    assert again.row("9:3") == 2
+def test_a_large_pool_is_read_once_and_mapped_from_then_on(corpus, tmp_path, monkeypatch):
+    path = corpus / POOL
+    small = mbeir.read_pool(path, corpus)
+    monkeypatch.setenv("ELVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pool_file, "MAPPED_FROM_BYTES", 0)
+    monkeypatch.setattr(pool_file, "BATCH_ROWS", 2)
+    copy = tmp_path / "pool.jsonl"
+    copy.write_bytes(path.read_bytes())
+    first = mbeir.read_pool(copy, corpus)
+    assert list(first) == list(small) and first[2].where == f"{copy}:3"
+    assert [first.row(id) for id in small.ids] == list(range(len(small)))
+    monkeypatch.setattr(mbeir, "records", lambda path: pytest.fail("read again"))
+    again = mbeir.read_pool(copy, corpus)
+    assert list(again) == list(small) and again.row(small.ids[2]) == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("ELVA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pool_file, "MAPPED_FROM_BYTES", 0)
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:2]))
+    assert len(mbeir.read_pool(copy, corpus)) == 2
+    copy.write_text(copy.read_text() + copy.read_text().splitlines()[1] + "\n")
+    for _ in range(2):  # nothing of it is kept
+        with pytest.raises(DataError, match=f"^{copy}:3: did {small.ids[1]} again"):
+            mbeir.read_pool(copy, corpus)
 
 
 @pytest.mark.parametrize(

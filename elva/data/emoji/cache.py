@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from elva.data import mbeir
+from elva.data.cache import cache_directory
 from elva.data.emoji.corpus import CLDR, collect
 from elva.data.emoji.pictures import missing_extra, noto_font
 from elva.data.emoji.tasks import IMAGE_FOLDERS, SPLITS, Row, candidates, rows, split_of
@@ -88,18 +89,6 @@ def summary(root: Path) -> dict[str, Any]:
         raise DataError(f"{root}: not an emoji corpus")
     found: dict[str, Any] = manifest["summary"]
     return found
-
-
-def cache_directory() -> Path:
-    """Where ELVA keeps what it can make again."""
-    for variable, folder in (("ELVA_CACHE", "."), ("XDG_CACHE_HOME", "elva")):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]).absolute() / folder
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "elva"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "elva"
-    return Path.home() / ".cache" / "elva"
 
 
 def _key(size: int) -> str:
