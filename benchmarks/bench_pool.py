@@ -31,7 +31,7 @@ def held():
 path, before = Path(sys.argv[1]), held()
 began = time.perf_counter()
 pool = mbeir.read_pool(path, path.parent)
-opened = time.perf_counter() - began
+opened, at_open = time.perf_counter() - began, held()
 step = max(1, len(pool) // 10_000)
 began = time.perf_counter()
 for row in range(0, len(pool), step):
@@ -39,7 +39,7 @@ for row in range(0, len(pool), step):
 found = (time.perf_counter() - began) / len(range(0, len(pool), step))
 after = held()
 print(json.dumps({"rows": len(pool), "seconds": opened, "us_a_row_and_back": 1e6 * found,
-                  "mb_before": before, "mb_after": after}))
+                  "mb_before": before, "mb_opened": at_open, "mb_after_10000_rows": after}))
 """
 
 

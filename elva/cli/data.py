@@ -34,3 +34,47 @@ def emoji_corpus(
         for notice in counts["notices"]:
             out.print(notice, soft_wrap=True, markup=False)
         out.print(emoji.ATTRIBUTION, soft_wrap=True, markup=False)
+
+
+@app.command(
+    "convert",
+    epilog="Examples:  elva data convert folder ~/Pictures --output data/mine --split test   |   "
+    "elva data convert nli nli_for_simcse.csv --output data/nli   |   "
+    "elva data convert mteb mbeir_cirr_task7 --output data/cirr --split test",
+)
+def convert(
+    format: Annotated[str, typer.Argument(help="folder, mmeb, mmeb-test, mteb, nli or tevatron.")],
+    source: Annotated[Path, typer.Argument(help="A file, or a folder of them.")],
+    output: Annotated[Path, typer.Option(help="An absent or empty directory.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Of the dataset, in file names.")] = None,
+    number: Annotated[int | None, typer.Option(min=0, max=99, help="M-BEIR's number.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What the queries look for.")] = None,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write another format's data in M-BEIR's layout, which every command reads."""
+    with one_line_errors():
+        from elva.data.formats import convert_file
+
+        counts = convert_file(
+            format, source, output, split=split, name=name, number=number,
+            instruction=instruction, skip_bad=skip_bad,
+        )  # fmt: skip
+        if as_json:
+            print(json.dumps(counts))
+            return
+        found = ", ".join(f"{task} {count:,}" for task, count in counts["queries"].items())
+        out.print(
+            f"{output}: queries {found}; {counts['candidates']:,} candidates, "
+            f"{counts['pictures']:,} pictures",
+            soft_wrap=True,
+        )
+        _say_bad(counts["bad"])
+
+
+def _say_bad(bad: list[str]) -> None:
+    if bad:
+        out.print(f"{len(bad)} bad rows left out:")
+    for line in bad:
+        out.print(f"  {line}", markup=False, soft_wrap=True)

@@ -127,8 +127,7 @@ def read_queries(
     prompts: Prompts,
 ) -> list[Query]:
     """One query file; every positive and negative must be in the pool."""
-    query_code, candidate_code = task.split("2")
-    modality, candidate = _MODALITIES[query_code], _MODALITIES[candidate_code]
+    modality, candidate = modalities(task)
     queries: list[Query] = []
     seen: dict[str, str] = {}
     for record in records(path):
@@ -243,7 +242,11 @@ def write_instructions(
     """Write the instructions of one dataset."""
     header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
     header += [f"prompt_{i}" for i in range(1, 5)]
-    rows = [[query, cand, dataset, str(number), *p] for (query, cand), p in prompts.items()]
+    # Queries that say themselves what to look for: an empty prompt is written as it is quoted.
+    rows = [
+        [query, cand, dataset, str(number), *(prompt or '""' for prompt in some)]
+        for (query, cand), some in prompts.items()
+    ]
     _write_lines(root / _INSTRUCTIONS, ("\t".join(row) for row in [header, *rows]))
 
 
@@ -266,6 +269,12 @@ def write_extras(
         root / "minimal_pairs.jsonl",
         (_dump({"qid": id, "candidates": list(found)}) for id, found in minimal_pairs.items()),
     )
+
+
+def modalities(task: str) -> tuple[str, str]:
+    """Modality of a task's queries and of its candidates."""
+    query, candidate = task.split("2")
+    return _MODALITIES[query], _MODALITIES[candidate]
 
 
 def query_file(root: Path, stem: str, split: str) -> Path:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
+
+_T = TypeVar("_T")
 
 # Ours: 64 Mpx holds every M-BEIR picture and stays under Pillow's own warning (89 Mpx).
 MAX_PIXELS = 64_000_000
@@ -78,14 +82,25 @@ class Item:
             DataError: no picture, not JPEG/PNG/WebP, too large, or damaged. Size is judged
                 from the header, before anything is decoded.
         """
-        where = self.where or self.id
-        if self.image is None:
-            raise DataError(f"{where}: has no picture")
         if isinstance(self.image, Image.Image):
             return _flatten(self.image)
+        return self._opened(_flatten)
+
+    def image_format(self) -> str:
+        """`JPEG`, `PNG` or `WEBP`, from the header; nothing is decoded.
+
+        Raises:
+            DataError: as `load_image`, but for damage beyond the header.
+        """
+        return str(self._opened(lambda image: image.format))
+
+    def _opened(self, use: Callable[[Image.Image], _T]) -> _T:
+        where = self.where or self.id
+        if not isinstance(self.image, Path | bytes):
+            raise DataError(f"{where}: has no picture")
         shown = self.image if isinstance(self.image, Path) else "picture"
         try:
-            return _decode(self.image)
+            return _open(self.image, use)
         except FileNotFoundError as error:
             raise DataError(f"{where}: no such picture: {shown}") from error
         except (
@@ -151,7 +166,7 @@ def normalise(text: str) -> str:
     return text
 
 
-def _decode(source: Path | bytes) -> Image.Image:
+def _open(source: Path | bytes, use: Callable[[Image.Image], _T]) -> _T:
     opened = io.BytesIO(source) if isinstance(source, bytes) else source
     # Whatever Pillow would warn of as a decompression bomb is refused here, still undecoded.
     with Image.open(opened, formats=IMAGE_FORMATS) as image:
@@ -160,7 +175,7 @@ def _decode(source: Path | bytes) -> Image.Image:
             raise ValueError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f"{width} x {height} is longer than {MAX_ASPECT_RATIO}:1")
-        return _flatten(image)
+        return use(image)
 
 
 def _flatten(image: Image.Image) -> Image.Image:

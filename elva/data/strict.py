@@ -49,7 +49,7 @@ class Record:
 
     def __init__(self, where: str, fields: dict[str, object]) -> None:
         self.where = where
-        self._fields = fields
+        self.fields = fields
 
     def fail(self, rule: str) -> NoReturn:
         """Raise the DataError for this line."""
@@ -57,9 +57,9 @@ class Record:
 
     def value(self, key: str) -> object:
         """A field that must be there."""
-        if key not in self._fields:
+        if key not in self.fields:
             self.fail(f"{key} is missing")
-        return self._fields[key]
+        return self.fields[key]
 
     def text(self, key: str) -> str | None:
         """A string or null."""
@@ -96,7 +96,35 @@ class Record:
         Checked as words only: a symbolic link inside the root is its owner's decision (picture
         folders of this size are often linked from another disk).
         """
-        value = self.text(key)
+        return self._path(key, self.text(key))
+
+    def paths(self, key: str) -> list[str | None]:
+        """A list of such paths."""
+        return [self._path(key, value) for value in self.texts(key)]
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings."""
+        values = self.value(key)
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            self.fail(f"{key} is not a list of strings")
+        return values
+
+    def picture(self, key: str, root: Path) -> Path | bytes | None:
+        """A path under the root, or parquet's encoded bytes; None where there is neither."""
+        value = self.get(key)
+        if isinstance(value, dict):
+            content, name = value.get("bytes"), value.get("path")
+            if isinstance(content, bytes) and content:
+                return content
+            value = name
+        if value is None or value == "":
+            return None
+        if not isinstance(value, str):
+            self.fail(f"{key} is not a path or a picture")
+        path = self._path(key, value)
+        return None if path is None else root / path
+
+    def _path(self, key: str, value: str | None) -> str | None:
         if not value:
             return None
         parts = re.split(r"[/\\]", value)
@@ -112,7 +140,7 @@ class Record:
 
     def get(self, key: str) -> object:
         """A field that may be missing."""
-        return self._fields.get(key)
+        return self.fields.get(key)
 
     def _id(self, key: str, value: object) -> str:
         if not isinstance(value, str):
