@@ -62,7 +62,7 @@ def embed(
         UserError, DataError: an argument, the data, or what is in `output`.
     """
     faults = Faults(skip_bad)
-    sets = read_sets(data, tasks=tasks, split=split, pools=pools)
+    sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
     named = pictures.names(data)
     done = []
     for name, items, about in _wanted(data, sets, split, sides):

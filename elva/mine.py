@@ -7,7 +7,6 @@ are named as in sentence-transformers' `mine_hard_negatives`; `num_random` is ou
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from elva.checkpoint import write_directory
-from elva.data import DataError, Item, Pool
+from elva.data import Pool
 from elva.data.mbeir import QuerySet, query_file, read_sets
 from elva.data.strict import lines
 from elva.embeddings import Embeddings
@@ -223,7 +222,7 @@ class _Chooser:
         self.dids, self.rows = dids, {did: row for row, did in enumerate(dids)}
 
     def _content(self, did: str) -> bytes:
-        return content(self.pool[self.pool.row(did)])
+        return self.pool[self.pool.row(did)].content_hash()
 
     def hard(
         self,
@@ -307,19 +306,6 @@ class _Chooser:
             tries += 1
         self.counts.random += len(found)
         return found
-
-
-def content(item: Item) -> bytes:
-    """A hash of what an item shows and says, whatever it is called."""
-    digest = hashlib.sha256((item.text or "").casefold().encode())
-    if isinstance(item.image, Path):
-        try:
-            digest.update(item.image.read_bytes())
-        except OSError as error:
-            raise DataError(f"{item.where}: no such picture: {item.image}") from error
-    elif isinstance(item.image, bytes):
-        digest.update(item.image)
-    return digest.digest()
 
 
 def _write(

@@ -17,7 +17,7 @@ ELVA = sorted((ROOT / "elva").rglob("*.py"))
 # elva: `cli` calls commands, commands are made of nouns, nouns know the kernels.
 COMMANDS = {
     "train", "embed", "indexing", "search", "evaluate", "protocol", "mine", "mrbench", "probe",
-    "report", "demo",
+    "inspection", "report", "demo",
 }  # fmt: skip
 
 

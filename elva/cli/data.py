@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from elva.cli.console import AsJson, one_line_errors, out
+from elva.cli.console import AsJson, err, one_line_errors, out
 
 app = typer.Typer(help="Data in M-BEIR's layout.", no_args_is_help=True)
 
@@ -71,6 +72,94 @@ def convert(
             soft_wrap=True,
         )
         _say_bad(counts["bad"])
+
+
+DataArgument = Annotated[Path, typer.Argument(help="A directory in M-BEIR's layout.")]
+AnySplit = Annotated[str | None, typer.Option(help="train, val or test; all by default.")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="A task or set; all of them.")]
+
+
+@app.command("check", epilog="Examples:  elva data check data/mine   |   "
+             "elva data check data/M-BEIR --split test --decode --json")  # fmt: skip
+def check(
+    data: DataArgument,
+    split: AnySplit = None,
+    task: Tasks = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Open every picture whole.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List every bad row, missing picture and copy; exit code 2 if a row is bad."""
+    with one_line_errors():
+        from elva import inspection
+        from elva.progress import Bars
+
+        with Bars(err if as_json else out) as bars:
+            found = inspection.check(data, split=split, tasks=task, decode=decode, reporter=bars)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            out.print(_table(found["sets"]))
+            out.print(
+                f"{len(found['bad'])} bad rows, {found['missing_pictures']} of them missing "
+                f"pictures; {found['copies']} candidates are copies of others"
+            )
+            for line in found["bad"]:
+                out.print(f"  {line}", markup=False, soft_wrap=True)
+        if found["bad"]:
+            raise typer.Exit(2)
+
+
+@app.command("stats", epilog="Example:  elva data stats data/emoji --split test")
+def stats(
+    data: DataArgument, split: AnySplit = None, task: Tasks = None, as_json: AsJson = False
+) -> None:
+    """Count queries, pools, answers and words of every set."""
+    with one_line_errors():
+        from elva import inspection
+
+        found = inspection.stats(data, split=split, tasks=task)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            out.print(_table(found))
+
+
+@app.command("sample", epilog="Example:  elva data sample data/emoji --task it2i --count 8")
+def sample(
+    data: DataArgument,
+    sheet: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("sample.png"),
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    task: Annotated[str | None, typer.Option(help="A task or set.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many queries.")] = 12,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show some queries with their answers."""
+    with one_line_errors():
+        from elva import inspection
+
+        rows = inspection.sample(data, sheet, split=split, task=task, count=count, seed=seed)
+        if as_json:
+            print(json.dumps(rows))
+            return
+        for row in rows:
+            shown = row["query"] if row["image"] is None else f"{row['image']} {row['query']}"
+            out.print(f"{row['set']} {row['id']}: {shown} -> {row['answer']}",
+                      markup=False, soft_wrap=True)  # fmt: skip
+        out.print(f"contact sheet: {sheet}", soft_wrap=True)
+
+
+def _table(sets: dict[str, dict[str, Any]]) -> Table:
+    shown = Table()
+    shown.add_column("set")
+    for name in ("queries", "pool", "of", "answers", "negatives", "words"):
+        shown.add_column(name, justify="right")
+    for stem, row in sets.items():
+        shown.add_row(
+            stem, f"{row['queries']:,}", f"{row['pool']:,}", row["pool_modality"],
+            f"{row['answers']:.1f}", f"{row['negatives']:.1f}", f"{row['words']:.1f}",
+        )  # fmt: skip
+    return shown
 
 
 def _say_bad(bad: list[str]) -> None:

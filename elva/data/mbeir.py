@@ -21,7 +21,7 @@ from typing import Literal
 from elva.data import pool as pool_file
 from elva.data.pool import Dataset, Pool, concatenate, distinct
 from elva.data.schema import TASKS, DataError, Grain, Query, hashed_id, normalise
-from elva.data.strict import Record, lines, modality_of, records
+from elva.data.strict import Faults, Record, lines, modality_of, records
 
 SPLITS = ("train", "val", "test")
 _TASK_NAMES = {number: task for task, number in TASKS.items()}
@@ -82,40 +82,45 @@ def read_sets(
     tasks: Sequence[str] | None = None,
     split: str = "test",
     pools: Literal["local", "global"] = "local",
+    faults: Faults | None = None,
 ) -> list[QuerySet]:
     """The query files of a split one by one, each with the pool it is asked of.
 
     Args:
         pools: `local`, every set against its own candidates (the paper's protocol), or `global`,
             all against `cand_pool/global`'s, or the union of the local ones where there is none.
+        faults: Rows that may be left out, and where they are listed.
 
     Raises:
         DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
     """
-    root = Path(root)
+    root, faults = Path(root), faults or Faults()
     if split not in SPLITS:
         raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     prompts = read_instructions(root / _INSTRUCTIONS)
     found = _find(root, tasks, split)
-    opened = {p: read_pool(p, root) for p in {_pool_path(root, s, split) for s, _, _ in found}}
-    union = _global_pool(root, split, opened) if pools == "global" else None
+    paths = dict.fromkeys(_pool_path(root, stem, split) for stem, _, _ in found)
+    opened = {path: read_pool(path, root, faults) for path in paths}
+    union = _global_pool(root, split, opened, faults) if pools == "global" else None
     sets = []
     for stem, task, path in found:
         source = _pool_path(root, stem, split)
         pool, name = (opened[source], source.stem) if union is None else union
-        queries = read_queries(path, root, task, pool, prompts)
+        queries = read_queries(path, root, task, pool, prompts, faults)
         qrels = root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt"
         if qrels.exists():
-            _check_qrels(read_qrels(qrels), queries, pool)
+            _check_qrels(read_qrels(qrels), queries, pool, faults)
         sets.append(QuerySet(stem, task, queries, pool, name))
     return sets
 
 
-def _global_pool(root: Path, split: str, local: Mapping[Path, Pool]) -> tuple[Pool, str]:
+def _global_pool(
+    root: Path, split: str, local: Mapping[Path, Pool], faults: Faults
+) -> tuple[Pool, str]:
     name = f"mbeir_union_{split}_cand_pool"
     path = root / "cand_pool" / "global" / f"{name}.jsonl"
     if path.exists():
-        return read_pool(path, root), name
+        return read_pool(path, root, faults), name
     return distinct(concatenate([local[p] for p in sorted(local)])), name
 
 
@@ -125,57 +130,61 @@ def read_queries(
     task: str,
     pool: Pool,
     prompts: Prompts,
+    faults: Faults,
 ) -> list[Query]:
     """One query file; every positive and negative must be in the pool."""
     modality, candidate = modalities(task)
     queries: list[Query] = []
     seen: dict[str, str] = {}
-    for record in records(path):
-        id = record.id("qid")
-        if id in seen:
-            record.fail(f"qid {id} again, first in {seen[id]}")
-        seen[id] = record.where
-        if record.get("task_id") not in (None, TASKS[task]):
-            record.fail(f"task_id {record.get('task_id')!r} is not the file's {TASKS[task]}")
-        raw, text, image = _content(
-            record, "query_txt", "query_img_path", "query_modality", modality
-        )
-        key = (int(id.partition(":")[0]), modality, candidate)
-        if key not in prompts:
-            record.fail(f"no instruction for dataset {key[0]}, {modality} to {candidate}")
-        positives, negatives = record.ids("pos_cand_list"), record.ids("neg_cand_list")
-        if not positives:
-            record.fail("pos_cand_list is empty")
-        for listed in positives + negatives:
-            if listed not in pool:
-                record.fail(f"candidate {listed} is not in the pool")
-        queries.append(
-            Query(
-                id,
-                text,
-                None if image is None else root / image,
-                modality,
-                instruction=prompts[key][0],
-                task=task,
-                positives=positives,
-                negatives=negatives,
-                raw_text=raw,
-                where=record.where,
+    for record in records(path, faults):
+        with faults.row():
+            id = record.id("qid")
+            if id in seen:
+                record.fail(f"qid {id} again, first in {seen[id]}")
+            seen[id] = record.where
+            if record.get("task_id") not in (None, TASKS[task]):
+                record.fail(f"task_id {record.get('task_id')!r} is not the file's {TASKS[task]}")
+            raw, text, image = _content(
+                record, "query_txt", "query_img_path", "query_modality", modality
             )
-        )
+            key = (int(id.partition(":")[0]), modality, candidate)
+            if key not in prompts:
+                record.fail(f"no instruction for dataset {key[0]}, {modality} to {candidate}")
+            positives, negatives = record.ids("pos_cand_list"), record.ids("neg_cand_list")
+            if not positives:
+                record.fail("pos_cand_list is empty")
+            for listed in positives + negatives:
+                if listed not in pool:
+                    record.fail(f"candidate {listed} is not in the pool")
+            queries.append(
+                Query(
+                    id,
+                    text,
+                    None if image is None else root / image,
+                    modality,
+                    instruction=prompts[key][0],
+                    task=task,
+                    positives=positives,
+                    negatives=negatives,
+                    raw_text=raw,
+                    where=record.where,
+                )
+            )
     return queries
 
 
-def read_pool(path: Path, root: Path) -> Pool:
+def read_pool(path: Path, root: Path, faults: Faults | None = None) -> Pool:
     """One candidate file; a large one is mapped from a table that is made on first use."""
-    return pool_file.of_file(path, root, lambda: _candidates(path))
+    known = faults or Faults()
+    return pool_file.of_file(path, root, lambda: _candidates(path, known), known)
 
 
-def _candidates(path: Path) -> Iterator[pool_file.Row]:
-    for number, record in enumerate(records(path), start=1):
-        modality = record.modality("modality")
-        _, text, image = _content(record, "txt", "img_path", "modality", modality)
-        yield record.id("did"), text, image, modality, number
+def _candidates(path: Path, faults: Faults) -> Iterator[pool_file.Row]:
+    for record in records(path, faults):
+        with faults.row():
+            modality = record.modality("modality")
+            _, text, image = _content(record, "txt", "img_path", "modality", modality)
+            yield record.id("did"), text, image, modality, int(record.where.rpartition(":")[2])
 
 
 def read_qrels(path: Path) -> dict[tuple[str, str], str]:
@@ -333,16 +342,19 @@ def _content(
 
 
 def _check_qrels(
-    relevant: Mapping[tuple[str, str], str], queries: Sequence[Query], pool: Pool
+    relevant: Mapping[tuple[str, str], str], queries: Sequence[Query], pool: Pool, faults: Faults
 ) -> None:
     known = {query.id: query for query in queries}
     for (qid, did), where in relevant.items():
-        if qid not in known:
-            raise DataError(f"{where}: query {qid} is not in the query file")
-        if did not in pool:
-            raise DataError(f"{where}: candidate {did} is not in the pool")
-        if did not in known[qid].positives:
-            raise DataError(f"{where}: {did} is not a positive of query {qid}")
+        with faults.row():
+            if qid not in known:
+                if faults.found:  # it may be one of those that were left out
+                    continue
+                raise DataError(f"{where}: query {qid} is not in the query file")
+            if did not in pool:
+                raise DataError(f"{where}: candidate {did} is not in the pool")
+            if did not in known[qid].positives:
+                raise DataError(f"{where}: {did} is not a positive of query {qid}")
 
 
 def _read_grains(

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from elva.data.cache import cache_directory
 from elva.data.schema import DataError, Grain, Item, Query, hashed_id
+from elva.data.strict import Faults
 from elva.files import replacing
 
 MAPPED_FROM_BYTES = 32 << 20
@@ -138,26 +139,29 @@ def distinct(pool: Pool) -> Pool:
     return pool if first.all() else Pool(pool.table.take(np.sort(rows[first])), pool.root)
 
 
-def of_rows(rows: Iterable[Row], source: Path, root: Path) -> Pool:
+def of_rows(rows: Iterable[Row], source: Path, root: Path, faults: Faults) -> Pool:
     """A pool in memory."""
     batches = list(_batches(rows, source))
     pool = Pool(pa.Table.from_batches(batches, SCHEMA).combine_chunks(), root)
-    _check_unique(pool, source)
-    return pool
+    for item in _repeated(pool):
+        with faults.row():
+            raise DataError(f"{item.where}: did {item.id} again")
+    return distinct(pool)
 
 
-def of_file(source: Path, root: Path, rows: Callable[[], Iterable[Row]]) -> Pool:
+def of_file(source: Path, root: Path, rows: Callable[[], Iterable[Row]], faults: Faults) -> Pool:
     """The pool of a file: in memory if it is small, else mapped from a table in the cache.
 
     Args:
         rows: reads the file; called where the table is not there yet, or of another file.
+        faults: where some are allowed nothing is mapped, so that they are found every time.
 
     Raises:
         DataError: what `rows` raises, or an id that comes twice.
     """
     about = source.stat()
-    if about.st_size < MAPPED_FROM_BYTES:
-        return of_rows(rows(), source, root)
+    if about.st_size < MAPPED_FROM_BYTES or faults.allowed:
+        return of_rows(rows(), source, root, faults)
     key = f"{VERSION} {source.absolute()} {about.st_size} {about.st_mtime_ns}"
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     place = cache_directory() / "pools" / f"{name}.arrow"
@@ -165,11 +169,9 @@ def of_file(source: Path, root: Path, rows: Callable[[], Iterable[Row]]) -> Pool
     if not (place.exists() and order.exists()):
         _write(place, _batches(rows(), source))
         pool = Pool(_mapped(place), root)
-        try:
-            _check_unique(pool, source)
-        except DataError:
+        for item in _repeated(pool):
             place.unlink()
-            raise
+            raise DataError(f"{item.where}: did {item.id} again")
         with replacing(order) as sink, os.fdopen(os.dup(sink.descriptor), "wb") as file:
             np.save(file, pool._order)
     return Pool(_mapped(place), root, np.load(order, mmap_mode="r"))
@@ -211,12 +213,11 @@ def _batch(rows: Sequence[Row], source: Path) -> pa.RecordBatch:
     return pa.record_batch([*arrays, named, pa.array(line, pa.int32())], schema=SCHEMA)
 
 
-def _check_unique(pool: Pool, source: Path) -> None:
+def _repeated(pool: Pool) -> Iterator[Item]:
+    """Rows whose id an earlier row has."""
     keys, rows = pool._order
-    again = np.flatnonzero(keys[1:] == keys[:-1])
-    if len(again):
-        item = pool[int(rows[1:][again].min())]
-        raise DataError(f"{item.where}: did {item.id} again")
+    for row in np.sort(rows[1:][keys[1:] == keys[:-1]]).tolist():
+        yield pool[row]
 
 
 @dataclass(frozen=True)

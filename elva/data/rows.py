@@ -78,7 +78,7 @@ def _csv(path: Path, needed: Sequence[str], faults: Faults) -> Iterator[Record]:
 
 
 def _jsonl(path: Path, needed: Sequence[str], faults: Faults) -> Iterator[Record]:
-    for record in records(path):
+    for record in records(path, faults):
         fine = False
         with faults.row():
             for name in needed:

@@ -6,6 +6,7 @@ turns ids into `Item`s.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 from collections.abc import Callable
@@ -85,6 +86,25 @@ class Item:
         if isinstance(self.image, Image.Image):
             return _flatten(self.image)
         return self._opened(_flatten)
+
+    def content_hash(self) -> bytes:
+        """A hash of what the item shows and says, whatever it is called.
+
+        Raises:
+            DataError: a picture that is not there.
+        """
+        digest = hashlib.sha256((self.text or "").casefold().encode())
+        if isinstance(self.image, Path):
+            try:
+                digest.update(self.image.read_bytes())
+            except OSError as error:
+                where = self.where or self.id
+                raise DataError(f"{where}: no such picture: {self.image}") from error
+        elif isinstance(self.image, bytes):
+            digest.update(self.image)
+        elif self.image is not None:
+            digest.update(self.image.tobytes())
+        return digest.digest()
 
     def image_format(self) -> str:
         """`JPEG`, `PNG` or `WEBP`, from the header; nothing is decoded.

@@ -45,6 +45,12 @@ class Entry:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def content(self) -> str:
+        """A hash of text and picture."""
+        item = Item("", normalise(self.text or ""), self.image, "", where=self.where)
+        return item.content_hash().hex()
+
+    @property
     def modality(self) -> str:
         """`text`, `image` or `image,text`; DataError for nothing at all."""
         has_text = bool(normalise(self.text or ""))
@@ -175,7 +181,7 @@ class _Writer:
     def candidate(self, entry: Entry) -> str:
         """The did of a candidate; equal ones of a source without ids are one."""
         modality = entry.modality
-        key = (modality, f"id {entry.id}" if entry.id is not None else _content(entry))
+        key = (modality, f"id {entry.id}" if entry.id is not None else entry.content)
         if key in self.dids:
             return self.dids[key]
         if len(self.dids) >= MAX_CANDIDATES:
@@ -251,11 +257,3 @@ def _task(where: str, query: str, candidate: str) -> str:
 def _extra(entry: Entry) -> str | None:
     fields = {**({"id": entry.id} if entry.id is not None else {}), **entry.extra}
     return json.dumps(fields, ensure_ascii=False) if fields else None
-
-
-def _content(entry: Entry) -> str:
-    digest = hashlib.sha256(normalise(entry.text or "").encode())
-    if entry.image is not None:
-        content = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
-        digest.update(content)
-    return digest.hexdigest()

@@ -178,26 +178,35 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"{path}: {error.strerror}") from error
 
 
-def records(path: Path) -> Iterator[Record]:
+def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
     """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity."""
+    faults = faults or Faults()
     for where, line in lines(path):
-        try:
-            fields = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
-            # Lone surrogates parse as JSON but are no text, and no tokenizer takes them.
-            if "\\u" in line:
-                json.dumps(fields, ensure_ascii=False).encode()
-        except DataError as error:
-            raise DataError(f"{where}: {_short(str(error))}") from error
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: holds a lone surrogate") from error
-        except RecursionError as error:
-            raise DataError(f"{where}: nested too deeply") from error
-        except ValueError as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{where}: not JSON: {reason}") from error
-        if not isinstance(fields, dict):
-            raise DataError(f"{where}: not a JSON object")
-        yield Record(where, fields)
+        record = None
+        with faults.row():
+            record = Record(where, _parsed(where, line))
+        if record is not None:
+            yield record
+
+
+def _parsed(where: str, line: str) -> dict[str, object]:
+    try:
+        fields = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        # Lone surrogates parse as JSON but are no text, and no tokenizer takes them.
+        if "\\u" in line:
+            json.dumps(fields, ensure_ascii=False).encode()
+    except DataError as error:
+        raise DataError(f"{where}: {_short(str(error))}") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds a lone surrogate") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply") from error
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: not JSON: {reason}") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: not a JSON object")
+    return fields
 
 
 def _short(rule: str) -> str:

@@ -145,6 +145,24 @@ class Stack:
         return torch.cat(taken)[order.argsort()]
 
 
+def rescored(query: Tensor, stack: Stack, candidates: Sequence[Tensor], k: int) -> Found:
+    """The k best of each query's own candidates, with exact scores.
+
+    Args:
+        candidates: For each query distinct rows, in any order; with fewer than k the rest of its
+            answers is row -1 with score -inf.
+    """
+    scores = torch.full((len(query), k), -torch.inf)
+    index = torch.full((len(query), k), -1, dtype=torch.int64)
+    for i, rows in enumerate(candidates):
+        if len(rows):
+            near = rows.sort().values
+            out = elva_kernels.topk(query[i : i + 1], stack.take(near).float(), k)
+            scores[i, : out.scores.shape[1]] = out.scores[0]
+            index[i, : out.scores.shape[1]] = near[out.index[0]]
+    return Found(scores, index)
+
+
 def _proven(query: Tensor, stack: Stack, k: int, progress: Callable[[int], None] | None) -> Found:
     if not k or stack.dtype == query.dtype:
         return stack.nearest(query, k, progress)
@@ -158,10 +176,8 @@ def _proven(query: Tensor, stack: Stack, k: int, progress: Callable[[int], None]
     while len(pending) and depth <= max(MAX_CANDIDATES, k):
         candidates = stack.nearest(rounded[pending], depth, progress)
         beyond = candidates.scores[:, -1].double() * length[pending] + moved[pending]
-        for place, i in enumerate(pending.tolist()):
-            near = candidates.rows[place].sort().values
-            out = elva_kernels.topk(query[i : i + 1], stack.take(near).float(), k)
-            scores[i], index[i] = out.scores[0], near[out.index[0]]
+        near = rescored(query[pending], stack, list(candidates.rows), k)
+        scores[pending], index[pending] = near.scores, near.rows
         settled = (scores[pending, -1] > beyond) | (depth == len(stack))
         pending, depth = pending[~settled], min(8 * depth, len(stack))
     if len(pending):

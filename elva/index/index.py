@@ -281,6 +281,12 @@ class Index:
         Raises:
             IndexFault: another model's query, a wrong shape, an unknown field.
         """
+        self.check_query(query, k, model)
+        parts = [s.embeddings for s in self.segments]
+        return exact.search(query.detach().cpu().float(), parts, k, self.allowed(where))
+
+    def check_query(self, query: Tensor, k: int, model: Identity | None) -> None:
+        """Refuse what `search` refuses."""
         if model is not None:
             self.check_model(model)
         if query.ndim != 2 or query.shape[1] != self.dim or not query.is_floating_point():
@@ -290,8 +296,6 @@ class Index:
             )
         if k < 1:
             raise IndexFault(f"search: k must be at least 1, got {k}; ask for 10")
-        parts = [s.embeddings for s in self.segments]
-        return exact.search(query.detach().cpu().float(), parts, k, self.allowed(where))
 
     def allowed(self, where: Where | None) -> np.ndarray | None:
         """[rows] bool of what may be found, or None for every row."""

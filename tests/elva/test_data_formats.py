@@ -275,3 +275,33 @@ def test_bad_rows_are_left_out_as_far_as_allowed(sources, tmp_path):
     counts = convert_file("tevatron", path, tmp_path / "data", skip_bad=3)
     assert [line.split(": ")[0].rsplit(":", 1)[1] for line in counts["bad"]] == ["2", "3", "4"]
     assert len(load(tmp_path / "data").queries) == COUNT - 3
+
+
+def test_check_lists_every_fault_and_stats_count(sources, tmp_path):
+    convert_file("tevatron", write_tevatron(tmp_path, sources["t2i"]), tmp_path / "data")
+    path = next((tmp_path / "data" / "query" / "train").iterdir())
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    sheet = tmp_path / "sheet.png"
+    words = ["data", "sample", str(tmp_path / "data"), "--split", "train", "--sheet", str(sheet)]
+    drawn = json.loads(CliRunner().invoke(app, [*words, "--json", "--count", "3"]).stdout)
+    assert len({row["id"] for row in drawn}) == 3 and sheet.stat().st_size > 10_000
+    rows[0]["pos_cand_list"] = ["13:999"]
+    rows[1]["query_modality"] = "sound"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{torn\n")
+    next((tmp_path / "data" / "mbeir_images").rglob("*.png")).unlink()
+    words = ["data", "check", str(tmp_path / "data")]
+    result = CliRunner().invoke(app, [*words, "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 2 and found["missing_pictures"] == 1
+    assert [line.split(": ")[0].rsplit(":", 1)[1] for line in found["bad"][:3]] == ["1", "2", "25"]
+    assert len(found["bad"]) == 4
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "4 bad rows, 1 of them missing" in result.stdout
+    with pytest.raises(DataError, match="candidate 13:999 is not in the pool"):
+        load(tmp_path / "data")
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows[2:]))
+    qrels = next((tmp_path / "data" / "qrels" / "train").iterdir())
+    qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[2:]))
+    result = CliRunner().invoke(app, ["data", "stats", str(tmp_path / "data"), "--json"])
+    (row,) = json.loads(result.stdout).values()
+    assert (row["queries"], row["answers"], row["task"]) == (COUNT - 2, 1.0, "t2i")

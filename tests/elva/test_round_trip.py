@@ -15,7 +15,6 @@ from elva.cli import app
 from elva.data import load
 from elva.embeddings import Embeddings
 from elva.index import Index
-from elva.mine import content
 
 TASKS = ("--task", "t2i", "--task", "i2t", "--task", "it2i")
 
@@ -157,7 +156,7 @@ def test_mined_negatives_are_numpys(embeddings, corpus, tmp_path) -> None:
     dids, pool = vectors(embeddings / "mbeir_emoji_task0_train_cand_pool")
     rows = {q: i for i, q in enumerate(qids)}
     shown = mined.pool("t2i")
-    held = {d: content(shown[shown.row(d)]) for d in dids}
+    held = {d: shown[shown.row(d)].content_hash() for d in dids}
     for old, new in zip(data.queries, mined.queries, strict=True):
         assert (old.id, old.text, old.positives) == (new.id, new.text, new.positives)
         scores = pool @ query[rows[new.id]]
