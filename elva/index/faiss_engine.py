@@ -34,6 +34,9 @@ NEIGHBOURS, BUILD_DEPTH = 32, 200
 TRAINING_ROWS_A_LIST = 64
 """Of IVF: rows a cluster that k-means looks at; FAISS warns below 39."""
 
+EXACT_BELOW = 16_384
+"""Ours: where a filter leaves so few rows, exact search among them is as fast and misses none."""
+
 OVERFETCH = 4
 """Ours: candidates asked for, times k, that rescoring may choose among."""
 
@@ -111,6 +114,8 @@ class FaissEngine:
         allowed = self.index.allowed(where)
         rows = len(self.index.alive)
         live = rows if allowed is None else int(allowed.sum())
+        if allowed is not None and live < min(EXACT_BELOW, rows // 2):
+            return self.index.search(query, k, where=where)
         k = min(k, live)
         query = query.detach().cpu().float()
         if not k or not len(query):

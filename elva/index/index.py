@@ -301,12 +301,16 @@ class Index:
         """[rows] bool of what may be found, or None for every row."""
         if not where:
             return None if self.alive.all() else self.alive
-        conditions = [self._condition(*condition) for condition in where]
+        conditions = self.conditions(where)
         numbered = self.table.append_column("#row", pa.array(np.arange(self.table.num_rows)))
         kept = numbered.filter(pq.filters_to_expression(conditions))["#row"].to_numpy()
         mask = np.zeros(self.table.num_rows, bool)
         mask[kept] = True
         return mask & self.alive
+
+    def conditions(self, where: Where | None) -> list[tuple[str, str, Any]]:
+        """The conditions with values of their fields' types; IndexFault for one that cannot be."""
+        return [self._condition(*condition) for condition in where or ()]
 
     def _condition(self, name: str, comparison: str, value: Any) -> tuple[str, str, Any]:
         fields = self.table.schema.names
@@ -323,7 +327,7 @@ class Index:
         try:
             if comparison == "in":
                 return name, comparison, [pa.scalar(v).cast(kind).as_py() for v in value]
-            return name, comparison, pa.scalar(value).cast(kind)
+            return name, comparison, pa.scalar(value).cast(kind).as_py()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError):
             raise IndexFault(
                 f"search: where must give {name} a value of type {kind}, got {value!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from elva.index.exact import Found
 from elva.index.index import Index, Where
 from elva.index.segment import Identity, IndexFault
 
-COLLECTION = "elva"
+PREFIX = "elva_"
 BATCH_ROWS = 1000
 MAX_ANSWERS = 16_384
 """Milvus's own limit."""
@@ -28,34 +29,31 @@ def export(index: Index, uri: str) -> str:
     """Put an index's items and metadata into a collection, in the place of the one there."""
     with _client(uri) as client:
         types = _types()
-        about = {"generation": index.manifest.generation, "model": index.model.revision,
-                 "preprocessing": index.model.preprocessing}  # fmt: skip
-        schema = client.create_schema(
-            auto_id=False, enable_dynamic_field=True, description=json.dumps(about)
-        )
+        schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field("row", types.INT64, is_primary=True)
         schema.add_field("vector", types.FLOAT_VECTOR, dim=index.dim)
         kinds = client.prepare_index_params()
         lite = not uri.startswith(("http://", "https://"))
         kinds.add_index("vector", index_type="FLAT" if lite else "HNSW", metric_type="COSINE",
                         params={} if lite else {"M": 32, "efConstruction": 200})  # fmt: skip
-        if client.has_collection(COLLECTION):
-            client.drop_collection(COLLECTION)
-        client.create_collection(COLLECTION, schema=schema, index_params=kinds)
+        collection = _collection(index)
+        for old in _collections(client):
+            client.drop_collection(old)
+        client.create_collection(collection, schema=schema, index_params=kinds)
         rows = index.alive.nonzero()[0]
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
             vectors = index.embeddings(some).tolist()
             known = index.table.take(some).to_pylist()
             client.insert(
-                COLLECTION,
+                collection,
                 [
                     {"row": int(row), "vector": vector,
                      **{k: v for k, v in fields.items() if v is not None}}
                     for row, vector, fields in zip(some, vectors, known, strict=True)
                 ],
             )  # fmt: skip
-        client.flush(COLLECTION)
+        client.flush(collection)
     return uri
 
 
@@ -70,11 +68,10 @@ class MilvusEngine:
         self.index, self.uri = index, uri
         with _client(uri) as client:
             again = f"run elva index export {index.directory} --to milvus:{uri}"
-            if not client.has_collection(COLLECTION):
-                raise IndexFault(f"{uri}: must be exported first, got no collection; {again}")
-            about = json.loads(client.describe_collection(COLLECTION)["description"] or "{}")
-        wanted = (index.manifest.generation, index.model.revision, index.model.preprocessing)
-        if tuple(about.get(k) for k in ("generation", "model", "preprocessing")) != wanted:
+            there = _collections(client)
+        if not there:
+            raise IndexFault(f"{uri}: must be exported first, got no collection; {again}")
+        if _collection(index) not in there:
             raise IndexFault(f"{uri}: must be of the index as it is, got another; {again}")
 
     def search(
@@ -94,10 +91,11 @@ class MilvusEngine:
         if not k or not len(query):
             return exact.merge([], len(query), k)
         depth = min(live, max(OVERFETCH * k, k + 16), MAX_ANSWERS)
+        chosen = _expression(self.index.conditions(where))
         with _client(self.uri) as client:
-            client.load_collection(COLLECTION)
+            client.load_collection(_collection(self.index))
             answers = client.search(
-                COLLECTION, query.tolist(), limit=depth, filter=_expression(where),
+                _collection(self.index), query.tolist(), limit=depth, filter=chosen,
                 search_params={"metric_type": "COSINE"}, output_fields=["row"],
             )  # fmt: skip
         candidates = []
@@ -109,10 +107,21 @@ class MilvusEngine:
         return exact.rescored(query, stack, candidates, k)
 
 
-def _expression(where: Where | None) -> str:
+def _collection(index: Index) -> str:
+    """Named after what must match: the index's generation and model."""
+    made = f"{index.directory.name} {index.model.revision} {index.model.preprocessing}"
+    digest = hashlib.sha256(made.encode()).hexdigest()[:16]
+    return f"{PREFIX}{index.manifest.generation}_{digest}"
+
+
+def _collections(client: Any) -> list[str]:
+    return [name for name in client.list_collections() if name.startswith(PREFIX)]
+
+
+def _expression(conditions: Where) -> str:
     """Milvus's filter of conditions that the index has checked."""
     parts = []
-    for name, comparison, value in where or ():
+    for name, comparison, value in conditions:
         said = "==" if comparison == "=" else comparison
         values = list(value) if comparison == "in" else value
         parts.append(f"{name} {said} {json.dumps(values, ensure_ascii=False)}")
