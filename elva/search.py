@@ -27,6 +27,7 @@ from elva.encoder import Encoder
 from elva.errors import UserError
 from elva.evaluate import source
 from elva.index import Index, IndexFault
+from elva.index.engines import Engine, open_engine
 from elva.index.index import Where
 from elva.progress import Reporter
 from elva.run import Run
@@ -117,6 +118,7 @@ class Searcher:
         k: int = 10,
         where: Where | None = None,
         instruction: str | None = None,
+        engine: Engine | None = None,
     ) -> list[Hit]:
         """The k best items, best first; a tie goes to the earlier row.
 
@@ -126,6 +128,7 @@ class Searcher:
             k: how many; all of them where the index is smaller.
             where: conditions on the index's fields; see `Index.search`.
             instruction: what to look for, as in training; the index's own for None.
+            engine: what finds them, of `open_engine`; exact search for None.
 
         Raises:
             UserError: an argument that cannot be answered, in one line.
@@ -133,8 +136,8 @@ class Searcher:
         _check(query, k, image)
         index.check_model(self.encoder.identity)
         asked = _query(index, query, image, instruction)
-        found = index.search(self.embed([asked]), k, where=where)
-        rows = found.rows[0].numpy()
+        found = (engine or index).search(self.embed([asked]), k, where=where)
+        rows = found.rows[0][found.rows[0] >= 0].numpy()
         table = index.table.take(rows).to_pylist()
         return [
             Hit(
@@ -146,7 +149,7 @@ class Searcher:
                 Path(item["image"]) if item.get("image") else None,
             )
             for rank, (score, item) in enumerate(
-                zip(found.scores[0].tolist(), table, strict=True), start=1
+                zip(found.scores[0].tolist(), table, strict=False), start=1
             )
         ]
 
@@ -161,6 +164,7 @@ def search(
     where: Where | None = None,
     instruction: str | None = None,
     model: str | Path | None = None,
+    engine: str = "exact",
     reporter: Reporter | None = None,
 ) -> list[Hit]:
     """Search an index, or the test pictures of a run; see `Searcher.search`.
@@ -168,6 +172,7 @@ def search(
     Args:
         stage: of a run, the stage or control whose model answers; the last trained for None.
         model: of an index, where its model lies now; where it lay for None.
+        engine: `exact`, or what `elva index export` made: `faiss-ivf`, `faiss-hnsw`, `milvus:URI`.
 
     Raises:
         UserError: an argument that cannot be answered, in one line.
@@ -188,7 +193,10 @@ def search(
             max_completion_length=about.get("max_completion_length"),
             read=about.get("read", "at_ret"),
         )  # fmt: skip
-    return searcher.search(index, query, image=image, k=k, where=where, instruction=instruction)
+    return searcher.search(
+        index, query, image=image, k=k, where=where, instruction=instruction,
+        engine=open_engine(index, engine),
+    )  # fmt: skip
 
 
 def condition(text: str) -> tuple[str, str, str]:

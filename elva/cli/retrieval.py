@@ -174,6 +174,26 @@ def index_verify(index: IndexArgument, as_json: AsJson = False) -> None:
         )
 
 
+@index_app.command(
+    "export",
+    epilog="Examples:  elva index export my.index --to faiss-hnsw   |   "
+    "elva index export my.index --to milvus:items.db   |   "
+    "elva index export my.index --to milvus:http://localhost:19530",
+)
+def index_export(
+    index: IndexArgument,
+    to: Annotated[str, typer.Option(help="faiss-ivf, faiss-hnsw or milvus:URI.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make an approximate or a remote copy, for elva search --engine."""
+    with one_line_errors():
+        from elva.index import Index
+        from elva.index.engines import export
+
+        place = export(Index(index), to)
+        _say({"engine": to, "place": place}, [f"{to}: {place}"], as_json)
+
+
 SEARCH_EXAMPLES = (
     'Examples:  elva search runs/one "woman firefighter"   |   '
     'elva search my.index "with dark skin tone" --image hand.png -k 5 --json   |   '
@@ -204,6 +224,9 @@ def search(
     verify: Annotated[
         bool, typer.Option(help="Compare all of the index with its checksums first.")
     ] = True,
+    engine: Annotated[
+        str, typer.Option(help="exact, or what was exported: faiss-ivf, faiss-hnsw, milvus:URI.")
+    ] = "exact",
     sheet: Annotated[
         Path | None, typer.Option(help="Contact sheet; search.png in the run by default.")
     ] = None,
@@ -224,7 +247,7 @@ def search(
         with Bars(err if as_json else out) as bars:
             hits = find(
                 opened, query, k=k, stage=stage, image=image, where=conditions,
-                instruction=instruction, model=model, reporter=bars,
+                instruction=instruction, model=model, engine=engine, reporter=bars,
             )  # fmt: skip
         page = sheet or (target / "search.png" if is_run else None)
         if page is not None:
