@@ -77,7 +77,7 @@ class FaissEngine:
 
     Args:
         kind: ivf or hnsw, as it was exported.
-        effort: IVF's lists looked into (a sixteenth of them for None), HNSW's search depth (4 k and
+        effort: IVF's lists looked into (a sixteenth of them, at least 8, for None), HNSW's search depth (4 k and
             at least 64 for None): more finds more and takes longer.
 
     Raises:
@@ -134,7 +134,7 @@ class FaissEngine:
             chosen["sel"] = faiss.IDSelectorBitmap(self._mask)
         if self.kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=self.effort or max(64, depth), **chosen)
-        probes = self.effort or max(1, self._found.nlist // 16)
+        probes = self.effort or max(8, self._found.nlist // 16)
         return faiss.SearchParametersIVF(nprobe=probes, **chosen)
 
 
