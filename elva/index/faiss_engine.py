@@ -77,8 +77,8 @@ class FaissEngine:
 
     Args:
         kind: ivf or hnsw, as it was exported.
-        effort: IVF's lists looked into (a sixteenth of them, at least 8, for None), HNSW's search depth (4 k and
-            at least 64 for None): more finds more and takes longer.
+        effort: IVF's lists looked into (a sixteenth of them and at least 8 for None), HNSW's search
+            depth (4 k and at least 64 for None): more finds more and takes longer.
 
     Raises:
         IndexFault: nothing exported, a damaged file, or one of an older index.
