@@ -98,8 +98,12 @@ def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[s
         "text": [i.raw_text if isinstance(i, Query) else i.text for i in items],
         "image": [str(i.image.absolute()) if isinstance(i.image, Path) else None for i in items],
         "modality": [i.modality for i in items],
-        "name": [named.get(i.id) or i.text for i in items],
+        "name": [named.get(i.id) or i.text or _file_name(i) for i in items],
     }
+
+
+def _file_name(item: Item) -> str | None:
+    return item.image.name if isinstance(item.image, Path) else None
 
 
 def _wanted(

@@ -45,7 +45,7 @@ class Hit:
 
     rank: int  # from 1
     id: str
-    name: str  # what the data calls it, else its text, else its id
+    name: str  # what the data calls it, else its text, its file's name, its id
     score: float  # cosine similarity to the query
     summary: str  # what the model wrote about it
     image: Path | None

@@ -102,7 +102,7 @@ def test_hits_carry_name_summary_and_picture(run: Run, root: Path) -> None:
     hits = {h.id: h for h in search.search(run, "a square", k=99)}
     assert len(hits) == 12  # all of them, where k is larger than the pool
     assert hits["7:4"].name == "b disc" and hits["7:4"].image == root / "4.png"
-    assert hits["7:11"].name == "7:11"  # nobody named it
+    assert hits["7:11"].name == "11.png"  # nobody named it
     data = json.loads(json.dumps([h.as_json() for h in hits.values()], allow_nan=False))
     assert set(data[0]) == {"rank", "id", "name", "score", "summary", "image"}
 
