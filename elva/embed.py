@@ -41,6 +41,7 @@ def embed(
     sides: Sides = "both",
     pools: Literal["local", "global"] = "local",
     dtype: str = "float16",
+    metadata: bool = False,
     shard_rows: int = SHARD_ROWS,
     resume: bool = False,
     skip_bad: int = 0,
@@ -51,6 +52,7 @@ def embed(
     Args:
         tasks: as `elva.data.load` takes them.
         dtype: what is stored: float16, bfloat16 or float32.
+        metadata: keep the fields of the candidates' `src_content`, to search by.
         resume: go on with what is in `output`, made by the same model of the same data.
         skip_bad: so many items that cannot be read (a missing picture) are left out and listed in
             `skipped.txt`; one more ends the run.
@@ -71,10 +73,17 @@ def embed(
             len(items),
             shard_rows,
             encoder.identity,
-            {**encoder.about, **about, "data": str(Path(data).absolute()), "dtype": dtype},
+            {
+                **encoder.about,
+                **about,
+                "data": str(Path(data).absolute()),
+                "dtype": dtype,
+                "metadata": metadata,
+            },
         )
         _begin(plan, resume)
-        _embed_shards(plan, encoder, items, named, dtype, faults, reporter)
+        kinds = _kinds(items) if metadata and isinstance(items, Pool) else {}
+        _embed_shards(plan, encoder, items, named, kinds, dtype, faults, reporter)
         done.append(plan)
     return done
 
@@ -100,6 +109,40 @@ def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[s
         "modality": [i.modality for i in items],
         "name": [named.get(i.id) or i.text or _file_name(i) for i in items],
     }
+
+
+def _kinds(pool: Pool) -> dict[str, pa.DataType]:
+    """field -> number or text, over the whole pool, so that all its shards agree."""
+    if pool.table["extra"].null_count == len(pool):
+        return {}
+    numbers: dict[str, bool] = {}
+    for row in range(len(pool)):
+        for name, value in pool.extra(row).items():
+            numbers[name] = numbers.get(name, True) and _number(value) is not None
+    own = {"id", "text", "image", "modality", "name", "summary"}
+    return {n: pa.float64() if is_number else pa.string()
+            for n, is_number in sorted(numbers.items()) if n not in own}  # fmt: skip
+
+
+def _metadata(
+    items: Pool | list[Query], good: Sequence[Item], kinds: Mapping[str, pa.DataType]
+) -> dict[str, pa.Array]:
+    if not kinds or not isinstance(items, Pool):
+        return {}
+    known = [items.extra(items.row(item.id)) for item in good]
+    found = {}
+    for name, kind in kinds.items():
+        values = [fields.get(name) for fields in known]
+        read = _number if kind == pa.float64() else str
+        found[name] = pa.array([None if v is None else read(v) for v in values], kind)
+    return found
+
+
+def _number(value: str | int | float) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def _file_name(item: Item) -> str | None:
@@ -154,6 +197,7 @@ def _embed_shards(
     encoder: Encoder,
     items: Pool | list[Query],
     named: Mapping[str, str],
+    kinds: Mapping[str, pa.DataType],
     dtype: str,
     faults: Faults,
     reporter: Reporter | None,
@@ -178,6 +222,7 @@ def _embed_shards(
                 "id": pa.array([i.id for i in good], pa.string()),
                 **{k: pa.array(v, pa.string()) for k, v in columns(good, named).items()},
                 "summary": pa.array(out.summaries, pa.string()),
+                **_metadata(items, good, kinds),
             }
         )
         if len(faults.found) > before:

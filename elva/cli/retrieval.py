@@ -46,6 +46,9 @@ def embed(
         int | None, typer.Option(min=1, help="Tokens of a summary; the model's own by default.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    metadata: Annotated[
+        bool, typer.Option("--metadata", help="Keep src_content's fields, for --where.")
+    ] = False,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Items at once.")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Items a shard.")] = 8192,
     skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad items.")] = 0,
@@ -81,8 +84,8 @@ def embed(
         )
         with Bars(err if as_json else out) as bars:
             done = command.embed(
-                encoder, data, output, **which, dtype=dtype, shard_rows=shard_size,
-                resume=resume, skip_bad=skip_bad, reporter=bars,
+                encoder, data, output, **which, dtype=dtype, metadata=metadata, resume=resume,
+                shard_rows=shard_size, skip_bad=skip_bad, reporter=bars,
             )  # fmt: skip
         if as_json:
             print(json.dumps({str(one.directory): one.items for one in done}))

@@ -184,7 +184,9 @@ def _candidates(path: Path, faults: Faults) -> Iterator[pool_file.Row]:
         with faults.row():
             modality = record.modality("modality")
             _, text, image = _content(record, "txt", "img_path", "modality", modality)
-            yield record.id("did"), text, image, modality, int(record.where.rpartition(":")[2])
+            line, extra = int(record.where.rpartition(":")[2]), record.get("src_content")
+            known = extra if isinstance(extra, str) else None
+            yield record.id("did"), text, image, modality, line, known
 
 
 def read_qrels(path: Path) -> dict[tuple[str, str], str]:

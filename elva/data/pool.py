@@ -8,6 +8,7 @@ is memory-mapped from then on.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from elva.files import replacing
 MAPPED_FROM_BYTES = 32 << 20
 """Ours: a pool file from here on is worth a table on disk; reading a smaller one takes a second."""
 
-VERSION = 1
+VERSION = 2
 """Of the tables on disk; raise it when the same file would give another one."""
 
 BATCH_ROWS = 65_536
@@ -39,18 +40,19 @@ SCHEMA = pa.schema(
         ("modality", pa.string()),
         ("source", pa.dictionary(pa.int32(), pa.string())),
         ("line", pa.int32()),
+        ("extra", pa.string()),
     ]
 )
 
-Row = tuple[str, str | None, str | None, str, int]
-"""id, text, image relative to the root, modality, line."""
+Row = tuple[str, str | None, str | None, str, int, str | None]
+"""id, text, image relative to the root, modality, line, and `src_content`."""
 
 
 class Pool:
     """The candidates of a task: row -> `Item`, id -> row.
 
     Args:
-        table: Columns id, text, image (relative to `root`), modality, source, line.
+        table: Columns id, text, image (relative to `root`), modality, source, line, extra.
         root: Where the pictures' paths start.
         order: [2, n] int64, hashed ids ascending and their rows; computed where it is not given.
     """
@@ -69,7 +71,7 @@ class Pool:
             raise IndexError(row)
         row %= len(self)
         id, text, image, modality, source, line = (
-            column[row].as_py() for column in self.table.columns
+            self.table[name][row].as_py() for name in SCHEMA.names[:6]
         )
         path = None if image is None else self.root / image
         return Item(id, text, path, modality, where=f"{source}:{line}")
@@ -92,6 +94,19 @@ class Pool:
         if row is None:
             raise KeyError(id)
         return row
+
+    def extra(self, row: int) -> dict[str, str | int | float]:
+        """What is known of a candidate beside its content: the words and numbers that its
+        `src_content` holds as a JSON object."""
+        text = self.table["extra"][row].as_py()
+        try:
+            fields = json.loads(text) if text else {}
+        except ValueError:
+            return {}
+        if not isinstance(fields, dict):
+            return {}
+        plain = (str, int, float)
+        return {k: v for k, v in fields.items() if isinstance(v, plain) and v == v}
 
     def texts(self) -> Iterator[str]:
         """The texts of the candidates that have one."""
@@ -204,13 +219,14 @@ def _batches(rows: Iterable[Row], source: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _batch(rows: Sequence[Row], source: Path) -> pa.RecordBatch:
-    id, text, image, modality, line = zip(*rows, strict=True)
+    id, text, image, modality, line, extra = zip(*rows, strict=True)
     named = pa.DictionaryArray.from_arrays(
         pa.array(np.zeros(len(rows), np.int32)), pa.array([str(source)])
     )
     columns = [id, text, image, modality]
     arrays = [pa.array(column, pa.string()) for column in columns]
-    return pa.record_batch([*arrays, named, pa.array(line, pa.int32())], schema=SCHEMA)
+    last = [pa.array(line, pa.int32()), pa.array(extra, pa.string())]
+    return pa.record_batch([*arrays, named, *last], schema=SCHEMA)
 
 
 def _repeated(pool: Pool) -> Iterator[Item]:

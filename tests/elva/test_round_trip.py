@@ -213,6 +213,27 @@ def test_mrbench_and_grains(run, corpus, tmp_path) -> None:
     assert (output / "grain-histogram.png").stat().st_size > 5_000
 
 
+def test_captions_metadata_can_be_searched_by(run, corpus, tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    rows = ["file,caption,year,place"]
+    for i, path in enumerate(sorted((corpus / "mbeir_images" / "emoji_images").iterdir())[:6]):
+        (tmp_path / "mine" / path.name).write_bytes(path.read_bytes())
+        rows.append(f"{path.name},a caption {i},{2000 + i},{'at home' if i % 2 else 'away'}")
+    (tmp_path / "mine" / "captions.csv").write_text("\n".join(rows) + "\n")
+    data, output, index = tmp_path / "data", tmp_path / "e", tmp_path / "index"
+    call("data", "convert", "folder", tmp_path / "mine", "--output", data, "--split", "test")
+    call("embed", run, "--data", data, "--output", output, "--metadata", "--shard-size", 4)
+    call("index", "build", index, output / "mbeir_folder_task0_cand_pool")
+    fields = json.loads(call("index", "info", index, "--json"))["fields"]
+    assert fields["year"] == "double" and fields["place"] == "string"
+    words = ("search", index, "a caption", "--json", "--where")
+    hits = json.loads(call(*words, "year>=2003", "--where", "place=at home"))
+    names = sorted(p.name for p in (tmp_path / "mine").glob("*.png"))
+    chosen = Index(index)
+    kept = chosen.table.take(chosen.rows([h["id"] for h in hits])).to_pylist()
+    assert sorted(row["year"] for row in kept) == [2003, 2005] and len(names) == 6
+
+
 def test_a_killed_embedding_goes_on(run, corpus, embeddings, tmp_path) -> None:
     output = tmp_path / "embeddings"
     words = ("embed", run, "--data", corpus, "--output", output, "--task", "t2i", "--sides",
