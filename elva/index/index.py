@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from elva.files import replacing, sync_directory
-from elva.index import exact, manifest, segment
+from elva.index import change, exact, manifest, segment
 from elva.index.exact import Found
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import DTYPES, Identity, IndexFault, Segment
@@ -81,11 +75,11 @@ class Index:
         if dtype not in DTYPES:
             raise IndexFault(f"index: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         chunks = [embeddings] if isinstance(embeddings, Tensor) else iter(embeddings)
-        first, chunks = _peek(chunks)
+        first, chunks = change.peek(chunks)
         empty = Manifest(0, first.shape[-1], dtype, model, about=about or {})
-        with _building(Path(directory), empty, overwrite) as base:
-            table = _table(ids, columns)
-            entry = _written(Path(directory), chunks, table, base)
+        with change.building(Path(directory), empty, overwrite) as base:
+            table = change.table_of(ids, columns)
+            entry = change.written(Path(directory), chunks, table, base)
             manifest.write(Path(directory), replace(base, segments=(entry,)))
         return cls(directory, verify=False)
 
@@ -105,12 +99,12 @@ class Index:
             raise IndexFault("index: embeddings must hold a segment, got none; run elva embed")
         first = opened[0]
         empty = Manifest(0, first.dim, first.dtype, first.model, about=about or {})
-        with _building(Path(directory), empty, overwrite) as base:
+        with change.building(Path(directory), empty, overwrite) as base:
             for one in opened:
-                _check_fits(one, base)
+                change.check_fits(one, base)
                 one.verify()
-            _check_unique(pa.chunked_array([c for s in opened for c in s.table["id"].chunks]))
-            entries = tuple(_linked(Path(directory), one) for one in opened)
+            change.check_unique(pa.chunked_array([c for s in opened for c in s.table["id"].chunks]))
+            entries = tuple(change.linked(Path(directory), one) for one in opened)
             manifest.write(Path(directory), replace(base, segments=entries))
         return cls(directory, verify=False)
 
@@ -131,10 +125,10 @@ class Index:
         with manifest.writing(self.directory):
             now = Index(self.directory, verify=False)
             now.check_model(model)
-            table = _table(ids, columns)
+            table = change.table_of(ids, columns)
             entries = now._making_room(table["id"], overwrite)
             chunks = [embeddings] if isinstance(embeddings, Tensor) else embeddings
-            entry = _written(self.directory, chunks, table, now.manifest)
+            entry = change.written(self.directory, chunks, table, now.manifest)
             now._replace((*entries, entry))
         return Index(self.directory, verify=False)
 
@@ -144,14 +138,14 @@ class Index:
             now = Index(self.directory, verify=False)
             opened = [Segment(path) for path in segments]
             for one in opened:
-                _check_fits(one, now.manifest)
+                change.check_fits(one, now.manifest)
                 one.verify()
             ids = pa.chunked_array(
                 [c for s in opened for c in s.table["id"].chunks], type=pa.string()
             )
-            _check_unique(ids)
+            change.check_unique(ids)
             entries = now._making_room(ids, overwrite)
-            now._replace((*entries, *(_linked(self.directory, one) for one in opened)))
+            now._replace((*entries, *(change.linked(self.directory, one) for one in opened)))
         return Index(self.directory, verify=False)
 
     def delete(self, ids: Sequence[str]) -> Index:
@@ -386,85 +380,3 @@ def _opened(directory: Path) -> tuple[Manifest, list[Segment]]:
                 continue  # replaced while it was being opened
             raise
         return found, segments
-
-
-@contextmanager
-def _building(directory: Path, empty: Manifest, overwrite: bool) -> Iterator[Manifest]:
-    """The manifest to start from; a directory that was made for nothing is removed."""
-    there = manifest.exists(directory)
-    if there and not overwrite:
-        raise IndexFault(
-            f"{directory}: must not hold an index yet; pass --overwrite, or elva index add"
-        )
-    made = not directory.exists()
-    if not made and not there and any(p.name not in (SEGMENTS, manifest.LOCK)
-                                      for p in directory.iterdir()):  # fmt: skip
-        raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
-    generation = manifest.read(directory).generation + 1 if there else 0
-    try:
-        with manifest.writing(directory):
-            yield replace(empty, generation=generation)
-    except BaseException:
-        if made:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-
-
-def _written(directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest) -> Entry:
-    path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
-    segment.write(path, chunks, table, dim=base.dim, dtype=base.dtype, model=base.model)
-    one = Segment(path)
-    return Entry(path.name, one.rows, one.header_sum)
-
-
-def _linked(directory: Path, one: Segment) -> Entry:
-    path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
-    try:
-        os.link(one.path, path)
-        sync_directory(path.parent)
-    except OSError:  # another file system, or one without links
-        _copy(one, path)
-    return Entry(path.name, one.rows, one.header_sum)
-
-
-def _copy(one: Segment, path: Path) -> None:
-    with replacing(path) as sink, open(one.path, "rb") as source:
-        while content := source.read(segment.BLOCK_BYTES):
-            sink.write(content)
-
-
-def _check_fits(one: Segment, base: Manifest) -> None:
-    if (one.dim, one.dtype) != (base.dim, base.dtype) or not one.model.matches(base.model):
-        raise IndexFault(
-            f"{one.path}: must be {base.dtype} x {base.dim} of {base.model.name}, got {one.dtype} "
-            f"x {one.dim} of {one.model.name}; embed both with one model"
-        )
-
-
-def _table(ids: Sequence[str], columns: Mapping[str, Sequence[Any]] | None) -> pa.Table:
-    try:
-        table = pa.table({"id": pa.array(ids, pa.string()), **(columns or {})})
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
-        reason = " ".join(str(error).split())
-        raise IndexFault(f"index: ids and columns must be as long and text; {reason}") from None
-    if table["id"].null_count:
-        raise IndexFault("index: ids must be text, got null; give every item an id")
-    _check_unique(table["id"])
-    return table
-
-
-def _check_unique(ids: pa.ChunkedArray) -> None:
-    if pc.count_distinct(ids).as_py() == len(ids):
-        return
-    counts = pc.value_counts(ids)
-    twice = next(c["values"].as_py() for c in counts if c["counts"].as_py() > 1)
-    raise IndexFault(f"index: ids must be unique, got {twice!r} twice; drop one")
-
-
-def _peek(chunks: Iterable[Tensor]) -> tuple[Tensor, Iterable[Tensor]]:
-    rest = iter(chunks)
-    with suppress(StopIteration):
-        first = next(rest)
-        if first.ndim == 2 and first.shape[1]:
-            return first, chain([first], rest)
-    raise IndexFault("index: embeddings must be [n, D] with D of at least 1; run elva embed")

@@ -1,0 +1,110 @@
+"""How an index changes on disk: its segments first, then one manifest in the place of another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from torch import Tensor
+
+from elva.files import replacing, sync_directory
+from elva.index import manifest, segment
+from elva.index.manifest import SEGMENTS, Entry, Manifest
+from elva.index.segment import IndexFault, Segment
+
+
+@contextmanager
+def building(directory: Path, empty: Manifest, overwrite: bool) -> Iterator[Manifest]:
+    """The manifest to start from; a directory that was made for nothing is removed."""
+    there = manifest.exists(directory)
+    if there and not overwrite:
+        raise IndexFault(
+            f"{directory}: must not hold an index yet; pass --overwrite, or elva index add"
+        )
+    made = not directory.exists()
+    if not made and not there and any(p.name not in (SEGMENTS, manifest.LOCK)
+                                      for p in directory.iterdir()):  # fmt: skip
+        raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
+    generation = manifest.read(directory).generation + 1 if there else 0
+    try:
+        with manifest.writing(directory):
+            yield replace(empty, generation=generation)
+    except BaseException:
+        if made:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def written(directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest) -> Entry:
+    """Write a segment into an index's directory; it counts once a manifest names it."""
+    path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
+    segment.write(path, chunks, table, dim=base.dim, dtype=base.dtype, model=base.model)
+    one = Segment(path)
+    return Entry(path.name, one.rows, one.header_sum)
+
+
+def linked(directory: Path, one: Segment) -> Entry:
+    """Put a segment that is elsewhere into the directory, by a link where the file system can."""
+    path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
+    try:
+        os.link(one.path, path)
+        sync_directory(path.parent)
+    except OSError:  # another file system, or one without links
+        _copy(one, path)
+    return Entry(path.name, one.rows, one.header_sum)
+
+
+def _copy(one: Segment, path: Path) -> None:
+    with replacing(path) as sink, open(one.path, "rb") as source:
+        while content := source.read(segment.BLOCK_BYTES):
+            sink.write(content)
+
+
+def check_fits(one: Segment, base: Manifest) -> None:
+    """Refuse a segment of another model, width or dtype."""
+    if (one.dim, one.dtype) != (base.dim, base.dtype) or not one.model.matches(base.model):
+        raise IndexFault(
+            f"{one.path}: must be {base.dtype} x {base.dim} of {base.model.name}, got {one.dtype} "
+            f"x {one.dim} of {one.model.name}; embed both with one model"
+        )
+
+
+def table_of(ids: Sequence[str], columns: Mapping[str, Sequence[Any]] | None) -> pa.Table:
+    """Ids and metadata as a table; IndexFault where they do not fit each other."""
+    try:
+        table = pa.table({"id": pa.array(ids, pa.string()), **(columns or {})})
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+        reason = " ".join(str(error).split())
+        raise IndexFault(f"index: ids and columns must be as long and text; {reason}") from None
+    if table["id"].null_count:
+        raise IndexFault("index: ids must be text, got null; give every item an id")
+    check_unique(table["id"])
+    return table
+
+
+def check_unique(ids: pa.ChunkedArray) -> None:
+    """Refuse an id that comes twice."""
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counts = pc.value_counts(ids)
+    twice = next(c["values"].as_py() for c in counts if c["counts"].as_py() > 1)
+    raise IndexFault(f"index: ids must be unique, got {twice!r} twice; drop one")
+
+
+def peek(chunks: Iterable[Tensor]) -> tuple[Tensor, Iterable[Tensor]]:
+    """The first chunk, and all of them; IndexFault where there is none."""
+    rest = iter(chunks)
+    with suppress(StopIteration):
+        first = next(rest)
+        if first.ndim == 2 and first.shape[1]:
+            return first, chain([first], rest)
+    raise IndexFault("index: embeddings must be [n, D] with D of at least 1; run elva embed")
