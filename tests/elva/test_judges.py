@@ -1,0 +1,194 @@
+"""Judges of grains: rules, a server that speaks OpenAI's protocol, and models' answers."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from elva import mrbench
+from elva.data import Item, load
+from elva.errors import UserError
+from elva.judges import DESCRIBE, OpenAIJudge, RuleJudge, judge_of, parse
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as `answers` says, after failing as often as `failures` says."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked, self.failures, self.status, self.answer = [], 0, 503, None
+        self.lock = threading.Lock()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.asked.append((self.path, dict(self.headers), body))
+            failing = self.server.failures > 0
+            self.server.failures -= failing
+        self.send_response(self.server.status if failing else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(self.server.answer or self.reply(body)).encode())
+
+    def reply(self, body):
+        words = body["messages"][0]["content"][0]["text"]
+        if words == DESCRIBE:
+            said = "A red\ndog runs."
+        else:
+            query = words.rpartition("Query: ")[2]
+            first, *_, last = query.removesuffix(".").split()
+            rows = [{"grain": first, "type": "entity"}, {"grain": last, "type": "attribute"}]
+            said = f"Sure: {json.dumps(rows)} as asked"
+        return {"choices": [{"message": {"role": "assistant", "content": said}}]}
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def found(text):
+    return [(g.text, g.type) for g in RuleJudge().grains(text)]
+
+
+def test_rules_find_noun_phrases_actions_attributes_and_relations():
+    assert found("A man riding a red horse on the beach.") == [
+        ("man", "entity"), ("riding", "action"), ("red", "attribute"), ("horse", "entity"),
+        ("on", "relation"), ("beach", "entity"),
+    ]  # fmt: skip
+    assert found("Two dogs next to a wooden bench") == [
+        ("Two", "attribute"), ("dogs", "entity"), ("next to", "relation"),
+        ("wooden", "attribute"), ("bench", "entity"),
+    ]  # fmt: skip
+    assert found("") == [] and found("the of, a!") == [("of", "relation")]
+    text = "A spring morning: medium-dark skin tone; the king's ring…"
+    for grain in RuleJudge().grains(text):
+        assert text[slice(*grain.span)] == grain.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ('[{"grain": "red", "type": "attribute"}]', [("red", "attribute", (2, 5))]),
+        ('text [{"grain": "DOG", "type": "entity"}] text', [("dog", "entity", (6, 9))]),
+        ('[{"grain": "cat", "type": "entity"}]', []),  # not in the query
+        ('[{"grain": "dog", "type": "noun"}]', []),
+        ('[{"grain": 3, "type": "entity"}, "dog", null]', []),
+        ('{"grain": "dog"}', []),
+        ("[not json]", []),
+        ("", []),
+    ],
+)
+def test_a_models_answer_is_believed_only_where_it_copies_the_query(answer, expected):
+    assert [(g.text, g.type, g.span) for g in parse(answer, "A red dog.")] == expected
+
+
+def test_a_server_is_asked_in_openais_protocol(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    judge = judge_of(server.url, "some-model")
+    assert [(g.text, g.type) for g in judge.grains("Dog that is red.")] == [
+        ("Dog", "entity"), ("red", "attribute"),
+    ]  # fmt: skip
+    path, headers, body = server.asked[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert body["model"] == "some-model" and body["temperature"] == 0
+    picture = Image.new("RGB", (8, 6), "red")
+    assert judge.describe(Item("1", None, picture, "image")) == "A red dog runs."
+    url = server.asked[1][2]["messages"][0]["content"][1]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    assert sent.size == (8, 6) and sent.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_busy_server_is_asked_again_and_a_refusing_one_is_not(server, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    judge = OpenAIJudge(server.url, "m")
+    server.failures = 3
+    assert len(judge.grains("Dog is red.")) == 2 and len(server.asked) == 4
+    server.failures, server.asked = 9, []
+    with pytest.raises(UserError, match="must answer, got status 503"):
+        judge.grains("Dog is red.")
+    assert len(server.asked) == 4
+    server.failures, server.status, server.asked = 1, 401, []
+    with pytest.raises(UserError, match="status 401") as caught:
+        judge.grains("Dog is red.")
+    assert len(server.asked) == 1 and "\n" not in str(caught.value)
+    server.failures, server.answer = 0, {"error": "no"}
+    with pytest.raises(UserError, match="must answer as OpenAI's chat completions do"):
+        judge.grains("Dog is red.")
+    with pytest.raises(UserError, match="must answer, got"):
+        OpenAIJudge("http://127.0.0.1:9/v1", "m").grains("a")
+
+
+def test_a_build_by_a_server_goes_on_where_it_was_cut_off(server, corpus, tmp_path, monkeypatch):
+    """Pictures are described, texts judged; what was judged is not asked again."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(mrbench, "BATCH", 4)
+    judge, output = OpenAIJudge(server.url, "m"), tmp_path / "bench"
+    words = {"sets": ["t2i", "i2t"], "per_set": 5}
+    server.answer = None
+    calls = {"count": 0}
+    grains = OpenAIJudge.grains
+
+    def breaks(self, text):
+        calls["count"] += 1
+        if calls["count"] > 6:
+            raise UserError("the server is gone")
+        return grains(self, text)
+
+    monkeypatch.setattr(OpenAIJudge, "grains", breaks)
+    with pytest.raises(UserError, match="gone"):
+        mrbench.build(corpus, output, judge, **words)
+    assert not output.exists()
+    monkeypatch.setattr(OpenAIJudge, "grains", grains)
+    with pytest.raises(UserError, match="pass --resume or delete it"):
+        mrbench.build(corpus, output, judge, **words)
+    judged = len((tmp_path / "bench.judged.jsonl").read_text().splitlines())
+    assert judged >= 4
+    server.asked = []
+    notes = mrbench.build(corpus, output, judge, **words, resume=True)
+    assert {stem: c["kept"] for stem, c in notes["sets"].items()} == {
+        "emoji_task0": 5, "emoji_task3": 5,
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (output / "judged.jsonl").read_text().splitlines()]
+    assert len({r["qid"] for r in rows}) == len(rows) > judged
+    described = [r for r in rows if r["words"] == "A red dog runs."]
+    assert len(server.asked) == len(rows) - judged + len(described)
+    assert len(load(output, split="test", tasks=["i2t"]).queries) == 5
+    page = (output / "review.html").read_text()
+    assert "A red dog runs." in page and "OpenMoji" in page and 'src="mbeir_images/' in page
+    assert not (tmp_path / "bench.judged.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "model", "rule"),
+    [
+        ("oracle", "m", "--judge must be rules, local, or the URL"),
+        ("local", None, "--judge local must come with --judge-model"),
+        ("http://x", None, "must come with --judge-model"),
+    ],
+)
+def test_an_unknown_judge_is_named(spec, model, rule):
+    with pytest.raises(UserError, match=rule):
+        judge_of(spec, model)
+
+
+def test_a_local_judge_that_is_none_is_one_line(tmp_path):
+    judge = judge_of("local", str(tmp_path))
+    with pytest.raises(UserError, match="--judge-model must be a chat model with eyes") as caught:
+        judge.grains("a dog")
+    assert "\n" not in str(caught.value)
