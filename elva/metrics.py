@@ -7,7 +7,7 @@ trec_eval's same name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
 from statistics import fmean
@@ -72,6 +72,12 @@ def measure(run: Answers, qrels: Qrels, cutoffs: Sequence[int] = CUTOFFS) -> Fig
         [q for q in right if q not in run],
         [q for q in run if q not in right],
     )
+
+
+def is_first(scores: Mapping[str, float], positives: Collection[str]) -> bool:
+    """Whether a positive leads all others; a tie counts against it."""
+    best = max((score for did, score in scores.items() if did in positives), default=-float("inf"))
+    return all(score < best for did, score in scores.items() if did not in positives)
 
 
 def _relevances(

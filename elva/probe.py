@@ -24,6 +24,7 @@ from elva.errors import UserError
 from elva.files import write_text
 from elva.grains import Probe, by_type, least, probe
 from elva.index import exact
+from elva.metrics import is_first
 from elva.progress import Reporter
 
 DELTA = 0.05
@@ -139,12 +140,9 @@ def _pairs(
     shown = encode([pool[pool.row(id)] for id in ids])
     hits = []
     for i, some in wanted.items():
-        rivals = [id for id in some if id not in queries[i].positives]
-        scores = exact.top(asked[i : i + 1], shown[[place[id] for id in some]], len(some))
-        score = {some[r]: s for r, s in zip(scores.rows[0].tolist(), scores.scores[0].tolist(),
-                                            strict=True)}  # fmt: skip
-        best = max((score[p] for p in queries[i].positives if p in score), default=-2.0)
-        hits.append(float(all(score[id] < best for id in rivals)))
+        found = exact.top(asked[i : i + 1], shown[[place[id] for id in some]], len(some))
+        answers = zip(found.rows[0].tolist(), found.scores[0].tolist(), strict=True)
+        hits.append(is_first({some[r]: score for r, score in answers}, queries[i].positives))
     return fmean(hits)
 
 

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from elva.data.mbeir import QuerySet, read_sets
+from elva.data.mbeir import QuerySet, read_minimal_pairs, read_sets
 from elva.embeddings import Embeddings
 from elva.files import write_text
-from elva.metrics import Figures, measure
+from elva.index import exact
+from elva.metrics import Figures, is_first, measure
 from elva.progress import Reporter
 from elva.trec import Qrels, read_qrels, read_run, write_qrels, write_run
 
@@ -85,7 +86,7 @@ def evaluate_embeddings(
         write_run(run, _answers(embeddings, one, split, reporter), "elva")
         write_qrels(output / f"{one.stem}.qrels.txt", judged)
         figures = measure(read_run(run), judged)
-        result["sets"][one.stem] = _row(one, figures)
+        result["sets"][one.stem] = _row(one, figures) | _among(embeddings, data, one, split)
         result["ties"] += [f"{one.stem}: {line}" for line in figures.ties()]
         if reporter is not None:
             reporter.finish("")
@@ -113,7 +114,7 @@ def table(result: Mapping[str, Any]) -> Table:
     models = ["ELVA-2B", "ELVA-7B"] if known else []
     shown = Table(title=f"{result['split']}, {result['pools']} pools")
     shown.add_column("set")
-    for name in ("queries", "pool", "hit@k", "recall@k", "MRR", "nDCG@10", *models):
+    for name in ("queries", "pool", "hit@k", "recall@k", "MRR", "nDCG@10", "own hit@1", *models):
         shown.add_column(name, justify="right")
     places = list(SUBTASKS)
     for stem, row in found.items():
@@ -124,13 +125,17 @@ def table(result: Mapping[str, Any]) -> Table:
         ]
         shown.add_row(
             f"{SUBTASKS.get(stem, stem)} (k = {k})", f"{row['queries']:,}", f"{row['pool']:,}",
-            *(f"{v:.1f}" for v in values), *beside,
+            *(f"{v:.1f}" for v in values), _points(row.get("hit_at_1_among_its_own")), *beside,
         )  # fmt: skip
     whole = set(SUBTASKS) <= set(found)
     beside = [f"{fmean(PUBLISHED[m]):.1f}" if whole else "" for m in models]
     shown.add_section()
-    shown.add_row("average", "", "", f"{100 * result['average']:.1f}", "", "", "", *beside)
+    shown.add_row("average", "", "", f"{100 * result['average']:.1f}", "", "", "", "", *beside)
     return shown
+
+
+def _points(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _answers(
@@ -144,6 +149,25 @@ def _answers(
     for i, qid in enumerate(qids):
         rows = found.rows[i].tolist()
         yield qid, list(zip([dids[r] for r in rows], found.scores[i].tolist(), strict=True))
+
+
+def _among(embeddings: Path, data: Path, one: QuerySet, split: str) -> dict[str, Any]:
+    """hit@1 among each query's own candidates, where the data lists them: minimal pairs, and
+    MMEB's test sets."""
+    listed = read_minimal_pairs(data / "minimal_pairs.jsonl", one.queries, {one.task: one.pool})
+    right = {q.id: q.positives for q in one.queries}
+    shown = Embeddings.open(embeddings / one.pool_name)
+    qids, query = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}").queries()
+    place = {did: row for row, did in enumerate(shown.ids)}
+    hits = []
+    for i, qid in enumerate(qids):
+        dids = [did for did in listed.get(qid, ()) if did in place]
+        if len(dids) > 1:
+            rows = shown.rows([place[did] for did in dids])
+            found = exact.top(query[i : i + 1], rows, len(dids))
+            answers = zip(found.rows[0].tolist(), found.scores[0].tolist(), strict=True)
+            hits.append(is_first({dids[r]: score for r, score in answers}, right[qid]))
+    return {"hit_at_1_among_its_own": fmean(hits), "own_queries": len(hits)} if hits else {}
 
 
 def _row(one: QuerySet, figures: Figures) -> dict[str, Any]:

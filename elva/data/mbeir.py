@@ -72,7 +72,7 @@ def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train"
     merged = {task: concatenate(found) for task, found in pools.items()}
     grains = _read_grains(root / "grains.jsonl", queries, merged.values())
     queries = [replace(query, grains=grains["qid"].get(query.id)) for query in queries]
-    pairs = _read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
+    pairs = read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
     return Dataset(root, split, queries, merged, grains["did"], pairs)
 
 
@@ -396,9 +396,10 @@ def _grain(record: Record, text: str, fields: object) -> Grain:
     return Grain(words, kind, (start, end))
 
 
-def _read_minimal_pairs(
+def read_minimal_pairs(
     path: Path, queries: Iterable[Query], pools: Mapping[str, Pool]
 ) -> dict[str, list[str]]:
+    """Query id -> the candidates it is to be told from, of the queries at hand."""
     if not path.exists():
         return {}
     tasks = {query.id: query.task for query in queries}

@@ -81,6 +81,15 @@ def test_evaluation_equals_numpy(embeddings: Path, corpus: Path, tmp_path: Path)
             assert row[f"hit_at_{k}"] == pytest.approx((ranks <= k).mean(), abs=2e-3)
         found = np.where(ranks <= 150, 1 / ranks, 0)
         assert row["mrr"] == pytest.approx(found.mean(), abs=2e-3)
+        pairs = load(corpus, split="test", tasks=[stem]).minimal_pairs
+        own = [
+            all(scores[i][place[d]] < max(scores[i][place[p]] for p in positives[qid]) - 1e-7
+                for d in pairs[qid] if d not in positives[qid])
+            for i, qid in enumerate(qids) if len(pairs.get(qid, ())) > 1
+        ]  # fmt: skip
+        assert row.get("own_queries", 0) == len(own)
+        if own:
+            assert row["hit_at_1_among_its_own"] == pytest.approx(np.mean(own), abs=1e-9)
         again = json.loads(call(
             "evaluate", "--run", tmp_path / "e" / f"{stem}.run.trec",
             "--qrels", tmp_path / "e" / f"{stem}.qrels.txt", "--json",
