@@ -7,7 +7,6 @@ directory, which the next writer removes. Nothing here reads or writes pickles.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elva.files import sync_directory, write_text
+from elva.files import sha256, sync_directory, write_text
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -70,7 +69,7 @@ def is_whole(directory: Path) -> bool:
         path = directory / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return False
-        if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+        if sha256(path) != entry["sha256"]:
             return False
     return True
 
@@ -126,8 +125,4 @@ def prune(parent: Path, keep: int) -> None:
 def _sync_hash(path: Path) -> str:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+    return sha256(path)

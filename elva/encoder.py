@@ -13,6 +13,7 @@ from typing import Any
 from elva.checkpoint import MANIFEST
 from elva.data import Item
 from elva.errors import UserError
+from elva.files import sha256
 from elva.index import Identity
 from elva.model import Retriever
 from elva.rollout import Encoded, Reading, encode
@@ -134,13 +135,5 @@ def _revision(retriever: Retriever) -> str:
     known: dict[str, Any] = {}
     if (directory / MANIFEST).is_file():
         known = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    sums = [known[p.name]["sha256"] if p.name in known else _sum(p) for p in weights]
+    sums = [known[p.name]["sha256"] if p.name in known else sha256(p) for p in weights]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while content := file.read(1 << 22):
-            digest.update(content)
-    return digest.hexdigest()

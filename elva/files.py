@@ -6,6 +6,7 @@ test that makes the n-th of them fail has covered every place where a disk can.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file by the given text in UTF-8, or leave it as it was."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while content := file.read(1 << 22):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def sync_directory(path: Path) -> None:

@@ -6,7 +6,6 @@ derived/ivf.json                          of which index, and the file's SHA-256
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from elva.errors import UserError
-from elva.files import write_text
+from elva.files import sha256, write_text
 from elva.index import exact
 from elva.index.exact import Found
 from elva.index.index import Index, Where
@@ -62,7 +61,7 @@ def export(index: Index, kind: str) -> Path:
     partial = place.with_name(place.name + ".partial")
     try:
         faiss.write_index(made, str(partial))
-        digest = _sum(partial)
+        digest = sha256(partial)
         os.replace(partial, place)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -91,7 +90,7 @@ class FaissEngine:
         again = f"run elva index export {index.directory} --to faiss-{kind}"
         try:
             about = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
-            whole = _sum(place) == about["sha256"]
+            whole = sha256(place) == about["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             raise IndexFault(f"{place}: must be exported first, got nothing; {again}") from None
         if not whole:
@@ -160,11 +159,3 @@ def _blocks(index: Index) -> Iterator[np.ndarray]:
 def _unit(rows: Tensor) -> np.ndarray:
     unit: np.ndarray = torch.nn.functional.normalize(rows, dim=1).contiguous().numpy()
     return unit
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while content := file.read(1 << 22):
-            digest.update(content)
-    return digest.hexdigest()

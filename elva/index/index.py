@@ -184,7 +184,7 @@ class Index:
 
     def __len__(self) -> int:
         """Items that can be found."""
-        return len(self.alive) if self.alive.all() else int(self.alive.sum())
+        return int(self.alive.sum())
 
     @property
     def dim(self) -> int:
