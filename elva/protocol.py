@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from elva.data.mbeir import QuerySet, read_minimal_pairs, read_sets
+from elva.data.extras import read_minimal_pairs
+from elva.data.mbeir import QuerySet, read_sets
 from elva.embeddings import Embeddings
 from elva.files import write_text
 from elva.index import exact

@@ -1,8 +1,7 @@
 """M-BEIR's layout: reader and writer (Wei et al., UniIR, arXiv:2311.17136).
 
 Reads M-BEIR itself and whatever is written in its layout, the embedded emoji corpus first of
-all. Two files of ours may stand beside M-BEIR's: `grains.jsonl` (qid or did -> grains of its
-normalised text) and `minimal_pairs.jsonl` (qid -> every candidate of the same entity).
+all. Two files of ours may stand beside M-BEIR's (`extras.py`).
 
 Only sets with a task in their name are read (`mbeir_cirr_task7_test.jsonl`), not M-BEIR's
 union files, which mix tasks.
@@ -10,7 +9,6 @@ union files, which mix tasks.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,9 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from elva.data import pool as pool_file
+from elva.data.extras import read_grains, read_minimal_pairs
 from elva.data.pool import Dataset, Pool, concatenate, distinct
-from elva.data.schema import TASKS, DataError, Grain, Query, hashed_id, normalise
-from elva.data.strict import Faults, Record, lines, modality_of, records
+from elva.data.schema import TASKS, DataError, Query, hashed_id, normalise
+from elva.data.strict import Faults, Record, dump, lines, modality_of, records, write_lines
 
 SPLITS = ("train", "val", "test")
 _TASK_NAMES = {number: task for task, number in TASKS.items()}
@@ -70,7 +69,7 @@ def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train"
         queries += one.queries
         pools[one.task].append(one.pool)
     merged = {task: concatenate(found) for task, found in pools.items()}
-    grains = _read_grains(root / "grains.jsonl", queries, merged.values())
+    grains = read_grains(root / "grains.jsonl", queries, merged.values())
     queries = [replace(query, grains=grains["qid"].get(query.id)) for query in queries]
     pairs = read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
     return Dataset(root, split, queries, merged, grains["did"], pairs)
@@ -232,19 +231,19 @@ def first_instructions(root: Path, dataset: int, candidate: str) -> dict[str, st
 
 def write_queries(root: Path, stem: str, split: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Write `mbeir_<stem>_<split>.jsonl` and its qrels from M-BEIR's own rows."""
-    _write_lines(query_file(root, stem, split), map(_dump, rows))
+    write_lines(query_file(root, stem, split), map(dump, rows))
     judged = (
         f"{row['qid']} 0 {did} 1 {row['task_id']}"
         for row in rows
         for did in row["pos_cand_list"]  # type: ignore[attr-defined]
     )
-    _write_lines(root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt", judged)
+    write_lines(root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt", judged)
 
 
 def write_pool(root: Path, stem: str, rows: Iterable[Mapping[str, object]]) -> None:
     """Write `mbeir_<stem>_cand_pool.jsonl` from M-BEIR's own rows."""
     path = root / "cand_pool" / "local" / f"mbeir_{stem}_cand_pool.jsonl"
-    _write_lines(path, map(_dump, rows))
+    write_lines(path, map(dump, rows))
 
 
 def write_instructions(
@@ -258,28 +257,7 @@ def write_instructions(
         [query, cand, dataset, str(number), *(prompt or '""' for prompt in some)]
         for (query, cand), some in prompts.items()
     ]
-    _write_lines(root / _INSTRUCTIONS, ("\t".join(row) for row in [header, *rows]))
-
-
-def write_extras(
-    root: Path,
-    query_grains: Mapping[str, Sequence[Grain]],
-    candidate_grains: Mapping[str, Sequence[Grain]],
-    minimal_pairs: Mapping[str, Sequence[str]],
-) -> None:
-    """Write grains.jsonl and minimal_pairs.jsonl."""
-    _write_lines(
-        root / "grains.jsonl",
-        (
-            _dump({key: id, "grains": [vars(grain) for grain in found]})
-            for key, grains in (("qid", query_grains), ("did", candidate_grains))
-            for id, found in grains.items()
-        ),
-    )
-    _write_lines(
-        root / "minimal_pairs.jsonl",
-        (_dump({"qid": id, "candidates": list(found)}) for id, found in minimal_pairs.items()),
-    )
+    write_lines(root / _INSTRUCTIONS, ("\t".join(row) for row in [header, *rows]))
 
 
 def modalities(task: str) -> tuple[str, str]:
@@ -357,69 +335,3 @@ def _check_qrels(
                 raise DataError(f"{where}: candidate {did} is not in the pool")
             if did not in known[qid].positives:
                 raise DataError(f"{where}: {did} is not a positive of query {qid}")
-
-
-def _read_grains(
-    path: Path, queries: Iterable[Query], pools: Iterable[Pool]
-) -> dict[str, dict[str, tuple[Grain, ...]]]:
-    """Grains of the texts at hand, by `qid` and by `did`; each must be where it says it is."""
-    grains: dict[str, dict[str, tuple[Grain, ...]]] = {"qid": {}, "did": {}}
-    if not path.exists():
-        return grains
-    texts = {"qid": {query.id: query.text for query in queries}, "did": {}}
-    for pool in pools:
-        texts["did"].update(zip(pool.ids, pool.table["text"].to_pylist(), strict=True))
-    for record in records(path):
-        key = "did" if record.get("did") is not None else "qid"
-        id, found = record.id(key), record.value("grains")
-        if not isinstance(found, list):
-            record.fail("grains is not a list")
-        text = texts[key].get(id)
-        if text is not None:  # Otherwise a row of another split or task.
-            grains[key][id] = tuple(_grain(record, text, fields) for fields in found)
-    return grains
-
-
-def _grain(record: Record, text: str, fields: object) -> Grain:
-    shape = 'a grain is not {"text": string, "type": string, "span": [start, end]}'
-    if not isinstance(fields, dict):
-        record.fail(shape)
-    words, kind, span = fields.get("text"), fields.get("type"), fields.get("span")
-    if not (isinstance(words, str) and isinstance(kind, str) and isinstance(span, list)):
-        record.fail(shape)
-    if [type(end) for end in span] != [int, int]:
-        record.fail(shape)
-    start, end = span
-    # Normalising may have capitalised the first letter.
-    if not 0 <= start < end or text[start:end].casefold() != words.casefold():
-        record.fail(f"grain {words!r} is not at {start}:{end} of {text!r}")
-    return Grain(words, kind, (start, end))
-
-
-def read_minimal_pairs(
-    path: Path, queries: Iterable[Query], pools: Mapping[str, Pool]
-) -> dict[str, list[str]]:
-    """Query id -> the candidates it is to be told from, of the queries at hand."""
-    if not path.exists():
-        return {}
-    tasks = {query.id: query.task for query in queries}
-    pairs: dict[str, list[str]] = {}
-    for record in records(path):
-        id, found = record.id("qid"), record.ids("candidates")
-        if id not in tasks:
-            continue  # A query of another split or task.
-        for did in found:
-            if did not in pools[tasks[id]]:
-                record.fail(f"candidate {did} is not in the pool")
-        pairs[id] = list(found)
-    return pairs
-
-
-def _write_lines(path: Path, rows: Iterable[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(f"{row}\n" for row in rows)
-
-
-def _dump(row: Mapping[str, object]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elva.checkpoint import write_directory
-from elva.data import mbeir
+from elva.data import extras, mbeir
 from elva.data.schema import TASKS, DataError, Item, normalise
 from elva.data.strict import Faults
 
@@ -212,7 +212,7 @@ class _Writer:
             mbeir.write_queries(self.root, stem, self.split, rows)
         mbeir.write_instructions(self.root, self.source.name, self.source.number, prompts)
         if self.restricted:
-            mbeir.write_extras(self.root, {}, {}, self.restricted)
+            extras.write_extras(self.root, {}, {}, self.restricted)
         return {
             "queries": {task: len(rows) for task, rows in self.queries.items()},
             "candidates": len(self.dids),

@@ -1,10 +1,13 @@
-"""Reading text files that nobody vouches for: every fault is `file:line: rule`."""
+"""Lines and JSON of text files: written plainly, read as if nobody vouched for them.
+
+Every fault is `file:line: rule`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -187,6 +190,18 @@ def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
             record = Record(where, _parsed(where, line))
         if record is not None:
             yield record
+
+
+def write_lines(path: Path, rows: Iterable[str]) -> None:
+    """Write a file of lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(f"{row}\n" for row in rows)
+
+
+def dump(row: Mapping[str, object]) -> str:
+    """One line of JSON."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def _parsed(where: str, line: str) -> dict[str, object]:

@@ -10,7 +10,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from elva.data import DataError, Item, load, mbeir, schema, strict
+from elva.data import DataError, Item, extras, load, mbeir, schema, strict
 from elva.data import pool as pool_file
 
 PROMPTS = {
@@ -271,7 +271,7 @@ def test_a_rule_that_quotes_a_long_field_stays_short(corpus):
 def test_damaged_bytes_load_or_raise_data_error(corpus, file):
     """400 random edits of each file: never another exception, never two lines."""
     grain = schema.Grain("a cat", "entity", (0, 5))
-    mbeir.write_extras(corpus, {"9:1": [grain]}, {}, {})
+    extras.write_extras(corpus, {"9:1": [grain]}, {}, {})
     path, draw = corpus / file, random.Random(file)
     whole, refused = path.read_bytes(), 0
     for _ in range(400):
@@ -322,12 +322,12 @@ def test_grains_must_be_where_they_say(corpus, grains, rule):
 
 def test_grains_and_minimal_pairs_are_read(corpus):
     grain = schema.Grain("a cat", "entity", (0, 5))
-    mbeir.write_extras(corpus, {"9:1": [grain], "9:999": [grain]}, {}, {"9:1": ["9:1", "9:2"]})
+    extras.write_extras(corpus, {"9:1": [grain], "9:999": [grain]}, {}, {"9:1": ["9:1", "9:2"]})
     dataset = load(corpus, split="test")
     assert dataset.queries[0].grains == (grain,)
     assert dataset.queries[1].grains is None
     assert dataset.minimal_pairs == {"9:1": ["9:1", "9:2"]}
-    mbeir.write_extras(corpus, {}, {}, {"9:1": ["9:77"]})
+    extras.write_extras(corpus, {}, {}, {"9:1": ["9:77"]})
     with pytest.raises(DataError, match="candidate 9:77 is not in the pool"):
         load(corpus, split="test")
 

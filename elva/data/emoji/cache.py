@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from elva.data import mbeir
+from elva.data import extras, mbeir
 from elva.data.cache import cache_directory
 from elva.data.emoji.corpus import CLDR, collect
 from elva.data.emoji.pictures import missing_extra, noto_font
@@ -148,7 +148,7 @@ def _build(root: Path, size: int) -> dict[str, Any]:
     asked = {str(row.query["qid"]): row.grains for row in made if row.grains}
     named = {entry.name_id: entry.name.grains for entry in corpus.entries}
     pairs = {str(row.query["qid"]): row.minimal_pairs for row in made if row.minimal_pairs}
-    mbeir.write_extras(root, asked, named, pairs)
+    extras.write_extras(root, asked, named, pairs)
 
     found = {
         "pictures": len(corpus.entries),
