@@ -15,12 +15,19 @@ import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
 
 from elva.data import Grain, Item
 from elva.errors import UserError
+
+if TYPE_CHECKING:
+    from elva.inputs import Inputs
 
 TYPES = ("entity", "attribute", "action", "relation")
 
@@ -136,12 +143,18 @@ def _kind(word: str) -> str:
 # -- models ----------------------------------------------------------------------------------------
 
 
+OWN_INPUTS = ("qwen2_vl", "qwen2_5_vl")
+"""Families asked through `elva.inputs`: transformers' own processor of theirs wants torchvision for
+films, and a picture should not look different because that is installed."""
+
+
 @dataclass(frozen=True)
 class LocalJudge:
     """A chat model with eyes, by transformers.
 
     Args:
-        path: a checkpoint directory or a hub name.
+        path: a checkpoint directory or a hub name. Families other than Qwen2-VL's need whatever
+            their processor needs, often torchvision.
     """
 
     path: str
@@ -160,29 +173,62 @@ class LocalJudge:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        """(model, what turns words and a picture into its arguments and its answer into words)."""
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        from elva.inputs import Inputs
 
         try:
+            family = AutoConfig.from_pretrained(self.path).model_type
+            reader: Any = Inputs.load(self.path, "") if family in OWN_INPUTS else None
             model = AutoModelForImageTextToText.from_pretrained(self.path, dtype="auto")
-            return model.eval(), AutoProcessor.from_pretrained(self.path)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return model.eval().to(device), reader or AutoProcessor.from_pretrained(self.path)
         except (ImportError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"mrbench: --judge-model must be a chat model with eyes; {reason}"
+                f"mrbench: --judge-model must be a chat model with eyes, got {self.path}: {reason}"
             ) from None
 
     def _ask(self, words: str, item: Item | None) -> str:
-        model, processor = self._loaded
-        content: list[dict[str, Any]] = [{"type": "text", "text": words}]
-        if item is not None:
-            content.insert(0, {"type": "image", "image": item.load_image()})
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
-            return_dict=True, return_tensors="pt",
-        ).to(model.device)  # fmt: skip
-        out = model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        answer = out[0, inputs["input_ids"].shape[1] :]
-        return str(processor.decode(answer, skip_special_tokens=True))
+        from elva.inputs import Inputs
+
+        model, reader = self._loaded
+        own = isinstance(reader, Inputs)
+        asked = (_own_inputs if own else _chat_inputs)(reader, words, item)
+        asked = {name: value.to(model.device) for name, value in asked.items()}
+        out = model.generate(**asked, max_new_tokens=self.max_new_tokens, do_sample=False)
+        answer = out[0, asked["input_ids"].shape[1] :]
+        decoder = reader.tokenizer if own else reader
+        return str(decoder.decode(answer, skip_special_tokens=True))
+
+
+def _own_inputs(inputs: Inputs, words: str, item: Item | None) -> dict[str, Tensor]:
+    """A question as Qwen2-VL's `generate` takes it."""
+    image = None if item is None else item.image
+    prompt = inputs.prompt(Item("judged", words, image, "text" if image is None else "image,text"))
+    ids = prompt.input_ids[None]
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.image is not None:
+        pixels, grid = inputs.patches(prompt.image)
+        asked |= {
+            "pixel_values": pixels,
+            "image_grid_thw": grid[None],
+            "mm_token_type_ids": (ids == inputs.image_id).int(),
+        }
+    return asked
+
+
+def _chat_inputs(processor: Any, words: str, item: Item | None) -> Mapping[str, Tensor]:
+    """A question as any other chat model's processor puts it."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": words}]
+    if item is not None:
+        content.insert(0, {"type": "image", "image": item.load_image()})
+    asked: Mapping[str, Tensor] = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    return asked
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from PIL import Image
 
 from elva import mrbench
+from elva.config import ScratchModel
 from elva.data import Item, load
 from elva.errors import UserError
-from elva.judges import DESCRIBE, OpenAIJudge, RuleJudge, judge_of, parse
+from elva.judges import DESCRIBE, PROMPT, LocalJudge, OpenAIJudge, RuleJudge, judge_of, parse
+from elva.model import create
 
 
 class Server(ThreadingHTTPServer):
@@ -192,3 +195,72 @@ def test_a_local_judge_that_is_none_is_one_line(tmp_path):
     with pytest.raises(UserError, match="--judge-model must be a chat model with eyes") as caught:
         judge.grains("a dog")
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A random Qwen2-VL of one layer."""
+    path = tmp_path_factory.mktemp("judge") / "model"
+    path.mkdir()
+    spec = ScratchModel(
+        hidden_size=32, intermediate_size=64, layers=1, heads=2, vocabulary=400, vision_size=32,
+        vision_layers=1, vision_heads=2,
+    )  # fmt: skip
+    create(path, spec, [PROMPT + "a red dog runs", DESCRIBE], summary_prompt="", seed=0)
+    return str(path)
+
+
+def test_a_local_judge_is_asked_in_its_own_chat_template(chat_model, monkeypatch):
+    judge = LocalJudge(chat_model, max_new_tokens=5)
+    model, inputs = judge._loaded
+    picture = Item("1:1", None, Image.new("RGB", (96, 64), "red"), "image")
+    asked = []
+    generate = type(model).generate
+
+    def heard(self, **given):
+        asked.append(given)
+        return generate(self, **given)
+
+    monkeypatch.setattr(type(model), "generate", heard)
+    assert judge.grains("a red dog runs") == []  # random weights say nothing that parses
+    said = judge.describe(picture)
+    words = [inputs.tokenizer.decode(one["input_ids"][0]) for one in asked]
+    assert words[0] == inputs.tokenizer.decode(
+        inputs.tokenizer(f"{PROMPT}a red dog runs<|im_end|>", add_special_tokens=False).input_ids
+    )
+    assert "pixel_values" not in asked[0]
+    _, height, width = asked[1]["image_grid_thw"][0].tolist()
+    assert words[1].count("<|image_pad|>") == height * width // 4
+    assert len(asked[1]["pixel_values"]) == height * width
+
+    # What it says is the model's own greedy choice, decoded step by step without a cache.
+    ids = asked[1]["input_ids"]
+    kinds = asked[1]["mm_token_type_ids"]
+    for _ in range(5):
+        with torch.no_grad():
+            scores = model(
+                input_ids=ids, pixel_values=asked[1]["pixel_values"], use_cache=False,
+                image_grid_thw=asked[1]["image_grid_thw"], mm_token_type_ids=kinds,
+            ).logits  # fmt: skip
+        ids = torch.cat([ids, scores[:, -1:].argmax(-1)], 1)
+        kinds = torch.nn.functional.pad(kinds, (0, 1))
+        if ids[0, -1] == model.generation_config.eos_token_id:
+            break
+    answer = ids[0, asked[1]["input_ids"].shape[1] :]
+    words = inputs.tokenizer.decode(answer, skip_special_tokens=True)
+    assert said == (" ".join(words.split()) or None)
+
+
+def test_a_local_judges_answer_becomes_grains(chat_model, monkeypatch):
+    judge = judge_of("local", chat_model)
+    said = '[{"grain": "red dog", "type": "entity"}, {"grain": "runs", "type": "action"}]'
+    tokenizer = judge._loaded[1].tokenizer
+
+    def answer(self, input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([tokenizer(said).input_ids])], 1)
+
+    monkeypatch.setattr(type(judge._loaded[0]), "generate", answer)
+    found = judge.grains("A red dog runs")
+    assert [(g.text, g.type, g.span) for g in found] == [
+        ("red dog", "entity", (2, 9)), ("runs", "action", (10, 14)),
+    ]  # fmt: skip
