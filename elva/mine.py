@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from elva.checkpoint import write_directory
 from elva.data import Pool
 from elva.data.mbeir import QuerySet, query_file, read_sets
-from elva.data.strict import lines
+from elva.data.strict import Faults, dump, lines, write_lines
 from elva.embeddings import Embeddings
 from elva.errors import UserError
 from elva.index import Found
@@ -97,12 +96,12 @@ class Counts:
 
 def plan(
     data: Path, settings: Mining, *, split: str = "train", tasks: Sequence[str] | None = None,
-    dim: int = 1536,
+    dim: int = 1536, skip_bad: int = 0,
 ) -> dict[str, dict[str, int]]:  # fmt: skip
     """What `mine` would do: set -> queries, pool, multiply-adds, negatives, and bytes at most."""
     settings.check()
     found = {}
-    for one in read_sets(data, tasks=tasks, split=split):
+    for one in read_sets(data, tasks=tasks, split=split, faults=Faults(skip_bad)):
         queries, pool = len(one.queries), len(one.pool)
         depth = min(pool, _depth(settings, one))
         found[one.stem] = {
@@ -123,6 +122,7 @@ def mine(
     *,
     split: str = "train",
     tasks: Sequence[str] | None = None,
+    skip_bad: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Counts]:
     """Write a data directory whose queries have mined negatives.
@@ -131,6 +131,8 @@ def mine(
         embeddings: what `elva embed` wrote of the split's queries and pools.
         output: an absent directory; gets query files and qrels, and links to the data's pools,
             instructions and pictures.
+        skip_bad: so many bad rows of the data, left out when it was embedded, are left out again;
+            `mining.json` lists them. Bad rows of a pool stay where its link leads.
 
     Returns:
         set -> what became of its candidates.
@@ -144,14 +146,16 @@ def mine(
     counts: dict[str, Counts] = {}
 
     def fill(partial: Path) -> None:
-        for one in read_sets(data, tasks=tasks, split=split):
+        faults = Faults(skip_bad)
+        for one in read_sets(data, tasks=tasks, split=split, faults=faults):
             counts[one.stem] = Counts()
             chosen = _negatives(embeddings, one, split, settings, counts[one.stem], reporter)
             _write(partial, data, one, split, chosen)
         for name in LINKED:
             if (data / name).exists():
                 os.symlink((data / name).absolute(), partial / name)
-        notes = {"settings": asdict(settings), "counts": {k: asdict(v) for k, v in counts.items()}}
+        tally = {stem: asdict(found) for stem, found in counts.items()}
+        notes = {"settings": asdict(settings), "counts": tally, "skipped": faults.found}
         (partial / "mining.json").write_text(json.dumps(notes, indent=1), encoding="utf-8")
 
     write_directory(output, fill)
@@ -311,21 +315,15 @@ class _Chooser:
 def _write(
     partial: Path, data: Path, one: QuerySet, split: str, chosen: dict[str, list[str]]
 ) -> None:
-    """The query file with `neg_cand_list` replaced, and its qrels."""
-    source = query_file(data, one.stem, split)
-    target = query_file(partial, one.stem, split)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(_replaced(source, chosen))
+    """The queries that were embedded with `neg_cand_list` replaced, and their qrels."""
+    at = {query.where: query.id for query in one.queries if query.id in chosen}
+    rows = (
+        dump(json.loads(line) | {"neg_cand_list": chosen[at[where]]})
+        for where, line in lines(query_file(data, one.stem, split))
+        if where in at
+    )
+    write_lines(query_file(partial, one.stem, split), rows)
     qrels = Path("qrels") / split / f"mbeir_{one.stem}_{split}_qrels.txt"
     if (data / qrels).exists():
-        (partial / qrels).parent.mkdir(parents=True, exist_ok=True)
-        (partial / qrels).write_bytes((data / qrels).read_bytes())
-
-
-def _replaced(source: Path, chosen: dict[str, list[str]]) -> Iterator[str]:
-    for _, line in lines(source):
-        row: dict[str, Any] = json.loads(line)
-        if row["qid"] in chosen:  # else it was a bad item that embed left out
-            row["neg_cand_list"] = chosen[row["qid"]]
-            yield json.dumps(row, ensure_ascii=False) + "\n"
+        judged = (line.rstrip("\r\n") for _, line in lines(data / qrels))
+        write_lines(partial / qrels, (row for row in judged if row.split()[0] in chosen))

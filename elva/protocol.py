@@ -16,6 +16,7 @@ from rich.table import Table
 
 from elva.data.extras import read_minimal_pairs
 from elva.data.mbeir import QuerySet, read_sets
+from elva.data.strict import Faults
 from elva.embeddings import Embeddings
 from elva.files import write_text
 from elva.index import exact
@@ -62,23 +63,27 @@ def evaluate_embeddings(
     split: str = "test",
     tasks: Sequence[str] | None = None,
     pools: Literal["local", "global"] = "local",
+    skip_bad: int = 0,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Search every query file of a split and measure what was found.
 
     Args:
         embeddings: what `elva embed` wrote, of these queries and pools.
+        skip_bad: so many bad rows of the data, left out when it was embedded, are left out again.
         output: gets `<stem>.run.trec` and `<stem>.qrels.txt` of each set and `figures.json`.
 
     Returns:
         What `figures.json` holds: `sets` (stem -> its figures), `tasks` and `average` (hit@k at
-        M-BEIR's k), `ties` (warnings), `pools`.
+        M-BEIR's k), `ties` (warnings), `pools`, `skipped` (bad rows).
 
     Raises:
         UserError, DataError: embeddings that are missing, unfinished, of another model or data.
     """
-    sets = read_sets(data, tasks=tasks, split=split, pools=pools)
+    faults = Faults(skip_bad)
+    sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
     result: dict[str, Any] = {"split": split, "pools": pools, "sets": {}, "ties": []}
+    result["skipped"] = faults.found
     for one in sets:
         run = output / f"{one.stem}.run.trec"
         judged: Qrels = {q.id: dict.fromkeys(q.positives, 1) for q in one.queries}

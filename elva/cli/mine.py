@@ -40,6 +40,7 @@ def mine(
     range_max: Annotated[int | None, typer.Option(help="Look at so many at most.")] = None,
     sampling_strategy: Annotated[str, typer.Option(help="top, or random in range.")] = "top",
     seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +54,7 @@ def mine(
             range_min, range_max, sampling_strategy, seed,
         )  # fmt: skip
         if dry_run:
-            planned = command.plan(data, settings, split=split, tasks=task)
+            planned = command.plan(data, settings, split=split, tasks=task, skip_bad=skip_bad)
             if as_json:
                 print(json.dumps(planned))
                 return
@@ -67,7 +68,14 @@ def mine(
             return
         with Bars(err if as_json else out) as bars:
             counts = command.mine(
-                embeddings, data, output, settings, split=split, tasks=task, reporter=bars
+                embeddings,
+                data,
+                output,
+                settings,
+                split=split,
+                tasks=task,
+                skip_bad=skip_bad,
+                reporter=bars,
             )
         if as_json:
             print(json.dumps({stem: asdict(c) for stem, c in counts.items()}))

@@ -290,6 +290,7 @@ def evaluate(
     split: SplitOption = "test",
     task: TaskOption = None,
     pools: PoolsOption = "local",
+    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows of --data.")] = 0,
     run_file: Annotated[Path | None, typer.Option("--run", help="A TREC run.")] = None,
     qrels: Annotated[Path | None, typer.Option(help="TREC or M-BEIR qrels for --run.")] = None,
     as_json: AsJson = False,
@@ -304,7 +305,12 @@ def evaluate(
         if run_file is not None:
             _evaluate_files(run_file, qrels, as_json)
         elif embeddings is not None:
-            which: dict[str, Any] = {"split": split, "tasks": task, "pools": pools}
+            which: dict[str, Any] = {
+                "split": split,
+                "tasks": task,
+                "pools": pools,
+                "skip_bad": skip_bad,
+            }
             _evaluate_embeddings(embeddings, data, output, which, as_json)
         else:
             assert run is not None
@@ -345,6 +351,8 @@ def _evaluate_embeddings(
     out.print(table(result))
     for line in result["ties"]:
         out.print(f"warning: {line}", markup=False, soft_wrap=True)
+    for line in result["skipped"]:
+        out.print(f"skipped: {line}", markup=False, soft_wrap=True)
     out.print(f"runs, qrels and figures: {where}", soft_wrap=True)
 
 

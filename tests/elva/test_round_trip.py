@@ -3,6 +3,7 @@ mine, mrbench, grains; every figure against numpy in float64."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,18 +262,14 @@ def test_a_killed_embedding_goes_on(run, corpus, embeddings, tmp_path) -> None:
 
 
 def test_processes_share_the_shards(run, corpus, tmp_path) -> None:
-    """What torchrun does: the same command with a rank."""
     output = tmp_path / "embeddings"
-    words = [str(w) for w in ("embed", run, "--data", corpus, "--output", output, "--task", "t2i",
-                              "--sides", "pools", "--shard-size", 60)]  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "elva", *words],
-            env={**os.environ, "RANK": str(r), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-        )
-        for r in range(2)
-    ]
-    assert [p.wait(timeout=120) for p in ranks] == [0, 0]
+    words = [str(w) for w in ("elva", "embed", run, "--data", corpus, "--output", output, "--task",
+                              "t2i", "--sides", "pools", "--shard-size", 60)]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*torchrun, "-m", *words], check=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     found = Embeddings.open(output / "mbeir_emoji_task0_cand_pool")
     assert not found.missing and len(found.ids) == found.items
 
@@ -321,3 +318,35 @@ def test_a_tampered_index_is_refused(index, tmp_path) -> None:
     content[5000] ^= 1
     path.write_bytes(content)
     assert "the file is damaged" in call("search", copy, "a woman", code=2)
+
+
+def test_bad_rows_are_left_out_from_embedding_to_mining(run, corpus, tmp_path) -> None:
+    data, output = tmp_path / "data", tmp_path / "embeddings"
+    shutil.copytree(corpus, data, symlinks=True)
+    queries = data / "query" / "test" / "mbeir_emoji_task7_test.jsonl"
+    rows = queries.read_text("utf-8").splitlines()
+    rows[1] = rows[1][:30]
+    rows[2] = rows[2].replace('"qid": "', '"qid": "x')
+    lost = json.loads(rows[3])
+    lost["query_img_path"] = "mbeir_images/absent.png"
+    rows[3] = json.dumps(lost)
+    queries.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    which = ("--data", data, "--task", "it2i")
+    embed = ("embed", run, *which, "--output", output)
+    assert f"{queries}:2: not JSON" in call(*embed, code=2)
+    assert "2 bad rows were allowed" in call(*embed, "--resume", "--skip-bad", 2, code=2)
+    call(*embed, "--resume", "--skip-bad", 3)
+
+    evaluate = ("evaluate", "--embeddings", output, *which, "--json")
+    assert f"{queries}:2: not JSON" in call(*evaluate, code=2)
+    result = json.loads(call(*evaluate, "--skip-bad", 2))
+    assert [line.split(": ")[0] for line in result["skipped"]] == [f"{queries}:2", f"{queries}:3"]
+    assert result["sets"]["emoji_task7"]["queries"] == len(rows) - 2  # the lost picture is a miss
+
+    mine = ("mine", "--embeddings", output, *which, "--split", "test", "--output", tmp_path / "m")
+    assert f"{queries}:2: not JSON" in call(*mine, code=2)
+    assert not (tmp_path / "m").exists()
+    call(*mine, "--skip-bad", 2)
+    known = load(tmp_path / "m", tasks=["it2i"], split="test").queries
+    assert len(known) == len(rows) - 3 and lost["qid"] not in {query.id for query in known}
+    assert json.loads((tmp_path / "m" / "mining.json").read_text())["skipped"] == result["skipped"]
