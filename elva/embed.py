@@ -22,11 +22,15 @@ from elva.data.strict import Faults
 from elva.embeddings import PLAN, Embeddings
 from elva.encoder import Encoder
 from elva.errors import UserError
+from elva.files import write_text
 from elva.index import segment as segment_file
 from elva.progress import Reporter
 
 SHARD_ROWS = 8192
 """Ours: what a kill can cost, and few enough files at millions of items."""
+
+SKIPPED = "skipped.txt"
+"""What was left out, a line each."""
 
 Sides = Literal["both", "queries", "pools"]
 
@@ -54,8 +58,9 @@ def embed(
         dtype: what is stored: float16, bfloat16 or float32.
         metadata: keep the fields of the candidates' `src_content`, to search by.
         resume: go on with what is in `output`, made by the same model of the same data.
-        skip_bad: so many items that cannot be read (a missing picture) are left out and listed in
-            `skipped.txt`; one more ends the run.
+        skip_bad: so many rows that break a rule, listed in `output`/skipped.txt, and items that
+            cannot be read (a missing picture), listed beside their shards, are left out; one more
+            ends the run.
 
     Returns:
         One for each pool and query file.
@@ -65,6 +70,8 @@ def embed(
     """
     faults = Faults(skip_bad)
     sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
+    if faults.found and _world_rank() == 0:
+        write_text(output / SKIPPED, "".join(f"{line}\n" for line in faults.found))
     named = pictures.names(data)
     done = []
     for name, items, about in _wanted(data, sets, split, sides):
@@ -207,7 +214,7 @@ def _embed_shards(
     total = sum(min(rows, plan.items - i * rows) for i in mine)
     if reporter is not None:
         reporter.start(f"embed {plan.directory.name}", total, "items")
-    done = 0
+    done, read = 0, len(faults.found)
     for shard in mine:
         chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
         before = len(faults.found)
@@ -226,7 +233,7 @@ def _embed_shards(
             }
         )
         if len(faults.found) > before:
-            with open(plan.directory / "skipped.txt", "a", encoding="utf-8") as file:
+            with open(plan.directory / SKIPPED, "a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in faults.found[before:])
         segment_file.write(
             plan.shards[shard], [out.embeddings], table,
@@ -234,7 +241,8 @@ def _embed_shards(
         )  # fmt: skip
         encoder.retriever.forget()
     if reporter is not None:
-        skipped = f", {len(faults.found)} bad items skipped" if faults.found else ""
+        bad = len(faults.found) - read
+        skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
         reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")
 
 

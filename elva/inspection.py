@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,12 +43,17 @@ def check(
     faults = Faults(EVERY)
     sets = _sets(root, split, tasks, faults)
     before = len(faults.found)
-    items = {(i.id, i.modality): i for _, one in sets for i in (*one.queries, *one.pool)}
     if reporter is not None:
-        reporter.start(f"check {root}", len(items), "items")
+        total = sum(len(one.queries) + len(one.pool) for _, one in sets)
+        reporter.start(f"check {root}", total, "items")
+    known: set[tuple[str, str]] = set()  # a pool is often that of several sets
     seen: dict[bytes, str] = {}
     copies = 0
-    for done, item in enumerate(items.values(), start=1):
+    items = chain.from_iterable(chain(one.queries, one.pool) for _, one in sets)
+    for done, item in enumerate(items, start=1):
+        if (item.id, item.modality) in known:
+            continue
+        known.add((item.id, item.modality))
         with faults.row():
             if item.image is not None:
                 item.load_image() if decode else item.image_format()

@@ -336,6 +336,10 @@ def test_bad_rows_are_left_out_from_embedding_to_mining(run, corpus, tmp_path) -
     assert f"{queries}:2: not JSON" in call(*embed, code=2)
     assert "2 bad rows were allowed" in call(*embed, "--resume", "--skip-bad", 2, code=2)
     call(*embed, "--resume", "--skip-bad", 3)
+    listed = (output / "skipped.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == [f"{queries}:2", f"{queries}:3"]
+    (missing,) = (output / "mbeir_emoji_task7_test" / "skipped.txt").read_text().splitlines()
+    assert missing.startswith(f"{queries}:4: no such picture")
 
     evaluate = ("evaluate", "--embeddings", output, *which, "--json")
     assert f"{queries}:2: not JSON" in call(*evaluate, code=2)
