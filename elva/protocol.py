@@ -70,8 +70,8 @@ def evaluate_embeddings(
 
     Args:
         embeddings: what `elva embed` wrote, of these queries and pools.
-        skip_bad: so many bad rows of the data, left out when it was embedded, are left out again.
         output: gets `<stem>.run.trec` and `<stem>.qrels.txt` of each set and `figures.json`.
+        skip_bad: so many bad rows of the data, left out when it was embedded, are left out again.
 
     Returns:
         What `figures.json` holds: `sets` (stem -> its figures), `tasks` and `average` (hit@k at
