@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from elva_kernels import dispatch
-from elva_kernels.reference import compute_dtype
+from elva_kernels.backends.table import BACKENDS
+from elva_kernels.reference import Weights, compute_dtype
 
 WIDEST_COSINE = 2.0
 LARGEST = sys.float_info.max
-# Below it 1 / rank_temperature leaves float32's range, and the gradient would be NaN. Ours.
-COLDEST = 1e-6
+# Below it 1 / temperature leaves float32's range, and the gradient would be NaN. Ours.
+LEAST_TEMPERATURE = 1e-6
 
 _DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
@@ -87,38 +87,29 @@ def rewards(op: str, reward: Tensor, scale: str, std_eps: float) -> float:
     return _number(op, "std_eps", std_eps, 0.0, LARGEST)
 
 
-def weights(
-    op: str,
-    margin: float,
-    rank_penalty: float,
-    w_margin: float,
-    w_rank: float,
-    rank_temperature: float,
-    backend: str,
-    widest_margin: float,
-) -> tuple[float, float, float, float, float, str]:
-    """The scalars as floats, in the order of the registered ops."""
-    known_backend(op, backend)
-    if rank_temperature != 0.0 or type(rank_temperature) is not float:
-        rank_temperature = _number(op, "rank_temperature", rank_temperature, 0.0, LARGEST)
-        if 0.0 < rank_temperature < COLDEST:
-            rule = f"be 0 or at least {COLDEST}"
-            _refuse(ValueError, op, "rank_temperature", rule, repr(rank_temperature))
-    return (
+def weights(op: str, given: Weights, widest_margin: float) -> Weights:
+    """The scalars as floats in their ranges."""
+    margin, rank_penalty, w_margin, w_rank, temperature = given
+    if temperature != 0.0 or type(temperature) is not float:
+        temperature = _number(op, "rank_temperature", temperature, 0.0, LARGEST)
+        if 0.0 < temperature < LEAST_TEMPERATURE:
+            rule = f"be 0 or at least {LEAST_TEMPERATURE}"
+            _refuse(ValueError, op, "rank_temperature", rule, repr(temperature))
+    return Weights(
         _number(op, "margin", margin, -widest_margin, widest_margin),
         _number(op, "rank_penalty", rank_penalty, 0.0, LARGEST),
         _number(op, "w_margin", w_margin, 0.0, LARGEST),
         _number(op, "w_rank", w_rank, 0.0, LARGEST),
-        rank_temperature,
-        backend,
+        temperature,
     )
 
 
-def known_backend(op: str, backend: str) -> None:
+def known_backend(op: str, backend: str) -> str:
     """A name that `backend` may have; whether it runs here is asked when it is called."""
-    if backend != "auto" and backend not in dispatch.BACKENDS:
-        names = ", ".join(("auto", *dispatch.BACKENDS))
+    if backend != "auto" and backend not in BACKENDS:
+        names = ", ".join(("auto", *BACKENDS))
         _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
+    return backend
 
 
 def batch(
@@ -157,8 +148,8 @@ def batch(
 def temperature_number(op: str, value: float) -> float:
     """A temperature that is known beforehand, as a float."""
     number = _number(op, "temperature", value, -LARGEST, LARGEST)
-    if number < COLDEST:
-        _refuse(ValueError, op, "temperature", f"be at least {COLDEST}", repr(number))
+    if number < LEAST_TEMPERATURE:
+        _refuse(ValueError, op, "temperature", f"be at least {LEAST_TEMPERATURE}", repr(number))
     return number
 
 

@@ -1,331 +1,268 @@
-"""The in-batch ops as steps that a backend computes: unit rows, products, rows of scores, slopes.
+"""Statistics, reward and InfoNCE over the candidates of a batch, as users call them."""
 
-Scores are held a chunk of queries at a time, masked and counted in place, and turned into slopes
-in place: three products for a loss and its gradients, four where both directions are wanted and the
-scores do not all fit (a column's sum has to be known before the first slope is). Inputs arrive
-checked by `library_batch`, with any strides. Reference: `elva_kernels.reference_batch`.
-"""
+from typing import Literal, overload
 
-import abc
-import math
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from elva_kernels.reference import compute_dtype
-from elva_kernels.reference_batch import Batch, RankStatistics
-
-# Scores held at once where the caller has no say. Ours: the products lose nothing to it.
-_WORKSPACE_MB = 256
-_LEAST_ROWS = 192  # of a chunk: fewer, and packing the candidates costs as much as the product
-_ROW_PADDING = 16
-_CACHE_PERIOD = 1024  # bytes; measured: 151 GFLOP/s instead of 187 at 1024 x 1024
+from elva_kernels import checks
+from elva_kernels.reference import RankingReward, RankStatistics, Weights
+from elva_kernels.registered import in_batch as registered
+from elva_kernels.registered.library import is_watched
 
 
-class Units(NamedTuple):
-    """Rows whose products are made cosines, and what gradients through them need."""
+def rank_statistics(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None = None,
+    *,
+    k: int = 0,
+    temperature: float | Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    max_score: float | None = None,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> RankStatistics:
+    """Rank each query's target among the candidates of a batch, and find its hardest negatives.
 
-    rows: Tensor  # [R, D]; zeros where a row is not finite
-    norm: Tensor  # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e
-    scale: Tensor | None  # [R], what makes them unit rows, 0 where they are 0; None: they are
+    With the cosine similarities s_ij of query i and candidate j, t_i the target and L_i the
+    negatives of query i (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4, for the rank)::
 
+        n_greater = #{j in L_i : s_ij > s_it}    n_equal = #{j in L_i : s_ij = s_it}
+        rank      = 1 + n_greater + n_equal      logsumexp = log sum_{t_i and L_i} exp(s_ij / T)
 
-class Sums(NamedTuple):
-    """Over negatives: exp((s - peak) / T), and that times (s - peak), in float64."""
+    The positive loses every tie, and its score comes out of the same arithmetic as the others: a
+    copy of it anywhere in `candidates` counts as equal.
 
-    peak: Tensor
-    total: Tensor
-    moment: Tensor
+    Args:
+        query: [B, D], bfloat16, float16, float32 or float64, of any finite magnitude and strides.
+        candidates: [M, D], as `query`.
+        target: integers [B] in [0, M), each query's positive; None is ``arange(B)``. Out of range
+            raises on a CPU; on a GPU, where looking would wait for the device, it is not looked at.
+        k: how many of the hardest negatives to return; all of them where there are fewer.
+        temperature: T > 0 of `logsumexp`, a number or a tensor of one; None: no `logsumexp`.
+        candidate_ids: integers [M]; candidates with the id of a query's target are no negatives of
+            that query. None: all differ.
+        max_score: a candidate that scores above it is no negative of that query (the paper's
+            filter of false negatives). None: no limit.
+        check_finite: raise on NaN and inf rows, with their indices. Waits for the device.
+        backend: "auto", or a name out of `available_backends()`, which is used or raises.
 
+    Returns:
+        RankStatistics: `rank`, `n_greater`, `n_equal` [B] int32; `target_score`, `hardest_score`,
+        `logsumexp` [B] and `topk_scores` [B, min(k, M)] in float32 (float64 for float64);
+        `hardest_index` [B] and `topk_index` [B, min(k, M)] int64. Negatives are ordered by score
+        descending, then index ascending; places that no finite negative takes hold -inf and -1. A
+        zero row scores 0. With a NaN or inf row as query or target, `target_score` and `logsumexp`
+        are NaN and the rank is the worst; as a candidate of others it ranks below every number.
 
-class Terms(NamedTuple):
-    """What one direction of InfoNCE makes of each query's sums, in float64. 0 for a bad pair."""
+    Raises:
+        ValueError: a shape, device, layout, index or number out of its range.
+        TypeError: a dtype, or an argument of another type.
+        BackendUnavailable: the named backend cannot run here.
 
-    loss: Tensor  # [B] NaN for a bad pair
-    share: Tensor  # [B] a negative's probability over exp((s - peak) / T)
-    others: Tensor  # [B] the negatives' probability
-    heat: Tensor  # [B] d loss / d T
+    Differentiable: nothing; all results are detached.
 
+    Equivalent to::
 
-class Slopes(NamedTuple):
-    """What turns masked scores into slopes; see `Run.slope_rows`."""
-
-    row_peak: Tensor  # [R] finite
-    row_factor: Tensor  # [R]
-    target_slope: Tensor  # [R]
-    target: Tensor  # int64 [R]
-    column_peak: Tensor | None  # [width] finite
-    column_factor: Tensor | None  # [width]
-
-
-class Run(abc.ABC):
-    """One call: its unit rows, the chunk of scores, and the results as they come together."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        candidates: Tensor,
-        batch: Batch,
-        k: int = 0,
-        temperature: Tensor | None = None,
-        workspace_mb: int = _WORKSPACE_MB,
-    ) -> None:
-        self.dtype = compute_dtype(query.dtype)
-        self.device = query.device
-        self.batch = batch
-        self.query, self.candidates = self.units(query), self.units(candidates)
-        b, m = len(query), len(candidates)
-        self.width = _width(m, self.dtype)
-        self.temperature: Tensor | None = None
-        if temperature is not None:  # never read on the host: that would wait for the device
-            heat = temperature.detach().double()
-            self.temperature = torch.where(heat > 0, heat, math.nan)
-        self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
-        self.workspace: Tensor | None = None
-        self.k = min(k, m)
-
-        sound = ~self.candidates.norm[:, 0].isnan()
-        self.penalty = self.full(self.width, -math.inf)
-        self.penalty[:m] = torch.where(sound, 0.0, -math.inf)
-        self.scale: Tensor | None = None
-        if self.candidates.scale is not None:
-            self.scale = self.full(self.width, 0.0)
-            self.scale[:m] = self.candidates.scale
-        self.n_greater, self.n_equal = (self.empty((b,), torch.int32) for _ in range(2))
-        self.target_score, self.hardest_score, self.target_slope = (
-            self.empty((b,), self.dtype) for _ in range(3)
-        )
-        self.hardest_index = self.empty((b,), torch.int64)
-        self.topk_scores = self.empty((b, self.k), self.dtype)
-        self.topk_index = self.empty((b, self.k), torch.int64)
-        self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
-        self.row_terms, self.column_terms = (
-            Terms(*self.empty((4, b), torch.float64)) for _ in range(2)
-        )
-        self.columns = Sums(
-            self.full(self.width, -math.inf),
-            *(torch.zeros(self.width, dtype=torch.float64, device=self.device) for _ in range(2)),
-        )
-        self.grad_units: list[Tensor] = []
-
-    def rank_statistics(self) -> RankStatistics:
-        """As `reference_batch.rank_statistics`."""
-        for rows in self.chunks:
-            self.score(rows)
-        return self.statistics()
-
-    def info_nce(self, *, symmetric: bool) -> tuple[Tensor, RankStatistics]:
-        """As `reference_batch.info_nce`."""
-        for rows in self.chunks:
-            scores = self.score(rows)
-            if symmetric:
-                self.column_sums(scores)
-        if symmetric:
-            self.end_columns()
-        return self.loss(symmetric), self.statistics()
-
-    def info_nce_and_gradients(
-        self, weight: Tensor, *, symmetric: bool, dtypes: tuple[torch.dtype, torch.dtype]
-    ) -> tuple[Tensor, RankStatistics, Tensor, Tensor, Tensor]:
-        """The loss, its statistics, and the gradients of sum(weight * loss).
-
-        Args:
-            weight: [B] in any float dtype.
-            dtypes: of the gradients on queries and candidates; the temperature's is float64.
-        """
-        held = None
-        if symmetric:
-            for rows in self.chunks:
-                held = self.score(rows)
-                self.column_sums(held)
-            self.end_columns()
-        for rows in self.chunks:
-            if held is None or len(self.chunks) > 1:
-                held = self.score(rows)
-            self.slope_rows(held, self.slopes(rows, weight, symmetric))
-            self.add_gradients(held, rows)
-        self.add_targets()
-        gradients = self.gradients(dtypes)
-        heat = self.heat_gradient(weight, symmetric)
-        return self.loss(symmetric), self.statistics(), *gradients, heat
-
-    def gradients_of_slopes(
-        self, index: Tensor, slopes: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
-    ) -> tuple[Tensor, Tensor]:
-        """As `reference_batch.in_batch_gradients`."""
-        self.target_score.copy_(torch.where(self.bad_pairs(), math.nan, 0.0))
-        self.target_slope.zero_()
-        for rows in self.chunks:
-            # A slope of no candidate goes to a column of padding, or of its own.
-            matrix = slopes.new_zeros(len(index[rows]), self.width + 1)
-            nowhere = torch.where(index[rows] < 0, self.width, index[rows])
-            matrix.scatter_(1, nowhere, slopes[rows])
-            self.add_gradients(matrix, rows)
-        return self.gradients(dtypes)
-
-    @abc.abstractmethod
-    def units(self, rows: Tensor) -> Units:
-        """Of rows [R, D] of any strides."""
-
-    @abc.abstractmethod
-    def multiply_rows(self, query: Units, scores: Tensor) -> None:
-        """Products of some queries and all candidates into the first columns of `scores`."""
-
-    @abc.abstractmethod
-    def score_rows(self, scores: Tensor, rows: slice) -> None:
-        """Products become masked scores, in place; the statistics of `rows` are filled in."""
-
-    @abc.abstractmethod
-    def column_sums(self, scores: Tensor) -> None:
-        """Adds masked scores of some queries to `columns`."""
-
-    @abc.abstractmethod
-    def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
-        """Eq. 11 and 13 of some queries from the sums over negatives, and their derivatives.
-
-        `at`: where in `sums` a query's are; None: in order.
-        """
-
-    @abc.abstractmethod
-    def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
-        """Masked scores become row_factor exp((s - row_peak) / T), in place.
-
-        And the same of the columns added, and target_slope at the target.
-        """
-
-    @abc.abstractmethod
-    def add_gradients(self, slopes: Tensor, rows: slice) -> None:
-        """Slopes [rows, width or more] into the gradients on unit rows, `grad_units`."""
-
-    @abc.abstractmethod
-    def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
-        """On the rows, rounded once; NaN where the norm is."""
-
-    @abc.abstractmethod
-    def add_targets(self) -> None:
-        """The slopes of targets into `grad_units`, where `slope_rows` left them out."""
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory for a result."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def full(self, size: int, value: float) -> Tensor:
-        return torch.full((size,), value, dtype=self.dtype, device=self.device)
-
-    def score(self, rows: slice) -> Tensor:
-        """The masked scores of some queries, in the workspace; fills in their statistics."""
-        query = part_of(self.query, rows)
-        if self.workspace is None:
-            self.workspace = self.empty((len(query.rows), self.width), self.dtype)
-            self.workspace[:, len(self.candidates.rows) :] = 0
-        scores = self.workspace[: len(query.rows)]
-        self.multiply_rows(query, scores)
-        self.score_rows(scores, rows)
-        if self.temperature is not None:
-            sums = Sums(self.hardest_score[rows], self.total[rows], self.moment[rows])
-            self.set_terms(self.row_terms, rows, sums)
-        return scores
-
-    def end_columns(self) -> None:
-        """After all `column_sums`."""
-        self.set_terms(self.column_terms, slice(None), self.columns, self.batch.target)
-
-    def statistics(self) -> RankStatistics:
-        lse = None
-        if self.temperature is not None:
-            own = self.target_score.double() / self.temperature
-            lse = (self.row_terms.loss + own).to(self.dtype)
-        return RankStatistics(
-            rank=1 + self.n_greater + self.n_equal,
-            n_greater=self.n_greater,
-            n_equal=self.n_equal,
-            target_score=self.target_score,
-            hardest_score=self.hardest_score,
-            hardest_index=self.hardest_index,
-            topk_scores=self.topk_scores,
-            topk_index=self.topk_index,
-            logsumexp=lse,
-        )
-
-    def loss(self, symmetric: bool) -> Tensor:
-        loss = self.row_terms.loss
-        if symmetric:
-            loss = (loss + self.column_terms.loss) / 2
-        return loss.to(self.dtype)
-
-    def upstream(self, weight: Tensor, rows: slice, symmetric: bool) -> Tensor:
-        """What multiplies each direction's slope: 0 for a bad pair, whatever its weight."""
-        value = weight[rows].double() * (0.5 if symmetric else 1.0)
-        return torch.where(self.target_score[rows].isfinite(), value, 0.0)
-
-    def slopes(self, rows: slice, weight: Tensor, symmetric: bool) -> Slopes:
-        """What makes d sum(weight * loss) / d score of some queries' masked scores."""
-        assert self.temperature is not None
-        upstream = self.upstream(weight, rows, symmetric) / self.temperature
-        target_slope = -upstream * self.row_terms.others[rows]
-        column_peak = column_factor = None
-        if symmetric:
-            everyone = self.upstream(weight, slice(None), symmetric) / self.temperature
-            target_slope -= upstream * self.column_terms.others[rows]
-            sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
-            # Not index_add_, which on a GPU adds in any order.
-            sums.index_put_((self.batch.target,), everyone * self.column_terms.share, True)
-            column_factor = sums.to(self.dtype)
-            column_peak = _finite(self.columns.peak)
-        self.target_slope[rows] = target_slope.to(self.dtype)
-        return Slopes(
-            _finite(self.hardest_score[rows]),
-            (upstream * self.row_terms.share[rows]).to(self.dtype),
-            self.target_slope[rows],
-            self.batch.target[rows],
-            column_peak,
-            column_factor,
-        )
-
-    def gradients(self, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
-        """On the rows themselves; NaN for a bad candidate and for a query of a bad pair."""
-        if not self.chunks:
-            both = (self.query, self.candidates)
-            self.grad_units = [self.empty(x.rows.shape, self.dtype).zero_() for x in both]
-        norm = self.query.norm
-        norm[:, 0] = torch.where(self.target_score.isfinite(), norm[:, 0], math.nan)
-        return (
-            self.gradient(self.query, self.grad_units[0], dtypes[0]),
-            self.gradient(self.candidates, self.grad_units[1], dtypes[1]),
-        )
-
-    def heat_gradient(self, weight: Tensor, symmetric: bool) -> Tensor:
-        heat = self.row_terms.heat
-        if symmetric:
-            heat = heat + self.column_terms.heat
-        return (self.upstream(weight, slice(None), symmetric) * heat).sum()
-
-    def bad_pairs(self) -> Tensor:
-        """Bool [B]: queries that are not finite, or whose target is not."""
-        query, candidates = (x.norm[:, 0].isnan() for x in (self.query, self.candidates))
-        return query | candidates[self.batch.target]
+        scores = torch.cosine_similarity(query[:, None], candidates, dim=-1)
+        target_score = scores.gather(1, target[:, None])
+        negative = torch.arange(M) != target[:, None]
+        rank = 1 + (negative & (scores >= target_score)).sum(1)
+        topk_scores, topk_index = scores.where(negative, -torch.inf).topk(k)
+        logsumexp = (scores / temperature).logsumexp(1)
+    """
+    op = "rank_statistics"
+    checks.batch(op, query, candidates, target, candidate_ids, check_finite)
+    checks.known_backend(op, backend)
+    k = checks.count(op, "k", k, 0)
+    max_score = checks.max_score(op, max_score)
+    t = None if temperature is None else checks.temperature(op, temperature, query).detach()
+    *results, logsumexp = registered.rank_statistics(
+        query.detach(), candidates.detach(), target, candidate_ids, t, max_score, k, backend
+    )
+    return RankStatistics._make([*results, None if t is None else logsumexp])
 
 
-def part_of(units: Units, rows: slice) -> Units:
-    scale = None if units.scale is None else units.scale[rows]
-    return Units(units.rows[rows], units.norm[rows], scale)
+def in_batch_ranking_reward(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None = None,
+    *,
+    head: int | None = 100,
+    candidate_ids: Tensor | None = None,
+    max_score: float | None = None,
+    margin: float = 0.1,
+    rank_penalty: float = 0.01,
+    w_margin: float = 0.4,
+    w_rank: float = 0.6,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> RankingReward:
+    """`ranking_reward` with the candidates of the whole batch as each query's negatives.
+
+    With s_0 the target's cosine similarity and r_0 its rank over all M candidates, s_i and r_i
+    those of the negatives (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4)::
+
+        margin_reward = max(0, s_0 - max_i s_i - margin)
+        rank_reward   = s_0 / (1 + log r_0) - rank_penalty * sum_{r_i <= head} s_i (log r_i - 1)
+        reward        = w_margin * margin_reward + w_rank * rank_reward
+
+    Differs from the paper: it ranks a mined pool of 100 negatives a query, whose penalty has 100
+    terms. Over a batch the penalty would grow with the batch, so only negatives at ranks up to
+    `head` enter it; the default is the paper's pool. The margin and rank penalty that it does not
+    print are ours, as in `ranking_reward`.
+
+    Args:
+        query, candidates, target, candidate_ids, max_score, check_finite, backend: as in
+            `rank_statistics`.
+        head: >= 1, the last rank that enters the penalty; None: all of them.
+        margin, rank_penalty, w_margin, w_rank: as in `ranking_reward`.
+
+    Returns:
+        RankingReward: `reward`, `margin_reward`, `rank_reward` [B] and `scores`
+        [B, 1 + min(head, M)] (the target's, then the hardest negatives' in order, then -inf) in
+        float32, or float64 for float64 inputs; `rank` [B] int32, over all M. A NaN or inf row
+        makes NaN of the reward of its own pair and of its own gradient; it is nobody else's
+        negative.
+
+    Raises:
+        As `rank_statistics`.
+
+    Differentiable: `reward`, once, in query and candidates (closed form; gradients in the input's
+    dtype, rounded once). The other results are detached.
+
+    Equivalent to::
+
+        found = rank_statistics(query, candidates, target, k=head)
+        k = torch.arange(1, head + 1)
+        k = k + (found.target_score[:, None] > found.topk_scores)
+        margin_reward = (found.target_score - found.hardest_score - margin).relu()
+        rank_reward = found.target_score / (1 + found.rank.log())
+        penalty = torch.where(k <= head, found.topk_scores * (k.log() - 1), 0).sum(1)
+        reward = w_margin * margin_reward + w_rank * (rank_reward - rank_penalty * penalty)
+    """
+    op = "in_batch_ranking_reward"
+    checks.batch(op, query, candidates, target, candidate_ids, check_finite)
+    weights = Weights(margin, rank_penalty, w_margin, w_rank)
+    weights = checks.weights(op, weights, checks.WIDEST_COSINE)
+    checks.known_backend(op, backend)
+    max_score = checks.max_score(op, max_score)
+    head = max(1, candidates.shape[0]) if head is None else checks.count(op, "head", head, 1)
+    arguments = (query, candidates, target, candidate_ids, max_score, head, weights, backend)
+    if is_watched(query, candidates):
+        return RankingReward(*registered.differentiable_in_batch_ranking_reward(*arguments)[:5])
+    return RankingReward(*registered.in_batch_ranking_reward(*arguments)[:5])
 
 
-def _finite(peak: Tensor) -> Tensor:
-    return torch.where(peak > -math.inf, peak, 0.0)
+@overload
+def info_nce(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.05,
+    symmetric: bool = False,
+    candidate_ids: Tensor | None = None,
+    max_score: float | None = None,
+    reduction: str = "mean",
+    return_statistics: Literal[False] = False,
+    workspace_mb: int = 256,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor: ...
 
 
-def _width(m: int, dtype: torch.dtype) -> int:
-    """Scores in a row: padded, and no multiple of what maps a column to a few lines of a cache."""
-    width = -(-m // _ROW_PADDING) * _ROW_PADDING
-    return width if width * dtype.itemsize % _CACHE_PERIOD else width + _ROW_PADDING
+@overload
+def info_nce(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.05,
+    symmetric: bool = False,
+    candidate_ids: Tensor | None = None,
+    max_score: float | None = None,
+    reduction: str = "mean",
+    return_statistics: Literal[True],
+    workspace_mb: int = 256,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, RankStatistics]: ...
 
 
-def _chunks(b: int, row_bytes: int, workspace_mb: int) -> list[slice]:
-    """Queries in chunks of equal size whose scores fit the workspace."""
-    if b == 0:
-        return []
-    most = max(_LEAST_ROWS, workspace_mb * 2**20 // row_bytes)
-    size = -(-b // -(-b // most))
-    return [slice(i, min(i + size, b)) for i in range(0, b, size)]
+def info_nce(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.05,
+    symmetric: bool = False,
+    candidate_ids: Tensor | None = None,
+    max_score: float | None = None,
+    reduction: str = "mean",
+    return_statistics: bool = False,
+    workspace_mb: int = 256,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, RankStatistics]:
+    """The InfoNCE loss of each query against the candidates of a batch, in bounded memory.
+
+    With the cosine similarities s_ij, t_i the target and L_i the negatives of query i (van den Oord
+    et al., arXiv:1807.03748, eq. 4)::
+
+        loss_i = log(sum_{t_i and L_i} exp(s_ij / T)) - s_it / T
+
+    and with `symmetric` half of that and half of its twin, in which candidate t_i looks for query i
+    among the other queries (CLIP, arXiv:2103.00020): all queries but those that have t_i, or a
+    candidate of its id, as target, or score above `max_score`.
+
+    Args:
+        query, candidates, target, candidate_ids, max_score, check_finite, backend: as in
+            `rank_statistics`. More candidates than queries are fine: hard negatives, say.
+        temperature: T, a number of at least 1e-6, or a floating tensor of one element, which then
+            gets its gradient. A tensor's value is not looked at: T <= 0 gives a NaN loss.
+        symmetric: both directions, out of one matrix of scores.
+        reduction: "mean" or "sum" over the queries, or "none" for the loss of each.
+        return_statistics: also return what `rank_statistics` gives for k = 0 and this temperature.
+        workspace_mb: >= 1, megabytes of scores held at once; more is faster up to all of them,
+            ``4 B M`` bytes. A few rows are held whatever it says; the reference holds all.
+
+    Returns:
+        The loss, [] or [B], in float32, or float64 for float64 inputs; with `return_statistics`
+        a tuple of it and the RankStatistics. A NaN or inf row makes NaN of the loss of its own pair
+        and of its own gradient; it is nobody else's negative. "mean" over no query is NaN.
+
+    Raises:
+        As `rank_statistics`.
+
+    Differentiable: the loss, once, in query, candidates and temperature (closed form; gradients in
+    the input's dtype, rounded once; 0 for zero rows). The statistics are detached.
+
+    Equivalent to::
+
+        scores = torch.cosine_similarity(query[:, None], candidates, dim=-1)
+        loss = torch.nn.functional.cross_entropy(scores / temperature, target)
+        # symmetric: also of scores.T, and half of the sum
+    """
+    op = "info_nce"
+    checks.batch(op, query, candidates, target, candidate_ids, check_finite)
+    checks.known_backend(op, backend)
+    checks.reduction(op, reduction)
+    t = checks.temperature(op, temperature, query)
+    arguments = (
+        query,
+        candidates,
+        target,
+        candidate_ids,
+        t,
+        checks.max_score(op, max_score),
+        bool(symmetric),
+        checks.count(op, "workspace_mb", workspace_mb, 1),
+        backend,
+    )
+    if is_watched(query, candidates, t):
+        loss, *found = registered.differentiable_info_nce(reduction, *arguments)
+    else:
+        loss, *found = registered.info_nce(*arguments)
+        loss = registered.reduced(loss, reduction)
+    return (loss, RankStatistics(*found)) if return_statistics else loss

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from elva_kernels import checks
-from elva_kernels.infonce import info_nce
-from elva_kernels.ops import ranking_reward
+from elva_kernels.in_batch import info_nce
+from elva_kernels.reference import Weights
+from elva_kernels.reward import ranking_reward
 
 
 class RankingRewardLoss(torch.nn.Module):
@@ -31,44 +32,30 @@ class RankingRewardLoss(torch.nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checked = checks.weights(
-            type(self).__name__,
-            margin,
-            rank_penalty,
-            w_margin,
-            w_rank,
-            rank_temperature,
-            backend,
-            checks.WIDEST_COSINE,
-        )
-        self.margin, self.rank_penalty, self.w_margin, self.w_rank = checked[:4]
-        self.rank_temperature, self.backend = checked[4:]
+        op = type(self).__name__
+        weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
+        weights = checks.weights(op, weights, checks.WIDEST_COSINE)
+        self.margin, self.rank_penalty, self.w_margin, self.w_rank, self.rank_temperature = weights
+        self.backend = checks.known_backend(op, backend)
+
+    @property
+    def weights(self) -> Weights:
+        """The scalars that `ranking_reward` is called with."""
+        return Weights(*(getattr(self, name) for name in Weights._fields))
 
     def forward(
         self, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]."""
         result = ranking_reward(
-            query,
-            positive,
-            negatives,
-            mask=mask,
-            margin=self.margin,
-            rank_penalty=self.rank_penalty,
-            w_margin=self.w_margin,
-            w_rank=self.w_rank,
-            rank_temperature=self.rank_temperature,
-            backend=self.backend,
+            query, positive, negatives, mask=mask, **self.weights._asdict(), backend=self.backend
         )
         return -result.reward.mean()
 
     def extra_repr(self) -> str:
         """The weights, as `print(module)` shows them."""
-        return (
-            f"margin={self.margin}, rank_penalty={self.rank_penalty}, w_margin={self.w_margin}, "
-            f"w_rank={self.w_rank}, rank_temperature={self.rank_temperature}, "
-            f"backend={self.backend!r}"
-        )
+        weights = ", ".join(f"{name}={value}" for name, value in self.weights._asdict().items())
+        return f"{weights}, backend={self.backend!r}"
 
 
 class InfoNCELoss(torch.nn.Module):

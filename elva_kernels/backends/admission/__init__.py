@@ -1,0 +1,1 @@
+"""How a GPU backend proves itself on a device before "auto" uses it: trials, and their verdicts."""

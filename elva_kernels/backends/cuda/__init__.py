@@ -1,0 +1,35 @@
+"""The CUDA backend: kernels of `elva_kernels._C` for NVIDIA GPUs, compiled where nvcc is found.
+
+They run on the tensors' device and its current stream, in bfloat16, float16 and float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from elva_kernels.backends import boundary
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)
+
+
+def unavailable_reason() -> str | None:
+    """None where the kernels can run, else one sentence: what is missing and what to do."""
+    facts = boundary.describe()
+    if not facts.get("cuda"):
+        return facts["reason"] or (
+            "elva_kernels._C was built without CUDA, for no nvcc was found; install the CUDA "
+            "toolkit and run pip install again, with ELVA_KERNELS_CUDA=1 to insist"
+        )
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "torch sees no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < _LEAST_CAPABILITY:
+        found = ".".join(map(str, capability))
+        return f"cuda kernels need a GPU of compute capability 8.0 or later, this one has {found}"
+    return None
+
+
+def version() -> str:
+    """The build that a verdict on its kernels holds for."""
+    return f"_C {boundary.build_digest()}"

@@ -1,0 +1,49 @@
+"""What a launcher is: an op on a backend, as `table` lists them and `registered` calls them.
+
+Its tensors arrive checked, on one device, of one dtype out of bfloat16, float16, float32 and
+float64, with any strides; those of the grouped ops are expanded to one leading shape `*`. They are
+read where they lie and never written. Results are contiguous and have no graph. With `weights` a
+`reference.Weights`, `batch` a `reference.Batch`, and None where an argument is optional:
+
+    ranking_reward            (query, positive, negatives, mask, weights) -> reward, margin_reward,
+                              rank_reward [*], rank int32 [*], scores [*, N + 1]
+    ranking_reward_saved      the same, and saved: all that the backward needs beside the inputs
+    ranking_reward_backward   (query, positive, negatives, mask, saved, grad_reward, weights)
+                              -> the gradients of sum(grad_reward * reward) on the three inputs
+    ranking_reward_and_grad   (query, positive, negatives, mask, upstream, weights)
+                              -> the values and the gradients of sum(upstream * reward); None is 1
+    reward_from_scores        (scores, mask, weights) -> the values, with the live scores
+    reward_from_scores_backward  (scores, mask, grad_reward, weights) -> grad_scores
+    group_advantages          (reward, *, scale, std_eps) -> advantages
+    topk                      (query, corpus, k, *, metric) -> scores, index
+    rank_statistics           (query, candidates, batch, *, k, temperature) -> the fields of
+                              `reference.RankStatistics`; logsumexp is [0] without a temperature
+    in_batch_ranking_reward   (query, candidates, batch, head, weights) -> the values, index
+    in_batch_ranking_reward_backward  (query, candidates, index, scores, rank, grad_reward, head,
+                              weights) -> grad_query, grad_candidates
+    info_nce                  (query, candidates, batch, temperature, *, symmetric, workspace_mb)
+                              -> loss, the statistics
+    info_nce_saved            the same with *, mean: also the three gradients of the reduced loss
+    info_nce_backward         (query, candidates, batch, temperature, weight, *, ...)
+                              -> grad_query, grad_candidates, grad_temperature
+
+Values are float32 (float64 for float64 inputs), gradients in the inputs' dtype.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Launcher = Callable[..., Tensors]
+
+
+def saved_shape(scores: Sequence[int]) -> tuple[int, ...]:
+    """The shape of `saved`, float64, beside scores [*, C]: two numbers a candidate, one a query."""
+    *leading, candidates = scores
+    return *leading, 2 * candidates + 1
+
+
+def detached(results: Iterable[Tensor]) -> Tensors:
+    """Results as every launcher returns them: contiguous and without a graph."""
+    return tuple(tensor.detach().contiguous() for tensor in results)

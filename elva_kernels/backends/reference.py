@@ -1,0 +1,148 @@
+"""The reference as a backend: `elva_kernels.reference` behind the launchers' signatures."""
+
+import torch
+from torch import Tensor
+
+from elva_kernels import reference
+from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics, weight_in_loss
+from elva_kernels.backends.launcher import Tensors, detached, saved_shape
+from elva_kernels.reference import Batch, Weights
+
+
+def ranking_reward(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+) -> Tensors:
+    return detached(reference.ranking_reward(query, positive, negatives, mask, weights))
+
+
+def ranking_reward_saved(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+) -> Tensors:
+    """Saves nothing that counts: the backward starts from the inputs again."""
+    values = ranking_reward(query, positive, negatives, mask, weights)
+    saved = torch.zeros(saved_shape(values[-1].shape), dtype=torch.float64, device=query.device)
+    return *values, saved
+
+
+def ranking_reward_backward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    saved: Tensor,
+    grad_reward: Tensor,
+    weights: Weights,
+) -> Tensors:
+    inputs = (query, positive, negatives, mask)
+    _, *gradients = reference.ranking_reward_and_grad(*inputs, grad_reward, weights)
+    return detached(gradients)
+
+
+def ranking_reward_and_grad(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    upstream: Tensor | None,
+    weights: Weights,
+) -> Tensors:
+    inputs = (query, positive, negatives, mask)
+    result, *gradients = reference.ranking_reward_and_grad(*inputs, upstream, weights)
+    return *detached(result), *detached(gradients)
+
+
+def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
+    return detached(reference.reward_from_scores(scores, mask, weights))
+
+
+def reward_from_scores_backward(
+    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, weights: Weights
+) -> Tensors:
+    return detached([reference.reward_from_scores_backward(scores, mask, grad_reward, weights)])
+
+
+def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
+    return (reference.group_advantages(reward, scale=scale, std_eps=std_eps),)
+
+
+def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
+    return detached(reference.topk(query, corpus, k, metric=metric))
+
+
+def rank_statistics(
+    query: Tensor, candidates: Tensor, batch: Batch, *, k: int, temperature: Tensor | None
+) -> Tensors:
+    found = reference.rank_statistics(query, candidates, batch, k=k, temperature=temperature)
+    return all_statistics(found)
+
+
+def in_batch_ranking_reward(
+    query: Tensor, candidates: Tensor, batch: Batch, head: int, weights: Weights
+) -> Tensors:
+    found = reference.rank_statistics(query, candidates, batch, k=head, temperature=None)
+    return reward_of_statistics(found, batch, head, weights)
+
+
+def in_batch_ranking_reward_backward(
+    query: Tensor,
+    candidates: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    rank: Tensor,
+    grad_reward: Tensor,
+    head: int,
+    weights: Weights,
+) -> Tensors:
+    slopes = reference.head_slopes(scores, rank, head, grad_reward, weights)
+    return detached(reference.in_batch_gradients(query, candidates, index, slopes))
+
+
+def info_nce(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    *,
+    symmetric: bool,
+    workspace_mb: int,
+) -> Tensors:
+    """Holds all scores, whatever `workspace_mb` says."""
+    loss, found = reference.info_nce(query, candidates, batch, temperature, symmetric=symmetric)
+    return *detached([loss]), *all_statistics(found)
+
+
+def info_nce_saved(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    *,
+    mean: bool,
+    symmetric: bool,
+    workspace_mb: int,
+) -> Tensors:
+    results = info_nce(
+        query, candidates, batch, temperature, symmetric=symmetric, workspace_mb=workspace_mb
+    )
+    query, candidates = (x.to(results[0].dtype) for x in (query, candidates))  # no rounding yet
+    weight = torch.full_like(results[0], weight_in_loss(query, mean))
+    gradients = reference.info_nce_gradients(
+        query, candidates, batch, temperature.double(), weight, symmetric=symmetric
+    )
+    return *results, *detached(gradients)
+
+
+def info_nce_backward(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    weight: Tensor,
+    *,
+    symmetric: bool,
+    workspace_mb: int,
+) -> Tensors:
+    gradients = reference.info_nce_gradients(
+        query, candidates, batch, temperature, weight, symmetric=symmetric
+    )
+    return detached(gradients)

@@ -1,0 +1,330 @@
+"""The in-batch ops as steps that a backend computes: unit rows, products, rows of scores, slopes.
+
+Scores are held a chunk of queries at a time, masked and counted in place, and turned into slopes
+in place: three products for a loss and its gradients, four where both directions are wanted and the
+scores do not all fit (a column's sum has to be known before the first slope is). Inputs arrive as
+`launcher` says. Reference: eq. 8 to 14 of `elva_kernels.reference`.
+"""
+
+import abc
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elva_kernels.reference import Batch, RankStatistics, compute_dtype
+
+# Scores held at once where the caller has no say. Ours: the products lose nothing to it.
+_WORKSPACE_MB = 256
+_LEAST_ROWS = 192  # of a chunk: fewer, and packing the candidates costs as much as the product
+_ROW_PADDING = 16
+_CACHE_PERIOD = 1024  # bytes; measured: 151 GFLOP/s instead of 187 at 1024 x 1024
+
+
+class Units(NamedTuple):
+    """Rows whose products are made cosines, and what gradients through them need."""
+
+    rows: Tensor  # [R, D]; zeros where a row is not finite
+    norm: Tensor  # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e
+    scale: Tensor | None  # [R], what makes them unit rows, 0 where they are 0; None: they are
+
+
+class Sums(NamedTuple):
+    """Over negatives: exp((s - peak) / T), and that times (s - peak), in float64."""
+
+    peak: Tensor
+    total: Tensor
+    moment: Tensor
+
+
+class Terms(NamedTuple):
+    """What one direction of InfoNCE makes of each query's sums, in float64. 0 for a bad pair."""
+
+    loss: Tensor  # [B] NaN for a bad pair
+    share: Tensor  # [B] a negative's probability over exp((s - peak) / T)
+    others: Tensor  # [B] the negatives' probability
+    grad_temperature: Tensor  # [B] d loss / d T
+
+
+class Slopes(NamedTuple):
+    """What turns masked scores into slopes; see `Steps.slope_rows`."""
+
+    row_peak: Tensor  # [R] finite
+    row_factor: Tensor  # [R]
+    target_slope: Tensor  # [R]
+    target: Tensor  # int64 [R]
+    column_peak: Tensor | None  # [width] finite
+    column_factor: Tensor | None  # [width]
+
+
+class Steps(abc.ABC):
+    """One call: its unit rows, the chunk of scores, and the results as they come together."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        candidates: Tensor,
+        batch: Batch,
+        k: int = 0,
+        temperature: Tensor | None = None,
+        workspace_mb: int = _WORKSPACE_MB,
+    ) -> None:
+        self.dtype = compute_dtype(query.dtype)
+        self.device = query.device
+        self.batch = batch
+        self.query, self.candidates = self.units(query), self.units(candidates)
+        b, m = len(query), len(candidates)
+        self.width = _width(m, self.dtype)
+        self.temperature: Tensor | None = None
+        if temperature is not None:  # never read on the host: that would wait for the device
+            exact = temperature.detach().double()
+            self.temperature = torch.where(exact > 0, exact, math.nan)
+        self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
+        self.workspace: Tensor | None = None
+        self.k = min(k, m)
+
+        sound = ~self.candidates.norm[:, 0].isnan()
+        self.exclusion = self.full(self.width, -math.inf)
+        self.exclusion[:m] = torch.where(sound, 0.0, -math.inf)
+        self.scale: Tensor | None = None
+        if self.candidates.scale is not None:
+            self.scale = self.full(self.width, 0.0)
+            self.scale[:m] = self.candidates.scale
+        self.n_greater, self.n_equal = (self.empty((b,), torch.int32) for _ in range(2))
+        self.target_score, self.hardest_score, self.target_slope = (
+            self.empty((b,), self.dtype) for _ in range(3)
+        )
+        self.hardest_index = self.empty((b,), torch.int64)
+        self.topk_scores = self.empty((b, self.k), self.dtype)
+        self.topk_index = self.empty((b, self.k), torch.int64)
+        self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
+        self.row_terms, self.column_terms = (
+            Terms(*self.empty((4, b), torch.float64)) for _ in range(2)
+        )
+        self.columns = Sums(
+            self.full(self.width, -math.inf),
+            *(torch.zeros(self.width, dtype=torch.float64, device=self.device) for _ in range(2)),
+        )
+        self.grad_units: list[Tensor] = []
+
+    def rank_statistics(self) -> RankStatistics:
+        """As `reference.rank_statistics`."""
+        for rows in self.chunks:
+            self.score(rows)
+        return self.statistics()
+
+    def info_nce(self, *, symmetric: bool) -> tuple[Tensor, RankStatistics]:
+        """As `reference.info_nce`."""
+        for rows in self.chunks:
+            scores = self.score(rows)
+            if symmetric:
+                self.column_sums(scores)
+        if symmetric:
+            self.end_columns()
+        return self.loss(symmetric), self.statistics()
+
+    def info_nce_and_gradients(
+        self, weight: Tensor, *, symmetric: bool, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> tuple[Tensor, RankStatistics, Tensor, Tensor, Tensor]:
+        """The loss, its statistics, and the gradients of sum(weight * loss).
+
+        Args:
+            weight: [B] in any float dtype.
+            dtypes: of the gradients on queries and candidates; the temperature's is float64.
+        """
+        held = None
+        if symmetric:
+            for rows in self.chunks:
+                held = self.score(rows)
+                self.column_sums(held)
+            self.end_columns()
+        for rows in self.chunks:
+            if held is None or len(self.chunks) > 1:
+                held = self.score(rows)
+            self.slope_rows(held, self.slopes(rows, weight, symmetric))
+            self.add_gradients(held, rows)
+        self.add_targets()
+        gradients = self.gradients(dtypes)
+        grad_temperature = self.temperature_gradient(weight, symmetric)
+        return self.loss(symmetric), self.statistics(), *gradients, grad_temperature
+
+    def gradients_of_slopes(
+        self, index: Tensor, slopes: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> tuple[Tensor, Tensor]:
+        """As `reference.in_batch_gradients`."""
+        self.target_score.copy_(torch.where(self.bad_pairs(), math.nan, 0.0))
+        self.target_slope.zero_()
+        for rows in self.chunks:
+            # A slope of no candidate goes to a column of padding, or behind all.
+            matrix = slopes.new_zeros(len(index[rows]), self.width + 1)
+            nowhere = torch.where(index[rows] < 0, self.width, index[rows])
+            matrix.scatter_(1, nowhere, slopes[rows])
+            self.add_gradients(matrix, rows)
+        return self.gradients(dtypes)
+
+    @abc.abstractmethod
+    def units(self, rows: Tensor) -> Units:
+        """Of rows [R, D] of any strides."""
+
+    @abc.abstractmethod
+    def multiply_rows(self, query: Units, scores: Tensor) -> None:
+        """Products of some queries and all candidates into the first columns of `scores`."""
+
+    @abc.abstractmethod
+    def score_rows(self, scores: Tensor, rows: slice) -> None:
+        """Products become masked scores, in place; the statistics of `rows` are filled in."""
+
+    @abc.abstractmethod
+    def column_sums(self, scores: Tensor) -> None:
+        """Adds masked scores of some queries to `columns`."""
+
+    @abc.abstractmethod
+    def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
+        """Eq. 11 and 13 of some queries from the sums over negatives, and their derivatives.
+
+        `at`: where in `sums` a query's are; None: in order.
+        """
+
+    @abc.abstractmethod
+    def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
+        """Masked scores become row_factor exp((s - row_peak) / T), in place.
+
+        And the same of the columns added, and target_slope at the target.
+        """
+
+    @abc.abstractmethod
+    def add_gradients(self, slopes: Tensor, rows: slice) -> None:
+        """Slopes [rows, width or more] into the gradients on unit rows, `grad_units`."""
+
+    @abc.abstractmethod
+    def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the rows, rounded once; NaN where the norm is."""
+
+    @abc.abstractmethod
+    def add_targets(self) -> None:
+        """The slopes of targets into `grad_units`, where `slope_rows` left them out."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a result."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def full(self, size: int, value: float) -> Tensor:
+        return torch.full((size,), value, dtype=self.dtype, device=self.device)
+
+    def score(self, rows: slice) -> Tensor:
+        """The masked scores of some queries, in the workspace; fills in their statistics."""
+        query = part_of(self.query, rows)
+        if self.workspace is None:
+            self.workspace = self.empty((len(query.rows), self.width), self.dtype)
+            self.workspace[:, len(self.candidates.rows) :] = 0
+        scores = self.workspace[: len(query.rows)]
+        self.multiply_rows(query, scores)
+        self.score_rows(scores, rows)
+        if self.temperature is not None:
+            sums = Sums(self.hardest_score[rows], self.total[rows], self.moment[rows])
+            self.set_terms(self.row_terms, rows, sums)
+        return scores
+
+    def end_columns(self) -> None:
+        """After all `column_sums`."""
+        self.set_terms(self.column_terms, slice(None), self.columns, self.batch.target)
+
+    def statistics(self) -> RankStatistics:
+        lse = None
+        if self.temperature is not None:
+            target_logit = self.target_score.double() / self.temperature
+            lse = (self.row_terms.loss + target_logit).to(self.dtype)
+        return RankStatistics(
+            rank=1 + self.n_greater + self.n_equal,
+            n_greater=self.n_greater,
+            n_equal=self.n_equal,
+            target_score=self.target_score,
+            hardest_score=self.hardest_score,
+            hardest_index=self.hardest_index,
+            topk_scores=self.topk_scores,
+            topk_index=self.topk_index,
+            logsumexp=lse,
+        )
+
+    def loss(self, symmetric: bool) -> Tensor:
+        loss = self.row_terms.loss
+        if symmetric:
+            loss = (loss + self.column_terms.loss) / 2
+        return loss.to(self.dtype)
+
+    def upstream(self, weight: Tensor, rows: slice, symmetric: bool) -> Tensor:
+        """What multiplies each direction's slope: 0 for a bad pair, whatever its weight."""
+        value = weight[rows].double() * (0.5 if symmetric else 1.0)
+        return torch.where(self.target_score[rows].isfinite(), value, 0.0)
+
+    def slopes(self, rows: slice, weight: Tensor, symmetric: bool) -> Slopes:
+        """What makes d sum(weight * loss) / d score of some queries' masked scores."""
+        assert self.temperature is not None
+        upstream = self.upstream(weight, rows, symmetric) / self.temperature
+        target_slope = -upstream * self.row_terms.others[rows]
+        column_peak = column_factor = None
+        if symmetric:
+            everyone = self.upstream(weight, slice(None), symmetric) / self.temperature
+            target_slope -= upstream * self.column_terms.others[rows]
+            sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+            # Not index_add_, which on a GPU adds in any order.
+            sums.index_put_((self.batch.target,), everyone * self.column_terms.share, True)
+            column_factor = sums.to(self.dtype)
+            column_peak = _finite(self.columns.peak)
+        self.target_slope[rows] = target_slope.to(self.dtype)
+        return Slopes(
+            _finite(self.hardest_score[rows]),
+            (upstream * self.row_terms.share[rows]).to(self.dtype),
+            self.target_slope[rows],
+            self.batch.target[rows],
+            column_peak,
+            column_factor,
+        )
+
+    def gradients(self, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
+        """On the rows themselves; NaN for a bad candidate and for a query of a bad pair."""
+        if not self.chunks:
+            both = (self.query, self.candidates)
+            self.grad_units = [self.empty(x.rows.shape, self.dtype).zero_() for x in both]
+        norm = self.query.norm
+        norm[:, 0] = torch.where(self.target_score.isfinite(), norm[:, 0], math.nan)
+        return (
+            self.gradient(self.query, self.grad_units[0], dtypes[0]),
+            self.gradient(self.candidates, self.grad_units[1], dtypes[1]),
+        )
+
+    def temperature_gradient(self, weight: Tensor, symmetric: bool) -> Tensor:
+        slope = self.row_terms.grad_temperature
+        if symmetric:
+            slope = slope + self.column_terms.grad_temperature
+        return (self.upstream(weight, slice(None), symmetric) * slope).sum()
+
+    def bad_pairs(self) -> Tensor:
+        """Bool [B]: queries that are not finite, or whose target is not."""
+        query, candidates = (x.norm[:, 0].isnan() for x in (self.query, self.candidates))
+        return query | candidates[self.batch.target]
+
+
+def part_of(units: Units, rows: slice) -> Units:
+    scale = None if units.scale is None else units.scale[rows]
+    return Units(units.rows[rows], units.norm[rows], scale)
+
+
+def _finite(peak: Tensor) -> Tensor:
+    return torch.where(peak > -math.inf, peak, 0.0)
+
+
+def _width(m: int, dtype: torch.dtype) -> int:
+    """Scores in a row: padded, and no multiple of what maps a column to a few lines of a cache."""
+    width = -(-m // _ROW_PADDING) * _ROW_PADDING
+    return width if width * dtype.itemsize % _CACHE_PERIOD else width + _ROW_PADDING
+
+
+def _chunks(b: int, row_bytes: int, workspace_mb: int) -> list[slice]:
+    """Queries in chunks of equal size whose scores fit the workspace."""
+    if b == 0:
+        return []
+    most = max(_LEAST_ROWS, workspace_mb * 2**20 // row_bytes)
+    size = -(-b // -(-b // most))
+    return [slice(i, min(i + size, b)) for i in range(0, b, size)]

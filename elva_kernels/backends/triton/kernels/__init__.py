@@ -1,0 +1,1 @@
+"""The kernels themselves: these files import triton."""

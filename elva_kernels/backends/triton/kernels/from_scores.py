@@ -1,0 +1,81 @@
+"""Reward of given scores, and its gradient on them.
+
+Eq. 2 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
+In: scores [*, C] of bfloat16, float16, float32 or float64, any strides; mask [*, C - 1] or None;
+    upstream [*] in the reward's dtype, for the gradient.
+Out: reward, margin_reward, rank_reward [*], live scores [*, C] in float32 (float64 for float64),
+    rank int32 [*]; or the gradient [*, C] in the scores' dtype. All contiguous.
+Work split: one program = one group. Bytes: 2 C reads and C writes; the C^2 comparisons dominate.
+Numerics, ties: `ranks`. Deterministic. Reference: reward_from_scores, reward_from_scores_backward.
+"""
+
+# mypy: ignore-errors
+# Triton compiles these functions from their source; to Python their arguments have no type.
+
+import triton
+import triton.language as tl
+
+from elva_kernels.backends.triton.kernels.ranks import live_candidates, load_slope, settle
+
+
+@triton.jit
+def lead(group, inner, strides):
+    """Offset of a group: its place in two leading dimensions, the inner one of `inner`."""
+    return (group // inner) * strides[0] + (group % inner) * strides[1]
+
+
+@triton.jit
+def scores_kernel(
+    scores, mask, reward, margin_reward, rank_reward, rank, live_scores,
+    candidates, inner, score_strides, mask_strides,
+    margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
+    inverse_temperature: tl.float64, SOFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rewards."""
+    VALUE: tl.constexpr = live_scores.dtype.element_ty
+    group = tl.program_id(0).to(tl.int64)
+    scores += lead(group, inner, score_strides)
+    if mask is not None:
+        mask += lead(group, inner, mask_strides)
+    settle(
+        scores, score_strides[2], mask, mask_strides[2], None, candidates, reward + group,
+        margin_reward + group, rank_reward + group, rank + group, margin, rank_penalty, w_margin,
+        w_rank, inverse_temperature, SOFT, BLOCK,
+    )  # fmt: skip
+    for start in range(0, candidates, BLOCK):
+        index = start + tl.arange(0, BLOCK).to(tl.int64)
+        live = live_candidates(mask, mask_strides[2], index, candidates)
+        score = tl.load(scores + index * score_strides[2], mask=live, other=float("-inf")).to(VALUE)
+        tl.store(live_scores + group * candidates + index, score, mask=index < candidates)
+
+
+@triton.jit
+def scores_gradient_kernel(
+    scores, mask, upstream, slopes, grad_scores,
+    candidates, inner, score_strides, mask_strides, upstream_strides,
+    margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
+    inverse_temperature: tl.float64, SOFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient; `slopes` is scratch, float64 [*, 2, C]."""
+    group = tl.program_id(0).to(tl.int64)
+    scores += lead(group, inner, score_strides)
+    if mask is not None:
+        mask += lead(group, inner, mask_strides)
+    weight = tl.load(upstream + lead(group, inner, upstream_strides)).to(tl.float64)
+    slopes += group * candidates * 2
+    settle(
+        scores, score_strides[2], mask, mask_strides[2], slopes, candidates, None, None, None, None,
+        margin, rank_penalty, w_margin, w_rank, inverse_temperature, SOFT, BLOCK,
+    )  # fmt: skip
+    tl.debug_barrier()
+    for start in range(0, candidates, BLOCK):
+        index, slope = load_slope(
+            scores, score_strides[2], mask, mask_strides[2], slopes, start, candidates,
+            inverse_temperature, SOFT, BLOCK,
+        )  # fmt: skip
+        live = live_candidates(mask, mask_strides[2], index, candidates)
+        out = grad_scores + group * candidates + index
+        gradient = tl.where(live, weight * slope, 0.0)
+        if grad_scores.dtype.element_ty != tl.float64:
+            gradient = gradient.to(tl.float32)
+        tl.store(out, gradient, mask=index < candidates)

@@ -1,0 +1,106 @@
+"""The definition of every op, in plain differentiable torch; every other backend must agree.
+
+Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; the equation numbers are ours, one list for
+all ops. In a group, `s_0` is the positive's score, `s_i` (i = 1..N) a negative's, `r_i` the 1-based
+rank of candidate i:
+
+    (1)  s_i      = q . c_i / (|q| |c_i|)
+    (2)  r_i      = 1 + #{j : s_j > s_i} + #{j : s_j = s_i, j before i};
+                    the positive comes after all its ties, the negatives in the order of indices
+    (3)  R_margin = max(0, s_0 - max_i s_i - margin)
+    (4)  R_rank   = s_0 / (1 + log r_0) - rank_penalty * sum_{i>0} s_i (log r_i - 1)
+    (5)  R        = w_margin R_margin + w_rank R_rank
+    (6)  r~_i     = 1 + sum_{j != i} sigmoid((s_j - s_i) / rank_temperature);
+                    in place of r_i in (4) where a temperature is given; ours, not the paper's
+    (7)  A_g      = (R_g - mean R) / (std R + std_eps)
+                    GRPO: DeepSeekMath, arXiv:2402.03300, sec. 4.1
+
+Ranks are constants to the gradient in (4), so autograd yields the closed form
+    dR/ds_0 = w_margin [hinge open] + w_rank / (1 + log r_0)
+    dR/ds_i = - w_margin [hinge open, i hardest] - w_rank rank_penalty (log r_i - 1)
+    ds_i/dq = (c^_i - s_i q^) / |q|,  ds_i/dc_i = (q^ - s_i c^_i) / |c_i|,   x^ = x / |x|
+
+In a batch, B queries share M candidates; query i's positive is candidate t_i. `u` is a row over its
+norm, `id` a candidate's id (its index where none is given):
+
+    (8)  s_ij    = u(q_i) . u(c_j), clamped to [-1, 1]; NaN where either row is not finite
+    (9)  L_i     = {j : j != t_i, id_j != id_{t_i}, not s_ij > max_score}, the negatives of query i
+    (10) rank_i  = 1 + #{j in L_i : s_ij > s_it} + #{j in L_i : s_ij = s_it};
+                   s_it is s_ij at j = t_i; NaN counts as less than any number and equal to NaN
+    (11) lse_i   = log(exp(s_it / T) + sum_{j in L_i} exp(s_ij / T)), over finite scores
+    (12) R_rank  = s_it / (1 + log rank_i)
+                   - rank_penalty * sum_{j in L_i, r_ij <= head} s_ij (log r_ij - 1)
+                   r_ij is the rank of negative j by (2); ours: the paper ranks a fixed pool
+    (13) loss_i  = lse_i - s_it / T
+                   InfoNCE: van den Oord et al., arXiv:1807.03748, eq. 4, with f = exp(s / T)
+    (14) loss_i  = half of (13) and half of its twin, in which candidate t_i looks for query i
+                   among the queries k with t_i in L_k
+
+A row that is not finite spoils the results of its own pair alone: it is nobody else's negative in
+(11) to (14), and its pair adds nothing to the gradients of other rows. Its own gradient is NaN.
+
+Search:
+
+    (15) topk(q) = the k rows c with the largest s = q . c / (|q| |c|), or s = q . c;
+                   equal scores in the order of indices
+
+Inputs are computed in float32 (float64 stays float64), so half inputs are rounded once, in the
+gradient. Shapes broadcast over leading dimensions; arguments are taken as checked by `checks`.
+"""
+
+from elva_kernels.reference.in_batch import (
+    Batch,
+    RankStatistics,
+    cosine_matrix,
+    gradients_of_slopes,
+    head_slopes,
+    in_batch_gradients,
+    info_nce,
+    info_nce_gradients,
+    info_nce_of_scores,
+    rank_statistics,
+    reward_of_head,
+    statistics_of_scores,
+)
+from elva_kernels.reference.reward import (
+    SAME_REWARD,
+    RankingReward,
+    Weights,
+    cosine_scores,
+    group_advantages,
+    live_scores,
+    ranking_reward,
+    ranking_reward_and_grad,
+    reward_from_scores,
+    reward_from_scores_backward,
+)
+from elva_kernels.reference.rows import compute_dtype
+from elva_kernels.reference.topk import TopK, topk
+
+__all__ = [
+    "SAME_REWARD",
+    "Batch",
+    "RankStatistics",
+    "RankingReward",
+    "TopK",
+    "Weights",
+    "compute_dtype",
+    "cosine_matrix",
+    "cosine_scores",
+    "gradients_of_slopes",
+    "group_advantages",
+    "head_slopes",
+    "in_batch_gradients",
+    "info_nce",
+    "info_nce_gradients",
+    "info_nce_of_scores",
+    "live_scores",
+    "rank_statistics",
+    "ranking_reward",
+    "ranking_reward_and_grad",
+    "reward_from_scores",
+    "reward_from_scores_backward",
+    "reward_of_head",
+    "statistics_of_scores",
+    "topk",
+]

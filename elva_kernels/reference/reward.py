@@ -1,0 +1,199 @@
+"""The grouped reward and its relatives: eq. 1 to 7."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elva_kernels.reference.rows import compute_dtype, leaf, unit
+
+# Rewards closer than this are the same reward: at fp32 their difference is rounding, and dividing
+# it by its own standard deviation would make a signal of it. Ours.
+SAME_REWARD = 1e-6
+
+
+class Weights(NamedTuple):
+    """The scalars of the reward, as they travel from a public function to the kernels."""
+
+    margin: float  # delta of eq. 3
+    rank_penalty: float  # gamma of eq. 4
+    w_margin: float  # alpha of eq. 5
+    w_rank: float  # epsilon of eq. 5
+    rank_temperature: float = 0.0  # of eq. 6; 0 for the integer ranks of eq. 2
+
+
+class RankingReward(NamedTuple):
+    """The reward of each group, its two terms, the positive's rank, and the scores it rests on."""
+
+    reward: Tensor  # [*] carries the gradient
+    margin_reward: Tensor  # [*] eq. 3, before w_margin
+    rank_reward: Tensor  # [*] eq. 4, before w_rank
+    rank: Tensor  # [*] int32, 1-based
+    scores: Tensor  # [*, N + 1] the positive first; masked negatives are -inf
+
+
+def ranking_reward(
+    query: Tensor,  # [*, D]
+    positive: Tensor,  # [*, D]
+    negatives: Tensor,  # [*, N, D]
+    mask: Tensor | None,  # [*, N], True = live
+    weights: Weights,
+) -> RankingReward:
+    """Eq. 1 to 6: the reward of ranking `positive` above `negatives` for `query`."""
+    return reward_from_scores(cosine_scores(query, positive, negatives, mask), mask, weights)
+
+
+def cosine_scores(
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Eq. 1: scores [*, N + 1], the positive first. Rows behind the mask are never read."""
+    if mask is not None:
+        negatives = torch.where(mask.unsqueeze(-1), negatives, 0)
+    query = unit(query).unsqueeze(-2)
+    positive_score = _cosine(query, unit(positive).unsqueeze(-2))
+    negative_scores = _cosine(query, unit(negatives))
+    leading = torch.broadcast_shapes(positive_score.shape[:-1], negative_scores.shape[:-1])
+    return torch.cat(
+        [positive_score.expand(*leading, 1), negative_scores.expand(*leading, -1)], dim=-1
+    )
+
+
+def reward_from_scores(
+    scores: Tensor,  # [*, N + 1], the positive first
+    mask: Tensor | None,  # [*, N], True = live
+    weights: Weights,
+) -> RankingReward:
+    """Eq. 2 to 6 on given scores. A group with a live non-finite score has a NaN reward."""
+    scores = scores.to(compute_dtype(scores.dtype)).contiguous()  # sums in the same order
+    live = _live(scores, mask)
+    counted = torch.where(live, scores, 0.0)
+    sound = torch.isfinite(counted).all(-1)
+
+    # Non-finite scores rank below every finite one; masked negatives come after all live ones.
+    order_key = torch.where(live & torch.isfinite(counted), counted, -torch.inf).detach()
+    positive_key, negative_keys = order_key[..., :1], order_key[..., 1:]
+    rank = 1 + (live[..., 1:] & (negative_keys >= positive_key)).sum(-1)  # eq. 2
+    order = negative_keys.argsort(dim=-1, descending=True, stable=True)
+    negative_ranks = 1 + order.argsort(-1) + (positive_key > negative_keys)  # eq. 2
+    ranks = torch.cat([rank.unsqueeze(-1), negative_ranks], dim=-1).to(scores.dtype)
+    if weights.rank_temperature > 0:
+        ranks = _soft_ranks(counted, live, weights.rank_temperature)
+
+    margin_reward = _hinge(counted, order, live, weights.margin)  # eq. 3
+    log_rank = ranks.log()
+    contrast = counted[..., 0] / (1 + log_rank[..., 0])
+    penalty = (counted[..., 1:] * (log_rank[..., 1:] - 1)).sum(-1)
+    rank_reward = contrast - weights.rank_penalty * penalty  # eq. 4
+
+    # As a factor, NaN reaches the gradient of every live candidate of the group too.
+    soundness = torch.where(sound, 1.0, torch.nan).to(scores.dtype)
+    margin_reward = margin_reward * soundness
+    rank_reward = rank_reward * soundness
+    return RankingReward(
+        reward=weights.w_margin * margin_reward + weights.w_rank * rank_reward,  # eq. 5
+        margin_reward=margin_reward.detach(),
+        rank_reward=rank_reward.detach(),
+        rank=rank.to(torch.int32),
+        scores=live_scores(scores, mask).detach(),
+    )
+
+
+def live_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """`scores` as results hold them: in the compute dtype, -inf behind the mask."""
+    dtype = compute_dtype(scores.dtype)
+    if mask is None:
+        return scores.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    scores = scores.to(dtype)
+    return torch.where(_live(scores, mask), scores, -torch.inf)
+
+
+def ranking_reward_and_grad(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    upstream: Tensor | None,  # [*], the gradient on the reward; None is 1
+    weights: Weights,
+) -> tuple[RankingReward, Tensor, Tensor, Tensor]:
+    """The reward, and autograd's gradient of sum(upstream * reward) on each input."""
+    with torch.inference_mode(False), torch.enable_grad():
+        q, p, n = (leaf(x).requires_grad_() for x in (query, positive, negatives))
+        result = ranking_reward(q, p, n, None if mask is None else leaf(mask), weights)
+        grads = torch.autograd.grad(result.reward, (q, p, n), _upstream(upstream, result.reward))
+    return result, grads[0], grads[1], grads[2]
+
+
+def reward_from_scores_backward(
+    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, weights: Weights
+) -> Tensor:
+    """Autograd's gradient of sum(grad_reward * reward) on `scores`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        begin = leaf(scores).requires_grad_()
+        reward = reward_from_scores(begin, None if mask is None else leaf(mask), weights).reward
+        (grad_scores,) = torch.autograd.grad(reward, begin, _upstream(grad_reward, reward))
+    return grad_scores
+
+
+def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensor:
+    """Eq. 7 over the last dimension; `scale` picks the divisor: "std", "batch" or "none".
+
+    Computed in float64 and rounded once, so that no finite reward overflows its own variance.
+    """
+    exact = reward.detach().to(torch.float64)
+    deviation = exact - exact.mean(-1, keepdim=True)
+    spread = exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)
+    sound = torch.isfinite(exact).all(-1, keepdim=True)
+    if scale == "std":
+        deviation = deviation / (_std(exact).unsqueeze(-1) + std_eps)
+    elif scale == "batch":
+        counts = sound.expand_as(exact)
+        deviation = deviation / (_std(exact.flatten(), counts.flatten()) + std_eps)
+    advantage = torch.where(spread < SAME_REWARD, 0.0, deviation)
+    return torch.where(sound, advantage, torch.nan).to(compute_dtype(reward.dtype))
+
+
+def _live(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Bool [*, N + 1]: the positive and the unmasked negatives."""
+    live = torch.ones_like(scores, dtype=torch.bool)
+    if mask is None:
+        return live
+    leading = torch.broadcast_shapes(scores.shape[:-1], mask.shape[:-1])
+    return torch.cat([live[..., :1].expand(*leading, 1), mask.expand(*leading, -1)], dim=-1)
+
+
+def _upstream(upstream: Tensor | None, reward: Tensor) -> Tensor:
+    return torch.ones_like(reward) if upstream is None else leaf(upstream).to(reward.dtype)
+
+
+def _cosine(query: Tensor, candidates: Tensor) -> Tensor:
+    """Dot products of unit rows, clamped to [-1, 1]; the gradient is the unclamped product's.
+
+    A product and a sum, not a matmul: no TF32, and a row's bits do not depend on its batch.
+    """
+    score = (query * candidates).sum(-1)
+    return score + (score.clamp(-1, 1) - score).detach()
+
+
+def _hinge(counted: Tensor, order: Tensor, live: Tensor, margin: float) -> Tensor:
+    """Eq. 3; 0 for a group without live negatives. `order` puts the hardest negative first."""
+    if order.shape[-1] == 0:
+        return torch.zeros_like(counted[..., 0])
+    hardest = counted[..., 1:].gather(-1, order[..., :1]).squeeze(-1)
+    return torch.where(live[..., 1:].any(-1), torch.relu(counted[..., 0] - hardest - margin), 0.0)
+
+
+def _soft_ranks(counted: Tensor, live: Tensor, rank_temperature: float) -> Tensor:
+    """Eq. 6: [*, N + 1], differentiable."""
+    ahead = torch.sigmoid((counted.unsqueeze(-2) - counted.unsqueeze(-1)) / rank_temperature)
+    itself = torch.eye(counted.shape[-1], dtype=torch.bool, device=counted.device)
+    return 1 + torch.where(live.unsqueeze(-2) & ~itself, ahead, 0.0).sum(-1)
+
+
+def _std(values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Unbiased standard deviation over the last dimension, of the entries where `counts` holds."""
+    if counts is None:
+        counts = torch.ones_like(values, dtype=torch.bool)
+    n = counts.sum(-1, keepdim=True)
+    mean = torch.where(counts, values, 0.0).sum(-1, keepdim=True) / n
+    square = torch.where(counts, values - mean, 0.0).square().sum(-1)
+    return (square / (n.squeeze(-1) - 1).clamp(min=1)).sqrt()

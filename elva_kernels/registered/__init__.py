@@ -1,0 +1,1 @@
+"""The ops as torch knows them: schemas, kernels, shapes for tracing, gradients."""
