@@ -17,70 +17,15 @@ using elva::raise_unless_ok;
 using elva::run_released;
 using elva::set_rows;
 
-void reward_forward(int dtype, int threads, py::handle sizes, int64_t negatives, int64_t dim,
-                    py::handle query, py::handle positive, py::handle negative, py::handle mask,
-                    py::handle upstream, double margin, double rank_penalty, double w_margin,
-                    double w_rank, double rank_temperature, uintptr_t reward,
-                    uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
-                    uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
-                    uintptr_t grad_positive, uintptr_t grad_negative) {
-  ElvaRewardArgs args = {};
-  args.dtype = static_cast<ElvaDtype>(dtype);
-  args.threads = threads;
-  args.negatives = negatives;
-  args.dim = dim;
-  args.weights = {margin, rank_penalty, w_margin, w_rank, rank_temperature};
-  Layout layout(sizes, &args.batch);
-  layout.add(query, 1, &args.query);
-  layout.add(positive, 1, &args.positive);
-  layout.add(negative, 2, &args.negative);
-  layout.add(mask, 1, &args.mask);
-  layout.add(upstream, 0, &args.upstream);
-  layout.finish();
-  args.reward = pointer(reward);
-  args.margin_reward = pointer(margin_reward);
-  args.rank_reward = pointer(rank_reward);
-  args.rank = pointer<int32_t>(rank);
-  args.scores = pointer(scores);
-  args.coefficients = pointer<double>(coefficients);
-  args.grad_query = pointer(grad_query);
-  args.grad_positive = pointer(grad_positive);
-  args.grad_negative = pointer(grad_negative);
-  run_released(elva_reward_forward_cpu, args);
-}
-
-void reward_backward(int dtype, int threads, py::handle sizes, int64_t negatives, int64_t dim,
-                     py::handle query, py::handle positive, py::handle negative,
-                     py::handle upstream, uintptr_t coefficients, uintptr_t grad_query,
-                     uintptr_t grad_positive, uintptr_t grad_negative) {
-  ElvaRewardArgs args = {};
-  args.dtype = static_cast<ElvaDtype>(dtype);
-  args.threads = threads;
-  args.negatives = negatives;
-  args.dim = dim;
-  Layout layout(sizes, &args.batch);
-  layout.add(query, 1, &args.query);
-  layout.add(positive, 1, &args.positive);
-  layout.add(negative, 2, &args.negative);
-  layout.add(upstream, 0, &args.upstream);
-  layout.finish();
-  args.coefficients = pointer<double>(coefficients);
-  args.grad_query = pointer(grad_query);
-  args.grad_positive = pointer(grad_positive);
-  args.grad_negative = pointer(grad_negative);
-  run_released(elva_reward_backward_cpu, args);
-}
-
 void reward_from_scores(int dtype, int threads, py::handle sizes, int64_t candidates,
-                        py::handle scores, py::handle mask, py::handle upstream, double margin,
-                        double rank_penalty, double w_margin, double w_rank,
-                        double rank_temperature, uintptr_t reward, uintptr_t margin_reward,
-                        uintptr_t rank_reward, uintptr_t rank, uintptr_t grad_scores) {
+                        py::handle scores, py::handle mask, py::handle upstream, py::handle weights,
+                        uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
+                        uintptr_t rank, uintptr_t grad_scores) {
   ElvaScoresArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.threads = threads;
   args.candidates = candidates;
-  args.weights = {margin, rank_penalty, w_margin, w_rank, rank_temperature};
+  args.weights = elva::reward_weights(weights);
   Layout layout(sizes, &args.batch);
   layout.add(scores, 1, &args.scores);
   layout.add(mask, 1, &args.mask);
@@ -289,8 +234,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The C API of csrc/elva.h. Private: called by elva_kernels.native alone.";
-  module.def("reward_forward", &reward_forward);
-  module.def("reward_backward", &reward_backward);
+  module.def("reward_forward", &elva::reward_forward<elva_reward_forward_cpu>);
+  module.def("reward_backward", &elva::reward_backward<elva_reward_backward_cpu>);
   module.def("reward_from_scores", &reward_from_scores);
   module.def("group_advantages", &group_advantages);
   module.def("topk", &topk);

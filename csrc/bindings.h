@@ -39,6 +39,19 @@ inline int64_t integer(PyObject* tuple, size_t i) {
   return value;
 }
 
+inline double number(PyObject* tuple, size_t i) {
+  const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// The one place that knows the order in which Python passes a reward's weights.
+inline ElvaRewardWeights reward_weights(py::handle weights) {
+  PyObject* tuple = weights.ptr();
+  check_tuple(tuple, 5);
+  return {number(tuple, 0), number(tuple, 1), number(tuple, 2), number(tuple, 3), number(tuple, 4)};
+}
+
 // Runs an op without the interpreter. Where the interpreter ends meanwhile, Python ends this thread
 // in PyEval_RestoreThread by unwinding it: through no destructor (py::gil_scoped_release has one,
 // and would terminate the process), and with no reference to a Python object to give back. That is
@@ -128,6 +141,74 @@ inline void set_rows(py::handle operand, ElvaInput* input) {
   input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
   input->row_stride = integer(strides, 0);
   input->stride = integer(strides, 1);
+}
+
+// Where a reward runs: on a number of threads, or on (device, stream) with the scratch memory that
+// its forward wants.
+inline void set_place(py::handle place, ElvaRewardArgs* args) {
+  if (!PyTuple_Check(place.ptr())) {
+    args->threads = place.cast<int32_t>();
+    return;
+  }
+  const auto size = static_cast<size_t>(PyTuple_GET_SIZE(place.ptr()));
+  check_tuple(place.ptr(), size == 2 ? 2 : 3);
+  args->device = static_cast<int32_t>(integer(place.ptr(), 0));
+  args->stream = pointer(static_cast<uintptr_t>(integer(place.ptr(), 1)));
+  if (size == 3) args->scratch = pointer(static_cast<uintptr_t>(integer(place.ptr(), 2)));
+}
+
+// What the reward's forward and backward have in common.
+inline ElvaRewardArgs reward_args(int dtype, py::handle place, py::handle sizes, int64_t negatives,
+                                  int64_t dim, py::handle query, py::handle positive,
+                                  py::handle negative, py::handle mask, py::handle upstream,
+                                  uintptr_t coefficients, uintptr_t grad_query,
+                                  uintptr_t grad_positive, uintptr_t grad_negative) {
+  ElvaRewardArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  set_place(place, &args);
+  args.negatives = negatives;
+  args.dim = dim;
+  Layout layout(sizes, &args.batch);
+  layout.add(query, 1, &args.query);
+  layout.add(positive, 1, &args.positive);
+  layout.add(negative, 2, &args.negative);
+  layout.add(mask, 1, &args.mask);
+  layout.add(upstream, 0, &args.upstream);
+  layout.finish();
+  args.coefficients = pointer<double>(coefficients);
+  args.grad_query = pointer(grad_query);
+  args.grad_positive = pointer(grad_positive);
+  args.grad_negative = pointer(grad_negative);
+  return args;
+}
+
+template <ElvaStatus (*op)(const ElvaRewardArgs*)>
+void reward_forward(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
+                    py::handle query, py::handle positive, py::handle negative, py::handle mask,
+                    py::handle upstream, py::handle weights, uintptr_t reward,
+                    uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
+                    uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
+                    uintptr_t grad_positive, uintptr_t grad_negative) {
+  ElvaRewardArgs args =
+      reward_args(dtype, place, sizes, negatives, dim, query, positive, negative, mask, upstream,
+                  coefficients, grad_query, grad_positive, grad_negative);
+  args.weights = reward_weights(weights);
+  args.reward = pointer(reward);
+  args.margin_reward = pointer(margin_reward);
+  args.rank_reward = pointer(rank_reward);
+  args.rank = pointer<int32_t>(rank);
+  args.scores = pointer(scores);
+  run_released(op, args);
+}
+
+template <ElvaStatus (*op)(const ElvaRewardArgs*)>
+void reward_backward(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
+                     py::handle query, py::handle positive, py::handle negative,
+                     py::handle upstream, uintptr_t coefficients, uintptr_t grad_query,
+                     uintptr_t grad_positive, uintptr_t grad_negative) {
+  run_released(op, reward_args(dtype, place, sizes, negatives, dim, query, positive, negative,
+                               py::handle(Py_None), upstream, coefficients, grad_query,
+                               grad_positive, grad_negative));
 }
 
 // Adds the functions of csrc/cuda.
