@@ -14,7 +14,8 @@ from torch import Tensor
 
 import elva_kernels
 from benchmarks import bench_reward, in_batch_rivals, report, rivals, timing
-from elva_kernels import dispatch
+from elva_kernels.backends.choice import launcher
+from elva_kernels.backends.table import LAUNCHERS
 
 WEIGHTS = bench_reward.WEIGHTS
 CACHE_BYTES = 256 << 20  # more than a GPU's second-level cache
@@ -40,9 +41,9 @@ class Bench:
 
     def backends(self, op: str) -> list[str]:
         found = []
-        for name in dispatch.LAUNCHERS[op]:
+        for name in LAUNCHERS[op]:
             try:
-                dispatch.launcher(op, name, self.device, torch.bfloat16)
+                launcher(op, name, self.device, torch.bfloat16)
             except elva_kernels.BackendUnavailable:
                 continue
             found.append(name)

@@ -23,7 +23,9 @@ from torch import Tensor
 
 import elva_kernels
 from benchmarks import gpu_bench, report
-from elva_kernels import dispatch, reference
+from elva_kernels import reference
+from elva_kernels.backends.choice import launcher
+from elva_kernels.backends.table import LAUNCHERS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WEIGHTS = {"margin": -0.9, "rank_penalty": 0.05, "w_margin": 0.4, "w_rank": 0.6}
@@ -55,9 +57,9 @@ class Place:
 
     def backends(self, op: str, dtype: torch.dtype) -> list[str]:
         found = []
-        for name in dispatch.LAUNCHERS[op]:
+        for name in LAUNCHERS[op]:
             try:
-                dispatch.launcher(op, name, torch.device(self.device), dtype)
+                launcher(op, name, torch.device(self.device), dtype)
             except elva_kernels.BackendUnavailable:
                 continue
             if name != "reference":
@@ -113,7 +115,9 @@ def exact_gradients(
     weights = {key: value for key, value in options.items() if key != "mask"}
     mask, found = options["mask"].cpu(), scores.double().cpu()
     found = torch.where(found.isfinite(), found, 0.0)
-    slopes = reference.reward_from_scores_backward(found, mask, weight.double().cpu(), **weights)
+    slopes = reference.reward_from_scores_backward(
+        found, mask, weight.double().cpu(), reference.Weights(**weights)
+    )
     leaves = [x.detach().requires_grad_() for x in inputs]
     return torch.autograd.grad(reference.cosine_scores(*leaves, mask), leaves, slopes)
 

@@ -98,7 +98,7 @@ def statistics(query: Tensor, candidates: Tensor, k: int) -> Tensor:
 
 
 def reward_loss(query: Tensor, candidates: Tensor, weights: dict[str, float], head: int) -> Tensor:
-    """-mean of eq. 12 with its margin (elva_kernels/reference_batch.py), over the whole batch."""
+    """-mean of eq. 12 with its margin (elva_kernels/reference), over the whole batch."""
     scores = _wide(_cosines(query, candidates))
     target = scores.diagonal().unsqueeze(1)
     rank = (scores >= target).sum(1)  # itself included

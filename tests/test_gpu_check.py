@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from elva_kernels import dispatch
+from elva_kernels import available_backends
+from elva_kernels.backends import choice, table
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -20,7 +21,7 @@ if "benchmarks" not in sys.modules:  # by its place: the import path has no sour
     sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
 gpu_check = importlib.import_module("benchmarks.gpu_check")
 needs_cpu = pytest.mark.skipif(
-    dispatch.available_backends()["cpu"] is not None, reason="the cpu backend stands in for a GPU"
+    available_backends()["cpu"] is not None, reason="the cpu backend stands in for a GPU"
 )
 
 
@@ -51,20 +52,20 @@ def test_dry_run_is_green(monkeypatch, capsys):
     ],
 )
 def test_a_wrong_kernel_is_red(monkeypatch, capsys, op, check, wrong_result):
-    right = dispatch.LAUNCHERS[op]["cpu"]
+    right = table.LAUNCHERS[op]["cpu"]
 
     def wrong(*tensors, **options):
         results = right(*tensors, **options)
         return tuple(x * 1.01 if i == wrong_result else x for i, x in enumerate(results))
 
-    row = dispatch.LAUNCHERS[op] | {"cpu": wrong}
-    monkeypatch.setitem(dispatch.LAUNCHERS, op, row)
-    dispatch.launcher.cache_clear()
+    row = table.LAUNCHERS[op] | {"cpu": wrong}
+    monkeypatch.setitem(table.LAUNCHERS, op, row)
+    choice.launcher.cache_clear()
     try:
         assert run(monkeypatch, "--dry-run", "--no-benchmark", "--only", check) == 1
     finally:
         monkeypatch.undo()
-        dispatch.launcher.cache_clear()
+        choice.launcher.cache_clear()
     assert "over its bound" in capsys.readouterr().out
 
 

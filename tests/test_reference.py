@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from elva_kernels import ranking_reward, ranking_reward_and_grad, reference, reward_from_scores
+from elva_kernels.reference import Weights
 from tests.tolerances import REWARD, SCORE
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.02, "w_margin": 0.4, "w_rank": 0.6}
@@ -45,7 +46,7 @@ def test_agrees_with_loops(n, d, margin, entries):
         else:
             rows = torch.randint(-1, 2, (n + 2, d)).double()
         live = torch.rand(n) < 0.7
-        result = reference.ranking_reward(rows[0], rows[1], rows[2:], live, **weights)
+        result = reference.ranking_reward(rows[0], rows[1], rows[2:], live, Weights(**weights))
         reward, rank, scores = by_hand(
             rows[0].tolist(), rows[1].tolist(), rows[2:].tolist(), live.tolist(), **weights
         )
@@ -59,7 +60,7 @@ def test_agrees_with_loops(n, d, margin, entries):
 
 def test_ties_go_against_the_positive_and_by_index_among_negatives():
     scores = torch.tensor([0.5, 0.5, 0.9, 0.5, -0.0, 0.0], dtype=torch.float64)
-    result = reference.reward_from_scores(scores, None, **WEIGHTS)
+    result = reference.reward_from_scores(scores, None, Weights(**WEIGHTS))
     assert result.rank.item() == 4  # 0.9, 0.5 (1), 0.5 (3), then the positive
     penalty = sum(
         s * (math.log(k) - 1) for s, k in [(0.5, 2), (0.9, 1), (0.5, 3), (0.0, 5), (0.0, 6)]
@@ -91,15 +92,15 @@ def test_gradcheck(rank_temperature):
     weights = WEIGHTS | {"margin": -1.0, "rank_temperature": rank_temperature}
 
     def reward(*inputs):
-        return reference.ranking_reward(*inputs, mask, **weights).reward
+        return reference.ranking_reward(*inputs, mask, Weights(**weights)).reward
 
     assert torch.autograd.gradcheck(reward, inputs)
 
 
 def test_soft_ranks_tend_to_the_integer_ones():
     scores = torch.tensor([[0.3, 0.5, 0.1, 0.9, 0.2]], dtype=torch.float64)
-    hard = reference.reward_from_scores(scores, None, **WEIGHTS)
-    soft = reference.reward_from_scores(scores, None, **WEIGHTS, rank_temperature=1e-3)
+    hard = reference.reward_from_scores(scores, None, Weights(**WEIGHTS))
+    soft = reference.reward_from_scores(scores, None, Weights(**WEIGHTS, rank_temperature=1e-3))
     torch.testing.assert_close(soft.reward, hard.reward, rtol=0, atol=1e-12)
     assert torch.equal(soft.rank, hard.rank)
 
@@ -109,7 +110,7 @@ def test_soft_ranks_see_a_swap_that_integer_ranks_do_not():
     weights = {"margin": 0.0, "rank_penalty": 0.0, "w_margin": 0.0, "w_rank": 1.0}
     for temperature, seen in [(0.0, False), (0.05, True)]:
         reward = reference.reward_from_scores(
-            scores, None, **weights, rank_temperature=temperature
+            scores, None, Weights(**weights, rank_temperature=temperature)
         ).reward
         (grad,) = torch.autograd.grad(reward, scores)
         assert (grad[1] != 0) == seen

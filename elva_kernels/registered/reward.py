@@ -17,15 +17,14 @@ from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered.library import Registered, Tensors, gradient_op, register
 
 
-def _ranking_reward(
+def _forward(
+    op: str,
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
     weights: Sequence[float],
     backend: str,
-    *,
-    op: str = "ranking_reward",
 ) -> Tensors:
     launch = launcher(op, backend, query.device, query.dtype)
     leading, shared = _leading(query, positive, negatives, mask)
@@ -35,7 +34,8 @@ def _ranking_reward(
     return launch(*inputs, Weights(*weights))
 
 
-_ranking_reward_saved = functools.partial(_ranking_reward, op="ranking_reward_saved")
+_ranking_reward = functools.partial(_forward, "ranking_reward")
+_ranking_reward_saved = functools.partial(_forward, "ranking_reward_saved")
 
 
 def _ranking_reward_backward(
@@ -77,10 +77,13 @@ def _ranking_reward_and_grad(
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
         return launch(*inputs, upstream, Weights(*weights))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    *values, saved = _ranking_reward_saved(*inputs, weights, backend)
+    *values, saved = _ranking_reward_saved(*inputs, weights=weights, backend=backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
-    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, backend)
+    gradients = _ranking_reward_backward(
+        *inputs, saved=saved, grad_reward=upstream, weights=weights, backend=backend
+    )
+    return *values, *gradients
 
 
 def _reward_from_scores(

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from elva_kernels import available_backends, dispatch, doctor, rank_statistics, reference
+from elva_kernels import available_backends, doctor, rank_statistics, reference
+from elva_kernels.backends.table import LAUNCHERS
 from tests import tolerances
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
@@ -50,7 +51,7 @@ EVERY_LEVEL = [
 
 def computing(op, backends):
     """Those of `backends` that have a launcher for `op`."""
-    return [x for x in backends if x.values[0].split(":")[0] in dispatch.LAUNCHERS[op]]
+    return [x for x in backends if x.values[0].split(":")[0] in LAUNCHERS[op]]
 
 
 # (leading shape, N, D): single groups, no negatives, ragged tails of every vector width, no groups.
@@ -121,7 +122,9 @@ def truth_gradients(inputs, scores, mask, weight, **weights):
     """
     scores = torch.where(torch.isfinite(scores), scores, 0).double()
     upstream = weight.double().expand(scores.shape[:-1])
-    coefficients = reference.reward_from_scores_backward(scores, mask, upstream, **weights)
+    coefficients = reference.reward_from_scores_backward(
+        scores, mask, upstream, reference.Weights(**weights)
+    )
     leaves = [x.detach().double().clone().requires_grad_() for x in inputs]
     truth = reference.cosine_scores(*leaves, mask)
     return torch.autograd.grad(truth, leaves, coefficients)

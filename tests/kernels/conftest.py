@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from elva_kernels import dispatch, native_cuda, native_cuda_batch
+from elva_kernels.backends.cuda import in_batch, launch
+from elva_kernels.backends.table import BACKENDS
 from tests.kernels.cases import INTERPRETED, ON_FIBERS
 
 
@@ -20,11 +21,11 @@ def pytest_configure():
     spec = importlib.util.spec_from_file_location("cuda_host", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    native_cuda._module = lambda: module
-    native_cuda._place = native_cuda_batch._place = lambda tensor: (0, 0)
+    launch.module = lambda: module
+    launch.place = lambda tensor: (0, 0)
     # Exact products, rounded once: no library sums in an order that its place decides.
-    native_cuda_batch.product = lambda a, b: (a.double() @ b.double()).float()
-    dispatch.BACKENDS["cuda"] = dispatch.BACKENDS["cuda"]._replace(
+    in_batch.product = lambda a, b: (a.double() @ b.double()).float()
+    BACKENDS["cuda"] = BACKENDS["cuda"]._replace(
         device_type="cpu",
         unavailable_reason=lambda: None,
         version=None,

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from elva_kernels import dispatch, info_nce, native_cuda, rank_statistics, reference
+from elva_kernels import BackendUnavailable, info_nce, rank_statistics, reference
+from elva_kernels.backends import choice, cuda, table
+from elva_kernels.reference import Weights
 from tests.kernels.cases import (
     OPEN_HINGE,
     SOFT_RANKS,
@@ -23,17 +25,18 @@ CLUSTERS = {
     "no room": (100, 12288),
     "more candidates than threads": (300, 8),
 }
-LAUNCHERS = {op: row["cuda"] for op, row in dispatch.LAUNCHERS.items() if "cuda" in row}
+LAUNCHERS = {op: row["cuda"] for op, row in table.LAUNCHERS.items() if "cuda" in row}
 
 
-def launch(op, *inputs, **options):
-    return LAUNCHERS[op](*inputs, **options)
+def launch(op, *inputs, **weights):
+    """A launcher of the grouped reward."""
+    return LAUNCHERS[op](*inputs, Weights(**weights))
 
 
 def truth(inputs, mask, weight, **weights):
     exact = (x.double() for x in inputs)
     return reference.ranking_reward_and_grad(
-        *exact, mask, None if weight is None else weight.double(), **weights
+        *exact, mask, None if weight is None else weight.double(), Weights(**weights)
     )
 
 
@@ -43,14 +46,14 @@ def check(found, inputs, mask, weight, **weights):
     live = torch.isfinite(right.scores)
     torch.testing.assert_close(scores[live].double(), right.scores[live], rtol=0, atol=1e-6)
     assert (scores.isneginf() == right.scores.isneginf()).all()
-    exact = reference.reward_from_scores(scores.double(), mask, **weights)
+    exact = reference.reward_from_scores(scores.double(), mask, Weights(**weights))
     assert torch.equal(rank, exact.rank)
     torch.testing.assert_close(reward.double(), exact.reward, rtol=2e-6, atol=2e-6, equal_nan=True)
     check_gradients(ours, gradients, inputs, inputs[0].dtype)
 
 
 @pytest.mark.parametrize("shape", CLUSTERS)
-@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
 def test_value_and_grad_of_every_cluster(shape, dtype, weights):
     n, d = CLUSTERS[shape]
@@ -68,7 +71,7 @@ def sanitized_cases():
 
 
 @pytest.mark.parametrize("case", sanitized_cases(), ids=str)
-@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
 def test_sanitized(case, dtype):
     """Both ways to the gradients, far and near rows; run under AddressSanitizer too."""
     leading, n, d = case
@@ -85,7 +88,7 @@ def test_sanitized(case, dtype):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70, 33), (35, 300, 264)], ids=str)
 def test_sanitized_search(shape, dtype):
     """Ragged tiles of rows, queries and columns; a row far out, one not finite."""
@@ -95,7 +98,7 @@ def test_sanitized_search(shape, dtype):
         corpus[1] *= 2.0**-12 if dtype == torch.float16 else 2.0**-70
         corpus[p // 2, 0] = torch.nan
     for metric in ("cosine", "dot"):
-        scores, index = launch("topk", query, corpus, 10, metric=metric)
+        scores, index = LAUNCHERS["topk"](query, corpus, 10, metric=metric)
         right = reference.topk(query.double(), corpus.double(), 10, metric=metric)
         norms = query.double().norm(dim=1, keepdim=True) * corpus.double().nan_to_num().norm(dim=1)
         allowed = 1e-5 * (1.0 if metric == "cosine" else norms.gather(1, index))
@@ -103,7 +106,7 @@ def test_sanitized_search(shape, dtype):
         assert (same | ((scores.double() - right.scores).abs() <= allowed)).all()
 
 
-@pytest.mark.parametrize("dtype", native_cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
 def test_sanitized_batch(dtype):
     """Two chunks' worth of steps, with ids, a limit and rows that are zero or not finite."""
     query, candidates = batch(9, 21, 33, torch.float64)
@@ -151,7 +154,7 @@ def test_odd_rows_in_a_cluster(bad, where):
     found = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
     for a, b in zip(found, before, strict=True):
         assert same_bits(a[0], b[0])
-    right, *gradients = truth(inputs, None, None, **OPEN_HINGE)
+    right, *gradients = truth(inputs, None, None, Weights(**OPEN_HINGE))
     torch.testing.assert_close(
         found[0].double(), right.reward, rtol=1e-5, atol=1e-5, equal_nan=True
     )
@@ -164,8 +167,10 @@ def test_odd_rows_in_a_cluster(bad, where):
 def test_more_candidates_than_shared_memory_holds():
     inputs = embeddings((2,), 2500, 4, torch.float32)
     found = launch("ranking_reward", *inputs, None, **OPEN_HINGE)
-    exact = reference.ranking_reward(*(x.double() for x in inputs), None, **OPEN_HINGE)
-    assert torch.equal(found[3], reference.reward_from_scores(found[4], None, **OPEN_HINGE).rank)
+    exact = reference.ranking_reward(*(x.double() for x in inputs), None, Weights(**OPEN_HINGE))
+    assert torch.equal(
+        found[3], reference.reward_from_scores(found[4], None, Weights(**OPEN_HINGE)).rank
+    )
     torch.testing.assert_close(found[0].double(), exact.reward, rtol=1e-5, atol=1e-5)
 
 
@@ -175,7 +180,7 @@ def test_older_gpus_take_two_passes(monkeypatch):
     clustered = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
     monkeypatch.setenv("ELVA_HOST_CAPABILITY", "8")
     plain = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
-    check(plain, inputs, None, None, **OPEN_HINGE)
+    check(plain, inputs, None, None, Weights(**OPEN_HINGE))
     for a, b in zip(plain[:4], clustered[:4], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -188,5 +193,5 @@ def test_a_failing_launch_is_one_line(monkeypatch):
 
 
 def test_float64_is_another_backends():
-    with pytest.raises(dispatch.BackendUnavailable, match="cuda takes bfloat16, float16, float32"):
-        dispatch.launcher("ranking_reward", "cuda", torch.device("cpu"), torch.float64)
+    with pytest.raises(BackendUnavailable, match="cuda takes bfloat16, float16, float32"):
+        choice.launcher("ranking_reward", "cuda", torch.device("cpu"), torch.float64)

@@ -6,11 +6,12 @@ import threading
 import pytest
 import torch
 
-from elva_kernels import RankingRewardLoss, native
+from elva_kernels import RankingRewardLoss
+from elva_kernels.backends import boundary
 from tests.kernels.cases import DTYPES
 
 pytestmark = pytest.mark.skipif(
-    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+    boundary.unavailable_reason() is not None, reason=str(boundary.unavailable_reason())
 )
 LARGE = (3, 1 << 19)  # elements; 3 MB or more in any dtype
 
@@ -24,7 +25,7 @@ def nothing_idle(monkeypatch):
 
 
 def gradient(dtype, shape=LARGE):
-    return native._empty_gradient(torch.empty(shape, dtype=dtype))
+    return boundary.empty_gradient(torch.empty(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,13 +5,15 @@ import shutil
 import pytest
 import torch
 
-from elva_kernels import BackendUnavailable, available_backends, dispatch, doctor, ranking_reward
+from elva_kernels import BackendUnavailable, available_backends, doctor, ranking_reward
+from elva_kernels.backends import choice
+from elva_kernels.backends.table import BACKENDS, LAUNCHERS
 
 
 def test_reports_every_backend_in_a_sentence():
     report = doctor()
     assert report.backends == available_backends()
-    assert list(report.backends) == list(dispatch.BACKENDS)
+    assert list(report.backends) == list(BACKENDS)
     assert report.backends["reference"] is None
     assert report.versions["torch"] == torch.__version__
     for name in report.backends:
@@ -25,9 +27,9 @@ def test_the_compiled_module_runs_where_it_could_be_built():
 
 
 def test_a_backend_that_cannot_run_is_passed_over_by_auto_and_refused_by_name(monkeypatch):
-    broken = dispatch.BACKENDS["cpu"]._replace(unavailable_reason=lambda: "it is not built")
-    monkeypatch.setitem(dispatch.BACKENDS, "cpu", broken)
-    dispatch.launcher.cache_clear()
+    broken = BACKENDS["cpu"]._replace(unavailable_reason=lambda: "it is not built")
+    monkeypatch.setitem(BACKENDS, "cpu", broken)
+    choice.launcher.cache_clear()
     try:
         inputs = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
         expected = ranking_reward(*inputs, backend="reference")
@@ -36,10 +38,10 @@ def test_a_backend_that_cannot_run_is_passed_over_by_auto_and_refused_by_name(mo
             ranking_reward(*inputs, backend="cpu")
         assert "it is not built" in str(doctor())
     finally:
-        dispatch.launcher.cache_clear()
+        choice.launcher.cache_clear()
 
 
 def test_every_op_has_a_reference_and_only_known_backends():
-    for op, row in dispatch.LAUNCHERS.items():
+    for op, row in LAUNCHERS.items():
         assert "reference" in row, op
-        assert set(row) <= set(dispatch.BACKENDS), op
+        assert set(row) <= set(BACKENDS), op

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import elva_kernels
-from elva_kernels import native, native_scores
+from elva_kernels.backends import boundary
+from elva_kernels.backends.cpu import reward as cpu
+from elva_kernels.reference import Weights
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
@@ -30,7 +32,7 @@ LEVEL_FLAGS = {
 }
 
 needs_native = pytest.mark.skipif(
-    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+    boundary.unavailable_reason() is not None, reason=str(boundary.unavailable_reason())
 )
 
 
@@ -49,9 +51,8 @@ def inputs(groups=24, n=20, dim=512, dtype=torch.float32):
 
 
 def results(tensors, rank_temperature=0.0):
-    return native.reward_value_and_grad(
-        *tensors, None, None, rank_temperature=rank_temperature, **WEIGHTS
-    )
+    weights = Weights(**WEIGHTS, rank_temperature=rank_temperature)
+    return cpu.ranking_reward_and_grad(*tensors, None, None, weights)
 
 
 def equal(left, right):
@@ -127,11 +128,12 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
     # tested. The parent's pool is in use by another thread at the moment of each fork.
     program = """
         import multiprocessing, threading, torch
-        from elva_kernels import native, native_scores
-        weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        from elva_kernels.backends.cpu import reward as cpu
+        from elva_kernels.reference import Weights
+        weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
-        call = lambda: native.reward_value_and_grad(*tensors, None, None, **weights)
+        call = lambda: cpu.ranking_reward_and_grad(*tensors, None, None, weights)
         right = call()
         done = threading.Event()
         def busy():
@@ -187,18 +189,19 @@ def test_a_data_loader_worker_computes_the_parents_bits(threads):
 def test_the_interpreter_exits_while_the_pool_works():
     program = """
         import threading, time, torch
-        from elva_kernels import native, native_scores
-        weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        from elva_kernels.backends.cpu import reward as cpu
+        from elva_kernels.reference import Weights
+        weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(64, 2048), torch.randn(64, 2048), torch.randn(64, 100, 2048))
         # Results made beforehand: torch's own allocation aborts a process that ends inside it.
-        values = native._empty_values(tensors[0], tensors[2])
-        gradients = native._empty_gradients(*tensors)
-        native._empty_values = lambda *_: values
-        native._empty_gradients = lambda *_: gradients
+        values = cpu._empty_values(tensors[0], tensors[2])
+        gradients = {id(x): cpu.empty_gradient(x) for x in tensors}
+        cpu._empty_values = lambda *_: values
+        cpu.empty_gradient = lambda x: gradients[id(x)]
         def busy():
             while True:
-                native.reward_value_and_grad(*tensors, None, None, **weights)
+                cpu.ranking_reward_and_grad(*tensors, None, None, weights)
         threading.Thread(target=busy, daemon=True).start()
         time.sleep(0.2)
         print("leaving")
@@ -210,8 +213,8 @@ def test_the_interpreter_exits_while_the_pool_works():
 
 @needs_native
 def test_every_level_of_this_cpu_can_be_forced():
-    program = "from elva_kernels import native; print(native.describe()['level'])"
-    for level in native.describe()["levels"]:
+    program = "from elva_kernels.backends import boundary; print(boundary.describe()['level'])"
+    for level in boundary.describe()["levels"]:
         assert run_python(program, ELVA_KERNELS_CPU_LEVEL=level).stdout == f"{level}\n"
 
 
@@ -236,7 +239,7 @@ def test_a_level_that_is_not_there_is_an_error_and_not_another_level():
 def test_ranks_by_counting_and_by_sorting_agree_with_the_reference(n):
     scores = torch.randint(-9, 9, (3, n + 1)).float() / 8  # many ties
     for dtype in (torch.float32, torch.float64):
-        ours = native_scores.reward_from_scores(scores.to(dtype), None, **WEIGHTS)
+        ours = cpu.reward_from_scores(scores.to(dtype), None, Weights(**WEIGHTS))
         right = elva_kernels.reward_from_scores(scores.double(), backend="reference", **WEIGHTS)
         assert torch.equal(ours[3], right.rank)
         torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
@@ -262,8 +265,9 @@ def test_offsets_beyond_32_bits():
 def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
     program = f"""
         import torch
-        from elva_kernels import native, native_scores
-        weights = dict(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        from elva_kernels.backends.cpu import reward as cpu
+        from elva_kernels.reference import Weights
+        weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         def field(name):
             line = next(x for x in open("/proc/self/status") if x.startswith(name))
             return int(line.split()[1]) * 1024
@@ -275,10 +279,10 @@ def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
         else:
             negatives = torch.randn(64, 100, 1536)
         for _ in range(3):
-            native.reward_forward(query, positive, negatives, None, **weights)
+            cpu.ranking_reward(query, positive, negatives, None, weights)
         open("/proc/self/clear_refs", "w").write("5")
         before = field("VmRSS")
-        native.reward_forward(query, positive, negatives, None, **weights)
+        cpu.ranking_reward(query, positive, negatives, None, weights)
         print(field("VmHWM") - before)
     """
     done = run_python(program)
@@ -296,10 +300,10 @@ def compile_driver(folder, sanitizer):
     flags = f"-std=c++17 -O1 -g -pthread -ffp-contract=off -w {sanitizer} -I{ROOT}/csrc".split()
     sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
     sources.append(("", ROOT / "tests/kernels/native_driver.cpp"))
-    for level in native.describe().get("levels", ("plain",)):
+    for level in boundary.describe().get("levels", ("plain",)):
         extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
         sources += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]
-    missing = set(LEVELS) - set(native.describe().get("levels", ("plain",)))
+    missing = set(LEVELS) - set(boundary.describe().get("levels", ("plain",)))
     if missing:
         pytest.skip(f"the driver links every level; this CPU lacks {', '.join(sorted(missing))}")
     objects = []
@@ -320,7 +324,7 @@ def compile_driver(folder, sanitizer):
 )
 def test_sanitizers_are_silent(tmp_path, sanitizer):
     program = compile_driver(tmp_path, sanitizer)
-    for level in native.describe()["levels"]:
+    for level in boundary.describe()["levels"]:
         done = subprocess.run(
             [program],
             capture_output=True,

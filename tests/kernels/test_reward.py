@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elva_kernels import RankingReward, ranking_reward, ranking_reward_and_grad, reference
+from elva_kernels.reference import Weights
 from tests import tolerances
 from tests.kernels.cases import (
     DTYPES,
@@ -41,7 +42,7 @@ def check_reward_of_scores(result, mask, **weights):
     """The rewards are the formula's on the returned scores, in float64, up to rounding."""
     dtype = result.scores.dtype
     scores = torch.where(result.scores.isfinite(), result.scores, 0).double()
-    exact = reference.reward_from_scores(scores, mask, **weights)
+    exact = reference.reward_from_scores(scores, mask, Weights(**weights))
     penalty = weights["rank_penalty"] * (math.lgamma(scores.shape[-1] + 1) + scores.shape[-1])
     allowed = tolerances.REWARD[dtype] * (2 + abs(weights["margin"]) + penalty)
     assert torch.equal(result.rank, exact.rank)

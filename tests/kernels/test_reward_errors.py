@@ -9,12 +9,12 @@ import torch
 from elva_kernels import (
     BackendUnavailable,
     RankingRewardLoss,
-    dispatch,
     group_advantages,
     ranking_reward,
     ranking_reward_and_grad,
     reward_from_scores,
 )
+from elva_kernels.backends import choice
 
 Q, P, N = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 5, 8)
 BACKENDS = "auto, cpu, cuda, triton, reference"
@@ -252,7 +252,7 @@ def test_named_backend_on_another_device():
     message = "backend must run here, got 'cpu'; cpu takes tensors on cpu, these are on meta"
     # A meta tensor never reaches a launcher, so the table itself is asked.
     asked = ("ranking_reward", "cpu", torch.device("meta"), torch.float32)
-    refused(dispatch.launcher, BackendUnavailable, message, *asked)
+    refused(choice.launcher, BackendUnavailable, message, *asked)
     assert ranking_reward(*meta).scores.shape == (3, 6)
 
 

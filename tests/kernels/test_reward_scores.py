@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from elva_kernels import group_advantages, ranking_reward, reference, reward_from_scores
+from elva_kernels.reference import Weights
 from tests import tolerances
 from tests.kernels.cases import (
     DTYPES,
@@ -36,7 +37,7 @@ def test_values_and_gradients(backend, dtype, shape, masked):
         leaf = scores.clone().requires_grad_()
         result = reward_from_scores(leaf, mask=mask, backend=backend, **weights)
         result.reward.backward(weight)
-        exact = reference.reward_from_scores(scores.double(), mask, **weights)
+        exact = reference.reward_from_scores(scores.double(), mask, Weights(**weights))
         assert torch.equal(result.rank, exact.rank)
         assert torch.equal(result.scores.double(), exact.scores)
         penalty = weights["rank_penalty"] * (math.lgamma(shape[-1] + 1) + shape[-1])
@@ -46,7 +47,7 @@ def test_values_and_gradients(backend, dtype, shape, masked):
             error = (getattr(result, name).double() - getattr(exact, name)).abs()
             assert (error <= allowed).all()
         truth = reference.reward_from_scores_backward(
-            scores.double(), mask, weight.double(), **weights
+            scores.double(), mask, weight.double(), Weights(**weights)
         )
         bound = tolerances.GRADIENT[dtype] + tolerances.half_ulp(truth, dtype)
         assert leaf.grad.dtype == dtype
@@ -110,7 +111,7 @@ def test_layouts_and_shared_scores(backend, dtype):
     assert reward.shape == (5,)
     reward.sum().backward()
     truth = reference.reward_from_scores_backward(
-        shared.detach().double(), mask, torch.ones(5, dtype=torch.float64), **WEIGHTS
+        shared.detach().double(), mask, torch.ones(5, dtype=torch.float64), Weights(**WEIGHTS)
     )
     bound = 5 * tolerances.GRADIENT[dtype] + tolerances.half_ulp(truth, dtype)
     assert ((shared.grad.double() - truth).abs() <= bound).all()
@@ -135,9 +136,9 @@ def test_soft_ranks_at_every_temperature(backend, dtype, temperature):
     leaf = scores.clone().requires_grad_()
     result = reward_from_scores(leaf, backend=backend, **weights)
     result.reward.sum().backward()
-    exact = reference.reward_from_scores(scores.double(), None, **weights)
+    exact = reference.reward_from_scores(scores.double(), None, Weights(**weights))
     truth = reference.reward_from_scores_backward(
-        scores.double(), None, torch.ones(3, dtype=torch.float64), **weights
+        scores.double(), None, torch.ones(3, dtype=torch.float64), Weights(**weights)
     )
     penalty = weights["rank_penalty"] * (math.lgamma(102) + 101)
     allowed = tolerances.REWARD[dtype] * (3 + penalty) * (1 + scores.abs().max())

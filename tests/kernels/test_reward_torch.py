@@ -9,11 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elva_kernels import (
     RankingRewardLoss,
-    dispatch,
     ranking_reward,
     ranking_reward_and_grad,
     reward_from_scores,
 )
+from elva_kernels.backends.table import LAUNCHERS
 from tests.kernels.cases import BACKENDS, OPEN_HINGE, SOFT_RANKS, embeddings, same_bits
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -59,7 +59,7 @@ def test_opcheck(backend, dtype, shared, rank_temperature):
     inputs = (query, positive, negatives, torch.rand(3, 5) < 0.7)
     reward = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = torch.randn(3, dtype=reward)
-    rest = (*SCALARS, rank_temperature, backend)
+    rest = ((*SCALARS, rank_temperature), backend)
     saved = OPS.ranking_reward_saved(*inputs, *rest)[-1]
     assert saved.shape == (3, 2 * 5 + 3)
     scores = torch.randn(3, 6).to(dtype)
@@ -73,7 +73,7 @@ def test_opcheck(backend, dtype, shared, rank_temperature):
         (OPS.reward_from_scores_backward.default, (scores, None, upstream, *rest)),
     ]
     for op, arguments in calls:
-        if backend in dispatch.LAUNCHERS[op.name().split("::")[1]]:
+        if backend in LAUNCHERS[op.name().split("::")[1]]:
             torch.library.opcheck(op, arguments)
 
 

@@ -8,13 +8,14 @@ import torch
 
 from elva_kernels import (
     BackendUnavailable,
-    dispatch,
+    available_backends,
     doctor,
     ranking_reward,
-    selftest,
-    trials,
     warm_up,
 )
+from elva_kernels.backends import choice
+from elva_kernels.backends.admission import trial, verdicts
+from elva_kernels.backends.table import BACKENDS, LAUNCHERS, Backend
 from tests.kernels.cases import embeddings
 
 INPUTS = embeddings((2,), 5, 16, torch.float32)
@@ -28,24 +29,21 @@ class Machine:
         self.patch, self.cache, self.calls = monkeypatch, cache, 0
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         monkeypatch.delenv("ELVA_KERNELS_SELFTEST", raising=False)
-        monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
-        monkeypatch.setattr(
-            dispatch, "LAUNCHERS", {op: dict(row) for op, row in dispatch.LAUNCHERS.items()}
-        )
         self.restart()
 
     def restart(self):
         """As a new process would find it."""
-        dispatch.launcher.cache_clear()
-        self.patch.setattr(selftest, "_verdicts", {})
+        choice.launcher.cache_clear()
+        self.patch.setattr(verdicts, "_verdicts", {})
 
     def install(self, make, version="1"):
-        probe = dispatch.Backend("cpu", lambda: None, version=lambda: version)
-        self.patch.setattr(
-            dispatch, "BACKENDS", {"probe": probe} | dispatch.BACKENDS | {"probe": probe}
-        )
-        for op in selftest.TRIALS:
-            dispatch.LAUNCHERS[op]["probe"] = self._counted(make(dispatch.LAUNCHERS[op]))
+        probe = Backend("cpu", lambda: None, version=lambda: version)
+        others = [name for name in BACKENDS if name != "probe"]
+        self.patch.setitem(BACKENDS, "probe", probe)
+        for name in others:  # behind it
+            BACKENDS[name] = BACKENDS.pop(name)
+        for op in verdicts.TRIALS:
+            self.patch.setitem(LAUNCHERS[op], "probe", self._counted(make(LAUNCHERS[op])))
 
     def _counted(self, launch):
         def counted(*tensors, **weights):
@@ -62,7 +60,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     yield Machine(monkeypatch, tmp_path)
-    dispatch.launcher.cache_clear()
+    choice.launcher.cache_clear()
 
 
 def right(row):
@@ -86,28 +84,28 @@ def broken(row):
 
 def taken(op="ranking_reward", dtype=torch.float32):
     """Which backend "auto" takes."""
-    launch = dispatch.launcher(op, "auto", CPU, dtype)
-    return next(name for name, found in dispatch.LAUNCHERS[op].items() if found is launch)
+    launch = choice.launcher(op, "auto", CPU, dtype)
+    return next(name for name, found in LAUNCHERS[op].items() if found is launch)
 
 
-@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", verdicts.DTYPES, ids=str)
 def test_a_right_backend_is_taken_and_tested_once(machine, dtype):
     machine.install(right)
-    for op in selftest.TRIALS:
+    for op in verdicts.TRIALS:
         assert taken(op, dtype=dtype) == "probe"
     ran = machine.calls
     machine.restart()
-    for op in selftest.TRIALS:
+    for op in verdicts.TRIALS:
         assert taken(op, dtype=dtype) == "probe"
     assert machine.calls == ran
-    assert [entry["error"] for entry in machine.entries()] == [None] * len(selftest.TRIALS)
+    assert [entry["error"] for entry in machine.entries()] == [None] * len(verdicts.TRIALS)
     machine.restart()
     machine.install(right, version="2")
     assert taken(dtype=dtype) == "probe"
     assert machine.calls > ran
 
 
-@pytest.mark.parametrize("op", selftest.TRIALS)
+@pytest.mark.parametrize("op", verdicts.TRIALS)
 def test_a_wrong_backend_is_passed_over_with_one_warning(machine, op):
     machine.install(wrong)
     with pytest.warns(RuntimeWarning, match=rf"^{op}: backend probe is passed over") as caught:
@@ -116,7 +114,7 @@ def test_a_wrong_backend_is_passed_over_with_one_warning(machine, op):
     assert "from the reference" in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dispatch.launcher.cache_clear()
+        choice.launcher.cache_clear()
         assert taken(op) != "probe"
     ran = machine.calls
     machine.restart()  # the verdict outlives the process, and warns again in the next
@@ -124,8 +122,8 @@ def test_a_wrong_backend_is_passed_over_with_one_warning(machine, op):
     with pytest.warns(RuntimeWarning, match="passed over"):
         assert taken(op) != "probe"
     assert machine.calls == ran
-    named = dispatch.launcher(op, "probe", CPU, torch.float32)
-    assert named is dispatch.LAUNCHERS[op]["probe"]
+    named = choice.launcher(op, "probe", CPU, torch.float32)
+    assert named is LAUNCHERS[op]["probe"]
 
 
 def test_a_broken_backend_is_passed_over_for_this_process_alone(machine):
@@ -150,22 +148,22 @@ def test_blind_trust(machine, monkeypatch):
 
 def test_an_op_without_a_trial_is_not_trusted(machine, monkeypatch):
     machine.install(right)
-    monkeypatch.delitem(selftest.TRIALS, "ranking_reward")
+    monkeypatch.delitem(verdicts.TRIALS, "ranking_reward")
     assert taken() != "probe"
     assert machine.calls == 0
 
 
 def test_a_capture_needs_a_verdict_and_says_so(machine, monkeypatch):
     machine.install(right)
-    monkeypatch.setattr(selftest, "_is_captured", lambda device: True)
+    monkeypatch.setattr(verdicts, "_is_captured", lambda device: True)
     message = r"got no verdict for float32; call elva_kernels.warm_up\('cpu'\) before the capture"
     for _ in range(2):
         with pytest.raises(BackendUnavailable, match=message):
             ranking_reward(*INPUTS)
-    monkeypatch.setattr(selftest, "_is_captured", lambda device: False)
+    monkeypatch.setattr(verdicts, "_is_captured", lambda device: False)
     warm_up("cpu")
-    dispatch.launcher.cache_clear()
-    monkeypatch.setattr(selftest, "_is_captured", lambda device: True)
+    choice.launcher.cache_clear()
+    monkeypatch.setattr(verdicts, "_is_captured", lambda device: True)
     assert taken() == "probe"
     ranking_reward(*INPUTS)
 
@@ -174,7 +172,7 @@ def test_warm_up_tests_every_op_in_every_dtype(machine):
     machine.install(right)
     report = warm_up(CPU)
     verdicts = [text for text in report.selftests if " probe " in text]
-    assert len(verdicts) == len(selftest.TRIALS) * len(selftest.DTYPES)
+    assert len(verdicts) == len(verdicts.TRIALS) * len(verdicts.DTYPES)
     assert set(report.selftests.values()) == {None}
 
 
@@ -196,27 +194,27 @@ def test_a_cache_that_cannot_be_written_or_read_costs_a_test_and_nothing_else(ma
 
 
 def test_every_backend_passes_where_it_runs():
-    for op, trial in selftest.TRIALS.items():
+    for op, attempt in verdicts.TRIALS.items():
         for name in ("cpu", "reference"):
-            if dispatch.available_backends()[name] is None:
-                launchers = {half: row.get(name) for half, row in dispatch.LAUNCHERS.items()}
-                for dtype in selftest.DTYPES:
+            if available_backends()[name] is None:
+                launchers = {half: row.get(name) for half, row in LAUNCHERS.items()}
+                for dtype in verdicts.DTYPES:
                     for soft in (False, True):
-                        trial(launchers.get, dtype, CPU, soft)
-            assert op in dispatch.LAUNCHERS
+                        attempt(launchers.get, dtype, CPU, soft)
+            assert op in LAUNCHERS
 
 
 def test_every_op_of_a_backend_that_must_prove_itself_has_a_trial():
-    proving = {name for name, backend in dispatch.BACKENDS.items() if backend.version is not None}
-    for op, row in dispatch.LAUNCHERS.items():
-        assert op in selftest.TRIALS or not proving & set(row), op
+    proving = {name for name, backend in BACKENDS.items() if backend.version is not None}
+    for op, row in LAUNCHERS.items():
+        assert op in verdicts.TRIALS or not proving & set(row), op
 
 
-@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", verdicts.DTYPES, ids=str)
 def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
     """Scores lie apart by more than any backend may err, but for exact ties."""
     for soft in (False, True):
-        scores = trials._case(dtype, CPU, soft).truth.scores
+        scores = trial._case(dtype, CPU, soft).truth.scores
         for group in scores:
             gaps = group[group.isfinite()].sort().values.diff()
             assert ((gaps == 0) | (gaps > 1e-4)).all()

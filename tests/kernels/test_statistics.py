@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from elva_kernels import (
     in_batch_ranking_reward,
     rank_statistics,
-    reference_batch,
+    reference,
 )
 from tests import tolerances
 from tests.kernels.cases import (
@@ -277,7 +277,7 @@ def test_many_heads_take_more_than_what_memory_is_kept_of(backend):
 def test_chunks_of_the_reference_change_nothing(monkeypatch):
     query, candidates = batch(9, 30, 16, torch.float32)
     expected = rank_statistics(query, candidates, k=4, temperature=0.1, backend="reference")
-    monkeypatch.setattr(reference_batch, "_CHUNK", 64)
+    monkeypatch.setattr("elva_kernels.reference.in_batch._CHUNK", 64)
     found = rank_statistics(query, candidates, k=4, temperature=0.1, backend="reference")
     for a, b in zip(found, expected, strict=True):
         assert same_bits(a, b)
@@ -321,9 +321,9 @@ def test_any_batch_agrees_with_its_own_scores(backend, case, k):
         assert len(found.rank) == len(query)
         return
     scores = every_score_one_by_one(query, candidates, backend).to(dtype)
-    again = reference_batch.statistics_of_scores(
+    again = reference.statistics_of_scores(
         scores,
-        reference_batch.Batch(target, options["candidate_ids"], options["max_score"]),
+        reference.Batch(target, options["candidate_ids"], options["max_score"]),
         k=k,
         temperature=torch.tensor(0.2, dtype=torch.float64),
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from elva_kernels import triton_kernels
+from elva_kernels.backends import triton
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SOURCES = sorted(Path(triton_kernels.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(triton.__file__).parent.rglob("*.py"))
 KERNELS = [path for path in SOURCES if "@triton.jit" in path.read_text()]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -40,7 +40,7 @@ SEARCH = "triton and (1x1x1 or zero_or_not_finite)"
 
 
 @needs_triton
-@pytest.mark.skipif(triton_kernels.INTERPRETED, reason="this is the interpreted session")
+@pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreted session")
 @pytest.mark.parametrize(
     ("file", "chosen"),
     [
@@ -125,4 +125,4 @@ def test_kernels_add_floats_by_a_stated_tree_and_never_atomically(path):
 
 def test_without_triton_it_is_unavailable_in_a_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert triton_kernels.unavailable_reason().startswith("triton is not installed; ")
+    assert triton.unavailable_reason().startswith("triton is not installed; ")

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from elva_kernels import dispatch, ranking_reward, ranking_reward_and_grad, selftest
-from elva_kernels.reference_batch import Batch
-from elva_kernels.triton_kernels import launch, launch_batch, launch_topk
+from elva_kernels import ranking_reward, ranking_reward_and_grad
+from elva_kernels.backends import choice
+from elva_kernels.backends.admission import verdicts
+from elva_kernels.backends.table import LAUNCHERS
+from elva_kernels.backends.triton import in_batch, launch, reward, topk
+from elva_kernels.reference import Batch, Weights
 from tests.kernels.cases import OPEN_HINGE, embeddings, same_bits
 
 GUARD = 64  # elements before and after a buffer
@@ -36,32 +39,32 @@ TRIALS = [
 
 @pytest.mark.parametrize(("op", "dtype", "soft"), TRIALS, ids=str)
 def test_passes_its_self_test(op, dtype, soft):
-    launchers = {half: row.get("triton") for half, row in dispatch.LAUNCHERS.items()}
-    selftest.TRIALS[op](launchers.get, dtype, torch.device("cpu"), soft)
+    launchers = {half: row.get("triton") for half, row in LAUNCHERS.items()}
+    verdicts.TRIALS[op](launchers.get, dtype, torch.device("cpu"), soft)
 
 
 def every_launch(inputs, scores, mask, upstream, weights):
     """All results of all launchers."""
-    *values, saved = launch.reward_forward_saved(*inputs, mask, **weights)
+    *values, saved = reward.ranking_reward_saved(*inputs, mask, weights)
     yield from values
-    yield from launch.reward_forward(*inputs, mask, **weights)
-    yield from launch.reward_backward(*inputs, mask, saved, upstream, **weights)
-    yield from launch.reward_value_and_grad(*inputs, mask, upstream, **weights)
-    yield from launch.reward_from_scores(scores, mask, **weights)
-    yield from launch.reward_from_scores_backward(scores, mask, upstream, **weights)
+    yield from reward.ranking_reward(*inputs, mask, weights)
+    yield from reward.ranking_reward_backward(*inputs, mask, saved, upstream, weights)
+    yield from reward.ranking_reward_and_grad(*inputs, mask, upstream, weights)
+    yield from reward.reward_from_scores(scores, mask, weights)
+    yield from reward.reward_from_scores_backward(scores, mask, upstream, weights)
 
 
 def every_batch_launch(query, candidates, weight):
     """All results of the in-batch ops and of search."""
     batch = Batch(torch.arange(len(query)), torch.arange(len(candidates)) % 7, 0.9)
     heat = torch.tensor(0.1)
-    yield from launch_batch.Run(query, candidates, batch, 3, heat).rank_statistics()
-    call = launch_batch.Run(query, candidates, batch, 0, heat, 1)
+    yield from in_batch.TritonSteps(query, candidates, batch, 3, heat).rank_statistics()
+    call = in_batch.TritonSteps(query, candidates, batch, 0, heat, 1)
     dtypes = (query.dtype, torch.float32)
     loss, _, *gradients = call.info_nce_and_gradients(weight, symmetric=True, dtypes=dtypes)
     yield from (loss, *gradients)
     for metric in ("cosine", "dot"):
-        yield from launch_topk.topk(query, candidates, 5, metric=metric)
+        yield from topk.topk(query, candidates, 5, metric=metric)
 
 
 def batch_arguments():
@@ -105,12 +108,12 @@ class Guarded:
             assert same_bits(zone.view(torch.uint8).short(), fresh.view(torch.uint8).short())
 
 
-@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT], ids=["hard", "soft"])
+@pytest.mark.parametrize("weights", [Weights(**OPEN_HINGE), Weights(**SOFT)], ids=["hard", "soft"])
 def test_red_zones_are_neither_read_nor_written(monkeypatch, weights):
     inputs, scores, mask, upstream = arguments()
     expected = list(every_launch(inputs, scores, mask, upstream, weights))
     guarded = Guarded()
-    monkeypatch.setattr(launch, "_empty", guarded.empty)
+    monkeypatch.setattr(launch, "empty", guarded.empty)
     copies = [guarded.copy(x) for x in inputs]
     others = [guarded.copy(x) for x in (scores, mask, upstream)]
     found = list(every_launch(copies, *others, weights))
@@ -123,7 +126,7 @@ def test_red_zones_of_a_batch_are_neither_read_nor_written(monkeypatch):
     given = batch_arguments()
     expected = list(every_batch_launch(*given))
     guarded = Guarded()
-    monkeypatch.setattr(launch, "_empty", guarded.empty)
+    monkeypatch.setattr(launch, "empty", guarded.empty)
     found = list(every_batch_launch(*(guarded.copy(x) for x in given)))
     guarded.check()
     for a, b in zip(found, expected, strict=True):
@@ -153,12 +156,10 @@ def test_float64_products_step_by_step_are_those_of_tiles(monkeypatch):
     """A GPU takes the former, the interpreter the latter."""
     a, b, norm = torch.randn(3, 9).double(), torch.randn(9, 37).double(), torch.rand(9, 2).double()
     tiles, steps = torch.empty(2, 3, 37, dtype=torch.float64)
-    launch_batch.multiply(a, b, tiles, inner=norm)
-    constants = launch_batch.product_constants
-    monkeypatch.setattr(
-        launch_batch, "product_constants", lambda *x: constants(*x) | {"OUTER": True}
-    )
-    launch_batch.multiply(a, b, steps, inner=norm)
+    in_batch.multiply(a, b, tiles, inner=norm)
+    constants = in_batch.product_constants
+    monkeypatch.setattr(in_batch, "product_constants", lambda *x: constants(*x) | {"OUTER": True})
+    in_batch.multiply(a, b, steps, inner=norm)
     assert (tiles - steps).abs().max() < 1e-14
     assert (steps - a * norm[:, 0] @ b).abs().max() < 1e-14
 
@@ -167,7 +168,7 @@ def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
     from triton.runtime import interpreter
 
     builder, groups = interpreter.interpreter_builder, 5
-    given = (*arguments(torch.float32, groups), SOFT)
+    given = (*arguments(torch.float32, groups), Weights(**SOFT))
     expected = list(every_launch(*given))
     place = builder.set_grid_idx
     for order in (list(reversed(range(groups))), torch.randperm(groups).tolist()):
@@ -187,8 +188,8 @@ def test_leading_dimensions_that_do_not_merge():
         negatives.permute(1, 0, 2, 4, 3).contiguous().permute(1, 0, 2, 4, 3),
     )
     dense = [x.contiguous() for x in strange]
-    actual = launch.reward_value_and_grad(*strange, None, None, **OPEN_HINGE)
-    expected = launch.reward_value_and_grad(*dense, None, None, **OPEN_HINGE)
+    actual = reward.ranking_reward_and_grad(*strange, None, None, Weights(**OPEN_HINGE))
+    expected = reward.ranking_reward_and_grad(*dense, None, None, Weights(**OPEN_HINGE))
     for a, b in zip(actual, expected, strict=True):
         assert same_bits(a, b)
         assert a.is_contiguous()
@@ -196,8 +197,8 @@ def test_leading_dimensions_that_do_not_merge():
 
 def test_auto_never_takes_the_interpreter():
     inputs = embeddings((1,), 2, 4, torch.float32)
-    taken = dispatch.launcher("ranking_reward", "auto", torch.device("cpu"), torch.float32)
-    assert taken is not dispatch.LAUNCHERS["ranking_reward"]["triton"]
+    taken = choice.launcher("ranking_reward", "auto", torch.device("cpu"), torch.float32)
+    assert taken is not LAUNCHERS["ranking_reward"]["triton"]
     for weights in (OPEN_HINGE, SOFT):
         result = ranking_reward(*inputs, **weights)
         assert torch.equal(result.rank, ranking_reward_and_grad(*inputs, **weights)[0].rank)

@@ -33,7 +33,7 @@ NAMES = {
 # Arguments in the reward's dtype, in float64 whatever the inputs are, and scalars.
 VALUES = {"reward", "margin_reward", "rank_reward", "live_scores", "upstream"}
 EXACT = {"scratch", "saved", "slopes"}
-WEIGHTS = {"margin", "rank_penalty", "w_margin", "w_rank", "coldness"}
+WEIGHTS = {"margin", "rank_penalty", "w_margin", "w_rank", "inverse_temperature"}
 
 # (kernel, dtype, what it leaves out, soft ranks). Each is compiled aligned and not.
 VARIANTS = {
@@ -59,9 +59,9 @@ SCALES = {"inner": None, "outer_rows": "*fp64", "outer_columns": "*fp64", "ADD":
 SLOPES = {"inner": "*fp64", "outer_rows": None, "outer_columns": None, "ADD": True}
 
 
-def launch_batch():
+def batch_launchers():
     """Not at import: it needs triton, which a test file that lists variants does not."""
-    return importlib.import_module("elva_kernels.triton_kernels.launch_batch")
+    return importlib.import_module("elva_kernels.backends.triton.in_batch")
 
 
 def _product(a, b, scales):
@@ -70,8 +70,8 @@ def _product(a, b, scales):
         "b": f"*{NAMES[b]}",
         "c": "*fp64" if a == torch.float64 else "*fp32",
     }
-    constants = launch_batch().product_constants(a, b, scales is SLOPES)
-    tile = launch_batch().tile_of(launch_batch().product_operand(a, b))
+    constants = batch_launchers().product_constants(a, b, scales is SLOPES)
+    tile = batch_launchers().tile_of(batch_launchers().product_operand(a, b))
     return "matrix", "product_kernel", types | PRODUCT | scales | constants | {"tile": tile}
 
 
@@ -80,7 +80,7 @@ def _rows(dtype, kernel):
     types = {"rows": f"*{NAMES[dtype]}", "units": f"*{NAMES[dtype]}", "norms": "*fp64"}
     types |= {"grad_units": f"*{value}", "gradients": f"*{NAMES[dtype]}", "dim": "i32 16"}
     types |= {"row_stride": "i64 16", "step": "i64 1", "SCALED": dtype != torch.float16}
-    return "rows", kernel, types | {"dtype": _type(value), "BLOCK": launch_batch()._BLOCK}
+    return "rows", kernel, types | {"dtype": _type(value), "BLOCK": batch_launchers().BLOCK}
 
 
 def _statistics(value, kernel, **left_out):
@@ -91,9 +91,9 @@ def _statistics(value, kernel, **left_out):
     values += ("target_slope", "column_peak", "column_factor")
     types = integers | dict.fromkeys(exact, "*fp64") | dict.fromkeys(values, f"*{value}")
     types |= {"candidates": "i32", "width": "i32 16", "rows": "i32", "max_score": "fp64"}
-    launch = launch_batch()
-    block = launch._COLUMNS if kernel == "column_sums_kernel" else launch._BLOCK
-    module = "topk" if kernel == "finish_scores_kernel" else "statistics"
+    launch = batch_launchers()
+    block = launch._COLUMNS if kernel == "column_sums_kernel" else launch.BLOCK
+    module = "topk" if kernel == "finish_scores_kernel" else "in_batch"
     return module, kernel, types | {"BLOCK": block, "COSINE": True} | left_out
 
 
@@ -134,7 +134,9 @@ def _compile_batch(name, aligned, target):
     from triton.compiler import ASTSource
 
     module, kernel, types = batch_variants()[name]
-    kernel = getattr(importlib.import_module(f"elva_kernels.triton_kernels.{module}"), kernel)
+    kernel = getattr(
+        importlib.import_module(f"elva_kernels.backends.triton.kernels.{module}"), kernel
+    )
     signature, fixed, attributes = {}, {}, {}
     for at, argument in enumerate(inspect.signature(kernel.fn).parameters):
         given = types[argument]
@@ -146,7 +148,7 @@ def _compile_batch(name, aligned, target):
         signature[argument] = kind
         if aligned and (note == "16" or kind.startswith("*")):
             attributes[(at,)] = [["tt.divisibility", 16]]
-    options = launch_batch().options(TARGETS[target][1], types.get("tile"))
+    options = batch_launchers().options(TARGETS[target][1], types.get("tile"))
     source = ASTSource(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=options)
 
@@ -164,19 +166,20 @@ def compile_variant(name, aligned, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from elva_kernels.triton_kernels import launch, reward, scores
+    from elva_kernels.backends.triton import launch
+    from elva_kernels.backends.triton.kernels import from_scores, reward
 
     if name not in VARIANTS:
         return _compile_batch(name, aligned, target)
     family, dtype, left_out, soft = VARIANTS[name]
-    module = scores if family.startswith("scores") else reward
+    module = from_scores if family.startswith("scores") else reward
     kernel = getattr(module, f"{family}_kernel")
     gpu, architecture = TARGETS[target]
     sizes = launch.blocks(architecture, DIM, dtype)
-    if module is scores:
+    if module is from_scores:
         sizes = launch.rank_blocks(architecture)
-    constants = {"SOFT": soft, "SAME": aligned, "ROWS": sizes.rows, "RANKS": launch._RANKS}
-    constants |= {"BLOCK": sizes.columns, "SPAN": launch._SPAN * sizes.columns}
+    constants = {"SOFT": soft, "SAME": aligned, "ROWS": sizes.rows, "RANKS": launch.RANKS}
+    constants |= {"BLOCK": sizes.columns, "SPAN": launch.SPAN * sizes.columns}
     absent = {x for name in left_out for x in LEFT_OUT.get(name, (name,))}
     source = ASTSource(kernel, *_specialise(kernel, dtype, aligned, absent, constants))
     return triton.compile(source, target=GPUTarget(*gpu), options=sizes.options())
