@@ -72,18 +72,16 @@ def _ranking_reward_and_grad(
     leading, shared = _leading(query, positive, negatives, mask)
     if upstream is not None:
         upstream = upstream.expand(leading)
-    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
+    mask = _expand(mask, leading, 1)
     if not shared:
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        return launch(*inputs, upstream, Weights(*weights))
+        return launch(query, positive, negatives, mask, upstream, Weights(*weights))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    *values, saved = _ranking_reward_saved(*inputs, weights=weights, backend=backend)
+    inputs = (query, positive, negatives, mask)
+    *values, saved = _ranking_reward_saved(*inputs, weights, backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
-    gradients = _ranking_reward_backward(
-        *inputs, saved=saved, grad_reward=upstream, weights=weights, backend=backend
-    )
-    return *values, *gradients
+    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, backend)
 
 
 def _reward_from_scores(
