@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "result.h"
+#include "dlpack_result.h"
 
 namespace {
 

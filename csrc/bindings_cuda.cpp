@@ -8,19 +8,19 @@ int64_t scratch_bytes(int64_t groups, int64_t negatives) {
   return elva_reward_scratch_bytes_cuda(groups, negatives);
 }
 
-int64_t search_scratch_bytes(int dtype, int64_t queries, int64_t rows, int64_t dim) {
-  ElvaSearchArgs args = {};
+int64_t topk_scratch_bytes(int dtype, int64_t queries, int64_t rows, int64_t dim) {
+  ElvaTopkScoresArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.queries = queries;
   args.rows = rows;
   args.dim = dim;
-  return elva_search_scratch_bytes_cuda(&args);
+  return elva_topk_scratch_bytes_cuda(&args);
 }
 
-void search_scores(int dtype, int device, uintptr_t stream, int metric, int64_t queries,
-                   int64_t rows, int64_t dim, py::handle query, py::handle corpus,
-                   uintptr_t scratch, uintptr_t scores) {
-  ElvaSearchArgs args = {};
+void topk_scores(int dtype, int device, uintptr_t stream, int metric, int64_t queries, int64_t rows,
+                 int64_t dim, py::handle query, py::handle corpus, uintptr_t scratch,
+                 uintptr_t scores) {
+  ElvaTopkScoresArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.device = device;
   args.stream = pointer(stream);
@@ -32,7 +32,7 @@ void search_scores(int dtype, int device, uintptr_t stream, int metric, int64_t 
   set_rows(corpus, &args.corpus);
   args.scratch = pointer(scratch);
   args.scores = pointer<float>(scores);
-  run_released(elva_search_scores_cuda, args);
+  run_released(elva_topk_scores_cuda, args);
 }
 
 void unit_rows(int dtype, int device, uintptr_t stream, int64_t count, int64_t dim, py::handle rows,
@@ -99,8 +99,8 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_reward_scratch_bytes", &scratch_bytes);
   module.def("cuda_reward_forward", &reward_forward<elva_reward_forward_cuda>);
   module.def("cuda_reward_backward", &reward_backward<elva_reward_backward_cuda>);
-  module.def("cuda_search_scratch_bytes", &search_scratch_bytes);
-  module.def("cuda_search_scores", &search_scores);
+  module.def("cuda_topk_scratch_bytes", &topk_scratch_bytes);
+  module.def("cuda_topk_scores", &topk_scores);
   module.def("cuda_unit_rows", &unit_rows);
   module.def("cuda_unit_gradient", &unit_gradient);
   module.def("cuda_score_rows", &score_rows);

@@ -161,14 +161,14 @@ typedef struct {
   int64_t dim;
   ElvaInput query;   // [queries, dim]
   ElvaInput corpus;  // [rows, dim]
-  void* scratch;     // elva_search_scratch_bytes_cuda, on 16 bytes
+  void* scratch;     // elva_topk_scratch_bytes_cuda, on 16 bytes
   float* scores;     // [queries, rows]; -inf where the row or the query is not finite
   int32_t device;
   void* stream;
-} ElvaSearchArgs;
+} ElvaTopkScoresArgs;
 
-int64_t elva_search_scratch_bytes_cuda(const ElvaSearchArgs* args);
-ElvaStatus elva_search_scores_cuda(const ElvaSearchArgs* args);
+int64_t elva_topk_scratch_bytes_cuda(const ElvaTopkScoresArgs* args);
+ElvaStatus elva_topk_scores_cuda(const ElvaTopkScoresArgs* args);
 
 // The in-batch ops, in steps: unit rows, their products (scores), rows of scores, gradients. Scores
 // are rows of `width` values, the number of candidates rounded up to 16. See reference_batch.py.

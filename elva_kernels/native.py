@@ -21,7 +21,7 @@ from torch.utils.dlpack import from_dlpack
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _METRIC_CODES = {"dot": 0, "cosine": 1}
-_LARGE_BYTES = 1 << 20  # the memory of larger gradients is kept for the next (csrc/cpu/blocks.cpp)
+_LARGE_BYTES = 1 << 20  # the memory of larger gradients is kept (csrc/cpu/kept_memory.cpp)
 
 Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]

@@ -19,7 +19,7 @@ _LEAST_CAPABILITY = (8, 0)
 _OPS = {  # for messages
     "reward_forward": "ranking_reward",
     "reward_backward": "ranking_reward",
-    "search_scores": "topk",
+    "topk_scores": "topk",
 } | dict.fromkeys(
     ("unit_rows", "unit_gradient", "score_rows", "column_sums", "slope_rows"), "in-batch op"
 )
@@ -99,13 +99,13 @@ def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> tuple[Tensor,
     q, dim = query.shape
     code = _DTYPE_CODES[query.dtype]
     step = max(1, _WORKSPACE_BYTES // (4 * max(1, q)))
-    size = _module().cuda_search_scratch_bytes(code, q, min(step, len(corpus)), dim)
+    size = _module().cuda_topk_scratch_bytes(code, q, min(step, len(corpus)), dim)
     scratch = query.new_empty(size, dtype=torch.uint8)
 
     def scores_of(rows: Tensor) -> Tensor:
         scores = query.new_empty((q, len(rows)), dtype=torch.float32)
         _launch(
-            "search_scores",
+            "topk_scores",
             code,
             *_place(query),
             _METRIC_CODES[metric],

@@ -9,9 +9,9 @@
 #include <cmath>
 #include <limits>
 
-#include "layout.h"
 #include "numeric.h"
 #include "parallel.h"
+#include "row_layout.h"
 
 namespace elva {
 namespace {

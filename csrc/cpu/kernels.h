@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "batch_kernels.h"
+#include "in_batch_kernels.h"
 #include "matrix_kernels.h"
 
 namespace elva {

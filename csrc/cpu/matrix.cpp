@@ -17,8 +17,8 @@
 #include <type_traits>
 
 #include "kernels.h"
-#include "layout.h"
 #include "parallel.h"
+#include "row_layout.h"
 
 namespace elva {
 namespace {

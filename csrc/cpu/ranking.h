@@ -13,7 +13,7 @@
 #include "../elva.h"
 #include "../rank_math.h"
 #include "kernels.h"
-#include "layout.h"
+#include "row_layout.h"
 
 namespace elva {
 

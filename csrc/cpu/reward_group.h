@@ -13,9 +13,9 @@
 #include <string.h>
 
 #include "kernels.h"
-#include "layout.h"
 #include "ranking.h"
 #include "rescale.h"
+#include "row_layout.h"
 
 namespace elva {
 

@@ -218,8 +218,8 @@ ElvaStatus for_pieces(int64_t items, int threads, size_t bytes, const Body& body
 }
 
 template <class T>
-ElvaStatus search(const ElvaTopkArgs& args, const Kernels& kernels, int threads, int64_t first,
-                  int64_t count) {
+ElvaStatus run_chunk(const ElvaTopkArgs& args, const Kernels& kernels, int threads, int64_t first,
+                     int64_t count) {
   using V = typename ValueOf<T>::Type;
   const Queries<T> queries(args, first, count);
   Lists<V> lists(threads, count, args.k);
@@ -260,7 +260,7 @@ ElvaStatus run(const ElvaTopkArgs& args) {
   try {
     for (int64_t first = 0; first < args.queries; first += chunk) {
       const ElvaStatus status =
-          search<T>(args, *kernels, threads, first, std::min(chunk, args.queries - first));
+          run_chunk<T>(args, *kernels, threads, first, std::min(chunk, args.queries - first));
       if (status != ELVA_OK) return status;
     }
   } catch (const std::bad_alloc&) {

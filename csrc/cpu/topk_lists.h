@@ -8,7 +8,7 @@
 #include <atomic>
 #include <limits>
 
-#include "layout.h"
+#include "row_layout.h"
 
 namespace elva {
 

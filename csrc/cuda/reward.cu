@@ -3,8 +3,8 @@
 // elva_kernels/reference.py. In: query, positive [*, D], negatives [*, N, D] in bf16, fp16 or fp32,
 // any strides and any alignment (dense rows on 16 bytes are read in vectors); mask [*, N]. Out:
 // reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32, rank int32 [*]; coefficients
-// (group.h); gradients dense. Work split: forward a block a group, a warp a candidate; backward a
-// block for some columns of a group (gradient.h). Bytes: the
+// (reward_group.h); gradients dense. Work split: forward a block a group, a warp a candidate; backward a
+// block for some columns of a group (reward_gradient.h). Bytes: the
 // forward reads each input once; the backward reads it once and writes each gradient once.
 // Numerics: float sums of segments added in double (rows.h); rows out of range scaled by a power of
 // two; ranks by compare-and-count on integers; gradients by two float products where their

@@ -2,7 +2,7 @@
 // memory of a cluster of blocks (sm_90 and later). Source: Liu et al., ELVA, arXiv:2606.20280, sec.
 // 3.4; eq. (1) to (6) of elva_kernels/reference.py. In and out: as reward.cu, rows dense and on 16
 // bytes. Work split: a cluster a group, over and over; a block some columns of all of the group's
-// rows, so that every gradient is its own; a warp a row's dot, then gradient.h. Blocks exchange a
+// rows, so that every gradient is its own; a warp a row's dot, then reward_gradient.h. Blocks exchange a
 // product and a square a row through distributed shared memory, and each block ranks for itself.
 // Bytes: each input read once by bulk copies, each gradient written once, from the place where the
 // row lay: 2 (N + 2) D elements a group, the floor. Numerics: as reward.cu, to the last bit. No

@@ -14,10 +14,10 @@
 #include <vector>
 
 #include "kernels.h"
-#include "layout.h"
 #include "numeric.h"
 #include "parallel.h"
 #include "rescale.h"
+#include "row_layout.h"
 
 namespace elva {
 namespace {

@@ -9,10 +9,10 @@
 #include <atomic>
 #include <type_traits>
 
-#include "layout.h"
 #include "numeric.h"
 #include "parallel.h"
 #include "ranking.h"
+#include "row_layout.h"
 
 namespace elva {
 namespace {

@@ -1,7 +1,7 @@
 // The inner loops of the in-batch ops that are compiled once per CPU level: rows and
 // columns of scores.
-#ifndef ELVA_CPU_BATCH_KERNELS_H_
-#define ELVA_CPU_BATCH_KERNELS_H_
+#ifndef ELVA_CPU_IN_BATCH_KERNELS_H_
+#define ELVA_CPU_IN_BATCH_KERNELS_H_
 
 #include <stdint.h>
 
@@ -95,4 +95,4 @@ extern const BatchKernels kAvx512Bf16BatchKernels;
 #endif
 
 }  // namespace elva
-#endif  // ELVA_CPU_BATCH_KERNELS_H_
+#endif  // ELVA_CPU_IN_BATCH_KERNELS_H_

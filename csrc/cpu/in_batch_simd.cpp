@@ -8,7 +8,7 @@
 // here has external linkage but the table at the end. Reference: elva_kernels.reference_batch.
 #include <limits>
 
-#include "batch_kernels.h"
+#include "in_batch_kernels.h"
 #include "simd.h"
 
 namespace elva {

@@ -1,6 +1,6 @@
 // Where a group's rows lie, and the thread's own memory.
-#ifndef ELVA_CPU_LAYOUT_H_
-#define ELVA_CPU_LAYOUT_H_
+#ifndef ELVA_CPU_ROW_LAYOUT_H_
+#define ELVA_CPU_ROW_LAYOUT_H_
 
 #include <stddef.h>
 #include <stdint.h>
@@ -91,4 +91,4 @@ inline Arena& thread_arena() {
 }
 
 }  // namespace elva
-#endif  // ELVA_CPU_LAYOUT_H_
+#endif  // ELVA_CPU_ROW_LAYOUT_H_

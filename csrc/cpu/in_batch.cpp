@@ -4,7 +4,7 @@
 // targets, ids. Out: counts int32, hardest and top-k, sums double; the rows masked, then their
 // slopes. Work split: rows, or blocks of columns, a thread at a time. Bytes: each row once from
 // memory for all of its statistics, and once more for its slopes. Numerics: see
-// statistics_simd.cpp; ties by lower index. Deterministic: a row's bits depend on that row alone, a
+// in_batch_simd.cpp; ties by lower index. Deterministic: a row's bits depend on that row alone, a
 // column's on the chunks it came in. Limits: none. Reference:
 // elva_kernels.reference_batch.statistics_of_scores, info_nce_of_scores.
 #include <math.h>
