@@ -171,7 +171,8 @@ int64_t elva_topk_scratch_bytes_cuda(const ElvaTopkScoresArgs* args);
 ElvaStatus elva_topk_scores_cuda(const ElvaTopkScoresArgs* args);
 
 // The in-batch ops, in steps: unit rows, their products (scores), rows of scores, gradients. Scores
-// are rows of `width` values, the number of candidates rounded up to 16. See reference_batch.py.
+// are rows of `width` values, the number of candidates rounded up to 16. See
+// elva_kernels.reference_batch.
 typedef struct {
   ElvaDtype dtype;
   ElvaDtype unit_dtype;  // the value's; or ELVA_BF16, of ELVA_BF16: the rows as they are, times
@@ -242,8 +243,9 @@ typedef struct {
   double* moment;          // [rows]: and that times (s - hardest)
 } ElvaScoreRowsArgs;
 
-// One direction of InfoNCE from what score_rows or column_sums summed: eq. 11 and 13 and their
-// derivatives. All NaN or 0 where the target's score is NaN.
+// One direction of InfoNCE from what score_rows or column_sums summed: log-sum-exp (11) and
+// contrastive loss (13) of elva_kernels.reference_batch and their derivatives. All NaN or 0 where the
+// target's score is NaN.
 typedef struct {
   ElvaDtype dtype;
   int64_t count;

@@ -1,15 +1,21 @@
-// What: matrix products for the in-batch ops. In: a [m, k] and b [k, n] of float or double, of bf16
-// both, or a of float with b of bf16, any strides. Out: c [m, n] of float or double, c = a b or
-// c += a b. Work split: blocks of rows of c; b is packed by all threads, a block of a by the thread
-// that multiplies it. Bytes: b once a pass, from the third-level cache for each block of a.
+// What: matrix products for the in-batch ops.
+// Source: the dots of cosine (8) of elva_kernels.reference_batch, and of its gradients; c = a b, or
+//   c += a b.
+// In: a [m, k] and b [k, n] of float or double, of bf16 both, or a of float with b of bf16, any
+//   strides.
+// Out: c [m, n] of float or double, dense rows.
+// Work split: blocks of rows of c; b is packed by all threads, a block of a by the thread that
+//   multiplies it.
+// Bytes: b once a pass, from the third-level cache for each block of a.
 // Numerics: by blocks of kDepth, each summed in an accumulator of its own and added to c in order:
-// an element's bits depend on its row of a and its column of b alone, whatever the sizes, the place
-// and the number of threads. That is why this is not a library's product: those choose another
-// kernel at an edge, or for another size, and then a copy of the positive does not tie with it
-// (measured with MKL: 2 different scores for 777 equal columns of length 64). Products of bf16 are
-// exact. Floats times bf16 are two products of halves, the second one left out of a block where it
-// cannot matter (ElvaMatrixArgs.allowed). Limits: bf16 wants a level with
-// instructions for it (elva_multiplies_bf16). Reference: torch.mm.
+//   an element's bits depend on its row of a and its column of b alone, whatever the sizes, the
+//   place and the number of threads. That is why this is not a library's product: those choose
+//   another kernel at an edge, or for another size, and then a copy of the positive does not tie
+//   with it (measured with MKL: 2 different scores for 777 equal columns of length 64). Products of
+//   bf16 are exact. Floats times bf16 are two products of halves, the second one left out of a
+//   block where it cannot matter (ElvaMatrixArgs.allowed).
+// Limits: k of 1 or more; bf16 wants a level with instructions for it (elva_multiplies_bf16).
+// Reference: torch.mm.
 #include <string.h>
 
 #include <algorithm>

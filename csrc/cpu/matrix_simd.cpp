@@ -1,11 +1,17 @@
 // What: the inner loops of matrix products: tiles out of packed panels, floats split into two bf16
-// halves, and the gradient through a bf16 row's norm. Source: eq. (8) of
-// elva_kernels/reference_batch.py. In/Out: see matrix_kernels.h. Work split: the caller's thread.
+//   halves, and the gradient through a bf16 row's norm.
+// Source: the dots of cosine (8) of elva_kernels.reference_batch, and their gradients.
+// In: packed panels of words, rows of float or bf16: see matrix_kernels.h.
+// Out: tiles of c, panels of halves, gradient rows: see matrix_kernels.h.
+// Work split: the caller's thread, one job.
+// Bytes: a panel of b from the first-level cache, one of a from the second-level one; a tile of c
+//   read and written once.
 // Numerics: products by fma, or exact pairs by vdpbf16ps, which flushes what is below 2^-126; one
 //   accumulator an element. Gradients: float, at most kChain additions in a lane before they are
 //   added to a double one; rounded to nearest even. Deterministic.
 // Limits: none. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
-// but the table at the end. Reference: torch.mm, elva_kernels.reference._unit.
+//   but the table at the end.
+// Reference: torch.mm, elva_kernels.reference._unit.
 #include "matrix_kernels.h"
 #include "simd.h"
 

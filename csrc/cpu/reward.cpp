@@ -1,14 +1,16 @@
 // What: the grouped ranking reward on the CPU: cosines, ranks, rewards and their gradients, fused.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) to (6) of
-// elva_kernels/reference.py. In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or
-// fp64, any strides; mask [*, N]. Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in
-// fp32 (fp64), rank int32 [*]; gradients dense. Work split: one group a thread at a time; a group's
-// rows stay in the second-level cache for the gradient pass. Bytes: value and gradient read each
-// input once and write each gradient once (the floor); a backward of its own reads
-//   the inputs again, and 16 bytes of coefficients a candidate.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
+//   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
+// In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or fp64, any strides; mask
+//   [*, N].
+// Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32 (fp64), rank int32 [*];
+//   gradients dense, in the inputs' dtype.
+// Work split: one group a thread at a time; a group's rows stay in the second-level cache for the
+//   gradient pass.
+// Bytes: value and gradient read each input once and write each gradient once (the floor); a
+//   backward of its own reads the inputs again, and 16 bytes of coefficients a candidate.
 // Numerics: see reward_simd.cpp and rescale.h; ranks, rewards and coefficients in double from the
-// returned scores.
-//   Deterministic: a group's bits depend on that group alone.
+//   returned scores. Deterministic: a group's bits depend on that group alone.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.ranking_reward.
 #include <atomic>

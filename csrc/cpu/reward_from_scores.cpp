@@ -1,11 +1,17 @@
 // What: the ranking reward of given scores (re-rankers, cross-encoders), with its gradient on the
-// scores. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (2) to (6) of
-// elva_kernels/reference.py. In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64,
-// any strides; mask [*, C - 1]. Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank
-// int32 [*]; grad_scores [*, C] in the scores' dtype. Work split: some groups a thread. Bytes:
-// scores once, gradient once. Numerics: double; a live score that is not finite makes its group's
-// reward and live gradients NaN. Deterministic. Reference:
-// elva_kernels.reference.reward_from_scores.
+//   scores.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; rank (2), margin reward (3), rank reward
+//   (4), reward (5), soft rank (6) of elva_kernels.reference.
+// In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64, any strides; mask [*, C -
+//   1].
+// Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank int32 [*]; grad_scores [*, C] in
+//   the scores' dtype.
+// Work split: some groups a thread.
+// Bytes: scores once, gradient once (the floor).
+// Numerics: double; a live score that is not finite makes its group's reward and live gradients
+//   NaN. Deterministic.
+// Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
+// Reference: elva_kernels.reference.reward_from_scores.
 #include <atomic>
 #include <type_traits>
 

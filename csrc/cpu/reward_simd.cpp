@@ -1,19 +1,23 @@
 // What: the inner loops of the grouped reward: dots and squared norms of a group's rows, its ranks,
-// then its gradient rows. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) and (6) and
-// their derivatives in elva_kernels/reference.py. In: dense rows [dim] of bf16, fp16, fp32 or fp64.
-// Out: double dots and squares; gradient rows in the rows' dtype. Work split: the caller's thread,
-// one job; 4 rows a pass over the query forward, 8, 4, 2 or 1 backward. Bytes: each row once
-// forward, from memory; once more backward, from the second-level cache, and written once.
+//   then its gradient rows.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), soft rank (6) and
+//   their derivatives in elva_kernels.reference.
+// In: dense rows [dim] of bf16, fp16, fp32 or fp64; scores of float or double.
+// Out: double dots and squares; int32 ranks, double sums; gradient rows in the rows' dtype.
+// Work split: the caller's thread, one job; 4 rows a pass over the query forward, 8, 4, 2 or 1
+//   backward.
+// Bytes: each row once forward, from memory; once more backward, from the second-level cache, and
+//   written once.
 // Numerics: 16 float lanes (8 double ones for fp64), at most kChain additions in each before they
-// are added to double
-//   lanes, then a tree. The query's gradient adds 8 rows in float, and those sums in double. bf16
-//   dots use vdpbf16ps where the level has it: exact products, two rounded additions; it takes
-//   subnormals for zero, which the caller's range check allows for. Soft ranks in the scores'
-//   precision: a sigmoid errs by 1.5e-7 (3e-16 for double) at most. The lanes of a row are the same
-//   in every block: its bits depend on it alone.
-// Limits: finite rows with squared norms in the range of reward_group.h; gradients without NaN or
-// overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage but
-// the table at the end. Reference: elva_kernels.reference.cosine_scores.
+//   are added to double lanes, then a tree. The query's gradient adds 8 rows in float, and those
+//   sums in double. bf16 dots use vdpbf16ps where the level has it: exact products, two rounded
+//   additions; it takes subnormals for zero, which the caller's range check allows for. Soft ranks
+//   in the scores' precision: a sigmoid errs by 1.5e-7 (3e-16 for double) at most. The lanes of a
+//   row are the same in every block: its bits depend on it alone.
+// Limits: finite rows with squared norms in the range of rescale.h; gradients without NaN or
+//   overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
+//   but the tables at the end.
+// Reference: elva_kernels.reference.cosine_scores.
 #include "kernels.h"
 #include "simd_dots.h"
 

@@ -1,13 +1,17 @@
-// What: flat search: the k best corpus rows of each query by cosine or dot product, exact.
-// In: query [Q, D], corpus [P, D] in bf16, fp16, fp32 or fp64, any strides. Out: scores [Q, k] in
-// fp32 (fp64), index int64 [Q, k]. Work split: blocks of corpus rows over the threads; a block
-// stays in the second-level cache while all queries pass over it, four at a time in registers. A
-// query's threshold decides nearly every row by one comparison; the rest go into the thread's heap
-// of k; the heaps are merged at the end. Bytes: the corpus once (once more for each 256 MB of
-// queries and heaps), which is the floor for few queries; for many it is the dots' arithmetic.
+// What: topk: the k best corpus rows of each query by cosine or dot product, exact.
+// Source: topk (8) of elva_kernels.reference.
+// In: query [Q, D], corpus [P, D] in bf16, fp16, fp32 or fp64, any strides.
+// Out: scores [Q, k] in fp32 (fp64), index int64 [Q, k].
+// Work split: blocks of corpus rows over the threads; a block stays in the second-level cache while
+//   all queries pass over it, four at a time in registers. A query's threshold decides nearly every
+//   row by one comparison; the rest go into the thread's heap of k; the heaps are merged at the
+//   end.
+// Bytes: the corpus once (once more for each 256 MB of queries and heaps), which is the floor for
+//   few queries; for many it is the dots' arithmetic.
 // Numerics: see topk_simd.cpp and rescale.h. A score's bits depend on its row and query alone, and
-// the order is total, so the result does not depend on threads, blocks or other queries.
-// A row that is not finite scores -inf, and all rows do for a query that is not.
+//   the order is total, so the result does not depend on threads, blocks or other queries. A row
+//   that is not finite scores -inf, and all rows do for a query that is not.
+// Limits: k at most P.
 // Reference: elva_kernels.reference.topk.
 #include <math.h>
 

@@ -1,6 +1,6 @@
-// The gradients of a group from its coefficients (reward_group.h): some columns on a block of 256 threads,
-// 64 vectors wide; rows in 4 classes, candidate c in class c mod 4. The same to the last bit
-// whichever kernel runs it.
+// The gradients of a group from its coefficients (reward_group.h): some columns on a block of 256
+// threads, 64 vectors wide; rows in 4 classes, candidate c in class c mod 4. The same to the last
+// bit whichever kernel runs it.
 #ifndef ELVA_CUDA_REWARD_GRADIENT_H_
 #define ELVA_CUDA_REWARD_GRADIENT_H_
 

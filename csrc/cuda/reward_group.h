@@ -1,5 +1,6 @@
 // One group of the grouped reward on one block of threads: from dots and norms to ranks, reward and
-// the coefficients of the gradients. Eq. (1) to (6) of elva_kernels/reference.py.
+// the coefficients of the gradients: cosine (1), rank (2), margin reward (3), rank reward (4),
+// reward (5), soft rank (6) of elva_kernels.reference.
 //
 // Coefficients, a group: a[C], b[C] and the query's b, C = negatives + 1, in double and true units:
 //   gradient row i = a q + b c,  gradient of the query = sum of a c + b q

@@ -1,14 +1,18 @@
-// What: scores of topk: some queries against a block of corpus rows, each row read once for
-// up to 32 queries (8 in fp32). In: query [Q, D], corpus [P, D] in bf16, fp16 or fp32, any strides
-// and any alignment (dense rows on 16 bytes are read in vectors). Out: scores [Q, P] in fp32,
-// cosines or dots; -inf where a row or its query is not finite. Work split: a block 256 rows and a
-// group of queries, which pass by in pieces of 512 bytes through shared memory; a warp 32 rows: in
-// matrix instructions in half precision, else in fp32 products. Bytes: the corpus once for each
-// group of queries (from the second-level cache but for the first), the scores written once.
+// What: scores of topk: some queries against a block of corpus rows, each row read once for up to
+//   32 queries (8 in fp32).
+// Source: topk (8) of elva_kernels.reference; the best are chosen by the caller.
+// In: query [Q, D], corpus [P, D] in bf16, fp16 or fp32, any strides and any alignment (dense rows
+//   on 16 bytes are read in vectors).
+// Out: scores [Q, P] in fp32, cosines or dots; -inf where a row or its query is not finite.
+// Work split: a block 256 rows and a group of queries, which pass by in pieces of 512 bytes through
+//   shared memory; a warp 32 rows: in matrix instructions in half precision, else in fp32 products.
+// Bytes: the corpus once for each group of queries (from the second-level cache but for the first),
+//   the scores written once.
 // Numerics: products exact, sums in fp32 over the columns in one order whatever Q and P are;
-// squares by 64 in fp32, then in double; blocks with rows out of range once more, those rows scaled
-// by a power of two. No atomics: the same bits on every run. Limits: none. Reference:
-// elva_kernels.reference.topk.
+//   squares by 64 in fp32, then in double; blocks with rows out of range once more, those rows
+//   scaled by a power of two. No atomics: the same bits on every run.
+// Limits: none.
+// Reference: elva_kernels.reference.topk.
 #include "multiply.h"
 #include "rows.h"
 
