@@ -7,7 +7,7 @@ from torch import Tensor
 
 from elva_kernels import in_batch
 from elva_kernels.in_batch import Slopes, Sums, Terms, Units, part_of
-from elva_kernels.native import _DTYPE_CODES, _empty_kept, _module
+from elva_kernels.native import _DTYPE_CODES, _empty_kept, _module, _operand
 from elva_kernels.reference import compute_dtype
 
 # What slopes that are rounded to bfloat16 may add to a gradient on unit rows, of the 2e-6 that it
@@ -27,8 +27,7 @@ class Run(in_batch.Run):
             _DTYPE_CODES[unit.dtype],
             torch.get_num_threads(),
             *rows.shape,
-            rows.data_ptr(),
-            *rows.stride(),
+            _operand(rows),
             unit.data_ptr(),
             norm.data_ptr(),
         )

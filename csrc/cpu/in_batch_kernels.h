@@ -72,28 +72,21 @@ struct RowKernels {
   void (*columns)(const ColumnJob<S>&);
 };
 
-struct BatchKernels {
+struct InBatchKernels {
   RowKernels<float> f32;
   RowKernels<double> f64;
 };
 
 template <class S>
-const RowKernels<S>& row_kernels(const BatchKernels& kernels);
+const RowKernels<S>& row_kernels(const InBatchKernels& kernels);
 template <>
-inline const RowKernels<float>& row_kernels<float>(const BatchKernels& kernels) {
+inline const RowKernels<float>& row_kernels<float>(const InBatchKernels& kernels) {
   return kernels.f32;
 }
 template <>
-inline const RowKernels<double>& row_kernels<double>(const BatchKernels& kernels) {
+inline const RowKernels<double>& row_kernels<double>(const InBatchKernels& kernels) {
   return kernels.f64;
 }
-
-extern const BatchKernels kPlainBatchKernels;
-#if defined(__x86_64__)
-extern const BatchKernels kAvx2BatchKernels;
-extern const BatchKernels kAvx512BatchKernels;
-extern const BatchKernels kAvx512Bf16BatchKernels;
-#endif
 
 }  // namespace elva
 #endif  // ELVA_CPU_IN_BATCH_KERNELS_H_

@@ -13,7 +13,7 @@
 // Reference: elva_kernels.reference_batch.
 #include <limits>
 
-#include "in_batch_kernels.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace elva {
@@ -258,17 +258,8 @@ void columns(const ColumnJob<S>& job) {
 
 }  // namespace
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_BATCH_TABLE kAvx512Bf16BatchKernels
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_BATCH_TABLE kAvx512BatchKernels
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_BATCH_TABLE kAvx2BatchKernels
-#else
-#define ELVA_BATCH_TABLE kPlainBatchKernels
-#endif
-
-const BatchKernels ELVA_BATCH_TABLE = {
+template <>
+const InBatchKernels Level<ELVA_LEVEL>::in_batch = {
     {score_row<float>, at_least<float>, slope_row<float>, columns<float>},
     {score_row<double>, at_least<double>, slope_row<double>, columns<double>},
 };

@@ -12,7 +12,7 @@
 // Limits: none. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
 //   but the table at the end.
 // Reference: torch.mm, elva_kernels.reference._unit.
-#include "matrix_kernels.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace elva {
@@ -253,21 +253,14 @@ void add_row(const Bf16* x, float factor, int64_t dim, float* out) {
 #define ELVA_TILE_VECTORS 1
 #endif
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_MATRIX_TABLE kAvx512Bf16MatrixKernels
+#if ELVA_BF16_INSTRUCTIONS
 #define ELVA_PAIRS_TILE {12, 32, multiply_pairs<12, 2>}
 #else
 #define ELVA_PAIRS_TILE {0, 0, nullptr}
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_MATRIX_TABLE kAvx512MatrixKernels
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_MATRIX_TABLE kAvx2MatrixKernels
-#else
-#define ELVA_MATRIX_TABLE kPlainMatrixKernels
-#endif
 #endif
 
-const MatrixKernels ELVA_MATRIX_TABLE = {
+template <>
+const MatrixKernels Level<ELVA_LEVEL>::matrix = {
     {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F32::kLanes,
      multiply<F32, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
     {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F64::kLanes,

@@ -12,6 +12,7 @@
 
 #include "../elva.h"
 #include "../rank_math.h"
+#include "arena.h"
 #include "kernels.h"
 #include "row_layout.h"
 

@@ -13,9 +13,7 @@
 //   returned scores. Deterministic: a group's bits depend on that group alone.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.ranking_reward.
-#include <atomic>
-
-#include "parallel.h"
+#include "arena.h"
 #include "reward_group.h"
 
 namespace elva {
@@ -40,16 +38,8 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
   if (args.weights.rank_temperature > 0) group_bytes += kBytesPerPair * candidates * candidates;
   const int64_t threads =
       std::min<int64_t>(args.threads, 1 + args.batch.groups * group_bytes / kBytesPerThread);
-  std::atomic<bool> out_of_memory{false};
-  const auto piece = [&](int64_t begin, int64_t end) {
-    Arena& arena = thread_arena();
-    try {
-      arena.reset(RewardGroup<T>::arena_bytes(candidates, args.dim));
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-      return;
-    }
-    RewardGroup<T> group(*kernels, args.dtype, candidates, args.dim, &arena);
+  const auto piece = [&](int64_t begin, int64_t end, Arena* arena) {
+    RewardGroup<T> group(*kernels, args.dtype, candidates, args.dim, arena);
     for (int64_t i = begin; i < end; ++i) {
       const GroupIndex index(args.batch, i);
       const T* negatives = group_data<T>(args.batch, args.negative, index);
@@ -63,11 +53,10 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
       group.set_ahead(next, next == nullptr ? 0 : args.negatives * args.dim);
       body(i, index, &group);
     }
-    arena.trim();
   };
-  parallel_for(args.batch.groups, std::max<int64_t>(1, (64 << 10) / group_bytes),
-               static_cast<int>(threads), piece);
-  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+  return for_pieces(args.batch.groups, std::max<int64_t>(1, (64 << 10) / group_bytes),
+                    static_cast<int>(threads), RewardGroup<T>::arena_bytes(candidates, args.dim),
+                    piece);
 }
 
 template <class V>

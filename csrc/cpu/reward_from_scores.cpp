@@ -12,11 +12,10 @@
 //   NaN. Deterministic.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.reward_from_scores.
-#include <atomic>
 #include <type_traits>
 
+#include "arena.h"
 #include "numeric.h"
-#include "parallel.h"
 #include "ranking.h"
 #include "row_layout.h"
 
@@ -73,26 +72,16 @@ ElvaStatus run(const ElvaScoresArgs& args) {
   using V = typename ValueOf<T>::Type;
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
-  std::atomic<bool> out_of_memory{false};
-  const auto piece = [&](int64_t begin, int64_t end) {
-    Arena& arena = thread_arena();
-    try {
-      arena.reset(ScoreBuffers<V>::arena_bytes(args.candidates));
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-      return;
-    }
-    const ScoreBuffers<V> buffers(args.candidates, &arena);
+  const auto piece = [&](int64_t begin, int64_t end, Arena* arena) {
+    const ScoreBuffers<V> buffers(args.candidates, arena);
     for (int64_t i = begin; i < end; ++i) one_group<T>(args, *kernels, i, buffers);
-    arena.trim();
   };
   constexpr int64_t kCandidatesPerPiece = 4096;  // about 20 us
   constexpr int64_t kPairsPerCandidate = 8;      // that take soft ranks as long (measured)
   int64_t work = args.candidates;
   if (args.weights.rank_temperature > 0) work += work * work / kPairsPerCandidate;
-  parallel_for(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / work), args.threads,
-               piece);
-  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+  return for_pieces(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / work),
+                    args.threads, ScoreBuffers<V>::arena_bytes(args.candidates), piece);
 }
 
 }  // namespace

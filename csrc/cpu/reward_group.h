@@ -12,6 +12,7 @@
 
 #include <string.h>
 
+#include "arena.h"
 #include "kernels.h"
 #include "ranking.h"
 #include "rescale.h"

@@ -16,7 +16,7 @@
 //   row are the same in every block: its bits depend on it alone.
 // Limits: finite rows with squared norms in the range of rescale.h; gradients without NaN or
 //   overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
-//   but the tables at the end.
+//   but the table at the end.
 // Reference: elva_kernels.reference.cosine_scores.
 #include "kernels.h"
 #include "simd_dots.h"
@@ -303,43 +303,17 @@ void soft_slopes(const PairJob& job) {
 
 }  // namespace
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_TABLE kAvx512Bf16Kernels
-#define ELVA_SCAN kAvx512Bf16Scan
-#define ELVA_BATCH_TABLE kAvx512Bf16BatchKernels
-#define ELVA_MATRIX_TABLE kAvx512Bf16MatrixKernels
-#define ELVA_NAME "avx512bf16"
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_TABLE kAvx512Kernels
-#define ELVA_SCAN kAvx512Scan
-#define ELVA_BATCH_TABLE kAvx512BatchKernels
-#define ELVA_MATRIX_TABLE kAvx512MatrixKernels
-#define ELVA_NAME "avx512"
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_TABLE kAvx2Kernels
-#define ELVA_SCAN kAvx2Scan
-#define ELVA_BATCH_TABLE kAvx2BatchKernels
-#define ELVA_MATRIX_TABLE kAvx2MatrixKernels
-#define ELVA_NAME "avx2"
-#else
-#define ELVA_TABLE kPlainKernels
-#define ELVA_SCAN kPlainScan
-#define ELVA_BATCH_TABLE kPlainBatchKernels
-#define ELVA_MATRIX_TABLE kPlainMatrixKernels
-#define ELVA_NAME "plain"
-#endif
-
-const Kernels ELVA_TABLE = {
-    ELVA_NAME,
+template <>
+const Kernels Level<ELVA_LEVEL>::kernels = {
     {dots<Bf16>, dots<Fp16>, dots<float>, dots<double>},
     {gradients<Bf16>, gradients<Fp16>, gradients<float>, gradients<double>},
     {query_gradient<Bf16>, query_gradient<Fp16>, query_gradient<float>, query_gradient<double>},
     count_ranks,
     {soft_ranks<F32>, soft_ranks<F64>},
     {soft_slopes<F32>, soft_slopes<F64>},
-    ELVA_SCAN,
-    &ELVA_BATCH_TABLE,
-    &ELVA_MATRIX_TABLE,
+    Level<ELVA_LEVEL>::scans,
+    &Level<ELVA_LEVEL>::in_batch,
+    &Level<ELVA_LEVEL>::matrix,
 };
 
 }  // namespace elva

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <limits>
 
+#include "arena.h"
 #include "row_layout.h"
 
 namespace elva {

@@ -145,16 +145,7 @@ void scan(const ScanJob& job) {
 
 }  // namespace
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_SCAN kAvx512Bf16Scan
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_SCAN kAvx512Scan
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_SCAN kAvx2Scan
-#else
-#define ELVA_SCAN kPlainScan
-#endif
-
-const Scan ELVA_SCAN[4] = {scan<Bf16>, scan<Fp16>, scan<float>, scan<double>};
+template <>
+const Scan Level<ELVA_LEVEL>::scans[4] = {scan<Bf16>, scan<Fp16>, scan<float>, scan<double>};
 
 }  // namespace elva

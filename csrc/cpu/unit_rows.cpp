@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../elva_in_batch.h"
 #include "kernels.h"
 #include "numeric.h"
 #include "parallel.h"
@@ -249,11 +250,7 @@ ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args) {
 }
 
 ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args) {
-  try {
-    return elva::column_norm(*args);
-  } catch (const std::bad_alloc&) {
-    return ELVA_OUT_OF_MEMORY;
-  }
+  return elva::within_memory([args] { return elva::column_norm(*args); });
 }
 
 ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args) { return elva::add_rows(*args); }

@@ -4,8 +4,8 @@
 //   log-sum-exp (11), contrastive losses (13) and (14) of elva_kernels.reference_batch.
 // In: rows in bf16, fp16 or fp32, any strides; products of unit rows [R, width] in fp32; targets,
 //   ids.
-// Out: see elva.h; products become masked scores (-inf where a candidate is no negative), then
-//   slopes.
+// Out: see elva_in_batch.h; products become masked scores (-inf where a candidate is no negative),
+//   then slopes.
 // Work split: a warp a row of embeddings; a block a row of scores; a thread a column.
 // Bytes: a row of scores is read twice (again from cache) and written once; a chunk's columns
 //   twice; slopes once each.
@@ -13,6 +13,7 @@
 //   atomics: deterministic.
 // Limits: none.
 // Reference: elva_kernels.reference_batch.
+#include "../elva_in_batch.h"
 #include "rows.h"
 
 namespace elva {
