@@ -109,7 +109,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The C API of csrc/elva.h. Private: called by elva_kernels.native alone.";
+  module.doc() = "The C API of csrc. Private: called by elva_kernels alone.";
   module.def("reward_forward", &elva::reward_forward<elva_reward_forward_cpu>);
   module.def("reward_backward", &elva::reward_backward<elva_reward_backward_cpu>);
   module.def("reward_from_scores", &reward_from_scores);
