@@ -18,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/simd.h -> flags of that level's *_simd objects
+LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/levels.h -> flags of that level's *_simd objects
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16"}
 CUDA_ARCHS = ("80", "90a", "100", "120")  # as far as nvcc knows them

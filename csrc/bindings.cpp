@@ -5,17 +5,14 @@
 #include <memory>
 #include <string>
 
-#include "result.h"
+#include "dlpack_result.h"
 
 namespace {
 
-using elva::check_tuple;
-using elva::integer;
 using elva::Layout;
 using elva::pointer;
 using elva::raise_unless_ok;
 using elva::run_released;
-using elva::set_rows;
 
 void reward_from_scores(int dtype, int threads, py::handle sizes, int64_t candidates,
                         py::handle scores, py::handle mask, py::handle upstream, py::handle weights,
@@ -55,132 +52,11 @@ void group_advantages(int dtype, int threads, py::handle sizes, int64_t size, py
   run_released(elva_group_advantages_cpu, args);
 }
 
-void topk(int dtype, int threads, int metric, int64_t queries, int64_t rows, int64_t dim, int64_t k,
-          py::handle query, py::handle corpus, uintptr_t scores, uintptr_t index) {
-  ElvaTopkArgs args = {};
-  args.dtype = static_cast<ElvaDtype>(dtype);
-  args.threads = threads;
-  args.metric = static_cast<ElvaMetric>(metric);
-  args.queries = queries;
-  args.rows = rows;
-  args.dim = dim;
-  args.k = k;
-  set_rows(query, &args.query);
-  set_rows(corpus, &args.corpus);
-  args.scores = pointer(scores);
-  args.index = pointer<int64_t>(index);
-  run_released(elva_topk_cpu, args);
-}
-
-void unit_rows(int dtype, int unit_dtype, int threads, int64_t count, int64_t dim, uintptr_t rows,
-               int64_t row_stride, int64_t stride, uintptr_t unit, uintptr_t norm) {
-  ElvaUnitRowsArgs args = {};
-  args.dtype = static_cast<ElvaDtype>(dtype);
-  args.unit_dtype = static_cast<ElvaDtype>(unit_dtype);
-  args.threads = threads;
-  args.count = count;
-  args.dim = dim;
-  args.rows.data = pointer(rows);
-  args.rows.row_stride = row_stride;
-  args.rows.stride = stride;
-  args.unit = pointer(unit);
-  args.norm = pointer<double>(norm);
-  run_released(elva_unit_rows_cpu, args);
-}
-
-void unit_gradient(int dtype, int unit_dtype, int threads, int64_t count, int64_t dim,
-                   uintptr_t unit, uintptr_t grad_unit, uintptr_t norm, uintptr_t grad_rows) {
-  run_released(
-      elva_unit_gradient_cpu,
-      ElvaUnitGradientArgs{static_cast<ElvaDtype>(dtype), static_cast<ElvaDtype>(unit_dtype),
-                           threads, count, dim, pointer(unit), pointer(grad_unit),
-                           pointer<double>(norm), pointer(grad_rows)});
-}
-
-void matrix_product(int a_dtype, int b_dtype, int threads, int64_t m, int64_t n, int64_t k,
-                    uintptr_t a, int64_t a_row_stride, int64_t a_stride, uintptr_t b,
-                    int64_t b_row_stride, int64_t b_stride, uintptr_t c, int64_t c_row_stride,
-                    bool add, uintptr_t a_scale, uintptr_t a_norm, double allowed) {
-  run_released(elva_matrix_product_cpu,
-               ElvaMatrixArgs{static_cast<ElvaDtype>(a_dtype), static_cast<ElvaDtype>(b_dtype),
-                              threads, m, n, k, pointer(a), a_row_stride, a_stride, pointer(b),
-                              b_row_stride, b_stride, pointer(c), c_row_stride, add,
-                              pointer<float>(a_scale), pointer<float>(a_norm), allowed});
-}
-
 double column_norm(int threads, int64_t count, int64_t dim, uintptr_t rows, uintptr_t scale) {
   double norm = 0;
   run_released(elva_column_norm_cpu, ElvaColumnNormArgs{threads, count, dim, pointer(rows),
                                                         pointer<float>(scale), &norm});
   return norm;
-}
-
-void add_rows(int threads, int64_t count, int64_t dim, uintptr_t from, uintptr_t into,
-              uintptr_t factor, uintptr_t rows, uintptr_t out, int64_t out_count) {
-  run_released(elva_add_rows_cpu, ElvaAddRowsArgs{threads, count, dim, pointer<int64_t>(from),
-                                                  pointer<int64_t>(into), pointer<float>(factor),
-                                                  pointer(rows), pointer<float>(out), out_count});
-}
-
-void score_rows(int dtype, int threads, int64_t rows, int64_t candidates, int64_t width,
-                uintptr_t scores, uintptr_t penalty, uintptr_t scale, uintptr_t norm,
-                uintptr_t target, uintptr_t ids, double max_score, double inverse_temperature,
-                int64_t k, uintptr_t n_greater, uintptr_t n_equal, uintptr_t target_score,
-                uintptr_t hardest_score, uintptr_t hardest_index, uintptr_t topk_scores,
-                uintptr_t topk_index, uintptr_t sum, uintptr_t moment) {
-  run_released(elva_score_rows_cpu, ElvaScoreRowsArgs{static_cast<ElvaDtype>(dtype),
-                                                      threads,
-                                                      rows,
-                                                      candidates,
-                                                      width,
-                                                      pointer(scores),
-                                                      pointer(penalty),
-                                                      pointer(scale),
-                                                      pointer<double>(norm),
-                                                      pointer<int64_t>(target),
-                                                      pointer<int64_t>(ids),
-                                                      max_score,
-                                                      inverse_temperature,
-                                                      k,
-                                                      pointer<int32_t>(n_greater),
-                                                      pointer<int32_t>(n_equal),
-                                                      pointer(target_score),
-                                                      pointer(hardest_score),
-                                                      pointer<int64_t>(hardest_index),
-                                                      pointer(topk_scores),
-                                                      pointer<int64_t>(topk_index),
-                                                      pointer<double>(sum),
-                                                      pointer<double>(moment)});
-}
-
-void info_nce_terms(int dtype, int64_t count, uintptr_t target_score, uintptr_t at, uintptr_t peak,
-                    uintptr_t sum, uintptr_t moment, double temperature, uintptr_t loss,
-                    uintptr_t share, uintptr_t others, uintptr_t heat) {
-  run_released(
-      elva_info_nce_terms_cpu,
-      ElvaInfoNceTermsArgs{static_cast<ElvaDtype>(dtype), count, pointer(target_score),
-                           pointer<int64_t>(at), pointer(peak), pointer<double>(sum),
-                           pointer<double>(moment), temperature, pointer<double>(loss),
-                           pointer<double>(share), pointer<double>(others), pointer<double>(heat)});
-}
-
-void slope_rows(int dtype, int threads, int64_t rows, int64_t width, uintptr_t scores,
-                uintptr_t row_peak, uintptr_t row_factor, uintptr_t target_slope, uintptr_t target,
-                uintptr_t column_peak, uintptr_t column_factor, double inverse_temperature) {
-  run_released(
-      elva_slope_rows_cpu,
-      ElvaSlopeRowsArgs{static_cast<ElvaDtype>(dtype), threads, rows, width, pointer(scores),
-                        pointer(row_peak), pointer(row_factor), pointer(target_slope),
-                        pointer<int64_t>(target), pointer(column_peak), pointer(column_factor),
-                        inverse_temperature});
-}
-
-void column_sums(int dtype, int threads, int64_t rows, int64_t width, uintptr_t scores,
-                 double inverse_temperature, uintptr_t peak, uintptr_t sum, uintptr_t moment) {
-  run_released(elva_column_sums_cpu,
-               ElvaColumnSumsArgs{static_cast<ElvaDtype>(dtype), threads, rows, width,
-                                  pointer(scores), inverse_temperature, pointer(peak),
-                                  pointer<double>(sum), pointer<double>(moment)});
 }
 
 // An uninitialised tensor of the shape `sizes`, as a DLPack capsule.
@@ -233,23 +109,23 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The C API of csrc/elva.h. Private: called by elva_kernels.native alone.";
+  module.doc() = "The C API of csrc. Private: called by elva_kernels alone.";
   module.def("reward_forward", &elva::reward_forward<elva_reward_forward_cpu>);
   module.def("reward_backward", &elva::reward_backward<elva_reward_backward_cpu>);
   module.def("reward_from_scores", &reward_from_scores);
   module.def("group_advantages", &group_advantages);
-  module.def("topk", &topk);
+  elva::bind(module, "topk", elva_topk_cpu);
   module.def("empty", &empty);
-  module.def("unit_rows", &unit_rows);
-  module.def("unit_gradient", &unit_gradient);
-  module.def("matrix_product", &matrix_product);
+  elva::bind(module, "unit_rows", elva_unit_rows_cpu);
+  elva::bind(module, "unit_gradient", elva_unit_gradient_cpu);
+  elva::bind(module, "matrix_product", elva_matrix_product_cpu);
   module.def("column_norm", &column_norm);
-  module.def("add_rows", &add_rows);
+  elva::bind(module, "add_rows", elva_add_rows_cpu);
   module.def("multiplies_bf16", &elva_multiplies_bf16);
-  module.def("score_rows", &score_rows);
-  module.def("info_nce_terms", &info_nce_terms);
-  module.def("slope_rows", &slope_rows);
-  module.def("column_sums", &column_sums);
+  elva::bind(module, "score_rows", elva_score_rows_cpu);
+  elva::bind(module, "info_nce_terms", elva_info_nce_terms_cpu);
+  elva::bind(module, "slope_rows", elva_slope_rows_cpu);
+  elva::bind(module, "column_sums", elva_column_sums_cpu);
   module.def("build_info", &build_info);
   module.def("level", [] {
     const char* level = elva_cpu_level();

@@ -7,8 +7,11 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #include "elva.h"
+#include "elva_in_batch.h"
 
 namespace py = pybind11;
 
@@ -33,23 +36,35 @@ inline void check_tuple(PyObject* object, size_t size) {
   }
 }
 
-inline int64_t integer(PyObject* tuple, size_t i) {
-  const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
+inline int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
   if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
 
-inline double number(PyObject* tuple, size_t i) {
-  const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)));
+inline double number(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
   if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
+
+inline PyObject* item(PyObject* tuple, size_t i) {
+  return PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i));
+}
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline void* pointer(PyObject* object) { return pointer(static_cast<uintptr_t>(integer(object))); }
 
 // The one place that knows the order in which Python passes a reward's weights.
 inline ElvaRewardWeights reward_weights(py::handle weights) {
   PyObject* tuple = weights.ptr();
   check_tuple(tuple, 5);
-  return {number(tuple, 0), number(tuple, 1), number(tuple, 2), number(tuple, 3), number(tuple, 4)};
+  return {number(item(tuple, 0)), number(item(tuple, 1)), number(item(tuple, 2)),
+          number(item(tuple, 3)), number(item(tuple, 4))};
 }
 
 // Runs an op without the interpreter. Where the interpreter ends meanwhile, Python ends this thread
@@ -76,25 +91,25 @@ class Layout {
     check_tuple(sizes_, ndim_);
     batch->groups = 1;
     batch->ndim = 0;
-    for (size_t i = 0; i < ndim_; ++i) batch->groups *= integer(sizes_, i);
+    for (size_t i = 0; i < ndim_; ++i) batch->groups *= integer(item(sizes_, i));
   }
 
   // own: the dimensions of the operand itself, after the leading ones (0, 1 or 2).
   void add(py::handle operand, size_t own, ElvaInput* input) {
     if (operand.is_none()) return;
     check_tuple(operand.ptr(), 2);
-    PyObject* strides = PyTuple_GET_ITEM(operand.ptr(), 1);
+    PyObject* strides = item(operand.ptr(), 1);
     check_tuple(strides, ndim_ + own);
-    input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
-    if (own >= 1) input->stride = integer(strides, ndim_ + own - 1);
-    if (own == 2) input->row_stride = integer(strides, ndim_);
+    input->data = pointer(item(operand.ptr(), 0));
+    if (own >= 1) input->stride = integer(item(strides, ndim_ + own - 1));
+    if (own == 2) input->row_stride = integer(item(strides, ndim_));
     strides_[count_] = strides;
     inputs_[count_++] = input;
   }
 
   void finish() {
     for (size_t i = 0; i < ndim_; ++i) {
-      const int64_t size = integer(sizes_, i);
+      const int64_t size = integer(item(sizes_, i));
       if (size == 1) continue;
       if (batch_->ndim > 0 && merges(i, size)) {
         batch_->sizes[batch_->ndim - 1] *= size;
@@ -106,7 +121,7 @@ class Layout {
         batch_->sizes[batch_->ndim++] = size;
       }
       for (size_t k = 0; k < count_; ++k) {
-        inputs_[k]->batch_strides[batch_->ndim - 1] = integer(strides_[k], i);
+        inputs_[k]->batch_strides[batch_->ndim - 1] = integer(item(strides_[k], i));
       }
     }
   }
@@ -114,7 +129,7 @@ class Layout {
  private:
   bool merges(size_t dimension, int64_t size) const {
     for (size_t k = 0; k < count_; ++k) {
-      const int64_t inner = integer(strides_[k], dimension);
+      const int64_t inner = integer(item(strides_[k], dimension));
       if (inputs_[k]->batch_strides[batch_->ndim - 1] != inner * size) return false;
     }
     return true;
@@ -128,33 +143,78 @@ class Layout {
   size_t count_ = 0;
 };
 
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// An operand [rows, dim].
+inline ElvaInput rows_of(PyObject* operand) {
+  check_tuple(operand, 2);
+  PyObject* strides = item(operand, 1);
+  check_tuple(strides, 2);
+  ElvaInput input = {};
+  input.data = pointer(item(operand, 0));
+  input.row_stride = integer(item(strides, 0));
+  input.stride = integer(item(strides, 1));
+  return input;
 }
 
-// An operand [rows, dim].
-inline void set_rows(py::handle operand, ElvaInput* input) {
-  check_tuple(operand.ptr(), 2);
-  PyObject* strides = PyTuple_GET_ITEM(operand.ptr(), 1);
-  check_tuple(strides, 2);
-  input->data = reinterpret_cast<const void*>(static_cast<uintptr_t>(integer(operand.ptr(), 0)));
-  input->row_stride = integer(strides, 0);
-  input->stride = integer(strides, 1);
+// What Python passes, as whichever field of an args struct it is for.
+struct Field {
+  PyObject* object;
+
+  template <class T>
+  operator T() const {
+    if constexpr (std::is_same_v<T, ElvaInput>) {
+      return rows_of(object);
+    } else if constexpr (std::is_pointer_v<T>) {
+      return static_cast<T>(pointer(object));
+    } else if constexpr (std::is_floating_point_v<T>) {
+      return number(object);
+    } else {
+      return static_cast<T>(integer(object));
+    }
+  }
+};
+
+template <size_t>
+using Handle = py::handle;
+
+template <class Args, size_t... i>
+auto takes(std::index_sequence<i...>)
+    -> decltype(Args{(static_cast<void>(i), Field{})...}, std::true_type());
+template <class Args>
+std::false_type takes(...);
+
+template <class Args, size_t count = 0>
+constexpr size_t field_count() {
+  if constexpr (decltype(takes<Args>(std::make_index_sequence<count + 1>()))::value) {
+    return field_count<Args, count + 1>();
+  } else {
+    return count;
+  }
+}
+
+template <class Args, size_t... i>
+void bind(py::module_& module, const char* name, ElvaStatus (*op)(const Args*),
+          std::index_sequence<i...>) {
+  module.def(name, [op](Handle<i>... fields) { run_released(op, Args{Field{fields.ptr()}...}); });
+}
+
+// Adds an op whose Python function takes the fields of its args struct, in their order.
+template <class Args>
+void bind(py::module_& module, const char* name, ElvaStatus (*op)(const Args*)) {
+  bind(module, name, op, std::make_index_sequence<field_count<Args>()>());
 }
 
 // Where a reward runs: on a number of threads, or on (device, stream) with the scratch memory that
 // its forward wants.
 inline void set_place(py::handle place, ElvaRewardArgs* args) {
   if (!PyTuple_Check(place.ptr())) {
-    args->threads = place.cast<int32_t>();
+    args->threads = static_cast<int32_t>(integer(place.ptr()));
     return;
   }
   const auto size = static_cast<size_t>(PyTuple_GET_SIZE(place.ptr()));
   check_tuple(place.ptr(), size == 2 ? 2 : 3);
-  args->device = static_cast<int32_t>(integer(place.ptr(), 0));
-  args->stream = pointer(static_cast<uintptr_t>(integer(place.ptr(), 1)));
-  if (size == 3) args->scratch = pointer(static_cast<uintptr_t>(integer(place.ptr(), 2)));
+  args->device = static_cast<int32_t>(integer(item(place.ptr(), 0)));
+  args->stream = pointer(item(place.ptr(), 1));
+  if (size == 3) args->scratch = pointer(item(place.ptr(), 2));
 }
 
 // What the reward's forward and backward have in common.

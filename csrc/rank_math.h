@@ -1,14 +1,14 @@
 // What: the formulas of the ranking reward that CPU and CUDA share, on one score or one rank at a
-// time. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; equation numbers are those of
-// elva_kernels/reference.py.
+//   time.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4, as numbered in elva_kernels.reference:
 //   (2) rank   = place in the order: score descending, then negatives by index, then the positive
 //   (3) R_margin = max(0, s_pos - max_i s_i - margin)
 //   (4) R_rank   = s_pos / (1 + ln r) - rank_penalty * sum over negatives of s_(k) (ln k - 1)
 // Ties: an order on scores with all ties broken is an order on integers (rank_key), so that every
-// sort, count or
-//   network gives the same ranks. -0.0 equals 0.0; a score that is not finite is below every finite
-//   one.
-// Numerics: double throughout; deterministic. Reference: elva_kernels.reference.reward_from_scores.
+//   sort, count or network gives the same ranks. -0.0 equals 0.0; a score that is not finite is
+//   below every finite one.
+// Numerics: double throughout; deterministic.
+// Reference: elva_kernels.reference.reward_from_scores.
 #ifndef ELVA_RANK_MATH_H_
 #define ELVA_RANK_MATH_H_
 

@@ -1,17 +1,20 @@
-// What: the advantage of each rollout over its group. Source: DeepSeekMath, arXiv:2402.03300, sec.
-// 4.1; eq. (7) of elva_kernels/reference.py. In: reward [*, G] in bf16, fp16, fp32 or fp64, any
-// strides. Out: advantages [*, G] in fp32 (fp64). Work split: some groups a thread; the deviation
-// over all groups is one thread's. Bytes: rewards once, or three times for the deviation over all;
-// advantages once. Numerics: double, sums in order; a reward that is not finite makes its own
-// group's advantages NaN and counts in no deviation. Deterministic. Reference:
-// elva_kernels.reference.group_advantages.
+// What: the advantage of each rollout over its group.
+// Source: DeepSeekMath, arXiv:2402.03300, sec. 4.1; advantage (7) of elva_kernels.reference.
+// In: reward [*, G] in bf16, fp16, fp32 or fp64, any strides.
+// Out: advantages [*, G] in fp32 (fp64).
+// Work split: some groups a thread; the deviation over all groups is one thread's.
+// Bytes: rewards once, or three times for the deviation over all; advantages once.
+// Numerics: double, sums in order; a reward that is not finite makes its own group's advantages NaN
+//   and counts in no deviation. Deterministic.
+// Limits: G of 1 or more, 8 leading dimensions that do not merge.
+// Reference: elva_kernels.reference.group_advantages.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "layout.h"
 #include "numeric.h"
 #include "parallel.h"
+#include "row_layout.h"
 
 namespace elva {
 namespace {

@@ -4,7 +4,8 @@
 
 #include <stdint.h>
 
-#include "batch_kernels.h"
+#include "in_batch_kernels.h"
+#include "levels.h"
 #include "matrix_kernels.h"
 
 namespace elva {
@@ -79,7 +80,6 @@ constexpr int64_t kScanAhead = 8;
 using Scan = void (*)(const ScanJob&);
 
 struct Kernels {
-  const char* name;
   void (*dots[4])(const DotJob&);  // by ElvaDtype
   void (*gradients[4])(const GradientJob&);
   void (*query_gradient[4])(const QueryGradientJob&);
@@ -89,21 +89,31 @@ struct Kernels {
   void (*soft_ranks[2])(const PairJob&);
   // sums[i] = sum over j of sigma_ij (1 - sigma_ij) (rank_slopes[j] - rank_slopes[i]).
   void (*soft_slopes[2])(const PairJob&);
-  const Scan* scan;           // [4], by ElvaDtype
-  const BatchKernels* batch;  // of the same level
+  const Scan* scan;  // [4], by ElvaDtype; of the same level, as what follows
+  const InBatchKernels* in_batch;
   const MatrixKernels* matrix;
 };
 
-extern const Kernels kPlainKernels;
-extern const Scan kPlainScan[4];
-#if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
-extern const Scan kAvx2Scan[4];
-extern const Kernels kAvx512Kernels;
-extern const Scan kAvx512Scan[4];
-extern const Kernels kAvx512Bf16Kernels;
-extern const Scan kAvx512Bf16Scan[4];
-#endif
+// What is compiled once per CPU level: each *_simd.cpp defines one of these.
+template <int level>
+struct Level {
+  static const Kernels kernels;
+  static const Scan scans[4];
+  static const InBatchKernels in_batch;
+  static const MatrixKernels matrix;
+};
+
+#define ELVA_DECLARE_LEVEL(number, name)        \
+  template <>                                   \
+  const Kernels Level<number>::kernels;         \
+  template <>                                   \
+  const Scan Level<number>::scans[4];           \
+  template <>                                   \
+  const InBatchKernels Level<number>::in_batch; \
+  template <>                                   \
+  const MatrixKernels Level<number>::matrix;
+ELVA_EACH_LEVEL(ELVA_DECLARE_LEVEL)
+#undef ELVA_DECLARE_LEVEL
 
 // The best level, or the one that ELVA_KERNELS_CPU_LEVEL names; null where that is not possible
 // (elva_cpu_level_error).

@@ -1,24 +1,29 @@
-// What: matrix products for the in-batch ops. In: a [m, k] and b [k, n] of float or double, of bf16
-// both, or a of float with b of bf16, any strides. Out: c [m, n] of float or double, c = a b or
-// c += a b. Work split: blocks of rows of c; b is packed by all threads, a block of a by the thread
-// that multiplies it. Bytes: b once a pass, from the third-level cache for each block of a.
+// What: matrix products for the in-batch ops.
+// Source: the dots of cosine (8) of elva_kernels.reference_batch, and of its gradients; c = a b, or
+//   c += a b.
+// In: a [m, k] and b [k, n] of float or double, of bf16 both, or a of float with b of bf16, any
+//   strides.
+// Out: c [m, n] of float or double, dense rows.
+// Work split: blocks of rows of c; b is packed by all threads, a block of a by the thread that
+//   multiplies it.
+// Bytes: b once a pass, from the third-level cache for each block of a.
 // Numerics: by blocks of kDepth, each summed in an accumulator of its own and added to c in order:
-// an element's bits depend on its row of a and its column of b alone, whatever the sizes, the place
-// and the number of threads. That is why this is not a library's product: those choose another
-// kernel at an edge, or for another size, and then a copy of the positive does not tie with it
-// (measured with MKL: 2 different scores for 777 equal columns of length 64). Products of bf16 are
-// exact. Floats times bf16 are two products of halves, the second one left out of a block where it
-// cannot matter (ElvaMatrixArgs.allowed). Limits: bf16 wants a level with
-// instructions for it (elva_multiplies_bf16). Reference: torch.mm.
+//   an element's bits depend on its row of a and its column of b alone, whatever the sizes, the
+//   place and the number of threads. That is why this is not a library's product: those choose
+//   another kernel at an edge, or for another size, and then a copy of the positive does not tie
+//   with it (measured with MKL: 2 different scores for 777 equal columns of length 64). Products of
+//   bf16 are exact. Floats times bf16 are two products of halves, the second one left out of a
+//   block where it cannot matter (ElvaMatrixArgs.allowed).
+// Limits: k of 1 or more; bf16 wants a level with instructions for it (elva_multiplies_bf16).
+// Reference: torch.mm.
 #include <string.h>
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 
+#include "../elva_in_batch.h"
+#include "arena.h"
 #include "kernels.h"
-#include "layout.h"
-#include "parallel.h"
 
 namespace elva {
 namespace {
@@ -164,6 +169,24 @@ class Product {
     S* corner;
   };
 
+  // Of blocks of `rows` rows of a.
+  struct PanelSizes {
+    int64_t words, tiles, corner;
+
+    PanelSizes(int64_t rows, const MatrixTile<Word, S>& tile)
+        : words(rounded_up(rows, tile.rows) * kSteps),
+          tiles(words / kSteps / tile.rows),
+          corner(tile.rows * tile.columns) {}
+    size_t bytes() const {
+      return 2 * Arena::bytes_for<Word>(words) + Arena::bytes_for<bool>(tiles) +
+             Arena::bytes_for<S>(corner);
+    }
+    Panels take(Arena* arena) const {
+      return {arena->take<Word>(words), arena->take<Word>(words), arena->take<bool>(tiles),
+              arena->take<S>(corner)};
+    }
+  };
+
   const A* a(int64_t i, int64_t p) const {
     return static_cast<const A*>(args_.a) + i * args_.a_row_stride + p * args_.a_stride;
   }
@@ -199,33 +222,16 @@ class Product {
     const int64_t parts = row_blocks < threads ? 2 * threads / row_blocks : 1;
     const int64_t width = rounded_up((columns - 1) / parts + 1, tile_.columns);
     const int64_t column_blocks = (columns - 1) / width + 1;
-    std::atomic<bool> out_of_memory{false};
-    parallel_for(row_blocks * column_blocks, 1, args_.threads, [&](int64_t begin, int64_t end) {
-      Panels mine;
-      try {
-        mine = take_panels(rows);
-      } catch (const std::bad_alloc&) {
-        out_of_memory = true;
-        return;
-      }
+    const PanelSizes sizes(rows, tile_);
+    const auto piece = [&](int64_t begin, int64_t end, Arena* arena) {
+      const Panels mine = sizes.take(arena);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t i = item / column_blocks * rows, j = item % column_blocks * width;
         block(p0, depth, i, std::min(rows, args_.m - i), j0, j, std::min(j + width, columns),
               rounded_up(columns, tile_.columns), b_panels, mine);
       }
-    });
-    return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
-  }
-
-  Panels take_panels(int64_t rows) const {
-    const int64_t words = rounded_up(rows, tile_.rows) * kSteps,
-                  tiles = words / kSteps / tile_.rows;
-    const int64_t corner = tile_.rows * tile_.columns;
-    Arena& arena = thread_arena();
-    arena.reset(2 * Arena::bytes_for<Word>(words) + Arena::bytes_for<bool>(tiles) +
-                Arena::bytes_for<S>(corner));
-    return {arena.take<Word>(words), arena.take<Word>(words), arena.take<bool>(tiles),
-            arena.take<S>(corner)};
+    };
+    return for_pieces(row_blocks * column_blocks, 1, args_.threads, sizes.bytes(), piece);
   }
 
   // Rows [i, i + rows) of columns [j, end) of those packed, all of the packed depth.
@@ -304,11 +310,7 @@ ElvaStatus run(const ElvaMatrixArgs& args) {
 extern "C" {
 
 ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args) {
-  try {
-    return elva::run(*args);
-  } catch (const std::bad_alloc&) {
-    return ELVA_OUT_OF_MEMORY;
-  }
+  return elva::within_memory([args] { return elva::run(*args); });
 }
 
 bool elva_multiplies_bf16(void) {

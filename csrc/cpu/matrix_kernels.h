@@ -75,12 +75,5 @@ struct MatrixKernels {
   void (*add_row)(const Bf16* x, float factor, int64_t dim, float* out);
 };
 
-extern const MatrixKernels kPlainMatrixKernels;
-#if defined(__x86_64__)
-extern const MatrixKernels kAvx2MatrixKernels;
-extern const MatrixKernels kAvx512MatrixKernels;
-extern const MatrixKernels kAvx512Bf16MatrixKernels;
-#endif
-
 }  // namespace elva
 #endif  // ELVA_CPU_MATRIX_KERNELS_H_

@@ -1,12 +1,18 @@
 // What: the inner loops of matrix products: tiles out of packed panels, floats split into two bf16
-// halves, and the gradient through a bf16 row's norm. Source: eq. (8) of
-// elva_kernels/reference_batch.py. In/Out: see matrix_kernels.h. Work split: the caller's thread.
+//   halves, and the gradient through a bf16 row's norm.
+// Source: the dots of cosine (8) of elva_kernels.reference_batch, and their gradients.
+// In: packed panels of words, rows of float or bf16: see matrix_kernels.h.
+// Out: tiles of c, panels of halves, gradient rows: see matrix_kernels.h.
+// Work split: the caller's thread, one job.
+// Bytes: a panel of b from the first-level cache, one of a from the second-level one; a tile of c
+//   read and written once.
 // Numerics: products by fma, or exact pairs by vdpbf16ps, which flushes what is below 2^-126; one
 //   accumulator an element. Gradients: float, at most kChain additions in a lane before they are
 //   added to a double one; rounded to nearest even. Deterministic.
 // Limits: none. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
-// but the table at the end. Reference: torch.mm, elva_kernels.reference._unit.
-#include "matrix_kernels.h"
+//   but the table at the end.
+// Reference: torch.mm, elva_kernels.reference._unit.
+#include "kernels.h"
 #include "simd.h"
 
 namespace elva {
@@ -247,21 +253,14 @@ void add_row(const Bf16* x, float factor, int64_t dim, float* out) {
 #define ELVA_TILE_VECTORS 1
 #endif
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_MATRIX_TABLE kAvx512Bf16MatrixKernels
+#if ELVA_BF16_INSTRUCTIONS
 #define ELVA_PAIRS_TILE {12, 32, multiply_pairs<12, 2>}
 #else
 #define ELVA_PAIRS_TILE {0, 0, nullptr}
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_MATRIX_TABLE kAvx512MatrixKernels
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_MATRIX_TABLE kAvx2MatrixKernels
-#else
-#define ELVA_MATRIX_TABLE kPlainMatrixKernels
-#endif
 #endif
 
-const MatrixKernels ELVA_MATRIX_TABLE = {
+template <>
+const MatrixKernels Level<ELVA_LEVEL>::matrix = {
     {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F32::kLanes,
      multiply<F32, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
     {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F64::kLanes,

@@ -6,6 +6,11 @@
 
 #include <stdint.h>
 
+#include <atomic>
+#include <new>
+
+#include "../elva.h"
+
 namespace elva {
 
 // Calls body(context, begin, end) on pieces of `grain` items or more that cover [0, items), on at
@@ -25,6 +30,30 @@ void parallel_for(int64_t items, int64_t grain, int threads, const Body& body) {
         (*static_cast<const Body*>(context))(begin, end);
       },
       const_cast<Body*>(&body));
+}
+
+// The status of body(), which may run out of memory. No exception leaves the C API.
+template <class Body>
+ElvaStatus within_memory(const Body& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return ELVA_OUT_OF_MEMORY;
+  }
+}
+
+// parallel_for, where body(begin, end) may run out of memory: no exception leaves a thread either.
+template <class Body>
+ElvaStatus for_pieces(int64_t items, int64_t grain, int threads, const Body& body) {
+  std::atomic<ElvaStatus> status{ELVA_OK};
+  parallel_for(items, grain, threads, [&](int64_t begin, int64_t end) {
+    const ElvaStatus found = within_memory([&] {
+      body(begin, end);
+      return ELVA_OK;
+    });
+    if (found != ELVA_OK) status = found;
+  });
+  return status;
 }
 
 }  // namespace elva

@@ -1,5 +1,5 @@
-// Ranks, rewards and their slopes from one group's scores: eq. (2) to (6) of
-// elva_kernels/reference.py.
+// Ranks, rewards and their slopes from one group's scores: rank (2), margin reward (3), rank reward
+// (4), reward (5), soft rank (6) of elva_kernels.reference.
 #ifndef ELVA_CPU_RANKING_H_
 #define ELVA_CPU_RANKING_H_
 
@@ -12,8 +12,9 @@
 
 #include "../elva.h"
 #include "../rank_math.h"
+#include "arena.h"
 #include "kernels.h"
-#include "layout.h"
+#include "row_layout.h"
 
 namespace elva {
 

@@ -10,8 +10,8 @@
 
 #include <math.h>
 
-#include "layout.h"
 #include "numeric.h"
+#include "row_layout.h"
 
 namespace elva {
 

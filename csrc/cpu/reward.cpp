@@ -1,19 +1,19 @@
 // What: the grouped ranking reward on the CPU: cosines, ranks, rewards and their gradients, fused.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) to (6) of
-// elva_kernels/reference.py. In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or
-// fp64, any strides; mask [*, N]. Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in
-// fp32 (fp64), rank int32 [*]; gradients dense. Work split: one group a thread at a time; a group's
-// rows stay in the second-level cache for the gradient pass. Bytes: value and gradient read each
-// input once and write each gradient once (the floor); a backward of its own reads
-//   the inputs again, and 16 bytes of coefficients a candidate.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
+//   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
+// In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or fp64, any strides; mask
+//   [*, N].
+// Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32 (fp64), rank int32 [*];
+//   gradients dense, in the inputs' dtype.
+// Work split: one group a thread at a time; a group's rows stay in the second-level cache for the
+//   gradient pass.
+// Bytes: value and gradient read each input once and write each gradient once (the floor); a
+//   backward of its own reads the inputs again, and 16 bytes of coefficients a candidate.
 // Numerics: see reward_simd.cpp and rescale.h; ranks, rewards and coefficients in double from the
-// returned scores.
-//   Deterministic: a group's bits depend on that group alone.
+//   returned scores. Deterministic: a group's bits depend on that group alone.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.ranking_reward.
-#include <atomic>
-
-#include "parallel.h"
+#include "arena.h"
 #include "reward_group.h"
 
 namespace elva {
@@ -38,16 +38,8 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
   if (args.weights.rank_temperature > 0) group_bytes += kBytesPerPair * candidates * candidates;
   const int64_t threads =
       std::min<int64_t>(args.threads, 1 + args.batch.groups * group_bytes / kBytesPerThread);
-  std::atomic<bool> out_of_memory{false};
-  const auto piece = [&](int64_t begin, int64_t end) {
-    Arena& arena = thread_arena();
-    try {
-      arena.reset(RewardGroup<T>::arena_bytes(candidates, args.dim));
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-      return;
-    }
-    RewardGroup<T> group(*kernels, args.dtype, candidates, args.dim, &arena);
+  const auto piece = [&](int64_t begin, int64_t end, Arena* arena) {
+    RewardGroup<T> group(*kernels, args.dtype, candidates, args.dim, arena);
     for (int64_t i = begin; i < end; ++i) {
       const GroupIndex index(args.batch, i);
       const T* negatives = group_data<T>(args.batch, args.negative, index);
@@ -61,11 +53,10 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
       group.set_ahead(next, next == nullptr ? 0 : args.negatives * args.dim);
       body(i, index, &group);
     }
-    arena.trim();
   };
-  parallel_for(args.batch.groups, std::max<int64_t>(1, (64 << 10) / group_bytes),
-               static_cast<int>(threads), piece);
-  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+  return for_pieces(args.batch.groups, std::max<int64_t>(1, (64 << 10) / group_bytes),
+                    static_cast<int>(threads), RewardGroup<T>::arena_bytes(candidates, args.dim),
+                    piece);
 }
 
 template <class V>

@@ -12,10 +12,11 @@
 
 #include <string.h>
 
+#include "arena.h"
 #include "kernels.h"
-#include "layout.h"
 #include "ranking.h"
 #include "rescale.h"
+#include "row_layout.h"
 
 namespace elva {
 

@@ -1,19 +1,23 @@
 // What: the inner loops of the grouped reward: dots and squared norms of a group's rows, its ranks,
-// then its gradient rows. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) and (6) and
-// their derivatives in elva_kernels/reference.py. In: dense rows [dim] of bf16, fp16, fp32 or fp64.
-// Out: double dots and squares; gradient rows in the rows' dtype. Work split: the caller's thread,
-// one job; 4 rows a pass over the query forward, 8, 4, 2 or 1 backward. Bytes: each row once
-// forward, from memory; once more backward, from the second-level cache, and written once.
+//   then its gradient rows.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), soft rank (6) and
+//   their derivatives in elva_kernels.reference.
+// In: dense rows [dim] of bf16, fp16, fp32 or fp64; scores of float or double.
+// Out: double dots and squares; int32 ranks, double sums; gradient rows in the rows' dtype.
+// Work split: the caller's thread, one job; 4 rows a pass over the query forward, 8, 4, 2 or 1
+//   backward.
+// Bytes: each row once forward, from memory; once more backward, from the second-level cache, and
+//   written once.
 // Numerics: 16 float lanes (8 double ones for fp64), at most kChain additions in each before they
-// are added to double
-//   lanes, then a tree. The query's gradient adds 8 rows in float, and those sums in double. bf16
-//   dots use vdpbf16ps where the level has it: exact products, two rounded additions; it takes
-//   subnormals for zero, which the caller's range check allows for. Soft ranks in the scores'
-//   precision: a sigmoid errs by 1.5e-7 (3e-16 for double) at most. The lanes of a row are the same
-//   in every block: its bits depend on it alone.
-// Limits: finite rows with squared norms in the range of reward_group.h; gradients without NaN or
-// overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage but
-// the table at the end. Reference: elva_kernels.reference.cosine_scores.
+//   are added to double lanes, then a tree. The query's gradient adds 8 rows in float, and those
+//   sums in double. bf16 dots use vdpbf16ps where the level has it: exact products, two rounded
+//   additions; it takes subnormals for zero, which the caller's range check allows for. Soft ranks
+//   in the scores' precision: a sigmoid errs by 1.5e-7 (3e-16 for double) at most. The lanes of a
+//   row are the same in every block: its bits depend on it alone.
+// Limits: finite rows with squared norms in the range of rescale.h; gradients without NaN or
+//   overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
+//   but the table at the end.
+// Reference: elva_kernels.reference.cosine_scores.
 #include "kernels.h"
 #include "simd_dots.h"
 
@@ -299,43 +303,17 @@ void soft_slopes(const PairJob& job) {
 
 }  // namespace
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_TABLE kAvx512Bf16Kernels
-#define ELVA_SCAN kAvx512Bf16Scan
-#define ELVA_BATCH_TABLE kAvx512Bf16BatchKernels
-#define ELVA_MATRIX_TABLE kAvx512Bf16MatrixKernels
-#define ELVA_NAME "avx512bf16"
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_TABLE kAvx512Kernels
-#define ELVA_SCAN kAvx512Scan
-#define ELVA_BATCH_TABLE kAvx512BatchKernels
-#define ELVA_MATRIX_TABLE kAvx512MatrixKernels
-#define ELVA_NAME "avx512"
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_TABLE kAvx2Kernels
-#define ELVA_SCAN kAvx2Scan
-#define ELVA_BATCH_TABLE kAvx2BatchKernels
-#define ELVA_MATRIX_TABLE kAvx2MatrixKernels
-#define ELVA_NAME "avx2"
-#else
-#define ELVA_TABLE kPlainKernels
-#define ELVA_SCAN kPlainScan
-#define ELVA_BATCH_TABLE kPlainBatchKernels
-#define ELVA_MATRIX_TABLE kPlainMatrixKernels
-#define ELVA_NAME "plain"
-#endif
-
-const Kernels ELVA_TABLE = {
-    ELVA_NAME,
+template <>
+const Kernels Level<ELVA_LEVEL>::kernels = {
     {dots<Bf16>, dots<Fp16>, dots<float>, dots<double>},
     {gradients<Bf16>, gradients<Fp16>, gradients<float>, gradients<double>},
     {query_gradient<Bf16>, query_gradient<Fp16>, query_gradient<float>, query_gradient<double>},
     count_ranks,
     {soft_ranks<F32>, soft_ranks<F64>},
     {soft_slopes<F32>, soft_slopes<F64>},
-    ELVA_SCAN,
-    &ELVA_BATCH_TABLE,
-    &ELVA_MATRIX_TABLE,
+    Level<ELVA_LEVEL>::scans,
+    &Level<ELVA_LEVEL>::in_batch,
+    &Level<ELVA_LEVEL>::matrix,
 };
 
 }  // namespace elva

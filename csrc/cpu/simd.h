@@ -19,12 +19,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "levels.h"
 #include "numeric.h"
-
-#define ELVA_LEVEL_PLAIN 0
-#define ELVA_LEVEL_AVX2 1
-#define ELVA_LEVEL_AVX512 2
-#define ELVA_LEVEL_AVX512BF16 3
 
 #define ELVA_BF16_INSTRUCTIONS (ELVA_LEVEL == ELVA_LEVEL_AVX512BF16)
 

@@ -1,21 +1,24 @@
-// What: flat search: the k best corpus rows of each query by cosine or dot product, exact.
-// In: query [Q, D], corpus [P, D] in bf16, fp16, fp32 or fp64, any strides. Out: scores [Q, k] in
-// fp32 (fp64), index int64 [Q, k]. Work split: blocks of corpus rows over the threads; a block
-// stays in the second-level cache while all queries pass over it, four at a time in registers. A
-// query's threshold decides nearly every row by one comparison; the rest go into the thread's heap
-// of k; the heaps are merged at the end. Bytes: the corpus once (once more for each 256 MB of
-// queries and heaps), which is the floor for few queries; for many it is the dots' arithmetic.
+// What: topk: the k best corpus rows of each query by cosine or dot product, exact.
+// Source: topk (8) of elva_kernels.reference.
+// In: query [Q, D], corpus [P, D] in bf16, fp16, fp32 or fp64, any strides.
+// Out: scores [Q, k] in fp32 (fp64), index int64 [Q, k].
+// Work split: blocks of corpus rows over the threads; a block stays in the second-level cache while
+//   all queries pass over it, four at a time in registers. A query's threshold decides nearly every
+//   row by one comparison; the rest go into the thread's heap of k; the heaps are merged at the
+//   end.
+// Bytes: the corpus once (once more for each 256 MB of queries and heaps), which is the floor for
+//   few queries; for many it is the dots' arithmetic.
 // Numerics: see topk_simd.cpp and rescale.h. A score's bits depend on its row and query alone, and
-// the order is total, so the result does not depend on threads, blocks or other queries.
-// A row that is not finite scores -inf, and all rows do for a query that is not.
+//   the order is total, so the result does not depend on threads, blocks or other queries. A row
+//   that is not finite scores -inf, and all rows do for a query that is not.
+// Limits: k at most P.
 // Reference: elva_kernels.reference.topk.
 #include <math.h>
 
-#include <atomic>
 #include <limits>
 
 #include "../elva.h"
-#include "parallel.h"
+#include "arena.h"
 #include "topk_lists.h"
 #include "topk_queries.h"
 
@@ -199,27 +202,9 @@ void write_results(const ElvaTopkArgs& args, const Queries<T>& queries, const Li
   }
 }
 
-// Runs body on pieces of [0, items) with the thread's arena of `bytes`.
-template <class Body>
-ElvaStatus for_pieces(int64_t items, int threads, size_t bytes, const Body& body) {
-  std::atomic<bool> out_of_memory{false};
-  parallel_for(items, 1, threads, [&](int64_t begin, int64_t end) {
-    Arena& arena = thread_arena();
-    try {
-      arena.reset(bytes);
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-      return;
-    }
-    body(begin, end, &arena);
-    arena.trim();
-  });
-  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
-}
-
 template <class T>
-ElvaStatus search(const ElvaTopkArgs& args, const Kernels& kernels, int threads, int64_t first,
-                  int64_t count) {
+ElvaStatus run_chunk(const ElvaTopkArgs& args, const Kernels& kernels, int threads, int64_t first,
+                     int64_t count) {
   using V = typename ValueOf<T>::Type;
   const Queries<T> queries(args, first, count);
   Lists<V> lists(threads, count, args.k);
@@ -231,8 +216,8 @@ ElvaStatus search(const ElvaTopkArgs& args, const Kernels& kernels, int threads,
       scanner.block(i * height, std::min(height, args.rows - i * height));
     lists.release(slot);
   };
-  const ElvaStatus status =
-      for_pieces((args.rows + height - 1) / height, threads, Scanner<T>::arena_bytes(args), scan);
+  const ElvaStatus status = for_pieces((args.rows + height - 1) / height, 1, threads,
+                                       Scanner<T>::arena_bytes(args), scan);
   if (status != ELVA_OK) return status;
   const auto write = [&](int64_t begin, int64_t end, Arena* arena) {
     Hit<V>* buffer = arena->take<Hit<V>>(threads * args.k);
@@ -240,7 +225,7 @@ ElvaStatus search(const ElvaTopkArgs& args, const Kernels& kernels, int threads,
       write_results<T, V>(args, queries, lists, first, q, buffer);
   };
   const size_t bytes = Arena::bytes_for<Hit<V>>(threads * args.k);
-  return for_pieces(count, count * args.k < 4096 ? 1 : threads, bytes, write);
+  return for_pieces(count, 1, count * args.k < 4096 ? 1 : threads, bytes, write);
 }
 
 template <class T>
@@ -257,16 +242,14 @@ ElvaStatus run(const ElvaTopkArgs& args) {
   const int64_t bytes_each =
       static_cast<int64_t>(Queries<T>::bytes(1, args.dim) + Lists<V>::bytes(threads, 1, args.k));
   const int64_t chunk = std::max(kScanQueries, kListBytes / bytes_each);
-  try {
-    for (int64_t first = 0; first < args.queries; first += chunk) {
-      const ElvaStatus status =
-          search<T>(args, *kernels, threads, first, std::min(chunk, args.queries - first));
-      if (status != ELVA_OK) return status;
+  return within_memory([&] {
+    ElvaStatus status = ELVA_OK;
+    for (int64_t first = 0; first < args.queries && status == ELVA_OK; first += chunk) {
+      const int64_t count = std::min(chunk, args.queries - first);
+      status = run_chunk<T>(args, *kernels, threads, first, count);
     }
-  } catch (const std::bad_alloc&) {
-    return ELVA_OUT_OF_MEMORY;
-  }
-  return ELVA_OK;
+    return status;
+  });
 }
 
 }  // namespace

@@ -8,7 +8,8 @@
 #include <atomic>
 #include <limits>
 
-#include "layout.h"
+#include "arena.h"
+#include "row_layout.h"
 
 namespace elva {
 

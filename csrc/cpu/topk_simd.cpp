@@ -1,15 +1,20 @@
-// What: the inner loop of flat search: dots of a tile of queries with a block of corpus rows, and
-// the rows' squared norms. In: dense rows [dim] and zero-padded queries of bf16, fp16, fp32 or
-// fp64. Out: double dots and squares. Work split: the caller's thread, one job; 4 rows x 1 to 4
-// queries in registers a pass. Bytes: the rows once from memory in the job that also squares them,
-// from the second-level cache in the others.
+// What: the inner loop of topk: dots of a tile of queries with a block of corpus rows, and the
+//   rows' squared norms.
+// Source: topk (8) of elva_kernels.reference.
+// In: dense rows [dim] and zero-padded queries of bf16, fp16, fp32 or fp64.
+// Out: double dots and squares.
+// Work split: the caller's thread, one job; 4 rows x 1 to 4 queries in registers a pass.
+// Bytes: the rows once from memory in the job that also squares them, from the second-level cache
+//   in the others.
 // Numerics: 16 float lanes (8 double ones for fp64), at most kChain steps in each before their tree
 //   sum goes to a double: at most 2 * 64 + 4 rounded additions of a float, so a cosine is within
 //   132 * 2^-24 = 7.9e-6 of the truth whatever the rows are, and within 2e-7 as a rule. vdpbf16ps
 //   as in reward_simd.cpp. A dot's lanes and trees are the same in every tile: its bits depend on
 //   its row and query alone.
 // Limits: finite rows with squared norms in the range of rescale.h; others give a square out of it.
-// Compiled once per CPU level, with ELVA_LEVEL set. Reference: elva_kernels.reference.topk.
+//   Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage but the
+//   table at the end.
+// Reference: elva_kernels.reference.topk.
 #include "kernels.h"
 #include "simd_dots.h"
 
@@ -140,16 +145,7 @@ void scan(const ScanJob& job) {
 
 }  // namespace
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_SCAN kAvx512Bf16Scan
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_SCAN kAvx512Scan
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_SCAN kAvx2Scan
-#else
-#define ELVA_SCAN kPlainScan
-#endif
-
-const Scan ELVA_SCAN[4] = {scan<Bf16>, scan<Fp16>, scan<float>, scan<double>};
+template <>
+const Scan Level<ELVA_LEVEL>::scans[4] = {scan<Bf16>, scan<Fp16>, scan<float>, scan<double>};
 
 }  // namespace elva

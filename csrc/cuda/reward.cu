@@ -1,15 +1,20 @@
 // What: the grouped ranking reward on any GPU from sm_80 on, and its gradients from what the
-// forward saved. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (1) to (6) of
-// elva_kernels/reference.py. In: query, positive [*, D], negatives [*, N, D] in bf16, fp16 or fp32,
-// any strides and any alignment (dense rows on 16 bytes are read in vectors); mask [*, N]. Out:
-// reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32, rank int32 [*]; coefficients
-// (group.h); gradients dense. Work split: forward a block a group, a warp a candidate; backward a
-// block for some columns of a group (gradient.h). Bytes: the
-// forward reads each input once; the backward reads it once and writes each gradient once.
+//   forward saved.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
+//   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
+// In: query, positive [*, D], negatives [*, N, D] in bf16, fp16 or fp32, any strides and any
+//   alignment (dense rows on 16 bytes are read in vectors); mask [*, N].
+// Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32, rank int32 [*];
+//   coefficients (reward_group.h); gradients dense.
+// Work split: forward a block a group, a warp a candidate; backward a block for some columns of a
+//   group (reward_gradient.h).
+// Bytes: the forward reads each input once; the backward reads it once and writes each gradient
+//   once.
 // Numerics: float sums of segments added in double (rows.h); rows out of range scaled by a power of
-// two; ranks by compare-and-count on integers; gradients by two float products where their
-// coefficients are in range, else in double. No atomics: the same bits on every run, a group's from
-// that group alone. Limits: none; beyond 2,000 candidates a group's ranks lie in global memory.
+//   two; ranks by compare-and-count on integers; gradients by two float products where their
+//   coefficients are in range, else in double. No atomics: the same bits on every run, a group's
+//   from that group alone.
+// Limits: none; beyond 2,000 candidates a group's ranks lie in global memory.
 // Reference: elva_kernels.reference.ranking_reward.
 #include "reward_cluster.h"
 

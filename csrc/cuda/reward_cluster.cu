@@ -1,12 +1,16 @@
 // What: the grouped ranking reward with its gradients, each group read once and held in the shared
-// memory of a cluster of blocks (sm_90 and later). Source: Liu et al., ELVA, arXiv:2606.20280, sec.
-// 3.4; eq. (1) to (6) of elva_kernels/reference.py. In and out: as reward.cu, rows dense and on 16
-// bytes. Work split: a cluster a group, over and over; a block some columns of all of the group's
-// rows, so that every gradient is its own; a warp a row's dot, then gradient.h. Blocks exchange a
-// product and a square a row through distributed shared memory, and each block ranks for itself.
+//   memory of a cluster of blocks (sm_90 and later).
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
+//   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
+// In: as reward.cu, rows dense and on 16 bytes.
+// Out: as reward.cu.
+// Work split: a cluster a group, over and over; a block some columns of all of the group's rows, so
+//   that every gradient is its own; a warp a row's dot, then reward_gradient.h. Blocks exchange a
+//   product and a square a row through distributed shared memory, and each block ranks for itself.
 // Bytes: each input read once by bulk copies, each gradient written once, from the place where the
-// row lay: 2 (N + 2) D elements a group, the floor. Numerics: as reward.cu, to the last bit. No
-// atomics: the same bits on every run. Limits: a group of (N + 2) D elements in 8 times 227 KB.
+//   row lay: 2 (N + 2) D elements a group, the floor.
+// Numerics: as reward.cu, to the last bit. No atomics: the same bits on every run.
+// Limits: a group of (N + 2) D elements in 8 times 227 KB.
 // Reference: elva_kernels.reference.ranking_reward_and_grad.
 #include "cluster.h"
 #include "reward_cluster.h"

@@ -2,7 +2,7 @@
 #ifndef ELVA_CUDA_REWARD_CLUSTER_H_
 #define ELVA_CUDA_REWARD_CLUSTER_H_
 
-#include "gradient.h"
+#include "reward_gradient.h"
 
 namespace elva {
 

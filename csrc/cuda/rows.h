@@ -6,7 +6,7 @@
 #ifndef ELVA_CUDA_ROWS_H_
 #define ELVA_CUDA_ROWS_H_
 
-#include "group.h"
+#include "reward_group.h"
 
 namespace elva {
 

@@ -19,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 METRIC_CODES = {"dot": 0, "cosine": 1}
 SCALE_CODES = {"std": 0, "batch": 1, "none": 2}
-# The memory of larger gradients is kept for the next (csrc/cpu).
+# The memory of larger gradients is kept for the next (csrc/cpu/kept_memory.cpp).
 _LARGE_BYTES = 1 << 20
 
 

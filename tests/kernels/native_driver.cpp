@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "elva.h"
+#include "elva_in_batch.h"
 
 namespace {
 

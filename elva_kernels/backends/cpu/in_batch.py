@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from elva_kernels.backends.boundary import DTYPE_CODES, empty_kept, module, pointer
+from elva_kernels.backends.boundary import DTYPE_CODES, empty_kept, module, operand, pointer
 from elva_kernels.backends.steps import Slopes, Steps, Sums, Terms, Units, part_of
 from elva_kernels.reference import compute_dtype
 
@@ -26,8 +26,7 @@ class CpuSteps(Steps):
             DTYPE_CODES[unit.dtype],
             torch.get_num_threads(),
             *rows.shape,
-            rows.data_ptr(),
-            *rows.stride(),
+            operand(rows),
             unit.data_ptr(),
             norm.data_ptr(),
         )

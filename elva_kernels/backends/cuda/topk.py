@@ -16,14 +16,14 @@ def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
     q, dim = query.shape
     code = DTYPE_CODES[query.dtype]
     step = max(1, _WORKSPACE_BYTES // (4 * max(1, q)))
-    size = launch.module().cuda_search_scratch_bytes(code, q, min(step, len(corpus)), dim)
+    size = launch.module().cuda_topk_scratch_bytes(code, q, min(step, len(corpus)), dim)
     scratch = query.new_empty(size, dtype=torch.uint8)
 
     def scores_of(rows: Tensor) -> Tensor:
         scores = query.new_empty((q, len(rows)), dtype=torch.float32)
         launch.call(
             "topk",
-            launch.module().cuda_search_scores,
+            launch.module().cuda_topk_scores,
             code,
             *launch.place(query),
             METRIC_CODES[metric],

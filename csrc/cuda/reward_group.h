@@ -1,11 +1,12 @@
 // One group of the grouped reward on one block of threads: from dots and norms to ranks, reward and
-// the coefficients of the gradients. Eq. (1) to (6) of elva_kernels/reference.py.
+// the coefficients of the gradients: cosine (1), rank (2), margin reward (3), rank reward (4),
+// reward (5), soft rank (6) of elva_kernels.reference.
 //
 // Coefficients, a group: a[C], b[C] and the query's b, C = negatives + 1, in double and true units:
 //   gradient row i = a q + b c,  gradient of the query = sum of a c + b q
 // 0 for a masked or zero row. Doubles hold them whatever the norms of float rows are.
-#ifndef ELVA_CUDA_GROUP_H_
-#define ELVA_CUDA_GROUP_H_
+#ifndef ELVA_CUDA_REWARD_GROUP_H_
+#define ELVA_CUDA_REWARD_GROUP_H_
 
 #include "../rank_math.h"
 #include "device.h"
@@ -209,4 +210,4 @@ __device__ inline void write_group(const ElvaRewardArgs& args, int64_t index, co
 }
 
 }  // namespace elva
-#endif  // ELVA_CUDA_GROUP_H_
+#endif  // ELVA_CUDA_REWARD_GROUP_H_

@@ -1,13 +1,19 @@
 // What: the steps of the in-batch ops around the matrix products, which are torch's: unit rows,
-// statistics of rows of products, sums over columns, slopes in place, gradients on rows. Source:
-// Liu et al., ELVA, arXiv:2606.20280, sec. 3.4, and eq. (8) to (14) of
-// elva_kernels/reference_batch.py. In: rows in bf16, fp16 or fp32, any strides; products of unit
-// rows [R, width] in fp32; targets, ids. Out: see elva.h; products become masked scores (-inf where
-// a candidate is no negative), then slopes. Work split: a warp a row of embeddings; a block a row
-// of scores; a thread a column. Bytes: a row of scores is read twice (again from cache) and written
-// once; a chunk's columns twice; slopes once each. Numerics: exponentials in fp32, sums in double
-// in an order of their own. Ties by lower index. No atomics: deterministic. Limits: none.
+//   statistics of rows of products, sums over columns, slopes in place, gradients on rows.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (8), negatives (9), rank (10),
+//   log-sum-exp (11), contrastive losses (13) and (14) of elva_kernels.reference_batch.
+// In: rows in bf16, fp16 or fp32, any strides; products of unit rows [R, width] in fp32; targets,
+//   ids.
+// Out: see elva_in_batch.h; products become masked scores (-inf where a candidate is no negative),
+//   then slopes.
+// Work split: a warp a row of embeddings; a block a row of scores; a thread a column.
+// Bytes: a row of scores is read twice (again from cache) and written once; a chunk's columns
+//   twice; slopes once each.
+// Numerics: exponentials in fp32, sums in double in an order of their own. Ties by lower index. No
+//   atomics: deterministic.
+// Limits: none.
 // Reference: elva_kernels.reference_batch.
+#include "../elva_in_batch.h"
 #include "rows.h"
 
 namespace elva {

@@ -1,11 +1,15 @@
-// What: unit rows for the in-batch ops, and the gradient through them. Source: eq. (1) and (8) of
-// elva_kernels/reference.py and reference_batch.py; dx = (g - u (u . g)) / |x|. In: rows [R, D] in
-// bf16, fp16, fp32 or fp64, any strides; gradients on unit rows in fp32 (fp64). Out: dense unit
-// rows in fp32 (fp64), norms double [R, 2]; gradients in the rows' dtype. Work split: some rows a
-// thread. Bytes: each row twice from the caches, its unit row once. Numerics: double; fp64 rows are
-// scaled by a power of two first; one rounding. A row that is not finite becomes zeros with a norm
-// of NaN, a zero row has an inverse norm of 0. Deterministic. Reference:
-// elva_kernels.reference._unit.
+// What: unit rows for the in-batch ops, and the gradient through them.
+// Source: cosine (1) of elva_kernels.reference, cosine (8) of elva_kernels.reference_batch; dx = (g
+//   - u (u . g)) / |x|.
+// In: rows [R, D] in bf16, fp16, fp32 or fp64, any strides; gradients on unit rows in fp32 (fp64).
+// Out: dense unit rows in fp32 (fp64), or rows of bf16 as they are; norms double [R, 2]; gradients
+//   in the rows' dtype.
+// Work split: some rows a thread.
+// Bytes: each row twice from the caches, its unit row once.
+// Numerics: double; fp64 rows are scaled by a power of two first; one rounding. A row that is not
+//   finite becomes zeros with a norm of NaN, a zero row has an inverse norm of 0. Deterministic.
+// Limits: D of 1 or more.
+// Reference: elva_kernels.reference._unit.
 #include <math.h>
 #include <string.h>
 
@@ -13,11 +17,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "../elva_in_batch.h"
 #include "kernels.h"
-#include "layout.h"
 #include "numeric.h"
 #include "parallel.h"
 #include "rescale.h"
+#include "row_layout.h"
 
 namespace elva {
 namespace {
@@ -245,11 +250,7 @@ ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args) {
 }
 
 ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args) {
-  try {
-    return elva::column_norm(*args);
-  } catch (const std::bad_alloc&) {
-    return ELVA_OUT_OF_MEMORY;
-  }
+  return elva::within_memory([args] { return elva::column_norm(*args); });
 }
 
 ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args) { return elva::add_rows(*args); }

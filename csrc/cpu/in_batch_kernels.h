@@ -1,7 +1,7 @@
 // The inner loops of the in-batch ops that are compiled once per CPU level: rows and
 // columns of scores.
-#ifndef ELVA_CPU_BATCH_KERNELS_H_
-#define ELVA_CPU_BATCH_KERNELS_H_
+#ifndef ELVA_CPU_IN_BATCH_KERNELS_H_
+#define ELVA_CPU_IN_BATCH_KERNELS_H_
 
 #include <stdint.h>
 
@@ -14,7 +14,8 @@ constexpr int64_t kRowPadding = 16;
 constexpr int64_t kBests = 64;
 
 // One query's dot products, in place: made cosines, clamped to [-1, 1], with -inf for who is no
-// negative (eq. 9 of elva_kernels/reference_batch.py), and what eq. 10 and 11 need of them.
+// negative (negatives (9) of elva_kernels.reference_batch), and what rank (10) and log-sum-exp (11)
+// need of them.
 template <class S>
 struct ScoreRowJob {
   S* row;            // [width]
@@ -71,28 +72,21 @@ struct RowKernels {
   void (*columns)(const ColumnJob<S>&);
 };
 
-struct BatchKernels {
+struct InBatchKernels {
   RowKernels<float> f32;
   RowKernels<double> f64;
 };
 
 template <class S>
-const RowKernels<S>& row_kernels(const BatchKernels& kernels);
+const RowKernels<S>& row_kernels(const InBatchKernels& kernels);
 template <>
-inline const RowKernels<float>& row_kernels<float>(const BatchKernels& kernels) {
+inline const RowKernels<float>& row_kernels<float>(const InBatchKernels& kernels) {
   return kernels.f32;
 }
 template <>
-inline const RowKernels<double>& row_kernels<double>(const BatchKernels& kernels) {
+inline const RowKernels<double>& row_kernels<double>(const InBatchKernels& kernels) {
   return kernels.f64;
 }
 
-extern const BatchKernels kPlainBatchKernels;
-#if defined(__x86_64__)
-extern const BatchKernels kAvx2BatchKernels;
-extern const BatchKernels kAvx512BatchKernels;
-extern const BatchKernels kAvx512Bf16BatchKernels;
-#endif
-
 }  // namespace elva
-#endif  // ELVA_CPU_BATCH_KERNELS_H_
+#endif  // ELVA_CPU_IN_BATCH_KERNELS_H_

@@ -1,8 +1,8 @@
-// The gradients of a group from its coefficients (group.h): some columns on a block of 256 threads,
-// 64 vectors wide; rows in 4 classes, candidate c in class c mod 4. The same to the last bit
-// whichever kernel runs it.
-#ifndef ELVA_CUDA_GRADIENT_H_
-#define ELVA_CUDA_GRADIENT_H_
+// The gradients of a group from its coefficients (reward_group.h): some columns on a block of 256
+// threads, 64 vectors wide; rows in 4 classes, candidate c in class c mod 4. The same to the last
+// bit whichever kernel runs it.
+#ifndef ELVA_CUDA_REWARD_GRADIENT_H_
+#define ELVA_CUDA_REWARD_GRADIENT_H_
 
 #include "rows.h"
 
@@ -102,4 +102,4 @@ __device__ inline double upstream_of(const ElvaRewardArgs& args, int64_t group) 
 }
 
 }  // namespace elva
-#endif  // ELVA_CUDA_GRADIENT_H_
+#endif  // ELVA_CUDA_REWARD_GRADIENT_H_

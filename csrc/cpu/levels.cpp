@@ -29,59 +29,53 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
 
 bool bit(unsigned word, int position) { return (word >> position & 1u) != 0; }
 
-struct Features {
-  bool avx2 = false, avx512 = false, avx512bf16 = false;
-};
-
-Features detect() {
-  Features found;
+// The highest level that this CPU and its operating system have.
+int best_level() {
   const Registers one = cpuid(1, 0);
-  if (!bit(one.c, 27)) return found;  // OSXSAVE: xgetbv exists
+  if (!bit(one.c, 27)) return ELVA_LEVEL_PLAIN;  // OSXSAVE: xgetbv exists
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   const bool os_avx = (low & 0x6u) == 0x6u;       // xmm and ymm state
   const bool os_avx512 = (low & 0xe6u) == 0xe6u;  // and opmask, upper zmm, zmm 16-31
   const Registers seven = cpuid(7, 0);
   const bool avx = bit(one.c, 28), fma = bit(one.c, 12), f16c = bit(one.c, 29);
-  found.avx2 = os_avx && avx && fma && f16c && bit(seven.b, 5);
+  if (!(os_avx && avx && fma && f16c && bit(seven.b, 5))) return ELVA_LEVEL_PLAIN;
   const bool f = bit(seven.b, 16), dq = bit(seven.b, 17), bw = bit(seven.b, 30),
              vl = bit(seven.b, 31);
-  found.avx512 = found.avx2 && os_avx512 && f && dq && bw && vl;
-  found.avx512bf16 = found.avx512 && seven.a >= 1 && bit(cpuid(7, 1).a, 5);
-  return found;
+  if (!(os_avx512 && f && dq && bw && vl)) return ELVA_LEVEL_AVX2;
+  const bool bf16 = seven.a >= 1 && bit(cpuid(7, 1).a, 5);
+  return bf16 ? ELVA_LEVEL_AVX512BF16 : ELVA_LEVEL_AVX512;
 }
+#else
+int best_level() { return ELVA_LEVEL_PLAIN; }
 #endif
 
+// In the order of their numbers: the last one that is here is the best.
+struct Entry {
+  const char* name;
+  const Kernels* kernels;
+};
+#define ELVA_LEVEL_ENTRY(number, name) {name, &Level<number>::kernels},
+constexpr Entry kLevels[] = {ELVA_EACH_LEVEL(ELVA_LEVEL_ENTRY)};
+#undef ELVA_LEVEL_ENTRY
+
 struct Choice {
-  const Kernels* supported[4] = {};  // best first, null-terminated where shorter
-  int count = 0;
-  std::string levels;
-  const Kernels* chosen = nullptr;
+  std::string levels;  // best first
+  Entry chosen = {nullptr, nullptr};
   std::string error;
 };
 
 Choice choose() {
   Choice choice;
-#if defined(__x86_64__)
-  const Features found = detect();
-  if (found.avx512bf16) choice.supported[choice.count++] = &kAvx512Bf16Kernels;
-  if (found.avx512) choice.supported[choice.count++] = &kAvx512Kernels;
-  if (found.avx2) choice.supported[choice.count++] = &kAvx2Kernels;
-#endif
-  choice.supported[choice.count++] = &kPlainKernels;
-  for (int i = 0; i < choice.count; ++i) {
-    if (i > 0) choice.levels += ' ';
-    choice.levels += choice.supported[i]->name;
-  }
   const char* forced = std::getenv("ELVA_KERNELS_CPU_LEVEL");
-  if (forced == nullptr || *forced == '\0') {
-    choice.chosen = choice.supported[0];
-    return choice;
+  const bool free = forced == nullptr || *forced == '\0';
+  for (int level = best_level(); level >= 0; --level) {
+    const Entry& entry = kLevels[level];
+    choice.levels += (choice.levels.empty() ? "" : " ") + std::string(entry.name);
+    if (choice.chosen.kernels == nullptr && (free || std::strcmp(forced, entry.name) == 0))
+      choice.chosen = entry;
   }
-  for (int i = 0; i < choice.count; ++i) {
-    if (std::strcmp(forced, choice.supported[i]->name) == 0) choice.chosen = choice.supported[i];
-  }
-  if (choice.chosen == nullptr) {
+  if (choice.chosen.kernels == nullptr) {
     choice.error = "ELVA_KERNELS_CPU_LEVEL must be one of the levels of this CPU (" +
                    choice.levels + "), got '" + forced + "'; unset it to use the best";
   }
@@ -106,16 +100,13 @@ const Choice& choice() {
 
 }  // namespace
 
-const Kernels* chosen_kernels() { return choice().chosen; }
+const Kernels* chosen_kernels() { return choice().chosen.kernels; }
 
 }  // namespace elva
 
 extern "C" {
 
-const char* elva_cpu_level(void) {
-  const elva::Kernels* chosen = elva::chosen_kernels();
-  return chosen == nullptr ? nullptr : chosen->name;
-}
+const char* elva_cpu_level(void) { return elva::choice().chosen.name; }
 
 const char* elva_cpu_level_error(void) { return elva::choice().error.c_str(); }
 

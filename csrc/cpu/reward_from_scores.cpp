@@ -1,18 +1,23 @@
 // What: the ranking reward of given scores (re-rankers, cross-encoders), with its gradient on the
-// scores. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; eq. (2) to (6) of
-// elva_kernels/reference.py. In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64,
-// any strides; mask [*, C - 1]. Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank
-// int32 [*]; grad_scores [*, C] in the scores' dtype. Work split: some groups a thread. Bytes:
-// scores once, gradient once. Numerics: double; a live score that is not finite makes its group's
-// reward and live gradients NaN. Deterministic. Reference:
-// elva_kernels.reference.reward_from_scores.
-#include <atomic>
+//   scores.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; rank (2), margin reward (3), rank reward
+//   (4), reward (5), soft rank (6) of elva_kernels.reference.
+// In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64, any strides; mask [*, C -
+//   1].
+// Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank int32 [*]; grad_scores [*, C] in
+//   the scores' dtype.
+// Work split: some groups a thread.
+// Bytes: scores once, gradient once (the floor).
+// Numerics: double; a live score that is not finite makes its group's reward and live gradients
+//   NaN. Deterministic.
+// Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
+// Reference: elva_kernels.reference.reward_from_scores.
 #include <type_traits>
 
-#include "layout.h"
+#include "arena.h"
 #include "numeric.h"
-#include "parallel.h"
 #include "ranking.h"
+#include "row_layout.h"
 
 namespace elva {
 namespace {
@@ -67,26 +72,16 @@ ElvaStatus run(const ElvaScoresArgs& args) {
   using V = typename ValueOf<T>::Type;
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
-  std::atomic<bool> out_of_memory{false};
-  const auto piece = [&](int64_t begin, int64_t end) {
-    Arena& arena = thread_arena();
-    try {
-      arena.reset(ScoreBuffers<V>::arena_bytes(args.candidates));
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-      return;
-    }
-    const ScoreBuffers<V> buffers(args.candidates, &arena);
+  const auto piece = [&](int64_t begin, int64_t end, Arena* arena) {
+    const ScoreBuffers<V> buffers(args.candidates, arena);
     for (int64_t i = begin; i < end; ++i) one_group<T>(args, *kernels, i, buffers);
-    arena.trim();
   };
   constexpr int64_t kCandidatesPerPiece = 4096;  // about 20 us
   constexpr int64_t kPairsPerCandidate = 8;      // that take soft ranks as long (measured)
   int64_t work = args.candidates;
   if (args.weights.rank_temperature > 0) work += work * work / kPairsPerCandidate;
-  parallel_for(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / work), args.threads,
-               piece);
-  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+  return for_pieces(args.batch.groups, std::max<int64_t>(1, kCandidatesPerPiece / work),
+                    args.threads, ScoreBuffers<V>::arena_bytes(args.candidates), piece);
 }
 
 }  // namespace

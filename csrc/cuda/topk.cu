@@ -1,14 +1,18 @@
-// What: scores of flat search: some queries against a block of corpus rows, each row read once for
-// up to 32 queries (8 in fp32). In: query [Q, D], corpus [P, D] in bf16, fp16 or fp32, any strides
-// and any alignment (dense rows on 16 bytes are read in vectors). Out: scores [Q, P] in fp32,
-// cosines or dots; -inf where a row or its query is not finite. Work split: a block 256 rows and a
-// group of queries, which pass by in pieces of 512 bytes through shared memory; a warp 32 rows: in
-// matrix instructions in half precision, else in fp32 products. Bytes: the corpus once for each
-// group of queries (from the second-level cache but for the first), the scores written once.
+// What: scores of topk: some queries against a block of corpus rows, each row read once for up to
+//   32 queries (8 in fp32).
+// Source: topk (8) of elva_kernels.reference; the best are chosen by the caller.
+// In: query [Q, D], corpus [P, D] in bf16, fp16 or fp32, any strides and any alignment (dense rows
+//   on 16 bytes are read in vectors).
+// Out: scores [Q, P] in fp32, cosines or dots; -inf where a row or its query is not finite.
+// Work split: a block 256 rows and a group of queries, which pass by in pieces of 512 bytes through
+//   shared memory; a warp 32 rows: in matrix instructions in half precision, else in fp32 products.
+// Bytes: the corpus once for each group of queries (from the second-level cache but for the first),
+//   the scores written once.
 // Numerics: products exact, sums in fp32 over the columns in one order whatever Q and P are;
-// squares by 64 in fp32, then in double; blocks with rows out of range once more, those rows scaled
-// by a power of two. No atomics: the same bits on every run. Limits: none. Reference:
-// elva_kernels.reference.topk.
+//   squares by 64 in fp32, then in double; blocks with rows out of range once more, those rows
+//   scaled by a power of two. No atomics: the same bits on every run.
+// Limits: none.
+// Reference: elva_kernels.reference.topk.
 #include "multiply.h"
 #include "rows.h"
 
@@ -104,8 +108,8 @@ constexpr int kStride = (kPieceBytes + kPaddingBytes) / static_cast<int>(sizeof(
 
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-struct SearchArgs {
-  ElvaSearchArgs search;
+struct TopkArgs {
+  ElvaTopkScoresArgs topk;
   int64_t padded_dim;
   int64_t padded_queries;
   void* queries;  // [padded_queries, padded_dim], times 2^-exponent; zeros beyond
@@ -116,25 +120,25 @@ struct SearchArgs {
 
 // A warp a query.
 template <class T>
-__global__ void __launch_bounds__(32, 16) search_queries(const __grid_constant__ SearchArgs args) {
+__global__ void __launch_bounds__(32, 16) topk_queries(const __grid_constant__ TopkArgs args) {
   const int64_t q = blockIdx.x;
   T* out = static_cast<T*>(args.queries) + q * args.padded_dim;
   double norm = 0;
-  Row<T> row{static_cast<const T*>(args.search.query.data), args.search.query.stride, 0};
-  if (q < args.search.queries) {
-    row.data += q * args.search.query.row_stride;
-    const double square = row_sums(row, row, args.search.dim, kSegment).y;
-    norm = norm_of(&row, square, args.search.dim, kSegment);
+  Row<T> row{static_cast<const T*>(args.topk.query.data), args.topk.query.stride, 0};
+  if (q < args.topk.queries) {
+    row.data += q * args.topk.query.row_stride;
+    const double square = row_sums(row, row, args.topk.dim, kSegment).y;
+    norm = norm_of(&row, square, args.topk.dim, kSegment);
   }
-  const bool there = q < args.search.queries && !isnan(norm);
+  const bool there = q < args.topk.queries && !isnan(norm);
   for (int64_t i = threadIdx.x; i < args.padded_dim; i += 32) {
-    narrow(there && i < args.search.dim ? row[i] : 0.0f, out + i);
+    narrow(there && i < args.topk.dim ? row[i] : 0.0f, out + i);
   }
   if (threadIdx.x == 0) args.norms[q] = {norm, static_cast<double>(row.exponent)};
 }
 
 // Squares of rows whose products with queries near 1 are in range.
-__device__ inline bool is_search_range(double square) {
+__device__ inline bool is_topk_range(double square) {
   return square >= 0x1p-100 && square <= 0x1p100;
 }
 
@@ -162,12 +166,12 @@ __device__ inline Vector<T> rescaled(const Vector<T>& x, int exponent) {
 // Where kRescale, again for the blocks that found a row out of range, such rows at their exponents.
 template <class T, bool kRescale>
 __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
-    search_scores(const __grid_constant__ SearchArgs args) {
+    topk_scores(const __grid_constant__ TopkArgs args) {
   constexpr int kQueries = Tile<T>::kQueries, kSize = Vector<T>::kSize, kStep = 4 * kSize;
   if (kRescale && args.far[blockIdx.x] == 0) return;
   ELVA_DYNAMIC_SHARED(memory);
   T* piece = reinterpret_cast<T*>(memory);
-  const ElvaSearchArgs& search = args.search;
+  const ElvaTopkScoresArgs& topk = args.topk;
   const int64_t groups = args.padded_queries / kQueries;
   const int64_t first_query = blockIdx.x % groups * kQueries;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -176,9 +180,9 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
   const T* queries = static_cast<const T*>(args.queries) + first_query * args.padded_dim;
   // Beyond the last row, the last row again.
   const auto row_at = [&](int64_t at) {
-    const int64_t there = at < search.rows ? at : search.rows - 1;
-    return Row<T>{static_cast<const T*>(search.corpus.data) + there * search.corpus.row_stride,
-                  search.corpus.stride, 0};
+    const int64_t there = at < topk.rows ? at : topk.rows - 1;
+    return Row<T>{static_cast<const T*>(topk.corpus.data) + there * topk.corpus.row_stride,
+                  topk.corpus.stride, 0};
   };
   Row<T> rows[4];
   bool dense = true;
@@ -190,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
     if (kRescale) {
       for (int quad = 0; quad < 8; ++quad) {
         const Row<T> row = row_at(first_row + quad + 8 * r);
-        const int found = warp_exponent(row, search.dim);
+        const int found = warp_exponent(row, topk.dim);
         if (lane / 4 == quad) exponent[r] = found;
       }
     }
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
   Tile<T> tile;
   double square[4] = {};
 #pragma unroll 1
-  for (int64_t from = 0; from < search.dim; from += kPiece<T>) {
+  for (int64_t from = 0; from < topk.dim; from += kPiece<T>) {
     __syncthreads();
     for (int v = static_cast<int>(threadIdx.x); v < kQueries * kPiece<T> / kSize; v += kThreads) {
       const int query = v / (kPiece<T> / kSize), at = v % (kPiece<T> / kSize) * kSize;
@@ -209,11 +213,11 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
     __syncthreads();
     float squares[4] = {};
     for (int at = 0; at < kPiece<T>; at += kStep) {
-      if (from + at >= search.dim) break;
+      if (from + at >= topk.dim) break;
       Vector<T> x[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        x[r] = rows[r].packed(from + at + lane % 4 * kSize, search.dim, dense);
+        x[r] = rows[r].packed(from + at + lane % 4 * kSize, topk.dim, dense);
         if (kRescale) x[r] = rescaled(x[r], scale_of(exponent[r]));
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
@@ -233,33 +237,33 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
   for (int r = 0; r < 4; ++r) {
     square[r] += __shfl_xor_sync(kAllLanes, square[r], 1);
     square[r] += __shfl_xor_sync(kAllLanes, square[r], 2);
-    far = far || !is_search_range(square[r]);
+    far = far || !is_topk_range(square[r]);
     norm[r] = exponent[r] == kNotFinite ? nan("") : exponent[r] == kZero ? 0 : sqrt(square[r]);
   }
   if (!kRescale) {
     far = __syncthreads_or(far) != 0;
     if (threadIdx.x == 0) args.far[blockIdx.x] = far ? 1 : 0;
   }
-  float* scores = static_cast<float*>(search.scores);
+  float* scores = static_cast<float*>(topk.scores);
   tile.visit([&](int r, int n, float dot) {
     const int64_t row = first_row + lane / 4 + 8 * r, query = first_query + n;
-    if (row >= search.rows || query >= search.queries) return;
-    scores[query * search.rows + row] =
-        score_of(search.metric, dot, args.norms[query], norm[r], scale_of(exponent[r]));
+    if (row >= topk.rows || query >= topk.queries) return;
+    scores[query * topk.rows + row] =
+        score_of(topk.metric, dot, args.norms[query], norm[r], scale_of(exponent[r]));
   });
 }
 
 // Lays out the scratch, of which the bytes are given back.
 template <class T>
-int64_t pad(const ElvaSearchArgs& search, SearchArgs* args) {
-  args->search = search;
-  args->padded_dim = rounded_up(search.dim, kPiece<T>);
-  args->padded_queries = rounded_up(search.queries, Tile<T>::kQueries);
+int64_t pad(const ElvaTopkScoresArgs& topk, TopkArgs* args) {
+  args->topk = topk;
+  args->padded_dim = rounded_up(topk.dim, kPiece<T>);
+  args->padded_queries = rounded_up(topk.queries, Tile<T>::kQueries);
   args->blocks =
-      (search.rows + kBlockRows - 1) / kBlockRows * (args->padded_queries / Tile<T>::kQueries);
+      (topk.rows + kBlockRows - 1) / kBlockRows * (args->padded_queries / Tile<T>::kQueries);
   const int64_t norms = args->padded_queries * static_cast<int64_t>(sizeof(double2)),
                 queries = args->padded_queries * args->padded_dim * static_cast<int64_t>(sizeof(T));
-  unsigned char* scratch = static_cast<unsigned char*>(search.scratch);
+  unsigned char* scratch = static_cast<unsigned char*>(topk.scratch);
   args->norms = reinterpret_cast<double2*>(scratch);
   args->queries = scratch + norms;
   args->far = reinterpret_cast<int32_t*>(scratch + norms + queries);
@@ -267,15 +271,15 @@ int64_t pad(const ElvaSearchArgs& search, SearchArgs* args) {
 }
 
 template <class T>
-ElvaStatus run(const ElvaSearchArgs& search) {
-  SearchArgs args;
-  pad<T>(search, &args);
+ElvaStatus run(const ElvaTopkScoresArgs& topk) {
+  TopkArgs args;
+  pad<T>(topk, &args);
   constexpr size_t kShared = static_cast<size_t>(Tile<T>::kQueries) * (kPieceBytes + kPaddingBytes);
-  ElvaStatus status = launch(search_queries<T>, args.padded_queries, 1, 32, 0, search.stream, args);
+  ElvaStatus status = launch(topk_queries<T>, args.padded_queries, 1, 32, 0, topk.stream, args);
   if (status != ELVA_OK) return status;
-  status = launch(search_scores<T, false>, args.blocks, 1, kThreads, kShared, search.stream, args);
+  status = launch(topk_scores<T, false>, args.blocks, 1, kThreads, kShared, topk.stream, args);
   if (status != ELVA_OK) return status;
-  return launch(search_scores<T, true>, args.blocks, 1, kThreads, kShared, search.stream, args);
+  return launch(topk_scores<T, true>, args.blocks, 1, kThreads, kShared, topk.stream, args);
 }
 
 }  // namespace
@@ -283,13 +287,13 @@ ElvaStatus run(const ElvaSearchArgs& search) {
 
 extern "C" {
 
-int64_t elva_search_scratch_bytes_cuda(const ElvaSearchArgs* args) {
-  elva::SearchArgs all;
+int64_t elva_topk_scratch_bytes_cuda(const ElvaTopkScoresArgs* args) {
+  elva::TopkArgs all;
   return args->dtype == ELVA_FP32 ? elva::pad<float>(*args, &all)
                                   : elva::pad<elva::Bf16>(*args, &all);
 }
 
-ElvaStatus elva_search_scores_cuda(const ElvaSearchArgs* args) {
+ElvaStatus elva_topk_scores_cuda(const ElvaTopkScoresArgs* args) {
   return elva::on_device(args->dtype, args->device,
                          [args](auto element) { return elva::run<decltype(element)>(*args); });
 }

@@ -1,6 +1,6 @@
 // A large result on its way to Python: a block in DLPack's clothes.
-#ifndef ELVA_RESULT_H_
-#define ELVA_RESULT_H_
+#ifndef ELVA_DLPACK_RESULT_H_
+#define ELVA_DLPACK_RESULT_H_
 
 #include <stdint.h>
 
@@ -43,4 +43,4 @@ void release(DLManagedTensor* managed) {
 }
 
 }  // namespace
-#endif  // ELVA_RESULT_H_
+#endif  // ELVA_DLPACK_RESULT_H_

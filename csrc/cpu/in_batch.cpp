@@ -1,21 +1,23 @@
 // What: statistics of rows of in-batch scores, and what InfoNCE makes of the rows: softmax slopes
-// in place, sums over columns. Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4, and eq. (9) to
-// (14) of elva_kernels/reference_batch.py. In: dots of unit rows [R, padded M] in fp32 or fp64,
-// targets, ids. Out: counts int32, hardest and top-k, sums double; the rows masked, then their
-// slopes. Work split: rows, or blocks of columns, a thread at a time. Bytes: each row once from
-// memory for all of its statistics, and once more for its slopes. Numerics: see
-// statistics_simd.cpp; ties by lower index. Deterministic: a row's bits depend on that row alone, a
-// column's on the chunks it came in. Limits: none. Reference:
-// elva_kernels.reference_batch.statistics_of_scores, info_nce_of_scores.
+//   in place, sums over columns.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; negatives (9), rank (10), log-sum-exp (11),
+//   contrastive losses (13) and (14) of elva_kernels.reference_batch.
+// In: dots of unit rows [R, padded M] in fp32 or fp64, targets, ids.
+// Out: counts int32, hardest and top-k, sums double; the rows masked, then their slopes.
+// Work split: rows, or blocks of columns, a thread at a time.
+// Bytes: each row once from memory for all of its statistics, and once more for its slopes.
+// Numerics: see in_batch_simd.cpp; ties by lower index. Deterministic: a row's bits depend on that
+//   row alone, a column's on the chunks it came in.
+// Limits: none.
+// Reference: elva_kernels.reference_batch.statistics_of_scores, info_nce_of_scores.
 #include <math.h>
 
 #include <algorithm>
-#include <atomic>
 #include <functional>
 #include <limits>
 #include <vector>
 
-#include "../elva.h"
+#include "../elva_in_batch.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rescale.h"
@@ -171,18 +173,12 @@ template <class S>
 ElvaStatus score_rows(const ElvaScoreRowsArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
-  std::atomic<bool> out_of_memory{false};
-  parallel_for(args.rows, std::max<int64_t>(1, kScoresPerPiece / args.width), args.threads,
-               [&](int64_t begin, int64_t end) {
-                 try {
-                   const RowKernels<S>& rows = row_kernels<S>(*kernels->batch);
-                   Places<S> places(rows, args.width);
-                   for (int64_t i = begin; i < end; ++i) one_row<S>(args, rows, i, &places);
-                 } catch (const std::bad_alloc&) {
-                   out_of_memory = true;
-                 }
-               });
-  return out_of_memory ? ELVA_OUT_OF_MEMORY : ELVA_OK;
+  const RowKernels<S>& rows = row_kernels<S>(*kernels->in_batch);
+  return for_pieces(args.rows, std::max<int64_t>(1, kScoresPerPiece / args.width), args.threads,
+                    [&](int64_t begin, int64_t end) {
+                      Places<S> places(rows, args.width);
+                      for (int64_t i = begin; i < end; ++i) one_row<S>(args, rows, i, &places);
+                    });
 }
 
 template <class S>
@@ -219,7 +215,7 @@ ElvaStatus slope_rows(const ElvaSlopeRowsArgs& args) {
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) {
                    S* row = static_cast<S*>(args.scores) + i * args.width;
-                   row_kernels<S>(*kernels->batch)
+                   row_kernels<S>(*kernels->in_batch)
                        .slope_row({row, args.width, static_cast<const S*>(args.row_peak)[i],
                                    static_cast<const S*>(args.row_factor)[i],
                                    static_cast<const S*>(args.column_peak),
@@ -238,7 +234,7 @@ ElvaStatus column_sums(const ElvaColumnSumsArgs& args) {
   const int64_t pieces = (args.width - 1) / kColumnsPerPiece + 1;
   parallel_for(pieces, 1, args.threads, [&](int64_t begin, int64_t end) {
     const int64_t j = begin * kColumnsPerPiece;
-    row_kernels<S>(*kernels->batch)
+    row_kernels<S>(*kernels->in_batch)
         .columns({static_cast<const S*>(args.scores) + j, args.rows, args.width,
                   std::min(end * kColumnsPerPiece, args.width) - j,
                   static_cast<S>(args.inverse_temperature), static_cast<S*>(args.peak) + j,

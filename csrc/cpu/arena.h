@@ -1,44 +1,15 @@
-// Where a group's rows lie, and the thread's own memory.
-#ifndef ELVA_CPU_LAYOUT_H_
-#define ELVA_CPU_LAYOUT_H_
+// The thread's own memory, and loops over pieces that work in it.
+#ifndef ELVA_CPU_ARENA_H_
+#define ELVA_CPU_ARENA_H_
 
 #include <stddef.h>
 #include <stdint.h>
 
 #include <new>
 
-#include "../elva.h"
+#include "parallel.h"
 
 namespace elva {
-
-// The coordinates of a group in the leading dimensions.
-struct GroupIndex {
-  int64_t at[ELVA_MAX_DIMS];
-
-  GroupIndex(const ElvaBatch& batch, int64_t group) {
-    for (int32_t i = batch.ndim - 1; i >= 0; --i) {
-      at[i] = group % batch.sizes[i];
-      group /= batch.sizes[i];
-    }
-  }
-};
-
-template <class T>
-const T* group_data(const ElvaBatch& batch, const ElvaInput& input, const GroupIndex& index) {
-  if (input.data == nullptr) return nullptr;
-  int64_t offset = 0;
-  for (int32_t i = 0; i < batch.ndim; ++i) offset += index.at[i] * input.batch_strides[i];
-  return static_cast<const T*>(input.data) + offset;
-}
-
-// A row of `dim` elements in the caller's memory.
-template <class T>
-struct Row {
-  const T* data;
-  int64_t stride;
-
-  const T& operator[](int64_t i) const { return data[i * stride]; }
-};
 
 // 64-byte aligned memory of one thread, kept between calls up to kKept bytes. take() after reset()
 // of enough.
@@ -90,5 +61,16 @@ inline Arena& thread_arena() {
   return arena;
 }
 
+// for_pieces, whose body(begin, end, arena) may take `bytes` of its thread's arena.
+template <class Body>
+ElvaStatus for_pieces(int64_t items, int64_t grain, int threads, size_t bytes, const Body& body) {
+  return for_pieces(items, grain, threads, [&](int64_t begin, int64_t end) {
+    Arena& arena = thread_arena();
+    arena.reset(bytes);
+    body(begin, end, &arena);
+    arena.trim();
+  });
+}
+
 }  // namespace elva
-#endif  // ELVA_CPU_LAYOUT_H_
+#endif  // ELVA_CPU_ARENA_H_

@@ -1,14 +1,19 @@
 // What: the inner loops of the in-batch ops: cosines, masks, counts and sums over rows of scores,
-// softmax slopes in place, sums over columns. Source: eq. (8) to (14) of
-// elva_kernels/reference_batch.py. In/Out: dense rows of float or double. Work split: the caller's
-// thread, one job. Bytes: a row of scores is touched while it is in the caches.
+//   softmax slopes in place, sums over columns.
+// Source: cosine (8), negatives (9), rank (10), log-sum-exp (11), contrastive losses (13) and (14)
+//   of elva_kernels.reference_batch.
+// In: dense rows of float or double, dots of unit rows or masked scores: see in_batch_kernels.h.
+// Out: the rows masked, or their slopes; counts, the best, sums: see in_batch_kernels.h.
+// Work split: the caller's thread, one job.
+// Bytes: a row of scores is touched while it is in the caches.
 // Numerics: exp by a polynomial (2e-7, 4e-16 relative), 0 below exp(-87) (exp(-708)); at most
 //   kChain additions in an accumulator before they are added to a double one. Deterministic.
 // Limits: rows padded to kRowPadding. Compiled once per CPU level, with ELVA_LEVEL set; nothing
-// here has external linkage but the table at the end. Reference: elva_kernels.reference_batch.
+//   here has external linkage but the table at the end.
+// Reference: elva_kernels.reference_batch.
 #include <limits>
 
-#include "batch_kernels.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace elva {
@@ -253,17 +258,8 @@ void columns(const ColumnJob<S>& job) {
 
 }  // namespace
 
-#if ELVA_LEVEL == ELVA_LEVEL_AVX512BF16
-#define ELVA_BATCH_TABLE kAvx512Bf16BatchKernels
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX512
-#define ELVA_BATCH_TABLE kAvx512BatchKernels
-#elif ELVA_LEVEL == ELVA_LEVEL_AVX2
-#define ELVA_BATCH_TABLE kAvx2BatchKernels
-#else
-#define ELVA_BATCH_TABLE kPlainBatchKernels
-#endif
-
-const BatchKernels ELVA_BATCH_TABLE = {
+template <>
+const InBatchKernels Level<ELVA_LEVEL>::in_batch = {
     {score_row<float>, at_least<float>, slope_row<float>, columns<float>},
     {score_row<double>, at_least<double>, slope_row<double>, columns<double>},
 };

@@ -1,0 +1,250 @@
+// The C API of the in-batch ops, in steps: unit rows, their products (scores), rows of scores,
+// gradients. Rules, types and statuses: elva.h.
+//
+// Scores are rows of `width` values, the number of candidates rounded up to 16. "Value" is float,
+// or double for ELVA_FP64. The definition: elva_kernels.reference_batch.
+#ifndef ELVA_IN_BATCH_H_
+#define ELVA_IN_BATCH_H_
+
+#include "elva.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  ElvaDtype dtype;
+  ElvaDtype unit_dtype;  // the value's; or ELVA_BF16, of ELVA_BF16: the rows as they are, times
+                         // 2^-e where their squares would leave the range of float
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  ElvaInput rows;  // [count, dim]
+  void* unit;      // [count, dim]; zeros for a row that is zero or not finite
+  double* norm;    // [count, 2]: 1 / |x 2^-e| (0 for a zero row, NaN for one not finite), and e
+} ElvaUnitRowsArgs;
+
+typedef struct {
+  ElvaDtype dtype;  // of grad_rows
+  ElvaDtype unit_dtype;
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  const void* unit;       // [count, dim]
+  const void* grad_unit;  // value [count, dim]
+  const double* norm;     // [count, 2]
+  void* grad_rows;        // [count, dim]; with a unit of ELVA_BF16 that, or ELVA_FP32
+} ElvaUnitGradientArgs;
+
+// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1.
+typedef struct {
+  ElvaDtype a_dtype;  // as b's; ELVA_FP32 also beside ELVA_BF16
+  ElvaDtype b_dtype;  // ELVA_FP32 or ELVA_FP64; ELVA_BF16 where elva_multiplies_bf16()
+  int32_t threads;
+  int64_t m, n, k;
+  const void* a;
+  int64_t a_row_stride, a_stride;
+  const void* b;
+  int64_t b_row_stride, b_stride;
+  void* c;  // value of b
+  int64_t c_row_stride;
+  bool add;
+  // Of ELVA_FP32 times ELVA_BF16 alone: a's columns are first multiplied by a_scale, then held to
+  // 16 bits; or to 8 in rows where the errors times a_norm have a norm of `allowed` or less.
+  const float* a_scale;  // [k]
+  const float* a_norm;   // [k]
+  double allowed;
+} ElvaMatrixArgs;
+
+typedef struct {
+  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64, of the values
+  int32_t threads;
+  int64_t rows;
+  int64_t candidates;
+  int64_t width;
+  void* scores;           // value [rows, width]; becomes the negatives' scores, -inf elsewhere
+  const void* penalty;    // value [width]: 0, or -inf for candidates not finite and for padding
+  const void* scale;      // value [width], 1 / |candidate|; null: the scores are cosines already
+  const double* norm;     // [rows, 2], of the queries
+  const int64_t* target;  // [rows]
+  const int64_t* ids;     // [candidates]; null: all differ
+  double max_score;       // inf: no limit
+  double inverse_temperature;  // NaN: no sums
+  int64_t k;
+  int32_t* n_greater;      // [rows]
+  int32_t* n_equal;        // [rows]
+  void* target_score;      // value [rows]
+  void* hardest_score;     // value [rows]
+  int64_t* hardest_index;  // [rows]
+  void* topk_scores;       // value [rows, k]
+  int64_t* topk_index;     // [rows, k]
+  double* sum;             // [rows]: over the negatives, exp((s - hardest) / T)
+  double* moment;          // [rows]: and that times (s - hardest)
+} ElvaScoreRowsArgs;
+
+// One direction of InfoNCE from what score_rows or column_sums summed: log-sum-exp (11) and
+// contrastive loss (13) of elva_kernels.reference_batch and their derivatives. All NaN or 0 where
+// the target's score is NaN.
+typedef struct {
+  ElvaDtype dtype;
+  int64_t count;
+  const void* target_score;  // value [count]
+  const int64_t* at;         // [count], where the sums of i are; null: i
+  const void* peak;          // value, -inf where nothing was summed
+  const double* sum;
+  const double* moment;
+  double temperature;
+  double* loss;    // [count]
+  double* share;   // [count], a negative's probability over exp((s - peak) / T)
+  double* others;  // [count], the negatives' probability
+  double* heat;    // [count], d loss / d T
+} ElvaInfoNceTermsArgs;
+
+// Masked scores become row_factor exp((s - row_peak) / T) + column_factor exp((s - column_peak) /
+// T), and target_slope at the target.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  int64_t rows;
+  int64_t width;
+  void* scores;               // value [rows, width]
+  const void* row_peak;       // value [rows], finite
+  const void* row_factor;     // value [rows]
+  const void* target_slope;   // value [rows]
+  const int64_t* target;      // [rows]
+  const void* column_peak;    // value [width], finite; null: no second term
+  const void* column_factor;  // value [width]
+  double inverse_temperature;
+} ElvaSlopeRowsArgs;
+
+// Adds masked scores to sums over columns: exp((s - peak) / T), and that times (s - peak).
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  int64_t rows;
+  int64_t width;
+  const void* scores;  // value [rows, width]
+  double inverse_temperature;
+  void* peak;      // value [width], -inf at first
+  double* sum;     // [width]
+  double* moment;  // [width]
+} ElvaColumnSumsArgs;
+
+// The largest norm of a column of dense rows times their scales, at most 1 % above the truth.
+typedef struct {
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  const void* rows;    // ELVA_BF16 [count, dim]
+  const float* scale;  // [count]
+  double* norm;        // [1]
+} ElvaColumnNormArgs;
+
+// out[into[i]] += factor[i] rows[from[i]] in the order of i.
+typedef struct {
+  int32_t threads;
+  int64_t count;
+  int64_t dim;
+  const int64_t* from;  // [count]; null: i
+  const int64_t* into;  // [count], in [0, out_count); null: i
+  const float* factor;  // [count]
+  const void* rows;     // ELVA_BF16 [., dim]
+  float* out;           // [out_count, dim]
+  int64_t out_count;
+} ElvaAddRowsArgs;
+
+ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args);
+ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args);
+ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args);
+// Whether the CPU level in use multiplies pairs of bf16.
+bool elva_multiplies_bf16(void);
+ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args);
+ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args);
+ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
+ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args);
+ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
+ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);
+
+// The same steps on a GPU, where torch multiplies; not for ELVA_FP64. Pointers are the device's.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t device;
+  void* stream;
+  int64_t count;
+  int64_t dim;
+  ElvaInput rows;  // [count, dim]
+  void* unit;      // [count, dim], rows times 2^-e; zeros for one that is zero or not finite
+  double* norm;    // [count, 2], as in ElvaUnitRowsArgs
+} ElvaCudaUnitArgs;
+
+typedef struct {
+  ElvaDtype dtype;
+  int32_t device;
+  void* stream;
+  int64_t count;
+  int64_t dim;
+  const void* unit;        // [count, dim]
+  const float* grad_unit;  // [count, dim]
+  const double* norm;      // [count, 2]
+  void* grad_rows;         // [count, dim]
+} ElvaCudaGradientArgs;
+
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t rows;
+  int64_t candidates;
+  int64_t width;
+  float* scores;                 // [rows, width]: products of `unit` rows; becomes masked scores
+  const double* query_norm;      // [rows, 2]
+  const double* candidate_norm;  // [candidates, 2]
+  const int64_t* target;
+  const int64_t* ids;
+  double max_score;
+  const double* temperature;  // [1]; null: no sums
+  int32_t* n_greater;
+  int32_t* n_equal;
+  float* target_score;
+  float* hardest_score;
+  int64_t* hardest_index;
+  double* sum;
+  double* moment;
+} ElvaCudaScoreArgs;
+
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t rows;
+  int64_t width;
+  const float* scores;
+  const double* temperature;
+  float* peak;
+  double* sum;
+  double* moment;
+} ElvaCudaColumnArgs;
+
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t rows;
+  int64_t width;
+  float* scores;
+  const double* temperature;
+  const float* row_peak;
+  const float* row_factor;
+  const float* target_slope;
+  const int64_t* target;
+  const float* column_peak;
+  const float* column_factor;
+} ElvaCudaSlopeArgs;
+
+ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args);
+ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args);
+ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args);
+ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args);
+ElvaStatus elva_slope_rows_cuda(const ElvaCudaSlopeArgs* args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif  // ELVA_IN_BATCH_H_
