@@ -74,6 +74,16 @@ def test_reward(backend, dtype, head):
             check_gradients(gradients, truths, [query.detach(), candidates.detach()], dtype)
 
 
+@every_level
+@each_dtype
+def test_a_copy_of_the_positive_ties_and_wins(backend, dtype):
+    query, candidates = batch(3, 9, 16, dtype)
+    candidates[3:6] = candidates[:3]
+    found = rank_statistics(query, candidates, backend=backend)
+    assert (found.n_equal == 1).all()
+    assert torch.equal(in_batch_ranking_reward(query, candidates, backend=backend).rank, found.rank)
+
+
 @every_backend
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_row_spoils_its_own_pair_alone(backend, bad):

@@ -162,10 +162,12 @@ def test_symmetric_is_two_calls(backend, dtype):
 @each_dtype
 def test_statistics_are_those_of_rank_statistics(backend, dtype):
     query, candidates = batch(17, 50, 24, dtype)
+    candidates[25:] = candidates[:25]
     query.requires_grad_()
     target, ids = torch.randint(0, 50, (17,)), torch.randint(0, 20, (50,))
     options = {"temperature": 0.1, "candidate_ids": ids, "max_score": 0.5, "backend": backend}
     expected = rank_statistics(query, candidates, target, **options)
+    assert (expected.n_equal > 0).any()
     for symmetric in (False, True):
         for reduction in ("none", "mean"):
             loss, found = info_nce(
