@@ -1,6 +1,8 @@
 """Which room may know which: the import rules, the public names, and the README's table of ops."""
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,28 +118,35 @@ def test_no_file_edits_the_import_path():
                 assert not (isinstance(node.value, ast.Name) and node.value.id == "sys"), path
 
 
-def test_public_names_exist_and_are_documented():
+@pytest.mark.parametrize("name", elva_kernels.__all__)
+def test_public_names_are_documented(name):
+    """One line that says what it is; of a function, a word on every parameter."""
+    public = getattr(elva_kernels, name)
+    first, *rest = inspect.getdoc(public).split("\n")
+    assert first.endswith(".") and not any(rest[:1])
+    if inspect.isfunction(public):
+        told = set(re.findall(r"\w+", inspect.getdoc(public)))
+        assert told >= set(inspect.signature(public).parameters)
+
+
+def test_public_names_are_in_order():
     assert sorted(elva_kernels.__all__) == elva_kernels.__all__
-    for name in elva_kernels.__all__:
-        assert getattr(elva_kernels, name).__doc__, name
 
 
 def test_importing_the_kernels_is_light(tmp_path):
-    """Under 0.3 s beyond torch's own import (best of three), and no heavy package comes along."""
+    """Beyond torch's own import nothing but their own Python comes along, and no kernel of it."""
     script = (
-        "import sys, time, numpy, torch; start = time.perf_counter(); import elva_kernels;"
-        "print(time.perf_counter() - start);"
-        "print(*sorted({'triton', 'transformers', 'elva', 'peft'} & set(sys.modules)))"
+        "import sys, numpy, torch; before = set(sys.modules); import elva_kernels;"
+        "print(*sorted(set(sys.modules) - before))"
     )
-    seconds = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        took, *heavy = done.stdout.split()
-        seconds.append(float(took))
-        assert not heavy
-    assert min(seconds) < 0.3
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    found = done.stdout.split()
+    assert "elva_kernels.dispatch" in found
+    assert {name.split(".")[0] for name in found} <= {"elva_kernels", *sys.stdlib_module_names}
+    late = ("elva_kernels._C", "elva_kernels.triton_kernels.")
+    assert not [name for name in found if name.startswith(late)]
 
 
 def test_readme_shows_the_table_of_ops_and_backends():
