@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,7 +29,7 @@ class Clause(NamedTuple):
     """The cases of one test that have these values among their parameters."""
 
     test: str  # module::function
-    where: dict[str, Any] = {}
+    where: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def file(self) -> str:
@@ -179,12 +181,27 @@ NUMERIC = (
 GROUPED = ("test_reward", "test_reward_torch", "test_reward_properties")
 IN_BATCH = ("test_statistics", "test_in_batch_reward", "test_infonce", "test_infonce_torch")
 F64 = torch.float64
+THREADS = [
+    *cases("test_reward::test_threads_and_repeats_give_the_same_bits"),
+    *cases("test_topk::test_bits_do_not_depend_on_the_number_of_threads"),
+    *cases("test_infonce::test_any_number_of_threads_gives_the_same_bits"),
+]
+COMPILED = [
+    *cases("test_reward_torch::test_compiles_without_a_graph_break"),
+    *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
+    *cases("test_infonce_torch::test_compiles_without_a_graph_break"),
+]
+PLANTED = cases("test_mutants::test_the_claims_hold test_a_mutant_turns_the_suite_red")
+LONG = {
+    "a compiler's work, which is the same for every backend": COMPILED,
+    "a backend's whole table of mutants": PLANTED,
+}
 SESSIONS = {
     "fibers": Session(
         own="cuda_on_fibers",
         contract=(*GROUPED, *IN_BATCH, "test_topk", "test_mutants"),
         never={
-            "in float64, which the CUDA backend does not take": [
+            "float64, which the CUDA backend does not take": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
                 *cases("test_reward_torch::test_opcheck", dtype=F64),
                 *cases("test_reward_torch::test_module test_weight_of_another_dtype"),
@@ -196,27 +213,33 @@ SESSIONS = {
                 *cases("test_infonce_torch::test_gradcheck_and_once"),
                 *cases("test_infonce_torch::test_opcheck", dtype=F64),
             ],
-            "with rewards of scores, which the CUDA backend does not compute": [
+            "rewards of scores, which the CUDA backend does not compute": [
                 *cases("test_reward_torch::test_second_derivative_is_refused"),
                 *cases("test_reward_torch::test_forward_mode_is_refused_and_never_silently_zero"),
-                *cases(
-                    "test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss",
-                ),
+                *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
             ],
+            "torch's threads, which fibers do not use": THREADS,
         },
-        thorough={
-            "a backend's whole table of mutants": [
-                *cases("test_mutants::test_the_claims_hold test_a_mutant_turns_the_suite_red"),
-            ],
-        },
+        thorough=LONG,
     ),
     "interpreter": Session(
         own="triton_interpreted",
         contract=(*GROUPED, "test_reward_scores", *IN_BATCH, "test_topk", "test_mutants"),
-        never={},
-        thorough={
-            "a backend's whole table of mutants": [
-                *cases("test_mutants::test_the_claims_hold test_a_mutant_turns_the_suite_red"),
+        never={
+            "torch's threads, which the interpreter does not use": THREADS,
+            "millions of scores, each an hour's step": [
+                *cases("test_infonce::test_workspace_changes_no_loss"),
+                *cases("test_statistics::test_many_heads_take_more_than_what_memory_is_kept_of"),
+            ],
+        },
+        thorough=LONG
+        | {
+            "sizes that take seconds": [
+                *cases("test_reward_scores::test_values_and_gradients", shape=(2, 1000)),
+                *cases("test_reward_scores::test_values_and_gradients", shape=(3, 101)),
+                *cases("test_statistics::test_values", b=40),
+                *cases("test_in_batch_reward::test_reward", b=19),
+                *cases("test_infonce::test_values_and_gradients", b=40),
             ],
         },
     ),

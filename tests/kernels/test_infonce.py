@@ -13,6 +13,7 @@ from tests.kernels.cases import (
     BATCH_SHAPES,
     DTYPES,
     EVERY_LEVEL,
+    INTERPRETED,
     batch,
     check_gradients,
     computing,
@@ -341,7 +342,9 @@ def test_any_number_of_threads_gives_the_same_bits(backend):
     seed=st.integers(0, 2**31),
 )
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5 if INTERPRETED else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_any_batch(backend, b, m, d, temperature, symmetric, with_ids, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -176,7 +176,7 @@ OF_SCORES = [
 ADVANTAGES = test_reward_scores.TestGroupAdvantages().test_every_layout_follows_the_reference
 OF_A_BATCH = [
     partial(test_in_batch_reward.test_a_copy_of_the_positive_ties_and_wins, **F32),
-    partial(test_in_batch_reward.test_reward, **F32, head=7),
+    partial(test_in_batch_reward.test_reward, **F32, head=7, b=5, m=9),
 ]
 OF_INFO_NCE = [
     partial(test_infonce.test_values_and_gradients, **F32, b=3, m=7, d=5, symmetric=False),
