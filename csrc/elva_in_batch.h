@@ -2,7 +2,7 @@
 // gradients. Rules, types and statuses: elva.h.
 //
 // Scores are rows of `width` values, the number of candidates rounded up to 16. "Value" is float,
-// or double for ELVA_FP64. The definition: elva_kernels.reference_batch.
+// or double for ELVA_FP64. The definition: elva_kernels.reference.
 #ifndef ELVA_IN_BATCH_H_
 #define ELVA_IN_BATCH_H_
 
@@ -83,7 +83,7 @@ typedef struct {
 } ElvaScoreRowsArgs;
 
 // One direction of InfoNCE from what score_rows or column_sums summed: log-sum-exp (11) and
-// contrastive loss (13) of elva_kernels.reference_batch and their derivatives. All NaN or 0 where
+// contrastive loss (13) of elva_kernels.reference and their derivatives. All NaN or 0 where
 // the target's score is NaN.
 typedef struct {
   ElvaDtype dtype;

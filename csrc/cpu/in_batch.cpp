@@ -1,7 +1,7 @@
 // What: statistics of rows of in-batch scores, and what InfoNCE makes of the rows: softmax slopes
 //   in place, sums over columns.
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; negatives (9), rank (10), log-sum-exp (11),
-//   contrastive losses (13) and (14) of elva_kernels.reference_batch.
+//   contrastive losses (13) and (14) of elva_kernels.reference.
 // In: dots of unit rows [R, padded M] in fp32 or fp64, targets, ids.
 // Out: counts int32, hardest and top-k, sums double; the rows masked, then their slopes.
 // Work split: rows, or blocks of columns, a thread at a time.
@@ -9,7 +9,7 @@
 // Numerics: see in_batch_simd.cpp; ties by lower index. Deterministic: a row's bits depend on that
 //   row alone, a column's on the chunks it came in.
 // Limits: none.
-// Reference: elva_kernels.reference_batch.statistics_of_scores, info_nce_of_scores.
+// Reference: elva_kernels.reference.statistics_of_scores, info_nce_of_scores.
 #include <math.h>
 
 #include <algorithm>

@@ -14,7 +14,7 @@ constexpr int64_t kRowPadding = 16;
 constexpr int64_t kBests = 64;
 
 // One query's dot products, in place: made cosines, clamped to [-1, 1], with -inf for who is no
-// negative (negatives (9) of elva_kernels.reference_batch), and what rank (10) and log-sum-exp (11)
+// negative (negatives (9) of elva_kernels.reference), and what rank (10) and log-sum-exp (11)
 // need of them.
 template <class S>
 struct ScoreRowJob {

@@ -1,7 +1,7 @@
 // What: the inner loops of the in-batch ops: cosines, masks, counts and sums over rows of scores,
 //   softmax slopes in place, sums over columns.
 // Source: cosine (8), negatives (9), rank (10), log-sum-exp (11), contrastive losses (13) and (14)
-//   of elva_kernels.reference_batch.
+//   of elva_kernels.reference.
 // In: dense rows of float or double, dots of unit rows or masked scores: see in_batch_kernels.h.
 // Out: the rows masked, or their slopes; counts, the best, sums: see in_batch_kernels.h.
 // Work split: the caller's thread, one job.
@@ -10,7 +10,7 @@
 //   kChain additions in an accumulator before they are added to a double one. Deterministic.
 // Limits: rows padded to kRowPadding. Compiled once per CPU level, with ELVA_LEVEL set; nothing
 //   here has external linkage but the table at the end.
-// Reference: elva_kernels.reference_batch.
+// Reference: elva_kernels.reference.
 #include <limits>
 
 #include "kernels.h"

@@ -1,5 +1,5 @@
 // What: matrix products for the in-batch ops.
-// Source: the dots of cosine (8) of elva_kernels.reference_batch, and of its gradients; c = a b, or
+// Source: the dots of cosine (8) of elva_kernels.reference, and of its gradients; c = a b, or
 //   c += a b.
 // In: a [m, k] and b [k, n] of float or double, of bf16 both, or a of float with b of bf16, any
 //   strides.

@@ -1,6 +1,6 @@
 // What: the inner loops of matrix products: tiles out of packed panels, floats split into two bf16
 //   halves, and the gradient through a bf16 row's norm.
-// Source: the dots of cosine (8) of elva_kernels.reference_batch, and their gradients.
+// Source: the dots of cosine (8) of elva_kernels.reference, and their gradients.
 // In: packed panels of words, rows of float or bf16: see matrix_kernels.h.
 // Out: tiles of c, panels of halves, gradient rows: see matrix_kernels.h.
 // Work split: the caller's thread, one job.

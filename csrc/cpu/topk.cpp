@@ -1,5 +1,5 @@
 // What: topk: the k best corpus rows of each query by cosine or dot product, exact.
-// Source: topk (8) of elva_kernels.reference.
+// Source: topk (15) of elva_kernels.reference.
 // In: query [Q, D], corpus [P, D] in bf16, fp16, fp32 or fp64, any strides.
 // Out: scores [Q, k] in fp32 (fp64), index int64 [Q, k].
 // Work split: blocks of corpus rows over the threads; a block stays in the second-level cache while

@@ -1,6 +1,6 @@
 // What: the inner loop of topk: dots of a tile of queries with a block of corpus rows, and the
 //   rows' squared norms.
-// Source: topk (8) of elva_kernels.reference.
+// Source: topk (15) of elva_kernels.reference.
 // In: dense rows [dim] and zero-padded queries of bf16, fp16, fp32 or fp64.
 // Out: double dots and squares.
 // Work split: the caller's thread, one job; 4 rows x 1 to 4 queries in registers a pass.

@@ -1,5 +1,5 @@
 // What: unit rows for the in-batch ops, and the gradient through them.
-// Source: cosine (1) of elva_kernels.reference, cosine (8) of elva_kernels.reference_batch; dx = (g
+// Source: cosines (1) and (8) of elva_kernels.reference; dx = (g
 //   - u (u . g)) / |x|.
 // In: rows [R, D] in bf16, fp16, fp32 or fp64, any strides; gradients on unit rows in fp32 (fp64).
 // Out: dense unit rows in fp32 (fp64), or rows of bf16 as they are; norms double [R, 2]; gradients

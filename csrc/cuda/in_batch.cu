@@ -1,7 +1,7 @@
 // What: the steps of the in-batch ops around the matrix products, which are torch's: unit rows,
 //   statistics of rows of products, sums over columns, slopes in place, gradients on rows.
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (8), negatives (9), rank (10),
-//   log-sum-exp (11), contrastive losses (13) and (14) of elva_kernels.reference_batch.
+//   log-sum-exp (11), contrastive losses (13) and (14) of elva_kernels.reference.
 // In: rows in bf16, fp16 or fp32, any strides; products of unit rows [R, width] in fp32; targets,
 //   ids.
 // Out: see elva_in_batch.h; products become masked scores (-inf where a candidate is no negative),
@@ -12,7 +12,7 @@
 // Numerics: exponentials in fp32, sums in double in an order of their own. Ties by lower index. No
 //   atomics: deterministic.
 // Limits: none.
-// Reference: elva_kernels.reference_batch.
+// Reference: elva_kernels.reference.
 #include "../elva_in_batch.h"
 #include "rows.h"
 

@@ -1,6 +1,6 @@
 // What: scores of topk: some queries against a block of corpus rows, each row read once for up to
 //   32 queries (8 in fp32).
-// Source: topk (8) of elva_kernels.reference; the best are chosen by the caller.
+// Source: topk (15) of elva_kernels.reference; the best are chosen by the caller.
 // In: query [Q, D], corpus [P, D] in bf16, fp16 or fp32, any strides and any alignment (dense rows
 //   on 16 bytes are read in vectors).
 // Out: scores [Q, P] in fp32, cosines or dots; -inf where a row or its query is not finite.

@@ -182,6 +182,7 @@ def test_mask_grain(name, grain, expected):
 
 
 def test_every_mask_is_clean_text():
+    assert sum(len(name.grains) for name in NAMES.values()) > len(NAMES) > 3_000
     for name in NAMES.values():
         for grain in name.grains:
             rest = mask_grain(name.text, grain)
@@ -319,6 +320,7 @@ def test_counts_of_every_task(root, splits):
 def test_texts_and_pictures_name_each_other(splits):
     test = splits["test"]
     names = test.pool("i2t")
+    assert sum(query.task == "t2i" for query in test.queries) >= 100
     for query in test.queries:
         if query.task == "t2i":
             (picture,) = query.positives
@@ -336,6 +338,7 @@ def test_it2i_changes_one_grain(splits):
         if query.task == "t2i"
     }
     for data in splits.values():
+        assert any(query.task == "it2i" for query in data.queries)
         by_file = {item.image: item.id for item in data.pool("it2i")}
         for query in data.queries:
             if query.task != "it2i":
@@ -365,6 +368,7 @@ def test_minimal_pairs_hold_every_picture_of_the_entity(splits):
     families = Counter(
         NAMES[q.raw_text].entity for s in splits.values() for q in s.queries if q.task == "t2i"
     )
+    assert any(query.id in test.minimal_pairs for query in asked)
     for query in asked:
         if query.id in test.minimal_pairs:
             pairs = test.minimal_pairs[query.id]

@@ -39,7 +39,9 @@ def retriever(checkpoint: Path) -> Retriever:
 def items(corpus: Path) -> list[Item]:
     """Texts, pictures, and pictures with text, of different lengths."""
     queries = load(corpus, split="train").queries
-    return [q for task in ("t2i", "i2t", "it2i") for q in queries if q.task == task][::9]
+    found = [q for task in ("t2i", "i2t", "it2i") for q in queries if q.task == task][::9]
+    assert {q.task for q in found} == {"t2i", "i2t", "it2i"}
+    return found
 
 
 def test_positions_are_transformers_own(retriever: Retriever, items: list[Item]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from typer.testing import CliRunner
@@ -83,7 +84,10 @@ def test_figures_are_shares_and_agree_with_their_samples(finished: Path) -> None
         for sample in result["samples"]["t2i"]:
             first = sample["top"][0]["id"] in sample["positives"]
             assert first or sample["rank"] > 1
-        assert set(result["figures"]["grain_distance"]) >= {"entity"}
+        distances = result["grain_distances"]
+        assert "entity" in distances and all(-1e-6 < d < 2 for ds in distances.values() for d in ds)
+        means = {kind: pytest.approx(fmean(ds)) for kind, ds in distances.items()}
+        assert result["figures"]["grain_distance"] == means
 
 
 def test_evaluate_repeats_the_table(finished: Path) -> None:

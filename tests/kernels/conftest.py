@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -10,11 +11,15 @@ import torch
 
 from elva_kernels.backends.cuda import in_batch, launch
 from elva_kernels.backends.table import BACKENDS
+from tests.kernels import selections
 from tests.kernels.cases import INTERPRETED, ON_FIBERS
 
 
-def pytest_configure():
+def pytest_configure(config):
     """On fibers the CUDA kernels run on the host, on its tensors."""
+    config.addinivalue_line("markers", "mutants: plants wrong kernels, which a suite must find")
+    if selections.ASKED in os.environ:
+        config.pluginmanager.register(selections.Plugin(os.environ[selections.ASKED]))
     if not ON_FIBERS:
         return
     path = os.environ["ELVA_TEST_CUDA_HOST"]
@@ -62,6 +67,14 @@ def _arithmetic_of_a_gpu():
         patch.setattr(interpreter, "_convert_float", exact)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield
+
+
+@pytest.fixture(autouse=ON_FIBERS)
+def _order_of_fibers(request, monkeypatch):
+    """In a round of a block's fibers: for each test another, and the same every time."""
+    orders = ("forwards", "reversed", "2", "3", "5", "7", "9")
+    choice = zlib.crc32(request.node.nodeid.encode()) % len(orders)
+    monkeypatch.setenv("ELVA_HOST_ORDER", orders[choice])
 
 
 @pytest.fixture

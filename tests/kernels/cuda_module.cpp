@@ -1,4 +1,4 @@
-// The bindings of csrc/cuda over cuda_host: what native_cuda calls when there is no GPU.
+// The bindings of csrc/cuda over cuda_host: what elva_kernels.backends.cuda calls when there is no GPU.
 #include "bindings.h"
 
 extern "C" const char* elva_cpu_level_error(void) { return ""; }

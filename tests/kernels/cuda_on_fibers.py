@@ -25,7 +25,13 @@ CLUSTERS = {
     "no room": (100, 12288),
     "more candidates than threads": (300, 8),
 }
+ORDERS = ["forwards", "reversed", "3"]  # of the fibers in a round; a number seeds a shuffle
 LAUNCHERS = {op: row["cuda"] for op, row in table.LAUNCHERS.items() if "cuda" in row}
+
+
+@pytest.fixture(autouse=True, params=ORDERS)
+def order(request, monkeypatch):
+    monkeypatch.setenv("ELVA_HOST_ORDER", request.param)
 
 
 def launch(op, *inputs, **weights):

@@ -1,45 +1,30 @@
 """The CUDA kernels without a GPU: their bodies on the host, under the contract suite."""
 
-import os
+import hashlib
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from elva_kernels.backends import cuda
+from tests.kernels import selections
 from tests.kernels.cases import ON_FIBERS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+FIBERS = selections.SESSIONS["fibers"]
 pytestmark = pytest.mark.skipif(ON_FIBERS, reason="this is the session on fibers")
 
-HALF = "cuda and not float64 and not float16"
-TOPK = f"{HALF} and not offsets_beyond and not map and not compiles"
-STATISTICS = f"{HALF} and not any_batch and not many and not 50-70"
-IN_BATCH = f"{HALF} and not compiles and not gradcheck"
-INFO_NCE = f"{HALF} and not threads and not any_batch and not workspace"
-# Of the contract suite, what fibers get through in seconds, and the order in which they run.
-CHOSEN = [
-    ("cuda_on_fibers.py", "", "forwards"),
-    ("cuda_on_fibers.py", "sanitized or odd_rows or any_batch or four", "reversed"),
-    ("cuda_on_fibers.py", "sanitized or odd_rows or any_batch or two", "3"),
-    ("test_reward.py", "not float64 and not float16 and not threads_and_repeats", "7"),
-    ("test_topk.py", TOPK, "5"),
-    ("test_statistics.py", STATISTICS, "forwards"),
-    (
-        "test_in_batch_reward.py",
-        "cuda and not 64 and not float16 and not compiles and not gradcheck",
-        "2",
-    ),
-    ("test_infonce.py", INFO_NCE, "9"),
-    ("test_reward_torch.py", "opcheck and bfloat16", "forwards"),
-]
+SANITIZED = ("test_sanitized", "test_sanitized_search", "test_sanitized_batch")
 
 
 def build(folder, *flags):
-    """tests/kernels/cuda_module.cpp with csrc/cuda: the module's path."""
+    """tests/kernels/cuda_module.cpp with csrc/cuda: the module's path.
+
+    What lies in `folder` from an earlier build is taken if it came of the same sources and flags.
+    """
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("g++")
     if compiler is None or not (ROOT / "csrc").is_dir():
@@ -50,6 +35,10 @@ def build(folder, *flags):
     command += ["-DELVA_CUDA_ARCHS", *(f"-I{x}" for x in includes)]
     sources = [HERE / "cuda_module.cpp", HERE / "cuda_host.cpp", ROOT / "csrc/bindings_cuda.cpp"]
     sources += [*(ROOT / "csrc/cuda").glob("*.cpp"), *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    origin, known = origin_of(command), folder / "origin"
+    if known.exists() and known.read_text() == origin:
+        return module
+    known.unlink(missing_ok=True)
     running = []
     for i, source in enumerate(sources):
         step = [*command, "-x", "c++", "-c", str(source), "-o", str(folder / f"{i}.o")]
@@ -57,47 +46,62 @@ def build(folder, *flags):
     assert [x.wait() for x in running] == [0] * len(sources)
     objects = [str(folder / f"{i}.o") for i in range(len(sources))]
     subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(module)], check=True)
+    known.write_text(origin)
     return module
 
 
-def run_on_fibers(module, file, chosen, **environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [*command, str(HERE / file), "-k", chosen],
-        cwd=ROOT,
-        env=os.environ | {"ELVA_TEST_CUDA_HOST": str(module)} | environment,
-        capture_output=True,
-        text=True,
-    )
+def origin_of(command):
+    """A digest of the build's command and of every source that it may read."""
+    digest = hashlib.sha256(repr(command).encode())
+    for path in sorted([*HERE.glob("cuda_*"), *(ROOT / "csrc").rglob("*")]):
+        if path.is_file():
+            digest.update(f"{path} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
-@pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("cuda_host"))
+@pytest.fixture(scope="session")
+def home(request, tmp_path_factory):
+    """A new folder for a build, or the one that pytest's cache keeps."""
+
+    def find(name):
+        if hasattr(request.config, "cache"):
+            return request.config.cache.mkdir(f"elva_{name}")
+        return tmp_path_factory.mktemp(name)
+
+    return find
 
 
-@pytest.mark.parametrize(("file", "chosen", "order"), CHOSEN)
-def test_contract_on_fibers(module, file, chosen, order):
-    done = run_on_fibers(module, file, chosen, ELVA_HOST_ORDER=order)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+@pytest.fixture(scope="session")
+def module(home):
+    return build(home("cuda_host"))
 
 
-def test_address_sanitizer_is_silent(tmp_path):
+def test_contract_on_fibers(module, tmp_path):
+    found = selections.run("fibers", FIBERS.files, tmp_path, ELVA_TEST_CUDA_HOST=str(module))
+    selections.check_dtypes(found, FIBERS, cuda.DTYPES)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("file", FIBERS.files)
+def test_whole_contract_on_fibers(module, tmp_path, file):
+    selections.run("fibers", [file], tmp_path, "--thorough", ELVA_TEST_CUDA_HOST=str(module))
+
+
+@pytest.mark.parametrize("tier", [(), pytest.param(("--thorough",), marks=pytest.mark.thorough)])
+def test_address_sanitizer_is_silent(home, tmp_path, tier):
     """Of the kernels' bodies, on blocks of exactly the memory that they ask for."""
-    module = build(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    module = build(home("cuda_host_sanitized"), *flags)
     runtimes = [
         subprocess.run(
             ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    done = run_on_fibers(
-        module,
-        "cuda_on_fibers.py",
-        "sanitized",
-        LD_PRELOAD=" ".join(runtimes),
-        ASAN_OPTIONS="detect_leaks=0",
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout
+    environment = {
+        "ELVA_TEST_CUDA_HOST": str(module),
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    tests = [f"cuda_on_fibers::{test}" for test in SANITIZED]
+    selections.run("fibers", tests, tmp_path, *tier, **environment)

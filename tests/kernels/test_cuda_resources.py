@@ -29,7 +29,10 @@ def test_the_module_takes_no_more_than_it_took():
         pytest.skip("there is no cuobjdump: neither the CUDA toolkit nor triton is installed")
     found = cuda_resources.resources(importlib.import_module("elva_kernels._C").__file__)
     built = [f"sm_{x}" for x in native["cuda_archs"]]
-    for architecture in set(built) & set(ARCHITECTURES):
+    known = set(built) & set(ARCHITECTURES)
+    if not known:
+        pytest.skip(f"elva_kernels._C is built for {built}, the table for {ARCHITECTURES}")
+    for architecture in known:
         assert list(found[architecture]) == list(TAKEN[architecture])
         for name, row in found[architecture].items():
             assert row["spilled_bytes"] == 0, (architecture, name)

@@ -48,30 +48,41 @@ def exact_reward(scores, target, negative, head, **weights):
 @every_level
 @each_dtype
 @pytest.mark.parametrize("head", [1, 7, None])
-def test_reward(backend, dtype, head):
-    query, candidates = (x.requires_grad_() for x in batch(19, 45, 40, dtype, signal=0.4))
-    target, ids = torch.randint(0, 45, (19,)), torch.randint(0, 30, (45,))
+@pytest.mark.parametrize(("b", "m"), [(5, 9), (19, 45)])
+def test_reward(backend, dtype, head, b, m):
+    query, candidates = (x.requires_grad_() for x in batch(b, m, 40, dtype, signal=0.4))
+    target, ids = torch.randint(0, m, (b,)), torch.randint(0, 2 * m // 3, (m,))
     for given_ids, max_score in [(None, None), (ids, 0.35)]:
         for weights in (WEIGHTS, OPEN_HINGE):
             options = {"candidate_ids": given_ids, "max_score": max_score, "backend": backend}
             result = in_batch_ranking_reward(
                 query, candidates, target, head=head, **options, **weights
             )
-            found = rank_statistics(query, candidates, target, k=head or 45, **options)
+            found = rank_statistics(query, candidates, target, k=head or m, **options)
             scores = every_score(query.detach(), candidates.detach(), target, backend)
             negative = exact_negatives(scores, target, given_ids, max_score)
             leaf = scores.double().requires_grad_()
-            exact = exact_reward(leaf, target, negative, head or 45, **weights)
+            exact = exact_reward(leaf, target, negative, head or m, **weights)
             torch.testing.assert_close(result.reward.double(), exact, rtol=0, atol=2e-5)
             assert torch.equal(result.rank, found.rank)
             assert same_bits(result.scores[:, 0], found.target_score)
             assert same_bits(result.scores[:, 1:], found.topk_scores)
-            weight = torch.randn(19, dtype=result.reward.dtype)
+            weight = torch.randn(b, dtype=result.reward.dtype)
             gradients = torch.autograd.grad(result.reward, (query, candidates), weight)
             (slopes,) = torch.autograd.grad(exact, leaf, weight.double())
             exact_inputs = [x.detach().double().requires_grad_() for x in (query, candidates)]
             truths = torch.autograd.grad(cosines(*exact_inputs), exact_inputs, slopes)
             check_gradients(gradients, truths, [query.detach(), candidates.detach()], dtype)
+
+
+@every_level
+@each_dtype
+def test_a_copy_of_the_positive_ties_and_wins(backend, dtype):
+    query, candidates = batch(3, 9, 16, dtype)
+    candidates[3:6] = candidates[:3]
+    found = rank_statistics(query, candidates, backend=backend)
+    assert (found.n_equal == 1).all()
+    assert torch.equal(in_batch_ranking_reward(query, candidates, backend=backend).rank, found.rank)
 
 
 @every_backend

@@ -131,9 +131,14 @@ def test_copies_of_the_positive_tie_and_win(backend, dtype, d):
     for copies in (1, 17, 40):
         at = torch.randperm(40)[:copies]
         negatives[:, at] = positive.unsqueeze(1)
-        result = ranking_reward(query, positive, negatives, backend=backend)
+        inputs = (query, positive, negatives)
+        result = ranking_reward(*inputs, backend=backend)
         assert (result.scores[:, 1 + at] == result.scores[:, :1]).all()
         assert (result.rank >= 1 + copies).all()
+        with_graph = ranking_reward(query.clone().requires_grad_(), *inputs[1:], backend=backend)
+        assert torch.equal(with_graph.rank, result.rank)
+        with_gradients = ranking_reward_and_grad(*inputs, backend=backend)[0]
+        assert torch.equal(with_gradients.rank, result.rank)
     assert (result.rank == 41).all()  # collapsed: the worst rank, not the best
 
 

@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 
 from elva_kernels import ranking_reward, ranking_reward_and_grad
 from tests import tolerances
-from tests.kernels.cases import DTYPES, EVERY_LEVEL, same_bits, truth_scores
+from tests.kernels.cases import DTYPES, EVERY_LEVEL, INTERPRETED, same_bits, truth_scores
 
 pytestmark = [
     pytest.mark.parametrize("backend", EVERY_LEVEL, indirect=True),
     pytest.mark.usefixtures("nan_filled_memory"),
 ]
 many = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10 if INTERPRETED else 150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, 1e-40, 1e-20, 1e20, 3e38, 65504.0, 6e-8]

@@ -2,68 +2,36 @@
 
 import ast
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from elva_kernels.backends import triton
+from tests.kernels import selections
+from tests.kernels.cases import DTYPES
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 SOURCES = sorted(Path(triton.__file__).parent.rglob("*.py"))
 KERNELS = [path for path in SOURCES if "@triton.jit" in path.read_text()]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
-# Of the contract suite, what the interpreter gets through in seconds.
-REWARD = (
-    "(values_and_gradients and not 130) or (magnitudes and float32) or (zero_rows and bfloat16)"
-    " or (non_finite and negatives and nan) or (non_finite and query--inf and float32)"
-    " or (any_layout and float32 and not 2 and not 5) or (copies and 3-bfloat16)"
-    " or (flipping and bfloat16) or expanded_sum"
-)
-
-STATISTICS = (
-    "triton and ((test_values and (1-1-1 or 3-7-5 or 0-4-8)) or bits_depend or any_magnitude"
-    " or lattice)"
-)
-IN_BATCH_REWARD = "triton and (bad_row_spoils or test_reward)"
-INFO_NCE = (
-    "triton and ((values_and_gradients and (1-1-1 or 3-7-5 or 0-4-8)) or bad_row_spoils"
-    " or no_temperature or zero_rows)"
-)
-SEARCH = "triton and (1x1x1 or zero_or_not_finite)"
+INTERPRETER = selections.SESSIONS["interpreter"]
 
 
 @needs_triton
 @pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreted session")
-@pytest.mark.parametrize(
-    ("file", "chosen"),
-    [
-        ("triton_interpreted.py", ""),
-        ("test_reward.py", REWARD),
-        ("test_statistics.py", STATISTICS),
-        ("test_in_batch_reward.py", IN_BATCH_REWARD),
-        ("test_infonce.py", INFO_NCE),
-        ("test_topk.py", SEARCH),
-        ("test_reward_scores.py", "non_finite or signed_zeros or (values and 9 and float32)"),
-    ],
-)
-def test_contract_in_the_interpreter(file, chosen):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(HERE / file), "-k", chosen],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+def test_contract_in_the_interpreter(tmp_path):
+    found = selections.run("interpreter", INTERPRETER.files, tmp_path, TRITON_INTERPRET="1")
+    selections.check_dtypes(found, INTERPRETER, DTYPES)
+
+
+@needs_triton
+@pytest.mark.thorough
+@pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreted session")
+@pytest.mark.parametrize("file", INTERPRETER.files)
+def test_whole_contract_in_the_interpreter(tmp_path, file):
+    selections.run("interpreter", [file], tmp_path, "--thorough", TRITON_INTERPRET="1")
 
 
 def calls(path, name):
@@ -85,6 +53,8 @@ def cast_calls(path):
 def test_there_are_kernels_to_lint():
     kernels = {"matrix", "ranks", "reward", "rows", "scores", "statistics", "topk"}
     assert {path.stem for path in KERNELS} == kernels
+    for name in ("load", "program_id", "arange", "sum"):
+        assert any(next(calls(path, name), None) for path in KERNELS), name
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)

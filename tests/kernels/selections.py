@@ -1,0 +1,246 @@
+"""The contract suite in a session that has one backend alone, and which of its tests run there.
+
+Such a session is a process of its own: the CUDA kernels' bodies on fibers, or Triton interpreted.
+A test is named by its function and by the values of its parameters, never by a part of its id. By
+default each test runs as often as each value of each of its parameters needs; with --thorough in
+every case.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+ASKED = "ELVA_TEST_SESSION"  # the key in SESSIONS
+REPORT = "ELVA_TEST_REPORT"  # the file that the session writes
+
+
+class Clause(NamedTuple):
+    """The cases of one test that have these values among their parameters."""
+
+    test: str  # module::function
+    where: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def file(self) -> str:
+        return self.test.split("::")[0]
+
+    def holds(self, item: pytest.Item) -> bool:
+        given = parameters(item)
+        return test_of(item) == self.test and all(
+            name in given and given[name] == value for name, value in self.where.items()
+        )
+
+
+class Session(NamedTuple):
+    """One backend's: what it runs; what it never does, and what only when thorough, by reason."""
+
+    own: str  # what the backend has to show beside the contract: a file that runs as it is
+    contract: tuple[str, ...]  # files of which the tests run that take a backend
+    never: dict[str, list[Clause]]
+    thorough: dict[str, list[Clause]]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.own, *self.contract)
+
+
+def cases(tests: str, **where: Any) -> list[Clause]:
+    """A clause for each test of `module::function function ...`."""
+    module, functions = tests.split("::")
+    return [Clause(f"{module}::{name}", where) for name in functions.split()]
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def test_of(item: pytest.Item) -> str:
+    return f"{item.path.stem}::{item.originalname}"
+
+
+def every_value_once(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Few cases of each test, among them every value of each of its parameters."""
+    missing = defaultdict(set)
+    values = {}
+    for item in items:
+        values[item] = {(name, str(value)) for name, value in parameters(item).items()} or {None}
+        missing[test_of(item)] |= values[item]
+    taken = set()
+    for test, left in missing.items():
+        of_test = [item for item in items if test_of(item) == test]
+        while left:
+            best = max(of_test, key=lambda item: len(values[item] & left))
+            taken.add(best)
+            left -= values[best]
+    return [item for item in items if item in taken]
+
+
+def select(
+    session: Session, items: list[pytest.Item], thorough: bool, whole=True
+) -> list[pytest.Item]:
+    """What of the collected tests runs.
+
+    Raises:
+        UsageError: a clause about a file of which the `whole` was collected selects nothing.
+    """
+    files = {item.path.stem for item in items}
+    dropped = set()
+    for reasons, drops in ((session.never, True), (session.thorough, not thorough)):
+        for clause in (clause for clauses in reasons.values() for clause in clauses):
+            held = {item for item in items if clause.holds(item)}
+            if whole and not held and clause.file in files:
+                raise pytest.UsageError(f"{clause} selects nothing")
+            dropped |= held if drops else set()
+    kept = [
+        item
+        for item in items
+        if item not in dropped
+        and (item.path.stem == session.own or "backend" in parameters(item))
+        and (thorough or item.get_closest_marker("thorough") is None)
+    ]
+    return kept if thorough else every_value_once(kept)
+
+
+class Plugin:
+    """Of the session's own process: deselects the other tests, and reports which ran and passed."""
+
+    def __init__(self, name: str):
+        self.session, self.selected, self.passed = SESSIONS[name], [], []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config, items):
+        whole = not any("::" in argument for argument in config.args)  # else clauses lie idle
+        kept = select(self.session, items, config.getoption("--thorough"), whole)
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = kept
+        self.selected = [
+            (item.nodeid, item.path.stem, str(parameters(item).get("dtype"))) for item in kept
+        ]
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            self.passed.append(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        found = {"selected": self.selected, "passed": self.passed}
+        Path(os.environ[REPORT]).write_text(json.dumps(found))
+
+
+def place(file: str) -> str:
+    """`file.py`, or of `file::test` its node id."""
+    stem, colons, test = file.partition("::")
+    return f"{stem}.py{colons}{test}"
+
+
+def check_dtypes(found: list[list[str]], session: Session, dtypes) -> None:
+    """Each file whose numbers depend on a dtype has run in each that the backend takes."""
+    ran = {(file, dtype) for _, file, dtype in found}
+    numeric = [file for file in NUMERIC if file in session.files]
+    assert ran >= {(file, str(dtype)) for file in numeric for dtype in dtypes}
+
+
+def run(name: str, files, folder: Path, *options: str, **environment: str) -> list[list[str]]:
+    """A session on these files: its selected tests, [id, file, dtype] each, all of them passed."""
+    report = folder / f"{name}.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+    command += ["--maxfail=9", *options, *(str(HERE / place(file)) for file in files)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {ASKED: name, REPORT: str(report)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    found = json.loads(report.read_text())
+    assert found["selected"]
+    assert found["passed"] == [test for test, *_ in found["selected"]]
+    return found["selected"]
+
+
+NUMERIC = (
+    "test_reward",
+    "test_reward_scores",
+    "test_statistics",
+    "test_in_batch_reward",
+    "test_infonce",
+    "test_topk",
+)
+GROUPED = ("test_reward", "test_reward_torch", "test_reward_properties")
+IN_BATCH = ("test_statistics", "test_in_batch_reward", "test_infonce", "test_infonce_torch")
+F64 = torch.float64
+THREADS = [
+    *cases("test_reward::test_threads_and_repeats_give_the_same_bits"),
+    *cases("test_topk::test_bits_do_not_depend_on_the_number_of_threads"),
+    *cases("test_infonce::test_any_number_of_threads_gives_the_same_bits"),
+]
+COMPILED = [
+    *cases("test_reward_torch::test_compiles_without_a_graph_break"),
+    *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
+    *cases("test_infonce_torch::test_compiles_without_a_graph_break"),
+]
+PLANTED = cases("test_mutants::test_the_claims_hold test_a_mutant_turns_the_suite_red")
+LONG = {
+    "a compiler's work, which is the same for every backend": COMPILED,
+    "a backend's whole table of mutants": PLANTED,
+}
+SESSIONS = {
+    "fibers": Session(
+        own="cuda_on_fibers",
+        contract=(*GROUPED, *IN_BATCH, "test_topk", "test_mutants"),
+        never={
+            "float64, which the CUDA backend does not take": [
+                *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
+                *cases("test_reward_torch::test_opcheck", dtype=F64),
+                *cases("test_reward_torch::test_module test_weight_of_another_dtype"),
+                *cases(
+                    "test_reward_torch::test_tensor_changed_in_place_before_backward_is_noticed"
+                ),
+                *cases("test_in_batch_reward::test_gradcheck_opcheck_and_once"),
+                *cases("test_infonce::test_any_batch"),
+                *cases("test_infonce_torch::test_gradcheck_and_once"),
+                *cases("test_infonce_torch::test_opcheck", dtype=F64),
+            ],
+            "rewards of scores, which the CUDA backend does not compute": [
+                *cases("test_reward_torch::test_second_derivative_is_refused"),
+                *cases("test_reward_torch::test_forward_mode_is_refused_and_never_silently_zero"),
+                *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
+            ],
+            "torch's threads, which fibers do not use": THREADS,
+        },
+        thorough=LONG,
+    ),
+    "interpreter": Session(
+        own="triton_interpreted",
+        contract=(*GROUPED, "test_reward_scores", *IN_BATCH, "test_topk", "test_mutants"),
+        never={
+            "torch's threads, which the interpreter does not use": THREADS,
+            "millions of scores, each an hour's step": [
+                *cases("test_infonce::test_workspace_changes_no_loss"),
+                *cases("test_statistics::test_many_heads_take_more_than_what_memory_is_kept_of"),
+            ],
+        },
+        thorough=LONG
+        | {
+            "sizes that take seconds": [
+                *cases("test_reward_scores::test_values_and_gradients", shape=(2, 1000)),
+                *cases("test_reward_scores::test_values_and_gradients", shape=(3, 101)),
+                *cases("test_statistics::test_values", b=40),
+                *cases("test_in_batch_reward::test_reward", b=19),
+                *cases("test_infonce::test_values_and_gradients", b=40),
+            ],
+        },
+    ),
+}

@@ -1,0 +1,97 @@
+"""The choice of what runs in a session of one backend: by values, and no clause is idle."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.kernels.selections import (
+    SESSIONS,
+    Clause,
+    Session,
+    check_dtypes,
+    every_value_once,
+    select,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = (1, 2, 5, 32)
+
+
+class Item:
+    """What of a collected test a selection sees."""
+
+    def __init__(self, function, **given):
+        self.path, self.originalname = Path("test_topk.py"), function
+        self.callspec = SimpleNamespace(params=given)
+
+    def get_closest_marker(self, name):
+        return None
+
+
+ITEMS = [
+    Item("test_numbers", backend="cuda", dtype=dtype, shape=shape)
+    for dtype, shape in itertools.product(DTYPES, SHAPES)
+]
+OTHERS = [Item("test_errors"), Item("test_layouts", backend="cuda"), Item("test_map", backend="c")]
+
+
+def session(never=(), thorough=()):
+    return Session("cuda_on_fibers", ("test_topk",), {"": [*never]}, {"": [*thorough]})
+
+
+def test_a_value_is_not_a_part_of_another():
+    """float16 is not bfloat16, 2 is not float32, and test_map is no other test."""
+    never = [
+        Clause("test_topk::test_numbers", {"dtype": torch.float16}),
+        Clause("test_topk::test_map"),
+    ]
+    long = [Clause("test_topk::test_numbers", {"shape": 2})]
+    kept = select(session(never, long), ITEMS + OTHERS, thorough=True)
+    assert kept == [x for x in ITEMS if x.callspec.params["dtype"] != torch.float16] + [OTHERS[1]]
+    kept = select(session(never, long), ITEMS + OTHERS, thorough=False)
+    assert {x.callspec.params.get("dtype") for x in kept} == {torch.bfloat16, torch.float32, None}
+    assert {x.callspec.params.get("shape") for x in kept} == {1, 5, 32, None}
+
+
+def test_every_value_is_there_in_few_cases():
+    kept = every_value_once(ITEMS)
+    assert len(kept) == len(SHAPES)
+    for name, values in (("dtype", DTYPES), ("shape", SHAPES)):
+        assert {x.callspec.params[name] for x in kept} == set(values)
+    assert every_value_once(OTHERS) == OTHERS
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        Clause("test_topk::test_number"),
+        Clause("test_topk::test_numbers", {"dtype": torch.float64}),
+        Clause("test_topk::test_numbers", {"shape": 1, "k": 3}),
+    ],
+    ids=str,
+)
+def test_a_clause_that_selects_nothing_is_an_error(clause):
+    for idle in (session(never=[clause]), session(thorough=[clause])):
+        with pytest.raises(pytest.UsageError, match="selects nothing"):
+            select(idle, ITEMS, thorough=True)
+    # About a file that was not collected it says nothing.
+    others = [Item("test_errors", backend="cuda")]
+    others[0].path = Path("test_reward.py")
+    assert select(session(never=[clause]), others, thorough=True) == others
+
+
+def test_a_dtype_that_did_not_run_is_seen():
+    ran = [["id", "test_topk", str(dtype)] for dtype in DTYPES]
+    check_dtypes(ran, session(), DTYPES)
+    with pytest.raises(AssertionError):
+        check_dtypes(ran[1:], session(), DTYPES)
+
+
+def test_every_clause_is_about_a_file_of_its_session():
+    for one in SESSIONS.values():
+        clauses = [x for part in (one.never, one.thorough) for xs in part.values() for x in xs]
+        assert clauses
+        assert {x.file for x in clauses} <= set(one.files)
