@@ -47,18 +47,18 @@ def train(
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report."""
     with one_line_errors():
-        from elva.config import resolve
+        from elva.recipe import resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
         if dry_run:
-            from elva.plan import describe
+            from elva.training.estimate import describe
 
             _print_plan(describe(resolve(recipe, config, changes), limit), as_json)
             return
         quiet_libraries()
+        from elva.commands.train import train as run_stages
         from elva.progress import Bars
         from elva.run import Run
-        from elva.train import train as run_stages
 
         began = None if start_from is None else Run.open(start_from)
         wanted = None if stages is None else stages.split(",")
@@ -74,8 +74,8 @@ def train(
                 limit=limit,
                 controls=controls,
             )
-        from elva.report import as_json as figures
-        from elva.report import report, table
+        from elva.report.report import as_json as figures
+        from elva.report.report import report, table
 
         page = report(run)
         if as_json:
@@ -93,8 +93,8 @@ def _run_to_train(
     changes: list[str],
     resume: bool,
 ) -> Run:
-    from elva.config import resolve
     from elva.errors import UserError
+    from elva.recipe import resolve
 
     if not resume:
         return kind.create(output, resolve(recipe, config, changes))
@@ -120,7 +120,7 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
 def report(run: RunArgument) -> None:
     """Write RUN/report.html and its pictures again from the run's files."""
     with one_line_errors():
-        from elva.report import report as write
+        from elva.report.report import report as write
         from elva.run import Run
 
         out.print(f"report: {write(Run.open(run))}", soft_wrap=True)
