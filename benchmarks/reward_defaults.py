@@ -22,7 +22,6 @@ from torch import Tensor
 import elva_kernels
 from benchmarks import report
 from elva.data import load
-from elva.evaluation.trained import source
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 from elva.run import Run
@@ -37,7 +36,7 @@ TASK = "t2i"
 def scores_of(run: Run) -> Tensor:
     """[Q, 101] scores of every training query's group, the positive's first."""
     stage = replace(run.recipe.stages["3"], tasks={TASK: 1.0})
-    examples = Examples(load(source(stage.data, run), split="train"), stage.tasks)
+    examples = Examples(load(run.source(stage.data), split="train"), stage.tasks)
     retriever = Retriever.load(run.model("2"))
     mined = Negatives(stage, examples, retriever, (run.recipe.seed, "defaults"))
     queries = examples.queries[TASK]

@@ -18,13 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
-from elva.commands.embed import columns
-from elva.data import DataError, Item, Pool, Query, load
+from elva.data import Item, Pool, Query, load
 from elva.data.mbeir import first_instructions
 from elva.data.schema import normalise
-from elva.errors import UserError
-from elva.evaluation.trained import source
-from elva.index import Index, IndexFault
+from elva.errors import DataError, IndexFault, UserError
+from elva.index import Index
+from elva.index.embeddings import columns
 from elva.index.engines import Engine, open_engine
 from elva.index.index import Where
 from elva.model.encoder import Encoder
@@ -274,7 +273,7 @@ def _query(index: Index, words: str, image: Path | None, instruction: str | None
 def _of_run(run: Run, stage: str | None, reporter: Reporter | None) -> tuple[Searcher, Index]:
     """The run's model and the index of its test pictures, made again where it does not fit."""
     name = run.answering(stage)
-    root = source(list(run.recipe.stages.values())[-1].data, run)
+    root = run.source(list(run.recipe.stages.values())[-1].data)
     pool = load(root, split="test", tasks=["t2i"]).pool("t2i")
     searcher = Searcher(run.directory, stage=name)
     directory = run.stage(name) / ROOM

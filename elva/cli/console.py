@@ -30,8 +30,7 @@ UNWRITABLE = (
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """What a user can mend is one line and exit code 2; a defect of ours keeps its traceback."""
-    from elva.data import DataError
-    from elva.errors import UserError
+    from elva.errors import DataError, UserError
 
     try:
         yield

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from elva.data.strict import lines
 from elva.errors import UserError
-from elva.index import Identity, Index
+from elva.index import Index
 from elva.index.embeddings import Embeddings
+from elva.model.identity import Identity
 
 ROWS_AT_ONCE = 16_384
 

@@ -21,7 +21,7 @@ from elva.data.strict import Faults
 from elva.errors import UserError
 from elva.files import write_text
 from elva.index import segment as segment_file
-from elva.index.embeddings import PLAN, Embeddings
+from elva.index.embeddings import PLAN, Embeddings, columns
 from elva.model.encoder import Encoder
 from elva.progress import Reporter
 from elva.report import pictures
@@ -108,16 +108,6 @@ def plan(
     return {name: len(items) for name, items, _ in _wanted(data, sets, split, sides)}
 
 
-def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[str | None]]:
-    """What an index keeps of each item beside its embedding."""
-    return {
-        "text": [i.raw_text if isinstance(i, Query) else i.text for i in items],
-        "image": [str(i.image.absolute()) if isinstance(i.image, Path) else None for i in items],
-        "modality": [i.modality for i in items],
-        "name": [named.get(i.id) or i.text or _file_name(i) for i in items],
-    }
-
-
 def _kinds(pool: Pool) -> dict[str, pa.DataType]:
     """field -> number or text, over the whole pool, so that all its shards agree."""
     if pool.table["extra"].null_count == len(pool):
@@ -150,10 +140,6 @@ def _number(value: str | int | float) -> float | None:
         return float(value)
     except ValueError:
         return None
-
-
-def _file_name(item: Item) -> str | None:
-    return item.image.name if isinstance(item.image, Path) else None
 
 
 def _wanted(

@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from elva.data import DataError, Query
+from elva.data import Query
 from elva.data.mbeir import SPLITS, QuerySet, read_sets
 from elva.data.strict import Faults
-from elva.model.rollout import uniforms
+from elva.draws import permutation
+from elva.errors import DataError
 from elva.progress import Reporter
 from elva.report import pictures
 
@@ -95,7 +96,7 @@ def sample(
     """
     sets = read_sets(root, split=split, tasks=None if task is None else [task])
     every = [(one, query) for one in sets for query in one.queries]
-    order = uniforms((seed, "sample"), (len(every),)).argsort()[:count].tolist()
+    order = permutation((seed, "sample"), len(every))[:count]
     rows, tiles = [], []
     for place in order:
         one, query = every[place]

@@ -17,21 +17,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elva.checkpoint import write_directory
 from elva.data import Pool
-from elva.data.mbeir import QuerySet, query_file, read_sets
+from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
 from elva.data.strict import Faults, dump, lines, write_lines
+from elva.draws import permutation, uniforms
 from elva.errors import UserError
+from elva.files import write_directory
 from elva.index import Found
 from elva.index.embeddings import Embeddings
-from elva.model.rollout import uniforms
 from elva.progress import Reporter
 
 SPARE = 14
 """Ours: answers asked for beyond those wanted, for what will be dropped; more where it was not
 enough."""
-
-LINKED = ("cand_pool", "instructions", "mbeir_images", "grains.jsonl", "minimal_pairs.jsonl")
 
 
 @dataclass(frozen=True)
@@ -265,8 +263,8 @@ class _Chooser:
                 if s.sampling_strategy == "top" and len(found) == wanted:
                     break
         if s.sampling_strategy == "random" and len(found) > wanted:
-            order = uniforms((s.seed, "hard", qid), (len(found),)).argsort()[:wanted]
-            found = [found[i] for i in sorted(order.tolist())]
+            order = permutation((s.seed, "hard", qid), len(found))[:wanted]
+            found = [found[i] for i in sorted(order)]
         if len(found) >= wanted or count:
             self.counts.queries += 1
             self.counts.hard += len(found)

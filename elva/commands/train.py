@@ -10,12 +10,14 @@ import torch
 
 from elva import checkpoint
 from elva.data import load
-from elva.evaluation.trained import evaluate_stage, source
+from elva.errors import RunError
+from elva.evaluation.trained import evaluate_stage
+from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
 from elva.model.retriever import Retriever, create
 from elva.progress import Reporter
 from elva.recipe import StageConfig
-from elva.run import Run, RunError
+from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.loop import Length
 from elva.training.stage import StageTrainer
@@ -94,14 +96,14 @@ def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
 
 
 def _create(run: Run) -> None:
-    if checkpoint.is_whole(run.start):
+    if is_whole(run.start):
         return
     shutil.rmtree(run.start, ignore_errors=True)
     recipe = run.recipe
     texts: list[str] = []
     for data in dict.fromkeys(stage.data for stage in recipe.stages.values()):
-        texts += load(source(data, run), split="train").texts()
-    checkpoint.write_directory(
+        texts += load(run.source(data), split="train").texts()
+    write_directory(
         run.start,
         lambda partial: create(
             partial, recipe.model.scratch, texts,
@@ -128,7 +130,7 @@ def _train_stage(
             retriever.add_lora(stage.lora)
         retriever.freeze_vision(not stage.train_vision)
         retriever.plain.train()
-        examples = Examples(load(source(stage.data, run), split="train"), stage.tasks)
+        examples = Examples(load(run.source(stage.data), split="train"), stage.tasks)
         length = stage_length(stage, examples, limit, budget)
         reporter.start(title, length.steps if length.seconds is None else None)
         trainer = StageTrainer(
@@ -180,7 +182,7 @@ def _finish(run: Run, name: str, trainer: StageTrainer) -> None:
         {"steps": trainer.state.global_step, "seconds": trainer.elapsed},
     )
     shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
-    checkpoint.write_directory(run.model(name), trainer.retriever.save)
+    write_directory(run.model(name), trainer.retriever.save)
     checkpoint.prune(run.stage(name), keep=0)
 
 

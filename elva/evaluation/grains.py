@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elva.data import Grain, Query
-from elva.data.emoji import mask_grain
+from elva.data.schema import mask_grain
 
 
 def masked(query: Query) -> list[tuple[Grain, Query]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,12 +17,12 @@ from torch import Tensor
 
 import elva_kernels
 from elva.data import Dataset, Item, Query, load
-from elva.data import emoji as emoji_corpus
+from elva.errors import RunError
 from elva.evaluation.grains import by_type, probe
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, encode
 from elva.progress import Reporter
-from elva.run import Run, RunError
+from elva.run import Run
 
 COLUMNS = {
     "t2i_recall_at_1": "t→i R@1",
@@ -91,7 +90,7 @@ def evaluate_stage(
     started = time.perf_counter()
     last = run.recipe.stages[max(run.recipe.stages)]
     retriever = Retriever.load(run.model(name)) if retriever is None else retriever
-    dataset = load(source(last.data, run), split=split, tasks=["t2i", "i2t"])
+    dataset = load(run.source(last.data), split=split, tasks=["t2i", "i2t"])
     limit = last.max_completion_length
 
     def embed(what: str) -> Callable[[Sequence[Item]], Encoded]:
@@ -217,19 +216,6 @@ def _minimal_pairs(
     figures["minimal_pair_queries"] = len(rows)
     figures["minimal_pair_pool_mean"] = allowed.sum(1).float().mean().item()
     figures["minimal_pair_chance"] = (1 / allowed.sum(1)).mean().item()
-
-
-def source(data: str, run: Run | None = None) -> Path:
-    """Where a stage's data lies: the embedded corpus, built on first use, or a directory."""
-    if data == "emoji":
-        size = 64 if run is None else run.recipe.model.scratch.image_size
-        return emoji_corpus.cached(size)
-    path = Path(data)
-    if not path.is_dir():
-        raise RunError(
-            f"{path}: must be a directory in M-BEIR's layout; see elva data emoji --help"
-        )
-    return path
 
 
 def evaluate(

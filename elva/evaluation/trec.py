@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from elva.data import DataError
 from elva.data.strict import Faults, lines
+from elva.errors import DataError
 from elva.files import replacing
 
 Answers = Mapping[str, Sequence[tuple[str, float]]]

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elva.data import Item, Query
 from elva.errors import UserError
 from elva.files import write_text
-from elva.index import Found, Identity, Segment, exact
+from elva.index import Found, Segment, exact
+from elva.model.identity import Identity
 
 PLAN, SHARDS = "embeddings.json", "shards"
 
@@ -122,3 +124,17 @@ class Embeddings:
         """[n, D] fp32 of rows counted over all shards as they are written."""
         stack = exact.Stack([one.embeddings for one in self.opened])
         return stack.take(torch.tensor(rows)).float()
+
+
+def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[str | None]]:
+    """What an index keeps of each item beside its embedding."""
+    return {
+        "text": [i.raw_text if isinstance(i, Query) else i.text for i in items],
+        "image": [str(i.image.absolute()) if isinstance(i.image, Path) else None for i in items],
+        "modality": [i.modality for i in items],
+        "name": [named.get(i.id) or i.text or _file_name(i) for i in items],
+    }
+
+
+def _file_name(item: Item) -> str | None:
+    return item.image.name if isinstance(item.image, Path) else None

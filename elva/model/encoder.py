@@ -10,11 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from elva.checkpoint import MANIFEST
 from elva.data import Item
 from elva.errors import UserError
-from elva.files import sha256
-from elva.index import Identity
+from elva.files import MANIFEST, sha256
+from elva.model.identity import Identity
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, Reading, encode
 from elva.run import Run

@@ -7,7 +7,6 @@ feeds [RET] back yields the embedding, so no second forward is needed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -59,14 +58,6 @@ class Rollouts:
             self.finished[rows],
             self.embeddings[rows],
         )
-
-
-def uniforms(seed: Sequence[int | str], shape: Sequence[int]) -> Tensor:
-    """[*shape] float64 in [0, 1): a pure function of `seed`, so a resumed run draws the same
-    tokens."""
-    digest = hashlib.sha256(repr(tuple(seed)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def token_log_probs(

@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elva.checkpoint import write_directory
-from elva.commands.mine import LINKED
-from elva.data import DataError, Grain, Query
-from elva.data.mbeir import QuerySet, query_file, read_sets
+from elva.data import Grain, Query
+from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
 from elva.data.strict import Faults, lines
-from elva.errors import UserError
-from elva.files import write_text
-from elva.model.rollout import uniforms
+from elva.draws import permutation
+from elva.errors import DataError, UserError
+from elva.files import write_directory, write_text
 from elva.mrbench.judges import Judge
 from elva.progress import Reporter
 from elva.report.grid import grid_page
@@ -179,7 +177,7 @@ def _judge(
 ) -> tuple[list[Judged], dict[str, int]]:
     """Queries of two or more grains, in an order drawn by the seed, until there are enough."""
     known = _answers(log)
-    order = uniforms((seed, "mrbench", one.stem), (len(one.queries),)).argsort().tolist()
+    order = permutation((seed, "mrbench", one.stem), len(one.queries))
     rows: list[Judged] = []
     tally = Counter({"judged": 0, "without_words": 0, "one_grain": 0})
     if reporter is not None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from elva.errors import RunError
 from elva.report.charts import Series
-from elva.run import Run, RunError
+from elva.run import Run
 
 TASKS = {"t2i": "t→i", "i2t": "i→t"}
 

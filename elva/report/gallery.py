@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elva.data import DataError, Item, load
+from elva.data import Item, load
+from elva.errors import DataError
 from elva.report import page, pictures
 from elva.report.figures import Row, row_with
 

@@ -17,9 +17,8 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from elva.data import DataError
-from elva.errors import UserError
-from elva.evaluation.trained import COLUMNS, source
+from elva.errors import DataError, UserError
+from elva.evaluation.trained import COLUMNS
 from elva.files import write_text
 from elva.recipe import RECIPES, to_dict
 from elva.report import charts, page, pictures
@@ -294,7 +293,7 @@ def _examples(run: Run, rows: Sequence[Row]) -> tuple[str, str | None]:
     if not any(row.samples(task) for row in rows for task in TASKS):
         return "", None
     try:
-        root = source(list(run.recipe.stages.values())[-1].data, run)
+        root = run.source(list(run.recipe.stages.values())[-1].data)
         gallery = Gallery(rows, root, run.directory)
         return gallery.sections(), pictures.attribution(gallery.shown)
     except (DataError, UserError) as error:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from elva.data import Dataset, Item, Query
+from elva.draws import permutation, uniforms
 from elva.errors import UserError
-from elva.model.rollout import uniforms
 from elva.recipe import StageConfig
 
 
@@ -106,5 +106,5 @@ def plan(
 def _forever(count: int, seed: Sequence[int | str]) -> Iterator[int]:
     epoch = 0
     while True:
-        yield from uniforms((*seed, epoch), (count,)).argsort().tolist()
+        yield from permutation((*seed, epoch), count)
         epoch += 1

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elva.data import Item
+from elva.draws import uniforms
 from elva.model.retriever import Retriever
-from elva.model.rollout import encode, uniforms
+from elva.model.rollout import encode
 from elva.recipe import StageConfig
 from elva.training.examples import Batch, Examples
 

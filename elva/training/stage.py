@@ -27,9 +27,10 @@ from torch import Tensor
 
 import elva_kernels
 from elva.data import Item
+from elva.draws import uniforms
 from elva.model.inputs import Prompt, PromptBatch
 from elva.model.retriever import Retriever
-from elva.model.rollout import Rollouts, batches_by_length, sample, token_log_probs, uniforms
+from elva.model.rollout import Rollouts, batches_by_length, sample, token_log_probs
 from elva.recipe import StageConfig
 from elva.training import objective
 from elva.training.examples import Batch, Examples, plan

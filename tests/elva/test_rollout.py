@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from elva.data import Item, load
+from elva.draws import uniforms
 from elva.model.inputs import RET, mrope_positions
 from elva.model.retriever import Retriever, create
-from elva.model.rollout import encode, sample, token_log_probs, uniforms
+from elva.model.rollout import encode, sample, token_log_probs
 from elva.recipe import LoraSettings, ScratchModel
 from elva.training import objective
 from elva.training.negatives import at_random, hardest

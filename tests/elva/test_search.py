@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from elva import checkpoint, search
+from elva import search
 from elva.data import load, mbeir
 from elva.errors import UserError
-from elva.index import Identity, Index
+from elva.files import write_directory
+from elva.index import Index
+from elva.model.identity import Identity
 from elva.model.retriever import Retriever, create
 from elva.model.rollout import encode
 from elva.recipe import ModelConfig, Recipe, ScratchModel, StageConfig
@@ -53,7 +55,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = Recipe("tiny", ModelConfig(scratch=spec), {"1": stage, "2": stage}, {"infonce": stage})
     run = Run.create(tmp_path_factory.mktemp("run") / "run", recipe)
     for seed, name in enumerate(("1", "infonce")):
-        checkpoint.write_directory(
+        write_directory(
             run.model(name),
             lambda partial, seed=seed: create(partial, spec, NAMES, summary_prompt="", seed=seed),
         )

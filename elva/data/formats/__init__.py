@@ -9,8 +9,8 @@ from typing import Any
 
 from elva.data.formats import folder, mmeb, mteb, nli, tevatron
 from elva.data.formats.source import Source, convert
-from elva.data.schema import DataError
 from elva.data.strict import Faults
+from elva.errors import DataError
 
 FORMATS: dict[str, Callable[[Path, Faults], Source]] = {
     "folder": folder.read,

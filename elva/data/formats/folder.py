@@ -11,8 +11,8 @@ from pathlib import Path
 
 from elva.data.formats.rows import rows
 from elva.data.formats.source import Entry, Example, Source
-from elva.data.schema import DataError
 from elva.data.strict import Faults
+from elva.errors import DataError
 
 CAPTIONS = "captions.csv"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

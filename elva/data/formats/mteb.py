@@ -14,8 +14,8 @@ from pathlib import Path
 
 from elva.data.formats.rows import rows
 from elva.data.formats.source import Entry, Example, Source
-from elva.data.schema import DataError
 from elva.data.strict import Faults
+from elva.errors import DataError
 
 DATASETS = (
     "visualnews", "fashion200k", "webqa", "edis", "nights", "oven", "infoseek", "fashioniq",

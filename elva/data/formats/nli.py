@@ -7,8 +7,8 @@ from pathlib import Path
 
 from elva.data.formats.rows import rows
 from elva.data.formats.source import Entry, Example, Source
-from elva.data.schema import DataError
 from elva.data.strict import Faults, Record
+from elva.errors import DataError
 
 COLUMNS = (("sent0", "sent1", "hard_neg"), ("anchor", "positive", "negative"))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elva.data.schema import DataError
 from elva.data.strict import Faults, Record, lines, records
+from elva.errors import DataError
 
 BATCH_ROWS = 256
 """Rows of parquet at a time: some hold pictures."""

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elva.checkpoint import write_directory
 from elva.data import extras, mbeir
-from elva.data.schema import TASKS, DataError, Item, normalise
+from elva.data.schema import TASKS, Item, normalise
 from elva.data.strict import Faults
+from elva.errors import DataError
+from elva.files import write_directory
 
 MAX_QUERIES, MAX_CANDIDATES = 500_000, 10_000_000
 """M-BEIR's ids a dataset."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from elva.errors import UserError
 from elva.index.exact import Found
 from elva.index.index import Index, Where
-from elva.index.segment import Identity
+from elva.model.identity import Identity
 
 ENGINES = ("exact", "faiss-ivf", "faiss-hnsw", "milvus:URI")
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elva.errors import UserError
+from elva.errors import IndexFault, UserError
 from elva.files import sha256, write_text
 from elva.index import exact
 from elva.index.exact import Found
 from elva.index.index import Index, Where
-from elva.index.segment import Identity, IndexFault
+from elva.model.identity import Identity
 
 KINDS = ("ivf", "hnsw")
 DERIVED = "derived"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elva.errors import UserError
+from elva.errors import IndexFault, UserError
 from elva.index import exact
 from elva.index.exact import Found
 from elva.index.index import Index, Where
-from elva.index.segment import Identity, IndexFault
+from elva.model.identity import Identity
 
 PREFIX = "elva_"
 BATCH_ROWS = 1000
