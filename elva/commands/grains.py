@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from elva.data import Dataset, Query, load
+from elva.data import load
 from elva.errors import UserError
-from elva.evaluation.grains import Probe, by_type, least, probe
-from elva.evaluation.metrics import is_first
+from elva.evaluation.grains import figures as measure
+from elva.evaluation.grains import minimal_pair_recall, probe
 from elva.files import write_text
-from elva.index import exact
 from elva.model.encoder import Encoder
 from elva.progress import Reporter
 from elva.report import charts
@@ -81,8 +78,8 @@ def grains(
             reporter.start(f"{title}: grains", None, "items")
         asked = encode(queries)
         probes = probe(queries, asked, encode)
-        figures = _figures(probes, delta)
-        figures["minimal_pair_recall_at_1"] = _pairs(dataset, queries, asked, encode)
+        figures = measure(probes, delta)
+        figures["minimal_pair_recall_at_1"] = minimal_pair_recall(dataset, queries, asked, encode)
         found["models"][title] = figures
         if reporter is not None:
             reporter.finish("")
@@ -107,43 +104,6 @@ def table(found: Mapping[str, Any]) -> Table:
             *(f"{row['types'][k]['mean']:.3f}" if k in row["types"] else "" for k in kinds),
         )  # fmt: skip
     return shown
-
-
-def _figures(probes: Sequence[Probe], delta: float) -> dict[str, Any]:
-    types = {
-        kind: {"mean": fmean(values), "count": len(values)}
-        for kind, values in sorted(by_type(probes).items())
-    }
-    weakest = min(types, key=lambda kind: float(types[kind]["mean"]))
-    lowest = least(probes)
-    return {
-        "mean": fmean(p.distance for p in probes),
-        "least": {"type": weakest, "mean": types[weakest]["mean"]},
-        "types": types,
-        "blind": fmean(float(p.distance < delta) for p in lowest),
-        "queries": [asdict(p) for p in lowest],
-        "probes": [asdict(p) for p in probes],
-    }
-
-
-def _pairs(
-    dataset: Dataset, queries: Sequence[Query], asked: torch.Tensor, encode: Any
-) -> float | None:
-    """R@1 among the candidates of the query's own entity; ties count against the model."""
-    wanted = {i: dataset.minimal_pairs.get(q.id, ()) for i, q in enumerate(queries)}
-    wanted = {i: ids for i, ids in wanted.items() if len(ids) > 1}
-    if not wanted:
-        return None
-    pool = dataset.pool(queries[0].task)
-    ids = list(dict.fromkeys(id for some in wanted.values() for id in some))
-    place = {id: row for row, id in enumerate(ids)}
-    shown = encode([pool[pool.row(id)] for id in ids])
-    hits = []
-    for i, some in wanted.items():
-        found = exact.top(asked[i : i + 1], shown[[place[id] for id in some]], len(some))
-        answers = zip(found.rows[0].tolist(), found.scores[0].tolist(), strict=True)
-        hits.append(is_first({some[r]: score for r, score in answers}, queries[i].positives))
-    return fmean(hits)
 
 
 def _kinds(models: Mapping[str, Any]) -> list[str]:

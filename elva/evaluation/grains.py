@@ -7,13 +7,16 @@ d(f(q), f(q without g_k)) < delta, with d the cosine distance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elva.data import Grain, Query
+from elva.data import Dataset, Grain, Query
 from elva.data.schema import mask_grain
+from elva.evaluation.ranks import leads_its_own
 
 
 def masked(query: Query) -> list[tuple[Grain, Query]]:
@@ -79,3 +82,44 @@ def least(probes: Sequence[Probe]) -> list[Probe]:
         if one.id not in found or one.distance < found[one.id].distance:
             found[one.id] = one
     return sorted(found.values(), key=lambda p: (p.distance, p.id))
+
+
+def figures(probes: Sequence[Probe], delta: float) -> dict[str, Any]:
+    """The mean, the least type, every type, and the share of queries with a grain not seen.
+
+    Args:
+        delta: below it a grain counts as not seen.
+    """
+    types = {
+        kind: {"mean": fmean(values), "count": len(values)}
+        for kind, values in sorted(by_type(probes).items())
+    }
+    weakest = min(types, key=lambda kind: float(types[kind]["mean"]))
+    lowest = least(probes)
+    return {
+        "mean": fmean(p.distance for p in probes),
+        "least": {"type": weakest, "mean": types[weakest]["mean"]},
+        "types": types,
+        "blind": fmean(float(p.distance < delta) for p in lowest),
+        "queries": [asdict(p) for p in lowest],
+        "probes": [asdict(p) for p in probes],
+    }
+
+
+def minimal_pair_recall(
+    dataset: Dataset, queries: Sequence[Query], asked: Tensor, encode: Any
+) -> float | None:
+    """R@1 among the candidates of the query's own entity; ties count against the model."""
+    wanted = {i: dataset.minimal_pairs.get(q.id, ()) for i, q in enumerate(queries)}
+    wanted = {i: ids for i, ids in wanted.items() if len(ids) > 1}
+    if not wanted:
+        return None
+    pool = dataset.pool(queries[0].task)
+    ids = list(dict.fromkeys(id for some in wanted.values() for id in some))
+    place = {id: row for row, id in enumerate(ids)}
+    shown = encode([pool[pool.row(id)] for id in ids])
+    hits = []
+    for i, some in wanted.items():
+        rows = shown[[place[id] for id in some]]
+        hits.append(leads_its_own(asked[i : i + 1], some, rows, queries[i].positives))
+    return fmean(hits)

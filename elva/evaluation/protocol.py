@@ -1,31 +1,15 @@
-"""`elva evaluate --embeddings`: M-BEIR's protocol (paper, sec. 4.1) on what `elva embed` wrote.
-
-Every query file is searched exactly, in one pass over its pool's shards where they lie; what was
-found is kept as TREC runs, and the figures come from those alone.
-"""
+"""M-BEIR's protocol (paper, sec. 4.1): its sets, their cut-offs, means, and published figures."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
-from elva.data.extras import read_minimal_pairs
-from elva.data.mbeir import QuerySet, read_sets
-from elva.data.strict import Faults
-from elva.evaluation.metrics import Figures, is_first, measure
-from elva.evaluation.trec import Qrels, read_qrels, read_run, write_qrels, write_run
-from elva.files import write_text
-from elva.index import exact
-from elva.index.embeddings import Embeddings
-from elva.progress import Reporter
-
-DEPTH = 150
-"""Answers kept of each query: more than the largest cut-off and M-BEIR's positives together."""
+from elva.data.mbeir import QuerySet
+from elva.evaluation.metrics import Figures
 
 SUBTASKS = {
     "visualnews_task0": "VN t→i", "mscoco_task0": "COCO t→i", "fashion200k_task0": "F200K t→i",
@@ -53,64 +37,6 @@ PUBLISHED = {
 def cutoff(stem: str) -> int:
     """M-BEIR's k: 10 for the fashion sets, 5 otherwise."""
     return 10 if stem.startswith(("fashion200k", "fashioniq")) else 5
-
-
-def evaluate_embeddings(
-    embeddings: Path,
-    data: Path,
-    output: Path,
-    *,
-    split: str = "test",
-    tasks: Sequence[str] | None = None,
-    pools: Literal["local", "global"] = "local",
-    skip_bad: int = 0,
-    reporter: Reporter | None = None,
-) -> dict[str, Any]:
-    """Search every query file of a split and measure what was found.
-
-    Args:
-        embeddings: what `elva embed` wrote, of these queries and pools.
-        output: gets `<stem>.run.trec` and `<stem>.qrels.txt` of each set and `figures.json`.
-        skip_bad: so many bad rows of the data, left out when it was embedded, are left out again.
-
-    Returns:
-        What `figures.json` holds: `sets` (stem -> its figures), `tasks` and `average` (hit@k at
-        M-BEIR's k), `ties` (warnings), `pools`, `skipped` (bad rows).
-
-    Raises:
-        UserError, DataError: embeddings that are missing, unfinished, of another model or data.
-    """
-    faults = Faults(skip_bad)
-    sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
-    result: dict[str, Any] = {"split": split, "pools": pools, "sets": {}, "ties": []}
-    result["skipped"] = faults.found
-    for one in sets:
-        run = output / f"{one.stem}.run.trec"
-        judged: Qrels = {q.id: dict.fromkeys(q.positives, 1) for q in one.queries}
-        if reporter is not None:
-            reporter.start(f"search {one.stem}", len(one.pool), "rows")
-        write_run(run, _answers(embeddings, one, split, reporter), "elva")
-        write_qrels(output / f"{one.stem}.qrels.txt", judged)
-        figures = measure(read_run(run), judged)
-        result["sets"][one.stem] = _row(one, figures) | _among(embeddings, data, one, split)
-        result["ties"] += [f"{one.stem}: {line}" for line in figures.ties()]
-        if reporter is not None:
-            reporter.finish("")
-    result |= _averages(result["sets"])
-    write_text(output / "figures.json", json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def evaluate_files(run: Path, qrels: Path) -> dict[str, Any]:
-    """Measure a TREC run against qrels."""
-    figures = measure(read_run(run), read_qrels(qrels))
-    return {
-        "queries": len(figures.per_query),
-        "unanswered": len(figures.unanswered),
-        "unjudged": len(figures.unjudged),
-        "ties": figures.ties(),
-        **figures.mean,
-    }
 
 
 def table(result: Mapping[str, Any]) -> Table:
@@ -144,39 +70,8 @@ def _points(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _answers(
-    embeddings: Path, one: QuerySet, split: str, reporter: Reporter | None
-) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-    asked = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}")
-    shown = Embeddings.open(embeddings / one.pool_name)
-    shown.check_model(asked)
-    qids, query = asked.queries()
-    found, dids = shown.nearest(query, DEPTH, None if reporter is None else reporter.advance)
-    for i, qid in enumerate(qids):
-        rows = found.rows[i].tolist()
-        yield qid, list(zip([dids[r] for r in rows], found.scores[i].tolist(), strict=True))
-
-
-def _among(embeddings: Path, data: Path, one: QuerySet, split: str) -> dict[str, Any]:
-    """hit@1 among each query's own candidates, where the data lists them: minimal pairs, and
-    MMEB's test sets."""
-    listed = read_minimal_pairs(data / "minimal_pairs.jsonl", one.queries, {one.task: one.pool})
-    right = {q.id: q.positives for q in one.queries}
-    shown = Embeddings.open(embeddings / one.pool_name)
-    qids, query = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}").queries()
-    place = {did: row for row, did in enumerate(shown.ids)}
-    hits = []
-    for i, qid in enumerate(qids):
-        dids = [did for did in listed.get(qid, ()) if did in place]
-        if len(dids) > 1:
-            rows = shown.rows([place[did] for did in dids])
-            found = exact.top(query[i : i + 1], rows, len(dids))
-            answers = zip(found.rows[0].tolist(), found.scores[0].tolist(), strict=True)
-            hits.append(is_first({dids[r]: score for r, score in answers}, right[qid]))
-    return {"hit_at_1_among_its_own": fmean(hits), "own_queries": len(hits)} if hits else {}
-
-
-def _row(one: QuerySet, figures: Figures) -> dict[str, Any]:
+def row(one: QuerySet, figures: Figures) -> dict[str, Any]:
+    """A set's figures."""
     return {
         "task": one.task,
         "queries": len(figures.per_query),
@@ -187,7 +82,7 @@ def _row(one: QuerySet, figures: Figures) -> dict[str, Any]:
     }
 
 
-def _averages(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def averages(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Means of hit@k over the sets of each task, and over all sets."""
     hits = {stem: row[f"hit_at_{row['k']}"] for stem, row in sets.items()}
     tasks: dict[str, list[float]] = {}

@@ -1,8 +1,4 @@
-"""`elva evaluate`: what a run's models retrieve, and which grains they see.
-
-Ranks are exact and pessimistic: they come from `elva_kernels.ranking_reward` itself, with every
-other candidate of the pool as a negative, so a tie counts against the positive.
-"""
+"""A trained stage of a run: what its model retrieves, and which grains it sees."""
 
 from __future__ import annotations
 
@@ -13,12 +9,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import elva_kernels
 from elva.data import Dataset, Item, Query, load
-from elva.errors import RunError
 from elva.evaluation.grains import by_type, probe
+from elva.evaluation.ranks import rank_all, recall_at_k
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, encode
 from elva.progress import Reporter
@@ -32,46 +26,6 @@ COLUMNS = {
     "minimal_pair_recall_at_1": "pairs R@1",
 }
 """Figures of an evaluation, and their column headings."""
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """One task's queries against its pool."""
-
-    rank: Tensor  # [Q] int32, 1-based, pessimistic; of the best-placed positive
-    top: Tensor  # [Q, 5] pool rows, best first
-
-
-def recall_at_k(rank: Tensor, k: int) -> float:
-    """Share of queries whose best positive is among the first k: M-BEIR's hit@k."""
-    return (rank <= k).float().mean().item()
-
-
-def rank_all(
-    query: Tensor, pool: Tensor, positives: Sequence[Sequence[int]], allowed: Tensor | None = None
-) -> Ranking:
-    """Rank every query's best positive among the pool.
-
-    Args:
-        query: [Q, D] fp32; pool: [P, D] fp32.
-        positives: pool rows of each query's right answers.
-        allowed: [Q, P] bool, the candidates that compete (the positive always does); None for all.
-    """
-    best = torch.tensor([_best(query[i], pool, rows) for i, rows in enumerate(positives)])
-    competes = torch.ones(len(query), len(pool), dtype=torch.bool) if allowed is None else allowed
-    mask = competes.clone()
-    for i, rows in enumerate(positives):
-        mask[i, list(rows)] = False
-    out = elva_kernels.ranking_reward(query, pool[best], pool.expand(len(query), -1, -1), mask=mask)
-    scores = out.scores[:, 1:].scatter(1, best[:, None], out.scores[:, :1])
-    top = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
-    return Ranking(out.rank, top)
-
-
-def _best(query: Tensor, pool: Tensor, rows: Sequence[int]) -> int:
-    if len(rows) == 1:
-        return rows[0]
-    return list(rows)[int(torch.cosine_similarity(query[None], pool[list(rows)]).argmax())]
 
 
 def evaluate_stage(
@@ -216,21 +170,3 @@ def _minimal_pairs(
     figures["minimal_pair_queries"] = len(rows)
     figures["minimal_pair_pool_mean"] = allowed.sum(1).float().mean().item()
     figures["minimal_pair_chance"] = (1 / allowed.sum(1)).mean().item()
-
-
-def evaluate(
-    run: Run, reporter: Reporter, names: Sequence[str] | None = None, *, split: str = "test"
-) -> dict[str, dict[str, Any]]:
-    """Evaluate the named stages (all that are trained, for None); {name: its evaluation}."""
-    wanted = list(names) if names is not None else run.trained
-    if not wanted:
-        raise RunError(
-            f"{run.directory}: must hold a trained stage; finish it with elva train --resume"
-        )
-    for name in wanted:
-        if not run.is_trained(name):
-            raise RunError(
-                f"{run.directory}: stage {name!r} must be trained first; "
-                f"trained so far: {', '.join(run.trained) or 'none'}"
-            )
-    return {name: evaluate_stage(run, name, reporter, split=split) for name in wanted}

@@ -1,16 +1,11 @@
-"""`elva mrbench`: queries of two and more grains, judged, sampled, and reviewed by hand.
-
-Liu et al., ELVA, arXiv:2606.20280, sec. 4: 1 k queries out of M-BEIR (COCO t->i, COCO i->t,
-NIGHTS, CIRR), picked by a judge and checked by hand. Their list is not public: what this builds is
-a rebuilt MRBench, whose figures are not to be set beside the paper's as if equal.
-"""
+"""The sample: queries judged in a drawn order, spread over grain types, and written as data."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +15,10 @@ from elva.data import Grain, Query
 from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
 from elva.data.strict import Faults, lines
 from elva.draws import permutation
-from elva.errors import DataError, UserError
-from elva.files import write_directory, write_text
+from elva.files import write_text
 from elva.mrbench.judges import Judge
+from elva.mrbench.review import Judged, qid_of, review_row, write_review
 from elva.progress import Reporter
-from elva.report.grid import grid_page
-from elva.report.pictures import attribution
 
 SOURCES = ("mscoco_task0", "mscoco_task3", "nights_task4", "cirr_task7")
 """The paper's; where a data directory has none of them, all of its sets are taken."""
@@ -37,139 +30,23 @@ SPARE = 2
 BATCH = 32
 """Ours: queries judged before the log is written out."""
 
-JUDGED, REVIEW, PAGE, NOTES = "judged.jsonl", "review.tsv", "review.html", "mrbench.json"
-DECISIONS = ("keep", "drop", "")
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A query, the words that were judged, and its grains."""
-
-    stem: str
-    query: Query
-    words: str
-    grains: tuple[Grain, ...]
-
-    @property
-    def kinds(self) -> str:
-        return " + ".join(sorted({g.type for g in self.grains}))
-
-
-def build(
-    data: Path,
-    output: Path,
-    judge: Judge,
-    *,
-    split: str = "test",
-    sets: Sequence[str] | None = None,
-    per_set: int = PER_SET,
-    seed: int = 0,
-    resume: bool = False,
-    skip_bad: int = 0,
-    describe: Callable[[Query], str] | None = None,
-    reporter: Reporter | None = None,
-) -> dict[str, Any]:
-    """Judge, sample, and write a data directory in M-BEIR's layout with a review beside it.
-
-    Args:
-        output: gets query files, qrels, `grains.jsonl`, links to the pools and pictures,
-            `judged.jsonl` (every answer of the judge, so that a killed run goes on with
-            `resume`), `review.tsv` and `review.html`.
-        sets: which; the paper's four where the data has them, else all.
-        per_set: queries to keep of each set.
-        describe: words for a query that is a picture; the judge's own for None.
-
-    Returns:
-        Counts of each set: judged, without words, of one grain, kept; and grains by type.
-    """
-    if per_set < 1:
-        raise UserError(f"mrbench: per_set must be at least 1, got {per_set}; ask for {PER_SET}")
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output}: must not exist yet; choose another --output")
-    found = _sets(data, split, sets)
-    log = output.with_name(output.name + f".{JUDGED}")
-    if log.exists() and not resume:
-        raise UserError(f"{log}: is of a run that was not finished; pass --resume or delete it")
-    counts: dict[str, Any] = {}
-    kept: list[Judged] = []
-    faults = Faults(skip_bad)
-    asker = _Asker(judge, describe, faults)
-    for one in found:
-        rows, tally = _judge(one, asker, per_set * SPARE, seed, log, reporter)
-        sample = _stratified(rows, per_set, seed)
-        counts[one.stem] = {**tally, "kept": len(sample)}
-        kept += sample
-    if not kept:
-        raise UserError(
-            f"mrbench: {data} must have queries of two or more grains, got none by judge "
-            f"{judge.name}; try another judge"
-        )
-    notes = {
-        "rebuilt": "not the paper's own list, which is not public",
-        "judge": judge.name, "seed": seed, "split": split, "sets": counts,
-        "types": dict(Counter(g.type for row in kept for g in row.grains)),
-        "bad": faults.found,
-    }  # fmt: skip
-
-    def fill(partial: Path) -> None:
-        _write_data(partial, data, split, kept, notes)
-        if log.exists():
-            shutil.copyfile(log, partial / JUDGED)
-
-    if output.exists():
-        output.rmdir()
-    write_directory(output, fill)
-    log.unlink(missing_ok=True)
-    return notes
-
-
-def review(directory: Path, decisions: Path | None = None) -> dict[str, int]:
-    """Take decisions, and write the review again.
-
-    Args:
-        decisions: a `review.tsv` as the page saves it or a person edits it (`keep`, `drop` or
-            nothing in its first column); the directory's own for None. Dropped queries leave the
-            query files, qrels and grains; they come back if a later review keeps them.
-
-    Returns:
-        How many are kept, dropped and undecided.
-
-    Raises:
-        UserError, DataError: no mrbench directory, a row that is none, an unknown query.
-    """
-    source = directory / "mrbench_all"
-    if not source.is_dir():
-        raise UserError(f"{directory}: must be what elva mrbench build wrote; build one")
-    rows = _read_review(directory / REVIEW)
-    if decisions is not None:
-        taken = _read_review(decisions)
-        unknown = next((q for q in taken if q not in rows), None)
-        if unknown is not None:
-            raise DataError(f"{decisions}: query {unknown} is not in {directory / REVIEW}")
-        rows = {q: [taken[q][0] if q in taken else row[0], *row[1:]] for q, row in rows.items()}
-    dropped = {q for q, row in rows.items() if row[0] == "drop"}
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        kept = [line for line in path.read_text("utf-8").splitlines(keepends=True)
-                if _qid(line) not in dropped]  # fmt: skip
-        write_text(directory / path.relative_to(source), "".join(kept))
-    _write_review(directory, rows.values())
-    tally = Counter(row[0] or "undecided" for row in rows.values())
-    return {name: tally[name] for name in ("keep", "drop", "undecided")}
+NOTES = "mrbench.json"
 
 
 # -- judging ---------------------------------------------------------------------------------------
 
 
-def _sets(data: Path, split: str, sets: Sequence[str] | None) -> list[QuerySet]:
+def sets_of(data: Path, split: str, sets: Sequence[str] | None) -> list[QuerySet]:
+    """The named sets; the paper's where the data has them, else all."""
     if sets:
         return read_sets(data, tasks=sets, split=split)
     found = read_sets(data, split=split)
     return [s for s in found if s.stem in SOURCES] or found
 
 
-def _judge(
+def judge_set(
     one: QuerySet,
-    asker: _Asker,
+    asker: Asker,
     wanted: int,
     seed: int,
     log: Path,
@@ -210,7 +87,7 @@ def _judge(
 
 
 @dataclass(frozen=True)
-class _Asker:
+class Asker:
     """What is asked of each query."""
 
     judge: Judge
@@ -238,7 +115,7 @@ def _answers(log: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _stratified(rows: Sequence[Judged], wanted: int, seed: int) -> list[Judged]:
+def stratified(rows: Sequence[Judged], wanted: int, seed: int) -> list[Judged]:
     """Spread over the combinations of grain types as evenly as they allow."""
     strata: dict[str, list[Judged]] = {}
     for row in rows:
@@ -254,16 +131,17 @@ def _stratified(rows: Sequence[Judged], wanted: int, seed: int) -> list[Judged]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _write_data(
+def write_data(
     partial: Path, data: Path, split: str, kept: Sequence[Judged], notes: Mapping[str, Any]
 ) -> None:
+    """Query files, qrels and grains of the kept queries, links to the rest, and the review."""
     whole = partial / "mrbench_all"
     for stem in dict.fromkeys(row.stem for row in kept):
         ids = {row.query.id for row in kept if row.stem == stem}
         qrels = Path("qrels") / split / f"mbeir_{stem}_{split}_qrels.txt"
         for path in (query_file(data, stem, split), data / qrels):
             if path.exists():
-                text = "".join(line for _, line in lines(path) if _qid(line) in ids)
+                text = "".join(line for _, line in lines(path) if qid_of(line) in ids)
                 write_text(whole / path.relative_to(data), text)
     write_text(whole / "grains.jsonl", "".join(_grain_line(row) for row in kept))
     shutil.copytree(whole, partial, dirs_exist_ok=True)
@@ -271,7 +149,7 @@ def _write_data(
         if (data / name).exists() and name != "grains.jsonl":
             (partial / name).symlink_to((data / name).absolute())
     write_text(partial / NOTES, json.dumps(notes, indent=1) + "\n")
-    _write_review(partial, (_review_row(row, data) for row in kept))
+    write_review(partial, (review_row(row, data) for row in kept))
 
 
 def _grain_line(row: Judged) -> str:
@@ -280,40 +158,3 @@ def _grain_line(row: Judged) -> str:
     described = {} if row.query.text == row.words else {"description": row.words}
     fields = {"qid": row.query.id, "grains": grains, **described}
     return json.dumps(fields, ensure_ascii=False) + "\n"
-
-
-def _qid(line: str) -> str:
-    """The query that a line of a query file, grains or qrels belongs to."""
-    if line.startswith("{"):
-        return str(json.loads(line).get("qid"))
-    return line.split(maxsplit=1)[0] if line.strip() else ""
-
-
-def _review_row(row: Judged, data: Path) -> list[str]:
-    grains = "; ".join(f"{g.text} ({g.type})" for g in row.grains)
-    image = row.query.image.relative_to(data) if isinstance(row.query.image, Path) else ""
-    return ["", row.query.id, row.stem, row.words, grains, str(image)]
-
-
-def _write_review(directory: Path, rows: Iterable[Sequence[str]]) -> None:
-    listed = [[" ".join(cell.split()) for cell in row] for row in rows]
-    header = ["decision", "qid", "set", "words", "grains", "image"]
-    text = "\n".join("\t".join(row) for row in [header, *listed]) + "\n"
-    write_text(directory / REVIEW, text)
-    footer = attribution(row[1] for row in listed) or ""
-    title = f"MRBench, rebuilt: {directory.name.removesuffix('.partial')}"
-    page = grid_page(title, listed, json.dumps(listed), footer)
-    write_text(directory / PAGE, page)
-
-
-def _read_review(path: Path) -> dict[str, list[str]]:
-    """qid -> the row, decision first."""
-    rows: dict[str, list[str]] = {}
-    for number, (where, line) in enumerate(lines(path)):
-        cells = line.rstrip("\r\n").split("\t")
-        if number == 0:
-            continue
-        if len(cells) < 2 or cells[0].strip() not in DECISIONS:
-            raise DataError(f"{where}: must start with keep, drop or nothing, then a qid")
-        rows[cells[1]] = [cells[0].strip(), *cells[1:]]
-    return rows

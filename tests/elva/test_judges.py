@@ -13,7 +13,7 @@ from PIL import Image
 from elva.data import Item, load
 from elva.errors import UserError
 from elva.model.retriever import create
-from elva.mrbench import build as mrbench
+from elva.commands import mrbench
 from elva.mrbench.judges import (
     DESCRIBE,
     PROMPT,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elva import search
+from elva.commands import search
 from elva.data import load, mbeir
 from elva.errors import UserError
 from elva.files import write_directory
@@ -17,6 +17,7 @@ from elva.model.retriever import Retriever, create
 from elva.model.rollout import encode
 from elva.recipe import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.run import Run
+from elva.search import Hit
 
 NAMES = [f"{tone} {shape}" for shape in ("square", "disc", "bar", "ring") for tone in "abc"]
 INSTRUCTIONS = {("text", "image"): ["Find it."], ("image,text", "image"): ["Change it to"]}
@@ -121,7 +122,7 @@ def test_the_pool_is_embedded_once_for_each_model(run: Run) -> None:
     directory = run.stage("infonce") / search.ROOM
     listener = Listener()
 
-    def ask() -> list[search.Hit]:
+    def ask() -> list[Hit]:
         return search.search(run, "c ring", stage="infonce", reporter=listener)
 
     first = ask()

@@ -1,4 +1,4 @@
-"""`elva train` and `elva report`."""
+"""`elva train`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elva.cli.console import AsJson, RunArgument, err, one_line_errors, out, quiet_libraries
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
 
 if TYPE_CHECKING:
     from elva.run import Run
 
 
-TRAIN_EXAMPLES = (
+EXAMPLES = (
     "Examples:  elva train   |   elva train --seed 1 --output runs/one   |   "
     "elva train --output runs/one --resume   |   elva train --recipe elva-2b --dry-run   |   "
     "elva train --stages 3 --from runs/one --set stages.3.learning_rate=1e-4"
@@ -115,12 +115,3 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
     import yaml
 
     out.print(yaml.safe_dump(plan, sort_keys=False, width=100), markup=False, end="")
-
-
-def report(run: RunArgument) -> None:
-    """Write RUN/report.html and its pictures again from the run's files."""
-    with one_line_errors():
-        from elva.report.report import report as write
-        from elva.run import Run
-
-        out.print(f"report: {write(Run.open(run))}", soft_wrap=True)
