@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from elva.index import Identity, Index, exact
+from elva.index import Index, exact
 from elva.index.engines import export, open_engine
+from elva.model.identity import Identity
 
 MODEL = Identity("random rows", "none", "none")
 ENGINE_ROWS, ENGINE_DIM, ENGINE_QUERIES = 100_000, 256, 500

@@ -22,12 +22,11 @@ from torch import Tensor
 import elva_kernels
 from benchmarks import report
 from elva.data import load
-from elva.evaluate import source
-from elva.examples import Batch, Examples
-from elva.mining import Negatives
-from elva.model import Retriever
-from elva.rollout import encode
+from elva.model.retriever import Retriever
+from elva.model.rollout import encode
 from elva.run import Run
+from elva.training.examples import Batch, Examples
+from elva.training.negatives import Negatives
 
 MARGINS = (-0.1, 0.0, 0.05, 0.1, 0.2, 0.4)
 PENALTIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -37,7 +36,7 @@ TASK = "t2i"
 def scores_of(run: Run) -> Tensor:
     """[Q, 101] scores of every training query's group, the positive's first."""
     stage = replace(run.recipe.stages["3"], tasks={TASK: 1.0})
-    examples = Examples(load(source(stage.data, run), split="train"), stage.tasks)
+    examples = Examples(load(run.source(stage.data), split="train"), stage.tasks)
     retriever = Retriever.load(run.model("2"))
     mined = Negatives(stage, examples, retriever, (run.recipe.seed, "defaults"))
     queries = examples.queries[TASK]

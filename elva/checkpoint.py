@@ -1,77 +1,24 @@
-"""Directories that are either whole or absent: safetensors and JSON, a manifest last, then a
-rename.
+"""Checkpoints inside a stage: safetensors and JSON, no pickles.
 
-A process killed at any moment leaves the newest complete checkpoint and perhaps a `.partial`
-directory, which the next writer removes. Nothing here reads or writes pickles.
+A process killed at any moment leaves the newest complete one and perhaps a `.partial` directory,
+which the next writer removes.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elva.files import sha256, sync_directory, write_text
+from elva.files import is_whole, write_directory, write_text
 
-MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "checkpoint-"
-
-
-def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary sibling, then make it `final` in one step.
-
-    Raises:
-        OSError: the disk is full or not writable; `final` is untouched and the sibling removed.
-    """
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {
-            str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sync_hash(p)}
-            for p in files
-        }
-        write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
-        if final.exists():
-            raise FileExistsError(f"{final}: must not exist yet; choose another directory")
-        os.rename(partial, final)
-        sync_directory(final.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        # safetensors hides the system's error number in its text; callers want the real thing.
-        number = (
-            re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
-        )
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(final)) from error
-
-
-def is_whole(directory: Path) -> bool:
-    """Whether every file of the manifest is there with its size and hash."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    for name, entry in manifest.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return False
-        if sha256(path) != entry["sha256"]:
-            return False
-    return True
 
 
 def save(
@@ -120,9 +67,3 @@ def prune(parent: Path, keep: int) -> None:
     found = sorted(parent.glob(f"{PREFIX}*[0-9]"))
     for directory in found[: max(0, len(found) - keep)]:
         shutil.rmtree(directory)
-
-
-def _sync_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return sha256(path)

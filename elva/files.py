@@ -1,16 +1,25 @@
-"""Files that appear whole and synced under their name, or leave what was there as it was.
+"""Files and directories that appear whole and synced, or leave what was there as it was.
 
-Everything here goes through `os.open`, `os.write`, `os.pwrite`, `os.fsync` and `os.replace`, so a
+Every file here goes through `os.open`, `os.write`, `os.pwrite`, `os.fsync` and `os.replace`, so a
 test that makes the n-th of them fail has covered every place where a disk can.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+MANIFEST = "manifest.json"
+"""Written last into a directory: the size and SHA-256 of each of its files."""
 
 
 class Sink:
@@ -89,3 +98,79 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -- directories -----------------------------------------------------------------------------------
+
+
+def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary sibling, then make it `final` in one step.
+
+    Raises:
+        OSError: the disk is full or not writable; `final` is untouched and the sibling removed.
+    """
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        manifest = {
+            str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sync_hash(p)}
+            for p in files
+        }
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        if final.exists():
+            raise FileExistsError(f"{final}: must not exist yet; choose another directory")
+        os.rename(partial, final)
+        sync_directory(final.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors hides the system's error number in its text; callers want the real thing.
+        number = (
+            re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        )
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(final)) from error
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether every file of the manifest is there with its size and hash."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    for name, entry in manifest.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        if sha256(path) != entry["sha256"]:
+            return False
+    return True
+
+
+def swap_directory(final: Path, fill: Callable[[Path], None], scratch: str) -> None:
+    """Let `fill` make a directory, then put it in the place of `final`, whatever that held.
+
+    Args:
+        scratch: begins the names of what a killed writer leaves beside `final`.
+
+    Raises:
+        OSError: the disk is full or not writable; `final` is as it was.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # Beside `final`, so that both are on one file system and a rename is atomic.
+    with tempfile.TemporaryDirectory(prefix=scratch, dir=final.parent) as beside:
+        building = Path(beside) / "new"
+        fill(building)
+        if final.exists():
+            os.rename(final, Path(beside) / "old")
+        os.rename(building, final)
+
+
+def _sync_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return sha256(path)

@@ -24,14 +24,10 @@ from typing import Any
 import yaml
 
 from elva import __version__
-from elva.checkpoint import is_whole
-from elva.config import Recipe, from_dict, to_dict
-from elva.errors import UserError
-from elva.files import write_text
-
-
-class RunError(UserError):
-    """A run directory that cannot be used as asked; one line that says what to do."""
+from elva.data import emoji
+from elva.errors import RunError
+from elva.files import is_whole, write_text
+from elva.recipe import Recipe, from_dict, to_dict
 
 
 class Run:
@@ -116,6 +112,16 @@ class Run:
             f"{self.directory}: must hold a trained stage, got none; "
             "finish it with elva train --resume"
         )
+
+    def source(self, data: str) -> Path:
+        """Where a stage's data lies: the embedded corpus, built on first use, or a directory."""
+        if data == "emoji":
+            return emoji.cached(self.recipe.model.scratch.image_size)
+        if not Path(data).is_dir():
+            raise RunError(
+                f"{data}: must be a directory in M-BEIR's layout; see elva data emoji --help"
+            )
+        return Path(data)
 
     def read(self, name: str, file: str) -> dict[str, Any]:
         data: dict[str, Any] = json.loads((self.stage(name) / file).read_text(encoding="utf-8"))

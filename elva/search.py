@@ -1,16 +1,10 @@
-"""`elva search`: the items of an index that a text, a picture or both ask for.
+"""A model with three verbs: embed items, index them, search.
 
 A query is embedded exactly as a test query is: same instruction, same greedy summary, same [RET].
-What is asked is an index (`elva index build`), or a run, whose test pictures are indexed on first
-use and kept beside its model.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,25 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from elva import pictures
-from elva.data import DataError, Item, Pool, Query, load
-from elva.data.mbeir import first_instructions
+from elva.data import Item, Query
 from elva.data.schema import normalise
-from elva.embed import columns
-from elva.encoder import Encoder
-from elva.errors import UserError
-from elva.evaluate import source
-from elva.index import Index, IndexFault
-from elva.index.engines import Engine, open_engine
+from elva.errors import DataError, UserError
+from elva.index import Index
+from elva.index.embeddings import columns
+from elva.index.engines import Engine
 from elva.index.index import Where
+from elva.model.encoder import Encoder
 from elva.progress import Reporter
-from elva.run import Run
 
 MAX_CHARACTERS = 2000
 """Ours: longer than any query of M-BEIR, short enough for one row of the model."""
-
-ROOM = "index"
-"""A run's own index, beside the model that made it."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +120,7 @@ class Searcher:
         Raises:
             UserError: an argument that cannot be answered, in one line.
         """
-        _check(query, k, image)
+        check_query(query, k, image)
         index.check_model(self.encoder.identity)
         asked = _query(index, query, image, instruction)
         found = (engine or index).search(self.embed([asked]), k, where=where)
@@ -154,81 +141,11 @@ class Searcher:
         ]
 
 
-def search(
-    target: Run | Index,
-    query: str = "",
-    *,
-    k: int = 10,
-    stage: str | None = None,
-    image: Path | None = None,
-    where: Where | None = None,
-    instruction: str | None = None,
-    model: str | Path | None = None,
-    engine: str = "exact",
-    reporter: Reporter | None = None,
-) -> list[Hit]:
-    """Search an index, or the test pictures of a run; see `Searcher.search`.
-
-    Args:
-        stage: of a run, the stage or control whose model answers; the last trained for None.
-        model: of an index, where its model lies now; where it lay for None.
-        engine: `exact`, or what `elva index export` made: `faiss-ivf`, `faiss-hnsw`, `milvus:URI`.
-
-    Raises:
-        UserError: an argument that cannot be answered, in one line.
-    """
-    _check(query, k, image)
-    if isinstance(target, Run):
-        searcher, index = _of_run(target, stage, reporter)
-    else:
-        about = target.about
-        lay = model or about.get("model")
-        if lay is None:
-            raise UserError(
-                f"search: {target.directory} does not say which model made it; pass --model"
-            )
-        index, searcher = target, Searcher(
-            lay,
-            stage=stage,
-            max_completion_length=about.get("max_completion_length"),
-            read=about.get("read", "at_ret"),
-        )  # fmt: skip
-    return searcher.search(
-        index, query, image=image, k=k, where=where, instruction=instruction,
-        engine=open_engine(index, engine),
-    )  # fmt: skip
-
-
-def condition(text: str) -> tuple[str, str, str]:
-    """(field, comparison, value) of `field>=value`; UserError for anything else."""
-    match = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
-    if match is None:
-        raise UserError(
-            f"search: --where must read FIELD=VALUE (or != < <= > >=), got {text!r}; "
-            "e.g. --where modality=image"
-        )
-    return match[1], match[2], match[3]
-
-
-def write_sheet(hits: list[Hit], path: Path, query: str) -> None:
-    """Write a contact sheet: each picture with its rank and score over it and its name under it;
-    items without a picture are left out."""
-    tiles = [
-        (
-            pictures.small(Item(hit.id, None, hit.image, "image")),
-            f"{hit.rank}   {hit.score:.3f}",
-            hit.name,
-        )
-        for hit in [h for h in hits if h.image is not None][: pictures.SHEET_TILES]
-    ]
-    asked = " ".join(query.split()) or "a picture"
-    pictures.sheet(path, asked, tiles, pictures.attribution(hit.id for hit in hits))
-
-
 # -- the query -------------------------------------------------------------------------------------
 
 
-def _check(query: str, k: int, image: Path | None) -> None:
+def check_query(query: str, k: int, image: Path | None) -> None:
+    """UserError for a query that no index could answer."""
     if k < 1:
         raise UserError(f"search: k must be at least 1, got {k}; ask for 10")
     if not normalise(query) and image is None:
@@ -266,43 +183,3 @@ def _query(index: Index, words: str, image: Path | None, instruction: str | None
         "search", text, image, modality, instruction=asked, task="t2i",
         positives=(), raw_text=words, where="search",
     )  # fmt: skip
-
-
-# -- a run's own index -----------------------------------------------------------------------------
-
-
-def _of_run(run: Run, stage: str | None, reporter: Reporter | None) -> tuple[Searcher, Index]:
-    """The run's model and the index of its test pictures, made again where it does not fit."""
-    name = run.answering(stage)
-    root = source(list(run.recipe.stages.values())[-1].data, run)
-    pool = load(root, split="test", tasks=["t2i"]).pool("t2i")
-    searcher = Searcher(run.directory, stage=name)
-    directory = run.stage(name) / ROOM
-    key = _key(pool)
-    try:
-        index = Index(directory)
-        if index.about.get("key") == key and index.model.matches(searcher.encoder.identity):
-            return searcher, index
-    except IndexFault:
-        pass  # absent or damaged; either way it can be had again from the model
-    shutil.rmtree(directory, ignore_errors=True)
-    if reporter is not None:
-        reporter.start(f"{run.title(name)}: embed {len(pool):,} pictures", len(pool), "pictures")
-    dataset = int(pool[0].id.partition(":")[0])
-    index = searcher.index(
-        directory,
-        list(pool),
-        dtype="float32",
-        names=pictures.names(root),
-        about={"key": key, "instructions": first_instructions(root, dataset, "image")},
-        reporter=reporter,
-    )
-    if reporter is not None:
-        reporter.finish("")
-    return searcher, index
-
-
-def _key(pool: Pool) -> str:
-    """A hash of the pool's items."""
-    rows = [str(pool.root), pool.ids, pool.table["image"].to_pylist()]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from elva.cli import data, grains, mine, mrbench, retrieval, training
+from elva.cli import data, embed, evaluate, grains, index, mine, mrbench, report, search, train
 
 app = typer.Typer(
     help="Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280).",
@@ -12,12 +12,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command(epilog=training.TRAIN_EXAMPLES)(training.train)
-app.command(epilog="Example:  elva report runs/one")(training.report)
-app.command(epilog=retrieval.EMBED_EXAMPLES)(retrieval.embed)
-app.add_typer(retrieval.index_app, name="index")
-app.command(epilog=retrieval.SEARCH_EXAMPLES)(retrieval.search)
-app.command(epilog=retrieval.EVALUATE_EXAMPLES)(retrieval.evaluate)
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog="Example:  elva report runs/one")(report.report)
+app.command(epilog=embed.EXAMPLES)(embed.embed)
+app.add_typer(index.app, name="index")
+app.command(epilog=search.EXAMPLES)(search.search)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(mrbench.app, name="mrbench")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from elva.errors import UserError
 
 out = Console(highlight=False)
 if not out.is_terminal:
@@ -19,6 +22,13 @@ err = Console(stderr=True, highlight=False)
 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory of elva train.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+DataOption = Annotated[Path, typer.Option("--data", help="A directory in M-BEIR's layout.")]
+SplitOption = Annotated[str, typer.Option(help="train, val or test.")]
+TaskOption = Annotated[
+    list[str] | None, typer.Option("--task", help="A task (t2i) or set (cirr_task7); all of them.")
+]
+PoolsOption = Annotated[str, typer.Option(help="local or global candidate pools.")]
 
 UNWRITABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
@@ -30,8 +40,7 @@ UNWRITABLE = (
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """What a user can mend is one line and exit code 2; a defect of ours keeps its traceback."""
-    from elva.data import DataError
-    from elva.errors import UserError
+    from elva.errors import DataError, UserError
 
     try:
         yield
@@ -59,3 +68,18 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """UserError for a value that is not among those allowed."""
+    if value not in allowed:
+        raise UserError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def say(data: Any, lines: list[str], as_json: bool) -> None:
+    """Print lines, or the data as JSON."""
+    if as_json:
+        print(json.dumps(data))
+        return
+    for line in lines:
+        out.print(line, markup=False, soft_wrap=True)

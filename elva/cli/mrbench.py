@@ -47,9 +47,10 @@ def build(
     """Judge queries, sample them, and write data with a page to review."""
     with one_line_errors():
         quiet_libraries()
-        from elva import mrbench
-        from elva.encoder import Encoder
-        from elva.judges import judge_of
+        from elva.commands import mrbench
+        from elva.model.encoder import Encoder
+        from elva.mrbench.judges import judge_of
+        from elva.mrbench.review import PAGE
         from elva.progress import Bars
 
         asked = judge_of(judge, judge_model)
@@ -71,7 +72,7 @@ def build(
                 f"{c['without_words']} without words",
                 soft_wrap=True,
             )
-        out.print(f"review: {output / mrbench.PAGE}", soft_wrap=True)
+        out.print(f"review: {output / PAGE}", soft_wrap=True)
 
 
 @app.command(
@@ -86,7 +87,8 @@ def review(
 ) -> None:
     """Take decisions: dropped queries leave the data until a later review keeps them."""
     with one_line_errors():
-        from elva import mrbench
+        from elva.commands import mrbench
+        from elva.mrbench.review import PAGE
 
         tally = mrbench.review(directory, decisions)
         if as_json:
@@ -94,6 +96,6 @@ def review(
             return
         out.print(
             f"{tally['keep']} kept, {tally['drop']} dropped, {tally['undecided']} to decide: "
-            f"{directory / mrbench.PAGE}",
+            f"{directory / PAGE}",
             soft_wrap=True,
         )

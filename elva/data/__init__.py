@@ -6,6 +6,7 @@
 
 from elva.data.mbeir import load
 from elva.data.pool import Dataset, Pool
-from elva.data.schema import DataError, Grain, Item, Query
+from elva.data.schema import Grain, Item, Query
+from elva.errors import DataError
 
 __all__ = ["DataError", "Dataset", "Grain", "Item", "Pool", "Query", "load"]

@@ -19,10 +19,14 @@ from typing import Literal
 from elva.data import pool as pool_file
 from elva.data.extras import read_grains, read_minimal_pairs
 from elva.data.pool import Dataset, Pool, concatenate, distinct
-from elva.data.schema import TASKS, DataError, Query, hashed_id, normalise
+from elva.data.schema import TASKS, Query, hashed_id, normalise
 from elva.data.strict import Faults, Record, dump, lines, modality_of, records, write_lines
+from elva.errors import DataError
 
 SPLITS = ("train", "val", "test")
+LINKED = ("cand_pool", "instructions", "mbeir_images", "grains.jsonl", "minimal_pairs.jsonl")
+"""What a directory made of another's queries links to, beside queries and qrels of its own."""
+
 _TASK_NAMES = {number: task for task, number in TASKS.items()}
 _MODALITIES = {"t": "text", "i": "image", "it": "image,text"}
 _INSTRUCTIONS = Path("instructions") / "query_instructions.tsv"

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from elva.data.cache import cache_directory
-from elva.data.schema import DataError, Grain, Item, Query, hashed_id
+from elva.data.schema import Grain, Item, Query, hashed_id
 from elva.data.strict import Faults
+from elva.errors import DataError
 from elva.files import replacing
 
 MAPPED_FROM_BYTES = 32 << 20

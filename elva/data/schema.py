@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
+
+from elva.errors import DataError
 
 _T = TypeVar("_T")
 
@@ -39,10 +42,6 @@ TASKS = {
 _DOCUMENTS_PER_DATASET = 10_000_000
 
 
-class DataError(ValueError):
-    """Bad input, in one line: `file:line: rule`."""
-
-
 @dataclass(frozen=True)
 class Grain:
     """The smallest semantic unit of a text (paper, sec. 3.2).
@@ -56,6 +55,24 @@ class Grain:
     text: str
     type: str
     span: tuple[int, int]
+
+
+def mask_grain(words: str, grain: Grain) -> str:
+    """A text without one grain, punctuation tidied: a natural query that lacks it."""
+    start, end = grain.span
+    if words[start:end].casefold() != grain.text.casefold():
+        raise ValueError(f"grain {grain.text!r} is not at {start}:{end} of {words!r}")
+    stop = words[-1] if words[-1] in ".?!" and end < len(words) else ""
+    left, right = words[:start], words[end : len(words) - len(stop)]
+    left = re.sub(r"\band $", "", left)
+    text = re.sub(r"\s+", " ", f"{left} {right}" if right[:1] not in ",:" else left + right)
+    text = re.sub(r" ?([,:])(?: ?[,:])*", r"\1", text)
+    text = re.sub(r":(?=,)|,(?=:)", "", text)
+    text = re.sub(r"^(?:[\s,:-]|and )+|[\s,:-]+$", "", text)
+    text = re.sub(r"([,:])(?=\S)", r"\1 ", text)
+    if text and words[0].isupper():
+        text = text[0].upper() + text[1:]
+    return text + stop if text else ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from elva.data.schema import DataError, hashed_id
+from elva.data.schema import hashed_id
+from elva.errors import DataError
 
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20

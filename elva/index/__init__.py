@@ -8,8 +8,10 @@ A change is a new segment, synced, and then a new `index.json` in the place of t
 at any moment, or out of space at any write, an index is what it was or what it was to become.
 """
 
+from elva.errors import IndexFault
 from elva.index.exact import Found
 from elva.index.index import Index
-from elva.index.segment import Identity, IndexFault, Segment
+from elva.index.segment import Segment
+from elva.model.identity import Identity
 
 __all__ = ["Found", "Identity", "Index", "IndexFault", "Segment"]

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor
 
+from elva.errors import IndexFault
 from elva.files import replacing, sync_directory
 from elva.index import manifest, segment
 from elva.index.manifest import SEGMENTS, Entry, Manifest
-from elva.index.segment import IndexFault, Segment
+from elva.index.segment import Segment
 
 
 @contextmanager

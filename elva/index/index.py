@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from elva.errors import IndexFault
 from elva.index import change, exact, manifest, segment
 from elva.index.exact import Found
 from elva.index.manifest import SEGMENTS, Entry, Manifest
-from elva.index.segment import DTYPES, Identity, IndexFault, Segment
+from elva.index.segment import DTYPES, Segment
+from elva.model.identity import Identity
 
 Where = Sequence[tuple[str, str, Any]]
 """Conditions that must all hold: (field, one of = != < <= > >= in, value)."""

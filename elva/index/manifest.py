@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from elva.errors import IndexFault
 from elva.files import write_text
-from elva.index.segment import DTYPES, Identity, IndexFault, damaged
+from elva.index.segment import DTYPES, damaged
+from elva.model.identity import Identity
 
 FILE, SEGMENTS, LOCK = "index.json", "segments", ".lock"
 FORMAT, VERSION = "elva-index", 1

@@ -22,7 +22,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from elva.errors import UserError
+from elva.errors import IndexFault
 from elva.files import replacing
+from elva.model.identity import Identity
 
 MAGIC = b"ELVASEG1"
 VERSION = 1
@@ -40,30 +41,6 @@ HEADER_BYTES = 4096
 BLOCK_BYTES = 4 << 20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DIGEST = hashlib.sha256().digest_size
-
-
-class IndexFault(UserError):
-    """An index that is damaged, foreign or busy, or what does not fit into it; one line."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which model made an embedding, and how; embeddings compare only where all of it is equal.
-
-    Args:
-        name: where the model was read from, for people.
-        revision: a hash of its weights.
-        preprocessing: a hash of all that lies between an item and its embedding beside the
-            weights: tokenizer, template, image processor, prompt, length limit.
-    """
-
-    name: str
-    revision: str
-    preprocessing: str
-
-    def matches(self, other: Identity) -> bool:
-        """Whether embeddings of both may be compared; a model may have been moved."""
-        return (self.revision, self.preprocessing) == (other.revision, other.preprocessing)
 
 
 class Segment:

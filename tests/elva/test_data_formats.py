@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from elva.cli import app
-from elva.data import DataError, load, strict
+from elva.data import load, strict
 from elva.data.formats import FORMATS, convert_file
 from elva.data.schema import normalise
+from elva.errors import DataError
 
 COUNT = 24
 

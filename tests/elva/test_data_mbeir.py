@@ -10,8 +10,9 @@ import zlib
 import pytest
 from PIL import Image
 
-from elva.data import DataError, Item, extras, load, mbeir, schema, strict
+from elva.data import Item, extras, load, mbeir, schema, strict
 from elva.data import pool as pool_file
+from elva.errors import DataError
 
 PROMPTS = {
     ("text", "image"): ("find it.", "Show it.", "Draw it.", "Which one?"),

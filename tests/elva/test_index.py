@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from elva.errors import UserError
-from elva.index import Identity, Index, IndexFault, exact
+from elva.errors import IndexFault, UserError
+from elva.index import Index, exact
 from elva.index import manifest as manifest_file
+from elva.model.identity import Identity
 
 MODEL = Identity("a model", "revision", "preprocessing")
 DTYPES = ("float16", "bfloat16", "float32")

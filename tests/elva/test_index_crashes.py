@@ -15,7 +15,9 @@ from collections import Counter
 import pytest
 import torch
 
-from elva.index import Identity, Index, IndexFault
+from elva.errors import IndexFault
+from elva.index import Index
+from elva.model.identity import Identity
 
 MODEL = Identity("a model", "revision", "preprocessing")
 KILLS, FLIPS = 200, 10_000

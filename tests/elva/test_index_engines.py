@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-from elva.errors import UserError
-from elva.index import Identity, Index, IndexFault
+from elva.errors import IndexFault, UserError
+from elva.index import Index
 from elva.index.engines import export, open_engine
+from elva.model.identity import Identity
 
 MODEL = Identity("a model", "revision", "preprocessing")
 ENGINES = ("exact", "faiss-ivf", "faiss-hnsw", "milvus")

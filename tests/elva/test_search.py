@@ -7,14 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from elva import checkpoint, search
-from elva.config import ModelConfig, Recipe, ScratchModel, StageConfig
+from elva.commands import search
 from elva.data import load, mbeir
 from elva.errors import UserError
-from elva.index import Identity, Index
-from elva.model import Retriever, create
-from elva.rollout import encode
+from elva.files import write_directory
+from elva.index import Index
+from elva.model.identity import Identity
+from elva.model.retriever import Retriever, create
+from elva.model.rollout import encode
+from elva.recipe import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.run import Run
+from elva.search import Hit
 
 NAMES = [f"{tone} {shape}" for shape in ("square", "disc", "bar", "ring") for tone in "abc"]
 INSTRUCTIONS = {("text", "image"): ["Find it."], ("image,text", "image"): ["Change it to"]}
@@ -53,7 +56,7 @@ def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = Recipe("tiny", ModelConfig(scratch=spec), {"1": stage, "2": stage}, {"infonce": stage})
     run = Run.create(tmp_path_factory.mktemp("run") / "run", recipe)
     for seed, name in enumerate(("1", "infonce")):
-        checkpoint.write_directory(
+        write_directory(
             run.model(name),
             lambda partial, seed=seed: create(partial, spec, NAMES, summary_prompt="", seed=seed),
         )
@@ -119,7 +122,7 @@ def test_the_pool_is_embedded_once_for_each_model(run: Run) -> None:
     directory = run.stage("infonce") / search.ROOM
     listener = Listener()
 
-    def ask() -> list[search.Hit]:
+    def ask() -> list[Hit]:
         return search.search(run, "c ring", stage="infonce", reporter=listener)
 
     first = ask()

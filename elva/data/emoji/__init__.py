@@ -6,8 +6,9 @@ minimal pairs. It is written in M-BEIR's layout and read by the reader of M-BEIR
 """
 
 from elva.data.emoji.cache import cached, summary, write
-from elva.data.emoji.names import Name, mask_grain, name_of
+from elva.data.emoji.names import Name, name_of
 from elva.data.emoji.tasks import name_id
+from elva.data.schema import mask_grain
 
 # OpenMoji's licence asks for it wherever a picture is shown.
 ATTRIBUTION = (

@@ -6,12 +6,9 @@ cached folder that differs from its manifest was torn and is built again.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -22,9 +19,10 @@ from elva.data import extras, mbeir
 from elva.data.cache import cache_directory
 from elva.data.emoji.corpus import CLDR, collect
 from elva.data.emoji.pictures import missing_extra, noto_font
+from elva.data.emoji.prompts import EMOJI_DATASET, EMOJI_PROMPTS
 from elva.data.emoji.tasks import IMAGE_FOLDERS, SPLITS, Row, candidates, rows, split_of
-from elva.data.prompts import EMOJI_DATASET, EMOJI_PROMPTS
-from elva.data.schema import DataError
+from elva.errors import DataError
+from elva.files import MANIFEST, sha256, swap_directory, write_text
 
 if sys.platform != "win32":
     import fcntl
@@ -33,7 +31,6 @@ FORMAT = "elva-emoji"
 # Part of the cache's name: raise it when the same packages would give other files.
 VERSION = 5
 SIZES = range(16, 513)
-_MANIFEST = "manifest.json"
 _SCRATCH = ".tmp-"
 _POOLS = {"t2i": "image", "t2t": "text", "i2t": "text", "i2i": "image", "it2i": "image"}
 
@@ -110,16 +107,11 @@ def _key(size: int) -> str:
 def _write(output: Path, size: int) -> dict[str, Any]:
     if size not in SIZES:
         raise DataError(f"size {size}: pictures are {SIZES[0]} to {SIZES[-1]} pixels wide")
+    made: dict[str, Any] = {}
     with _reported(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the output, so that both are on one file system and a rename is atomic.
-        prefix = f".{output.name}{_SCRATCH}"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=output.parent) as scratch:
-            building = Path(scratch) / "new"
-            made = _build(building, size)
-            if output.exists():
-                os.rename(output, Path(scratch) / "old")
-            os.rename(building, output)
+        swap_directory(
+            output, lambda root: made.update(_build(root, size)), f".{output.name}{_SCRATCH}"
+        )
     return made
 
 
@@ -163,10 +155,7 @@ def _build(root: Path, size: int) -> dict[str, Any]:
 def _seal(root: Path, found: dict[str, Any]) -> None:
     """Write the manifest, last of all files."""
     manifest = {"format": FORMAT, "version": VERSION, "summary": found, "files": _hashes(root)}
-    with open(root / _MANIFEST, "w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_text(root / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
 
 
 def _count(made: Sequence[Row], task: str) -> dict[str, int]:
@@ -186,14 +175,14 @@ def _is_ours(output: Path) -> bool:
     if not output.is_dir():
         return False
     manifest = _manifest(output)
-    listed = set() if manifest is None else {*manifest["files"], _MANIFEST}
+    listed = set() if manifest is None else {*manifest["files"], MANIFEST}
     return all(path.relative_to(output).as_posix() in listed for path in _files(output))
 
 
 def _manifest(root: Path) -> dict[str, Any] | None:
     """The manifest, or None where there is none or a torn one: either way no corpus."""
     try:
-        manifest = json.loads((root / _MANIFEST).read_bytes())
+        manifest = json.loads((root / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -204,9 +193,9 @@ def _manifest(root: Path) -> dict[str, Any] | None:
 def _hashes(root: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file but the manifest."""
     return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(root).as_posix(): sha256(path)
         for path in _files(root)
-        if path.name != _MANIFEST
+        if path.name != MANIFEST
     }
 
 

@@ -97,24 +97,6 @@ def name_of(sequence: str, shortcode: str) -> Name:
     return _compose(_head_grains(head), head, tail)
 
 
-def mask_grain(name: str, grain: Grain) -> str:
-    """The name without one grain, punctuation tidied: a natural query that lacks it."""
-    start, end = grain.span
-    if name[start:end].casefold() != grain.text.casefold():
-        raise ValueError(f"grain {grain.text!r} is not at {start}:{end} of {name!r}")
-    stop = name[-1] if name[-1] in ".?!" and end < len(name) else ""
-    left, right = name[:start], name[end : len(name) - len(stop)]
-    left = re.sub(r"\band $", "", left)
-    text = re.sub(r"\s+", " ", f"{left} {right}" if right[:1] not in ",:" else left + right)
-    text = re.sub(r" ?([,:])(?: ?[,:])*", r"\1", text)
-    text = re.sub(r":(?=,)|,(?=:)", "", text)
-    text = re.sub(r"^(?:[\s,:-]|and )+|[\s,:-]+$", "", text)
-    text = re.sub(r"([,:])(?=\S)", r"\1 ", text)
-    if text and name[0].isupper():
-        text = text[0].upper() + text[1:]
-    return text + stop if text else ""
-
-
 def _is_flag(sequence: str) -> bool:
     first = ord(sequence[0])
     return 0x1F1E6 <= first <= 0x1F1FF or (first == 0x1F3F4 and "\U000e0067" in sequence)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from PIL import Image, ImageDraw, ImageFont
 
-from elva.data.schema import DataError
+from elva.errors import DataError
 
 # Where distributions put the font (Debian's fonts-noto-color-emoji, Fedora, Arch).
 NOTO_FONTS = (

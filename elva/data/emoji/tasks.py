@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from elva.data.emoji.names import Name, mask_grain
-from elva.data.prompts import EMOJI_DATASET
-from elva.data.schema import TASKS, Grain
+from elva.data.emoji.names import Name
+from elva.data.emoji.prompts import EMOJI_DATASET
+from elva.data.schema import TASKS, Grain, mask_grain
 
 SPLITS = ("train", "val", "test")
 # OpenMoji's pictures, and Noto's.

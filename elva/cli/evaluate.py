@@ -1,0 +1,131 @@
+"""`elva evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from elva.cli.console import (
+    AsJson,
+    PoolsOption,
+    SplitOption,
+    TaskOption,
+    choose,
+    err,
+    one_line_errors,
+    out,
+    quiet_libraries,
+    say,
+)
+
+EXAMPLES = (
+    "Examples:  elva evaluate runs/one   |   elva evaluate runs/one --stage 3 --json   |   "
+    "elva evaluate --embeddings embeddings --data data/M-BEIR --output evaluation   |   "
+    "elva evaluate --run a.run.trec --qrels a.qrels.txt"
+)
+
+
+def evaluate(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run directory of elva train.", metavar="RUN")
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Stage or control; all that are trained by default.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="What elva embed wrote: M-BEIR's protocol.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The data that was embedded, in M-BEIR's layout.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Runs, qrels and figures; by default beside --embeddings.")
+    ] = None,
+    split: SplitOption = "test",
+    task: TaskOption = None,
+    pools: PoolsOption = "local",
+    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows of --data.")] = 0,
+    run_file: Annotated[Path | None, typer.Option("--run", help="A TREC run.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="TREC or M-BEIR qrels for --run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""
+    with one_line_errors():
+        from elva.errors import UserError
+
+        if sum(x is not None for x in (run, embeddings, run_file)) != 1:
+            raise UserError("evaluate: must be given one of RUN, --embeddings or --run")
+        choose("--pools", pools, ("local", "global"))
+        if run_file is not None:
+            _evaluate_files(run_file, qrels, as_json)
+        elif embeddings is not None:
+            which: dict[str, Any] = {
+                "split": split,
+                "tasks": task,
+                "pools": pools,
+                "skip_bad": skip_bad,
+            }
+            _evaluate_embeddings(embeddings, data, output, which, as_json)
+        else:
+            assert run is not None
+            _evaluate_run(run, stage, split, as_json)
+
+
+def _evaluate_files(run: Path, qrels: Path | None, as_json: bool) -> None:
+    from elva.commands.evaluate import evaluate_files
+    from elva.errors import UserError
+
+    if qrels is None:
+        raise UserError("evaluate: --run must come with --qrels, got none; name the right answers")
+    figures = evaluate_files(run, qrels)
+    warnings = figures["ties"]
+    rows = [
+        f"{k:>14}  {v:.4f}" if isinstance(v, float) else f"{k:>14}  {v}"
+        for k, v in figures.items()
+        if k != "ties"
+    ]
+    say(figures, [*rows, *(f"warning: {line}" for line in warnings)], as_json)
+
+
+def _evaluate_embeddings(
+    embeddings: Path, data: Path | None, output: Path | None, which: dict[str, Any], as_json: bool
+) -> None:
+    from elva.commands.evaluate import evaluate_embeddings
+    from elva.errors import UserError
+    from elva.evaluation.protocol import table
+    from elva.progress import Bars
+
+    if data is None:
+        raise UserError("evaluate: --embeddings must come with --data, got none; name the data")
+    where = output or embeddings / f"evaluation-{which['split']}-{which['pools']}"
+    with Bars(err if as_json else out) as bars:
+        result = evaluate_embeddings(embeddings, data, where, **which, reporter=bars)
+    if as_json:
+        print(json.dumps(result))
+        return
+    out.print(table(result))
+    for line in result["ties"]:
+        out.print(f"warning: {line}", markup=False, soft_wrap=True)
+    for line in result["skipped"]:
+        out.print(f"skipped: {line}", markup=False, soft_wrap=True)
+    out.print(f"runs, qrels and figures: {where}", soft_wrap=True)
+
+
+def _evaluate_run(run: Path, stage: list[str] | None, split: str, as_json: bool) -> None:
+    quiet_libraries()
+    from elva.commands.evaluate import evaluate as measure
+    from elva.progress import Bars
+    from elva.report.report import as_json as figures
+    from elva.report.report import table
+    from elva.run import Run
+
+    opened = Run.open(run)
+    with Bars(err if as_json else out) as bars:
+        measure(opened, bars, stage or None, split=split)
+    if as_json:
+        print(json.dumps(figures(opened)))
+    else:
+        out.print(table(opened))

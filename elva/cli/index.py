@@ -1,0 +1,132 @@
+"""`elva index`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from elva.cli.console import (
+    AsJson,
+    one_line_errors,
+    say,
+)
+
+IndexArgument = Annotated[Path, typer.Argument(help="An index directory.", metavar="INDEX")]
+
+app = typer.Typer(help="Embeddings on disk, searched where they lie.", no_args_is_help=True)
+
+
+@app.command(
+    "build",
+    epilog="Examples:  elva index build my.index embeddings/mbeir_emoji_task0_cand_pool   |   "
+    "elva index build my.index --npy vectors.npy --ids ids.txt --model my-model",
+)
+def build(
+    index: IndexArgument,
+    embeddings: Annotated[
+        list[Path] | None, typer.Argument(help="Directories that elva embed wrote.")
+    ] = None,
+    npy: Annotated[Path | None, typer.Option(help="Or a [n, D] .npy file of any origin,")] = None,
+    ids: Annotated[Path | None, typer.Option(help="with its ids, one a line,")] = None,
+    model: Annotated[str | None, typer.Option(help="and the name of what made it.")] = None,
+    dtype: Annotated[str, typer.Option(help="What to store a .npy in.")] = "float16",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index that is there, in one step.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an index of embeddings; nothing is embedded and shards are linked, not copied."""
+    with one_line_errors():
+        from elva.commands import build_index as indexing
+
+        made = indexing.build(
+            index, embeddings or [], npy=npy, ids=ids, model=model, dtype=dtype, overwrite=overwrite
+        )
+        _say_index(made.info(), as_json)
+
+
+@app.command(
+    "add", epilog="Example:  elva index add my.index embeddings/more/mbeir_mine_task0_cand_pool"
+)
+def add(
+    index: IndexArgument,
+    embeddings: Annotated[list[Path], typer.Argument(help="Directories that elva embed wrote.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace items that are there already.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add embeddings; what is there is not written again."""
+    with one_line_errors():
+        from elva.commands import build_index as indexing
+
+        _say_index(indexing.add(index, embeddings, overwrite=overwrite).info(), as_json)
+
+
+@app.command("delete", epilog="Example:  elva index delete my.index 10:17 10:18")
+def delete(
+    index: IndexArgument,
+    ids: Annotated[list[str], typer.Argument(help="Ids of items.")],
+    as_json: AsJson = False,
+) -> None:
+    """Delete items; their bytes go when the index is built again."""
+    with one_line_errors():
+        from elva.index import Index
+
+        _say_index(Index(index, verify=False).delete(ids).info(), as_json)
+
+
+@app.command("info", epilog="Example:  elva index info my.index --json")
+def info(index: IndexArgument, as_json: AsJson = False) -> None:
+    """Print what an index holds and which model made it."""
+    with one_line_errors():
+        from elva.index import Index
+
+        _say_index(Index(index, verify=False).info(), as_json)
+
+
+@app.command("verify", epilog="Example:  elva index verify my.index")
+def verify(index: IndexArgument, as_json: AsJson = False) -> None:
+    """Read every byte of an index and compare it with its checksum."""
+    with one_line_errors():
+        from elva.index import Index
+
+        info = Index(index).info()
+        say(
+            {"whole": True, "bytes": info["bytes"]},
+            [f"{index}: {info['items']:,} items, {info['bytes']:,} bytes, every one as written"],
+            as_json,
+        )
+
+
+@app.command(
+    "export",
+    epilog="Examples:  elva index export my.index --to faiss-hnsw   |   "
+    "elva index export my.index --to milvus:items.db   |   "
+    "elva index export my.index --to milvus:http://localhost:19530",
+)
+def export(
+    index: IndexArgument,
+    to: Annotated[str, typer.Option(help="faiss-ivf, faiss-hnsw or milvus:URI.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make an approximate or a remote copy, for elva search --engine."""
+    with one_line_errors():
+        from elva.index import Index
+        from elva.index.engines import export
+
+        place = export(Index(index), to)
+        say({"engine": to, "place": place}, [f"{to}: {place}"], as_json)
+
+
+def _say_index(info: dict[str, Any], as_json: bool) -> None:
+    model = info["model"]
+    lines = [
+        f"{info['directory']}: {info['items']:,} items of {info['dim']} {info['dtype']}, "
+        f"{info['segments']} segments, {info['bytes']:,} bytes, {info['deleted']:,} deleted",
+        f"model: {model['name']} ({model['revision'][:12]}, {model['preprocessing'][:12]})",
+        "fields: " + ", ".join(f"{name} ({kind})" for name, kind in info["fields"].items()),
+    ]
+    say(info, lines, as_json)

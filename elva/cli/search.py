@@ -1,0 +1,83 @@
+"""`elva search`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elva.cli.console import (
+    AsJson,
+    err,
+    one_line_errors,
+    out,
+    quiet_libraries,
+)
+
+EXAMPLES = (
+    'Examples:  elva search runs/one "woman firefighter"   |   '
+    'elva search my.index "with dark skin tone" --image hand.png -k 5 --json   |   '
+    'elva search my.index "a dog" --where modality=image'
+)
+
+
+def search(
+    target: Annotated[
+        Path, typer.Argument(help="An index, or a run: its test pictures.", metavar="INDEX|RUN")
+    ],
+    query: Annotated[str, typer.Argument(help="What the item should show or say.")] = "",
+    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=VALUE (!= < <= > >=) of elva index info; all must hold."),
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="What to look for; the index's own by default.")
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Of a run, a stage or control; the last by default.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Where an index's model lies now, if it was moved.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Compare all of the index with its checksums first.")
+    ] = True,
+    engine: Annotated[
+        str, typer.Option(help="exact, or what was exported: faiss-ivf, faiss-hnsw, milvus:URI.")
+    ] = "exact",
+    sheet: Annotated[
+        Path | None, typer.Option(help="Contact sheet; search.png in the run by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best items for a text, a picture, or both."""
+    with one_line_errors():
+        quiet_libraries()
+        from elva.commands.search import condition, write_sheet
+        from elva.commands.search import search as find
+        from elva.index import Index
+        from elva.progress import Bars
+        from elva.run import Run
+
+        is_run = (target / "recipe.yaml").is_file()
+        opened = Run.open(target) if is_run else Index(target, verify=verify)
+        conditions = [condition(text) for text in where or []]
+        with Bars(err if as_json else out) as bars:
+            hits = find(
+                opened, query, k=k, stage=stage, image=image, where=conditions,
+                instruction=instruction, model=model, engine=engine, reporter=bars,
+            )  # fmt: skip
+        page = sheet or (target / "search.png" if is_run else None)
+        if page is not None:
+            write_sheet(hits, page, query)
+        if as_json:
+            print(json.dumps([hit.as_json() for hit in hits]))
+            return
+        for hit in hits:
+            out.print(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}", markup=False)
+        if page is not None:
+            out.print(f"contact sheet: {page}", soft_wrap=True)

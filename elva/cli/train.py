@@ -1,0 +1,117 @@
+"""`elva train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
+
+if TYPE_CHECKING:
+    from elva.run import Run
+
+
+EXAMPLES = (
+    "Examples:  elva train   |   elva train --seed 1 --output runs/one   |   "
+    "elva train --output runs/one --resume   |   elva train --recipe elva-2b --dry-run   |   "
+    "elva train --stages 3 --from runs/one --set stages.3.learning_rate=1e-4"
+)
+
+
+def train(
+    recipe: Annotated[str, typer.Option(help="emoji, smoke, elva-2b or elva-7b.")] = "emoji",
+    output: Annotated[
+        Path | None, typer.Option(help="Run directory; a fresh dated one under runs/ by default.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with recipe fields to change.")] = None,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change one field.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Only these, e.g. 3 or 2,3.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="Run to start the stages from.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many steps a stage.")] = None,
+    controls: Annotated[bool, typer.Option(help="Train what stage 3 is compared with.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the recipe, steps and memory; train nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train every stage of a recipe, evaluate after each, and write a report."""
+    with one_line_errors():
+        from elva.recipe import resolve
+
+        changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
+        if dry_run:
+            from elva.training.estimate import describe
+
+            _print_plan(describe(resolve(recipe, config, changes), limit), as_json)
+            return
+        quiet_libraries()
+        from elva.commands.train import train as run_stages
+        from elva.progress import Bars
+        from elva.run import Run
+
+        began = None if start_from is None else Run.open(start_from)
+        wanted = None if stages is None else stages.split(",")
+        run = _run_to_train(Run, recipe, output, config, changes, resume)
+        console = err if as_json else out
+        console.print(f"run directory: {run.directory}", soft_wrap=True)
+        with Bars(console) as bars:
+            run_stages(
+                run,
+                bars,
+                stages=wanted,
+                start_from=began,
+                limit=limit,
+                controls=controls,
+            )
+        from elva.report.report import as_json as figures
+        from elva.report.report import report, table
+
+        page = report(run)
+        if as_json:
+            print(json.dumps(figures(run)))
+        else:
+            out.print(table(run))
+            out.print(f"report: {page}", soft_wrap=True)
+
+
+def _run_to_train(
+    kind: type[Run],
+    recipe: str,
+    output: Path | None,
+    config: Path | None,
+    changes: list[str],
+    resume: bool,
+) -> Run:
+    from elva.errors import UserError
+    from elva.recipe import resolve
+
+    if not resume:
+        return kind.create(output, resolve(recipe, config, changes))
+    if output is None:
+        raise UserError("train: --resume must name the run; pass --output RUN too")
+    if config is not None or changes:
+        raise UserError(
+            "train: --resume goes on with the run's own recipe, got --config, --set or --seed; "
+            "leave them out or start a new run"
+        )
+    return kind.open(output)
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan))
+        return
+    import yaml
+
+    out.print(yaml.safe_dump(plan, sort_keys=False, width=100), markup=False, end="")
