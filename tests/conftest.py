@@ -1,6 +1,12 @@
-"""Settings of every test: fixed randomness, and uninitialised memory that shows."""
+"""Settings of every test: fixed randomness, uninitialised memory that shows, and two tiers.
 
+A test marked `thorough` runs with `--thorough`; of all of them `--thorough-share 2/7` runs those
+whose node ids fall into share 2 of 7, so that shares 0 to 6 together run each of them once.
+"""
+
+import argparse
 import os
+import zlib
 
 import hypothesis
 import pytest
@@ -11,19 +17,53 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+LEFT_OUT = pytest.StashKey[int]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--benchmark", action="store_true", help="Measure the ops: run benchmarks/ and no tests."
     )
+    parser.addoption("--thorough", action="store_true", help="Run the tests marked `thorough` too.")
+    parser.addoption(
+        "--thorough-share", type=share, metavar="I/N", help="Run share I of N of those tests."
+    )
+
+
+def share(text: str) -> tuple[int, int]:
+    """I and N of `I/N`, 0 <= I < N."""
+    number, _, shares = text.partition("/")
+    if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise argparse.ArgumentTypeError(f"must read I/N with 0 <= I < N, got {text!r}")
+    return int(number), int(shares)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: long; run by --thorough and --thorough-share")
     if config.getoption("--benchmark"):
         if config.args_source is pytest.Config.ArgsSource.ARGS:
             raise pytest.UsageError("--benchmark: takes no paths; choose a benchmark with -k")
         config.args = [str(config.rootpath / "benchmarks")]
         config.addinivalue_line("python_files", "bench_*.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    number, shares = config.getoption("--thorough-share") or (0, 0)
+    left_out = {
+        item
+        for item in items
+        if item.get_closest_marker("thorough")
+        and not config.getoption("--thorough")
+        and not (shares and zlib.crc32(item.nodeid.encode()) % shares == number)
+    }
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+    config.stash[LEFT_OUT] = len(left_out)
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    return [f"left to --thorough: {config.stash[LEFT_OUT]} tests"] if config.stash[LEFT_OUT] else []
 
 
 @pytest.fixture(autouse=True)
