@@ -123,21 +123,17 @@ def test_public_names_exist_and_are_documented():
 
 
 def test_importing_the_kernels_is_light(tmp_path):
-    """Under 0.3 s beyond torch's own import (best of three), and no heavy package comes along."""
+    """Beyond numpy and torch it loads its own files and those of the standard library alone."""
     script = (
-        "import sys, time, numpy, torch; start = time.perf_counter(); import elva_kernels;"
-        "print(time.perf_counter() - start);"
-        "print(*sorted({'triton', 'transformers', 'elva', 'peft'} & set(sys.modules)))"
+        "import sys, numpy, torch; before = {*sys.modules}; import elva_kernels;"
+        "print(*({*sys.modules} - before))"
     )
-    seconds = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        took, *heavy = done.stdout.split()
-        seconds.append(float(took))
-        assert not heavy
-    assert min(seconds) < 0.3
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "elva_kernels" in loaded
+    assert loaded <= {"elva_kernels", *sys.stdlib_module_names}
 
 
 def test_readme_shows_the_table_of_ops_and_backends():
