@@ -27,7 +27,7 @@ NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
   -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -isystem {python} -isystem {pybind11} {CXXFLAGS}
 nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills,-Werror $
-  -Werror all-warnings {gencode}
+  -Werror all-warnings --threads 0 {gencode}
 rule cxx
   command = {cxx} -MMD -MF $out.d $cxxflags $extra -c $in -o $out
   depfile = $out.d

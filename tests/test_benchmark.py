@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -23,6 +25,7 @@ def test_the_benchmarks_print_their_report():
         assert f"1x10x64 bf16 {provider}" in report
 
 
+@pytest.mark.thorough
 def test_the_option_collects_benchmarks_alone_and_without_it_there_are_none():
     code, text = pytest_says("--benchmark", "--collect-only", "-q")
     assert code == 0, text[-3000:]

@@ -33,11 +33,15 @@ def run(monkeypatch, *arguments):
 
 
 @needs_cpu
-def test_dry_run_is_green(monkeypatch, capsys):
-    assert run(monkeypatch, "--dry-run") == 0
+@pytest.mark.parametrize(
+    ("only", "checks", "not_run"),
+    [("search", 4, 0), pytest.param("", 24, 6, marks=pytest.mark.thorough)],
+)
+def test_dry_run_is_green(monkeypatch, capsys, only, checks, not_run):
+    assert run(monkeypatch, "--dry-run", "--only", only) == 0
     told = capsys.readouterr().out
-    assert "24 checks, 0 red" in told
-    assert told.count("not run: it needs a GPU") == 6
+    assert f"\n{checks} checks, 0 red" in told
+    assert told.count("not run: it needs a GPU") == not_run
     for provider in ("reward 4x102x64 bf16 ours, cpu", "host time of a call"):
         assert provider in told
 

@@ -1,6 +1,10 @@
-"""A corpus of a few hundred emoji and a model that trains in seconds."""
+"""A corpus of a few hundred emoji and a model that trains in seconds, each made once a session."""
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +22,28 @@ def number(identifier: str) -> int:
     return int(identifier.split(":")[1]) % 100_000
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELVA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(_cache_of_the_session: None) -> Path:
+    """The embedded corpus as a whole."""
+    return emoji.cached()
+
+
+@pytest.fixture(scope="session")
+def corpus(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first rows of the embedded corpus, in its own layout."""
-    whole = emoji.cached(64)
     root = tmp_path_factory.mktemp("corpus") / "emoji"
     root.mkdir()
-    (root / "mbeir_images").symlink_to(whole / "mbeir_images")
+    (root / "mbeir_images").symlink_to(drawn / "mbeir_images")
     kept_queries: set[str] = set()
-    for path in sorted(whole.rglob("*")):
+    for path in sorted(drawn.rglob("*")):
         if not path.is_file() or path.suffix == ".png" or "task4" in path.name:
             continue
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -43,7 +60,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines = [line for line in lines if number(line.split()[2]) < KEPT]
         elif path.name == "manifest.json":
             continue
-        write(root / path.relative_to(whole), lines)
+        write(root / path.relative_to(drawn), lines)
     for name in ("grains.jsonl", "minimal_pairs.jsonl"):
         rows = [json.loads(line) for line in (root / name).read_text("utf-8").splitlines()]
         rows = [r for r in rows if r.get("qid", r.get("did")) in kept_queries]
@@ -86,3 +103,25 @@ def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def recipe(recipe_file: Path) -> Recipe:
     return resolve("smoke", recipe_file)
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-c", "from elva.cli import app; app()", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of that recipe which nobody disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    arguments = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
+    done = subprocess.run(
+        command("train", *arguments), env=environment(), capture_output=True, text=True,
+        cwd=run.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "t→i" in done.stdout
+    return run

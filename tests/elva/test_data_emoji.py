@@ -30,22 +30,8 @@ NAMES = {name.text: name for name in QUALIFIED.values()}
 
 
 @pytest.fixture(scope="module")
-def builds(tmp_path_factory):
-    """The corpus from the cache, and the same written elsewhere by another process meanwhile."""
-    folder = tmp_path_factory.mktemp("builds")
-    command = "import sys; from elva.data import emoji; emoji.write(sys.argv[1])"
-    other = subprocess.Popen([sys.executable, "-c", command, str(folder / "written")])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ELVA_CACHE", str(folder / "cache"))
-        root = corpus.cached()
-        assert corpus.cached() == root
-    assert other.wait(timeout=300) == 0
-    return root, folder / "written"
-
-
-@pytest.fixture(scope="module")
-def root(builds):
-    return builds[0]
+def root(drawn):
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -389,11 +375,17 @@ def test_hard_negatives_are_of_the_same_entity(splits):
 # On disk
 
 
-def test_write_and_read_back_is_identical(builds):
-    """Two builds give the same bytes, and reading gives what was written."""
-    root, written = builds
+@pytest.mark.thorough
+def test_another_process_writes_the_same_bytes(root, tmp_path):
+    written = tmp_path / "written"
+    command = "import sys; from elva.data import emoji; emoji.write(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", command, str(written)], check=True, timeout=300)
     assert cache._hashes(written) == cache._hashes(root)
     assert corpus.summary(written) == corpus.summary(root)
+
+
+def test_reading_gives_what_was_written(root):
+    assert corpus.cached() == root
     rows = [
         json.loads(line)
         for path in sorted((root / "query" / "test").glob("*.jsonl"))

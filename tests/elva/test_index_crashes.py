@@ -1,7 +1,7 @@
 """Whatever happens while an index is written: it is the old one or the new one, and says so when
 it is neither.
 
-`pytest tests/elva/test_index_crashes.py -s` prints the figures that the README quotes.
+`pytest --thorough tests/elva/test_index_crashes.py -s` prints the figures that the README quotes.
 """
 
 import errno
@@ -20,7 +20,6 @@ from elva.index import Index
 from elva.model.identity import Identity
 
 MODEL = Identity("a model", "revision", "preprocessing")
-KILLS, FLIPS = 200, 10_000
 CALLS = ("open", "write", "pwrite", "fsync", "replace", "link")
 
 
@@ -56,7 +55,8 @@ def more(tmp_path):
     return index.segments[0].path
 
 
-def test_killed_at_any_moment_it_is_the_old_or_the_new_index(tmp_path, more):
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.thorough)])
+def test_killed_at_any_moment_it_is_the_old_or_the_new_index(tmp_path, more, kills):
     path, wanted, draw = tmp_path / "index", tmp_path / "wanted", random.Random(0)
     seen = Counter()
     began = time.perf_counter()
@@ -64,7 +64,7 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new_index(tmp_path, more):
     shutil.copytree(path, wanted)
     changes(wanted, 1, more)
     duration = max(0.005, time.perf_counter() - began) * 1.5
-    for step in range(KILLS):
+    for step in range(kills):
         old = content(path) if step else {}
         shutil.rmtree(wanted)
         if step:
@@ -95,9 +95,9 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new_index(tmp_path, more):
             assert content(path) == new
         assert not list(path.rglob("*.partial"))
     print(
-        f"\n{KILLS} kills while indexing: {seen['old']} left the old index, {seen['new']} the new"
+        f"\n{kills} kills while indexing: {seen['old']} left the old index, {seen['new']} the new"
     )
-    assert min(seen["old"], seen["new"]) > KILLS // 20
+    assert min(seen["old"], seen["new"]) > kills // 20
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -146,7 +146,8 @@ def test_every_write_that_fails_leaves_the_old_or_the_new_index(
     assert tried > 20
 
 
-def test_every_flipped_byte_is_found(tmp_path, more):
+@pytest.mark.parametrize("flips", [2_000, pytest.param(10_000, marks=pytest.mark.thorough)])
+def test_every_flipped_byte_is_found(tmp_path, more, flips):
     path, draw = tmp_path / "index", random.Random(1)
     changes(path, 0, more)
     changes(path, 1, more)
@@ -154,7 +155,7 @@ def test_every_flipped_byte_is_found(tmp_path, more):
     files = [p for p in path.rglob("*") if p.is_file() and p.stat().st_size]
     assert len(files) == 3
     sizes = [p.stat().st_size for p in files]
-    for number in range(FLIPS):
+    for number in range(flips):
         file = draw.randrange(3)
         # One in four where the structure lies, in the first page or the last.
         edge = draw.choice((0, max(0, sizes[file] - 4096)))
@@ -171,4 +172,4 @@ def test_every_flipped_byte_is_found(tmp_path, more):
             stream.write(bytes([old]))
         assert "\n" not in str(caught.value) and str(files[file].name) in str(caught.value), at
     Index(path)
-    print(f"\n{FLIPS} of {FLIPS} flipped bytes detected")
+    print(f"\n{flips} of {flips} flipped bytes detected")

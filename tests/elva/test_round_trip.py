@@ -27,10 +27,8 @@ def call(*words: object, code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("round") / "run"
-    call("train", "--recipe", "smoke", "--config", recipe_file, "--output", directory)
-    return directory
+def run(finished: Path) -> Path:
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -261,15 +259,25 @@ def test_a_killed_embedding_goes_on(run, corpus, embeddings, tmp_path) -> None:
     assert "its own model, data and options" in call(*words[:-1], 50, "--resume", code=2)
 
 
-def test_processes_share_the_shards(run, corpus, tmp_path) -> None:
+@pytest.mark.parametrize("by", ["variables", pytest.param("torchrun", marks=pytest.mark.thorough)])
+def test_processes_share_the_shards(by, run, corpus, tmp_path, monkeypatch) -> None:
+    """As torchrun starts them; by default its variables alone, one process after the other."""
     output = tmp_path / "embeddings"
-    words = [str(w) for w in ("elva", "embed", run, "--data", corpus, "--output", output, "--task",
+    words = [str(w) for w in ("embed", run, "--data", corpus, "--output", output, "--task",
                               "t2i", "--sides", "pools", "--shard-size", 60)]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run(
-        [*torchrun, "-m", *words], check=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    if by == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        subprocess.run(
+            [sys.executable, *torchrun, "-m", "elva", *words], check=True, timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    else:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        call(*words)
+        assert Embeddings.open(output / "mbeir_emoji_task0_cand_pool").missing
+        monkeypatch.setenv("RANK", "1")
+        call(*words)
     found = Embeddings.open(output / "mbeir_emoji_task0_cand_pool")
     assert not found.missing and len(found.ids) == found.items
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from elva.commands.train import train
 from elva.errors import UserError
 from elva.recipe import Recipe, resolve
 from elva.run import Run
+from tests.elva.conftest import command, environment
 
 
 class Silent:
@@ -36,28 +36,6 @@ class Silent:
 def weights(run: Path) -> dict[str, str]:
     files = sorted(run.glob("*/model/model.safetensors"))
     return {f.parts[-3]: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-c", "from elva.cli import app; app()", *words]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    arguments = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
-    done = subprocess.run(
-        command("train", *arguments), env=environment(), capture_output=True, text=True,
-        cwd=run.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "t→i" in done.stdout
-    return run
 
 
 def test_run_directory_is_complete(finished: Path) -> None:
@@ -100,14 +78,22 @@ def test_evaluate_repeats_the_table(finished: Path) -> None:
     assert Run.open(finished).read("2", "evaluation.json")["figures"] == before
 
 
-def test_killed_in_every_stage_and_resumed_gives_the_same_bits(
-    finished: Path, recipe_file: Path, tmp_path: Path
+KILLED = [("0", 20), ("1", 1), ("2", 2), ("3", 3), ("infonce", 1)]
+
+
+@pytest.mark.parametrize(
+    "killed",
+    [KILLED[::3], pytest.param(KILLED, marks=pytest.mark.thorough)],
+    ids=["two stages", "every stage"],
+)
+def test_killed_and_resumed_gives_the_same_bits(
+    killed: list[tuple[str, int]], finished: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "killed"
     start = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
     resume = ("--output", str(run), "--resume")
     words: tuple[str, ...] = start
-    for stage, step in (("0", 20), ("1", 1), ("2", 2), ("3", 3), ("infonce", 1)):
+    for stage, step in killed:
         process = subprocess.Popen(
             command("train", *words), env=environment(), cwd=tmp_path,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

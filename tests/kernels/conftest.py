@@ -1,5 +1,6 @@
 """Fixtures of the kernel tests."""
 
+import collections
 import importlib
 import importlib.util
 import os
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from elva_kernels import doctor
 from elva_kernels.backends.cuda import in_batch, launch
 from elva_kernels.backends.table import BACKENDS
 from tests.kernels import selections
-from tests.kernels.cases import INTERPRETED, ON_FIBERS
+from tests.kernels.cases import INTERPRETED, ON_FIBERS, on_diagonal
 
 
 def pytest_configure(config):
@@ -36,6 +38,26 @@ def pytest_configure(config):
         version=None,
         by_name_only=True,
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test's cases on every CPU level, the diagonal by default and the product thorough.
+
+    A case is the test's other parameters; where they are few, every level has all of them.
+    """
+    levels = [f"cpu:{level}" for level in doctor().native.get("levels", ())]
+    cases = collections.defaultdict(list)
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if backend in levels:
+            cases[item.path, item.originalname, backend].append(item)
+    for (*_, backend), found in cases.items():
+        for case, item in enumerate(found):
+            if len(found) >= len(levels) and not on_diagonal(
+                case, levels.index(backend), len(levels)
+            ):
+                item.add_marker("thorough")
 
 
 @pytest.fixture(scope="session", autouse=INTERPRETED)

@@ -1,5 +1,6 @@
 """The compiled module as a guest: threads, forks, exits, CPU levels, sanitizers, its build."""
 
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sysconfig
 import tempfile
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ LEVEL_FLAGS = {
     "avx512bf16": f"{AVX512} -mavx512bf16",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 
 needs_native = pytest.mark.skipif(
     boundary.unavailable_reason() is not None, reason=str(boundary.unavailable_reason())
@@ -188,7 +191,8 @@ def test_a_data_loader_worker_computes_the_parents_bits(threads):
 
 
 @needs_native
-def test_the_interpreter_exits_while_the_pool_works():
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.thorough)])
+def test_the_interpreter_exits_while_the_pool_works(times):
     program = """
         import threading, time, torch
         from elva_kernels.backends.cpu import reward as cpu
@@ -208,16 +212,20 @@ def test_the_interpreter_exits_while_the_pool_works():
         time.sleep(0.2)
         print("leaving")
     """
-    for _ in range(3):
+    for _ in range(times):
         done = run_python(program)
         assert (done.returncode, done.stdout) == (0, "leaving\n"), done.stderr
 
 
 @needs_native
-def test_every_level_of_this_cpu_can_be_forced():
+@pytest.mark.parametrize(
+    "which",
+    [slice(-1, None), pytest.param(slice(None), marks=pytest.mark.thorough)],
+    ids=["one", "every"],
+)
+def test_every_level_of_this_cpu_can_be_forced(which):
     program = "from elva_kernels.backends import boundary; print(boundary.describe()['level'])"
-    assert "plain" in boundary.describe()["levels"]
-    for level in boundary.describe()["levels"]:
+    for level in boundary.describe()["levels"][which]:
         assert run_python(program, ELVA_KERNELS_CPU_LEVEL=level).stdout == f"{level}\n"
 
 
@@ -293,8 +301,11 @@ def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
     assert int(done.stdout) < 0.01 * 64 * 102 * 1536 * 4
 
 
-def compile_driver(folder, sanitizer):
-    """tests/kernels/native_driver.cpp and csrc/cpu under `sanitizer`: the program's path."""
+def compile_driver(folder, sanitizer, beyond_plain):
+    """tests/kernels/native_driver.cpp and csrc/cpu under `sanitizer`: the program's path.
+
+    `beyond_plain` are more flags of the levels above "plain".
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the sanitizers are tested with g++, which is not installed")
@@ -305,12 +316,14 @@ def compile_driver(folder, sanitizer):
     sources.append(("", ROOT / "tests/kernels/native_driver.cpp"))
     for level in LEVELS if X86 else ("plain",):  # the driver links all; it runs what this CPU has
         extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
+        extra += "" if level == "plain" else f" {beyond_plain}"
         sources += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]
-    objects = []
+    objects, commands = [], []
     for i, (extra, source) in enumerate(sources):
         objects.append(str(folder / f"{i}.o"))
-        command = [compiler, *flags, *extra.split(), "-c", str(source), "-o", objects[-1]]
-        subprocess.run(command, check=True)
+        commands.append([compiler, *flags, *extra.split(), "-c", str(source), "-o", objects[-1]])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(functools.partial(subprocess.run, check=True), commands))
     program = folder / "driver"
     subprocess.run([compiler, *flags, *objects, "-o", str(program)], check=True)
     return program
@@ -318,12 +331,16 @@ def compile_driver(folder, sanitizer):
 
 @needs_native
 @pytest.mark.parametrize(
-    "sanitizer",
-    ["-fsanitize=address,undefined -fno-sanitize-recover=all", "-fsanitize=thread"],
-    ids=["address-undefined", "thread"],
+    ("sanitizer", "beyond_plain"),
+    [
+        # Checks of undefined behaviour take most of the compiler's time: by default at one level.
+        pytest.param(ADDRESS_UNDEFINED, "-fno-sanitize=undefined", id="undefined-of-plain"),
+        pytest.param(ADDRESS_UNDEFINED, "", id="undefined", marks=pytest.mark.thorough),
+        pytest.param("-fsanitize=thread", "", id="thread"),
+    ],
 )
-def test_sanitizers_are_silent(tmp_path, sanitizer):
-    program = compile_driver(tmp_path, sanitizer)
+def test_sanitizers_are_silent(tmp_path, sanitizer, beyond_plain):
+    program = compile_driver(tmp_path, sanitizer, beyond_plain)
     for level in boundary.describe()["levels"]:
         done = subprocess.run(
             [program],
