@@ -22,6 +22,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ASKED = "ELVA_TEST_SESSION"  # the key in SESSIONS
+PART = "ELVA_TEST_PART"  # I/N: every Nth of the chosen tests from the Ith, 0 <= I < N
 REPORT = "ELVA_TEST_REPORT"  # the file that the session writes
 
 
@@ -122,6 +123,8 @@ class Plugin:
     def pytest_collection_modifyitems(self, config, items):
         whole = not any("::" in argument for argument in config.args)  # else clauses lie idle
         kept = select(self.session, items, config.getoption("--thorough"), whole)
+        number, parts = map(int, os.environ.get(PART, "0/1").split("/"))
+        kept = kept[number::parts]
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = kept
@@ -142,6 +145,16 @@ def place(file: str) -> str:
     """`file.py`, or of `file::test` its node id."""
     stem, colons, test = file.partition("::")
     return f"{stem}.py{colons}{test}"
+
+
+def in_parts(session: Session) -> list[tuple[str, str]]:
+    """(file, part): of a file with numbers four, that no share of the thorough be too long."""
+    return [
+        (file, f"{number}/{parts}")
+        for file in session.files
+        for parts in (4 if file in NUMERIC else 1,)
+        for number in range(parts)
+    ]
 
 
 def check_dtypes(found: list[list[str]], session: Session, dtypes) -> None:
@@ -186,6 +199,8 @@ THREADS = [
     *cases("test_topk::test_bits_do_not_depend_on_the_number_of_threads"),
     *cases("test_infonce::test_any_number_of_threads_gives_the_same_bits"),
 ]
+CHUNKS = cases("test_infonce::test_workspace_changes_no_loss")
+HEADS = cases("test_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
 COMPILED = [
     *cases("test_reward_torch::test_compiles_without_a_graph_break"),
     *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
@@ -219,6 +234,7 @@ SESSIONS = {
                 *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
             ],
             "torch's threads, which fibers do not use": THREADS,
+            "millions of scores, which take minutes": CHUNKS,
         },
         thorough=LONG,
     ),
@@ -227,10 +243,7 @@ SESSIONS = {
         contract=(*GROUPED, "test_reward_scores", *IN_BATCH, "test_topk", "test_mutants"),
         never={
             "torch's threads, which the interpreter does not use": THREADS,
-            "millions of scores, each an hour's step": [
-                *cases("test_infonce::test_workspace_changes_no_loss"),
-                *cases("test_statistics::test_many_heads_take_more_than_what_memory_is_kept_of"),
-            ],
+            "millions of scores, which take hours": [*CHUNKS, *HEADS],
         },
         thorough=LONG
         | {

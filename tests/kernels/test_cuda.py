@@ -82,9 +82,10 @@ def test_contract_on_fibers(module, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("file", FIBERS.files)
-def test_whole_contract_on_fibers(module, tmp_path, file):
-    selections.run("fibers", [file], tmp_path, "--thorough", ELVA_TEST_CUDA_HOST=str(module))
+@pytest.mark.parametrize(("file", "part"), selections.in_parts(FIBERS))
+def test_whole_contract_on_fibers(module, tmp_path, file, part):
+    environment = {"ELVA_TEST_CUDA_HOST": str(module), selections.PART: part}
+    selections.run("fibers", [file], tmp_path, "--thorough", **environment)
 
 
 @pytest.mark.parametrize("tier", [(), pytest.param(("--thorough",), marks=pytest.mark.thorough)])
