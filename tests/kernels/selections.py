@@ -2,14 +2,15 @@
 
 Such a session is a process of its own: the CUDA kernels' bodies on fibers, or Triton interpreted.
 A test is named by its function and by the values of its parameters, never by a part of its id. By
-default each test runs as often as each value of each of its parameters needs; with --thorough in
-every case.
+default each test runs as often as each value of each of its parameters needs, of the dtypes one but
+in the tests of an op's numbers; with --thorough it runs in every case.
 """
 
 import json
 import os
 import subprocess
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ASKED = "ELVA_TEST_SESSION"  # the key in SESSIONS
+PART = "ELVA_TEST_PART"  # I/N: every Nth of the chosen tests from the Ith, 0 <= I < N
 REPORT = "ELVA_TEST_REPORT"  # the file that the session writes
 
 
@@ -70,17 +72,29 @@ def test_of(item: pytest.Item) -> str:
 
 
 def every_value_once(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Few cases of each test, among them every value of each of its parameters."""
-    missing = defaultdict(set)
-    values = {}
+    """Few cases of each test, among them every value of each of its parameters.
+
+    Of `dtype` only where it is a backend's own and for the `NUMBERS`: of the rest of the contract
+    each test takes one, and not all the same.
+    """
+    tests, taken = defaultdict(list), set()
     for item in items:
-        values[item] = {(name, str(value)) for name, value in parameters(item).items()} or {None}
-        missing[test_of(item)] |= values[item]
-    taken = set()
-    for test, left in missing.items():
-        of_test = [item for item in items if test_of(item) == test]
+        tests[test_of(item)].append(item)
+    for test, of_test in tests.items():
+        turn = zlib.crc32(test.encode()) % len(of_test)
+        one_dtype = "backend" in parameters(of_test[0]) and test not in NUMBERS
+        values = {
+            item: {
+                (name, str(value))
+                for name, value in parameters(item).items()
+                if not (one_dtype and name == "dtype")
+            }
+            or {None}
+            for item in of_test[turn:] + of_test[:turn]
+        }
+        left = set().union(*values.values())
         while left:
-            best = max(of_test, key=lambda item: len(values[item] & left))
+            best = max(values, key=lambda item: len(values[item] & left))
             taken.add(best)
             left -= values[best]
     return [item for item in items if item in taken]
@@ -122,11 +136,13 @@ class Plugin:
     def pytest_collection_modifyitems(self, config, items):
         whole = not any("::" in argument for argument in config.args)  # else clauses lie idle
         kept = select(self.session, items, config.getoption("--thorough"), whole)
+        number, parts = map(int, os.environ.get(PART, "0/1").split("/"))
+        kept = kept[number::parts]
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = kept
         self.selected = [
-            (item.nodeid, item.path.stem, str(parameters(item).get("dtype"))) for item in kept
+            (item.nodeid, test_of(item), str(parameters(item).get("dtype"))) for item in kept
         ]
 
     def pytest_runtest_logreport(self, report):
@@ -144,15 +160,25 @@ def place(file: str) -> str:
     return f"{stem}.py{colons}{test}"
 
 
+def in_parts(session: Session) -> list[tuple[str, str]]:
+    """(file, part): of a file with numbers four, that no share of the thorough be too long."""
+    return [
+        (file, f"{number}/{parts}")
+        for file in session.files
+        for parts in (4 if any(test.startswith(f"{file}::") for test in NUMBERS) else 1,)
+        for number in range(parts)
+    ]
+
+
 def check_dtypes(found: list[list[str]], session: Session, dtypes) -> None:
-    """Each file whose numbers depend on a dtype has run in each that the backend takes."""
-    ran = {(file, dtype) for _, file, dtype in found}
-    numeric = [file for file in NUMERIC if file in session.files]
-    assert ran >= {(file, str(dtype)) for file in numeric for dtype in dtypes}
+    """The numbers of each op have run in each dtype that the backend takes."""
+    ran = {(test, dtype) for _, test, dtype in found}
+    numbers = [test for test in NUMBERS if test.split("::")[0] in session.files]
+    assert ran >= {(test, str(dtype)) for test in numbers for dtype in dtypes}
 
 
 def run(name: str, files, folder: Path, *options: str, **environment: str) -> list[list[str]]:
-    """A session on these files: its selected tests, [id, file, dtype] each, all of them passed."""
+    """A session on these files: its selected tests, [id, test, dtype] each, all of them passed."""
     report = folder / f"{name}.json"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
     command += ["--maxfail=9", *options, *(str(HERE / place(file)) for file in files)]
@@ -170,14 +196,14 @@ def run(name: str, files, folder: Path, *options: str, **environment: str) -> li
     return found["selected"]
 
 
-NUMERIC = (
-    "test_reward",
-    "test_reward_scores",
-    "test_statistics",
-    "test_in_batch_reward",
-    "test_infonce",
-    "test_topk",
-)
+NUMBERS = {
+    "test_reward::test_values_and_gradients",
+    "test_reward_scores::test_values_and_gradients",
+    "test_statistics::test_values",
+    "test_in_batch_reward::test_reward",
+    "test_infonce::test_values_and_gradients",
+    "test_topk::test_scores_and_order_against_float64",
+}
 GROUPED = ("test_reward", "test_reward_torch", "test_reward_properties")
 IN_BATCH = ("test_statistics", "test_in_batch_reward", "test_infonce", "test_infonce_torch")
 F64 = torch.float64
@@ -186,6 +212,8 @@ THREADS = [
     *cases("test_topk::test_bits_do_not_depend_on_the_number_of_threads"),
     *cases("test_infonce::test_any_number_of_threads_gives_the_same_bits"),
 ]
+CHUNKS = cases("test_infonce::test_workspace_changes_no_loss")
+HEADS = cases("test_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
 COMPILED = [
     *cases("test_reward_torch::test_compiles_without_a_graph_break"),
     *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
@@ -219,27 +247,40 @@ SESSIONS = {
                 *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
             ],
             "torch's threads, which fibers do not use": THREADS,
+            "millions of scores, which take minutes": CHUNKS,
         },
-        thorough=LONG,
+        thorough=LONG
+        | {
+            "sizes that take seconds": [
+                *cases(
+                    "test_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands", b=13
+                ),
+                *cases(
+                    "test_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands", b=50
+                ),
+            ],
+        },
     ),
     "interpreter": Session(
         own="triton_interpreted",
         contract=(*GROUPED, "test_reward_scores", *IN_BATCH, "test_topk", "test_mutants"),
         never={
             "torch's threads, which the interpreter does not use": THREADS,
-            "millions of scores, each an hour's step": [
-                *cases("test_infonce::test_workspace_changes_no_loss"),
-                *cases("test_statistics::test_many_heads_take_more_than_what_memory_is_kept_of"),
-            ],
+            "millions of scores, which take hours": [*CHUNKS, *HEADS],
         },
         thorough=LONG
         | {
             "sizes that take seconds": [
+                *cases("test_reward::test_masked_rows_are_never_read", n=70),
+                *cases("test_topk::test_copies_of_a_row_tie_wherever_they_are", dim=1536),
+                *cases("test_statistics::test_any_batch_agrees_with_its_own_scores"),
                 *cases("test_reward_scores::test_values_and_gradients", shape=(2, 1000)),
                 *cases("test_reward_scores::test_values_and_gradients", shape=(3, 101)),
                 *cases("test_statistics::test_values", b=40),
+                *cases("test_statistics::test_values", b=17),
                 *cases("test_in_batch_reward::test_reward", b=19),
                 *cases("test_infonce::test_values_and_gradients", b=40),
+                *cases("test_infonce::test_values_and_gradients", b=17),
             ],
         },
     ),

@@ -46,6 +46,8 @@ def build(folder, *flags):
     assert [x.wait() for x in running] == [0] * len(sources)
     objects = [str(folder / f"{i}.o") for i in range(len(sources))]
     subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(module)], check=True)
+    for made in objects:
+        Path(made).unlink()
     known.write_text(origin)
     return module
 
@@ -76,22 +78,33 @@ def module(home):
     return build(home("cuda_host"))
 
 
+@pytest.fixture(scope="session")
+def sanitized(home):
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    return build(home("cuda_host_sanitized"), *flags)
+
+
 def test_contract_on_fibers(module, tmp_path):
     found = selections.run("fibers", FIBERS.files, tmp_path, ELVA_TEST_CUDA_HOST=str(module))
     selections.check_dtypes(found, FIBERS, cuda.DTYPES)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("file", FIBERS.files)
-def test_whole_contract_on_fibers(module, tmp_path, file):
-    selections.run("fibers", [file], tmp_path, "--thorough", ELVA_TEST_CUDA_HOST=str(module))
+@pytest.mark.parametrize(("file", "part"), selections.in_parts(FIBERS))
+def test_whole_contract_on_fibers(module, tmp_path, file, part):
+    environment = {"ELVA_TEST_CUDA_HOST": str(module), selections.PART: part}
+    selections.run("fibers", [file], tmp_path, "--thorough", **environment)
 
 
-@pytest.mark.parametrize("tier", [(), pytest.param(("--thorough",), marks=pytest.mark.thorough)])
-def test_address_sanitizer_is_silent(home, tmp_path, tier):
+@pytest.mark.parametrize(
+    "tier",
+    [
+        pytest.param((), id="quick"),
+        pytest.param(("--thorough",), id="thorough", marks=pytest.mark.thorough),
+    ],
+)
+def test_address_sanitizer_is_silent(sanitized, tmp_path, tier):
     """Of the kernels' bodies, on blocks of exactly the memory that they ask for."""
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    module = build(home("cuda_host_sanitized"), *flags)
     runtimes = [
         subprocess.run(
             ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -99,7 +112,7 @@ def test_address_sanitizer_is_silent(home, tmp_path, tier):
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = {
-        "ELVA_TEST_CUDA_HOST": str(module),
+        "ELVA_TEST_CUDA_HOST": str(sanitized),
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",
     }

@@ -29,9 +29,10 @@ def test_contract_in_the_interpreter(tmp_path):
 @needs_triton
 @pytest.mark.thorough
 @pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreted session")
-@pytest.mark.parametrize("file", INTERPRETER.files)
-def test_whole_contract_in_the_interpreter(tmp_path, file):
-    selections.run("interpreter", [file], tmp_path, "--thorough", TRITON_INTERPRET="1")
+@pytest.mark.parametrize(("file", "part"), selections.in_parts(INTERPRETER))
+def test_whole_contract_in_the_interpreter(tmp_path, file, part):
+    environment = {"TRITON_INTERPRET": "1", selections.PART: part}
+    selections.run("interpreter", [file], tmp_path, "--thorough", **environment)
 
 
 def calls(path, name):
