@@ -21,7 +21,7 @@ from elva.evaluation.grains import figures as measure
 from elva.evaluation.grains import minimal_pair_recall, probe
 from elva.files import write_text
 from elva.model.encoder import Encoder
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 from elva.report import charts
 
 DELTA = 0.05
@@ -42,7 +42,7 @@ def grains(
     task: str = "t2i",
     limit: int | None = None,
     delta: float = DELTA,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Probe one or more models, such as a checkpoint before and after.
 
@@ -72,17 +72,15 @@ def grains(
     for title, encoder in models:
 
         def encode(items: Sequence[Any], encoder: Encoder = encoder) -> torch.Tensor:
-            return encoder(items, None if reporter is None else reporter.advance).embeddings
+            return encoder(items, reporter.advance).embeddings
 
-        if reporter is not None:
-            reporter.start(f"{title}: grains", None, "items")
+        reporter.start(f"{title}: grains", None, "items")
         asked = encode(queries)
         probes = probe(queries, asked, encode)
         figures = measure(probes, delta)
         figures["minimal_pair_recall_at_1"] = minimal_pair_recall(dataset, queries, asked, encode)
         found["models"][title] = figures
-        if reporter is not None:
-            reporter.finish("")
+        reporter.finish("")
     write_text(output / FIGURES, json.dumps(found, indent=1) + "\n")
     _draw(output, found["models"])
     return found

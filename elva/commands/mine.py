@@ -25,7 +25,7 @@ from elva.errors import UserError
 from elva.files import write_directory
 from elva.index import Found
 from elva.index.embeddings import Embeddings
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 
 SPARE = 14
 """Ours: answers asked for beyond those wanted, for what will be dropped; more where it was not
@@ -121,7 +121,7 @@ def mine(
     split: str = "train",
     tasks: Sequence[str] | None = None,
     skip_bad: int = 0,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Counts]:
     """Write a data directory whose queries have mined negatives.
 
@@ -166,7 +166,7 @@ def _negatives(
     split: str,
     settings: Mining,
     counts: Counts,
-    reporter: Reporter | None,
+    reporter: Reporter,
 ) -> dict[str, list[str]]:
     asked = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}")
     shown = Embeddings.open(embeddings / one.pool_name)
@@ -180,9 +180,8 @@ def _negatives(
     chooser = _Chooser(one.pool, settings, counts)
     chosen: dict[str, list[str]] = {}
     while pending:
-        if reporter is not None:
-            reporter.start(f"search {one.stem}, {depth} deep", len(one.pool), "rows")
-        advance = None if reporter is None else reporter.advance
+        reporter.start(f"search {one.stem}, {depth} deep", len(one.pool), "rows")
+        advance = reporter.advance
         found, dids = shown.nearest(query[pending], depth, advance)
         if chooser.dids is None:
             chooser.know(dids)
@@ -198,8 +197,7 @@ def _negatives(
                 rest = chooser.random(qids[i], positives, hard)
                 chosen[qids[i]] = [dids[r] for r in (*hard, *rest)]
         pending, depth = again, 4 * depth
-        if reporter is not None:
-            reporter.finish("")
+        reporter.finish("")
     return chosen
 
 

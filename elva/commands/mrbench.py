@@ -28,7 +28,7 @@ from elva.mrbench.build import (
 )
 from elva.mrbench.judges import Judge
 from elva.mrbench.review import JUDGED, REVIEW, Judged, qid_of, read_review, write_review
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 
 
 def build(
@@ -43,7 +43,7 @@ def build(
     resume: bool = False,
     skip_bad: int = 0,
     describe: Callable[[Query], str] | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Judge, sample, and write a data directory in M-BEIR's layout with a review beside it.
 

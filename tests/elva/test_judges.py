@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from elva.commands import mrbench
 from elva.data import Item, load
 from elva.errors import UserError
 from elva.model.retriever import create
-from elva.commands import mrbench
 from elva.mrbench.judges import (
     DESCRIBE,
     PROMPT,
