@@ -7,11 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elva.cli.console import (
-    AsJson,
-    one_line_errors,
-    say,
-)
+from elva.cli.console import AsJson, one_line_errors, say
 
 IndexArgument = Annotated[Path, typer.Argument(help="An index directory.", metavar="INDEX")]
 

@@ -8,13 +8,7 @@ from typing import Annotated
 
 import typer
 
-from elva.cli.console import (
-    AsJson,
-    err,
-    one_line_errors,
-    out,
-    quiet_libraries,
-)
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
 
 EXAMPLES = (
     'Examples:  elva search runs/one "woman firefighter"   |   '

@@ -17,15 +17,7 @@ from elva.data import Query
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError
 from elva.files import write_directory, write_text
-from elva.mrbench.build import (
-    PER_SET,
-    SPARE,
-    Asker,
-    judge_set,
-    sets_of,
-    stratified,
-    write_data,
-)
+from elva.mrbench.build import PER_SET, SPARE, Asker, judge_set, sets_of, stratified, write_data
 from elva.mrbench.judges import Judge
 from elva.mrbench.review import JUDGED, REVIEW, Judged, qid_of, read_review, write_review
 from elva.progress import SILENT, Reporter

@@ -11,7 +11,7 @@ from elva.recipe import ConfigError
 
 
 def refused_value():
-    elva_kernels.topk(torch.ones(2, 4), torch.ones(3, 4), 0)
+    elva_kernels.topk(torch.ones(2, 4), torch.ones(3, 5), 1)
 
 
 def refused_type():
