@@ -62,12 +62,7 @@ def evaluate(
         if run_file is not None:
             _evaluate_files(run_file, qrels, as_json)
         elif embeddings is not None:
-            which: dict[str, Any] = {
-                "split": split,
-                "tasks": task,
-                "pools": pools,
-                "skip_bad": skip_bad,
-            }
+            which = {"split": split, "tasks": task, "pools": pools, "skip_bad": skip_bad}
             _evaluate_embeddings(embeddings, data, output, which, as_json)
         else:
             assert run is not None

@@ -128,12 +128,7 @@ def _global_pool(
 
 
 def read_queries(
-    path: Path,
-    root: Path,
-    task: str,
-    pool: Pool,
-    prompts: Prompts,
-    faults: Faults,
+    path: Path, root: Path, task: str, pool: Pool, prompts: Prompts, faults: Faults
 ) -> list[Query]:
     """One query file; every positive and negative must be in the pool."""
     modality, candidate = modalities(task)

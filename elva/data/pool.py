@@ -19,11 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elva.data.cache import cache_directory
 from elva.data.schema import Grain, Item, Query, hashed_id
 from elva.data.strict import Faults
 from elva.errors import DataError
-from elva.files import replacing
+from elva.files import cache_directory, replacing
 
 MAPPED_FROM_BYTES = 32 << 20
 """Ours: a pool file from here on is worth a table on disk; reading a smaller one takes a second."""

@@ -46,9 +46,7 @@ class Probe:
 
 
 def probe(
-    queries: Sequence[Query],
-    embeddings: Tensor,
-    encode: Callable[[Sequence[Query]], Tensor],
+    queries: Sequence[Query], embeddings: Tensor, encode: Callable[[Sequence[Query]], Tensor]
 ) -> list[Probe]:
     """Take away every grain of every query, one at a time.
 

@@ -45,12 +45,7 @@ def sets_of(data: Path, split: str, sets: Sequence[str] | None) -> list[QuerySet
 
 
 def judge_set(
-    one: QuerySet,
-    asker: Asker,
-    wanted: int,
-    seed: int,
-    log: Path,
-    reporter: Reporter,
+    one: QuerySet, asker: Asker, wanted: int, seed: int, log: Path, reporter: Reporter
 ) -> tuple[list[Judged], dict[str, int]]:
     """Queries of two or more grains, in an order drawn by the seed, until there are enough."""
     known = _answers(log)

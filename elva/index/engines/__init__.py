@@ -22,12 +22,7 @@ class Engine(Protocol):
     """What answers a search. `Index` itself is one, the exact one."""
 
     def search(
-        self,
-        query: Tensor,
-        k: int,
-        *,
-        model: Identity | None = None,
-        where: Where | None = None,
+        self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
     ) -> Found: ...
 
 

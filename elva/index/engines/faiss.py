@@ -100,12 +100,7 @@ class FaissEngine:
         self._found = self._lib.read_index(str(place))
 
     def search(
-        self,
-        query: Tensor,
-        k: int,
-        *,
-        model: Identity | None = None,
-        where: Where | None = None,
+        self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
     ) -> Found:
         """As `Index.search`, but rows may be missed; a query with fewer than k answers is padded
         with row -1 and score -inf."""
