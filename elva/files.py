@@ -4,8 +4,6 @@ Every file here goes through `os.open`, `os.write`, `os.pwrite`, `os.fsync` and 
 test that makes the n-th of them fail has covered every place where a disk can.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 A query is embedded exactly as a test query is: same instruction, same greedy summary, same [RET].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

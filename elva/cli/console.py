@@ -1,7 +1,5 @@
 """What every command shares: where it prints, and what becomes of errors."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """`elva index`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

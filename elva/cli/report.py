@@ -1,7 +1,5 @@
 """`elva report`."""
 
-from __future__ import annotations
-
 from elva.cli.console import RunArgument, one_line_errors, out
 
 

@@ -6,8 +6,6 @@ killed run goes on where it was; several processes (`torchrun -m elva embed`) ta
 turns.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Embeddings are searched exactly, in one pass over each pool's shards where they 
 is kept as TREC runs, and the figures come from those alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

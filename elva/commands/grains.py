@@ -5,8 +5,6 @@ The mean over types alone misleads (a model that had collapsed onto entities sho
 so every type stands by itself, the least of them too, and minimal-pair Recall@1 beside them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`elva data check`, `stats` and `sample`: what a data directory holds, and what is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path

@@ -5,8 +5,6 @@ threshold, keep the top 50 of what remains, add 50 drawn at random from the whol
 are named as in sentence-transformers' `mine_hard_negatives`; `num_random` is ours.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
@@ -181,8 +179,7 @@ def _negatives(
     chosen: dict[str, list[str]] = {}
     while pending:
         reporter.start(f"search {one.stem}, {depth} deep", len(one.pool), "rows")
-        advance = reporter.advance
-        found, dids = shown.nearest(query[pending], depth, advance)
+        found, dids = shown.nearest(query[pending], depth, reporter.advance)
         if chooser.dids is None:
             chooser.know(dids)
         last = depth >= len(dids) or (settings.range_max is not None)

@@ -5,8 +5,6 @@ NIGHTS, CIRR), picked by a judge and checked by hand. Their list is not public: 
 a rebuilt MRBench, whose figures are not to be set beside the paper's as if equal.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence

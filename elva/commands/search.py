@@ -4,8 +4,6 @@ What is asked is an index (`elva index build`), or a run, whose test pictures ar
 use and kept beside its model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """`elva train`: every stage of a recipe, each from the files of the one before."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ Only sets with a task in their name are read (`mbeir_cirr_task7_test.jsonl`), no
 union files, which mix tasks.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

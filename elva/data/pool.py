@@ -5,8 +5,6 @@ hold M-BEIR's 5.6 M candidates. A large pool file is read once, strictly, into a
 is memory-mapped from then on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

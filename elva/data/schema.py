@@ -4,8 +4,6 @@ A `Query` names its positives and negatives by id; the `Pool` of its task (`elva
 turns ids into `Item`s.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re

@@ -4,8 +4,6 @@ A corpus folder holds `manifest.json`, written last, which lists every file with
 cached folder that differs from its manifest was torn and is built again.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

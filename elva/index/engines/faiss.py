@@ -4,8 +4,6 @@ derived/ivf.faiss, derived/hnsw.faiss     FAISS's own files, over unit rows in f
 derived/ivf.json                          of which index, and the file's SHA-256
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

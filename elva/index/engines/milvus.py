@@ -1,7 +1,5 @@
 """Milvus over an index: a file by milvus-lite (`items.db`), or a cluster (`http://host:19530`)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
