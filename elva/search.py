@@ -139,9 +139,6 @@ class Searcher:
         ]
 
 
-# -- the query -------------------------------------------------------------------------------------
-
-
 def check_query(query: str, k: int, image: Path | None) -> None:
     """UserError for a query that no index could answer."""
     if k < 1:

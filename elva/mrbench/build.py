@@ -33,9 +33,6 @@ BATCH = 32
 NOTES = "mrbench.json"
 
 
-# -- judging ---------------------------------------------------------------------------------------
-
-
 def sets_of(data: Path, split: str, sets: Sequence[str] | None) -> list[QuerySet]:
     """The named sets; the paper's where the data has them, else all."""
     if sets:
@@ -118,9 +115,6 @@ def stratified(rows: Sequence[Judged], wanted: int, seed: int) -> list[Judged]:
             if strata[kinds] and len(chosen) < wanted:
                 chosen.append(strata[kinds].pop(0))
     return sorted(chosen, key=lambda r: r.query.id)
-
-
-# -- files -----------------------------------------------------------------------------------------
 
 
 def write_data(
