@@ -4,8 +4,6 @@ A process killed at any moment leaves the newest complete one and perhaps a `.pa
 which the next writer removes.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Errors that a person can mend, one family: one line each, `<what>: <rule>; <what to do>`."""
 
-from __future__ import annotations
-
 import traceback
 
 

@@ -4,13 +4,12 @@ Every file here goes through `os.open`, `os.write`, `os.pwrite`, `os.fsync` and 
 test that makes the n-th of them fail has covered every place where a disk can.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +79,18 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a file by the given text in UTF-8, or leave it as it was."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def cache_directory() -> Path:
+    """Where ELVA keeps what it can make again."""
+    for variable, folder in (("ELVA_CACHE", "."), ("XDG_CACHE_HOME", "elva")):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).absolute() / folder
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "elva"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "elva"
+    return Path.home() / ".cache" / "elva"
 
 
 def sha256(path: Path) -> str:

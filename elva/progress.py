@@ -31,6 +31,17 @@ class Reporter(Protocol):
     def finish(self, line: str) -> None: ...
 
 
+class Silent:
+    """The reporter of a call from Python: tells nobody."""
+
+    def start(self, what: str, total: int | None, unit: str = "steps") -> None: ...
+    def advance(self, done: int, values: dict[str, float] | None = None) -> None: ...
+    def finish(self, line: str) -> None: ...
+
+
+SILENT = Silent()
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed

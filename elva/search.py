@@ -3,8 +3,6 @@
 A query is embedded exactly as a test query is: same instruction, same greedy summary, same [RET].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from elva.index.embeddings import columns
 from elva.index.engines import Engine
 from elva.index.index import Where
 from elva.model.encoder import Encoder
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 
 MAX_CHARACTERS = 2000
 """Ours: longer than any query of M-BEIR, short enough for one row of the model."""
@@ -58,9 +56,9 @@ class Searcher:
     def __init__(self, model: str | Path | Encoder, **options: Any) -> None:
         self.encoder = model if isinstance(model, Encoder) else Encoder.open(model, **options)
 
-    def embed(self, items: Sequence[Item], reporter: Reporter | None = None) -> Tensor:
+    def embed(self, items: Sequence[Item], reporter: Reporter = SILENT) -> Tensor:
         """[n, D] fp32 embeddings."""
-        return self.encoder(items, None if reporter is None else reporter.advance).embeddings
+        return self.encoder(items, reporter.advance).embeddings
 
     def index(
         self,
@@ -72,7 +70,7 @@ class Searcher:
         metadata: Mapping[str, Sequence[Any]] | None = None,
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
-        reporter: Reporter | None = None,
+        reporter: Reporter = SILENT,
     ) -> Index:
         """Embed items and make an index of them.
 
@@ -82,7 +80,7 @@ class Searcher:
             about: noted in the index; `instructions` ({modality of a query: instruction}) are used
                 by `search`.
         """
-        out = self.encoder(items, None if reporter is None else reporter.advance)
+        out = self.encoder(items, reporter.advance)
         return Index.build(
             directory,
             [item.id for item in items],
@@ -139,9 +137,6 @@ class Searcher:
                 zip(found.scores[0].tolist(), table, strict=False), start=1
             )
         ]
-
-
-# -- the query -------------------------------------------------------------------------------------
 
 
 def check_query(query: str, k: int, image: Path | None) -> None:

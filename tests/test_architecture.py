@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -16,8 +17,34 @@ ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "elva_kernels").rglob("*.py"))
 ELVA = sorted((ROOT / "elva").rglob("*.py"))
 
-# elva: `cli` calls commands, commands are made of nouns, nouns know the kernels.
-COMMANDS = {"commands", "mrbench", "search"}
+# elva's rooms, each knowing only those before it: data flows one way.
+ROOMS = (
+    "errors", "draws", "files", "progress", "recipe", "checkpoint", "data", "run", "model",
+    "index", "search", "training", "evaluation", "report", "mrbench", "commands", "cli",
+    "__main__",
+)  # fmt: skip
+
+# What only elva_kernels should compute, and the calls of such names that elva still has.
+KERNELS_OWN = {"argsort", "cosine_similarity", "cross_entropy", "normalize", "topk"}
+ORDER = "an order that is no ranking: drawn, of ids, or of a batch's rows"
+UNTIL = "until the loop calls elva_kernels"
+WORDS = "over a vocabulary: words, not scores"
+ALLOWED = {
+    ("elva.commands.mine", "cosine_similarity"): [UNTIL],
+    ("elva.data.pool", "argsort"): [ORDER],
+    ("elva.draws", "argsort"): [ORDER],
+    ("elva.evaluation.grains", "cosine_similarity"): [UNTIL],
+    ("elva.evaluation.ranks", "cosine_similarity"): [UNTIL],
+    ("elva.index.engines.faiss", "normalize"): ["faiss searches unit rows; scores are ours again"],
+    ("elva.index.exact", "argsort"): [ORDER],
+    ("elva.index.exact", "normalize"): ["the proof of exact search, in float64"],
+    ("elva.training.negatives", "normalize"): [UNTIL, UNTIL],
+    ("elva.training.negatives", "topk"): [UNTIL],
+    ("elva.training.objective", "cross_entropy"): [UNTIL, UNTIL],
+    ("elva.training.objective", "normalize"): [UNTIL, UNTIL],
+    ("elva.training.stage", "argsort"): [ORDER],
+    ("elva.training.stage", "cross_entropy"): [WORDS],
+}
 
 
 def module_name(path):
@@ -153,14 +180,66 @@ def test_elva_uses_only_the_kernels_public_names(path):
             assert not module.startswith("elva_kernels.")
 
 
+def room_of(path):
+    return path.relative_to(ROOT / "elva").parts[0].removesuffix(".py")
+
+
+def test_the_rooms_are_those_of_the_tree():
+    assert {room_of(path) for path in ELVA} == {*ROOMS, "__init__"}
+
+
 @pytest.mark.parametrize("path", ELVA, ids=module_name)
-def test_nouns_do_not_import_commands(path):
-    room = path.relative_to(ROOT / "elva").parts[0].removesuffix(".py")
-    rooms = set(elva_rooms(path))
-    if room not in {"cli", "__main__"}:
-        assert "cli" not in rooms
-    if room not in COMMANDS | {"cli", "__main__"}:
-        assert not rooms & COMMANDS
+def test_a_room_knows_only_those_before_it(path):
+    """So there is no cycle, and nothing but `cli` imports a command, nothing but `__main__` it."""
+    room = room_of(path)
+    known = {one for one in elva_rooms(path) if one in ROOMS} - {room}
+    assert known <= (set() if room == "__init__" else {*ROOMS[: ROOMS.index(room)]})
+
+
+def test_commands_do_not_import_each_other():
+    for path in (ROOT / "elva" / "commands").glob("*.py"):
+        assert "commands" not in set(elva_rooms(path)), path
+
+
+def test_elva_ranks_and_scores_nothing_itself():
+    """Similarities, ranks, top-k and contrastive losses are elva_kernels' matter."""
+    found = {}
+    for path in ELVA:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            name = called.rpartition(".")[2]
+            if name in KERNELS_OWN and called != f"elva_kernels.{name}":
+                key = module_name(path), name
+                found[key] = found.get(key, 0) + 1
+    assert found == {key: len(reasons) for key, reasons in ALLOWED.items()}
+
+
+def test_checking_data_is_light(tmp_path):
+    """Commands that only read data load neither torch nor peft."""
+    pool, query = tmp_path / "cand_pool" / "local", tmp_path / "query" / "test"
+    row = {"txt": "a cat", "img_path": None, "modality": "text", "did": "90:1"}
+    asked = {
+        "qid": "90:1", "query_txt": "feline", "query_img_path": None, "query_modality": "text",
+        "pos_cand_list": ["90:1"], "neg_cand_list": [], "task_id": 1,
+    }  # fmt: skip
+    for folder, name, line in (
+        (pool, "mbeir_mine_task1_cand_pool", row), (query, "mbeir_mine_task1_test", asked),
+    ):  # fmt: skip
+        folder.mkdir(parents=True)
+        (folder / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    script = (
+        "import sys; from elva.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "print('loaded', *sorted({'torch', 'peft', 'transformers'} & set(sys.modules)))"
+    )
+    for words in (["check"], ["stats"], ["sample", "--sheet", "sheet.png"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, "data", words[0], str(tmp_path), *words[1:]],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "loaded"
 
 
 def test_no_file_edits_the_import_path():

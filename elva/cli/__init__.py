@@ -1,7 +1,5 @@
 """The command line: parses, calls one function, prints. Bad input is one line and exit code 2."""
 
-from __future__ import annotations
-
 import typer
 
 from elva.cli import data, embed, evaluate, grains, index, mine, mrbench, report, search, train

@@ -1,7 +1,5 @@
 """What every command shares: where it prints, and what becomes of errors."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -13,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from elva.errors import UserError
+from elva.errors import UserError, refused_by_kernels
 
 out = Console(highlight=False)
 if not out.is_terminal:
@@ -40,11 +38,11 @@ UNWRITABLE = (
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """What a user can mend is one line and exit code 2; a defect of ours keeps its traceback."""
-    from elva.errors import DataError, UserError
-
     try:
         yield
-    except (DataError, UserError) as error:
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, UserError) and not refused_by_kernels(error):
+            raise
         _fail(str(error))
     except OSError as error:
         if error.errno not in UNWRITABLE:

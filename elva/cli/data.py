@@ -1,7 +1,5 @@
 """`elva data`: what is in a data directory, and how other formats become one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from elva.cli.console import AsJson, err, one_line_errors, out
+from elva.cli.console import AsJson, err, one_line_errors, out, say
 
 app = typer.Typer(help="Data in M-BEIR's layout.", no_args_is_help=True)
 
@@ -25,16 +23,11 @@ def emoji_corpus(
         from elva.data import emoji
 
         counts = emoji.write(output, size=size)
-        if as_json:
-            print(json.dumps(counts))
-            return
-        out.print(f"{counts['pictures']} pictures of {counts['entities']} entities in {output}")
+        lines = [f"{counts['pictures']} pictures of {counts['entities']} entities in {output}"]
         for task, splits in counts["queries"].items():
             shares = ", ".join(f"{split} {count}" for split, count in splits.items())
-            out.print(f"{task}: {shares}", markup=False)
-        for notice in counts["notices"]:
-            out.print(notice, soft_wrap=True, markup=False)
-        out.print(emoji.ATTRIBUTION, soft_wrap=True, markup=False)
+            lines.append(f"{task}: {shares}")
+        say(counts, [*lines, *counts["notices"], emoji.ATTRIBUTION], as_json)
 
 
 @app.command(
@@ -62,16 +55,14 @@ def convert(
             format, source, output, split=split, name=name, number=number,
             instruction=instruction, skip_bad=skip_bad,
         )  # fmt: skip
-        if as_json:
-            print(json.dumps(counts))
-            return
         found = ", ".join(f"{task} {count:,}" for task, count in counts["queries"].items())
-        out.print(
+        line = (
             f"{output}: queries {found}; {counts['candidates']:,} candidates, "
-            f"{counts['pictures']:,} pictures",
-            soft_wrap=True,
+            f"{counts['pictures']:,} pictures"
         )
-        _say_bad(counts["bad"])
+        bad = counts["bad"]
+        left_out = [f"{len(bad)} bad rows left out:", *(f"  {row}" for row in bad)] if bad else []
+        say(counts, [line, *left_out], as_json)
 
 
 DataArgument = Annotated[Path, typer.Argument(help="A directory in M-BEIR's layout.")]
@@ -139,14 +130,11 @@ def sample(
         from elva.commands import inspect as inspection
 
         rows = inspection.sample(data, sheet, split=split, task=task, count=count, seed=seed)
-        if as_json:
-            print(json.dumps(rows))
-            return
+        lines = []
         for row in rows:
             shown = row["query"] if row["image"] is None else f"{row['image']} {row['query']}"
-            out.print(f"{row['set']} {row['id']}: {shown} -> {row['answer']}",
-                      markup=False, soft_wrap=True)  # fmt: skip
-        out.print(f"contact sheet: {sheet}", soft_wrap=True)
+            lines.append(f"{row['set']} {row['id']}: {shown} -> {row['answer']}")
+        say(rows, [*lines, f"contact sheet: {sheet}"], as_json)
 
 
 def _table(sets: dict[str, dict[str, Any]]) -> Table:
@@ -160,10 +148,3 @@ def _table(sets: dict[str, dict[str, Any]]) -> Table:
             f"{row['answers']:.1f}", f"{row['negatives']:.1f}", f"{row['words']:.1f}",
         )  # fmt: skip
     return shown
-
-
-def _say_bad(bad: list[str]) -> None:
-    if bad:
-        out.print(f"{len(bad)} bad rows left out:")
-    for line in bad:
-        out.print(f"  {line}", markup=False, soft_wrap=True)

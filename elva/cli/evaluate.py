@@ -1,7 +1,5 @@
 """`elva evaluate`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,12 +60,7 @@ def evaluate(
         if run_file is not None:
             _evaluate_files(run_file, qrels, as_json)
         elif embeddings is not None:
-            which: dict[str, Any] = {
-                "split": split,
-                "tasks": task,
-                "pools": pools,
-                "skip_bad": skip_bad,
-            }
+            which = {"split": split, "tasks": task, "pools": pools, "skip_bad": skip_bad}
             _evaluate_embeddings(embeddings, data, output, which, as_json)
         else:
             assert run is not None
@@ -107,11 +100,9 @@ def _evaluate_embeddings(
         print(json.dumps(result))
         return
     out.print(table(result))
-    for line in result["ties"]:
-        out.print(f"warning: {line}", markup=False, soft_wrap=True)
-    for line in result["skipped"]:
-        out.print(f"skipped: {line}", markup=False, soft_wrap=True)
-    out.print(f"runs, qrels and figures: {where}", soft_wrap=True)
+    notes = [f"{kind}: {line}" for kind, key in (("warning", "ties"), ("skipped", "skipped"))
+             for line in result[key]]  # fmt: skip
+    say(result, [*notes, f"runs, qrels and figures: {where}"], as_json)
 
 
 def _evaluate_run(run: Path, stage: list[str] | None, split: str, as_json: bool) -> None:

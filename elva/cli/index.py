@@ -1,17 +1,11 @@
 """`elva index`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from elva.cli.console import (
-    AsJson,
-    one_line_errors,
-    say,
-)
+from elva.cli.console import AsJson, one_line_errors, say
 
 IndexArgument = Annotated[Path, typer.Argument(help="An index directory.", metavar="INDEX")]
 

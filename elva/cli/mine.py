@@ -1,15 +1,12 @@
 """`elva mine`."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out
+from elva.cli.console import AsJson, err, one_line_errors, out, say
 
 EXAMPLES = (
     "Examples:  elva mine --embeddings embeddings --data data/emoji --output data/mined   |   "
@@ -55,39 +52,24 @@ def mine(
         )  # fmt: skip
         if dry_run:
             planned = command.plan(data, settings, split=split, tasks=task, skip_bad=skip_bad)
-            if as_json:
-                print(json.dumps(planned))
-                return
-            for stem, row in planned.items():
-                out.print(
-                    f"{stem}: {row['queries']:,} queries x {row['pool']:,} candidates, "
-                    f"{row['negatives']:,} negatives, {row['multiply_adds'] / 1e12:.3g} T "
-                    f"multiply-adds at D = 1536, {row['bytes'] / 1e9:.2f} GB at most",
-                    soft_wrap=True,
-                )
+            lines = [
+                f"{stem}: {row['queries']:,} queries x {row['pool']:,} candidates, "
+                f"{row['negatives']:,} negatives, {row['multiply_adds'] / 1e12:.3g} T "
+                f"multiply-adds at D = 1536, {row['bytes'] / 1e9:.2f} GB at most"
+                for stem, row in planned.items()
+            ]
+            say(planned, lines, as_json)
             return
         with Bars(err if as_json else out) as bars:
             counts = command.mine(
-                embeddings,
-                data,
-                output,
-                settings,
-                split=split,
-                tasks=task,
-                skip_bad=skip_bad,
+                embeddings, data, output, settings, split=split, tasks=task, skip_bad=skip_bad,
                 reporter=bars,
-            )
-        if as_json:
-            print(json.dumps({stem: asdict(c) for stem, c in counts.items()}))
-            return
-        for stem, c in counts.items():
-            out.print(
-                f"{stem}: {c.queries:,} queries, {c.hard:,} hard and {c.random:,} random "
-                f"negatives; dropped {c.too_similar:,} too similar and {c.same_content:,} copies; "
-                f"{c.short:,} queries with fewer than asked",
-                soft_wrap=True,
-            )
-        out.print(
-            f"{output}: load it as --data, or train with --set stages.3.data={output}",
-            soft_wrap=True,
-        )
+            )  # fmt: skip
+        lines = [
+            f"{stem}: {c.queries:,} queries, {c.hard:,} hard and {c.random:,} random "
+            f"negatives; dropped {c.too_similar:,} too similar and {c.same_content:,} copies; "
+            f"{c.short:,} queries with fewer than asked"
+            for stem, c in counts.items()
+        ]
+        lines.append(f"{output}: load it as --data, or train with --set stages.3.data={output}")
+        say({stem: asdict(c) for stem, c in counts.items()}, lines, as_json)

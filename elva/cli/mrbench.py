@@ -1,14 +1,11 @@
 """`elva mrbench`."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries, say
 
 app = typer.Typer(
     help="Queries of two and more grains, judged and reviewed (rebuilt, not the paper's list).",
@@ -63,16 +60,12 @@ def build(
                 data, output, asked, split=split, sets=task, per_set=per_set, seed=seed,
                 resume=resume, skip_bad=skip_bad, describe=words, reporter=bars,
             )  # fmt: skip
-        if as_json:
-            print(json.dumps(notes))
-            return
-        for stem, c in notes["sets"].items():
-            out.print(
-                f"{stem}: {c['kept']} kept; {c['judged']} judged, {c['one_grain']} of one grain, "
-                f"{c['without_words']} without words",
-                soft_wrap=True,
-            )
-        out.print(f"review: {output / PAGE}", soft_wrap=True)
+        lines = [
+            f"{stem}: {c['kept']} kept; {c['judged']} judged, {c['one_grain']} of one grain, "
+            f"{c['without_words']} without words"
+            for stem, c in notes["sets"].items()
+        ]
+        say(notes, [*lines, f"review: {output / PAGE}"], as_json)
 
 
 @app.command(
@@ -91,11 +84,5 @@ def review(
         from elva.mrbench.review import PAGE
 
         tally = mrbench.review(directory, decisions)
-        if as_json:
-            print(json.dumps(tally))
-            return
-        out.print(
-            f"{tally['keep']} kept, {tally['drop']} dropped, {tally['undecided']} to decide: "
-            f"{directory / PAGE}",
-            soft_wrap=True,
-        )
+        line = f"{tally['keep']} kept, {tally['drop']} dropped, {tally['undecided']} to decide"
+        say(tally, [f"{line}: {directory / PAGE}"], as_json)

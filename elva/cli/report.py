@@ -1,12 +1,6 @@
 """`elva report`."""
 
-from __future__ import annotations
-
-from elva.cli.console import (
-    RunArgument,
-    one_line_errors,
-    out,
-)
+from elva.cli.console import RunArgument, one_line_errors, out
 
 
 def report(run: RunArgument) -> None:

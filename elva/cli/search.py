@@ -1,20 +1,12 @@
 """`elva search`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from elva.cli.console import (
-    AsJson,
-    err,
-    one_line_errors,
-    out,
-    quiet_libraries,
-)
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
 
 EXAMPLES = (
     'Examples:  elva search runs/one "woman firefighter"   |   '

@@ -66,14 +66,7 @@ def train(
         console = err if as_json else out
         console.print(f"run directory: {run.directory}", soft_wrap=True)
         with Bars(console) as bars:
-            run_stages(
-                run,
-                bars,
-                stages=wanted,
-                start_from=began,
-                limit=limit,
-                controls=controls,
-            )
+            run_stages(run, bars, stages=wanted, start_from=began, limit=limit, controls=controls)
         from elva.report.report import as_json as figures
         from elva.report.report import report, table
 

@@ -1,7 +1,5 @@
 """`elva index build` and `add`: from files of embeddings to an index."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ killed run goes on where it was; several processes (`torchrun -m elva embed`) ta
 turns.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from elva.files import write_text
 from elva.index import segment as segment_file
 from elva.index.embeddings import PLAN, Embeddings, columns
 from elva.model.encoder import Encoder
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 from elva.report import pictures
 
 SHARD_ROWS = 8192
@@ -49,7 +47,7 @@ def embed(
     shard_rows: int = SHARD_ROWS,
     resume: bool = False,
     skip_bad: int = 0,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> list[Embeddings]:
     """Embed queries and pools of a data directory.
 
@@ -193,13 +191,12 @@ def _embed_shards(
     kinds: Mapping[str, pa.DataType],
     dtype: str,
     faults: Faults,
-    reporter: Reporter | None,
+    reporter: Reporter,
 ) -> None:
     mine = [i for i in plan.missing if i % _world_size() == _world_rank()]
     rows = plan.shard_rows
     total = sum(min(rows, plan.items - i * rows) for i in mine)
-    if reporter is not None:
-        reporter.start(f"embed {plan.directory.name}", total, "items")
+    reporter.start(f"embed {plan.directory.name}", total, "items")
     done, read = 0, len(faults.found)
     for shard in mine:
         chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
@@ -208,7 +205,7 @@ def _embed_shards(
         encoder.retriever.remember(
             p.image for p in map(encoder.retriever.inputs.prompt, good) if p.image is not None
         )
-        out = encoder(good, None if reporter is None else _offset(reporter, done))
+        out = encoder(good, _offset(reporter, done))
         done += len(chosen)
         table = pa.table(
             {
@@ -226,10 +223,9 @@ def _embed_shards(
             dim=encoder.retriever.embedding_size, dtype=dtype, model=plan.model,
         )  # fmt: skip
         encoder.retriever.forget()
-    if reporter is not None:
-        bad = len(faults.found) - read
-        skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
-        reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")
+    bad = len(faults.found) - read
+    skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
+    reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")
 
 
 def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterator[Item]:

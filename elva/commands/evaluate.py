@@ -4,8 +4,6 @@ Embeddings are searched exactly, in one pass over each pool's shards where they 
 is kept as TREC runs, and the figures come from those alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from elva.evaluation.trained import evaluate_stage
 from elva.evaluation.trec import Qrels, read_qrels, read_run, write_qrels, write_run
 from elva.files import write_text
 from elva.index.embeddings import Embeddings
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 from elva.run import Run
 
 DEPTH = 150
@@ -57,7 +55,7 @@ def evaluate_embeddings(
     tasks: Sequence[str] | None = None,
     pools: Literal["local", "global"] = "local",
     skip_bad: int = 0,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Search every query file of a split and measure what was found.
 
@@ -80,15 +78,13 @@ def evaluate_embeddings(
     for one in sets:
         run = output / f"{one.stem}.run.trec"
         judged: Qrels = {q.id: dict.fromkeys(q.positives, 1) for q in one.queries}
-        if reporter is not None:
-            reporter.start(f"search {one.stem}", len(one.pool), "rows")
+        reporter.start(f"search {one.stem}", len(one.pool), "rows")
         write_run(run, _answers(embeddings, one, split, reporter), "elva")
         write_qrels(output / f"{one.stem}.qrels.txt", judged)
         figures = measure(read_run(run), judged)
         result["sets"][one.stem] = protocol.row(one, figures) | _among(embeddings, data, one, split)
         result["ties"] += [f"{one.stem}: {line}" for line in figures.ties()]
-        if reporter is not None:
-            reporter.finish("")
+        reporter.finish("")
     result |= protocol.averages(result["sets"])
     write_text(output / "figures.json", json.dumps(result, indent=1) + "\n")
     return result
@@ -107,13 +103,13 @@ def evaluate_files(run: Path, qrels: Path) -> dict[str, Any]:
 
 
 def _answers(
-    embeddings: Path, one: QuerySet, split: str, reporter: Reporter | None
+    embeddings: Path, one: QuerySet, split: str, reporter: Reporter
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     asked = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}")
     shown = Embeddings.open(embeddings / one.pool_name)
     shown.check_model(asked)
     qids, query = asked.queries()
-    found, dids = shown.nearest(query, DEPTH, None if reporter is None else reporter.advance)
+    found, dids = shown.nearest(query, DEPTH, reporter.advance)
     for i, qid in enumerate(qids):
         rows = found.rows[i].tolist()
         yield qid, list(zip([dids[r] for r in rows], found.scores[i].tolist(), strict=True))

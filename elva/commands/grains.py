@@ -5,8 +5,6 @@ The mean over types alone misleads (a model that had collapsed onto entities sho
 so every type stands by itself, the least of them too, and minimal-pair Recall@1 beside them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from elva.evaluation.grains import figures as measure
 from elva.evaluation.grains import minimal_pair_recall, probe
 from elva.files import write_text
 from elva.model.encoder import Encoder
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 from elva.report import charts
 
 DELTA = 0.05
@@ -42,7 +40,7 @@ def grains(
     task: str = "t2i",
     limit: int | None = None,
     delta: float = DELTA,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Probe one or more models, such as a checkpoint before and after.
 
@@ -72,17 +70,15 @@ def grains(
     for title, encoder in models:
 
         def encode(items: Sequence[Any], encoder: Encoder = encoder) -> torch.Tensor:
-            return encoder(items, None if reporter is None else reporter.advance).embeddings
+            return encoder(items, reporter.advance).embeddings
 
-        if reporter is not None:
-            reporter.start(f"{title}: grains", None, "items")
+        reporter.start(f"{title}: grains", None, "items")
         asked = encode(queries)
         probes = probe(queries, asked, encode)
         figures = measure(probes, delta)
         figures["minimal_pair_recall_at_1"] = minimal_pair_recall(dataset, queries, asked, encode)
         found["models"][title] = figures
-        if reporter is not None:
-            reporter.finish("")
+        reporter.finish("")
     write_text(output / FIGURES, json.dumps(found, indent=1) + "\n")
     _draw(output, found["models"])
     return found

@@ -1,7 +1,5 @@
 """`elva data check`, `stats` and `sample`: what a data directory holds, and what is wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,7 +11,7 @@ from elva.data.mbeir import SPLITS, QuerySet, read_sets
 from elva.data.strict import Faults
 from elva.draws import permutation
 from elva.errors import DataError
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 from elva.report import pictures
 
 EVERY = 1_000_000_000
@@ -26,7 +24,7 @@ def check(
     split: str | None = None,
     tasks: Sequence[str] | None = None,
     decode: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Read everything and list what is wrong, instead of stopping at the first.
 
@@ -44,9 +42,8 @@ def check(
     faults = Faults(EVERY)
     sets = _sets(root, split, tasks, faults)
     before = len(faults.found)
-    if reporter is not None:
-        total = sum(len(one.queries) + len(one.pool) for _, one in sets)
-        reporter.start(f"check {root}", total, "items")
+    total = sum(len(one.queries) + len(one.pool) for _, one in sets)
+    reporter.start(f"check {root}", total, "items")
     known: set[tuple[str, str]] = set()  # a pool is often that of several sets
     seen: dict[bytes, str] = {}
     copies = 0
@@ -61,10 +58,9 @@ def check(
             if not isinstance(item, Query):
                 first = seen.setdefault(item.content_hash(), item.id)
                 copies += first != item.id
-        if reporter is not None and done % 256 == 0:
+        if done % 256 == 0:
             reporter.advance(done)
-    if reporter is not None:
-        reporter.finish("")
+    reporter.finish("")
     return {
         "bad": faults.found,
         "missing_pictures": sum("no such picture" in line for line in faults.found[before:]),

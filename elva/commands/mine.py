@@ -5,8 +5,6 @@ threshold, keep the top 50 of what remains, add 50 drawn at random from the whol
 are named as in sentence-transformers' `mine_hard_negatives`; `num_random` is ours.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence
@@ -25,7 +23,7 @@ from elva.errors import UserError
 from elva.files import write_directory
 from elva.index import Found
 from elva.index.embeddings import Embeddings
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 
 SPARE = 14
 """Ours: answers asked for beyond those wanted, for what will be dropped; more where it was not
@@ -121,7 +119,7 @@ def mine(
     split: str = "train",
     tasks: Sequence[str] | None = None,
     skip_bad: int = 0,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Counts]:
     """Write a data directory whose queries have mined negatives.
 
@@ -166,7 +164,7 @@ def _negatives(
     split: str,
     settings: Mining,
     counts: Counts,
-    reporter: Reporter | None,
+    reporter: Reporter,
 ) -> dict[str, list[str]]:
     asked = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}")
     shown = Embeddings.open(embeddings / one.pool_name)
@@ -180,10 +178,8 @@ def _negatives(
     chooser = _Chooser(one.pool, settings, counts)
     chosen: dict[str, list[str]] = {}
     while pending:
-        if reporter is not None:
-            reporter.start(f"search {one.stem}, {depth} deep", len(one.pool), "rows")
-        advance = None if reporter is None else reporter.advance
-        found, dids = shown.nearest(query[pending], depth, advance)
+        reporter.start(f"search {one.stem}, {depth} deep", len(one.pool), "rows")
+        found, dids = shown.nearest(query[pending], depth, reporter.advance)
         if chooser.dids is None:
             chooser.know(dids)
         last = depth >= len(dids) or (settings.range_max is not None)
@@ -198,8 +194,7 @@ def _negatives(
                 rest = chooser.random(qids[i], positives, hard)
                 chosen[qids[i]] = [dids[r] for r in (*hard, *rest)]
         pending, depth = again, 4 * depth
-        if reporter is not None:
-            reporter.finish("")
+        reporter.finish("")
     return chosen
 
 

@@ -5,8 +5,6 @@ NIGHTS, CIRR), picked by a judge and checked by hand. Their list is not public: 
 a rebuilt MRBench, whose figures are not to be set beside the paper's as if equal.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,18 +15,10 @@ from elva.data import Query
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError
 from elva.files import write_directory, write_text
-from elva.mrbench.build import (
-    PER_SET,
-    SPARE,
-    Asker,
-    judge_set,
-    sets_of,
-    stratified,
-    write_data,
-)
+from elva.mrbench.build import PER_SET, SPARE, Asker, judge_set, sets_of, stratified, write_data
 from elva.mrbench.judges import Judge
 from elva.mrbench.review import JUDGED, REVIEW, Judged, qid_of, read_review, write_review
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 
 
 def build(
@@ -43,7 +33,7 @@ def build(
     resume: bool = False,
     skip_bad: int = 0,
     describe: Callable[[Query], str] | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Judge, sample, and write a data directory in M-BEIR's layout with a review beside it.
 

@@ -4,8 +4,6 @@ What is asked is an index (`elva index build`), or a run, whose test pictures ar
 use and kept beside its model.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -18,7 +16,7 @@ from elva.errors import IndexFault, UserError
 from elva.index import Index
 from elva.index.engines import open_engine
 from elva.index.index import Where
-from elva.progress import Reporter
+from elva.progress import SILENT, Reporter
 from elva.report import pictures
 from elva.run import Run
 from elva.search import Hit, Searcher, check_query
@@ -38,7 +36,7 @@ def search(
     instruction: str | None = None,
     model: str | Path | None = None,
     engine: str = "exact",
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> list[Hit]:
     """Search an index, or the test pictures of a run; see `Searcher.search`.
 
@@ -101,7 +99,7 @@ def write_sheet(hits: list[Hit], path: Path, query: str) -> None:
 # -- a run's own index -----------------------------------------------------------------------------
 
 
-def _of_run(run: Run, stage: str | None, reporter: Reporter | None) -> tuple[Searcher, Index]:
+def _of_run(run: Run, stage: str | None, reporter: Reporter) -> tuple[Searcher, Index]:
     """The run's model and the index of its test pictures, made again where it does not fit."""
     name = run.answering(stage)
     root = run.source(list(run.recipe.stages.values())[-1].data)
@@ -116,8 +114,7 @@ def _of_run(run: Run, stage: str | None, reporter: Reporter | None) -> tuple[Sea
     except IndexFault:
         pass  # absent or damaged; either way it can be had again from the model
     shutil.rmtree(directory, ignore_errors=True)
-    if reporter is not None:
-        reporter.start(f"{run.title(name)}: embed {len(pool):,} pictures", len(pool), "pictures")
+    reporter.start(f"{run.title(name)}: embed {len(pool):,} pictures", len(pool), "pictures")
     dataset = int(pool[0].id.partition(":")[0])
     index = searcher.index(
         directory,
@@ -127,8 +124,7 @@ def _of_run(run: Run, stage: str | None, reporter: Reporter | None) -> tuple[Sea
         about={"key": key, "instructions": first_instructions(root, dataset, "image")},
         reporter=reporter,
     )
-    if reporter is not None:
-        reporter.finish("")
+    reporter.finish("")
     return searcher, index
 
 

@@ -1,7 +1,5 @@
 """`elva train`: every stage of a recipe, each from the files of the one before."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,11 +174,7 @@ def _on_step(run: Run, name: str, reporter: Reporter, step: int, values: dict[st
 
 def _finish(run: Run, name: str, trainer: StageTrainer) -> None:
     """The stage's model as an ordinary checkpoint, then the note that it is done."""
-    run.write(
-        name,
-        "stage.json",
-        {"steps": trainer.state.global_step, "seconds": trainer.elapsed},
-    )
+    run.write(name, "stage.json", {"steps": trainer.state.global_step, "seconds": trainer.elapsed})
     shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
     write_directory(run.model(name), trainer.retriever.save)
     checkpoint.prune(run.stage(name), keep=0)

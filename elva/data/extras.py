@@ -4,8 +4,6 @@
 `minimal_pairs.jsonl` every candidate of a query's own entity (qid).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 

@@ -7,8 +7,6 @@ Only sets with a task in their name are read (`mbeir_cirr_task7_test.jsonl`), no
 union files, which mix tasks.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,12 +126,7 @@ def _global_pool(
 
 
 def read_queries(
-    path: Path,
-    root: Path,
-    task: str,
-    pool: Pool,
-    prompts: Prompts,
-    faults: Faults,
+    path: Path, root: Path, task: str, pool: Pool, prompts: Prompts, faults: Faults
 ) -> list[Query]:
     """One query file; every positive and negative must be in the pool."""
     modality, candidate = modalities(task)

@@ -5,8 +5,6 @@ hold M-BEIR's 5.6 M candidates. A large pool file is read once, strictly, into a
 is memory-mapped from then on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -19,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elva.data.cache import cache_directory
 from elva.data.schema import Grain, Item, Query, hashed_id
 from elva.data.strict import Faults
 from elva.errors import DataError
-from elva.files import replacing
+from elva.files import cache_directory, replacing
 
 MAPPED_FROM_BYTES = 32 << 20
 """Ours: a pool file from here on is worth a table on disk; reading a smaller one takes a second."""

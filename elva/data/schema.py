@@ -4,8 +4,6 @@ A `Query` names its positives and negatives by id; the `Pool` of its task (`elva
 turns ids into `Item`s.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import re
@@ -28,16 +26,7 @@ MAX_ASPECT_RATIO = 200
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 # M-BEIR's task numbers; 5 is not used there.
-TASKS = {
-    "t2i": 0,
-    "t2t": 1,
-    "t2it": 2,
-    "i2t": 3,
-    "i2i": 4,
-    "it2t": 6,
-    "it2i": 7,
-    "it2it": 8,
-}
+TASKS = {"t2i": 0, "t2t": 1, "t2it": 2, "i2t": 3, "i2i": 4, "it2t": 6, "it2i": 7, "it2it": 8}
 
 _DOCUMENTS_PER_DATASET = 10_000_000
 

@@ -3,8 +3,6 @@
 Every fault is `file:line: rule`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping

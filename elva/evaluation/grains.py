@@ -4,8 +4,6 @@ Liu et al., ELVA, arXiv:2606.20280, sec. 3.2, definition 2 (grain blindness): fo
 d(f(q), f(q without g_k)) < delta, with d the cosine distance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
@@ -46,9 +44,7 @@ class Probe:
 
 
 def probe(
-    queries: Sequence[Query],
-    embeddings: Tensor,
-    encode: Callable[[Sequence[Query]], Tensor],
+    queries: Sequence[Query], embeddings: Tensor, encode: Callable[[Sequence[Query]], Tensor]
 ) -> list[Probe]:
     """Take away every grain of every query, one at a time.
 

@@ -5,8 +5,6 @@ everything the same score earns nothing. Where no scores are equal, every figure
 trec_eval's same name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2

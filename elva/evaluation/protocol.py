@@ -1,7 +1,5 @@
 """M-BEIR's protocol (paper, sec. 4.1): its sets, their cut-offs, means, and published figures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any

@@ -4,8 +4,6 @@ They come from `elva_kernels.ranking_reward` itself, with every other candidate 
 negative, so a tie counts against the positive.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

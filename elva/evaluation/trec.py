@@ -4,8 +4,6 @@ run      qid Q0 did rank score tag
 qrels    qid 0 did relevance            (M-BEIR's have a fifth column, the task)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How an index changes on disk: its segments first, then one manifest in the place of another."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import uuid

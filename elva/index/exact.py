@@ -7,8 +7,6 @@ nothing outside the candidates can reach it. Where that cannot be shown (a colla
 scores lie closer than the rounding), rows are widened block by block instead: slower, as exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 

@@ -256,12 +256,7 @@ class Index:
         return np.flatnonzero(mask & self.alive)
 
     def search(
-        self,
-        query: Tensor,
-        k: int,
-        *,
-        model: Identity | None = None,
-        where: Where | None = None,
+        self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
     ) -> Found:
         """The k most similar items of each query, exactly.
 

@@ -12,8 +12,6 @@ Every byte is covered: the header by its digest, its padding by being zero, the 
 The file's size must be the one that the header adds up to before anything is mapped.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap

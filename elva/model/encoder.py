@@ -59,6 +59,7 @@ class Encoder:
         Raises:
             UserError: there is no such model.
         """
+        unfit = f"{model}: must be a run, a Qwen2-VL checkpoint or a hub name"
         path, length, size = Path(model), MAX_COMPLETION_LENGTH, 512
         home = next((p for p in (path, path.absolute().parent.parent)
                      if (p / "recipe.yaml").is_file()), None)  # fmt: skip
@@ -71,14 +72,12 @@ class Encoder:
         elif stage is not None:
             raise UserError(f"embed: --stage must belong to a run, got {model}; leave it out")
         if not path.exists() and str(model).count("/") != 1:  # no hub name either
-            raise UserError(f"{model}: must be a run, a Qwen2-VL checkpoint or a hub name")
+            raise UserError(unfit)
         try:
             retriever = Retriever.load(path if path.exists() else str(model))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{model}: must be a run, a Qwen2-VL checkpoint or a hub name; {reason}"
-            ) from None
+            raise UserError(f"{unfit}; {reason}") from None
         if max_completion_length is not None:
             length = max_completion_length
         return cls(retriever, length, read, batch_size or size)

@@ -33,9 +33,6 @@ BATCH = 32
 NOTES = "mrbench.json"
 
 
-# -- judging ---------------------------------------------------------------------------------------
-
-
 def sets_of(data: Path, split: str, sets: Sequence[str] | None) -> list[QuerySet]:
     """The named sets; the paper's where the data has them, else all."""
     if sets:
@@ -45,20 +42,14 @@ def sets_of(data: Path, split: str, sets: Sequence[str] | None) -> list[QuerySet
 
 
 def judge_set(
-    one: QuerySet,
-    asker: Asker,
-    wanted: int,
-    seed: int,
-    log: Path,
-    reporter: Reporter | None,
+    one: QuerySet, asker: Asker, wanted: int, seed: int, log: Path, reporter: Reporter
 ) -> tuple[list[Judged], dict[str, int]]:
     """Queries of two or more grains, in an order drawn by the seed, until there are enough."""
     known = _answers(log)
     order = permutation((seed, "mrbench", one.stem), len(one.queries))
     rows: list[Judged] = []
     tally = Counter({"judged": 0, "without_words": 0, "one_grain": 0})
-    if reporter is not None:
-        reporter.start(f"judge {one.stem}", min(wanted, len(order)), "queries")
+    reporter.start(f"judge {one.stem}", min(wanted, len(order)), "queries")
     with ThreadPoolExecutor(asker.judge.at_once) as pool, open(log, "a", encoding="utf-8") as file:
         for start in range(0, len(order), BATCH):
             chosen = [one.queries[i] for i in order[start : start + BATCH]]
@@ -77,12 +68,10 @@ def judge_set(
                     tally["one_grain"] += 1
                 else:
                     rows.append(Judged(one.stem, query, words, grains))
-            if reporter is not None:
-                reporter.advance(min(len(rows), wanted))
+            reporter.advance(min(len(rows), wanted))
             if len(rows) >= wanted:
                 break
-    if reporter is not None:
-        reporter.finish("")
+    reporter.finish("")
     return rows[:wanted], dict(tally)
 
 
@@ -126,9 +115,6 @@ def stratified(rows: Sequence[Judged], wanted: int, seed: int) -> list[Judged]:
             if strata[kinds] and len(chosen) < wanted:
                 chosen.append(strata[kinds].pop(0))
     return sorted(chosen, key=lambda r: r.query.id)
-
-
-# -- files -----------------------------------------------------------------------------------------
 
 
 def write_data(

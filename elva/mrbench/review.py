@@ -1,7 +1,5 @@
 """The review: what was judged as a table and a page, and the decisions that come back."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

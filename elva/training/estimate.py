@@ -1,7 +1,5 @@
 """`elva train --dry-run`: the resolved recipe, its steps, and what memory it will take."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict

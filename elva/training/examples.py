@@ -4,8 +4,6 @@ Data order is a pure function of (seed, step), so a resumed run sees what the un
 have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

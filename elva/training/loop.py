@@ -3,8 +3,6 @@
 What a step computes is its subclass's matter (`stage`).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: drop the candidates whose similari
 threshold, keep the top 50 of what remains, add 50 drawn at random.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -5,8 +5,6 @@ DeepSeekMath, arXiv:2402.03300 (clipped policy gradient, k3 KL). The rewards the
 `elva_kernels.ranking_reward`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

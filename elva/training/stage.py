@@ -9,8 +9,6 @@ Every stage is the same four steps, with its own weights (`StageConfig`):
    sum(embedding * gradient), so that memory does not grow with the number of candidates.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections import defaultdict

@@ -148,7 +148,7 @@ def test_a_busy_server_is_asked_again_and_a_refusing_one_is_not(server, monkeypa
 def test_a_build_by_a_server_goes_on_where_it_was_cut_off(server, corpus, tmp_path, monkeypatch):
     """Pictures are described, texts judged; what was judged is not asked again."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(mrbench, "BATCH", 4)
+    monkeypatch.setattr("elva.mrbench.build.BATCH", 4)
     judge, output = OpenAIJudge(server.url, "m"), tmp_path / "bench"
     words = {"sets": ["t2i", "i2t"], "per_set": 5}
     server.answer = None

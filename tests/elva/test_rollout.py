@@ -1,5 +1,6 @@
 """Rollouts, prompts and the losses against independent computations on a tiny random model."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from elva.data import Item, load
-from elva.draws import uniforms
+from elva.draws import permutation, uniforms
 from elva.model.inputs import RET, mrope_positions
 from elva.model.retriever import Retriever, create
 from elva.model.rollout import encode, sample, token_log_probs
@@ -129,6 +130,16 @@ def test_draws_are_a_function_of_their_seed() -> None:
     first = uniforms((0, "3", "draws", 7), (4, 5))
     assert torch.equal(first, uniforms((0, "3", "draws", 7), (4, 5)))
     assert not torch.equal(first, uniforms((0, "3", "draws", 8), (4, 5)))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (17,), (4, 3, 7), (5000,)])
+def test_draws_are_torchs_bit_for_bit(shape: tuple[int, ...]) -> None:
+    seed = (3, "any", shape)
+    digest = hashlib.sha256(repr(seed).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    drawn = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    assert torch.equal(uniforms(seed, shape), drawn)
+    assert permutation(seed, len(drawn)) == uniforms(seed, shape[:1]).argsort().tolist()
 
 
 @torch.no_grad()

@@ -4,8 +4,6 @@ A corpus folder holds `manifest.json`, written last, which lists every file with
 cached folder that differs from its manifest was torn and is built again.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -16,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from elva.data import extras, mbeir
-from elva.data.cache import cache_directory
 from elva.data.emoji.corpus import CLDR, collect
 from elva.data.emoji.pictures import missing_extra, noto_font
 from elva.data.emoji.prompts import EMOJI_DATASET, EMOJI_PROMPTS
 from elva.data.emoji.tasks import IMAGE_FOLDERS, SPLITS, Row, candidates, rows, split_of
 from elva.errors import DataError
-from elva.files import MANIFEST, sha256, swap_directory, write_text
+from elva.files import MANIFEST, cache_directory, sha256, swap_directory, write_text
 
 if sys.platform != "win32":
     import fcntl

@@ -1,7 +1,5 @@
 """Which emoji are in the corpus: one entry a distinct picture."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Grains are read off the words. Nothing is added to what the name says: a person 
 gender word has no gender grain.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ gets a private code point, and the basic layout draws that: the same picture eve
 sequence with no single glyph is not in the font and has no picture.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Container, Iterable, Iterator
 from importlib.resources import files

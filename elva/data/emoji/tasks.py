@@ -5,8 +5,6 @@ grains that each are. Everything random-looking is a hash of the name, so that t
 the same on every machine and with every library version.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

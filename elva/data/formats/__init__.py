@@ -1,7 +1,5 @@
 """The formats that `elva data convert` knows, each by the name of its reader."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ With a `captions.csv` (`file`, `caption`, and whatever else is known) each capti
 picture. Without, each picture asks for itself: enough to embed, index and search the folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

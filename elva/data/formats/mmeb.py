@@ -4,8 +4,6 @@ A query says itself what to look for, so the instruction is empty. `<|image_1|>`
 VLM2Vec puts the picture; here it comes first by the chat template, so the mark is taken away.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Three configurations as files: `query-*`, `corpus-*` (id, modality, text, image)
 file where it is beside the mirror, else the name says what to look for.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """NLI in csv, as sentence embedders train on it: stage 1 of the paper (sec. 4.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

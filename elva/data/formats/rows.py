@@ -1,7 +1,5 @@
 """Rows of csv, jsonl and parquet files, whoever wrote them; every fault is `file:line: rule`."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path

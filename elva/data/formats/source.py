@@ -5,8 +5,6 @@ them; `convert` gives them numbers, finds their task, and writes. What a source 
 stays in `src_content`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Tevatron (Gao et al., arXiv:2203.05765; its multimodal form): queries and a corpus by id."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

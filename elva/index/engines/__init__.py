@@ -4,8 +4,6 @@ An engine finds candidates; their scores are computed from the index's rows, so 
 engine finds has the score that exact search gives it, bit for bit. What an engine may do is miss.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor
@@ -22,12 +20,7 @@ class Engine(Protocol):
     """What answers a search. `Index` itself is one, the exact one."""
 
     def search(
-        self,
-        query: Tensor,
-        k: int,
-        *,
-        model: Identity | None = None,
-        where: Where | None = None,
+        self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
     ) -> Found: ...
 
 

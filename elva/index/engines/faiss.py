@@ -4,8 +4,6 @@ derived/ivf.faiss, derived/hnsw.faiss     FAISS's own files, over unit rows in f
 derived/ivf.json                          of which index, and the file's SHA-256
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -100,12 +98,7 @@ class FaissEngine:
         self._found = self._lib.read_index(str(place))
 
     def search(
-        self,
-        query: Tensor,
-        k: int,
-        *,
-        model: Identity | None = None,
-        where: Where | None = None,
+        self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
     ) -> Found:
         """As `Index.search`, but rows may be missed; a query with fewer than k answers is padded
         with row -1 and score -inf."""

@@ -1,7 +1,5 @@
 """Milvus over an index: a file by milvus-lite (`items.db`), or a cluster (`http://host:19530`)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
@@ -75,12 +73,7 @@ class MilvusEngine:
             raise IndexFault(f"{uri}: must be of the index as it is, got another; {again}")
 
     def search(
-        self,
-        query: Tensor,
-        k: int,
-        *,
-        model: Identity | None = None,
-        where: Where | None = None,
+        self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
     ) -> Found:
         """As `Index.search`; a query with fewer than k answers is padded with row -1 and -inf."""
         self.index.check_query(query, k, model)
