@@ -25,7 +25,7 @@ import yaml
 
 from elva import __version__
 from elva.checkpoint import is_whole
-from elva.config import Recipe, from_dict, to_dict
+from elva.config import Recipe, read_recipe, to_dict
 from elva.errors import UserError
 from elva.files import write_text
 
@@ -64,13 +64,7 @@ class Run:
             raise RunError(
                 f"{directory}: must hold a run, got no recipe.yaml; start one with elva train"
             )
-        try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunError(
-                f"{file}: must be readable YAML; {' '.join(str(error).split())}"
-            ) from None
-        return cls(directory, from_dict(data, str(file)))
+        return cls(directory, read_recipe(file))
 
     # -- stages ------------------------------------------------------------------------------------
 

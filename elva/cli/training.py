@@ -47,13 +47,16 @@ def train(
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report."""
     with one_line_errors():
-        from elva.config import resolve
+        from elva.config import chosen, resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
+        wanted = None if stages is None else stages.split(",")
         if dry_run:
             from elva.plan import describe
 
-            _print_plan(describe(resolve(recipe, config, changes), limit), as_json)
+            resolved = resolve(recipe, config, changes)
+            chosen(resolved, wanted)
+            _print_plan(describe(resolved, limit), as_json)
             return
         quiet_libraries()
         from elva.progress import Bars
@@ -61,8 +64,7 @@ def train(
         from elva.train import train as run_stages
 
         began = None if start_from is None else Run.open(start_from)
-        wanted = None if stages is None else stages.split(",")
-        run = _run_to_train(Run, recipe, output, config, changes, resume)
+        run = _run_to_train(Run, recipe, output, config, changes, resume, wanted)
         console = err if as_json else out
         console.print(f"run directory: {run.directory}", soft_wrap=True)
         with Bars(console) as bars:
@@ -92,12 +94,16 @@ def _run_to_train(
     config: Path | None,
     changes: list[str],
     resume: bool,
+    stages: list[str] | None,
 ) -> Run:
     from elva.config import resolve
     from elva.errors import UserError
+    from elva.train import check
 
     if not resume:
-        return kind.create(output, resolve(recipe, config, changes))
+        resolved = resolve(recipe, config, changes)
+        check(resolved, stages)
+        return kind.create(output, resolved)
     if output is None:
         raise UserError("train: --resume must name the run; pass --output RUN too")
     if config is not None or changes:
@@ -105,7 +111,9 @@ def _run_to_train(
             "train: --resume goes on with the run's own recipe, got --config, --set or --seed; "
             "leave them out or start a new run"
         )
-    return kind.open(output)
+    run = kind.open(output)
+    check(run.recipe, stages)
+    return run
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
