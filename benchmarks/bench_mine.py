@@ -21,11 +21,11 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.bench_index import CHUNK, anonymous_mb
+from elva.commands.mine import Mining, mine, plan
 from elva.data import mbeir
-from elva.embeddings import Embeddings
 from elva.index import Identity
 from elva.index import segment as segment_file
-from elva.mine import Mining, mine, plan
+from elva.index.embeddings import Embeddings
 
 MODEL = Identity("clustered rows", "none", "none")
 DIM, CLUSTERS, SPLIT = 1536, 20_000, "train"

@@ -22,12 +22,12 @@ from torch import Tensor
 import elva_kernels
 from benchmarks import report
 from elva.data import load
-from elva.evaluate import source
-from elva.examples import Batch, Examples
-from elva.mining import Negatives
-from elva.model import Retriever
-from elva.rollout import encode
+from elva.evaluation.trained import source
+from elva.model.retriever import Retriever
+from elva.model.rollout import encode
 from elva.run import Run
+from elva.training.examples import Batch, Examples
+from elva.training.negatives import Negatives
 
 MARGINS = (-0.1, 0.0, 0.05, 0.1, 0.2, 0.4)
 PENALTIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)

@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import report
-from elva.evaluate import COLUMNS
-from elva.report import as_json
+from elva.evaluation.trained import COLUMNS
+from elva.report.report import as_json
 from elva.run import Run
 
 

@@ -25,9 +25,9 @@ import yaml
 
 from elva import __version__
 from elva.checkpoint import is_whole
-from elva.config import Recipe, read_recipe, to_dict
 from elva.errors import UserError
 from elva.files import write_text
+from elva.recipe import Recipe, read_recipe, to_dict
 
 
 class RunError(UserError):

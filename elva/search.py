@@ -18,18 +18,18 @@ from typing import Any
 
 from torch import Tensor
 
-from elva import pictures
+from elva.commands.embed import columns
 from elva.data import DataError, Item, Pool, Query, load
 from elva.data.mbeir import first_instructions
 from elva.data.schema import normalise
-from elva.embed import columns
-from elva.encoder import Encoder
 from elva.errors import UserError
-from elva.evaluate import source
+from elva.evaluation.trained import source
 from elva.index import Index, IndexFault
 from elva.index.engines import Engine, open_engine
 from elva.index.index import Where
+from elva.model.encoder import Encoder
 from elva.progress import Reporter
+from elva.report import pictures
 from elva.run import Run
 
 MAX_CHARACTERS = 2000

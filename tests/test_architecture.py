@@ -15,10 +15,7 @@ KERNELS = sorted((ROOT / "elva_kernels").rglob("*.py"))
 ELVA = sorted((ROOT / "elva").rglob("*.py"))
 
 # elva: `cli` calls commands, commands are made of nouns, nouns know the kernels.
-COMMANDS = {
-    "train", "embed", "indexing", "search", "evaluate", "protocol", "mine", "mrbench", "probe",
-    "inspection", "report", "demo",
-}  # fmt: skip
+COMMANDS = {"commands", "mrbench", "search"}
 
 
 def module_name(path):

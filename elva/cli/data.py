@@ -90,7 +90,7 @@ def check(
 ) -> None:
     """List every bad row, missing picture and copy; exit code 2 if a row is bad."""
     with one_line_errors():
-        from elva import inspection
+        from elva.commands import inspect as inspection
         from elva.progress import Bars
 
         with Bars(err if as_json else out) as bars:
@@ -115,7 +115,7 @@ def stats(
 ) -> None:
     """Count queries, pools, answers and words of every set."""
     with one_line_errors():
-        from elva import inspection
+        from elva.commands import inspect as inspection
 
         found = inspection.stats(data, split=split, tasks=task)
         if as_json:
@@ -136,7 +136,7 @@ def sample(
 ) -> None:
     """Show some queries with their answers."""
     with one_line_errors():
-        from elva import inspection
+        from elva.commands import inspect as inspection
 
         rows = inspection.sample(data, sheet, split=split, task=task, count=count, seed=seed)
         if as_json:

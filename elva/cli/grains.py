@@ -35,8 +35,8 @@ def grains(
     """Mask one grain a query: how far does the embedding move?"""
     with one_line_errors():
         quiet_libraries()
-        from elva import probe
-        from elva.encoder import Encoder
+        from elva.commands import grains as probe
+        from elva.model.encoder import Encoder
         from elva.progress import Bars
 
         opened = [

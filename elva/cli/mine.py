@@ -46,7 +46,7 @@ def mine(
 ) -> None:
     """Write the data again with each query's hardest and some random negatives."""
     with one_line_errors():
-        from elva import mine as command
+        from elva.commands import mine as command
         from elva.progress import Bars
 
         settings = command.Mining(

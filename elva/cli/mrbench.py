@@ -47,9 +47,9 @@ def build(
     """Judge queries, sample them, and write data with a page to review."""
     with one_line_errors():
         quiet_libraries()
-        from elva import mrbench
-        from elva.encoder import Encoder
-        from elva.judges import judge_of
+        from elva.model.encoder import Encoder
+        from elva.mrbench import build as mrbench
+        from elva.mrbench.judges import judge_of
         from elva.progress import Bars
 
         asked = judge_of(judge, judge_model)
@@ -86,7 +86,7 @@ def review(
 ) -> None:
     """Take decisions: dropped queries leave the data until a later review keeps them."""
     with one_line_errors():
-        from elva import mrbench
+        from elva.mrbench import build as mrbench
 
         tally = mrbench.review(directory, decisions)
         if as_json:

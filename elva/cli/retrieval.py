@@ -66,8 +66,8 @@ def embed(
         _choose("--read", read, ("at_ret", "before_ret"))
         _choose("--dtype", dtype, ("float16", "bfloat16", "float32"))
         quiet_libraries()
-        from elva import embed as command
-        from elva.encoder import Encoder
+        from elva.commands import embed as command
+        from elva.model.encoder import Encoder
         from elva.progress import Bars
 
         which: dict[str, Any] = {"split": split, "tasks": task, "sides": sides, "pools": pools}
@@ -115,7 +115,7 @@ def index_build(
 ) -> None:
     """Make an index of embeddings; nothing is embedded and shards are linked, not copied."""
     with one_line_errors():
-        from elva import indexing
+        from elva.commands import build_index as indexing
 
         made = indexing.build(
             index, embeddings or [], npy=npy, ids=ids, model=model, dtype=dtype, overwrite=overwrite
@@ -136,7 +136,7 @@ def index_add(
 ) -> None:
     """Add embeddings; what is there is not written again."""
     with one_line_errors():
-        from elva import indexing
+        from elva.commands import build_index as indexing
 
         _say_index(indexing.add(index, embeddings, overwrite=overwrite).info(), as_json)
 
@@ -319,7 +319,7 @@ def evaluate(
 
 def _evaluate_files(run: Path, qrels: Path | None, as_json: bool) -> None:
     from elva.errors import UserError
-    from elva.protocol import evaluate_files
+    from elva.evaluation.protocol import evaluate_files
 
     if qrels is None:
         raise UserError("evaluate: --run must come with --qrels, got none; name the right answers")
@@ -337,8 +337,8 @@ def _evaluate_embeddings(
     embeddings: Path, data: Path | None, output: Path | None, which: dict[str, Any], as_json: bool
 ) -> None:
     from elva.errors import UserError
+    from elva.evaluation.protocol import evaluate_embeddings, table
     from elva.progress import Bars
-    from elva.protocol import evaluate_embeddings, table
 
     if data is None:
         raise UserError("evaluate: --embeddings must come with --data, got none; name the data")
@@ -358,10 +358,10 @@ def _evaluate_embeddings(
 
 def _evaluate_run(run: Path, stage: list[str] | None, split: str, as_json: bool) -> None:
     quiet_libraries()
-    from elva.evaluate import evaluate as measure
+    from elva.evaluation.trained import evaluate as measure
     from elva.progress import Bars
-    from elva.report import as_json as figures
-    from elva.report import table
+    from elva.report.report import as_json as figures
+    from elva.report.report import table
     from elva.run import Run
 
     opened = Run.open(run)

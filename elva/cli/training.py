@@ -47,21 +47,21 @@ def train(
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report."""
     with one_line_errors():
-        from elva.config import chosen, resolve
+        from elva.recipe import chosen, resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
         wanted = None if stages is None else stages.split(",")
         if dry_run:
-            from elva.plan import describe
+            from elva.training.estimate import describe
 
             resolved = resolve(recipe, config, changes)
             chosen(resolved, wanted)
             _print_plan(describe(resolved, limit), as_json)
             return
         quiet_libraries()
+        from elva.commands.train import train as run_stages
         from elva.progress import Bars
         from elva.run import Run
-        from elva.train import train as run_stages
 
         began = None if start_from is None else Run.open(start_from)
         run = _run_to_train(Run, recipe, output, config, changes, resume, wanted)
@@ -76,8 +76,8 @@ def train(
                 limit=limit,
                 controls=controls,
             )
-        from elva.report import as_json as figures
-        from elva.report import report, table
+        from elva.report.report import as_json as figures
+        from elva.report.report import report, table
 
         page = report(run)
         if as_json:
@@ -96,9 +96,9 @@ def _run_to_train(
     resume: bool,
     stages: list[str] | None,
 ) -> Run:
-    from elva.config import resolve
+    from elva.commands.train import check
     from elva.errors import UserError
-    from elva.train import check
+    from elva.recipe import resolve
 
     if not resume:
         resolved = resolve(recipe, config, changes)
@@ -128,7 +128,7 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
 def report(run: RunArgument) -> None:
     """Write RUN/report.html and its pictures again from the run's files."""
     with one_line_errors():
-        from elva.report import report as write
+        from elva.report.report import report as write
         from elva.run import Run
 
         out.print(f"report: {write(Run.open(run))}", soft_wrap=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from elva.config import Recipe, resolve
 from elva.data import emoji, load
+from elva.recipe import Recipe, resolve
 
 STAGES = ("0", "1", "2", "3")
 KEPT = 260  # of each kind: enough for 50 hard and 50 random negatives

@@ -10,12 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from elva import mrbench
-from elva.config import ScratchModel
 from elva.data import Item, load
 from elva.errors import UserError
-from elva.judges import DESCRIBE, PROMPT, LocalJudge, OpenAIJudge, RuleJudge, judge_of, parse
-from elva.model import create
+from elva.model.retriever import create
+from elva.mrbench import build as mrbench
+from elva.mrbench.judges import (
+    DESCRIBE,
+    PROMPT,
+    LocalJudge,
+    OpenAIJudge,
+    RuleJudge,
+    judge_of,
+    parse,
+)
+from elva.recipe import ScratchModel
 
 
 class Server(ThreadingHTTPServer):

@@ -7,8 +7,8 @@ import pytrec_eval
 
 from elva.data import DataError
 from elva.data.strict import Faults
-from elva.metrics import measure
-from elva.trec import read_qrels, read_run, write_qrels, write_run
+from elva.evaluation.metrics import measure
+from elva.evaluation.trec import read_qrels, read_run, write_qrels, write_run
 
 CUTOFFS = (1, 5, 10, 20)
 

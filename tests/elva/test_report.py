@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from elva import charts, figures, gallery, pictures
-from elva.config import Recipe, StageConfig
 from elva.data import Item, load, mbeir
-from elva.report import as_json, report, table
+from elva.recipe import Recipe, StageConfig
+from elva.report import charts, figures, gallery, pictures
+from elva.report.report import as_json, report, table
 from elva.run import Run, RunError
 
 NAMES = ["red <b>square</b>", "green square", "blue square", "red disc", "green disc", "blue disc"]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from elva import objective
-from elva.config import LoraSettings, ScratchModel
 from elva.data import Item, load
-from elva.inputs import RET, mrope_positions
-from elva.mining import at_random, hardest
-from elva.model import Retriever, create
-from elva.rollout import encode, sample, token_log_probs, uniforms
+from elva.model.inputs import RET, mrope_positions
+from elva.model.retriever import Retriever, create
+from elva.model.rollout import encode, sample, token_log_probs, uniforms
+from elva.recipe import LoraSettings, ScratchModel
+from elva.training import objective
+from elva.training.negatives import at_random, hardest
 
 MODEL = ScratchModel(
     hidden_size=32, intermediate_size=64, layers=2, heads=2, vocabulary=600,
@@ -282,8 +282,8 @@ def test_random_negatives_are_even_and_never_right() -> None:
 
 
 def test_the_scratch_model_counts_its_parameters_in_a_dry_run(checkpoint: Path) -> None:
-    from elva.config import ModelConfig
-    from elva.plan import count_parameters
+    from elva.recipe import ModelConfig
+    from elva.training.estimate import count_parameters
 
     model = Retriever.load(checkpoint).model
     actual = sum(p.numel() for p in model.parameters())

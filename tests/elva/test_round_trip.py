@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from elva.cli import app
 from elva.data import load
-from elva.embeddings import Embeddings
 from elva.index import Index
+from elva.index.embeddings import Embeddings
 
 TASKS = ("--task", "t2i", "--task", "i2t", "--task", "it2i")
 

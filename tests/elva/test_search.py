@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from elva import checkpoint, search
-from elva.config import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.data import load, mbeir
 from elva.errors import UserError
 from elva.index import Identity, Index
-from elva.model import Retriever, create
-from elva.rollout import encode
+from elva.model.retriever import Retriever, create
+from elva.model.rollout import encode
+from elva.recipe import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.run import Run
 
 NAMES = [f"{tone} {shape}" for shape in ("square", "disc", "bar", "ring") for tone in "abc"]

@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from elva.cli import app
-from elva.config import Recipe, resolve
+from elva.commands.train import train
 from elva.errors import UserError
+from elva.recipe import Recipe, resolve
 from elva.run import Run
-from elva.train import train
 
 
 class Silent:

@@ -22,8 +22,8 @@ from elva.data import extras, mbeir
 from elva.data.cache import cache_directory
 from elva.data.emoji.corpus import CLDR, collect
 from elva.data.emoji.pictures import missing_extra, noto_font
+from elva.data.emoji.prompts import EMOJI_DATASET, EMOJI_PROMPTS
 from elva.data.emoji.tasks import IMAGE_FOLDERS, SPLITS, Row, candidates, rows, split_of
-from elva.data.prompts import EMOJI_DATASET, EMOJI_PROMPTS
 from elva.data.schema import DataError
 
 if sys.platform != "win32":

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from elva.data.emoji.names import Name, mask_grain
-from elva.data.prompts import EMOJI_DATASET
+from elva.data.emoji.prompts import EMOJI_DATASET
 from elva.data.schema import TASKS, Grain
 
 SPLITS = ("train", "val", "test")

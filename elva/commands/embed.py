@@ -1,0 +1,268 @@
+"""`elva embed`: the items of a data directory as embeddings on disk, shard by shard.
+
+Each pool and query file becomes a directory (`elva.index.embeddings`) of its own name:
+`mbeir_cirr_task7_cand_pool`, `mbeir_cirr_task7_test`. A shard appears whole or not at all, so a
+killed run goes on where it was; several processes (`torchrun -m elva embed`) take the shards in
+turns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from elva.data import Item, Pool, Query
+from elva.data.mbeir import QuerySet, first_instructions, read_sets
+from elva.data.strict import Faults
+from elva.errors import UserError
+from elva.files import write_text
+from elva.index import segment as segment_file
+from elva.index.embeddings import PLAN, Embeddings
+from elva.model.encoder import Encoder
+from elva.progress import Reporter
+from elva.report import pictures
+
+SHARD_ROWS = 8192
+"""Ours: what a kill can cost, and few enough files at millions of items."""
+
+SKIPPED = "skipped.txt"
+"""What was left out, a line each."""
+
+Sides = Literal["both", "queries", "pools"]
+
+
+def embed(
+    encoder: Encoder,
+    data: Path,
+    output: Path,
+    *,
+    split: str = "test",
+    tasks: Sequence[str] | None = None,
+    sides: Sides = "both",
+    pools: Literal["local", "global"] = "local",
+    dtype: str = "float16",
+    metadata: bool = False,
+    shard_rows: int = SHARD_ROWS,
+    resume: bool = False,
+    skip_bad: int = 0,
+    reporter: Reporter | None = None,
+) -> list[Embeddings]:
+    """Embed queries and pools of a data directory.
+
+    Args:
+        tasks: as `elva.data.load` takes them.
+        dtype: what is stored: float16, bfloat16 or float32.
+        metadata: keep the fields of the candidates' `src_content`, to search by.
+        resume: go on with what is in `output`, made by the same model of the same data.
+        skip_bad: so many rows that break a rule, listed in `output`/skipped.txt, and items that
+            cannot be read (a missing picture), listed beside their shards, are left out; one more
+            ends the run.
+
+    Returns:
+        One for each pool and query file.
+
+    Raises:
+        UserError, DataError: an argument, the data, or what is in `output`.
+    """
+    faults = Faults(skip_bad)
+    sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
+    if faults.found and _world_rank() == 0:
+        write_text(output / SKIPPED, "".join(f"{line}\n" for line in faults.found))
+    named = pictures.names(data)
+    done = []
+    for name, items, about in _wanted(data, sets, split, sides):
+        plan = Embeddings(
+            output / name,
+            len(items),
+            shard_rows,
+            encoder.identity,
+            {
+                **encoder.about,
+                **about,
+                "data": str(Path(data).absolute()),
+                "dtype": dtype,
+                "metadata": metadata,
+            },
+        )
+        _begin(plan, resume)
+        kinds = _kinds(items) if metadata and isinstance(items, Pool) else {}
+        _embed_shards(plan, encoder, items, named, kinds, dtype, faults, reporter)
+        done.append(plan)
+    return done
+
+
+def plan(
+    data: Path,
+    *,
+    split: str = "test",
+    tasks: Sequence[str] | None = None,
+    sides: Sides = "both",
+    pools: Literal["local", "global"] = "local",
+) -> dict[str, int]:
+    """What `embed` would embed: name -> items."""
+    sets = read_sets(data, tasks=tasks, split=split, pools=pools)
+    return {name: len(items) for name, items, _ in _wanted(data, sets, split, sides)}
+
+
+def columns(items: Sequence[Item], named: Mapping[str, str]) -> dict[str, list[str | None]]:
+    """What an index keeps of each item beside its embedding."""
+    return {
+        "text": [i.raw_text if isinstance(i, Query) else i.text for i in items],
+        "image": [str(i.image.absolute()) if isinstance(i.image, Path) else None for i in items],
+        "modality": [i.modality for i in items],
+        "name": [named.get(i.id) or i.text or _file_name(i) for i in items],
+    }
+
+
+def _kinds(pool: Pool) -> dict[str, pa.DataType]:
+    """field -> number or text, over the whole pool, so that all its shards agree."""
+    if pool.table["extra"].null_count == len(pool):
+        return {}
+    numbers: dict[str, bool] = {}
+    for row in range(len(pool)):
+        for name, value in pool.extra(row).items():
+            numbers[name] = numbers.get(name, True) and _number(value) is not None
+    own = {"id", "text", "image", "modality", "name", "summary"}
+    return {n: pa.float64() if is_number else pa.string()
+            for n, is_number in sorted(numbers.items()) if n not in own}  # fmt: skip
+
+
+def _metadata(
+    items: Pool | list[Query], good: Sequence[Item], kinds: Mapping[str, pa.DataType]
+) -> dict[str, pa.Array]:
+    if not kinds or not isinstance(items, Pool):
+        return {}
+    known = [items.extra(items.row(item.id)) for item in good]
+    found = {}
+    for name, kind in kinds.items():
+        values = [fields.get(name) for fields in known]
+        read = _number if kind == pa.float64() else str
+        found[name] = pa.array([None if v is None else read(v) for v in values], kind)
+    return found
+
+
+def _number(value: str | int | float) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _file_name(item: Item) -> str | None:
+    return item.image.name if isinstance(item.image, Path) else None
+
+
+def _wanted(
+    data: Path, sets: Sequence[QuerySet], split: str, sides: Sides
+) -> Iterator[tuple[str, Pool | list[Query], dict[str, Any]]]:
+    """(name, items, what to note) of each pool once and of each query file."""
+    if sides in ("both", "pools"):
+        for name in dict.fromkeys(s.pool_name for s in sets):
+            of = [s for s in sets if s.pool_name == name]
+            asked = {s.queries[0].modality: s.queries[0].instruction for s in of if s.queries}
+            known = _instructions(data, of[0].pool)
+            yield name, of[0].pool, {"side": "pool", "instructions": {**known, **asked}}
+    if sides in ("both", "queries"):
+        for one in sets:
+            yield f"mbeir_{one.stem}_{split}", one.queries, {"side": "queries", "task": one.task}
+
+
+def _instructions(data: Path, pool: Pool) -> dict[str, str]:
+    """Every way in which the data asks for such items as the pool's first."""
+    if not len(pool):
+        return {}
+    return first_instructions(data, int(pool[0].id.partition(":")[0]), pool[0].modality)
+
+
+def _begin(wanted: Embeddings, resume: bool) -> None:
+    directory = wanted.directory
+    if (directory / PLAN).exists():
+        found = Embeddings.open(directory)
+        if not resume and _world_rank() == 0:
+            raise UserError(
+                f"{directory}: must not hold embeddings yet; pass --resume to go on with them or "
+                "choose another --output"
+            )
+        same = (found.items, found.shard_rows, dict(found.about)) == (
+            wanted.items, wanted.shard_rows, dict(wanted.about),
+        )  # fmt: skip
+        if not same or not found.model.matches(wanted.model):
+            raise UserError(
+                f"{directory}: must be resumed with its own model, data and options, got others; "
+                "choose another --output"
+            )
+    elif _world_rank() == 0:
+        wanted.save()
+
+
+def _embed_shards(
+    plan: Embeddings,
+    encoder: Encoder,
+    items: Pool | list[Query],
+    named: Mapping[str, str],
+    kinds: Mapping[str, pa.DataType],
+    dtype: str,
+    faults: Faults,
+    reporter: Reporter | None,
+) -> None:
+    mine = [i for i in plan.missing if i % _world_size() == _world_rank()]
+    rows = plan.shard_rows
+    total = sum(min(rows, plan.items - i * rows) for i in mine)
+    if reporter is not None:
+        reporter.start(f"embed {plan.directory.name}", total, "items")
+    done, read = 0, len(faults.found)
+    for shard in mine:
+        chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
+        before = len(faults.found)
+        good = list(_readable(encoder, chosen, faults))
+        encoder.retriever.remember(
+            p.image for p in map(encoder.retriever.inputs.prompt, good) if p.image is not None
+        )
+        out = encoder(good, None if reporter is None else _offset(reporter, done))
+        done += len(chosen)
+        table = pa.table(
+            {
+                "id": pa.array([i.id for i in good], pa.string()),
+                **{k: pa.array(v, pa.string()) for k, v in columns(good, named).items()},
+                "summary": pa.array(out.summaries, pa.string()),
+                **_metadata(items, good, kinds),
+            }
+        )
+        if len(faults.found) > before:
+            with open(plan.directory / SKIPPED, "a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in faults.found[before:])
+        segment_file.write(
+            plan.shards[shard], [out.embeddings], table,
+            dim=encoder.retriever.embedding_size, dtype=dtype, model=plan.model,
+        )  # fmt: skip
+        encoder.retriever.forget()
+    if reporter is not None:
+        bad = len(faults.found) - read
+        skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
+        reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")
+
+
+def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterator[Item]:
+    for item in items:
+        fine = False
+        with faults.row():
+            encoder.retriever.inputs.prompt(item)
+            fine = True
+        if fine:
+            yield item
+
+
+def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
+    return lambda more: reporter.advance(done + more)
+
+
+def _world_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,216 @@
+"""`elva train`: every stage of a recipe, each from the files of the one before."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from elva import checkpoint
+from elva.data import load
+from elva.evaluation.trained import evaluate_stage, source
+from elva.model.inputs import Inputs
+from elva.model.retriever import Retriever, create
+from elva.progress import Reporter
+from elva.recipe import Recipe, StageConfig, chosen
+from elva.run import Run, RunError
+from elva.training.examples import Examples
+from elva.training.loop import Length
+from elva.training.stage import StageTrainer
+
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+
+CLOCKED_STEPS = 20
+"""A control that runs for another stage's wall time may take at most this many times its steps."""
+
+
+def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
+    """Refuse what cannot be trained here, before a run directory is made for it.
+
+    Raises:
+        UserError: several processes, an unknown stage, data or a model that is not there.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RunError(
+            f"train: the number of processes must be 1, got {processes}; "
+            "training on several is not supported yet"
+        )
+    for name in chosen(recipe, stages):
+        data = recipe.stages[name].data
+        if data != "emoji" and not Path(data).is_dir():
+            raise RunError(
+                f"recipe: stages.{name}.data must be emoji or a directory in M-BEIR's layout, "
+                f"got {data!r}; see elva data --help"
+            )
+    model = recipe.model.path
+    if model is not None and not Path(model).is_dir() and not re.fullmatch(HUB_NAME, model):
+        raise RunError(
+            f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
+        )
+
+
+def train(
+    run: Run,
+    reporter: Reporter,
+    *,
+    stages: Sequence[str] | None = None,
+    start_from: Run | None = None,
+    limit: int | None = None,
+    controls: bool = True,
+) -> None:
+    """Train what of the run is not trained yet, evaluating after every stage.
+
+    Args:
+        stages: names to train (None: all of the recipe). A stage starts from the one before it, in
+            this run or, for the first, in `start_from`.
+        limit: at most this many steps a stage.
+        controls: also train what the last stage is compared with.
+    """
+    names = chosen(run.recipe, stages)
+    tokenised = _Tokenised()
+    for name in names:
+        beginning = _beginning(run, name, start_from)
+        _train_stage(run, name, reporter, tokenised, beginning, limit)
+    last = list(run.recipe.stages)[-1]
+    if controls and last in names:
+        done = run.read(last, "stage.json")
+        budget = Length(CLOCKED_STEPS * done["steps"], done["seconds"])
+        for name in run.recipe.controls:
+            beginning = _beginning(run, last, start_from)
+            _train_stage(run, name, reporter, tokenised, beginning, limit, budget)
+
+
+class _Tokenised:
+    """Loads the models of a run so that nothing is tokenised twice."""
+
+    def __init__(self) -> None:
+        self._inputs: Inputs | None = None
+
+    def load(self, path: Path, summary_prompt: str | None) -> Retriever:
+        retriever = Retriever.load(path, summary_prompt=summary_prompt, inputs=self._inputs)
+        self._inputs = retriever.inputs
+        return retriever
+
+
+def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
+    """The checkpoint (or hub name) a stage starts from."""
+    order = list(run.recipe.stages)
+    previous = order[order.index(name) - 1] if order.index(name) else None
+    if previous is not None and run.is_trained(previous):
+        return run.model(previous)
+    if start_from is not None:
+        last = previous if previous in start_from.trained else (start_from.trained or [None])[-1]
+        if last is None:
+            raise RunError(f"{start_from.directory}: must hold a trained stage to start from")
+        return start_from.model(last)
+    if previous is not None:
+        raise RunError(
+            f"{run.directory}: stage {name} starts from stage {previous}, which is not trained; "
+            f"train it too or pass --from RUN"
+        )
+    if run.recipe.model.path is not None:
+        return Path(run.recipe.model.path)
+    _create(run)
+    return run.start
+
+
+def _create(run: Run) -> None:
+    if checkpoint.is_whole(run.start):
+        return
+    shutil.rmtree(run.start, ignore_errors=True)
+    recipe = run.recipe
+    texts: list[str] = []
+    for data in dict.fromkeys(stage.data for stage in recipe.stages.values()):
+        texts += load(source(data, run), split="train").texts()
+    checkpoint.write_directory(
+        run.start,
+        lambda partial: create(
+            partial, recipe.model.scratch, texts,
+            summary_prompt=recipe.model.summary_prompt, seed=recipe.seed,
+        ),
+    )  # fmt: skip
+
+
+def _train_stage(
+    run: Run,
+    name: str,
+    reporter: Reporter,
+    tokenised: _Tokenised,
+    beginning: Path,
+    limit: int | None,
+    budget: Length | None = None,
+) -> None:
+    stage = run.recipe.stages.get(name) or run.recipe.controls[name]
+    title = run.title(name)
+    if not run.is_trained(name):
+        torch.manual_seed(run.recipe.seed)
+        retriever = tokenised.load(beginning, run.recipe.model.summary_prompt)
+        if stage.lora.rank:
+            retriever.add_lora(stage.lora)
+        retriever.freeze_vision(not stage.train_vision)
+        retriever.plain.train()
+        examples = Examples(load(source(stage.data, run), split="train"), stage.tasks)
+        length = stage_length(stage, examples, limit, budget)
+        reporter.start(title, length.steps if length.seconds is None else None)
+        trainer = StageTrainer(
+            retriever,
+            stage,
+            examples,
+            length,
+            directory=run.stage(name),
+            seed=(run.recipe.seed, name),
+            save_seconds=run.recipe.save_seconds,
+            extra=run.recipe.trainer,
+            on_step=lambda step, values: _on_step(run, name, reporter, step, values),
+        )
+        resume = checkpoint.newest(run.stage(name))
+        steps = int(resume.name.removeprefix(checkpoint.PREFIX)) if resume else 0
+        run.forget_after(name, steps)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        _finish(run, name, trainer)
+        reporter.finish(_line(run, name, title))
+    if not (run.stage(name) / "evaluation.json").is_file():
+        evaluate_stage(run, name, reporter, retriever=tokenised.load(run.model(name), None))
+
+
+def stage_length(
+    stage: StageConfig, examples: Examples, limit: int | None, budget: Length | None
+) -> Length:
+    """Steps of a stage: its own, or by epochs over its data, or another stage's wall time."""
+    steps = stage.steps
+    if steps is None and stage.epochs is not None:
+        count = sum(len(q) for q in examples.queries.values())
+        steps = max(1, round(stage.epochs * count / stage.batch_size))
+    if steps is None:
+        if budget is None:
+            raise RunError("train: a stage must have steps or epochs; set stages.N.steps")
+        return Length(min(budget.steps, limit) if limit else budget.steps, budget.seconds)
+    return Length(min(steps, limit) if limit else steps)
+
+
+def _on_step(run: Run, name: str, reporter: Reporter, step: int, values: dict[str, float]) -> None:
+    run.log(name, step, values)
+    reporter.advance(step, values)
+
+
+def _finish(run: Run, name: str, trainer: StageTrainer) -> None:
+    """The stage's model as an ordinary checkpoint, then the note that it is done."""
+    run.write(
+        name,
+        "stage.json",
+        {"steps": trainer.state.global_step, "seconds": trainer.elapsed},
+    )
+    shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
+    checkpoint.write_directory(run.model(name), trainer.retriever.save)
+    checkpoint.prune(run.stage(name), keep=0)
+
+
+def _line(run: Run, name: str, title: str) -> str:
+    done = run.read(name, "stage.json")
+    last = run.metrics(name)[-1]
+    parts = [f"{k} {last[k]:.3f}" for k in ("lm", "infonce", "reward", "kl") if k in last]
+    return f"{title}: {done['steps']} steps in {done['seconds']:.0f} s, {', '.join(parts)}"

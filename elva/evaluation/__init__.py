@@ -1,0 +1,1 @@
+"""Evaluation: ranks, figures and grain distances of what was retrieved."""

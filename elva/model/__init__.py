@@ -1,0 +1,1 @@
+"""The model: what it reads, how it writes and embeds, and what its embeddings may meet."""

@@ -1,0 +1,311 @@
+"""The retriever: a Qwen2-VL model that ends what it writes with [RET] and is read out there.
+
+Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: the model is asked to analyse and summarise its input
+and to end with a registered special token; the hidden state at that token is the embedding.
+
+A model that starts from nothing (`create`) is written to disk as an ordinary checkpoint and read
+back by `Retriever.load`, the same call that reads Qwen2-VL-2B: nothing here knows how large a model
+is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerBase,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from elva.model.inputs import RET, Inputs, PromptBatch, token_id
+from elva.recipe import LoraSettings, ScratchModel
+
+PROMPT_FILE = "elva.json"
+"""Beside the weights: how a checkpoint wants to be asked (written by `Retriever.save`)."""
+
+FEATURES_KEPT_MB = 1024
+"""Features of pictures kept while the vision tower is frozen."""
+
+QWEN_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+
+SCRATCH_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+)
+"""Qwen2-VL's chat template without its system prompt and roles: five tokens instead of fifteen."""
+
+
+WORDS = r" ?[\w'\u2019-]+| ?[^\s\w]+|\s+"
+"""What byte pairs are merged within, in a tokenizer of our own."""
+
+
+class Retriever:
+    """A Qwen2-VL model, what it reads (`inputs`) and the features of pictures it has seen."""
+
+    def __init__(self, model: Qwen2VLForConditionalGeneration | PeftModel, inputs: Inputs) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.train_vision = False
+        self.name = ""
+        self._features: dict[str, Tensor] = {}
+
+    # -- files -------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, summary_prompt: str | None = None, inputs: Inputs | None = None
+    ) -> Retriever:
+        """Read a checkpoint directory or a hub name.
+
+        Args:
+            summary_prompt: how the model is asked to summarise; None takes the checkpoint's own.
+            inputs: of an earlier model of the same run, to tokenise nothing twice.
+        """
+        if inputs is None:
+            saved = Path(path) / PROMPT_FILE
+            if summary_prompt is None:
+                known = saved.is_file()
+                summary_prompt = json.loads(saved.read_text())["summary_prompt"] if known else ""
+            inputs = Inputs.load(path, summary_prompt)
+        model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype="auto")
+        if len(inputs.tokenizer) > model.lm_head.out_features:
+            model.resize_token_embeddings(len(inputs.tokenizer))
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one process a GPU
+        device = torch.device(gpu if torch.cuda.is_available() else "cpu")
+        retriever = cls(model.eval().to(device), inputs)
+        retriever.name = str(path)
+        return retriever
+
+    def save(self, path: Path) -> None:
+        """Write weights (safetensors), tokenizer and processor; an adapter is merged first, on a
+        copy."""
+        self.merged().save_pretrained(path, safe_serialization=True)
+        self.inputs.save(path)
+        (path / PROMPT_FILE).write_text(json.dumps({"summary_prompt": self.inputs.summary_prompt}))
+
+    def merged(self) -> Qwen2VLForConditionalGeneration:
+        """The plain model: itself, or a copy with the LoRA adapter merged into the weights."""
+        if not isinstance(self.model, PeftModel):
+            return self.model
+        return copy.deepcopy(self.model).merge_and_unload()
+
+    def add_lora(self, settings: LoraSettings) -> None:
+        """Put a fresh adapter on the language model; the row of [RET] is trained beside it."""
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=0.0,
+            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+            trainable_token_indices=[self.inputs.ret_id],
+        )
+        self.model = get_peft_model(self.plain, config)
+
+    @property
+    def plain(self) -> Qwen2VLForConditionalGeneration:
+        """The transformers model, with an adapter's layers inside it where there is one."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(Qwen2VLForConditionalGeneration, model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.device
+
+    @property
+    def embedding_size(self) -> int:
+        return int(self.plain.config.get_text_config().hidden_size)
+
+    # -- pictures ----------------------------------------------------------------------------------
+
+    def image_features(self, images: Iterable[str]) -> dict[str, Tensor]:
+        """Vision tower once per distinct picture: {picture: [tokens, H]}.
+
+        Gradients flow only while the tower trains; a frozen tower's features come from `remember`
+        where they are kept.
+        """
+        wanted = list(dict.fromkeys(images))
+        features = {i: self._features[i] for i in wanted if i in self._features}
+        missing = [i for i in wanted if i not in features]
+        for start in range(0, len(missing), 256):
+            chunk = missing[start : start + 256]
+            patches, grids = zip(*(self.inputs.patches(i) for i in chunk), strict=True)
+            with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
+                out = self.plain.model.get_image_features(
+                    torch.cat(patches).to(self.device), torch.stack(grids).to(self.device)
+                )
+            features.update(zip(chunk, out.pooler_output, strict=True))
+        return features
+
+    def remember(self, images: Iterable[str]) -> None:
+        """Compute a frozen tower's features now and keep them, if all of them fit.
+
+        All or none: a cache that fills as it goes would make the bits of a feature depend on which
+        pictures happened to share its batch, and a resumed run differ from the one that was not
+        killed.
+        """
+        if self.train_vision:
+            return
+        wanted = [i for i in dict.fromkeys(images) if i not in self._features]
+        if not wanted:
+            return
+        merged = (
+            int(self.inputs.patches(wanted[0])[1].prod())
+            // self.inputs.image_processor.merge_size**2
+        )
+        if len(wanted) * merged * self.embedding_size * 4 > FEATURES_KEPT_MB << 20:
+            return
+        with torch.no_grad():
+            self._features.update((k, f.clone()) for k, f in self.image_features(wanted).items())
+
+    def forget(self) -> None:
+        """Drop the features that are kept."""
+        self._features = {}
+
+    def freeze_vision(self, frozen: bool) -> None:
+        """Choose whether the vision tower learns; either way features of earlier weights are
+        dropped."""
+        self.train_vision = not frozen
+        self._features = {}
+        for parameter in self.plain.model.visual.parameters():
+            parameter.requires_grad_(not frozen)
+
+    def inputs_embeds(self, batch: PromptBatch) -> Tensor:
+        """Token embeddings [R, L, H] with each picture's features in its placeholders."""
+        embeds = self.plain.get_input_embeddings()(batch.input_ids)
+        images = [i for i in batch.images if i is not None]
+        if not images:
+            return embeds
+        features = self.image_features(images)
+        mask = (batch.input_ids == self.plain.config.image_token_id)[..., None]
+        rows = torch.cat([features[i] for i in images]).to(embeds.dtype)
+        return embeds.masked_scatter(mask, rows)
+
+    def hidden_states(self, batch: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
+        """Teacher-forced forward over prompt + completion.
+
+        Args:
+            completions: [R, T] token ids padded on the right.
+            mask: [R, T], True where real.
+
+        Returns:
+            [R, T + 1, H]: the normalised hidden states that predict each completion token, and
+            after each; column t + 1 is the state *at* completion token t.
+        """
+        embeds = torch.cat(
+            [self.inputs_embeds(batch), self.plain.get_input_embeddings()(completions)], dim=1
+        )
+        start = batch.position_ids.amax(dim=(0, 2)) + 1  # [R]
+        steps = torch.arange(completions.shape[1], device=start.device)
+        text = (start[:, None] + steps).expand(3, -1, -1)
+        out = self.plain.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=torch.cat([batch.attention_mask, mask.long()], dim=1),
+            position_ids=torch.cat([batch.position_ids, text], dim=2),
+            use_cache=False,
+        )
+        return out.last_hidden_state[:, batch.input_ids.shape[1] - 1 :]
+
+
+def create(
+    path: Path, spec: ScratchModel, texts: Iterable[str], *, summary_prompt: str, seed: int
+) -> None:
+    """Write a randomly initialised Qwen2-VL with a tokenizer trained on `texts` as a checkpoint."""
+    tokenizer = _train_tokenizer(texts, spec.vocabulary)
+    ids = {token: token_id(tokenizer, token) for token in QWEN_TOKENS}
+    head = spec.hidden_size // spec.heads
+    half = head // 2
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "num_hidden_layers": spec.layers,
+            "num_attention_heads": spec.heads,
+            "num_key_value_heads": spec.heads,
+            "max_position_embeddings": 512,
+            "initializer_range": spec.initializer_range,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": spec.vision_layers,
+            "embed_dim": spec.vision_size,
+            "num_heads": spec.vision_heads,
+            "hidden_size": spec.hidden_size,
+            "patch_size": spec.patch_size,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
+            "initializer_range": spec.initializer_range,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+    pixels = spec.image_size**2
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=spec.patch_size,
+        merge_size=2,
+        temporal_patch_size=1,
+        size={"shortest_edge": pixels, "longest_edge": pixels},
+        image_mean=[spec.image_mean] * 3,
+        image_std=[spec.image_std] * 3,
+    )
+    Retriever(model, Inputs(tokenizer, processor, summary_prompt)).save(path)
+
+
+def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE, as Qwen2's, in lower case and with whole hyphenated words: at this size a
+    capital letter is a lost row, and every token of a summary a decoding step."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend(" ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[*QWEN_TOKENS, RET],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=[*QWEN_TOKENS[1:], RET],
+        chat_template=SCRATCH_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,1 @@
+"""MRBench, rebuilt: judges of grains, the sample, and its review by hand."""

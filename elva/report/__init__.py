@@ -1,0 +1,1 @@
+"""Reports: a run's files as charts, pictures and pages."""

@@ -1,0 +1,104 @@
+"""What a run's evaluations say: a row for each finished stage and control, read from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from elva.report.charts import Series
+from elva.run import Run, RunError
+
+TASKS = {"t2i": "t→i", "i2t": "i→t"}
+
+MIN_PROBES = 10
+"""Ours: a grain type of fewer queries is listed, but neither drawn nor in the running for least."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished stage or control, with what its files say; empty where they say nothing."""
+
+    name: str
+    series: Series
+    steps: int | None
+    seconds: float | None
+    evaluation: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        return self.series.title
+
+    @property
+    def role(self) -> str:
+        return self.series.role
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        return self.evaluation.get("figures") or {}
+
+    @property
+    def grains(self) -> dict[str, list[float]]:
+        """Grain type -> distances."""
+        found = self.evaluation.get("grain_distances") or {}
+        known = {kind: [d for d in ds if d is not None] for kind, ds in found.items()}
+        return {kind: ds for kind, ds in known.items() if ds}
+
+    @property
+    def least_grain(self) -> tuple[str, float] | None:
+        """The grain type that moves the embedding least, and its mean distance."""
+        means = {kind: fmean(ds) for kind, ds in self.grains.items()}
+        common = {k: m for k, m in means.items() if len(self.grains[k]) >= MIN_PROBES} or means
+        return min(common.items(), key=lambda pair: pair[1]) if common else None
+
+    def samples(self, task: str) -> dict[str, dict[str, Any]]:
+        """Query id -> its text, rank, summary and first five."""
+        found = (self.evaluation.get("samples") or {}).get(task) or []
+        return {sample["id"]: sample for sample in found}
+
+
+def rows_of(run: Run) -> list[Row]:
+    """The finished stages in order, then the controls."""
+    stages, controls = (
+        [n for n in names if (run.stage(n) / "stage.json").is_file()]
+        for names in (run.recipe.stages, run.recipe.controls)
+    )
+    late = dict(zip(reversed(stages), ("last", "before"), strict=False))
+    found = []
+    for names in (stages, controls):
+        for place, name in enumerate(names):
+            role = late.get(name, "earlier") if names is stages else "control"
+            done, evaluation = _read(run, name, "stage.json"), _read(run, name, "evaluation.json")
+            series = Series(run.title(name), role, place)
+            found.append(Row(name, series, done.get("steps"), done.get("seconds"), evaluation))
+    return found
+
+
+def row_with(rows: Iterable[Row], role: str) -> Row | None:
+    """The row of the last stage, or of the one before."""
+    return next((row for row in rows if row.role == role), None)
+
+
+def chance(rows: Iterable[Row]) -> dict[str, float]:
+    """What drawing at random would give: k of the pool; for pairs one of the entity's pictures."""
+    found: dict[str, float] = {}
+    for figures in (row.figures for row in rows):
+        for task in TASKS:
+            if pool := figures.get(f"{task}_pool"):
+                found.update({f"{task}_recall_at_{k}": min(1.0, k / pool) for k in (1, 5)})
+        if pool := figures.get("minimal_pair_pool_mean"):
+            found["minimal_pair_recall_at_1"] = 1 / pool
+    return found
+
+
+def _read(run: Run, name: str, file: str) -> dict[str, Any]:
+    path = run.stage(name) / file
+    if not path.is_file():
+        return {}
+    try:
+        return run.read(name, file)
+    except ValueError as error:
+        raise RunError(
+            f"{path}: must be JSON, got {error}; elva evaluate writes it again"
+        ) from None
