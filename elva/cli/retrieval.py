@@ -360,8 +360,8 @@ def _evaluate_run(run: Path, stage: list[str] | None, split: str, as_json: bool)
     quiet_libraries()
     from elva.evaluation.trained import evaluate as measure
     from elva.progress import Bars
-    from elva.report.report import as_json as figures
-    from elva.report.report import table
+    from elva.report.table import as_json as figures
+    from elva.report.table import table
     from elva.run import Run
 
     opened = Run.open(run)

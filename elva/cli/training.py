@@ -76,8 +76,9 @@ def train(
                 limit=limit,
                 controls=controls,
             )
-        from elva.report.report import as_json as figures
-        from elva.report.report import report, table
+        from elva.commands.report import report
+        from elva.report.table import as_json as figures
+        from elva.report.table import table
 
         page = report(run)
         if as_json:
@@ -128,7 +129,7 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
 def report(run: RunArgument) -> None:
     """Write RUN/report.html and its pictures again from the run's files."""
     with one_line_errors():
-        from elva.report.report import report as write
+        from elva.commands.report import report as write
         from elva.run import Run
 
         out.print(f"report: {write(Run.open(run))}", soft_wrap=True)

@@ -26,8 +26,8 @@ from elva.files import write_text
 from elva.model.rollout import uniforms
 from elva.mrbench.judges import Judge
 from elva.progress import Reporter
-from elva.report.grid import grid_page
 from elva.report.pictures import attribution
+from elva.report.render import render
 
 SOURCES = ("mscoco_task0", "mscoco_task3", "nights_task4", "cirr_task7")
 """The paper's; where a data directory has none of them, all of its sets are taken."""
@@ -302,9 +302,9 @@ def _write_review(directory: Path, rows: Iterable[Sequence[str]]) -> None:
     header = ["decision", "qid", "set", "words", "grains", "image"]
     text = "\n".join("\t".join(row) for row in [header, *listed]) + "\n"
     write_text(directory / REVIEW, text)
-    footer = attribution(row[1] for row in listed) or ""
     title = f"MRBench, rebuilt: {directory.name.removesuffix('.partial')}"
-    page = grid_page(title, listed, json.dumps(listed), footer)
+    credit = attribution(row[1] for row in listed) or ""
+    page = render("review.html.j2", title=title, rows=listed, credit=credit)
     write_text(directory / PAGE, page)
 
 
