@@ -35,7 +35,8 @@ from elva.settings import (
     shown,
 )
 
-Task = Literal["t2i", "t2t", "t2it", "i2t", "i2i", "it2t", "it2i", "it2it"]
+TASKS = ("t2i", "t2t", "t2it", "i2t", "i2i", "it2t", "it2i", "it2it")
+Task = Annotated[str, Rule(f"be one of {', '.join(TASKS)}", TASKS.__contains__)]
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",

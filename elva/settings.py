@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import reprlib
@@ -191,7 +192,7 @@ def build(kind: Any, data: Any, places: Places, path: str = "") -> Any:
 
 
 def _dataclass(kind: Any, data: Mapping[str, Any], places: Places, path: str) -> Any:
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     prefix = f"{path}." if path else ""
     for key in data:
         if key not in hints:
@@ -209,6 +210,11 @@ def _dataclass(kind: Any, data: Mapping[str, Any], places: Places, path: str) ->
         got = [getattr(made, name)] if name in hints else []
         places.refuse(f"{prefix}{name}", f"must {rule}", *got)
     return made
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _scalar(kind: Any, data: Any, places: Places, path: str) -> Any:

@@ -1,7 +1,6 @@
 """Recipes: every field refuses what is against its rule, in one line, before anything is made."""
 
 import dataclasses
-import os
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -183,7 +182,7 @@ def test_names_are_those_that_are_taken_further_down() -> None:
     schedules = {schedule.value for schedule in SchedulerType}
     assert schedules - set(typing.get_args(recipe.Schedule)) == {"reduce_lr_on_plateau", "greedy"}
     assert set(typing.get_args(recipe.Schedule)) < schedules
-    assert typing.get_args(recipe.Task) == tuple(TASKS)
+    assert tuple(TASKS) == recipe.TASKS
     import torch
 
     for scale in typing.get_args(required(FIELDS["stages.3.scale_rewards"])):
@@ -209,7 +208,8 @@ def test_no_run_directory_is_made_for_what_cannot_be_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     done = CliRunner().invoke(app, ["train", "--recipe", "smoke", "--output", "run", *words])
     assert done.exit_code == 2, done.output
     assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
