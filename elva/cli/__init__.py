@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from elva.cli import data, grains, mine, mrbench, retrieval, training
+from elva import __version__
+from elva.cli import data, doctor, grains, mine, mrbench, retrieval, training
 
 app = typer.Typer(
-    help="Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"elva {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280)."""
+
+
 app.command(epilog=training.TRAIN_EXAMPLES)(training.train)
 app.command(epilog="Example:  elva report runs/one")(training.report)
 app.command(epilog=retrieval.EMBED_EXAMPLES)(retrieval.embed)
@@ -22,3 +40,4 @@ app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(mrbench.app, name="mrbench")
 app.add_typer(data.app, name="data")
+app.command(epilog=doctor.EXAMPLES)(doctor.doctor)

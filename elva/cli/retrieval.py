@@ -13,12 +13,12 @@ from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
 ModelArgument = Annotated[
     str, typer.Argument(help="A run, a Qwen2-VL checkpoint or a hub name.", metavar="MODEL")
 ]
-DataOption = Annotated[Path, typer.Option("--data", help="A directory in M-BEIR's layout.")]
-SplitOption = Annotated[str, typer.Option(help="train, val or test.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Data directory in M-BEIR's layout.")]
+SplitOption = Annotated[str, typer.Option(help="Split of the data: train, val or test.")]
 TaskOption = Annotated[
-    list[str] | None, typer.Option("--task", help="A task (t2i) or set (cirr_task7); all of them.")
+    list[str] | None, typer.Option("--task", help="Task (t2i) or set (cirr_task7); all by default.")
 ]
-PoolsOption = Annotated[str, typer.Option(help="local or global candidate pools.")]
+PoolsOption = Annotated[str, typer.Option(help="Candidate pools: local (a set's) or global.")]
 IndexArgument = Annotated[Path, typer.Argument(help="An index directory.", metavar="INDEX")]
 
 EMBED_EXAMPLES = (
@@ -32,29 +32,47 @@ EMBED_EXAMPLES = (
 def embed(
     model: ModelArgument,
     data: DataOption,
-    output: Annotated[Path, typer.Option(help="Gets a directory for each pool and query file.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory for a subdirectory a pool and query file.")
+    ],
     split: SplitOption = "test",
     task: TaskOption = None,
-    sides: Annotated[str, typer.Option(help="queries, pools or both.")] = "both",
+    sides: Annotated[str, typer.Option(help="Sides to embed: queries, pools or both.")] = "both",
     pools: PoolsOption = "local",
-    stage: Annotated[str | None, typer.Option(help="Of a run; the last by default.")] = None,
-    mode: Annotated[
-        str, typer.Option(help="generative: at [RET] after a summary; prompt: after the prompt.")
-    ] = "generative",
-    read: Annotated[str, typer.Option(help="at_ret, or before_ret as LamRA does.")] = "at_ret",
-    max_completion_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a summary; the model's own by default.")
+    stage: Annotated[
+        str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    mode: Annotated[
+        str,
+        typer.Option(help="Embedding: generative (at [RET] after a summary) or prompt (after it)."),
+    ] = "generative",
+    read: Annotated[
+        str, typer.Option(help="Hidden state to read: at_ret, or before_ret as in LamRA.")
+    ] = "at_ret",
+    max_completion_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a summary at most; the model's setting by default."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Number format to store: float16, bfloat16 or float32.")
+    ] = "float16",
     metadata: Annotated[
-        bool, typer.Option("--metadata", help="Keep src_content's fields, for --where.")
+        bool,
+        typer.Option("--metadata", help="Store src_content's fields, for elva search --where."),
     ] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Items at once.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Items a shard.")] = 8192,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad items.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is there.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Items a forward pass, 1 or more.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Items a shard file, 1 or more.")] = 8192,
+    skip_bad: Annotated[
+        int,
+        typer.Option(min=0, help="Bad items left out and listed, at most; one more is an error."),
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what was interrupted in --output.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print what it would do.")
+        bool, typer.Option("--dry-run", help="Print the items to embed; embed nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -104,10 +122,16 @@ def index_build(
     embeddings: Annotated[
         list[Path] | None, typer.Argument(help="Directories that elva embed wrote.")
     ] = None,
-    npy: Annotated[Path | None, typer.Option(help="Or a [n, D] .npy file of any origin,")] = None,
-    ids: Annotated[Path | None, typer.Option(help="with its ids, one a line,")] = None,
-    model: Annotated[str | None, typer.Option(help="and the name of what made it.")] = None,
-    dtype: Annotated[str, typer.Option(help="What to store a .npy in.")] = "float16",
+    npy: Annotated[
+        Path | None, typer.Option(help="Embeddings of any origin: a [n, D] .npy file.")
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Ids of the .npy's rows: a text file, one a line.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model that made the .npy.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Number format to store a .npy in: float16, bfloat16 or float32.")
+    ] = "float16",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index that is there, in one step.")
     ] = False,
@@ -144,7 +168,7 @@ def index_add(
 @index_app.command("delete", epilog="Example:  elva index delete my.index 10:17 10:18")
 def index_delete(
     index: IndexArgument,
-    ids: Annotated[list[str], typer.Argument(help="Ids of items.")],
+    ids: Annotated[list[str], typer.Argument(help="Ids of the items to delete.")],
     as_json: AsJson = False,
 ) -> None:
     """Delete items; their bytes go when the index is built again."""
@@ -185,7 +209,9 @@ def index_verify(index: IndexArgument, as_json: AsJson = False) -> None:
 )
 def index_export(
     index: IndexArgument,
-    to: Annotated[str, typer.Option(help="faiss-ivf, faiss-hnsw or milvus:URI.")],
+    to: Annotated[
+        str, typer.Option(help="Engine to copy to: faiss-ivf, faiss-hnsw or milvus:URI.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Make an approximate or a remote copy, for elva search --engine."""
@@ -208,30 +234,36 @@ def search(
     target: Annotated[
         Path, typer.Argument(help="An index, or a run: its test pictures.", metavar="INDEX|RUN")
     ],
-    query: Annotated[str, typer.Argument(help="What the item should show or say.")] = "",
-    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
-    k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    query: Annotated[
+        str, typer.Argument(help="Query words: what the item should show or say.")
+    ] = "",
+    image: Annotated[
+        Path | None, typer.Option(help="Query picture: a JPEG, PNG or WebP file.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Answers a query, 1 or more.")] = 10,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="FIELD=VALUE (!= < <= > >=) of elva index info; all must hold."),
+        typer.Option(
+            help="Condition FIELD=VALUE (or != < <= > >=) on a field of the index; all must hold."
+        ),
     ] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="What to look for; the index's own by default.")
+        str | None, typer.Option(help="Instruction before the query; the index's by default.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Of a run, a stage or control; the last by default.")
+        str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Where an index's model lies now, if it was moved.")
+        Path | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare all of the index with its checksums first.")
     ] = True,
     engine: Annotated[
-        str, typer.Option(help="exact, or what was exported: faiss-ivf, faiss-hnsw, milvus:URI.")
+        str, typer.Option(help="Engine: exact, or an exported faiss-ivf, faiss-hnsw or milvus:URI.")
     ] = "exact",
     sheet: Annotated[
-        Path | None, typer.Option(help="Contact sheet; search.png in the run by default.")
+        Path | None, typer.Option(help="Contact sheet (PNG) to write; RUN/search.png by default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -279,20 +311,31 @@ def evaluate(
         list[str] | None, typer.Option(help="Stage or control; all that are trained by default.")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="What elva embed wrote: M-BEIR's protocol.")
+        Path | None, typer.Option(help="Embeddings of elva embed, measured by M-BEIR's protocol.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="The data that was embedded, in M-BEIR's layout.")
+        Path | None, typer.Option(help="Data that was embedded, in M-BEIR's layout.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Runs, qrels and figures; by default beside --embeddings.")
+        Path | None,
+        typer.Option(help="Directory of TREC runs, qrels and figures; in --embeddings by default."),
     ] = None,
     split: SplitOption = "test",
     task: TaskOption = None,
     pools: PoolsOption = "local",
-    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows of --data.")] = 0,
-    run_file: Annotated[Path | None, typer.Option("--run", help="A TREC run.")] = None,
-    qrels: Annotated[Path | None, typer.Option(help="TREC or M-BEIR qrels for --run.")] = None,
+    skip_bad: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Bad rows of --data left out and listed, at most; one more is an error."
+        ),
+    ] = 0,
+    run_file: Annotated[
+        Path | None,
+        typer.Option("--run", help="Ranked answers to measure: a file in TREC's run format."),
+    ] = None,
+    qrels: Annotated[
+        Path | None, typer.Option(help="Right answers for --run: TREC's or M-BEIR's qrels.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""

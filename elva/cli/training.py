@@ -22,24 +22,40 @@ TRAIN_EXAMPLES = (
 
 
 def train(
-    recipe: Annotated[str, typer.Option(help="emoji, smoke, elva-2b or elva-7b.")] = "emoji",
+    recipe: Annotated[
+        str, typer.Option(help="Recipe to train: emoji, smoke, elva-2b or elva-7b.")
+    ] = "emoji",
     output: Annotated[
         Path | None, typer.Option(help="Run directory; a fresh dated one under runs/ by default.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with recipe fields to change.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of recipe fields to change.")
+    ] = None,
     assign: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change one field.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Recipe field to change, such as stages.3.steps=80.",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
-    stages: Annotated[str | None, typer.Option(help="Only these, e.g. 3 or 2,3.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of every draw, 0 or more: --set seed=N.")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Stages to train, such as 3 or 2,3; all by default.")
+    ] = None,
     start_from: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="Run to start the stages from.")
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Run whose model the first stage starts from."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many steps a stage.")] = None,
-    controls: Annotated[bool, typer.Option(help="Train what stage 3 is compared with.")] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output.")
-    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Steps a stage at most, 1 or more.")
+    ] = None,
+    controls: Annotated[
+        bool, typer.Option(help="Train what the last stage is compared with.")
+    ] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the recipe, steps and memory; train nothing.")
     ] = False,
