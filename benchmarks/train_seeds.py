@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import report
 from elva.evaluation.trained import COLUMNS
-from elva.report.report import as_json
+from elva.report.table import as_json
 from elva.run import Run
 
 

@@ -1,67 +1,127 @@
 """Recipes: frozen dataclasses, the paper's two rows, and the one that runs anywhere (`emoji`).
 
 Every field can be set from YAML (`--config file.yaml`) and from the command line (`--set a.b=c`);
-an unknown or ill-typed key is an error that names it.
+its annotation says which values it takes, and any other is an error that names it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import types
+import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Annotated, Any, Literal
 
 from elva.errors import UserError
+from elva.settings import (
+    Count,
+    Name,
+    Number,
+    Places,
+    Plain,
+    Positive,
+    Rule,
+    Share,
+    Text,
+    Weight,
+    Whole,
+    at_least,
+    between,
+    build,
+    read_value,
+    read_yaml,
+    shown,
+)
+
+TASKS = ("t2i", "t2t", "t2it", "i2t", "i2i", "it2t", "it2i", "it2it")
+Task = Annotated[str, Rule(f"be one of {', '.join(TASKS)}", TASKS.__contains__)]
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+"""transformers' schedulers that are functions of the step, and so can be resumed."""
+
+COLDEST = 1e-6  # elva_kernels' least temperature
 
 
-class ConfigError(UserError):
-    """A recipe that cannot be resolved; one line that says what to do."""
+def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
+    """Whether TrainingArguments takes them; transformers is imported only where there are any."""
+    if not values:
+        return True
+    from transformers import TrainingArguments
+
+    numbers = {f.name for f in dataclasses.fields(TrainingArguments) if type(f.default) is float}
+    if any(isinstance(value, str) for name, value in values.items() if name in numbers):
+        return False
+    try:
+        TrainingArguments(**{"output_dir": ".", "use_cpu": True, **values})
+    except (TypeError, ValueError, ImportError):
+        return False
+    return True
+
+
+RankTemperature = Annotated[
+    float,
+    Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
+]
+Shares = Annotated[
+    Mapping[Task, Weight], Rule("have a share over 0", lambda s: not s or any(s.values()))
+]
+TrainerArguments = Annotated[
+    Mapping[Name, Plain],
+    Rule("be arguments of transformers' TrainingArguments", _are_trainer_arguments),
+]
 
 
 @dataclass(frozen=True)
 class ScratchModel:
     """A Qwen2-VL of our own size, created from random weights."""
 
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    layers: int = 2
-    heads: int = 4
-    vocabulary: int = 3000
-    image_size: int = 60  # pixels a side: 6 x 6 patches, 9 tokens
-    image_mean: float = 0.8  # ours: of the emoji pictures; CLIP's 0.46 leaves their paper at +2
-    image_std: float = 0.3
-    patch_size: int = 10
-    vision_size: int = 128
-    vision_layers: int = 2
-    vision_heads: int = 4
-    initializer_range: float = 0.06  # ours: Qwen2-VL's 0.02 is for widths ten times as large
+    hidden_size: Count = 128
+    intermediate_size: Count = 384
+    layers: Count = 2
+    heads: Count = 4
+    vocabulary: Count = 3000
+    image_size: Count = 60  # pixels a side: 6 x 6 patches, 9 tokens
+    image_mean: Number = 0.8  # ours: of the emoji pictures; CLIP's 0.46 leaves their paper at +2
+    image_std: Positive = 0.3
+    patch_size: Count = 10
+    vision_size: Count = 128
+    vision_layers: Count = 2
+    vision_heads: Count = 4
+    initializer_range: Positive = 0.06  # ours: Qwen2-VL's 0.02 is for widths ten times as large
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Sizes that Qwen2-VL's rotary embeddings and patches cannot split."""
+        if self.hidden_size % (2 * self.heads):
+            yield "hidden_size", f"be a multiple of twice the {self.heads} heads"
+        if self.vision_size % (4 * self.vision_heads):
+            yield "vision_size", f"be a multiple of four times the {self.vision_heads} vision_heads"
+        if self.image_size < 2 * self.patch_size:
+            yield "image_size", f"be at least two patches of {self.patch_size}"
 
 
 @dataclass(frozen=True)
 class LoraSettings:
     """An adapter on the language model (rank 0 trains all its weights)."""
 
-    rank: int = 0
-    alpha: int = 128
+    rank: Whole = 0
+    alpha: Count = 128
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What is trained. `path` (a directory or a hub name) or, where it is None, `scratch`."""
 
-    path: str | None = None
+    path: Text | None = None
     scratch: ScratchModel = ScratchModel()
-    summary_prompt: str = ""
+    summary_prompt: Text = ""
     # of a checkpoint that is not at hand, for the memory estimate
-    parameters: int | None = None
-    hidden_size: int | None = None
-    layers: int | None = None
+    parameters: Annotated[int, between(1, 2**63 - 1)] | None = None
+    hidden_size: Count | None = None
+    layers: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +131,11 @@ class RewardConfig:
     `margin` and `rank_penalty` are not printed in the paper: the values here are ours.
     """
 
-    margin: float = 0.1
-    rank_penalty: float = 0.01
-    w_margin: float = 0.4
-    w_rank: float = 0.6
-    rank_temperature: float = 0.0
+    margin: Annotated[float, between(-2, 2)] = 0.1
+    rank_penalty: Weight = 0.01
+    w_margin: Weight = 0.4
+    w_rank: Weight = 0.6
+    rank_temperature: RankTemperature = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,50 +146,49 @@ class StageConfig:
     """
 
     # what is optimised
-    lm: float = 0.0  # next token of the caption, on tokens whose prefix is still the caption's
-    infonce: float = 0.0  # in-batch contrastive loss on the [RET] embeddings
-    pathwise: float = 0.0  # the reward differentiated through the [RET] embeddings
-    policy: float = 0.0  # GRPO: clipped policy gradient on the summaries' tokens (paper, sec. 3.4)
+    lm: Weight = 0.0  # next token of the caption, on tokens whose prefix is still the caption's
+    infonce: Weight = 0.0  # in-batch contrastive loss on the [RET] embeddings
+    pathwise: Weight = 0.0  # the reward differentiated through the [RET] embeddings
+    policy: Weight = 0.0  # GRPO: clipped policy gradient on the summaries' tokens (paper, sec. 3.4)
     # data
-    data: str = "emoji"  # "emoji" or a directory in M-BEIR's layout
-    tasks: Mapping[str, float] = field(
-        default_factory=dict
-    )  # task -> share of the batches; empty: all the data has
-    instances: int | None = None  # size of the training set, for --dry-run before it is at hand
+    data: Text = "emoji"  # "emoji" or a directory in M-BEIR's layout
+    tasks: Shares = field(default_factory=dict)
+    """Task -> share of the batches; empty: all that the data has."""
+    instances: Count | None = None  # size of the training set, for --dry-run before it is at hand
     hard_batches: bool = False  # fill batches with a query's mined neighbours
     # length and optimiser
-    steps: int | None = None
-    epochs: float | None = None  # where steps is None
-    batch_size: int = 64  # queries a step
-    micro_batch_size: int = 1024  # sequences a forward and backward
-    learning_rate: float = 5e-4
-    warmup_ratio: float = 0.03
-    schedule: str = "cosine"  # a name of transformers' schedulers
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    steps: Count | None = None
+    epochs: Positive | None = None  # where steps is None
+    batch_size: Count = 64  # queries a step
+    micro_batch_size: Count = 1024  # sequences a forward and backward
+    learning_rate: Weight = 5e-4
+    warmup_ratio: Share = 0.03
+    schedule: Schedule = "cosine"
+    weight_decay: Weight = 0.0
+    max_grad_norm: Weight = 1.0
     train_vision: bool = False
     lora: LoraSettings = LoraSettings()
     # contrastive
-    temperature: float = 0.05
+    temperature: Annotated[float, at_least(COLDEST)] = 0.05
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
-    num_generations: int = 1
-    sampling_temperature: float = 1.0
-    max_completion_length: int = 16
+    num_generations: Count = 1
+    sampling_temperature: Positive = 1.0
+    max_completion_length: Whole = 16
     rollout_candidates: Literal["all", "query_positive", "query"] = "query_positive"
     # ranking
     rank_against: Literal["pool", "batch"] = "pool"
     """The paper's mined negatives, or the batch's other candidates, whose embeddings are fresh."""
-    hard_negatives: int = 50
-    random_negatives: int = 50
-    max_score: float = 0.99  # a candidate more similar than this is not a negative (sec. 3.4)
-    refresh_steps: int | None = None  # embed the pool and mine again every so many steps
+    hard_negatives: Whole = 50
+    random_negatives: Whole = 50
+    max_score: Number = 0.99  # a candidate more similar than this is not a negative (sec. 3.4)
+    refresh_steps: Count | None = None  # embed the pool and mine again every so many steps
     reward: RewardConfig = RewardConfig()
     # grpo, after TRL's names
-    beta: float = 0.2
-    clip_epsilon: float = 0.2
-    num_iterations: int = 1
-    scale_rewards: str = "std"
+    beta: Weight = 0.2
+    clip_epsilon: Weight = 0.2
+    num_iterations: Count = 1
+    scale_rewards: Literal["std", "batch", "none"] = "std"
 
     @property
     def ranks(self) -> bool:
@@ -151,17 +210,35 @@ class StageConfig:
 class Recipe:
     """A whole training: the model, its stages in order, and what stage 3 is compared with."""
 
-    name: str
+    name: Name
     model: ModelConfig = ModelConfig()
-    stages: Mapping[str, StageConfig] = field(default_factory=dict)
-    controls: Mapping[str, StageConfig] = field(default_factory=dict)
+    stages: Mapping[Name, StageConfig] = field(default_factory=dict)
+    controls: Mapping[Name, StageConfig] = field(default_factory=dict)
     """Alternatives to the last stage: each starts where it started and runs for its wall time."""
-    seed: int = 0
-    save_seconds: float = 30.0  # between checkpoints inside a stage
-    evaluate_batch_size: int = 512
-    evaluate_limit: int | None = None
+    seed: Annotated[int, between(0, 2**63 - 1)] = 0
+    save_seconds: Weight = 30.0  # between checkpoints inside a stage
+    evaluate_batch_size: Count = 512
+    evaluate_limit: Count | None = None
     """At most this many queries, and candidates beside their positives; None for the whole pool."""
-    trainer: Mapping[str, Any] = field(default_factory=dict)  # further TrainingArguments
+    trainer: TrainerArguments = field(default_factory=dict)
+    """Further arguments of transformers' TrainingArguments."""
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Names that would share a directory, and a training of nothing."""
+        if not self.stages:
+            yield "stages", "hold a stage"
+        if both := [name for name in self.controls if name in self.stages]:
+            yield f"controls.{both[0]}", "have a name that no stage has"
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Stages that cannot be trained: without an end or without a loss."""
+        for name, stage in self.stages.items():
+            if stage.steps is None and stage.epochs is None:
+                yield f"stages.{name}", "have steps or epochs"
+        for kind in ("stages", "controls"):
+            for name, stage in getattr(self, kind).items():
+                if not (stage.lm or stage.embeds):
+                    yield f"{kind}.{name}", "have lm, infonce, pathwise or policy over 0"
 
 
 # -- the recipes -----------------------------------------------------------------------------------
@@ -297,32 +374,38 @@ def resolve(name: str, file: Path | None = None, assignments: Iterable[str] = ()
     """A named recipe, changed by a YAML file and then by `a.b=c` assignments.
 
     Raises:
-        ConfigError: unknown recipe, unreadable file, unknown key or value of the wrong type.
+        UserError: unknown recipe, unreadable file, unknown key, or a value against its field's
+            rule.
     """
     if name not in RECIPES:
-        raise ConfigError(f"recipe: must be one of {', '.join(RECIPES)}, got {name!r}")
-    recipe = RECIPES[name]
+        raise UserError(f"recipe: must be one of {', '.join(RECIPES)}, got {shown(name)}")
+    recipe, places = RECIPES[name], Places("recipe")
     if file is not None:
-        try:
-            changes = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{file}: must be a readable YAML file; {reason}") from None
+        changes, places = read_yaml(file)
         if not isinstance(changes, Mapping):
-            raise ConfigError(f"{file}:1: must be a mapping of recipe fields, got {changes!r}")
-        recipe = build(Recipe, _merge(recipe, changes), str(file))
+            raise UserError(f"{file}:1: must be a mapping of recipe fields, got {shown(changes)}")
+        recipe = build(Recipe, _merge(recipe, changes), places)
     for text in assignments:
         path, separator, value = text.partition("=")
         if not separator or not path:
-            raise ConfigError(f"--set: must read FIELD=VALUE, got {text!r}; e.g. --set seed=1")
-        try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            nested = value
+            raise UserError(f"--set: must read FIELD=VALUE, got {shown(text)}; e.g. --set seed=1")
+        nested = read_value(value)
         for key in reversed(path.split(".")):
             nested = {key: nested}
-        recipe = build(Recipe, _merge(recipe, nested), f"--set {text}")
+        places = Places("recipe")
+        recipe = build(Recipe, _merge(recipe, nested), places)
+    for where, rule in recipe.idle():
+        places.refuse(where, f"must {rule}")
     return recipe
+
+
+def chosen(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
+    """The named stages of a recipe, all of them for None; UserError for one that it has not."""
+    if unknown := [name for name in stages or () if name not in recipe.stages]:
+        raise UserError(
+            f"train: stages must be among {', '.join(recipe.stages)}, got {shown(unknown[0])}"
+        )
+    return list(recipe.stages if stages is None else stages)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -331,9 +414,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(data: Mapping[str, Any], where: str) -> Recipe:
-    """Read back what `to_dict` gave."""
-    return typing.cast(Recipe, build(Recipe, data, where))
+def read_recipe(file: Path) -> Recipe:
+    """The recipe that a run directory holds, as `to_dict` gave it."""
+    return typing.cast(Recipe, build(Recipe, *read_yaml(file)))
 
 
 def _merge(base: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,52 +427,3 @@ def _merge(base: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
         nest = isinstance(value, Mapping) and isinstance(old, Mapping)
         merged[str(key)] = _merge(old, value) if nest else value
     return merged
-
-
-def build(kind: Any, data: Any, where: str, path: str = "") -> Any:
-    """Construct `kind` from plain data, checking every key and type."""
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{where}: {path or 'recipe'} must be a mapping, got {data!r}")
-        hints = typing.get_type_hints(kind)
-        for key in data:
-            if key not in hints:
-                raise ConfigError(
-                    f"{where}: {path + '.' if path else ''}{key} is not a field; "
-                    f"the fields here are {', '.join(hints)}"
-                )
-        inner = {
-            k: build(hints[k], v, where, f"{path}.{k}" if path else k) for k, v in data.items()
-        }
-        return kind(**inner)
-    if origin in (types.UnionType, typing.Union):
-        if data is None and type(None) in typing.get_args(kind):
-            return None
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
-        return build(kind, data, where, path)
-    if origin is Literal:
-        if data not in typing.get_args(kind):
-            raise ConfigError(
-                f"{where}: {path} must be one of {typing.get_args(kind)}, got {data!r}"
-            )
-        return data
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{where}: {path} must be a mapping, got {data!r}")
-        value_kind = typing.get_args(kind)[1]
-        return {str(k): build(value_kind, v, where, f"{path}.{k}") for k, v in data.items()}
-    return _scalar(kind, data, where, path)
-
-
-def _scalar(kind: Any, data: Any, where: str, path: str) -> Any:
-    if kind is Any:
-        return data
-    if kind is float and isinstance(data, str):  # YAML 1.1 reads 1e-4 as a word
-        with contextlib.suppress(ValueError):
-            data = float(data)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        raise ConfigError(f"{where}: {path} must be a {kind.__name__}, got {data!r}")
-    return data

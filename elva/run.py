@@ -27,7 +27,7 @@ from elva import __version__
 from elva.data import emoji
 from elva.errors import RunError
 from elva.files import is_whole, write_text
-from elva.recipe import Recipe, from_dict, to_dict
+from elva.recipe import Recipe, read_recipe, to_dict
 
 
 class Run:
@@ -60,13 +60,7 @@ class Run:
             raise RunError(
                 f"{directory}: must hold a run, got no recipe.yaml; start one with elva train"
             )
-        try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunError(
-                f"{file}: must be readable YAML; {' '.join(str(error).split())}"
-            ) from None
-        return cls(directory, from_dict(data, str(file)))
+        return cls(directory, read_recipe(file))
 
     # -- stages ------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ ELVA = sorted((ROOT / "elva").rglob("*.py"))
 
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
-    "errors", "draws", "files", "progress", "recipe", "checkpoint", "data", "run", "model",
+    "errors", "draws", "files", "progress", "settings", "recipe", "checkpoint", "data", "run", "model",
     "index", "search", "training", "evaluation", "report", "mrbench", "commands", "cli",
     "__main__",
 )  # fmt: skip

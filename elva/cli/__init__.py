@@ -1,15 +1,45 @@
 """The command line: parses, calls one function, prints. Bad input is one line and exit code 2."""
 
+from typing import Annotated
+
 import typer
 
-from elva.cli import data, embed, evaluate, grains, index, mine, mrbench, report, search, train
+from elva import __version__
+from elva.cli import (
+    data,
+    doctor,
+    embed,
+    evaluate,
+    grains,
+    index,
+    mine,
+    mrbench,
+    report,
+    search,
+    train,
+)
 
 app = typer.Typer(
-    help="Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"elva {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280)."""
+
+
 app.command(epilog=train.EXAMPLES)(train.train)
 app.command(epilog="Example:  elva report runs/one")(report.report)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
@@ -20,3 +50,4 @@ app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(mrbench.app, name="mrbench")
 app.add_typer(data.app, name="data")
+app.command(epilog=doctor.EXAMPLES)(doctor.doctor)

@@ -21,12 +21,12 @@ err = Console(stderr=True, highlight=False)
 RunArgument = Annotated[Path, typer.Argument(help="A run directory of elva train.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-DataOption = Annotated[Path, typer.Option("--data", help="A directory in M-BEIR's layout.")]
-SplitOption = Annotated[str, typer.Option(help="train, val or test.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Data directory in M-BEIR's layout.")]
+SplitOption = Annotated[str, typer.Option(help="Split of the data: train, val or test.")]
 TaskOption = Annotated[
-    list[str] | None, typer.Option("--task", help="A task (t2i) or set (cirr_task7); all of them.")
+    list[str] | None, typer.Option("--task", help="Task (t2i) or set (cirr_task7); all by default.")
 ]
-PoolsOption = Annotated[str, typer.Option(help="local or global candidate pools.")]
+PoolsOption = Annotated[str, typer.Option(help="Candidate pools: local (a set's) or global.")]
 
 UNWRITABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,

@@ -9,13 +9,15 @@ from rich.table import Table
 
 from elva.cli.console import AsJson, err, one_line_errors, out, say
 
-app = typer.Typer(help="Data in M-BEIR's layout.", no_args_is_help=True)
+app = typer.Typer(help="Data in M-BEIR's layout: made, checked, shown.", no_args_is_help=True)
 
 
 @app.command("emoji", epilog="Example:  elva data emoji --output data/emoji")
 def emoji_corpus(
-    output: Annotated[Path, typer.Option(help="An absent or empty directory.")],
-    size: Annotated[int, typer.Option(min=16, max=512, help="Pixels a side.")] = 64,
+    output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
+    size: Annotated[
+        int, typer.Option(min=16, max=512, help="Pixels a side of every picture, 16 to 512.")
+    ] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Write the embedded emoji corpus in M-BEIR's layout."""
@@ -37,14 +39,24 @@ def emoji_corpus(
     "elva data convert mteb mbeir_cirr_task7 --output data/cirr --split test",
 )
 def convert(
-    format: Annotated[str, typer.Argument(help="folder, mmeb, mmeb-test, mteb, nli or tevatron.")],
+    format: Annotated[
+        str, typer.Argument(help="Format: folder, mmeb, mmeb-test, mteb, nli or tevatron.")
+    ],
     source: Annotated[Path, typer.Argument(help="A file, or a folder of them.")],
-    output: Annotated[Path, typer.Option(help="An absent or empty directory.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
-    name: Annotated[str | None, typer.Option(help="Of the dataset, in file names.")] = None,
-    number: Annotated[int | None, typer.Option(min=0, max=99, help="M-BEIR's number.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="What the queries look for.")] = None,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows.")] = 0,
+    output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
+    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Name of the dataset, in file names.")] = None,
+    number: Annotated[
+        int | None,
+        typer.Option(min=0, max=99, help="Number of the dataset in M-BEIR's ids, 0 to 99."),
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Instruction before every query: what it looks for.")
+    ] = None,
+    skip_bad: Annotated[
+        int,
+        typer.Option(min=0, help="Bad rows left out and listed, at most; one more is an error."),
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write another format's data in M-BEIR's layout, which every command reads."""
@@ -65,9 +77,13 @@ def convert(
         say(counts, [line, *left_out], as_json)
 
 
-DataArgument = Annotated[Path, typer.Argument(help="A directory in M-BEIR's layout.")]
-AnySplit = Annotated[str | None, typer.Option(help="train, val or test; all by default.")]
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="A task or set; all of them.")]
+DataArgument = Annotated[Path, typer.Argument(help="Data directory in M-BEIR's layout.")]
+AnySplit = Annotated[
+    str | None, typer.Option(help="Split of the data: train, val or test; all by default.")
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help="Task (t2i) or set (cirr_task7); all by default.")
+]
 
 
 @app.command("check", epilog="Examples:  elva data check data/mine   |   "
@@ -76,7 +92,9 @@ def check(
     data: DataArgument,
     split: AnySplit = None,
     task: Tasks = None,
-    decode: Annotated[bool, typer.Option("--decode", help="Open every picture whole.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every picture whole, not only its header.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List every bad row, missing picture and copy; exit code 2 if a row is bad."""
@@ -118,11 +136,13 @@ def stats(
 @app.command("sample", epilog="Example:  elva data sample data/emoji --task it2i --count 8")
 def sample(
     data: DataArgument,
-    sheet: Annotated[Path, typer.Option(help="The contact sheet to write.")] = Path("sample.png"),
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    task: Annotated[str | None, typer.Option(help="A task or set.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many queries.")] = 12,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    sheet: Annotated[Path, typer.Option(help="Contact sheet (PNG) to write.")] = Path("sample.png"),
+    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "test",
+    task: Annotated[
+        str | None, typer.Option(help="Task (t2i) or set (cirr_task7); all by default.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Queries to show, 1 or more.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show some queries with their answers."""

@@ -35,29 +35,47 @@ EXAMPLES = (
 def embed(
     model: ModelArgument,
     data: DataOption,
-    output: Annotated[Path, typer.Option(help="Gets a directory for each pool and query file.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory for a subdirectory a pool and query file.")
+    ],
     split: SplitOption = "test",
     task: TaskOption = None,
-    sides: Annotated[str, typer.Option(help="queries, pools or both.")] = "both",
+    sides: Annotated[str, typer.Option(help="Sides to embed: queries, pools or both.")] = "both",
     pools: PoolsOption = "local",
-    stage: Annotated[str | None, typer.Option(help="Of a run; the last by default.")] = None,
-    mode: Annotated[
-        str, typer.Option(help="generative: at [RET] after a summary; prompt: after the prompt.")
-    ] = "generative",
-    read: Annotated[str, typer.Option(help="at_ret, or before_ret as LamRA does.")] = "at_ret",
-    max_completion_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a summary; the model's own by default.")
+    stage: Annotated[
+        str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    mode: Annotated[
+        str,
+        typer.Option(help="Embedding: generative (at [RET] after a summary) or prompt (after it)."),
+    ] = "generative",
+    read: Annotated[
+        str, typer.Option(help="Hidden state to read: at_ret, or before_ret as in LamRA.")
+    ] = "at_ret",
+    max_completion_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a summary at most; the model's setting by default."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Number format to store: float16, bfloat16 or float32.")
+    ] = "float16",
     metadata: Annotated[
-        bool, typer.Option("--metadata", help="Keep src_content's fields, for --where.")
+        bool,
+        typer.Option("--metadata", help="Store src_content's fields, for elva search --where."),
     ] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Items at once.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Items a shard.")] = 8192,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad items.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is there.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Items a forward pass, 1 or more.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Items a shard file, 1 or more.")] = 8192,
+    skip_bad: Annotated[
+        int,
+        typer.Option(min=0, help="Bad items left out and listed, at most; one more is an error."),
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue what was interrupted in --output.")
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print what it would do.")
+        bool, typer.Option("--dry-run", help="Print the items to embed; embed nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -34,20 +34,31 @@ def evaluate(
         list[str] | None, typer.Option(help="Stage or control; all that are trained by default.")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="What elva embed wrote: M-BEIR's protocol.")
+        Path | None, typer.Option(help="Embeddings of elva embed, measured by M-BEIR's protocol.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="The data that was embedded, in M-BEIR's layout.")
+        Path | None, typer.Option(help="Data that was embedded, in M-BEIR's layout.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Runs, qrels and figures; by default beside --embeddings.")
+        Path | None,
+        typer.Option(help="Directory of TREC runs, qrels and figures; in --embeddings by default."),
     ] = None,
     split: SplitOption = "test",
     task: TaskOption = None,
     pools: PoolsOption = "local",
-    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows of --data.")] = 0,
-    run_file: Annotated[Path | None, typer.Option("--run", help="A TREC run.")] = None,
-    qrels: Annotated[Path | None, typer.Option(help="TREC or M-BEIR qrels for --run.")] = None,
+    skip_bad: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Bad rows of --data left out and listed, at most; one more is an error."
+        ),
+    ] = 0,
+    run_file: Annotated[
+        Path | None,
+        typer.Option("--run", help="Ranked answers to measure: a file in TREC's run format."),
+    ] = None,
+    qrels: Annotated[
+        Path | None, typer.Option(help="Right answers for --run: TREC's or M-BEIR's qrels.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""
@@ -109,8 +120,8 @@ def _evaluate_run(run: Path, stage: list[str] | None, split: str, as_json: bool)
     quiet_libraries()
     from elva.commands.evaluate import evaluate as measure
     from elva.progress import Bars
-    from elva.report.report import as_json as figures
-    from elva.report.report import table
+    from elva.report.table import as_json as figures
+    from elva.report.table import table
     from elva.run import Run
 
     opened = Run.open(run)

@@ -19,14 +19,21 @@ def grains(
         list[str], typer.Argument(help="Runs, checkpoints or hub names: before, after, ...")
     ],
     data: Annotated[Path, typer.Option(help="Data in M-BEIR's layout with grains.jsonl.")],
-    output: Annotated[Path, typer.Option(help="Gets grains.json and two pictures.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    task: Annotated[str, typer.Option(help="A task (t2i) or set.")] = "t2i",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many queries.")] = None,
-    delta: Annotated[float, typer.Option(help="Below it a grain is not seen.")] = 0.05,
-    show: Annotated[int, typer.Option(min=0, help="How many blind queries to print.")] = 10,
+    output: Annotated[Path, typer.Option(help="Directory for grains.json and two charts.")],
+    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "test",
+    task: Annotated[str, typer.Option(help="Task (t2i) or set of the queries.")] = "t2i",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Queries to probe at most, 1 or more.")
+    ] = None,
+    delta: Annotated[
+        float, typer.Option(help="Cosine distance below which a grain is not seen.")
+    ] = 0.05,
+    show: Annotated[
+        int, typer.Option(min=0, help="Queries to print, the least seen first, 0 or more.")
+    ] = 10,
     max_completion_length: Annotated[
-        int | None, typer.Option(min=0, help="Tokens of a summary; the model's own by default.")
+        int | None,
+        typer.Option(min=0, help="Tokens of a summary at most; the model's setting by default."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

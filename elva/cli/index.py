@@ -22,10 +22,16 @@ def build(
     embeddings: Annotated[
         list[Path] | None, typer.Argument(help="Directories that elva embed wrote.")
     ] = None,
-    npy: Annotated[Path | None, typer.Option(help="Or a [n, D] .npy file of any origin,")] = None,
-    ids: Annotated[Path | None, typer.Option(help="with its ids, one a line,")] = None,
-    model: Annotated[str | None, typer.Option(help="and the name of what made it.")] = None,
-    dtype: Annotated[str, typer.Option(help="What to store a .npy in.")] = "float16",
+    npy: Annotated[
+        Path | None, typer.Option(help="Embeddings of any origin: a [n, D] .npy file.")
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Ids of the .npy's rows: a text file, one a line.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model that made the .npy.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Number format to store a .npy in: float16, bfloat16 or float32.")
+    ] = "float16",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index that is there, in one step.")
     ] = False,
@@ -62,7 +68,7 @@ def add(
 @app.command("delete", epilog="Example:  elva index delete my.index 10:17 10:18")
 def delete(
     index: IndexArgument,
-    ids: Annotated[list[str], typer.Argument(help="Ids of items.")],
+    ids: Annotated[list[str], typer.Argument(help="Ids of the items to delete.")],
     as_json: AsJson = False,
 ) -> None:
     """Delete items; their bytes go when the index is built again."""
@@ -103,7 +109,9 @@ def verify(index: IndexArgument, as_json: AsJson = False) -> None:
 )
 def export(
     index: IndexArgument,
-    to: Annotated[str, typer.Option(help="faiss-ivf, faiss-hnsw or milvus:URI.")],
+    to: Annotated[
+        str, typer.Option(help="Engine to copy to: faiss-ivf, faiss-hnsw or milvus:URI.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Make an approximate or a remote copy, for elva search --engine."""

@@ -16,29 +16,49 @@ EXAMPLES = (
 
 
 def mine(
-    data: Annotated[Path, typer.Option(help="A directory in M-BEIR's layout.")],
-    embeddings: Annotated[Path, typer.Option(help="What elva embed wrote of it.")],
-    output: Annotated[Path, typer.Option(help="An absent directory for the mined data.")],
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "train",
+    data: Annotated[Path, typer.Option(help="Data directory in M-BEIR's layout.")],
+    embeddings: Annotated[Path, typer.Option(help="Embeddings of --data by elva embed.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory to write the mined data to; absent so far.")
+    ],
+    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="A task (t2i) or set; all of them.")
+        list[str] | None,
+        typer.Option("--task", help="Task (t2i) or set (cirr_task7); all by default."),
     ] = None,
-    num_negatives: Annotated[int, typer.Option(help="Hard negatives a query.")] = 50,
-    num_random: Annotated[int, typer.Option(help="Random negatives a query.")] = 50,
-    max_score: Annotated[float, typer.Option(help="More similar is no negative.")] = 0.99,
-    min_score: Annotated[float | None, typer.Option(help="Less similar is none.")] = None,
+    num_negatives: Annotated[int, typer.Option(help="Hard negatives a query, 0 or more.")] = 50,
+    num_random: Annotated[int, typer.Option(help="Random negatives a query, 0 or more.")] = 50,
+    max_score: Annotated[
+        float, typer.Option(help="Cosine similarity above which a candidate is no negative.")
+    ] = 0.99,
+    min_score: Annotated[
+        float | None,
+        typer.Option(help="Cosine similarity below which a candidate is no hard negative."),
+    ] = None,
     absolute_margin: Annotated[
-        float | None, typer.Option(help="Below the positive's score by so much at least.")
+        float | None,
+        typer.Option(help="Cosine similarity by which a hard negative is below the positive."),
     ] = None,
     relative_margin: Annotated[
-        float | None, typer.Option(help="The same as a share of the positive's score.")
+        float | None, typer.Option(help="The same margin as a share of the positive's similarity.")
     ] = None,
-    range_min: Annotated[int, typer.Option(help="Leave out so many of the most similar.")] = 0,
-    range_max: Annotated[int | None, typer.Option(help="Look at so many at most.")] = None,
-    sampling_strategy: Annotated[str, typer.Option(help="top, or random in range.")] = "top",
-    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad rows.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    range_min: Annotated[
+        int, typer.Option(help="Most similar candidates to leave out, 0 or more.")
+    ] = 0,
+    range_max: Annotated[
+        int | None, typer.Option(help="Most similar candidates to choose from, at most.")
+    ] = None,
+    sampling_strategy: Annotated[
+        str, typer.Option(help="Hard negatives to take: top, or random in range.")
+    ] = "top",
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
+    skip_bad: Annotated[
+        int,
+        typer.Option(min=0, help="Bad rows left out and listed, at most; one more is an error."),
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the work and its size; mine nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the data again with each query's hardest and some random negatives."""

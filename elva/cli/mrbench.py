@@ -20,25 +20,34 @@ app = typer.Typer(
     "--judge-model Qwen/Qwen2.5-VL-7B-Instruct --output data/mrbench",
 )
 def build(
-    data: Annotated[Path, typer.Option(help="Data in M-BEIR's layout.")],
-    output: Annotated[Path, typer.Option(help="An absent directory.")],
+    data: Annotated[Path, typer.Option(help="Data directory in M-BEIR's layout.")],
+    output: Annotated[Path, typer.Option(help="Directory to write; absent so far.")],
     judge: Annotated[
-        str, typer.Option(help="rules (offline), local, or the URL of an OpenAI server.")
+        str, typer.Option(help="Judge: rules (offline), local, or the URL of an OpenAI server.")
     ] = "rules",
     judge_model: Annotated[
-        str | None, typer.Option(help="Of local, a checkpoint or hub name; of a server, its model.")
+        str | None,
+        typer.Option(
+            help="Model of the judge: for local a checkpoint or hub name, else the server's."
+        ),
     ] = None,
     describe: Annotated[
-        str | None, typer.Option(help="A run or checkpoint whose summaries put pictures in words.")
+        str | None, typer.Option(help="Run or checkpoint whose summaries put pictures in words.")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "test",
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="Sets; the paper's four by default.")
+        list[str] | None,
+        typer.Option("--task", help="Set (cirr_task7); the paper's four by default."),
     ] = None,
-    per_set: Annotated[int, typer.Option(min=1, help="Queries to keep of each set.")] = 250,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
-    skip_bad: Annotated[int, typer.Option(min=0, help="Leave out so many bad queries.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what was judged before.")] = False,
+    per_set: Annotated[int, typer.Option(min=1, help="Queries a set to keep, 1 or more.")] = 250,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    skip_bad: Annotated[
+        int,
+        typer.Option(min=0, help="Bad queries left out and listed, at most; one more is an error."),
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a build that was interrupted.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge queries, sample them, and write data with a page to review."""
@@ -74,8 +83,10 @@ def build(
     "elva mrbench review data/mrbench --decisions ~/Downloads/review.tsv",
 )
 def review(
-    directory: Annotated[Path, typer.Argument(help="What elva mrbench build wrote.")],
-    decisions: Annotated[Path | None, typer.Option(help="review.tsv as the page saves it.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Directory that elva mrbench build wrote.")],
+    decisions: Annotated[
+        Path | None, typer.Option(help="Decisions: a review.tsv as the page saves it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take decisions: dropped queries leave the data until a later review keeps them."""

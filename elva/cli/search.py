@@ -19,30 +19,36 @@ def search(
     target: Annotated[
         Path, typer.Argument(help="An index, or a run: its test pictures.", metavar="INDEX|RUN")
     ],
-    query: Annotated[str, typer.Argument(help="What the item should show or say.")] = "",
-    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
-    k: Annotated[int, typer.Option("-k", help="How many.")] = 10,
+    query: Annotated[
+        str, typer.Argument(help="Query words: what the item should show or say.")
+    ] = "",
+    image: Annotated[
+        Path | None, typer.Option(help="Query picture: a JPEG, PNG or WebP file.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Answers a query, 1 or more.")] = 10,
     where: Annotated[
         list[str] | None,
-        typer.Option(help="FIELD=VALUE (!= < <= > >=) of elva index info; all must hold."),
+        typer.Option(
+            help="Condition FIELD=VALUE (or != < <= > >=) on a field of the index; all must hold."
+        ),
     ] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="What to look for; the index's own by default.")
+        str | None, typer.Option(help="Instruction before the query; the index's by default.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Of a run, a stage or control; the last by default.")
+        str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Where an index's model lies now, if it was moved.")
+        Path | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
     ] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare all of the index with its checksums first.")
     ] = True,
     engine: Annotated[
-        str, typer.Option(help="exact, or what was exported: faiss-ivf, faiss-hnsw, milvus:URI.")
+        str, typer.Option(help="Engine: exact, or an exported faiss-ivf, faiss-hnsw or milvus:URI.")
     ] = "exact",
     sheet: Annotated[
-        Path | None, typer.Option(help="Contact sheet; search.png in the run by default.")
+        Path | None, typer.Option(help="Contact sheet (PNG) to write; RUN/search.png by default.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

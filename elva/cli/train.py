@@ -22,24 +22,40 @@ EXAMPLES = (
 
 
 def train(
-    recipe: Annotated[str, typer.Option(help="emoji, smoke, elva-2b or elva-7b.")] = "emoji",
+    recipe: Annotated[
+        str, typer.Option(help="Recipe to train: emoji, smoke, elva-2b or elva-7b.")
+    ] = "emoji",
     output: Annotated[
         Path | None, typer.Option(help="Run directory; a fresh dated one under runs/ by default.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with recipe fields to change.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of recipe fields to change.")
+    ] = None,
     assign: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change one field.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Recipe field to change, such as stages.3.steps=80.",
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set seed=N.")] = None,
-    stages: Annotated[str | None, typer.Option(help="Only these, e.g. 3 or 2,3.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of every draw, 0 or more: --set seed=N.")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Stages to train, such as 3 or 2,3; all by default.")
+    ] = None,
     start_from: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="Run to start the stages from.")
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Run whose model the first stage starts from."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many steps a stage.")] = None,
-    controls: Annotated[bool, typer.Option(help="Train what stage 3 is compared with.")] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output.")
-    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Steps a stage at most, 1 or more.")
+    ] = None,
+    controls: Annotated[
+        bool, typer.Option(help="Train what the last stage is compared with.")
+    ] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the recipe, steps and memory; train nothing.")
     ] = False,
@@ -47,13 +63,16 @@ def train(
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report."""
     with one_line_errors():
-        from elva.recipe import resolve
+        from elva.recipe import chosen, resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
+        wanted = None if stages is None else stages.split(",")
         if dry_run:
             from elva.training.estimate import describe
 
-            _print_plan(describe(resolve(recipe, config, changes), limit), as_json)
+            resolved = resolve(recipe, config, changes)
+            chosen(resolved, wanted)
+            _print_plan(describe(resolved, limit), as_json)
             return
         quiet_libraries()
         from elva.commands.train import train as run_stages
@@ -61,14 +80,14 @@ def train(
         from elva.run import Run
 
         began = None if start_from is None else Run.open(start_from)
-        wanted = None if stages is None else stages.split(",")
-        run = _run_to_train(Run, recipe, output, config, changes, resume)
+        run = _run_to_train(Run, recipe, output, config, changes, resume, wanted)
         console = err if as_json else out
         console.print(f"run directory: {run.directory}", soft_wrap=True)
         with Bars(console) as bars:
             run_stages(run, bars, stages=wanted, start_from=began, limit=limit, controls=controls)
-        from elva.report.report import as_json as figures
-        from elva.report.report import report, table
+        from elva.commands.report import report
+        from elva.report.table import as_json as figures
+        from elva.report.table import table
 
         page = report(run)
         if as_json:
@@ -85,12 +104,16 @@ def _run_to_train(
     config: Path | None,
     changes: list[str],
     resume: bool,
+    stages: list[str] | None,
 ) -> Run:
+    from elva.commands.train import check
     from elva.errors import UserError
     from elva.recipe import resolve
 
     if not resume:
-        return kind.create(output, resolve(recipe, config, changes))
+        resolved = resolve(recipe, config, changes)
+        check(resolved, stages)
+        return kind.create(output, resolved)
     if output is None:
         raise UserError("train: --resume must name the run; pass --output RUN too")
     if config is not None or changes:
@@ -98,7 +121,9 @@ def _run_to_train(
             "train: --resume goes on with the run's own recipe, got --config, --set or --seed; "
             "leave them out or start a new run"
         )
-    return kind.open(output)
+    run = kind.open(output)
+    check(run.recipe, stages)
+    return run
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -1,5 +1,7 @@
 """`elva train`: every stage of a recipe, each from the files of the one before."""
 
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +16,41 @@ from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
 from elva.model.retriever import Retriever, create
 from elva.progress import Reporter
-from elva.recipe import StageConfig
+from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.loop import Length
 from elva.training.stage import StageTrainer
 
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+
 CLOCKED_STEPS = 20
 """A control that runs for another stage's wall time may take at most this many times its steps."""
+
+
+def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
+    """Refuse what cannot be trained here, before a run directory is made for it.
+
+    Raises:
+        UserError: several processes, an unknown stage, data or a model that is not there.
+    """
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RunError(
+            f"train: the number of processes must be 1, got {processes}; "
+            "training on several is not supported yet"
+        )
+    for name in chosen(recipe, stages):
+        data = recipe.stages[name].data
+        if data != "emoji" and not Path(data).is_dir():
+            raise RunError(
+                f"recipe: stages.{name}.data must be emoji or a directory in M-BEIR's layout, "
+                f"got {data!r}; see elva data --help"
+            )
+    model = recipe.model.path
+    if model is not None and not Path(model).is_dir() and not re.fullmatch(HUB_NAME, model):
+        raise RunError(
+            f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
+        )
 
 
 def train(
@@ -41,11 +70,7 @@ def train(
         limit: at most this many steps a stage.
         controls: also train what the last stage is compared with.
     """
-    names = list(run.recipe.stages) if stages is None else list(stages)
-    if unknown := [n for n in names if n not in run.recipe.stages]:
-        raise RunError(
-            f"train: stages must be among {', '.join(run.recipe.stages)}, got {', '.join(unknown)}"
-        )
+    names = chosen(run.recipe, stages)
     tokenised = _Tokenised()
     for name in names:
         beginning = _beginning(run, name, start_from)

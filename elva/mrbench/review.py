@@ -9,8 +9,8 @@ from elva.data import Grain, Query
 from elva.data.strict import lines
 from elva.errors import DataError
 from elva.files import write_text
-from elva.report.grid import grid_page
 from elva.report.pictures import attribution
+from elva.report.render import render
 
 JUDGED, REVIEW, PAGE = "judged.jsonl", "review.tsv", "review.html"
 DECISIONS = ("keep", "drop", "")
@@ -50,9 +50,9 @@ def write_review(directory: Path, rows: Iterable[Sequence[str]]) -> None:
     header = ["decision", "qid", "set", "words", "grains", "image"]
     text = "\n".join("\t".join(row) for row in [header, *listed]) + "\n"
     write_text(directory / REVIEW, text)
-    footer = attribution(row[1] for row in listed) or ""
     title = f"MRBench, rebuilt: {directory.name.removesuffix('.partial')}"
-    page = grid_page(title, listed, json.dumps(listed), footer)
+    credit = attribution(row[1] for row in listed) or ""
+    page = render("review.html.j2", title=title, rows=listed, credit=credit)
     write_text(directory / PAGE, page)
 
 

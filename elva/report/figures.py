@@ -81,6 +81,15 @@ def row_with(rows: Iterable[Row], role: str) -> Row | None:
     return next((row for row in rows if row.role == role), None)
 
 
+def grain_counts(rows: Iterable[Row]) -> dict[str, int]:
+    """Grain type -> its queries, the most frequent type first."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for kind, found in row.grains.items():
+            counts[kind] = max(counts.get(kind, 0), len(found))
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
 def chance(rows: Iterable[Row]) -> dict[str, float]:
     """What drawing at random would give: k of the pool; for pairs one of the entity's pictures."""
     found: dict[str, float] = {}

@@ -6,14 +6,16 @@ Which queries are shown is nobody's choice: the same number of each outcome, in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from elva.data import Item, load
-from elva.errors import DataError
-from elva.report import page, pictures
-from elva.report.figures import Row, row_with
+from elva.errors import DataError, UserError
+from elva.report import pictures
+from elva.report.figures import TASKS, Row, row_with
+from elva.run import Run
 
 SHOWN = {"t2i": 12, "i2t": 4}
 """Queries of each task."""
@@ -22,26 +24,89 @@ PICTURES = "pictures"
 """Directory of the report's small pictures, inside the run."""
 
 
-class Gallery:
+@dataclass(frozen=True)
+class Answer:
+    """One of the first five of a query: its name, its picture's file, whether it is right."""
+
+    name: str
+    file: str | None
+    hit: bool
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a stage answered to a query."""
+
+    title: str
+    rank: int
+    summary: str
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A query, the file of the picture that it asks for or by, and every side's answers."""
+
+    head: str
+    outcome: str
+    asked: str | None
+    sides: list[Side]
+
+
+@dataclass(frozen=True)
+class Section:
+    """The examples of a task, out of `known` held-out queries."""
+
+    task: str
+    known: int
+    counts: str
+    cards: list[Card]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All that the report shows of a run's retrieval."""
+
+    sections: list[Section] = field(default_factory=list)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """File, relative to the report -> PNG."""
+    credit: str | None = None
+    """The line that the pictures ask for."""
+    missing: str | None = None
+    """Why nothing can be shown, where there would be something."""
+
+
+def examples(run: Run, rows: Sequence[Row]) -> Examples:
+    """The examples of a run's evaluations, with pictures out of its data."""
+    if not any(row.samples(task) for row in rows for task in TASKS):
+        return Examples()
+    try:
+        gallery = _Gallery(rows, run.source(list(run.recipe.stages.values())[-1].data))
+        sections = [section for task in SHOWN if (section := gallery.section(task)) is not None]
+    except (DataError, UserError) as error:
+        return Examples(missing=str(error))
+    return Examples(sections, gallery.pictures, pictures.attribution(gallery.shown))
+
+
+class _Gallery:
     """Examples from the last stage and the one before it, with the pictures they need."""
 
-    def __init__(self, rows: Sequence[Row], root: Path, directory: Path) -> None:
+    def __init__(self, rows: Sequence[Row], root: Path) -> None:
         """
         Args:
             root: the data that the rows were evaluated on.
-            directory: the run's.
 
         Raises:
             DataError: it is not that data: its pictures would be shown beside the wrong words.
         """
         sides = [row_with(rows, "before"), row_with(rows, "last")]
         self.rows = [row for row in sides if row is not None and row.samples("t2i")]
-        self.directory = directory
         split = self.rows[-1].evaluation.get("split", "test") if self.rows else "test"
         self.dataset = load(root, split=split, tasks=["t2i", "i2t"])
         self.names = pictures.names(root)
         self.queries = {query.id: query for query in self.dataset.queries}
         self.shown: set[str] = set()
+        self.pictures: dict[str, bytes] = {}
         for row in self.rows:
             for task in SHOWN:
                 self._check(root, row, row.samples(task).values())
@@ -58,61 +123,30 @@ class Gallery:
                     f"query {sample['id']}; evaluate it again"
                 )
 
-    def sections(self) -> str:
-        """The examples of both tasks, as HTML; the pictures are written on the way."""
-        return "\n".join(
-            [
-                self._section(
-                    "t2i",
-                    "Pictures found for a text",
-                    "Beside each text is the picture that it asks for, below it the first five "
-                    "that were found; the right one is framed.",
-                    self._text_to_pictures,
-                ),
-                self._section(
-                    "i2t",
-                    "Names found for a picture",
-                    "Below each picture are the first five names that were found; the right one is "
-                    "ticked.",
-                    self._picture_to_names,
-                ),
-            ]
-        )
-
-    def _section(
-        self, task: str, title: str, about: str, draw: Callable[[str, Mapping[str, Any]], str]
-    ) -> str:
+    def section(self, task: str) -> Section | None:
+        """The examples of a task; None where no query was asked of every side."""
         samples = [row.samples(task) for row in self.rows]
         known = [i for i in samples[-1] if all(i in s for s in samples)] if samples else []
         outcomes = {i: self._outcome([s[i]["rank"] for s in samples]) for i in known}
         chosen = choose(outcomes, SHOWN[task])
         if not chosen:
-            return ""
-        counts = [
-            f"{o}: {list(outcomes.values()).count(o):,}" for o in dict.fromkeys(chosen.values())
-        ]
-        note = (
-            f"{about} “Wrote” is the summary of the query that ended in [RET]. {len(chosen)} of "
-            f"{len(known):,} held-out queries: equally many of each outcome where there are so "
-            f"many ({', '.join(counts)}), picked by a hash, not by hand."
-        )
+            return None
+        kinds, every = dict.fromkeys(chosen.values()), list(outcomes.values())
+        counts = ", ".join(f"{kind}: {every.count(kind):,}" for kind in kinds)
         cards = [
-            page.card(
+            Card(
                 self._head(task, samples[-1][i]),
                 outcome,
-                self._ask(task, i, samples[-1][i]),
+                self._asked(task, i, samples[-1][i]),
                 [
-                    page.side(
-                        f"{row.title}: right answer at rank {s[i]['rank']:,}",
-                        s[i].get("summary") or "",
-                        draw(i, s[i]),
-                    )
+                    Side(row.title, s[i]["rank"], s[i].get("summary") or "",
+                         self._answers(task, s[i]))
                     for row, s in zip(self.rows, samples, strict=True)
                 ],
             )
             for i, outcome in chosen.items()
-        ]
-        return page.section(title, page.text(note, "note"), *cards)
+        ]  # fmt: skip
+        return Section(task, len(known), counts, cards)
 
     def _outcome(self, ranks: Sequence[int]) -> str:
         right = [rank == 1 for rank in ranks]
@@ -121,28 +155,25 @@ class Gallery:
         both = "both " if len(ranks) > 1 else ""
         return both + ("right" if right[0] else "wrong")
 
-    # -- one example -------------------------------------------------------------------------------
-
     def _head(self, task: str, sample: Mapping[str, Any]) -> str:
         return sample.get("query") or f"right answer: {self._name(task, sample['positives'][0])}"
 
-    def _ask(self, task: str, id: str, sample: Mapping[str, Any]) -> str:
+    def _asked(self, task: str, id: str, sample: Mapping[str, Any]) -> str | None:
         """For a text the picture it asks for; for a picture itself."""
         if task == "i2t":
-            query = self.queries.get(id)
-            return page.picture(self._file(query), "the query", "pic ask")
-        return page.picture(self._candidate(sample["positives"][0]), "the right answer", "pic ask")
+            return self._file(self.queries.get(id))
+        return self._candidate(sample["positives"][0])
 
-    def _text_to_pictures(self, id: str, sample: Mapping[str, Any]) -> str:
-        return page.strip([
-            (self._candidate(t["id"]), self._name("t2i", t["id"]), t["id"] in sample["positives"])
-            for t in sample["top"]
-        ])  # fmt: skip
-
-    def _picture_to_names(self, id: str, sample: Mapping[str, Any]) -> str:
-        return page.ranked([
-            (self._name("i2t", t["id"]), t["id"] in sample["positives"]) for t in sample["top"]
-        ])  # fmt: skip
+    def _answers(self, task: str, sample: Mapping[str, Any]) -> list[Answer]:
+        ids = [top["id"] for top in sample["top"]]
+        return [
+            Answer(
+                self._name(task, id),
+                self._candidate(id) if task == "t2i" else None,
+                id in sample["positives"],
+            )
+            for id in ids
+        ]
 
     def _name(self, task: str, id: str) -> str:
         pool = self.dataset.pool(task)
@@ -154,12 +185,12 @@ class Gallery:
         return self._file(pool[pool.row(id)]) if id in pool else None
 
     def _file(self, item: Item | None) -> str | None:
-        """A picture's place relative to the report, written there once."""
+        """A picture's place relative to the report."""
         if item is None or item.image is None:
             return None
         file = f"{PICTURES}/{item.id.replace(':', '-')}.png"
         if item.id not in self.shown:
-            pictures.thumbnail(self.directory / file, item)
+            self.pictures[file] = pictures.thumbnail(item)
             self.shown.add(item.id)
         return file
 

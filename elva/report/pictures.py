@@ -16,7 +16,6 @@ from elva.data.emoji import ATTRIBUTION
 from elva.data.emoji.prompts import EMOJI_DATASET
 from elva.data.schema import TASKS
 from elva.data.strict import records
-from elva.files import write_bytes
 from elva.report.charts import LIGHT, Theme, draw_themes
 
 THUMBNAIL = 256  # pixels a side at most: more than twice what a page shows, for dense screens
@@ -46,11 +45,11 @@ def small(item: Item) -> Image.Image:
     return image
 
 
-def thumbnail(path: Path, item: Item) -> None:
-    """Write a picture small enough for a page."""
+def thumbnail(item: Item) -> bytes:
+    """The PNG of a picture small enough for a page."""
     buffer = io.BytesIO()
     small(item).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def sheet(

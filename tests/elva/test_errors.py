@@ -7,7 +7,6 @@ import typer
 import elva_kernels
 from elva.cli.console import one_line_errors
 from elva.errors import DataError, IndexFault, RunError, UserError
-from elva.recipe import ConfigError
 
 
 def refused_value():
@@ -28,7 +27,7 @@ def test_what_the_kernels_refuse_is_one_line(call, capsys):
     assert capsys.readouterr().err == f"elva: {refused.value}\n"
 
 
-@pytest.mark.parametrize("kind", [DataError, RunError, ConfigError, IndexFault])
+@pytest.mark.parametrize("kind", [DataError, RunError, IndexFault])
 def test_errors_are_of_one_family(kind, capsys):
     assert issubclass(kind, UserError)
     with pytest.raises(typer.Exit) as ended, one_line_errors():

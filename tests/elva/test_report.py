@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from elva.commands.report import report
 from elva.data import Item, load, mbeir
 from elva.errors import RunError
 from elva.recipe import Recipe, StageConfig
 from elva.report import charts, figures, gallery, pictures
-from elva.report.report import as_json, report, table
+from elva.report.table import as_json, table
 from elva.run import Run
 
 NAMES = ["red <b>square</b>", "green square", "blue square", "red disc", "green disc", "blue disc"]

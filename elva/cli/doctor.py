@@ -1,0 +1,22 @@
+"""`elva doctor`."""
+
+from __future__ import annotations
+
+import json
+
+from elva.cli.console import AsJson, one_line_errors, out
+
+EXAMPLES = "Examples:  elva doctor   |   elva doctor --json"
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Print versions, the backends that run here, and the extras that are installed."""
+    with one_line_errors():
+        from elva.commands import doctor as command
+
+        found = command.doctor()
+        if as_json:
+            print(json.dumps(found, default=str))
+            return
+        for line in command.lines(found):
+            out.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,110 @@
+"""What the figures of a run mean, as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elva.evaluation.trained import COLUMNS
+from elva.report.figures import MIN_PROBES, TASKS, Row, row_with
+from elva.report.table import number
+from elva.run import Run
+
+
+def lead(run: Run, rows: Sequence[Row]) -> str:
+    """What was trained, for how long, and what came of it."""
+    recipe, scratch = run.recipe, run.recipe.model.scratch
+    model = recipe.model.path or (
+        f"A Qwen2-VL of {scratch.layers} layers and {scratch.hidden_size} units, created from "
+        f"random weights, with pictures of {scratch.image_size} pixels,"
+    )
+    stages = [row for row in rows if row.role != "control"]
+    if not stages:
+        return f"{model} is to be trained by this recipe; no stage is finished yet."
+    steps = sum(row.steps or 0 for row in stages)
+    seconds = sum(row.seconds or 0.0 for row in stages)
+    return (
+        f"{model} was trained in {_list([row.title for row in stages])}, {steps:,} steps in "
+        f"{seconds:,.0f} s, to find pictures by their names and names by their pictures. "
+        f"{_verdict(rows)}"
+    )
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    """One sentence: the last stage against where it started and against the best control."""
+    key, heading = next(iter(COLUMNS.items()))
+    known = [row for row in rows if row.figures.get(key) is not None]
+    last, before = row_with(known, "last"), row_with(known, "before")
+    if last is None:
+        return "It has not been evaluated yet."
+    words = f"After {last.title} its {heading} on held-out queries is {number(last.figures[key])}"
+    if before is not None:
+        words += f", after {before.title} it was {number(before.figures[key])}"
+    controls = [row for row in known if row.role == "control"]
+    if controls:
+        best = max(controls, key=lambda row: row.figures[key])
+        words += f"; the best control, {best.name}, has {number(best.figures[key])}"
+    return words + "."
+
+
+def notes(run: Run, rows: Sequence[Row]) -> list[str]:
+    """What a reader must know to read the table."""
+    figures = next((row.figures for row in reversed(rows) if row.figures), {})
+    sizes = {
+        label: (figures[f"{task}_queries"], figures[f"{task}_pool"])
+        for task, label in TASKS.items()
+        if figures.get(f"{task}_queries") and figures.get(f"{task}_pool")
+    }
+    found = []
+    if sizes:
+        asked = [
+            f"{q:,} queries {label} against {n:,} candidates" for label, (q, n) in sizes.items()
+        ]
+        error = 50 / min(q for q, _ in sizes.values()) ** 0.5
+        found.append(
+            f"{_list(asked)}. R@k: share of queries with their right answer among the first k, "
+            "ties counted against it. Best in bold. The sample of queries alone leaves a recall "
+            f"uncertain by up to ±{error / 100:.3f} (one standard error); seeds add to that."
+        )
+    if figures.get("minimal_pair_pool_mean"):
+        rivals = f"on average {figures['minimal_pair_pool_mean']:.1f}"
+        found.append(
+            f"Pairs: only the pictures of the query's own entity compete ({rivals}), so nothing "
+            "but the small grains decides. Least grain: the smallest mean grain distance of any "
+            f"type with {MIN_PROBES} queries or more."
+        )
+    silent = {row.title: row.figures.get("t2i_frac_no_ret") or 0.0 for row in rows}
+    shares = [f"{title} {share:.0%}" for title, share in silent.items() if share > 0.01]
+    if shares:
+        found.append(
+            f"Summaries of pictures that never reached [RET]: {_list(shares)}. Their embeddings "
+            "are the fallback, read where the length limit cut them off."
+        )
+    if any(row.role == "control" for row in rows):
+        last = run.title(list(run.recipe.stages)[-1])
+        clocked = all(c.steps is None and c.epochs is None for c in run.recipe.controls.values())
+        length = "runs for its wall time" if clocked else "runs for the steps its recipe names"
+        found.append(
+            f"A control starts where {last} starts, {length} and is evaluated the same way: "
+            f"{last} is worth what it adds to its controls, not to the stage before."
+        )
+    return found
+
+
+def moved(label: str, rows: Sequence[Row], task: str) -> str:
+    """One sentence: which way the ranks went in the last stage."""
+    before, last = row_with(rows, "before"), row_with(rows, "last")
+    if before is None or last is None:
+        return ""
+    old, new = before.samples(task), last.samples(task)
+    pairs = [(old[i]["rank"], new[i]["rank"]) for i in new if i in old]
+    up, down = sum(b > a for b, a in pairs), sum(b < a for b, a in pairs)
+    won, lost = sum(b > 1 == a for b, a in pairs), sum(b == 1 < a for b, a in pairs)
+    return (
+        f"{label}, {last.title} against {before.title}: of {len(pairs):,} queries the right answer "
+        f"rises in {up}, falls in {down} and stays in {len(pairs) - up - down}; "
+        f"{won} win the first place, {lost} lose it."
+    )
+
+
+def _list(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

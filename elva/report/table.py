@@ -1,0 +1,110 @@
+"""The figures of a run as cells: for the terminal, for programs and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from elva.evaluation.trained import COLUMNS
+from elva.report.figures import Row, chance, rows_of
+from elva.run import Run
+
+HEAD = ["", *COLUMNS.values(), "least grain", "steps", "seconds"]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table's words; `best` are the (row, column) of the largest figure of each column."""
+
+    head: list[str]
+    rows: list[list[str]]
+    best: set[tuple[int, int]]
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """The figures of the table and of the grains, for programs."""
+    rows = rows_of(run)
+    found = []
+    for row in rows:
+        kind, least = row.least_grain or (None, None)
+        found.append({
+            "name": row.name,
+            "kind": "control" if row.role == "control" else "stage",
+            "steps": row.steps,
+            "seconds": row.seconds,
+            "figures": dict(row.figures),
+            "least_grain_distance": least,
+            "least_grain_type": kind,
+        })  # fmt: skip
+    return {
+        "run": str(run.directory),
+        "recipe": run.recipe.name,
+        "seed": run.recipe.seed,
+        "rows": found,
+        "chance": chance(rows),
+    }
+
+
+def table(run: Run) -> Table:
+    """The table for a terminal: a row a stage and a control, the best in bold, chance last."""
+    rows = rows_of(run)
+    cells, last = figure_cells(rows), len(rows)
+    drawn = Table(title=f"held-out queries, {run.recipe.name}, seed {run.recipe.seed}", box=None)
+    for j, head in enumerate(cells.head):
+        drawn.add_column(head, justify="right" if j else "left", no_wrap=True)
+    for i, row in enumerate(cells.rows):
+        words = [Text(c, "bold" if (i, j) in cells.best else "") for j, c in enumerate(row)]
+        drawn.add_row(*words, style="dim" if i == last else "")
+    return drawn
+
+
+def figure_cells(rows: Sequence[Row]) -> Cells:
+    """A row a stage and a control; then chance, where it is known."""
+    cells, values = [], []
+    for row in rows:
+        figures = [row.figures.get(key) for key in COLUMNS]
+        values.append([*figures, _least(row)])
+        steps = "-" if row.steps is None else f"{row.steps:,}"
+        seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
+        cells.append([row.title, *map(number, figures), _least_words(row), steps, seconds])
+    if levels := chance(rows):
+        cells.append(["chance", *(number(levels.get(key)) for key in COLUMNS), "", "", ""])
+    return Cells(HEAD, cells, _best(values))
+
+
+def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:
+    """Mean grain distance: a row a stage and a control, a column a grain type; then queries."""
+    kinds = list(counts)
+    means = [[fmean(row.grains[k]) if k in row.grains else None for k in kinds] for row in rows]
+    pairs = list(zip(rows, means, strict=True))
+    cells = [[row.title, _least_words(row), *map(number, found)] for row, found in pairs]
+    cells.append(["queries", "", *map(str, counts.values())])
+    return Cells(["", "least", *kinds], cells, _best([[_least(r), *found] for r, found in pairs]))
+
+
+def _best(values: Sequence[Sequence[float | None]]) -> set[tuple[int, int]]:
+    """(row, column) of the largest of each column as printed, counting the column of names."""
+    best = set()
+    for column, found in enumerate(zip(*values, strict=True), start=1):
+        printed = [0.0 if v is None else round(v, 3) for v in found]
+        if len(printed) > 1 and max(printed) > 0:
+            best |= {(i, column) for i, v in enumerate(printed) if v == max(printed)}
+    return best
+
+
+def number(value: float | None) -> str:
+    """A figure as every table and sentence prints it."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _least(row: Row) -> float | None:
+    return row.least_grain[1] if row.least_grain else None
+
+
+def _least_words(row: Row) -> str:
+    return f"{row.least_grain[1]:.3f} {row.least_grain[0]}" if row.least_grain else "-"
