@@ -160,7 +160,7 @@ def test_odd_rows_in_a_cluster(bad, where):
     found = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
     for a, b in zip(found, before, strict=True):
         assert same_bits(a[0], b[0])
-    right, *gradients = truth(inputs, None, None, Weights(**OPEN_HINGE))
+    right, *gradients = truth(inputs, None, None, **OPEN_HINGE)
     torch.testing.assert_close(
         found[0].double(), right.reward, rtol=1e-5, atol=1e-5, equal_nan=True
     )
@@ -186,7 +186,7 @@ def test_older_gpus_take_two_passes(monkeypatch):
     clustered = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
     monkeypatch.setenv("ELVA_HOST_CAPABILITY", "8")
     plain = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
-    check(plain, inputs, None, None, Weights(**OPEN_HINGE))
+    check(plain, inputs, None, None, **OPEN_HINGE)
     for a, b in zip(plain[:4], clustered[:4], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
