@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from elva import checkpoint
+from elva.errors import UserError
 from elva.recipe import StageConfig
 from elva.training.examples import Batch
 
@@ -181,7 +182,7 @@ def _arguments(
     }
     arguments = TrainingArguments(**{**settings, **extra})
     if arguments.world_size > 1:
-        raise ValueError(
+        raise UserError(
             f"train: the number of processes must be 1, got {arguments.world_size}; "
             "training on several is not supported yet"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from elva.data import Item
 from elva.draws import uniforms
+from elva.errors import UserError
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 from elva.recipe import StageConfig
@@ -35,7 +36,7 @@ def hardest(
         max_score: a candidate with a higher cosine is taken for a false negative and dropped.
 
     Raises:
-        ValueError: a query is left with fewer than k candidates.
+        UserError: a query is left with fewer than k candidates.
     """
     unit = F.normalize(pool, dim=-1)
     rows = []
@@ -46,7 +47,7 @@ def hardest(
             scores[i, list(right)] = float("-inf")
         top = scores.topk(min(k, scores.shape[1]), dim=1)
         if top.values.shape[1] < k or bool(torch.isinf(top.values).any()):
-            raise ValueError(
+            raise UserError(
                 f"mine: every query must have {k} candidates at or below max_score {max_score}, "
                 f"got {int((~torch.isinf(scores)).sum(1).min())}; lower hard_negatives"
             )
@@ -64,7 +65,7 @@ def at_random(
     for i, right in enumerate(positives):
         wrong = pool_size - len(set(right))
         if wrong < 1:
-            raise ValueError(f"mine: the pool must hold a non-positive, got {pool_size} positives")
+            raise UserError(f"mine: the pool must hold a non-positive, got {pool_size} positives")
         drawn = (spread[i] * wrong).long().clamp_(max=wrong - 1)
         for row in sorted(set(right)):  # count over the right answers
             drawn += drawn >= row
