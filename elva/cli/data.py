@@ -17,9 +17,7 @@ app = typer.Typer(help="Data in M-BEIR's layout: made, checked, shown.", no_args
 @app.command("emoji", epilog="Example:  elva data emoji --output data/emoji")
 def emoji_corpus(
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
-    size: Annotated[
-        int, typer.Option(min=16, max=512, help="Pixels a side of every picture, 16 to 512.")
-    ] = 64,
+    size: Annotated[int, typer.Option(min=16, max=512, help="Pixels a side, 16 to 512.")] = 64,
     as_json: AsJson = False,
 ) -> None:
     """Write the embedded emoji corpus in M-BEIR's layout."""
@@ -46,9 +44,7 @@ def emoji_corpus(
     "elva data convert mteb mbeir_cirr_task7 --output data/cirr --split test",
 )
 def convert(
-    format: Annotated[
-        str, typer.Argument(help="Format: folder, mmeb, mmeb-test, mteb, nli or tevatron.")
-    ],
+    format: Annotated[str, typer.Argument(help="folder, mmeb, mmeb-test, mteb, nli or tevatron.")],
     source: Annotated[Path, typer.Argument(help="A file, or a folder of them.")],
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
     split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
@@ -57,12 +53,10 @@ def convert(
         int | None,
         typer.Option(min=0, max=99, help="Number of the dataset in M-BEIR's ids, 0 to 99."),
     ] = None,
-    instruction: Annotated[
-        str | None, typer.Option(help="Instruction before every query: what it looks for.")
-    ] = None,
+    instruction: Annotated[str | None, typer.Option(help="Instruction of the queries.")] = None,
     skip_bad: Annotated[
         int,
-        typer.Option(min=0, help="Bad rows left out and listed, at most; one more is an error."),
+        typer.Option(min=0, help="Bad rows to leave out at most."),
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -101,9 +95,7 @@ def check(
     data: DataArgument,
     split: AnySplit = None,
     task: Tasks = None,
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Decode every picture whole, not only its header.")
-    ] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture whole.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List every bad row, missing picture and copy; exit code 2 if a row is bad."""

@@ -24,15 +24,9 @@ def grains(
     output: Annotated[Path, typer.Option(help="Directory for grains.json and two charts.")],
     split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "test",
     task: Annotated[str, typer.Option(help="Task (t2i) or set of the queries.")] = "t2i",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Queries to probe at most, 1 or more.")
-    ] = None,
-    delta: Annotated[
-        float, typer.Option(help="Cosine distance below which a grain is not seen.")
-    ] = 0.05,
-    show: Annotated[
-        int, typer.Option(min=0, help="Queries to print, the least seen first, 0 or more.")
-    ] = 10,
+    limit: Annotated[int | None, typer.Option(min=1, help="Queries to probe at most.")] = None,
+    delta: Annotated[float, typer.Option(help="Cosine distance of a grain not seen.")] = 0.05,
+    show: Annotated[int, typer.Option(min=0, help="Queries to print, least seen first.")] = 10,
     max_completion_length: Annotated[
         int | None,
         typer.Option(min=0, help="Tokens of a summary at most; the model's setting by default."),

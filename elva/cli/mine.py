@@ -21,9 +21,7 @@ EXAMPLES = (
 def mine(
     data: Annotated[Path, typer.Option(help="Data directory in M-BEIR's layout.")],
     embeddings: Annotated[Path, typer.Option(help="Embeddings of --data by elva embed.")],
-    output: Annotated[
-        Path, typer.Option(help="Directory to write the mined data to; absent so far.")
-    ],
+    output: Annotated[Path, typer.Option(help="Absent directory for the mined data.")],
     split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
     task: Annotated[
         list[str] | None,
@@ -31,12 +29,10 @@ def mine(
     ] = None,
     num_negatives: Annotated[int, typer.Option(help="Hard negatives a query, 0 or more.")] = 50,
     num_random: Annotated[int, typer.Option(help="Random negatives a query, 0 or more.")] = 50,
-    max_score: Annotated[
-        float, typer.Option(help="Cosine similarity above which a candidate is no negative.")
-    ] = 0.99,
+    max_score: Annotated[float, typer.Option(help="Largest similarity of a negative.")] = 0.99,
     min_score: Annotated[
         float | None,
-        typer.Option(help="Cosine similarity below which a candidate is no hard negative."),
+        typer.Option(help="Least similarity of a hard negative."),
     ] = None,
     absolute_margin: Annotated[
         float | None,
@@ -45,23 +41,17 @@ def mine(
     relative_margin: Annotated[
         float | None, typer.Option(help="The same margin as a share of the positive's similarity.")
     ] = None,
-    range_min: Annotated[
-        int, typer.Option(help="Most similar candidates to leave out, 0 or more.")
-    ] = 0,
-    range_max: Annotated[
-        int | None, typer.Option(help="Most similar candidates to choose from, at most.")
-    ] = None,
+    range_min: Annotated[int, typer.Option(help="Most similar candidates left out.")] = 0,
+    range_max: Annotated[int | None, typer.Option(help="Last rank to choose from.")] = None,
     sampling_strategy: Annotated[
-        str, typer.Option(help="Hard negatives to take: top, or random in range.")
+        str, typer.Option(help="Choice: top, or random in range.")
     ] = "top",
     seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     skip_bad: Annotated[
         int,
-        typer.Option(min=0, help="Bad rows left out and listed, at most; one more is an error."),
+        typer.Option(min=0, help="Bad rows to leave out at most."),
     ] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the work and its size; mine nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the counts only.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the data again with each query's hardest and some random negatives."""

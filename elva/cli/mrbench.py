@@ -46,11 +46,9 @@ def build(
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     skip_bad: Annotated[
         int,
-        typer.Option(min=0, help="Bad queries left out and listed, at most; one more is an error."),
+        typer.Option(min=0, help="Bad queries to leave out at most."),
     ] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a build that was interrupted.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what was judged.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge queries, sample them, and write data with a page to review."""
@@ -90,9 +88,7 @@ def build(
 )
 def review(
     directory: Annotated[Path, typer.Argument(help="Directory that elva mrbench build wrote.")],
-    decisions: Annotated[
-        Path | None, typer.Option(help="Decisions: a review.tsv as the page saves it.")
-    ] = None,
+    decisions: Annotated[Path | None, typer.Option(help="Table as the page saves it.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take decisions: dropped queries leave the data until a later review keeps them."""

@@ -32,9 +32,7 @@ EMBED_EXAMPLES = (
 def embed(
     model: ModelArgument,
     data: DataOption,
-    output: Annotated[
-        Path, typer.Option(help="Directory for a subdirectory a pool and query file.")
-    ],
+    output: Annotated[Path, typer.Option(help="Directory for one of each pool and query file.")],
     split: SplitOption = "test",
     task: TaskOption = None,
     sides: Annotated[str, typer.Option(help="Sides to embed: queries, pools or both.")] = "both",
@@ -47,33 +45,25 @@ def embed(
         typer.Option(help="Embedding: generative (at [RET] after a summary) or prompt (after it)."),
     ] = "generative",
     read: Annotated[
-        str, typer.Option(help="Hidden state to read: at_ret, or before_ret as in LamRA.")
+        str, typer.Option(help="Place read: at_ret, or before_ret as LamRA.")
     ] = "at_ret",
     max_completion_length: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens of a summary at most; the model's setting by default."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Number format to store: float16, bfloat16 or float32.")
-    ] = "float16",
+    dtype: Annotated[str, typer.Option(help="Format: float16, bfloat16 or float32.")] = "float16",
     metadata: Annotated[
         bool,
         typer.Option("--metadata", help="Store src_content's fields, for elva search --where."),
     ] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Items a forward pass, 1 or more.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Items a forward pass.")] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Items a shard file, 1 or more.")] = 8192,
     skip_bad: Annotated[
         int,
-        typer.Option(min=0, help="Bad items left out and listed, at most; one more is an error."),
+        typer.Option(min=0, help="Bad items to leave out at most."),
     ] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue what was interrupted in --output.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the items to embed; embed nothing.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what is in --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the counts only.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Embed the queries and pools of a data directory."""
@@ -122,12 +112,8 @@ def index_build(
     embeddings: Annotated[
         list[Path] | None, typer.Argument(help="Directories that elva embed wrote.")
     ] = None,
-    npy: Annotated[
-        Path | None, typer.Option(help="Embeddings of any origin: a [n, D] .npy file.")
-    ] = None,
-    ids: Annotated[
-        Path | None, typer.Option(help="Ids of the .npy's rows: a text file, one a line.")
-    ] = None,
+    npy: Annotated[Path | None, typer.Option(help="Embeddings as a [n, D] .npy file.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="Ids of the .npy's rows, one a line.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of the model that made the .npy.")] = None,
     dtype: Annotated[
         str, typer.Option(help="Number format to store a .npy in: float16, bfloat16 or float32.")
@@ -209,9 +195,7 @@ def index_verify(index: IndexArgument, as_json: AsJson = False) -> None:
 )
 def index_export(
     index: IndexArgument,
-    to: Annotated[
-        str, typer.Option(help="Engine to copy to: faiss-ivf, faiss-hnsw or milvus:URI.")
-    ],
+    to: Annotated[str, typer.Option(help="Engine: faiss-ivf, faiss-hnsw or milvus:URI.")],
     as_json: AsJson = False,
 ) -> None:
     """Make an approximate or a remote copy, for elva search --engine."""
@@ -234,12 +218,8 @@ def search(
     target: Annotated[
         Path, typer.Argument(help="An index, or a run: its test pictures.", metavar="INDEX|RUN")
     ],
-    query: Annotated[
-        str, typer.Argument(help="Query words: what the item should show or say.")
-    ] = "",
-    image: Annotated[
-        Path | None, typer.Option(help="Query picture: a JPEG, PNG or WebP file.")
-    ] = None,
+    query: Annotated[str, typer.Argument(help="Words that the item should show or say.")] = "",
+    image: Annotated[Path | None, typer.Option(help="Query picture: JPEG, PNG or WebP.")] = None,
     k: Annotated[int, typer.Option("-k", help="Answers a query, 1 or more.")] = 10,
     where: Annotated[
         list[str] | None,
@@ -253,9 +233,7 @@ def search(
     stage: Annotated[
         str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint, if it was moved.")] = None,
     verify: Annotated[
         bool, typer.Option(help="Compare all of the index with its checksums first.")
     ] = True,
@@ -313,9 +291,7 @@ def evaluate(
     embeddings: Annotated[
         Path | None, typer.Option(help="Embeddings of elva embed, measured by M-BEIR's protocol.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Data that was embedded, in M-BEIR's layout.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Embedded data in M-BEIR's layout.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Directory of TREC runs, qrels and figures; in --embeddings by default."),
@@ -325,17 +301,13 @@ def evaluate(
     pools: PoolsOption = "local",
     skip_bad: Annotated[
         int,
-        typer.Option(
-            min=0, help="Bad rows of --data left out and listed, at most; one more is an error."
-        ),
+        typer.Option(min=0, help="Bad rows to leave out at most."),
     ] = 0,
     run_file: Annotated[
         Path | None,
         typer.Option("--run", help="Ranked answers to measure: a file in TREC's run format."),
     ] = None,
-    qrels: Annotated[
-        Path | None, typer.Option(help="Right answers for --run: TREC's or M-BEIR's qrels.")
-    ] = None,
+    qrels: Annotated[Path | None, typer.Option(help="TREC or M-BEIR qrels for --run.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""

@@ -22,15 +22,11 @@ TRAIN_EXAMPLES = (
 
 
 def train(
-    recipe: Annotated[
-        str, typer.Option(help="Recipe to train: emoji, smoke, elva-2b or elva-7b.")
-    ] = "emoji",
+    recipe: Annotated[str, typer.Option(help="Recipe: emoji, smoke, elva-2b, elva-7b.")] = "emoji",
     output: Annotated[
         Path | None, typer.Option(help="Run directory; a fresh dated one under runs/ by default.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of recipe fields to change.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML of recipe fields to change.")] = None,
     assign: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,22 +35,14 @@ def train(
             help="Recipe field to change, such as stages.3.steps=80.",
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of every draw, 0 or more: --set seed=N.")
-    ] = None,
-    stages: Annotated[
-        str | None, typer.Option(help="Stages to train, such as 3 or 2,3; all by default.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every draw, 0 or more.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Stages to train, such as 3 or 2,3.")] = None,
     start_from: Annotated[
         Path | None,
         typer.Option("--from", metavar="RUN", help="Run whose model the first stage starts from."),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Steps a stage at most, 1 or more.")
-    ] = None,
-    controls: Annotated[
-        bool, typer.Option(help="Train what the last stage is compared with.")
-    ] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="Steps a stage at most.")] = None,
+    controls: Annotated[bool, typer.Option(help="Train the controls of the last stage.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the recipe, steps and memory; train nothing.")
