@@ -220,7 +220,14 @@ COMPILED = [
     *cases("test_infonce_torch::test_compiles_without_a_graph_break"),
 ]
 PLANTED = cases("test_mutants::test_the_claims_hold test_a_mutant_turns_the_suite_red")
+DRAWN = [
+    *cases("test_reward_properties::test_results_are_consistent_and_bad_groups_stay_alone"),
+    *cases("test_reward_properties::test_scores_are_right_for_every_finite_input"),
+    *cases("test_reward_properties::test_groups_can_be_split_and_merged"),
+    *cases("test_statistics::test_any_batch_agrees_with_its_own_scores"),
+]
 LONG = {
+    "cases that hypothesis draws": DRAWN,
     "a compiler's work, which is the same for every backend": COMPILED,
     "a backend's whole table of mutants": PLANTED,
 }
@@ -252,6 +259,7 @@ SESSIONS = {
         thorough=LONG
         | {
             "sizes that take seconds": [
+                *HEADS,
                 *cases(
                     "test_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands", b=13
                 ),
@@ -267,13 +275,23 @@ SESSIONS = {
         never={
             "torch's threads, which the interpreter does not use": THREADS,
             "millions of scores, which take hours": [*CHUNKS, *HEADS],
+            "finite differences, hundreds of calls: float64 gradients have a truth": [
+                *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
+                *cases("test_infonce_torch::test_gradcheck_and_once"),
+            ],
         },
         thorough=LONG
         | {
             "sizes that take seconds": [
                 *cases("test_reward::test_masked_rows_are_never_read", n=70),
                 *cases("test_topk::test_copies_of_a_row_tie_wherever_they_are", dim=1536),
-                *cases("test_statistics::test_any_batch_agrees_with_its_own_scores"),
+                *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=48),
+                *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=257),
+                *cases("test_reward::test_any_layout_gives_the_same_bits", leading=(2, 3)),
+                *cases("test_reward::test_lattice_is_exact", d=1024),
+                *cases("test_statistics::test_lattice_is_exact", d=1024),
+                *cases("test_infonce::test_any_batch"),
+                *cases("test_in_batch_reward::test_gradcheck_opcheck_and_once"),
                 *cases("test_reward_scores::test_values_and_gradients", shape=(2, 1000)),
                 *cases("test_reward_scores::test_values_and_gradients", shape=(3, 101)),
                 *cases("test_statistics::test_values", b=40),
