@@ -1,7 +1,7 @@
 """Whatever happens while an index is written: it is the old one or the new one, and says so when
 it is neither.
 
-`pytest tests/elva/test_index_crashes.py -s` prints the figures that the README quotes.
+`pytest tests/elva/test_index_crashes.py -s` prints the figures that benchmarks/README.md quotes.
 """
 
 import errno
