@@ -1,4 +1,4 @@
-"""The README's training table from finished runs: `python -m benchmarks.train_seeds RUN...`.
+"""The training table from finished runs: `python -m benchmarks.train_seeds RUN...`.
 
 Keeps each run's figures as results/train-<recipe>-seed-<seed>.json and prints the table; of several
 seeds, the means with each figure's lowest and highest.

@@ -1,4 +1,4 @@
-"""Which room may know which: the import rules, the public names, and the README's table of ops."""
+"""Which room may know which: the import rules, and the public names."""
 
 import ast
 import inspect
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import elva_kernels
-from elva_kernels.doctor import markdown_table
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "elva_kernels").rglob("*.py"))
@@ -278,9 +277,3 @@ def test_importing_the_kernels_is_light(tmp_path):
     assert {name.split(".")[0] for name in found} <= {"elva_kernels", *sys.stdlib_module_names}
     late = ("elva_kernels._C", "elva_kernels.backends.triton.kernels")
     assert not [name for name in found if name.startswith(late)]
-
-
-def test_readme_shows_the_table_of_ops_and_backends():
-    text = (ROOT / "README.md").read_text()
-    table = text.split("<!-- ops -->")[1].split("<!-- /ops -->")[0]
-    assert table.strip() == markdown_table()

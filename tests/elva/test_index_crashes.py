@@ -1,7 +1,8 @@
 """Whatever happens while an index is written: it is the old one or the new one, and says so when
 it is neither.
 
-`pytest --thorough tests/elva/test_index_crashes.py -s` prints the figures that the README quotes.
+`pytest --thorough tests/elva/test_index_crashes.py -s` prints the figures that
+benchmarks/README.md quotes.
 """
 
 import errno
