@@ -63,7 +63,7 @@ typedef struct {
   int64_t candidates;
   int64_t width;
   void* scores;           // value [rows, width]; becomes the negatives' scores, -inf elsewhere
-  const void* penalty;    // value [width]: 0, or -inf for candidates not finite and for padding
+  const void* exclusion;  // value [width]: 0, or -inf for candidates not finite and for padding
   const void* scale;      // value [width], 1 / |candidate|; null: the scores are cosines already
   const double* norm;     // [rows, 2], of the queries
   const int64_t* target;  // [rows]
@@ -94,10 +94,10 @@ typedef struct {
   const double* sum;
   const double* moment;
   double temperature;
-  double* loss;    // [count]
-  double* share;   // [count], a negative's probability over exp((s - peak) / T)
-  double* others;  // [count], the negatives' probability
-  double* heat;    // [count], d loss / d T
+  double* loss;              // [count]
+  double* share;             // [count], a negative's probability over exp((s - peak) / T)
+  double* others;            // [count], the negatives' probability
+  double* grad_temperature;  // [count], d loss / d T
 } ElvaInfoNceTermsArgs;
 
 // Masked scores become row_factor exp((s - row_peak) / T) + column_factor exp((s - column_peak) /

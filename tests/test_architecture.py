@@ -18,8 +18,8 @@ ELVA = sorted((ROOT / "elva").rglob("*.py"))
 
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
-    "errors", "draws", "files", "progress", "settings", "recipe", "checkpoint", "data", "run", "model",
-    "index", "search", "training", "evaluation", "report", "mrbench", "commands", "cli",
+    "errors", "draws", "files", "progress", "settings", "recipe", "checkpoint", "data", "run",
+    "model", "index", "search", "training", "evaluation", "report", "mrbench", "commands", "cli",
     "__main__",
 )  # fmt: skip
 

@@ -108,15 +108,15 @@ class Places {
 };
 
 // Counts where the target's score is NaN, which is less than any number and equals NaN. Candidates
-// that are not finite have a penalty; a query that is not finite has no other scores.
+// that are not finite are excluded; a query that is not finite has no other scores.
 template <class S>
 void count_below_all(const ElvaScoreRowsArgs& args, bool bad_query, const S* row, int64_t target,
                      int32_t* n_greater, int32_t* n_equal) {
-  const S* penalty = static_cast<const S*>(args.penalty);
+  const S* exclusion = static_cast<const S*>(args.exclusion);
   int64_t greater = 0, equal = 0;
   for (int64_t j = 0; j < args.candidates; ++j) {
     if (j == target || (args.ids != nullptr && args.ids[j] == args.ids[target])) continue;
-    const bool bad = bad_query || penalty[j] < 0;
+    const bool bad = bad_query || exclusion[j] < 0;
     equal += bad;
     greater += !bad && row[j] > kNone<S>;
   }
@@ -128,11 +128,11 @@ template <class S>
 void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_t i,
              Places<S>* places) {
   S* row = static_cast<S*>(args.scores) + i * args.width;
-  const S* penalty = static_cast<const S*>(args.penalty);
+  const S* exclusion = static_cast<const S*>(args.exclusion);
   const int64_t target = args.target[i];
   const bool bad_query = !(args.norm[2 * i] == args.norm[2 * i]);
-  const bool bad = bad_query || penalty[target] < 0;
-  // + 0: not -0, which a sum with the penalty does not keep either.
+  const bool bad = bad_query || exclusion[target] < 0;
+  // + 0: not -0, which a sum with the exclusion does not keep either.
   const S* scale = static_cast<const S*>(args.scale);
   const S row_scale = bad_query ? S(0) : static_cast<S>(args.norm[2 * i]);
   S own = row[target];
@@ -144,7 +144,7 @@ void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_
   ScoreRowJob<S> job = {};
   job.row = row;
   job.width = args.width;
-  job.penalty = penalty;
+  job.exclusion = exclusion;
   job.scale = scale;
   job.row_scale = row_scale;
   job.smallest = kSmallest<S>;
@@ -189,7 +189,7 @@ void info_nce_terms(const ElvaInfoNceTermsArgs& args) {
     const double target = static_cast<double>(static_cast<const S*>(args.target_score)[i]);
     if (!std::isfinite(target)) {
       args.loss[i] = std::numeric_limits<double>::quiet_NaN();
-      args.share[i] = args.others[i] = args.heat[i] = 0;
+      args.share[i] = args.others[i] = args.grad_temperature[i] = 0;
       continue;
     }
     const double found = static_cast<double>(static_cast<const S*>(args.peak)[at]);
@@ -203,7 +203,8 @@ void info_nce_terms(const ElvaInfoNceTermsArgs& args) {
     const double share = weight / whole;
     args.share[i] = share;
     args.others[i] = share * args.sum[at];
-    args.heat[i] = -share * (args.moment[at] + args.sum[at] * (peak - target)) / (t * t);
+    args.grad_temperature[i] =
+        -share * (args.moment[at] + args.sum[at] * (peak - target)) / (t * t);
   }
 }
 

@@ -18,12 +18,12 @@ constexpr int64_t kBests = 64;
 // need of them.
 template <class S>
 struct ScoreRowJob {
-  S* row;            // [width]
-  int64_t width;     // padded
-  const S* penalty;  // [width], 0 or -inf
-  const S* scale;    // [width], what a dot product is multiplied with; null: they are cosines
-  S row_scale;       // and with this
-  S smallest;        // below it a product of these is 0
+  S* row;              // [width]
+  int64_t width;       // padded
+  const S* exclusion;  // [width], 0 or -inf
+  const S* scale;      // [width], what a dot product is multiplied with; null: they are cosines
+  S row_scale;         // and with this
+  S smallest;          // below it a product of these is 0
   S max_score;
   int64_t candidates;
   const int64_t* ids;  // [candidates], or null

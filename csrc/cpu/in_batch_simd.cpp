@@ -127,7 +127,7 @@ void mask_row(const ScoreRowJob<S>& job) {
     }
     x = larger<S>(x, all<S>(-1));
     x = x < S(1) ? x : all<S>(1);
-    x = x > limit ? none : x + load(job.penalty + j);
+    x = x > limit ? none : x + load(job.exclusion + j);
     store(job.row + j, x);
   }
   if (job.ids != nullptr) {

@@ -145,11 +145,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     args.hardest_index[i] = place;
   }
   if (args.temperature == nullptr) return;
-  const float cold = static_cast<float>(1 / *args.temperature);
+  const float inverse_temperature = static_cast<float>(1 / *args.temperature);
   double sum = 0, moment = 0;
   for (int64_t j = threadIdx.x; j < args.width; j += kThreads) {  // its own stores
     if (row[j] == -INFINITY) continue;
-    const float gap = row[j] - hardest, term = expf(gap * cold);
+    const float gap = row[j] - hardest, term = expf(gap * inverse_temperature);
     sum += term;
     moment += static_cast<double>(term) * gap;
   }
@@ -165,16 +165,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     column_sums(const __grid_constant__ ElvaCudaColumnArgs args) {
   const int64_t j = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (j >= args.width) return;
-  const float cold = static_cast<float>(1 / *args.temperature), old = args.peak[j];
+  const float inverse_temperature = static_cast<float>(1 / *args.temperature), old = args.peak[j];
   float peak = old;
   for (int64_t i = 0; i < args.rows; ++i) peak = fmaxf(peak, args.scores[i * args.width + j]);
   const float base = peak > -INFINITY ? peak : 0.0f, grown = old > -INFINITY ? old - base : 0.0f;
-  const double shrink = expf(grown * cold), before = args.sum[j];
+  const double shrink = expf(grown * inverse_temperature), before = args.sum[j];
   double sum = before * shrink, moment = (args.moment[j] + before * grown) * shrink;
   for (int64_t i = 0; i < args.rows; ++i) {
     const float score = args.scores[i * args.width + j];
     if (score == -INFINITY) continue;
-    const float gap = score - base, term = expf(gap * cold);
+    const float gap = score - base, term = expf(gap * inverse_temperature);
     sum += term;
     moment += static_cast<double>(term) * gap;
   }
@@ -187,15 +187,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     slope_rows(const __grid_constant__ ElvaCudaSlopeArgs args) {
   const int64_t i = blockIdx.x, own = args.target[i];
   float* row = args.scores + i * args.width;
-  const float cold = static_cast<float>(1 / *args.temperature), peak = args.row_peak[i],
-              factor = args.row_factor[i];
+  const float inverse_temperature = static_cast<float>(1 / *args.temperature),
+              peak = args.row_peak[i], factor = args.row_factor[i];
   for (int64_t j = threadIdx.x; j < args.width; j += kThreads) {
     const float score = row[j];
     float slope = 0;
     if (score > -INFINITY) {
-      slope = factor * expf((score - peak) * cold);
+      slope = factor * expf((score - peak) * inverse_temperature);
       if (args.column_peak != nullptr) {
-        slope += args.column_factor[j] * expf((score - args.column_peak[j]) * cold);
+        slope += args.column_factor[j] * expf((score - args.column_peak[j]) * inverse_temperature);
       }
     }
     row[j] = j == own ? args.target_slope[i] : slope;

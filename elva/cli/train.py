@@ -80,7 +80,7 @@ def train(
         from elva.run import Run
 
         began = None if start_from is None else Run.open(start_from)
-        run = _run_to_train(Run, recipe, output, config, changes, resume, wanted)
+        run = _run_to_train(Run, recipe, output, config, changes, resume, wanted, began)
         console = err if as_json else out
         console.print(f"run directory: {run.directory}", soft_wrap=True)
         with Bars(console) as bars:
@@ -105,6 +105,7 @@ def _run_to_train(
     changes: list[str],
     resume: bool,
     stages: list[str] | None,
+    start_from: Run | None,
 ) -> Run:
     from elva.commands.train import check
     from elva.errors import UserError
@@ -112,7 +113,7 @@ def _run_to_train(
 
     if not resume:
         resolved = resolve(recipe, config, changes)
-        check(resolved, stages)
+        check(resolved, stages, start_from)
         return kind.create(output, resolved)
     if output is None:
         raise UserError("train: --resume must name the run; pass --output RUN too")
@@ -122,7 +123,7 @@ def _run_to_train(
             "leave them out or start a new run"
         )
     run = kind.open(output)
-    check(run.recipe, stages)
+    check(run.recipe, stages, start_from or run)
     return run
 
 

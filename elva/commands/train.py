@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -28,18 +29,27 @@ CLOCKED_STEPS = 20
 """A control that runs for another stage's wall time may take at most this many times its steps."""
 
 
-def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
+def check(
+    recipe: Recipe, stages: Sequence[str] | None = None, start_from: Run | None = None
+) -> None:
     """Refuse what cannot be trained here, before a run directory is made for it.
 
+    Args:
+        start_from: a run that may hold what the first of `stages` starts from.
+
     Raises:
-        UserError: several processes, an unknown stage, data or a model that is not there.
+        UserError: several processes, an unknown stage or one that has nothing to start from, data
+            or a model that is not there.
     """
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise RunError(
             f"train: the number of processes must be 1, got {processes}; "
             "training on several is not supported yet"
         )
-    for name in chosen(recipe, stages):
+    names = chosen(recipe, stages)
+    if names and start_from is None and (place := list(recipe.stages).index(names[0])):
+        _refuse_start(names[0], list(recipe.stages)[place - 1])
+    for name in names:
         data = recipe.stages[name].data
         if data != "emoji" and not Path(data).is_dir():
             raise RunError(
@@ -96,6 +106,13 @@ class _Tokenised:
         return retriever
 
 
+def _refuse_start(name: str, previous: str) -> NoReturn:
+    raise RunError(
+        f"train: stage {name} starts from stage {previous}, which is not trained; "
+        "train it too or pass --from RUN"
+    )
+
+
 def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
     """The checkpoint (or hub name) a stage starts from."""
     order = list(run.recipe.stages)
@@ -108,10 +125,7 @@ def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
             raise RunError(f"{start_from.directory}: must hold a trained stage to start from")
         return start_from.model(last)
     if previous is not None:
-        raise RunError(
-            f"{run.directory}: stage {name} starts from stage {previous}, which is not trained; "
-            f"train it too or pass --from RUN"
-        )
+        _refuse_start(name, previous)
     if run.recipe.model.path is not None:
         return Path(run.recipe.model.path)
     _create(run)

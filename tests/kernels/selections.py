@@ -199,32 +199,33 @@ def run(name: str, files, folder: Path, *options: str, **environment: str) -> li
 NUMBERS = {
     "test_reward::test_values_and_gradients",
     "test_reward_scores::test_values_and_gradients",
-    "test_statistics::test_values",
+    "test_rank_statistics::test_values",
     "test_in_batch_reward::test_reward",
-    "test_infonce::test_values_and_gradients",
+    "test_info_nce::test_values_and_gradients",
     "test_topk::test_scores_and_order_against_float64",
 }
 GROUPED = ("test_reward", "test_reward_torch", "test_reward_properties")
-IN_BATCH = ("test_statistics", "test_in_batch_reward", "test_infonce", "test_infonce_torch")
+IN_BATCH = ("test_rank_statistics", "test_in_batch_reward", "test_info_nce", "test_info_nce_torch")
+COPIES = "test_rank_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands"
 F64 = torch.float64
 THREADS = [
     *cases("test_reward::test_threads_and_repeats_give_the_same_bits"),
     *cases("test_topk::test_bits_do_not_depend_on_the_number_of_threads"),
-    *cases("test_infonce::test_any_number_of_threads_gives_the_same_bits"),
+    *cases("test_info_nce::test_any_number_of_threads_gives_the_same_bits"),
 ]
-CHUNKS = cases("test_infonce::test_workspace_changes_no_loss")
-HEADS = cases("test_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
+CHUNKS = cases("test_info_nce::test_workspace_changes_no_loss")
+HEADS = cases("test_rank_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
 COMPILED = [
     *cases("test_reward_torch::test_compiles_without_a_graph_break"),
     *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
-    *cases("test_infonce_torch::test_compiles_without_a_graph_break"),
+    *cases("test_info_nce_torch::test_compiles_without_a_graph_break"),
 ]
 PLANTED = cases("test_mutants::test_the_claims_hold test_a_mutant_turns_the_suite_red")
 DRAWN = [
     *cases("test_reward_properties::test_results_are_consistent_and_bad_groups_stay_alone"),
     *cases("test_reward_properties::test_scores_are_right_for_every_finite_input"),
     *cases("test_reward_properties::test_groups_can_be_split_and_merged"),
-    *cases("test_statistics::test_any_batch_agrees_with_its_own_scores"),
+    *cases("test_rank_statistics::test_any_batch_agrees_with_its_own_scores"),
 ]
 LONG = {
     "cases that hypothesis draws": DRAWN,
@@ -244,9 +245,9 @@ SESSIONS = {
                     "test_reward_torch::test_tensor_changed_in_place_before_backward_is_noticed"
                 ),
                 *cases("test_in_batch_reward::test_gradcheck_opcheck_and_once"),
-                *cases("test_infonce::test_any_batch"),
-                *cases("test_infonce_torch::test_gradcheck_and_once"),
-                *cases("test_infonce_torch::test_opcheck", dtype=F64),
+                *cases("test_info_nce::test_any_batch"),
+                *cases("test_info_nce_torch::test_gradcheck_and_once"),
+                *cases("test_info_nce_torch::test_opcheck", dtype=F64),
             ],
             "rewards of scores, which the CUDA backend does not compute": [
                 *cases("test_reward_torch::test_second_derivative_is_refused"),
@@ -261,10 +262,12 @@ SESSIONS = {
             "sizes that take seconds": [
                 *HEADS,
                 *cases(
-                    "test_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands", b=13
+                    COPIES,
+                    b=13,
                 ),
                 *cases(
-                    "test_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands", b=50
+                    COPIES,
+                    b=50,
                 ),
             ],
         },
@@ -277,7 +280,7 @@ SESSIONS = {
             "millions of scores, which take hours": [*CHUNKS, *HEADS],
             "finite differences, hundreds of calls: float64 gradients have a truth": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
-                *cases("test_infonce_torch::test_gradcheck_and_once"),
+                *cases("test_info_nce_torch::test_gradcheck_and_once"),
             ],
         },
         thorough=LONG
@@ -289,16 +292,16 @@ SESSIONS = {
                 *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=257),
                 *cases("test_reward::test_any_layout_gives_the_same_bits", leading=(2, 3)),
                 *cases("test_reward::test_lattice_is_exact", d=1024),
-                *cases("test_statistics::test_lattice_is_exact", d=1024),
-                *cases("test_infonce::test_any_batch"),
+                *cases("test_rank_statistics::test_lattice_is_exact", d=1024),
+                *cases("test_info_nce::test_any_batch"),
                 *cases("test_in_batch_reward::test_gradcheck_opcheck_and_once"),
                 *cases("test_reward_scores::test_values_and_gradients", shape=(2, 1000)),
                 *cases("test_reward_scores::test_values_and_gradients", shape=(3, 101)),
-                *cases("test_statistics::test_values", b=40),
-                *cases("test_statistics::test_values", b=17),
+                *cases("test_rank_statistics::test_values", b=40),
+                *cases("test_rank_statistics::test_values", b=17),
                 *cases("test_in_batch_reward::test_reward", b=19),
-                *cases("test_infonce::test_values_and_gradients", b=40),
-                *cases("test_infonce::test_values_and_gradients", b=17),
+                *cases("test_info_nce::test_values_and_gradients", b=40),
+                *cases("test_info_nce::test_values_and_gradients", b=17),
             ],
         },
     ),

@@ -13,10 +13,10 @@ from elva_kernels.backends import choice
 from elva_kernels.backends.table import LAUNCHERS
 from tests.kernels import (
     test_in_batch_reward,
-    test_infonce,
+    test_info_nce,
+    test_rank_statistics,
     test_reward,
     test_reward_scores,
-    test_statistics,
     test_topk,
 )
 from tests.kernels.cases import BACKENDS
@@ -180,10 +180,10 @@ OF_A_BATCH = [
     partial(test_in_batch_reward.test_reward, **F32, head=7, b=5, m=9),
 ]
 OF_INFO_NCE = [
-    partial(test_infonce.test_values_and_gradients, **F32, b=3, m=7, d=5, symmetric=False),
-    partial(test_infonce.test_statistics_are_those_of_rank_statistics, **F32),
+    partial(test_info_nce.test_values_and_gradients, **F32, b=3, m=7, d=5, symmetric=False),
+    partial(test_info_nce.test_statistics_are_those_of_rank_statistics, **F32),
     partial(
-        test_infonce.test_reductions_are_those_of_the_losses,
+        test_info_nce.test_reductions_are_those_of_the_losses,
         **F32,
         symmetric=False,
         reduction="mean",
@@ -209,8 +209,8 @@ CLAIMS = {
         partial(test_topk.test_ties_of_an_exact_lattice_come_by_index, **F32, metric="dot"),
     ],
     "rank_statistics": [
-        partial(test_statistics.test_values, **F32, b=3, m=7, d=5),
-        partial(test_statistics.test_lattice_is_exact, **F32, d=4),
+        partial(test_rank_statistics.test_values, **F32, b=3, m=7, d=5),
+        partial(test_rank_statistics.test_lattice_is_exact, **F32, d=4),
     ],
     "in_batch_ranking_reward": OF_A_BATCH,
     "in_batch_ranking_reward_backward": OF_A_BATCH,

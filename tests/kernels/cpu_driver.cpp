@@ -250,7 +250,7 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   const Units query(dtype, raw, b, dim, stride, special, &random);
   const Units candidates(dtype, raw, m, dim, stride, special, &random);
 
-  auto scores = block(b * width * value), penalty = block(width * value), scale = penalty;
+  auto scores = block(b * width * value), exclusion = block(width * value), scale = exclusion;
   if (raw) memcpy(scale.data(), candidates.scale.data(), candidates.scale.size() * sizeof(float));
   ElvaMatrixArgs product = {};
   product.a_dtype = product.b_dtype = query.unit_dtype;
@@ -280,7 +280,7 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   rows.candidates = m;
   rows.width = width;
   rows.scores = scores.data();
-  rows.penalty = penalty.data();
+  rows.exclusion = exclusion.data();
   rows.scale = raw ? scale.data() : nullptr;
   rows.norm = query.norm.data();
   rows.target = target.data();

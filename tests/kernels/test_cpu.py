@@ -302,7 +302,7 @@ def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
 
 
 def compile_driver(folder, sanitizer, beyond_plain):
-    """tests/kernels/native_driver.cpp and csrc/cpu under `sanitizer`: the program's path.
+    """tests/kernels/cpu_driver.cpp and csrc/cpu under `sanitizer`: the program's path.
 
     `beyond_plain` are more flags of the levels above "plain".
     """
@@ -313,7 +313,7 @@ def compile_driver(folder, sanitizer, beyond_plain):
         pytest.skip("no csrc beside these tests")
     flags = f"-std=c++17 -O1 -g -pthread -ffp-contract=off -w {sanitizer} -I{ROOT}/csrc".split()
     sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
-    sources.append(("", ROOT / "tests/kernels/native_driver.cpp"))
+    sources.append(("", ROOT / "tests/kernels/cpu_driver.cpp"))
     for level in LEVELS if X86 else ("plain",):  # the driver links all; it runs what this CPU has
         extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
         extra += "" if level == "plain" else f" {beyond_plain}"
