@@ -171,8 +171,8 @@ def test_a_capture_needs_a_verdict_and_says_so(machine, monkeypatch):
 def test_warm_up_tests_every_op_in_every_dtype(machine):
     machine.install(right)
     report = warm_up(CPU)
-    verdicts = [text for text in report.selftests if " probe " in text]
-    assert len(verdicts) == len(verdicts.TRIALS) * len(verdicts.DTYPES)
+    told = [text for text in report.selftests if " probe " in text]
+    assert len(told) == len(verdicts.TRIALS) * len(verdicts.DTYPES)
     assert set(report.selftests.values()) == {None}
 
 
