@@ -14,7 +14,8 @@ from elva_kernels import (
     warm_up,
 )
 from elva_kernels.backends import choice
-from elva_kernels.backends.admission import trial, verdicts
+from elva_kernels.backends.admission import reward as admission_reward
+from elva_kernels.backends.admission import verdicts
 from elva_kernels.backends.table import BACKENDS, LAUNCHERS, Backend
 from tests.kernels.cases import embeddings
 
@@ -214,7 +215,7 @@ def test_every_op_of_a_backend_that_must_prove_itself_has_a_trial():
 def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
     """Scores lie apart by more than any backend may err, but for exact ties."""
     for soft in (False, True):
-        scores = trial._case(dtype, CPU, soft).truth.scores
+        scores = admission_reward._case(dtype, CPU, soft).truth.scores
         assert scores.numel() > 0
         for group in scores:
             gaps = group[group.isfinite()].sort().values.diff()
