@@ -75,7 +75,7 @@ def test_penalty_weights_sum_to_the_documented_value():
     scores = torch.ones(n + 1, dtype=torch.float64)
     scores[0] = 2.0  # first, so the negatives hold ranks 2..N+1
     result = reference.reward_from_scores(
-        scores, None, margin=0.0, rank_penalty=1.0, w_margin=0.0, w_rank=1.0
+        scores, None, Weights(margin=0.0, rank_penalty=1.0, w_margin=0.0, w_rank=1.0)
     )
     weights = 2.0 - result.reward.item()
     assert weights == pytest.approx(math.lgamma(n + 2) - n, rel=1e-12)
