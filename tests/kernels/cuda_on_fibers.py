@@ -88,7 +88,8 @@ def test_sanitized(case, dtype):
         check(found, inputs, mask, None, **SOFT_RANKS)
         *values, saved = launch("ranking_reward_saved", *inputs, mask, **SOFT_RANKS)
         upstream = torch.ones(leading)
-        gradients = launch("ranking_reward_backward", *inputs, mask, saved, upstream)
+        operands = (*inputs, mask, saved, upstream)
+        gradients = launch("ranking_reward_backward", *operands, **SOFT_RANKS)
         check((*values, *gradients), inputs, mask, None, **SOFT_RANKS)
         for a, b in zip(values[:4], found[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
