@@ -1,6 +1,7 @@
 """Fixtures of the kernel tests."""
 
 import collections
+import concurrent.futures
 import importlib
 import importlib.util
 import os
@@ -16,10 +17,13 @@ from elva_kernels.backends.table import BACKENDS
 from tests.kernels import selections
 from tests.kernels.cases import INTERPRETED, ON_FIBERS, on_diagonal
 
+BESIDE = pytest.StashKey()
+
 
 def pytest_configure(config):
     """On fibers the CUDA kernels run on the host, on its tensors."""
     config.addinivalue_line("markers", "mutants: plants wrong kernels, which a suite must find")
+    config.addinivalue_line("markers", "beside(work): begins with the session, in another process")
     if selections.ASKED in os.environ:
         config.pluginmanager.register(selections.Plugin(os.environ[selections.ASKED]))
     if not ON_FIBERS:
@@ -38,6 +42,31 @@ def pytest_configure(config):
         version=None,
         by_name_only=True,
     )
+
+
+def pytest_collection_finish(session):
+    """What is marked `beside` begins, one after the other, on a core that the tests leave idle.
+
+    Those tests come last. Work is a function of the config, and waits for processes of its own.
+    """
+    works = {item: item.get_closest_marker("beside") for item in session.items}
+    session.items.sort(key=lambda item: works[item] is not None)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    session.config.stash[BESIDE] = {
+        item.nodeid: pool.submit(work.args[0], session.config)
+        for item, work in works.items()
+        if work and not session.config.option.collectonly and not is_skipped(item)
+    }
+
+
+def is_skipped(item):
+    return any(mark.args and mark.args[0] for mark in item.iter_markers("skipif"))
+
+
+@pytest.fixture
+def beside(request):
+    """What the work of a test marked `beside` has returned; it is waited for."""
+    return request.config.stash[BESIDE][request.node.nodeid].result()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
@@ -177,9 +178,13 @@ def check_dtypes(found: list[list[str]], session: Session, dtypes) -> None:
     assert ran >= {(test, str(dtype)) for test in numbers for dtype in dtypes}
 
 
-def run(name: str, files, folder: Path, *options: str, **environment: str) -> list[list[str]]:
+def run(name: str, files, *options: str, **environment: str) -> list[list[str]]:
     """A session on these files: its selected tests, [id, test, dtype] each, all of them passed."""
-    report = folder / f"{name}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(name, files, Path(folder) / "report.json", options, environment)
+
+
+def _run(name: str, files, report: Path, options, environment) -> list[list[str]]:
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
     command += ["--maxfail=9", *options, *(str(HERE / place(file)) for file in files)]
     done = subprocess.run(

@@ -4,6 +4,8 @@ import hashlib
 import shutil
 import subprocess
 import sysconfig
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ ROOT = HERE.parent.parent
 FIBERS = selections.SESSIONS["fibers"]
 pytestmark = pytest.mark.skipif(ON_FIBERS, reason="this is the session on fibers")
 
+BUILDING = threading.Lock()
 SANITIZED = ("test_sanitized", "test_sanitized_search", "test_sanitized_batch")
 
 
@@ -35,6 +38,12 @@ def build(folder, *flags):
     command += ["-DELVA_CUDA_ARCHS", *(f"-I{x}" for x in includes)]
     sources = [HERE / "cuda_module.cpp", HERE / "cuda_host.cpp", ROOT / "csrc/bindings_cuda.cpp"]
     sources += [*(ROOT / "csrc/cuda").glob("*.cpp"), *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    with BUILDING:
+        return built(module, command, sources, flags)
+
+
+def built(module, command, sources, flags):
+    folder, compiler = module.parent, command[0]
     origin, known = origin_of(command), folder / "origin"
     if known.exists() and known.read_text() == origin:
         return module
@@ -61,50 +70,22 @@ def origin_of(command):
     return digest.hexdigest()
 
 
-@pytest.fixture(scope="session")
-def home(request, tmp_path_factory):
-    """A new folder for a build, or the one that pytest's cache keeps."""
-
-    def find(name):
-        if hasattr(request.config, "cache"):
-            return request.config.cache.mkdir(f"elva_{name}")
-        return tmp_path_factory.mktemp(name)
-
-    return find
+def home(config, name):
+    """The folder for a build that pytest's cache keeps, or one of this process alone."""
+    if hasattr(config, "cache"):
+        return config.cache.mkdir(f"elva_{name}")
+    return Path(tempfile.mkdtemp(prefix=name))
 
 
-@pytest.fixture(scope="session")
-def module(home):
-    return build(home("cuda_host"))
+def on_fibers(config):
+    module = build(home(config, "cuda_host"))
+    return selections.run("fibers", FIBERS.files, ELVA_TEST_CUDA_HOST=str(module))
 
 
-@pytest.fixture(scope="session")
-def sanitized(home):
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    return build(home("cuda_host_sanitized"), *flags)
-
-
-def test_contract_on_fibers(module, tmp_path):
-    found = selections.run("fibers", FIBERS.files, tmp_path, ELVA_TEST_CUDA_HOST=str(module))
-    selections.check_dtypes(found, FIBERS, cuda.DTYPES)
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize(("file", "part"), selections.in_parts(FIBERS))
-def test_whole_contract_on_fibers(module, tmp_path, file, part):
-    environment = {"ELVA_TEST_CUDA_HOST": str(module), selections.PART: part}
-    selections.run("fibers", [file], tmp_path, "--thorough", **environment)
-
-
-@pytest.mark.parametrize(
-    "tier",
-    [
-        pytest.param((), id="quick"),
-        pytest.param(("--thorough",), id="thorough", marks=pytest.mark.thorough),
-    ],
-)
-def test_address_sanitizer_is_silent(sanitized, tmp_path, tier):
+def sanitized(config, *options):
     """Of the kernels' bodies, on blocks of exactly the memory that they ask for."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    module = build(home(config, "cuda_host_sanitized"), *flags)
     runtimes = [
         subprocess.run(
             ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -112,9 +93,32 @@ def test_address_sanitizer_is_silent(sanitized, tmp_path, tier):
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = {
-        "ELVA_TEST_CUDA_HOST": str(sanitized),
+        "ELVA_TEST_CUDA_HOST": str(module),
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     tests = [f"cuda_on_fibers::{test}" for test in SANITIZED]
-    selections.run("fibers", tests, tmp_path, *tier, **environment)
+    return selections.run("fibers", tests, *options, **environment)
+
+
+@pytest.mark.beside(on_fibers)
+def test_contract_on_fibers(beside):
+    selections.check_dtypes(beside, FIBERS, cuda.DTYPES)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("file", "part"), selections.in_parts(FIBERS))
+def test_whole_contract_on_fibers(pytestconfig, file, part):
+    module = build(home(pytestconfig, "cuda_host"))
+    environment = {"ELVA_TEST_CUDA_HOST": str(module), selections.PART: part}
+    selections.run("fibers", [file], "--thorough", **environment)
+
+
+@pytest.mark.beside(sanitized)
+def test_address_sanitizer_is_silent(beside):
+    assert beside
+
+
+@pytest.mark.thorough
+def test_address_sanitizer_is_silent_in_every_case(pytestconfig):
+    assert sanitized(pytestconfig, "--thorough")

@@ -19,20 +19,24 @@ needs_triton = pytest.mark.skipif(
 INTERPRETER = selections.SESSIONS["interpreter"]
 
 
+def interpreted(config):
+    return selections.run("interpreter", INTERPRETER.files, TRITON_INTERPRET="1")
+
+
 @needs_triton
 @pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreted session")
-def test_contract_in_the_interpreter(tmp_path):
-    found = selections.run("interpreter", INTERPRETER.files, tmp_path, TRITON_INTERPRET="1")
-    selections.check_dtypes(found, INTERPRETER, DTYPES)
+@pytest.mark.beside(interpreted)
+def test_contract_in_the_interpreter(beside):
+    selections.check_dtypes(beside, INTERPRETER, DTYPES)
 
 
 @needs_triton
 @pytest.mark.thorough
 @pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreted session")
 @pytest.mark.parametrize(("file", "part"), selections.in_parts(INTERPRETER))
-def test_whole_contract_in_the_interpreter(tmp_path, file, part):
+def test_whole_contract_in_the_interpreter(file, part):
     environment = {"TRITON_INTERPRET": "1", selections.PART: part}
-    selections.run("interpreter", [file], tmp_path, "--thorough", **environment)
+    selections.run("interpreter", [file], "--thorough", **environment)
 
 
 def calls(path, name):
