@@ -10,7 +10,7 @@ Gradients = tuple[Tensor, ...]
 
 
 def reward_of_scores(scores: Tensor, weights: dict[str, float]) -> Tensor:
-    """Eq. 2 to 5 of elva_kernels/reference.py, by a sort."""
+    """Eq. 2 to 5 of elva_kernels/reference, by a sort."""
     positive, hardest = scores[:, 0], scores[:, 1:].amax(-1)
     order = scores.argsort(-1, descending=True)
     ranks = order.argsort(-1).to(scores.dtype) + 1
