@@ -19,6 +19,7 @@
 
 #include "../elva_in_batch.h"
 #include "kernels.h"
+#include "numeric.h"
 #include "parallel.h"
 #include "rescale.h"
 
@@ -182,7 +183,7 @@ ElvaStatus score_rows(const ElvaScoreRowsArgs& args) {
 }
 
 template <class S>
-void info_nce_terms(const ElvaInfoNceTermsArgs& args) {
+ElvaStatus info_nce_terms(const ElvaInfoNceTermsArgs& args) {
   const double t = args.temperature;
   for (int64_t i = 0; i < args.count; ++i) {
     const int64_t at = args.at == nullptr ? i : args.at[i];
@@ -206,6 +207,7 @@ void info_nce_terms(const ElvaInfoNceTermsArgs& args) {
     args.grad_temperature[i] =
         -share * (args.moment[at] + args.sum[at] * (peak - target)) / (t * t);
   }
+  return ELVA_OK;
 }
 
 template <class S>
@@ -250,27 +252,23 @@ ElvaStatus column_sums(const ElvaColumnSumsArgs& args) {
 extern "C" {
 
 ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args) {
-  return args->dtype == ELVA_FP64 ? elva::score_rows<double>(*args)
-                                  : elva::score_rows<float>(*args);
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::score_rows<decltype(value)>(*args); });
 }
 
 ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args) {
-  if (args->dtype == ELVA_FP64) {
-    elva::info_nce_terms<double>(*args);
-  } else {
-    elva::info_nce_terms<float>(*args);
-  }
-  return ELVA_OK;
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::info_nce_terms<decltype(value)>(*args); });
 }
 
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args) {
-  return args->dtype == ELVA_FP64 ? elva::slope_rows<double>(*args)
-                                  : elva::slope_rows<float>(*args);
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::slope_rows<decltype(value)>(*args); });
 }
 
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args) {
-  return args->dtype == ELVA_FP64 ? elva::column_sums<double>(*args)
-                                  : elva::column_sums<float>(*args);
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::column_sums<decltype(value)>(*args); });
 }
 
 }  // extern "C"

@@ -299,8 +299,10 @@ ElvaStatus run(const ElvaMatrixArgs& args) {
   if (args.b_dtype == ELVA_FP32) {
     return Product<Singles<float>, float, float, float>(args, matrix).run();
   }
+  if (args.b_dtype != ELVA_BF16) return ELVA_UNSUPPORTED;
   if (matrix.bf16.multiply == nullptr) return ELVA_BAD_LEVEL;
   if (args.a_dtype == ELVA_FP32) return Product<Pairs, float, Bf16, float>(args, matrix).run();
+  if (args.a_dtype != ELVA_BF16) return ELVA_UNSUPPORTED;
   return Product<Pairs, Bf16, Bf16, float>(args, matrix).run();
 }
 

@@ -28,9 +28,17 @@ static inline ElvaStatus by_dtype(ElvaDtype dtype, const Function& function) {
       return function(Fp16());
     case ELVA_FP32:
       return function(float());
-    default:
+    case ELVA_FP64:
       return function(double());
   }
+  return ELVA_UNSUPPORTED;
+}
+
+// The same of values, which are float or double.
+template <class Function>
+static inline ElvaStatus by_value_dtype(ElvaDtype dtype, const Function& function) {
+  if (dtype == ELVA_FP32) return function(float());
+  return dtype == ELVA_FP64 ? function(double()) : ELVA_UNSUPPORTED;
 }
 
 // What scores and rewards of an element type are computed to.
