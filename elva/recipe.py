@@ -126,7 +126,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Arguments of `elva_kernels.ranking_reward`, and whether its penalty is normalised.
+    """Arguments of `elva_kernels.ranking_reward`.
 
     `margin` and `rank_penalty` are not printed in the paper: the values here are ours.
     """
@@ -338,7 +338,7 @@ def _paper(name: str, model: ModelConfig) -> Recipe:
 
 
 def _smoke() -> Recipe:
-    """Every line of `emoji` in a minute: for CI and for a first look, not for its figures."""
+    """Every line of `emoji` in minutes: for CI and for a first look, not for its figures."""
     short = {"0": 30, "1": 6, "2": 10, "3": 4}
     return replace(
         _EMOJI,

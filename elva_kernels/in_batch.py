@@ -143,9 +143,9 @@ def in_batch_ranking_reward(
     """
     op = "in_batch_ranking_reward"
     checks.batch(op, query, candidates, target, candidate_ids, check_finite)
+    checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
-    checks.known_backend(op, backend)
     max_score = checks.max_score(op, max_score)
     head = max(1, candidates.shape[0]) if head is None else checks.count(op, "head", head, 1)
     arguments = (query, candidates, target, candidate_ids, max_score, head, weights, backend)

@@ -33,13 +33,13 @@ class RankingRewardLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         op = type(self).__name__
+        self.backend = checks.known_backend(op, backend)
         weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
         weights = checks.weights(op, weights, checks.WIDEST_COSINE)
         self.margin, self.rank_penalty, self.w_margin, self.w_rank, self.rank_temperature = weights
-        self.backend = checks.known_backend(op, backend)
 
     @property
-    def weights(self) -> Weights:
+    def _weights(self) -> Weights:
         """The scalars that `ranking_reward` is called with."""
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
@@ -48,13 +48,13 @@ class RankingRewardLoss(torch.nn.Module):
     ) -> Tensor:
         """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]."""
         result = ranking_reward(
-            query, positive, negatives, mask=mask, **self.weights._asdict(), backend=self.backend
+            query, positive, negatives, mask=mask, **self._weights._asdict(), backend=self.backend
         )
         return -result.reward.mean()
 
     def extra_repr(self) -> str:
         """The weights, as `print(module)` shows them."""
-        weights = ", ".join(f"{name}={value}" for name, value in self.weights._asdict().items())
+        weights = ", ".join(f"{name}={value}" for name, value in self._weights._asdict().items())
         return f"{weights}, backend={self.backend!r}"
 
 

@@ -89,9 +89,9 @@ def ranking_reward(
     """
     op = "ranking_reward"
     checks.embeddings(op, query, positive, negatives, mask)
+    checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
-    checks.known_backend(op, backend)
     if check_finite:
         checks.finite_rows(op, query, positive, negatives, mask)
     arguments = (query, positive, negatives, mask, weights, backend)
@@ -142,9 +142,9 @@ def ranking_reward_and_grad(
     """
     op = "ranking_reward_and_grad"
     checks.embeddings(op, query, positive, negatives, mask)
+    checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
-    checks.known_backend(op, backend)
     if weight is not None:
         weight = checks.upstream(op, weight, query, positive, negatives, mask)
     if check_finite:
@@ -194,9 +194,9 @@ def reward_from_scores(
     """
     op = "reward_from_scores"
     checks.scores(op, scores, mask)
+    checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.LARGEST)
-    checks.known_backend(op, backend)
     if check_finite:
         checks.finite_scores(op, scores, mask)
     if is_watched(scores):

@@ -65,7 +65,6 @@ NOT_RUN = {
 RUN = ("elva ", "echo ")
 SMALL = {
     "elva train --seed 1 ": "elva train --recipe smoke --no-controls --seed 1 ",
-    "elva train --recipe smoke ": "elva train --recipe smoke --no-controls ",
     "--output runs/one --resume ": "--output runs/one --resume --no-controls ",
     "elva train --stages 3 ": "elva train --recipe smoke --no-controls --stages 3 ",
     "elva embed runs/one --data data/emoji --output embeddings ": (

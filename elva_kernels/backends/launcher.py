@@ -27,7 +27,8 @@ read where they lie and never written. Results are contiguous and have no graph.
     info_nce_backward         (query, candidates, batch, temperature, weight, *, ...)
                               -> grad_query, grad_candidates, grad_temperature
 
-Values are float32 (float64 for float64 inputs), gradients in the inputs' dtype.
+Values are float32 (float64 for float64 inputs). Gradients come in the inputs' dtype, but those of
+`info_nce_saved` in the scores', and on the temperature in float64: a factor is still to come.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
+from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Batch, Weights, compute_dtype
 from elva_kernels.registered.library import (
     Registered,
-    Tensors,
     gradient_op,
     refuse_second_derivative,
     register,

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-Tensors = tuple[Tensor, ...]
-
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
 
 

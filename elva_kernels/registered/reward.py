@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import saved_shape
+from elva_kernels.backends.launcher import Tensors, saved_shape
 from elva_kernels.reference import Weights, compute_dtype
-from elva_kernels.registered.library import Registered, Tensors, gradient_op, register
+from elva_kernels.registered.library import Registered, gradient_op, register
 
 
 def _forward(

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
+from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import compute_dtype
-from elva_kernels.registered.library import Registered, Tensors, register
+from elva_kernels.registered.library import Registered, register
 
 
 def _topk(query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> Tensors:

@@ -59,7 +59,7 @@ SCALES = {"inner": None, "outer_rows": "*fp64", "outer_columns": "*fp64", "ADD":
 SLOPES = {"inner": "*fp64", "outer_rows": None, "outer_columns": None, "ADD": True}
 
 
-def batch_launchers():
+def in_batch_launchers():
     """Not at import: it needs triton, which a test file that lists variants does not."""
     return importlib.import_module("elva_kernels.backends.triton.in_batch")
 
@@ -70,8 +70,8 @@ def _product(a, b, scales):
         "b": f"*{NAMES[b]}",
         "c": "*fp64" if a == torch.float64 else "*fp32",
     }
-    constants = batch_launchers().product_constants(a, b, scales is SLOPES)
-    tile = batch_launchers().tile_of(batch_launchers().product_operand(a, b))
+    constants = in_batch_launchers().product_constants(a, b, scales is SLOPES)
+    tile = in_batch_launchers().tile_of(in_batch_launchers().product_operand(a, b))
     return "matrix", "product_kernel", types | PRODUCT | scales | constants | {"tile": tile}
 
 
@@ -80,7 +80,7 @@ def _rows(dtype, kernel):
     types = {"rows": f"*{NAMES[dtype]}", "units": f"*{NAMES[dtype]}", "norms": "*fp64"}
     types |= {"grad_units": f"*{value}", "gradients": f"*{NAMES[dtype]}", "dim": "i32 16"}
     types |= {"row_stride": "i64 16", "step": "i64 1", "SCALED": dtype != torch.float16}
-    return "rows", kernel, types | {"dtype": _type(value), "BLOCK": batch_launchers().BLOCK}
+    return "rows", kernel, types | {"dtype": _type(value), "BLOCK": in_batch_launchers().BLOCK}
 
 
 def _statistics(value, kernel, **left_out):
@@ -91,7 +91,7 @@ def _statistics(value, kernel, **left_out):
     values += ("target_slope", "column_peak", "column_factor")
     types = integers | dict.fromkeys(exact, "*fp64") | dict.fromkeys(values, f"*{value}")
     types |= {"candidates": "i32", "width": "i32 16", "rows": "i32", "max_score": "fp64"}
-    launch = batch_launchers()
+    launch = in_batch_launchers()
     block = launch._COLUMNS if kernel == "column_sums_kernel" else launch.BLOCK
     module = "topk" if kernel == "finish_scores_kernel" else "in_batch"
     return module, kernel, types | {"BLOCK": block, "COSINE": True} | left_out
@@ -148,7 +148,7 @@ def _compile_batch(name, aligned, target):
         signature[argument] = kind
         if aligned and (note == "16" or kind.startswith("*")):
             attributes[(at,)] = [["tt.divisibility", 16]]
-    options = batch_launchers().options(TARGETS[target][1], types.get("tile"))
+    options = in_batch_launchers().options(TARGETS[target][1], types.get("tile"))
     source = ASTSource(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=options)
 

@@ -13,10 +13,11 @@ from elva_kernels.backends.boundary import (
     empty_gradient,
     module,
     operand,
-    pointer,
 )
 from elva_kernels.backends.launcher import Tensors, saved_shape
 from elva_kernels.reference import Weights, compute_dtype
+
+_NOWHERE = (0, 0, 0)  # of gradients that are not wanted
 
 
 def ranking_reward(
@@ -24,7 +25,7 @@ def ranking_reward(
 ) -> Tensors:
     """Values alone."""
     values = _empty_values(query, negatives)
-    _forward(query, positive, negatives, mask, None, weights, values)
+    _forward(query, positive, negatives, mask, None, weights, values, 0, _NOWHERE)
     return values
 
 
@@ -34,7 +35,7 @@ def ranking_reward_saved(
     """Values, and each candidate's two gradient coefficients and the query's one."""
     values = _empty_values(query, negatives)
     saved = torch.empty(saved_shape(values[-1].shape), dtype=torch.float64)
-    _forward(query, positive, negatives, mask, None, weights, values, saved)
+    _forward(query, positive, negatives, mask, None, weights, values, saved.data_ptr(), _NOWHERE)
     return *values, saved
 
 
@@ -49,7 +50,8 @@ def ranking_reward_and_grad(
     """Values and gradients in one pass over memory."""
     values = _empty_values(query, negatives)
     gradients = (empty_gradient(query), empty_gradient(positive), empty_gradient(negatives))
-    _forward(query, positive, negatives, mask, upstream, weights, values, None, gradients)
+    addresses = tuple(x.data_ptr() for x in gradients)
+    _forward(query, positive, negatives, mask, upstream, weights, values, 0, addresses)
     return *values, *gradients
 
 
@@ -87,7 +89,7 @@ def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) ->
     reward = empty(leading, dtype)
     rank = empty(leading, torch.int32)
     values = (reward, torch.empty_like(reward), torch.empty_like(reward), rank)
-    _from_scores(scores, mask, None, weights, *values)
+    _from_scores(scores, mask, None, weights, [x.data_ptr() for x in values], 0)
     return *values, reference.live_scores(scores, mask)
 
 
@@ -96,8 +98,8 @@ def reward_from_scores_backward(
 ) -> Tensors:
     """The gradient of sum(grad_reward * reward) on `scores`: [*, C], in the scores' dtype."""
     grad_scores = empty_gradient(scores)
-    nothing = (None, None, None, None)
-    _from_scores(scores, mask, grad_reward, weights, *nothing, grad_scores)
+    no_values = [0, 0, 0, 0]
+    _from_scores(scores, mask, grad_reward, weights, no_values, grad_scores.data_ptr())
     return (grad_scores,)
 
 
@@ -127,9 +129,10 @@ def _forward(
     upstream: Tensor | None,
     weights: Weights,
     values: Tensors,
-    saved: Tensor | None = None,
-    gradients: tuple[Tensor | None, ...] = (None, None, None),
+    saved: int,
+    gradients: tuple[int, ...],
 ) -> None:
+    """Fills the values in, and where an address is given also what is saved and the gradients."""
     n, dim = negatives.shape[-2:]
     module().reward_forward(
         DTYPE_CODES[query.dtype],
@@ -143,9 +146,9 @@ def _forward(
         operand(mask),
         operand(upstream),
         weights,
-        *(x.data_ptr() for x in values),
-        pointer(saved),
-        *(pointer(x) for x in gradients),
+        *[x.data_ptr() for x in values],
+        saved,
+        *gradients,
     )
 
 
@@ -154,10 +157,10 @@ def _from_scores(
     mask: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
-    *results: Tensor | None,
+    values: list[int],
+    grad_scores: int,
 ) -> None:
-    """`results`: the four values, then the gradient; None for what is not wanted."""
-    given = (*results, *(None for _ in range(5 - len(results))))
+    """Fills in what has an address: the four values, the gradient."""
     module().reward_from_scores(
         DTYPE_CODES[scores.dtype],
         torch.get_num_threads(),
@@ -167,7 +170,8 @@ def _from_scores(
         operand(mask),
         operand(upstream),
         weights,
-        *(pointer(x) for x in given),
+        *values,
+        grad_scores,
     )
 
 
