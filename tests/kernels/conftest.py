@@ -23,7 +23,7 @@ BESIDE = pytest.StashKey()
 def pytest_configure(config):
     """On fibers the CUDA kernels run on the host, on its tensors."""
     config.addinivalue_line("markers", "mutants: plants wrong kernels, which a suite must find")
-    config.addinivalue_line("markers", "beside(work): begins with the session, in another process")
+    config.addinivalue_line("markers", "beside(work=): begins with the session, in another process")
     if selections.ASKED in os.environ:
         config.pluginmanager.register(selections.Plugin(os.environ[selections.ASKED]))
     if not ON_FIBERS:
@@ -53,7 +53,7 @@ def pytest_collection_finish(session):
     session.items.sort(key=lambda item: works[item] is not None)
     pool = concurrent.futures.ThreadPoolExecutor(1)
     session.config.stash[BESIDE] = {
-        item.nodeid: pool.submit(work.args[0], session.config)
+        item.nodeid: pool.submit(work.kwargs["work"], session.config)
         for item, work in works.items()
         if work and not session.config.option.collectonly and not is_skipped(item)
     }

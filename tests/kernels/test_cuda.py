@@ -101,7 +101,7 @@ def sanitized(config, *options):
     return selections.run("fibers", tests, *options, **environment)
 
 
-@pytest.mark.beside(on_fibers)
+@pytest.mark.beside(work=on_fibers)
 def test_contract_on_fibers(beside):
     selections.check_dtypes(beside, FIBERS, cuda.DTYPES)
 
@@ -114,7 +114,7 @@ def test_whole_contract_on_fibers(pytestconfig, file, part):
     selections.run("fibers", [file], "--thorough", **environment)
 
 
-@pytest.mark.beside(sanitized)
+@pytest.mark.beside(work=sanitized)
 def test_address_sanitizer_is_silent(beside):
     assert beside
 

@@ -25,7 +25,7 @@ def interpreted(config):
 
 @needs_triton
 @pytest.mark.skipif(triton.INTERPRETED, reason="this is the interpreted session")
-@pytest.mark.beside(interpreted)
+@pytest.mark.beside(work=interpreted)
 def test_contract_in_the_interpreter(beside):
     selections.check_dtypes(beside, INTERPRETER, DTYPES)
 
