@@ -64,9 +64,10 @@ NOT_RUN = {
 # queries, pictures that are there.
 RUN = ("elva ", "echo ")
 SMALL = {
-    "elva train --seed 1 ": "elva train --recipe smoke --no-controls --seed 1 ",
-    "--output runs/one --resume ": "--output runs/one --resume --no-controls ",
-    "elva train --stages 3 ": "elva train --recipe smoke --no-controls --stages 3 ",
+    "elva train --seed 1 ": "elva train --recipe smoke --no-controls --limit 2 --seed 1 ",
+    "--no-controls --output runs/smoke ": "--no-controls --limit 2 --output runs/smoke ",
+    "--output runs/one --resume ": "--output runs/one --resume --no-controls --limit 2 ",
+    "elva train --stages 3 ": "elva train --recipe smoke --no-controls --limit 2 --stages 3 ",
     "elva embed runs/one --data data/emoji --output embeddings ": (
         "elva embed runs/one --data data/emoji --output embeddings --task t2i "
     ),

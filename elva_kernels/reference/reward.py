@@ -183,10 +183,15 @@ def _hinge(counted: Tensor, order: Tensor, live: Tensor, margin: float) -> Tenso
 
 
 def _soft_ranks(counted: Tensor, live: Tensor, rank_temperature: float) -> Tensor:
-    """Eq. 6: [*, N + 1], differentiable."""
-    ahead = torch.sigmoid((counted.unsqueeze(-2) - counted.unsqueeze(-1)) / rank_temperature)
+    """Eq. 6: [*, N + 1], differentiable.
+
+    In float64: torch's sum of float32 terms depends on the threads that share them.
+    """
+    exact = counted.double()
+    ahead = torch.sigmoid((exact.unsqueeze(-2) - exact.unsqueeze(-1)) / rank_temperature)
     itself = torch.eye(counted.shape[-1], dtype=torch.bool, device=counted.device)
-    return 1 + torch.where(live.unsqueeze(-2) & ~itself, ahead, 0.0).sum(-1)
+    ranks = 1 + torch.where(live.unsqueeze(-2) & ~itself, ahead, 0.0).sum(-1)
+    return ranks.to(counted.dtype)
 
 
 def _std(values: Tensor, counts: Tensor | None = None) -> Tensor:

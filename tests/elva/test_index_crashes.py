@@ -91,6 +91,7 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new_index(tmp_path, more, kil
             now = {}
         assert now in (old, new), step
         seen["new" if now == new else "old"] += 1
+        duration *= 1.15 if now == old else 0.87  # both are to be seen, however busy the machine
         if now == old:
             changes(path, step, more)  # what a kill left behind is no obstacle
             assert content(path) == new
