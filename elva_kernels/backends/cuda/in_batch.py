@@ -126,7 +126,7 @@ def multiply_units(slopes: Tensor, units: Units, out: Tensor, *, add: bool = Fal
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a b in float32, or += it; never in TF32, whatever torch was told."""
+    """out = a b in float32, or += it."""
     if a.shape[1] == 0:
         if not add:
             out.zero_()
@@ -137,12 +137,13 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32."""
-    if a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
-    try:
-        return torch.mm(a, b)
-    finally:
-        matmul.allow_tf32 = before
+    """a b in float32, whatever autocast and torch's switches of precision say."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        try:
+            return torch.mm(a, b)
+        finally:
+            matmul.fp32_precision = before
