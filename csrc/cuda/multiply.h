@@ -6,11 +6,6 @@
 
 namespace elva {
 
-template <class T>
-__device__ inline uint32_t word_of(const Vector<T>& x, int at) {
-  return x.at[at].bits | static_cast<uint32_t>(x.at[at + 1].bits) << 16;
-}
-
 // sum [16, 8] += the four elements from `half` of every lane's vectors: lane l holds row l / 4 (and
 // that plus 8) of the left, column l / 4 of the right, and of the sum those rows at columns
 // 2 (l % 4) and the next. Which terms a lane's elements are is its own affair, as long as it is the
@@ -18,9 +13,9 @@ __device__ inline uint32_t word_of(const Vector<T>& x, int at) {
 template <class T>
 __device__ inline void multiply_add(float* sum, const Vector<T>& upper, const Vector<T>& lower,
                                     const Vector<T>& right, int half) {
-  const uint32_t a[4] = {word_of(upper, half), word_of(lower, half), word_of(upper, half + 2),
-                         word_of(lower, half + 2)};
-  const uint32_t b[2] = {word_of(right, half), word_of(right, half + 2)};
+  const uint32_t a[4] = {word_of(upper, half / 2), word_of(lower, half / 2),
+                         word_of(upper, half / 2 + 1), word_of(lower, half / 2 + 1)};
+  const uint32_t b[2] = {word_of(right, half / 2), word_of(right, half / 2 + 1)};
 #ifdef __CUDACC__
   if constexpr (is_bf16<T>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "

@@ -42,16 +42,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const Group group(own, candidates);
   Row<T> query{group_data<T>(args.batch, args.query, index), args.query.stride, 0};
+  const Candidates<T> rows(args, index);
   const bool* mask =
       args.mask.data == nullptr ? nullptr : group_data<bool>(args.batch, args.mask, index);
+  const bool whole = query.is_dense() && args.dim % Vector<T>::kSize == 0;
   // By every warp for itself.
-  const double square = row_sums(query, query, args.dim, all.columns).y;
+  const double square = whole ? pair_row_sums(query, query, query, args.dim, all.columns).y
+                              : row_sums(query, query, args.dim, all.columns).y;
   const double query_norm = norm_of(&query, square, args.dim, all.columns);
-  for (int64_t c = threadIdx.x / 32; c < candidates; c += kWarps) {
+  const auto one = [&](int64_t c) {
     const bool live = is_live(args, mask, c);
     double2 sums{0, 0};
     double norm = 0;
-    Row<T> row = candidate_row<T>(args, index, c);
+    Row<T> row = rows[c];
     if (live) {
       sums = row_sums(row, query, args.dim, all.columns);
       norm = norm_of(&row, sums.y, args.dim, all.columns);
@@ -59,6 +62,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (threadIdx.x % 32 == 0) {
       group.set(c, live, sums.x, query_norm, norm, scalbn(norm, row.exponent));
+    }
+  };
+  for (int64_t c = threadIdx.x / 32; c < candidates; c += 2 * kWarps) {
+    const int64_t next = c + kWarps;
+    if (next >= candidates) {
+      one(c);
+      continue;
+    }
+    const Row<T> row = rows[c], other = rows[next];
+    const bool both = whole && query.exponent == 0 && is_live(args, mask, c) &&
+                      is_live(args, mask, next) && row.is_dense() && other.is_dense();
+    double2 sums{0, 0};
+    if (both) sums = pair_row_sums(row, other, query, args.dim, all.columns);
+    if (!both || warp_sum(is_in_range(sums.y) ? 0 : 1) > 0) {
+      one(c);
+      one(next);
+    } else if (threadIdx.x % 32 == 0 || threadIdx.x % 32 == kOfSecond) {
+      const double norm = sqrt(sums.y);
+      group.set(threadIdx.x % 32 == 0 ? c : next, true, sums.x, query_norm, norm, norm);
     }
   }
   __syncthreads();
@@ -94,38 +116,51 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const int64_t index = blockIdx.x / blocks;
   const int64_t at = (blockIdx.x % blocks * kWide + threadIdx.x % kWide) * kSize;
   const double* a = args.coefficients + index * (2 * candidates + 1);
+  T* const out_query = static_cast<T*>(args.grad_query) + index * args.dim;
+  T* const out_positive = static_cast<T*>(args.grad_positive) + index * args.dim;
+  T* const out_negative =
+      static_cast<T*>(args.grad_negative) + (index * args.negatives - 1) * args.dim;
   const auto out = [&](int64_t c) {
-    return c < 0 ? static_cast<T*>(args.grad_query) + index * args.dim
-           : c == 0
-               ? static_cast<T*>(args.grad_positive) + index * args.dim
-               : static_cast<T*>(args.grad_negative) + (index * args.negatives + c - 1) * args.dim;
+    return c > 0 ? out_negative + c * args.dim : c < 0 ? out_query : out_positive;
   };
-  const auto read = [&](int64_t c, float* x) {
-    const Row<T> row =
-        c < 0 ? Row<T>{group_data<T>(args.batch, args.query, index), args.query.stride, 0}
-              : candidate_row<T>(args, index, c);
-    row.read(at, args.dim, row.is_dense(), x);
-  };
-  const auto write = [&](int64_t c, const auto* gradient) {
-    T* to = out(c) + at;
-    const Vector<T> x = packed<T>(gradient);
-    if (at + kSize <= args.dim && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      store16(to, x);
-    } else {
+  const Row<T> query{group_data<T>(args.batch, args.query, index), args.query.stride, 0};
+  const Candidates<T> rows(args, index);
+  const auto row = [&](int64_t c) { return c < 0 ? query : rows[c]; };
+  const double query_b = a[2 * candidates], upstream = upstream_of(args, index);
+  const bool works = at < args.dim;
+  const auto is_even = [](int64_t stride) { return stride % kSize == 0; };
+  const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  // All rows dense and on 16 bytes, in and out.
+  const bool whole = is_even(args.dim) && query.is_dense() && row(0).is_dense() &&
+                     (candidates == 1 || row(1).is_dense()) &&
+                     (candidates <= 2 || is_even(args.negative.row_stride)) &&
+                     is_aligned(args.grad_query) && is_aligned(args.grad_positive) &&
+                     is_aligned(args.grad_negative);
+  if (whole) {
+    const auto read = [&](int64_t c) { return load16(row(c).data + at); };
+    const auto write = [&](int64_t c, const auto* gradient) {
+      store16(out(c) + at, packed<T>(gradient));
+    };
+    gradient_columns<T, 4>(candidates, a, a + candidates, query_b, upstream, works, memory, read,
+                           write);
+  } else {
+    const auto read = [&](int64_t c) { return row(c).packed(at, args.dim, row(c).is_dense()); };
+    const auto write = [&](int64_t c, const auto* gradient) {
+      const Vector<T> x = packed<T>(gradient);
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
-        if (at + i < args.dim) to[i] = x.at[i];
-    }
-  };
-  gradient_columns<T>(candidates, a, a + candidates, a[2 * candidates], upstream_of(args, index),
-                      at < args.dim, reinterpret_cast<float*>(memory), read, write);
+        if (at + i < args.dim) out(c)[at + i] = x.at[i];
+    };
+    gradient_columns<T, 1>(candidates, a, a + candidates, query_b, upstream, works, memory, read,
+                           write);
+  }
 }
 
 template <class T>
 ElvaStatus backward(const ElvaRewardArgs& args) {
   const int64_t blocks = args.batch.groups * column_blocks<T>(args.dim);
-  return launch(reward_backward<T>, blocks, 1, kGradientThreads, kGradientSums<T> * sizeof(float),
-                args.stream, args);
+  return launch(reward_backward<T>, blocks, 1, kGradientThreads, kGradientShared, args.stream,
+                args);
 }
 
 template <class T>

@@ -42,7 +42,6 @@ struct Layout {
   __host__ __device__ size_t tile() const {
     return static_cast<size_t>((candidates + 1) * columns) * sizeof(T);
   }
-  static constexpr size_t kSums = kGradientSums<T> * sizeof(float);
   // A product and a square of the query and the candidates, from every block, twice.
   __host__ __device__ size_t exchange() const {
     return 2 * static_cast<size_t>(blocks * (candidates + 1)) * sizeof(float2);
@@ -54,7 +53,7 @@ struct Layout {
     return static_cast<size_t>((candidates + 2) / 2 * 2) * sizeof(int);
   }
   size_t bytes() const {
-    return kBarrier + tile() + kSums + exchange() + coefficients() + exponents() +
+    return kBarrier + tile() + kGradientShared + exchange() + coefficients() + exponents() +
            Group::bytes(candidates);
   }
 };
@@ -62,28 +61,28 @@ struct Layout {
 template <class T>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kThreads / 32;
+  static constexpr int kKept = 512;  // columns of the query that registers hold
 
  public:
-  __device__ Block(const ClusterArgs& args, unsigned char* memory, int64_t blocks)
+  __device__ Block(const ClusterArgs& args, unsigned char* memory, int blocks)
       : args_(args.reward),
-        candidates_(args.reward.negatives + 1),
+        candidates_(static_cast<int>(args.reward.negatives) + 1),
         block_(cluster_rank()),
         blocks_(blocks),
-        columns_(args.columns),
+        columns_(static_cast<int>(args.columns)),
         layout_{candidates_, columns_, blocks},
         arrivals_(reinterpret_cast<Arrivals*>(memory)),
         tile_(reinterpret_cast<T*>(memory + Layout<T>::kBarrier)),
-        sums_(reinterpret_cast<float*>(memory + Layout<T>::kBarrier + layout_.tile())),
-        exchange_(
-            reinterpret_cast<float2*>(reinterpret_cast<unsigned char*>(sums_) + Layout<T>::kSums)),
+        gradient_(memory + Layout<T>::kBarrier + layout_.tile()),
+        exchange_(reinterpret_cast<float2*>(gradient_ + kGradientShared)),
         a_(reinterpret_cast<double*>(reinterpret_cast<unsigned char*>(exchange_) +
                                      layout_.exchange())),
         b_(a_ + candidates_),
         exponent_(reinterpret_cast<int*>(b_ + candidates_)),
         group_(reinterpret_cast<unsigned char*>(exponent_) + layout_.exponents(), candidates_) {
-    first_ = columns_ * block_;
+    first_ = static_cast<int64_t>(columns_) * block_;
     const int64_t left = args_.dim > first_ ? args_.dim - first_ : 0;
-    width_ = left < columns_ ? left : columns_;
+    width_ = left < columns_ ? static_cast<int>(left) : columns_;
   }
 
   __device__ void open() {
@@ -114,72 +113,103 @@ class Block {
   // Before the block ends: its memory must outlive the stores from it, and those of other blocks
   // into it.
   __device__ void close() {
-    if (threadIdx.x < 32) wait_bulk_stores();
+    if (threadIdx.x % 32 == 0) wait_bulk_stores();
     cluster_sync();
   }
 
  private:
-  __device__ bool is_live_row(int64_t c) const { return is_live(args_, mask_, c); }
+  __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
+  __device__ bool is_live_row(int c) const { return is_live(args_, mask_, c); }
   // Candidate c's columns in shared memory; -1: the query's.
-  __device__ T* row(int64_t c) const { return tile_ + (c + 1) * columns_; }
-  __device__ Row<T> scaled_row(int64_t c) const { return {row(c), 1, scale_of(c)}; }
+  __device__ T* row(int c) const { return tile_ + (c + 1) * columns_; }
+  __device__ Row<T> scaled_row(int c) const { return {row(c), 1, scale_of(c)}; }
 
-  // Starts on one warp; all wait.
+  // A row by its warp's first lane, which stored the group before from there; all wait.
   __device__ void load() {
     const uint32_t bytes = static_cast<uint32_t>(width_) * static_cast<uint32_t>(sizeof(T));
     if (threadIdx.x < 32) {
-      wait_bulk_stores();  // of the group before, by the lanes that issued them
-      __syncwarp();
       int live = threadIdx.x == 0 ? 1 : 0;  // the query
-      for (int64_t c = threadIdx.x; c < candidates_; c += 32) live += is_live_row(c) ? 1 : 0;
+      for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += 32) live += is_live_row(c);
       live = warp_sum(live);
       if (threadIdx.x == 0) arrivals_->expect(bytes * static_cast<uint32_t>(live));
-      __syncwarp();
-      if (width_ > 0) {
-        const T* query = group_data<T>(args_.batch, args_.query, index_);
-        if (threadIdx.x == 0) bulk_load(row(-1), query + first_, bytes, arrivals_);
-        for (int64_t c = threadIdx.x; c < candidates_; c += 32) {
-          if (!is_live_row(c)) continue;
-          bulk_load(row(c), candidate_row<T>(args_, index_, c).data + first_, bytes, arrivals_);
-        }
+    }
+    if (threadIdx.x % 32 == 0) {
+      wait_bulk_stores();
+      const T* query = group_data<T>(args_.batch, args_.query, index_);
+      const Candidates<T> candidates(args_, index_);
+      if (threadIdx.x == 0 && bytes > 0) bulk_load(row(-1), query + first_, bytes, arrivals_);
+      for (int c = warp(); c < candidates_; c += kWarps) {
+        if (bytes == 0 || !is_live_row(c)) continue;
+        bulk_load(row(c), candidates[c].data + first_, bytes, arrivals_);
       }
     }
+    __syncwarp();
     arrivals_->wait(phase_);
     phase_ ^= 1;
   }
 
-  // Dots and squares of this block's columns, of rows at their exponents.
+  // Dots and squares of this block's columns, of rows as they are.
   __device__ void partial_sums() {
-    for (int64_t c = static_cast<int64_t>(threadIdx.x / 32) - 1; c < candidates_; c += kWarps) {
+    constexpr int kSteps = kKept / (32 * kSize);
+    if (width_ > kKept) {
+      partial_sums<0>([&](int, int at, float* q) { widen_all(load16(row(-1) + at), q); });
+      return;
+    }
+    float kept[kSteps][kSize];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int at = (step * 32 + static_cast<int>(threadIdx.x % 32)) * kSize;
+      if (at < width_) widen_all(load16(row(-1) + at), kept[step]);
+    }
+    partial_sums<kSteps>([&](int step, int, float* q) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) q[i] = kept[step][i];
+    });
+  }
+  template <int kSteps, class Query>
+  __device__ void partial_sums(const Query& query) {
+    const uint32_t lane = threadIdx.x % 32, to = lane % 8;
+    for (int c = warp() - 1; c < candidates_; c += 2 * kWarps) {
+      const int next = c + kWarps < candidates_ ? c + kWarps : c;
+      const bool live = c < 0 || is_live_row(c), next_live = next != c && is_live_row(next);
+      if (!live && !next_live) continue;
+      const float2 sums = pair_sums<T, kSteps>(row(c), row(next), width_, query);
+      const bool second = (lane & kOfSecond) != 0;
+      if (lane < 16 && (second ? next_live : live)) send(second ? next : c, to, sums);
+    }
+  }
+
+  // The same of rows at their exponents.
+  __device__ void scaled_sums() {
+    for (int c = warp() - 1; c < candidates_; c += kWarps) {
       if (c >= 0 && !is_live_row(c)) continue;
-      send(c, segment_sums(scaled_row(c), scaled_row(-1), 0, width_, true));
+      send(c, threadIdx.x % 32, segment_sums(scaled_row(c), scaled_row(-1), 0, width_, true));
     }
   }
 
   // A row's largest magnitude in this block's columns.
   __device__ void partial_magnitudes() {
-    for (int64_t c = static_cast<int64_t>(threadIdx.x / 32) - 1; c < candidates_; c += kWarps) {
+    for (int c = warp() - 1; c < candidates_; c += kWarps) {
       if (c >= 0 && !is_live_row(c)) continue;
       float largest = 0;
-      for (int64_t at = threadIdx.x % 32; at < width_; at += 32) {
+      for (int at = static_cast<int>(threadIdx.x % 32); at < width_; at += 32) {
         largest = fmaxf(largest, magnitude_of(widen(row(c)[at])));
       }
-      send(c, float2{warp_max(largest), 0});
+      send(c, threadIdx.x % 32, float2{warp_max(largest), 0});
     }
   }
 
-  // To every block, by as many lanes.
-  __device__ void send(int64_t c, float2 x) {
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane >= blocks_) return;
-    const int64_t half = turn_ * blocks_ * (candidates_ + 1);
-    cluster_store(exchange_ + half + block_ * (candidates_ + 1) + c + 1, lane, x);
+  // To block `to`, if there is one.
+  __device__ void send(int c, uint32_t to, float2 x) {
+    if (to >= blocks_) return;
+    const int half = turn_ * blocks_ * (candidates_ + 1);
+    cluster_store(exchange_ + half + block_ * (candidates_ + 1) + c + 1, to, x);
   }
 
   // What block `from` sent of row c. Sent by halves in turn: a block that is ahead by one exchange
   // writes into the other half than the one that is still read.
-  __device__ float2 received(int64_t from, int64_t c) const {
-    const int64_t half = (turn_ ^ 1) * blocks_ * (candidates_ + 1);
+  __device__ float2 received(int from, int c) const {
+    const int half = (turn_ ^ 1) * blocks_ * (candidates_ + 1);
     return exchange_[half + from * (candidates_ + 1) + c + 1];
   }
   __device__ void exchanged() {
@@ -187,9 +217,9 @@ class Block {
     turn_ ^= 1;
   }
 
-  __device__ double2 total(int64_t c) const {
+  __device__ double2 total(int c) const {
     double2 sum{0, 0};
-    for (int64_t from = 0; from < blocks_; ++from) {
+    for (int from = 0; from < blocks_; ++from) {
       const float2 part = received(from, c);
       sum.x += part.x;
       sum.y += part.y;
@@ -199,12 +229,12 @@ class Block {
 
   // Eq. (1) for every candidate. The same in every block.
   __device__ void score() {
-    for (int64_t c = threadIdx.x; c <= candidates_; c += kThreads) exponent_[c] = 0;
+    for (int c = static_cast<int>(threadIdx.x); c <= candidates_; c += kThreads) exponent_[c] = 0;
     __syncthreads();
     partial_sums();
     exchanged();
     bool far = false;
-    for (int64_t c = static_cast<int64_t>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
+    for (int c = static_cast<int>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
       if ((c >= 0 && !is_live_row(c)) || is_in_range(total(c).y)) continue;
       exponent_[c + 1] = kZero;  // until it is known
       far = true;
@@ -212,7 +242,7 @@ class Block {
     if (__syncthreads_or(far) != 0) rescale();
     const double query = norm_of(-1);
     query_norm_ = scalbn(query, scale_of(-1));
-    for (int64_t c = threadIdx.x; c < candidates_; c += kThreads) {
+    for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += kThreads) {
       const bool live = is_live_row(c);
       const double own = live ? norm_of(c) : 0;
       group_.set(c, live, live ? total(c).x : 0, query, own, scalbn(own, scale_of(c)));
@@ -223,22 +253,22 @@ class Block {
   __device__ void rescale() {
     partial_magnitudes();
     exchanged();
-    for (int64_t c = static_cast<int64_t>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
+    for (int c = static_cast<int>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
       if (exponent_[c + 1] != kZero) continue;
       float largest = 0;
-      for (int64_t from = 0; from < blocks_; ++from) {
+      for (int from = 0; from < blocks_; ++from) {
         largest = fmaxf(largest, received(from, c).x);
       }
       exponent_[c + 1] = exponent_of(largest);
     }
     __syncthreads();
-    partial_sums();
+    scaled_sums();
     exchanged();
   }
 
-  __device__ int scale_of(int64_t c) const { return elva::scale_of(exponent_[c + 1]); }
+  __device__ int scale_of(int c) const { return elva::scale_of(exponent_[c + 1]); }
   // In units of 2^exponent.
-  __device__ double norm_of(int64_t c) const {
+  __device__ double norm_of(int c) const {
     if (exponent_[c + 1] == kNotFinite) return nan("");
     if (exponent_[c + 1] == kZero) return 0;
     return sqrt(total(c).y);
@@ -247,22 +277,22 @@ class Block {
   // Gradient rows in place of the rows.
   __device__ void gradients() {
     const double upstream = upstream_of(args_, index_), query_b = group_.total[Group::kQuery];
-    for (int64_t first = 0; first < width_; first += kWide * kSize) {
-      const int64_t at = first + static_cast<int64_t>(threadIdx.x % kWide) * kSize;
-      const auto read = [&](int64_t c, float* x) {
-        Row<T>{row(c), 1, 0}.read(at, width_, true, x);
-      };
+    for (int first = 0; first < width_; first += kWide * kSize) {
+      const int at = first + static_cast<int>(threadIdx.x % kWide) * kSize;
+      const auto read = [&](int c) { return load16(row(static_cast<int>(c)) + at); };
       const auto write = [&](int64_t c, const auto* gradient) {
-        store16(row(c) + at, packed<T>(gradient));
+        store16_shared(row(static_cast<int>(c)) + at, packed<T>(gradient));
       };
-      gradient_columns<T>(candidates_, a_, b_, query_b, upstream, at < width_, sums_, read, write);
+      gradient_columns<T, 4>(candidates_, a_, b_, query_b, upstream, at < width_, gradient_, read,
+                             write);
     }
   }
 
+  // A row by the lane that loads the next one there.
   __device__ void store() {
     before_bulk_store();
     __syncthreads();
-    if (threadIdx.x >= 32 || width_ == 0) return;
+    if (threadIdx.x % 32 != 0 || width_ == 0) return;
     const uint32_t bytes = static_cast<uint32_t>(width_) * static_cast<uint32_t>(sizeof(T));
     const int64_t dim = args_.dim;
     if (threadIdx.x == 0) {
@@ -270,19 +300,21 @@ class Block {
       bulk_store(static_cast<T*>(args_.grad_positive) + index_ * dim + first_, row(0), bytes);
     }
     T* out = static_cast<T*>(args_.grad_negative) + index_ * args_.negatives * dim + first_;
-    for (int64_t n = threadIdx.x; n < args_.negatives; n += 32) {
-      bulk_store(out + n * dim, row(n + 1), bytes);
+    for (int c = warp(); c < candidates_; c += kWarps) {
+      if (c > 0) bulk_store(out + (c - 1) * dim, row(c), bytes);
     }
   }
 
   const ElvaRewardArgs& args_;
-  int64_t candidates_;
+  int candidates_;
   uint32_t block_;
-  int64_t blocks_, columns_, first_, width_;
+  int blocks_, columns_;
+  int64_t first_;
+  int width_;
   Layout<T> layout_;
   Arrivals* arrivals_;
   T* tile_;
-  float* sums_;
+  unsigned char* gradient_;  // what gradient_columns takes
   float2* exchange_;
   double *a_, *b_;
   int* exponent_;  // of the query, then of the candidates
@@ -291,7 +323,7 @@ class Block {
   const bool* mask_ = nullptr;
   double query_norm_ = 0;
   uint32_t phase_ = 0;
-  int64_t turn_ = 0;
+  int turn_ = 0;
 };
 
 template <class T, int kBlocks>

@@ -10,9 +10,8 @@ namespace elva {
 
 constexpr int kWide = 64, kClasses = 4, kGradientThreads = kWide * kClasses;
 
-// Floats of shared memory that the sums of a block take.
-template <class T>
-constexpr int kGradientSums = kGradientThreads * Vector<T>::kSize;
+// Shared memory that gradient_columns takes.
+constexpr size_t kGradientShared = kGradientThreads * sizeof(float2);
 
 // Products of floats with it are in range.
 __device__ inline bool is_moderate(double x) {
@@ -20,71 +19,109 @@ __device__ inline bool is_moderate(double x) {
   return magnitude == 0 || (magnitude >= 0x1p-100 && magnitude <= 0x1p100);
 }
 
-// For the thread's vector of columns: read(c, x) gives those of candidate c, write(c, gradient)
-// takes its gradient (c = -1: the query's). `works` where the thread has such a vector; `sums` is
-// shared memory. All threads of the block.
-template <class T, class Read, class Write>
+// A candidate's coefficients of the query and of its row as floats: both 0 where its gradient is,
+// NaN where doubles are needed.
+__device__ inline float2 fast_coefficients(double a, double b, double upstream) {
+  if (a == 0 && b == 0) return {0, 0};  // masked, or a zero row
+  const double by_query = upstream * a, by_row = upstream * b;
+  // Zeros by `upstream` multiply their rows: NaN stays NaN.
+  const bool fast = is_moderate(by_query) && is_moderate(by_row) && (by_query != 0 || by_row != 0);
+  if (!fast) return {NAN, NAN};
+  return {static_cast<float>(by_query), static_cast<float>(by_row)};
+}
+
+// For the thread's vector of columns: read(c) gives those of candidate c, write(c, gradient) takes
+// its gradient (c = -1: the query's); kAhead rows are read at once. `works` where the thread has such a vector; `shared` is
+// kGradientShared bytes. All threads of the block; a barrier before.
+template <class T, int kAhead, class Read, class Write>
 __device__ inline void gradient_columns(int64_t candidates, const double* a, const double* b,
-                                        double query_b, double upstream, bool works, float* sums,
-                                        const Read& read, const Write& write) {
+                                        double query_b, double upstream, bool works,
+                                        unsigned char* shared, const Read& read,
+                                        const Write& write) {
   constexpr int kSize = Vector<T>::kSize;
+  static_assert(kWide * kSize * sizeof(float) <= kGradientShared);
   const int own = static_cast<int>(threadIdx.x), at = own % kWide, row_class = own / kWide;
-  float q[kSize], sum[kSize] = {};
-  if (works) {
-    float chain[kSize] = {};
-    int terms = 0;
-    read(-1, q);
-    for (int64_t c = row_class; c < candidates; c += kClasses) {
-      const double by_query = upstream * a[c], by_row = upstream * b[c];
-      float x[kSize];
-      if (a[c] == 0 && b[c] == 0) {  // masked, or a zero row
+  float2* fast = reinterpret_cast<float2*>(shared);
+  float q[kSize] = {}, sum[kSize] = {}, chain[kSize] = {};
+  int terms = 0;
+  if (works) widen_all(read(-1), q);
+  for (int64_t first = 0; first < candidates; first += kGradientThreads) {
+    if (first > 0) __syncthreads();
+    if (first + own < candidates) {
+      fast[own] = fast_coefficients(a[first + own], b[first + own], upstream);
+    }
+    __syncthreads();
+    const int count = static_cast<int>(candidates - first < kGradientThreads ? candidates - first
+                                                                             : kGradientThreads);
+    for (int next = works ? row_class : count; next < count; next += kAhead * kClasses) {
+      Vector<T> rows[kAhead];
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) x[i] = 0;
-        write(c, x);
-        continue;
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = next + j * kClasses;
+        if (i < count && (fast[i].x != 0 || fast[i].y != 0)) rows[j] = read(first + i);
       }
-      read(c, x);
-      if (is_moderate(by_query) && is_moderate(by_row)) {
-        const float fast_query = static_cast<float>(by_query),
-                    fast_row = static_cast<float>(by_row);
-        float gradient[kSize];
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          gradient[i] = fmaf(fast_query, q[i], fast_row * x[i]);
-          chain[i] = fmaf(fast_query, x[i], chain[i]);
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = next + j * kClasses;
+        if (i >= count) break;
+        const int64_t c = first + i;
+        const float2 by = fast[i];
+        float x[kSize];
+        if (by.x == 0 && by.y == 0) {
+          for (int k = 0; k < kSize; ++k) x[k] = 0;
+          write(c, x);
+          continue;
         }
-        write(c, gradient);
-      } else {
-        double gradient[kSize];
+        widen_all(rows[j], x);
+        if (!isnan(by.x)) {
+          float gradient[kSize];
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          gradient[i] = by_query * q[i] + by_row * x[i];
-          chain[i] += static_cast<float>(by_query * x[i]);
+          for (int k = 0; k < kSize; ++k) {
+            gradient[k] = fmaf(by.x, q[k], by.y * x[k]);
+            chain[k] = fmaf(by.x, x[k], chain[k]);
+          }
+          write(c, gradient);
+        } else {
+          const double by_query = upstream * a[c], by_row = upstream * b[c];
+          double gradient[kSize];
+#pragma unroll
+          for (int k = 0; k < kSize; ++k) {
+            gradient[k] = by_query * q[k] + by_row * x[k];
+            chain[k] += static_cast<float>(by_query * x[k]);
+          }
+          write(c, gradient);
         }
-        write(c, gradient);
-      }
-      if (++terms == 16) {
-        terms = 0;
+        if (++terms == 16) {
+          terms = 0;
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          sum[i] += chain[i];
-          chain[i] = 0;
+          for (int k = 0; k < kSize; ++k) {
+            sum[k] += chain[k];
+            chain[k] = 0;
+          }
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) sums[own * kSize + i] = sum[i] + chain[i];
   }
-  __syncthreads();
-  if (works && row_class == 0) {
-    double gradient[kSize];
+  // Class by class into the first, in double.
+  float* sums = reinterpret_cast<float*>(shared);
+  double gradient[kSize];
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      gradient[i] = upstream * query_b * q[i];
-      for (int r = 0; r < kClasses; ++r) gradient[i] += sums[(r * kWide + at) * kSize + i];
+  for (int k = 0; k < kSize; ++k) {
+    gradient[k] = upstream * query_b * q[k] + (sum[k] + chain[k]);
+  }
+  for (int turn = 1; turn < kClasses; ++turn) {
+    __syncthreads();
+    if (works && row_class == turn) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) sums[k * kWide + at] = sum[k] + chain[k];
     }
-    write(-1, gradient);
+    __syncthreads();
+    if (row_class == 0) {
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) gradient[k] += sums[k * kWide + at];
+    }
   }
+  if (works && row_class == 0) write(-1, gradient);
   __syncthreads();
 }
 

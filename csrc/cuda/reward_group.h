@@ -67,7 +67,7 @@ struct Group {
     score[c] = s;
     norm[c] = true_norm;
     value[c] = static_cast<float>(s > 1 ? 1.0 : s < -1 ? -1.0 : s);
-    key[c] = rank_key<float>(value[c], static_cast<uint32_t>(c));
+    key[c] = is_live ? rank_key<float>(value[c], static_cast<uint32_t>(c)) : 0;  // behind all
   }
 };
 
@@ -92,7 +92,7 @@ __device__ inline void rank_group(const Group& group, int64_t candidates,
     int rank = 1;
     const uint64_t own = group.key[c];
     for (int64_t other = 0; other < candidates; ++other) {
-      rank += group.live[other] && group.key[other] > own;
+      rank += group.key[other] > own ? 1 : 0;
     }
     double place = rank;
     if (temperature > 0) {

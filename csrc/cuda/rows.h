@@ -53,18 +53,53 @@ struct Row {
   }
 };
 
+// The candidates of a group, the positive first.
 template <class T>
-__device__ inline Row<T> candidate_row(const ElvaRewardArgs& args, int64_t group,
-                                       int64_t candidate) {
-  if (candidate == 0) {
-    return {group_data<T>(args.batch, args.positive, group), args.positive.stride, 0};
+struct Candidates {
+  const T *positive, *negatives;
+  int64_t positive_stride, row_stride, stride;
+
+  __device__ Candidates(const ElvaRewardArgs& args, int64_t group)
+      : positive(group_data<T>(args.batch, args.positive, group)),
+        negatives(group_data<T>(args.batch, args.negative, group)),
+        positive_stride(args.positive.stride),
+        row_stride(args.negative.row_stride),
+        stride(args.negative.stride) {}
+
+  __device__ Row<T> operator[](int64_t c) const {
+    if (c == 0) return {positive, positive_stride, 0};
+    return {negatives + (c - 1) * row_stride, stride, 0};
   }
-  const T* negatives = group_data<T>(args.batch, args.negative, group);
-  return {negatives + (candidate - 1) * args.negative.row_stride, args.negative.stride, 0};
-}
+};
 
 __device__ inline bool is_live(const ElvaRewardArgs& args, const bool* mask, int64_t candidate) {
   return candidate == 0 || mask == nullptr || mask[(candidate - 1) * args.mask.stride];
+}
+
+template <class T>
+__device__ inline void widen_all(const Vector<T>& x, float* out) {
+  if constexpr (is_bf16<T>) {  // two a word
+    uint32_t words[4];
+    memcpy(words, &x, sizeof(x));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair[2] = {words[i] << 16, words[i] & 0xffff0000u};
+      memcpy(out + 2 * i, pair, sizeof(pair));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) out[i] = widen(x.at[i]);
+  }
+}
+
+// A vector of a row into its lane's four chains.
+template <class T>
+__device__ inline void add_products(const float* x, const float* q, float* dots, float* squares) {
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    dots[i % 4] = fmaf(x[i], q[i], dots[i % 4]);
+    squares[i % 4] = fmaf(x[i], x[i], squares[i % 4]);
+  }
 }
 
 // (row . query, row . row) over the columns [first, last) of one segment, on every lane.
@@ -78,14 +113,51 @@ __device__ inline float2 segment_sums(const Row<T>& row, const Row<T>& query, in
     float x[kSize], q[kSize];
     row.read(at, last, dense, x);
     query.read(at, last, dense, q);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      dots[i % 4] = fmaf(x[i], q[i], dots[i % 4]);
-      squares[i % 4] = fmaf(x[i], x[i], squares[i % 4]);
-    }
+    add_products<T>(x, q, dots, squares);
   }
   return {warp_sum((dots[0] + dots[1]) + (dots[2] + dots[3])),
           warp_sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+}
+
+// The same of two rows of one segment as they are, dense and in whole vectors: on a lane those of
+// the first, or of the second where kOfSecond is set in its number. To the bit `segment_sums`.
+// `query(step, at, q)` gives the query's vector at `at`, the lane's own in that step.
+constexpr unsigned kOfSecond = 8;
+template <class T, int kSteps, class Query>
+__device__ inline float2 pair_sums(const T* one, const T* two, int columns, const Query& query) {
+  constexpr int kSize = Vector<T>::kSize;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  float dots[2][4] = {}, squares[2][4] = {};
+  const auto add = [&](int step, int at) {
+    float x[kSize], q[kSize];
+    const Vector<T> first = load16(one + at), second = load16(two + at);
+    query(step, at, q);
+    widen_all(first, x);
+    add_products<T>(x, q, dots[0], squares[0]);
+    widen_all(second, x);
+    add_products<T>(x, q, dots[1], squares[1]);
+  };
+  if constexpr (kSteps > 0) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int at = (step * 32 + lane) * kSize;
+      if (at < columns) add(step, at);
+    }
+  } else {
+    for (int step = 0, at = lane * kSize; at < columns; ++step, at += 32 * kSize) add(step, at);
+  }
+  const auto chains = [](const float* x) { return (x[0] + x[1]) + (x[2] + x[3]); };
+  // warp_sum of four values, which are halved in number while the lanes are.
+  const bool high = (lane & 16) != 0, second = (lane & kOfSecond) != 0;
+  const auto half = [](bool upper, float a, float b, int offset) {
+    return (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, offset);
+  };
+  const float first_row = half(high, chains(dots[0]), chains(squares[0]), 16);
+  const float second_row = half(high, chains(dots[1]), chains(squares[1]), 16);
+  float sum = half(second, first_row, second_row, kOfSecond);
+  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  const float other = __shfl_xor_sync(kAllLanes, sum, 16);
+  return high ? float2{other, sum} : float2{sum, other};
 }
 
 // The same of a whole row, in segments of `columns`.
@@ -97,6 +169,24 @@ __device__ inline double2 row_sums(const Row<T>& row, const Row<T>& query, int64
   for (int64_t first = 0; first < dim; first += columns) {
     const int64_t last = first + columns < dim ? first + columns : dim;
     const float2 part = segment_sums(row, query, first, last, dense);
+    sum.x += part.x;
+    sum.y += part.y;
+  }
+  return sum;
+}
+
+// `row_sums` of two dense rows of whole vectors, on a lane as `pair_sums`.
+template <class T>
+__device__ inline double2 pair_row_sums(const Row<T>& one, const Row<T>& two, const Row<T>& query,
+                                        int64_t dim, int64_t columns) {
+  constexpr int kSteps = 2;
+  double2 sum{0, 0};
+  for (int64_t first = 0; first < dim; first += columns) {
+    const int here = static_cast<int>(first + columns < dim ? columns : dim - first);
+    const auto read = [&](int, int at, float* q) { widen_all(load16(query.data + first + at), q); };
+    const float2 part = columns <= kSteps * 32 * Vector<T>::kSize
+                            ? pair_sums<T, kSteps>(one.data + first, two.data + first, here, read)
+                            : pair_sums<T, 0>(one.data + first, two.data + first, here, read);
     sum.x += part.x;
     sum.y += part.y;
   }

@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
     __syncthreads();
     for (int v = static_cast<int>(threadIdx.x); v < kQueries * kPiece<T> / kSize; v += kThreads) {
       const int query = v / (kPiece<T> / kSize), at = v % (kPiece<T> / kSize) * kSize;
-      store16(piece + query * kStride<T> + at,
-              load16(queries + query * args.padded_dim + from + at));
+      store16_shared(piece + query * kStride<T> + at,
+                     load16(queries + query * args.padded_dim + from + at));
     }
     __syncthreads();
     float squares[4] = {};
