@@ -75,14 +75,21 @@ __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// *p of the block of that rank, p being where it lies in this block's shared memory.
-__device__ inline void cluster_store(float2* p, uint32_t rank, float2 x) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(there)
-               : "r"(shared_address(p)), "r"(rank));
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(x.x), "f"(x.y)
-               : "memory");
+// *p of the block of that rank, p being where it lies in this block's shared memory; its bytes
+// arrive on that block's `arrivals`.
+__device__ inline void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals) {
+  const auto there = [rank](const void* here) {
+    uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(address)
+                 : "r"(shared_address(here)), "r"(rank));
+    return address;
+  };
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          there(p)),
+      "f"(x.x), "f"(x.y), "r"(there(&arrivals->word))
+      : "memory");
 }
 
 #else
@@ -92,7 +99,7 @@ using host::before_bulk_store;
 using host::bulk_load;
 using host::bulk_store;
 using host::cluster_rank;
-using host::cluster_store;
+using host::cluster_send;
 using host::cluster_sync;
 using host::wait_bulk_stores;
 

@@ -37,7 +37,7 @@ template <class T>
 struct Layout {
   int64_t candidates, columns, blocks;
 
-  static constexpr size_t kBarrier = 16;
+  static constexpr size_t kArrivals = 32;  // of the rows, and of either half of the exchange
   // The rows: the query's, then the candidates'.
   __host__ __device__ size_t tile() const {
     return static_cast<size_t>((candidates + 1) * columns) * sizeof(T);
@@ -53,7 +53,7 @@ struct Layout {
     return static_cast<size_t>((candidates + 2) / 2 * 2) * sizeof(int);
   }
   size_t bytes() const {
-    return kBarrier + tile() + kGradientShared + exchange() + coefficients() + exponents() +
+    return kArrivals + tile() + kGradientShared + exchange() + coefficients() + exponents() +
            Group::bytes(candidates);
   }
 };
@@ -72,8 +72,8 @@ class Block {
         columns_(static_cast<int>(args.columns)),
         layout_{candidates_, columns_, blocks},
         arrivals_(reinterpret_cast<Arrivals*>(memory)),
-        tile_(reinterpret_cast<T*>(memory + Layout<T>::kBarrier)),
-        gradient_(memory + Layout<T>::kBarrier + layout_.tile()),
+        tile_(reinterpret_cast<T*>(memory + Layout<T>::kArrivals)),
+        gradient_(memory + Layout<T>::kArrivals + layout_.tile()),
         exchange_(reinterpret_cast<float2*>(gradient_ + kGradientShared)),
         a_(reinterpret_cast<double*>(reinterpret_cast<unsigned char*>(exchange_) +
                                      layout_.exchange())),
@@ -86,7 +86,7 @@ class Block {
   }
 
   __device__ void open() {
-    if (threadIdx.x == 0) arrivals_->init();
+    if (threadIdx.x < 3) arrivals_[threadIdx.x].init();
     __syncthreads();
     cluster_sync();
   }
@@ -130,8 +130,8 @@ class Block {
     if (threadIdx.x < 32) {
       int live = threadIdx.x == 0 ? 1 : 0;  // the query
       for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += 32) live += is_live_row(c);
-      live = warp_sum(live);
-      if (threadIdx.x == 0) arrivals_->expect(bytes * static_cast<uint32_t>(live));
+      live_ = static_cast<uint32_t>(warp_sum(live));
+      if (threadIdx.x == 0) arrivals_->expect(bytes * live_);
     }
     if (threadIdx.x % 32 == 0) {
       wait_bulk_stores();
@@ -199,22 +199,28 @@ class Block {
     }
   }
 
-  // To block `to`, if there is one.
+  // To block `to`, if there is one. By halves in turn: a block that is ahead by one exchange sends
+  // into the other half than the one that is still read, and none is ahead by two.
   __device__ void send(int c, uint32_t to, float2 x) {
-    if (to >= blocks_) return;
-    const int half = turn_ * blocks_ * (candidates_ + 1);
-    cluster_store(exchange_ + half + block_ * (candidates_ + 1) + c + 1, to, x);
+    if (to >= static_cast<uint32_t>(blocks_)) return;
+    float2* half = exchange_ + turn_ * blocks_ * (candidates_ + 1);
+    cluster_send(half + static_cast<int>(block_) * (candidates_ + 1) + c + 1, to, x,
+                 arrivals_ + 1 + turn_);
   }
-
-  // What block `from` sent of row c. Sent by halves in turn: a block that is ahead by one exchange
-  // writes into the other half than the one that is still read.
+  // Until every block has sent every live row.
+  __device__ void exchanged() {
+    Arrivals* const half = arrivals_ + 1 + turn_;
+    if (threadIdx.x == 0) {
+      half->expect(live_ * static_cast<uint32_t>(blocks_) * static_cast<uint32_t>(sizeof(float2)));
+    }
+    half->wait(exchange_phase_ >> turn_ & 1);
+    exchange_phase_ ^= 1u << turn_;
+    turn_ ^= 1;
+  }
+  // What block `from` sent of row c.
   __device__ float2 received(int from, int c) const {
     const int half = (turn_ ^ 1) * blocks_ * (candidates_ + 1);
     return exchange_[half + from * (candidates_ + 1) + c + 1];
-  }
-  __device__ void exchanged() {
-    cluster_sync();
-    turn_ ^= 1;
   }
 
   __device__ double2 total(int c) const {
@@ -322,7 +328,8 @@ class Block {
   int64_t index_ = 0;
   const bool* mask_ = nullptr;
   double query_norm_ = 0;
-  uint32_t phase_ = 0;
+  uint32_t live_ = 0;  // rows, the query among them; of the first warp
+  uint32_t phase_ = 0, exchange_phase_ = 0;
   int turn_ = 0;
 };
 

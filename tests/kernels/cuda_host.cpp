@@ -44,6 +44,12 @@ struct Copy {
   size_t owner;
 };
 
+struct Send {
+  void* to;
+  float2 value;
+  Arrivals* arrivals;
+};
+
 struct Fiber {
   Self self;
   ucontext_t context;
@@ -64,6 +70,7 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<Warp> warps;
   std::vector<Copy> copies;
+  std::vector<Send> sends;
   Meeting cluster;
   ucontext_t scheduler;
   void* scheduler_stack = nullptr;
@@ -121,15 +128,32 @@ int meet(Meeting* meeting, int x = 0) {
   return meeting->seen;
 }
 
+void arrive(Arrivals* arrivals, uint32_t bytes) {
+  arrivals->pending -= static_cast<int32_t>(bytes);
+  if (arrivals->pending == 0) arrivals->phase ^= 1;
+}
+
 void carry_out(size_t i) {
   const Copy copy = machine.copies[i];
   machine.copies.erase(machine.copies.begin() + static_cast<ptrdiff_t>(i));
   memcpy(copy.to, copy.from, copy.bytes);
-  if (copy.arrivals != nullptr) {
-    copy.arrivals->pending -= static_cast<int32_t>(copy.bytes);
-    if (copy.arrivals->pending == 0) copy.arrivals->phase ^= 1;
-  }
+  if (copy.arrivals != nullptr) arrive(copy.arrivals, copy.bytes);
   machine.progress = true;
+}
+
+// Some of what was sent.
+void deliver() {
+  std::vector<Send> later;
+  for (const Send& send : machine.sends) {
+    if (machine.random() % 2 == 0) {
+      later.push_back(send);
+      continue;
+    }
+    memcpy(send.to, &send.value, sizeof(send.value));
+    arrive(send.arrivals, sizeof(send.value));
+  }
+  machine.progress |= !machine.sends.empty();
+  machine.sends = std::move(later);
 }
 
 void check_aligned(const void* p, const void* q, uint32_t bytes) {
@@ -203,12 +227,14 @@ void run_cluster(size_t first_block, size_t blocks, const cudaLaunchConfig_t& co
       left -= fiber.done ? 1 : 0;
     }
     if (!machine.copies.empty()) carry_out(machine.random() % machine.copies.size());
+    deliver();
     if (!machine.progress) fail("threads wait for one another for ever");
   }
   for (const Copy& copy : machine.copies) {
     if (copy.arrivals != nullptr) fail("a block ended before its loads");
     fail("a block ended before its stores");
   }
+  if (!machine.sends.empty()) fail("a block ended before what was sent to it arrived");
 }
 
 }  // namespace
@@ -321,12 +347,16 @@ void wait_bulk_stores() {
   }
 }
 
-void cluster_store(float2* p, uint32_t rank, float2 x) {
-  const Block& own = machine.blocks[machine.fiber().block];
-  const auto offset = reinterpret_cast<unsigned char*>(p) - own.memory.get();
-  if (offset < 0 || static_cast<size_t>(offset) + sizeof(x) > own.bytes) fail("a store is outside");
+void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals) {
   if (rank >= machine.blocks.size()) fail("no such block in the cluster");
-  memcpy(machine.blocks[rank].memory.get() + offset, &x, sizeof(x));
+  const Block& own = machine.blocks[machine.fiber().block];
+  const auto there = [&](void* here, size_t bytes) -> void* {
+    const auto offset = static_cast<unsigned char*>(here) - own.memory.get();
+    if (offset < 0 || static_cast<size_t>(offset) + bytes > own.bytes) fail("a store is outside");
+    return machine.blocks[rank].memory.get() + offset;
+  };
+  machine.sends.push_back(
+      {there(p, sizeof(x)), x, static_cast<Arrivals*>(there(arrivals, sizeof(*arrivals)))});
 }
 
 int capability() {

@@ -90,7 +90,7 @@ void wait_bulk_stores();
 inline void before_bulk_store() {}
 uint32_t cluster_rank();
 void cluster_sync();
-void cluster_store(float2* p, uint32_t rank, float2 x);
+void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals);
 
 }  // namespace host
 
