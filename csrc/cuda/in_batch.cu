@@ -6,9 +6,9 @@
 //   ids.
 // Out: see elva_in_batch.h; products become masked scores (-inf where a candidate is no negative),
 //   then slopes.
-// Work split: a warp a row of embeddings; a block a row of scores; a thread a column.
+// Work split: a warp a row of embeddings; a block a row of scores; a thread a column of 128 rows.
 // Bytes: a row of scores is read twice (again from cache) and written once; a chunk's columns
-//   twice; slopes once each.
+//   once; slopes once each.
 // Numerics: exponentials in fp32, sums in double in an order of their own. Ties by lower index. No
 //   atomics: deterministic.
 // Limits: none.
@@ -161,26 +161,97 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
-    column_sums(const __grid_constant__ ElvaCudaColumnArgs args) {
-  const int64_t j = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (j >= args.width) return;
-  const float inverse_temperature = static_cast<float>(1 / *args.temperature), old = args.peak[j];
-  float peak = old;
-  for (int64_t i = 0; i < args.rows; ++i) peak = fmaxf(peak, args.scores[i * args.width + j]);
-  const float base = peak > -INFINITY ? peak : 0.0f, grown = old > -INFINITY ? old - base : 0.0f;
-  const double shrink = expf(grown * inverse_temperature), before = args.sum[j];
-  double sum = before * shrink, moment = (args.moment[j] + before * grown) * shrink;
-  for (int64_t i = 0; i < args.rows; ++i) {
-    const float score = args.scores[i * args.width + j];
-    if (score == -INFINITY) continue;
-    const float gap = score - base, term = expf(gap * inverse_temperature);
-    sum += term;
-    moment += static_cast<double>(term) * gap;
+// Of a column's masked scores.
+struct ColumnSums {
+  float peak;
+  double sum, moment;
+
+  // So that the peak is `to` or more.
+  __device__ void raise(float to, float inverse_temperature) {
+    if (!(to > peak)) return;
+    if (peak > -INFINITY) {
+      const float grown = peak - to;
+      const double shrink = expf(grown * inverse_temperature);
+      moment = (moment + sum * grown) * shrink;
+      sum *= shrink;
+    }
+    peak = to;
   }
-  args.peak[j] = peak;
-  args.sum[j] = sum;
-  args.moment[j] = moment;
+};
+
+// Where the sums of [parts, width] are: of kPartRows rows each.
+constexpr int64_t kPartRows = 128;
+constexpr int kColumns = 64;  // of a block that adds parts
+struct ColumnArgs {
+  ElvaCudaColumnArgs column;
+  int64_t parts;
+  double *sum, *moment;
+  float* peak;
+};
+
+__global__ void __launch_bounds__(kThreads, 2)
+    column_parts(const __grid_constant__ ColumnArgs args) {
+  constexpr int kRows = 8;  // read at a time
+  const ElvaCudaColumnArgs& column = args.column;
+  const int64_t part = blockIdx.x % args.parts,
+                j = blockIdx.x / args.parts * kThreads + threadIdx.x;
+  if (j >= column.width) return;
+  const float inverse_temperature = static_cast<float>(1 / *column.temperature);
+  const int64_t first = part * kPartRows,
+                last = first + kPartRows < column.rows ? first + kPartRows : column.rows;
+  ColumnSums all{-INFINITY, 0, 0};
+#pragma unroll 1
+  for (int64_t i = first; i < last; i += kRows) {
+    float scores[kRows], peak = -INFINITY;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      scores[r] = i + r < last ? column.scores[(i + r) * column.width + j] : -INFINITY;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) peak = fmaxf(peak, scores[r]);
+    all.raise(peak, inverse_temperature);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (scores[r] == -INFINITY) continue;
+      const float gap = scores[r] - all.peak, term = expf(gap * inverse_temperature);
+      all.sum += term;
+      all.moment += static_cast<double>(term) * gap;
+    }
+  }
+  const int64_t at = part * column.width + j;
+  args.peak[at] = all.peak;
+  args.sum[at] = all.sum;
+  args.moment[at] = all.moment;
+}
+
+// Adds the parts, in order.
+__global__ void __launch_bounds__(kColumns) column_sums(const __grid_constant__ ColumnArgs args) {
+  constexpr int kParts = 8;  // read at a time
+  const ElvaCudaColumnArgs& column = args.column;
+  const int64_t j = int64_t{blockIdx.x} * kColumns + threadIdx.x;
+  if (j >= column.width) return;
+  const float inverse_temperature = static_cast<float>(1 / *column.temperature);
+  ColumnSums all{column.peak[j], column.sum[j], column.moment[j]};
+#pragma unroll 1
+  for (int64_t first = 0; first < args.parts; first += kParts) {
+    ColumnSums parts[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int64_t at = (first + i) * column.width + j;
+      parts[i] = first + i < args.parts ? ColumnSums{args.peak[at], args.sum[at], args.moment[at]}
+                                        : ColumnSums{-INFINITY, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      all.raise(parts[i].peak, inverse_temperature);
+      parts[i].raise(all.peak, inverse_temperature);
+      all.sum += parts[i].sum;
+      all.moment += parts[i].moment;
+    }
+  }
+  column.peak[j] = all.peak;
+  column.sum[j] = all.sum;
+  column.moment[j] = all.moment;
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -233,11 +304,21 @@ ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args) {
   });
 }
 
+int64_t elva_column_scratch_bytes_cuda(int64_t rows, int64_t width) {
+  return elva::blocks_of(rows, elva::kPartRows) * width *
+         static_cast<int64_t>(2 * sizeof(double) + sizeof(float));
+}
+
 ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
-    return launch(column_sums, blocks_of(args->width, kThreads), 1, kThreads, 0, args->stream,
-                  *args);
+    const int64_t parts = blocks_of(args->rows, kPartRows), count = parts * args->width;
+    double* sum = static_cast<double*>(args->scratch);
+    const ColumnArgs all{*args, parts, sum, sum + count, reinterpret_cast<float*>(sum + 2 * count)};
+    const ElvaStatus status = launch(column_parts, blocks_of(args->width, kThreads) * parts, 1,
+                                     kThreads, 0, args->stream, all);
+    if (status != ELVA_OK) return status;
+    return launch(column_sums, blocks_of(args->width, kColumns), 1, kColumns, 0, args->stream, all);
   });
 }
 

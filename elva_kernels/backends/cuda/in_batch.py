@@ -60,6 +60,8 @@ class CudaSteps(GpuSteps):
         self.keep_best(scores, rows)
 
     def column_sums(self, scores: Tensor) -> None:
+        size = launch.module().cuda_column_scratch_bytes(*scores.shape)
+        scratch = self.empty((size,), torch.uint8)
         launch.call(
             _OP,
             launch.module().cuda_column_sums,
@@ -69,6 +71,7 @@ class CudaSteps(GpuSteps):
             scores.data_ptr(),
             pointer(self.temperature),
             *(x.data_ptr() for x in self.columns),
+            scratch.data_ptr(),
         )
 
     def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
