@@ -15,6 +15,7 @@
 // Reference: elva_kernels.reference.
 #include "../elva_in_batch.h"
 #include "rows.h"
+#include "words.h"
 
 namespace elva {
 namespace {
@@ -22,17 +23,62 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kSegment = 2048;
 
+// A row that a warp holds: the lane's vectors at (32 v + lane) kSize, zeros beyond.
+constexpr int kHeld = 8;
+template <class T>
+constexpr int64_t kHeldColumns = int64_t{kHeld} * 32 * Vector<T>::kSize;
+
+template <class T>
+__device__ inline int64_t held_at(int v) {
+  return (v * 32 + static_cast<int64_t>(threadIdx.x % 32)) * Vector<T>::kSize;
+}
+
+// As row_sums.
+template <class T>
+__device__ inline double held_square(const Words* held) {
+  float squares[4] = {};
+#pragma unroll
+  for (int v = 0; v < kHeld; ++v) {
+    const Vector<T> x = elements<T>(held[v]);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) {
+      squares[i % 4] = fmaf(widen(x.at[i]), widen(x.at[i]), squares[i % 4]);
+    }
+  }
+  return warp_sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     unit_rows(const __grid_constant__ ElvaCudaUnitArgs args) {
+  static_assert(kHeldColumns<T> <= kSegment);
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (i >= args.count) return;
   T* out = static_cast<T*>(args.unit) + i * args.dim;
   Row<T> row{static_cast<const T*>(args.rows.data) + i * args.rows.row_stride, args.rows.stride, 0};
-  const double square = row_sums(row, row, args.dim, kSegment).y;
+  const bool is_held =
+      row.is_dense() && args.dim % Vector<T>::kSize == 0 && args.dim <= kHeldColumns<T>;
+  Words held[kHeld];
+  double square;
+  if (is_held) {
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v) {
+      held[v] = held_at<T>(v) < args.dim ? words_at(row.data + held_at<T>(v)) : Words{};
+    }
+    square = held_square<T>(held);
+  } else {
+    square = row_sums(row, row, args.dim, kSegment).y;
+  }
   const double norm = norm_of(&row, square, args.dim, kSegment);
-  for (int64_t at = threadIdx.x % 32; at < args.dim; at += 32) {
-    narrow(isnan(norm) ? 0.0f : row[at], out + at);
+  if (is_held && norm > 0 && row.exponent == 0) {
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v) {
+      if (held_at<T>(v) < args.dim) store16(out + held_at<T>(v), elements<T>(held[v]));
+    }
+  } else {
+    for (int64_t at = threadIdx.x % 32; at < args.dim; at += 32) {
+      narrow(isnan(norm) ? 0.0f : row[at], out + at);
+    }
   }
   if (threadIdx.x % 32 == 0) {
     args.norm[2 * i] = norm > 0 ? 1 / norm : norm;  // 0 or NaN
@@ -40,9 +86,31 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// kSize elements from `at` of a unit row and of its slopes; zeros beyond `dim`.
+template <class T>
+__device__ inline void read_slopes(const T* unit, const float* slope, int64_t at, int64_t dim,
+                                   bool vectors, float* x, float* y) {
+  constexpr int kSize = Vector<T>::kSize;
+  if (vectors) {
+    const Vector<T> units = load16(unit + at);
+    Vector<float> slopes[kSize / 4];
+#pragma unroll
+    for (int v = 0; v < kSize / 4; ++v) slopes[v] = load16(slope + at + 4 * v);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = widen(units.at[i]), y[i] = slopes[i / 4].at[i % 4];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      x[i] = at + i < dim ? widen(unit[at + i]) : 0.0f;
+      y[i] = at + i < dim ? slope[at + i] : 0.0f;
+    }
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     unit_gradient(const __grid_constant__ ElvaCudaGradientArgs args) {
+  constexpr int kSize = Vector<T>::kSize;
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (i >= args.count) return;
   const T* unit = static_cast<const T*>(args.unit) + i * args.dim;
@@ -50,14 +118,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* out = static_cast<T*>(args.grad_rows) + i * args.dim;
   const double inverse = args.norm[2 * i];
   const int exponent = static_cast<int>(args.norm[2 * i + 1]);
+  const bool vectors = args.dim % kSize == 0;
+  const int64_t first = static_cast<int64_t>(threadIdx.x % 32) * kSize;
   double dot = 0;
-  for (int64_t at = threadIdx.x % 32; at < args.dim; at += 32) {
-    dot += static_cast<double>(widen(unit[at])) * slope[at];
+#pragma unroll 2
+  for (int64_t at = first; at < args.dim; at += 32 * kSize) {
+    float x[kSize], y[kSize];
+    read_slopes(unit, slope, at, args.dim, vectors, x, y);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) dot += static_cast<double>(x[e]) * y[e];
   }
   dot = warp_sum(dot) * inverse;
-  for (int64_t at = threadIdx.x % 32; at < args.dim; at += 32) {
-    const double along = dot * inverse * widen(unit[at]);
-    narrow(scalbn((slope[at] - along) * inverse, -exponent), out + at);
+  for (int64_t at = first; at < args.dim; at += 32 * kSize) {
+    float x[kSize], y[kSize];
+    read_slopes(unit, slope, at, args.dim, vectors, x, y);
+    Vector<T> gradient;
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      const double along = dot * inverse * x[e];
+      narrow(scalbn((y[e] - along) * inverse, -exponent), gradient.at + e);
+    }
+    if (vectors) {
+      store16(out + at, gradient);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        if (at + e < args.dim) out[at + e] = gradient.at[e];
+      }
+    }
   }
 }
 

@@ -15,6 +15,7 @@
 // Reference: elva_kernels.reference.topk.
 #include "multiply.h"
 #include "rows.h"
+#include "words.h"
 
 namespace elva {
 namespace {
@@ -161,19 +162,6 @@ __device__ inline Vector<T> rescaled(const Vector<T>& x, int exponent) {
   Vector<T> out;
 #pragma unroll
   for (int i = 0; i < Vector<T>::kSize; ++i) narrow(widen(x.at[i]) * some * rest, out.at + i);
-  return out;
-}
-
-// A vector that waits: as elements of 16 bits it would take a register for each.
-using Words = Vector<uint32_t>;
-template <class T>
-__device__ inline Words words_at(const T* p) {
-  return load16(reinterpret_cast<const uint32_t*>(p));
-}
-template <class T>
-__device__ inline Vector<T> elements(const Words& x) {
-  Vector<T> out;
-  memcpy(&out, &x, sizeof(out));
   return out;
 }
 
