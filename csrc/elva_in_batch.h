@@ -195,9 +195,9 @@ typedef struct {
   int64_t rows;
   int64_t candidates;
   int64_t width;
-  float* scores;                 // [rows, width]: products of `unit` rows; becomes masked scores
-  const double* query_norm;      // [rows, 2]
-  const double* candidate_norm;  // [candidates, 2]
+  float* scores;                    // [rows, width]: products of `unit` rows; becomes masked scores
+  const double* query_norm;         // [rows, 2]
+  const double* candidate_inverse;  // [candidates]: the first of their norms' two
   const int64_t* target;
   const int64_t* ids;
   double max_score;

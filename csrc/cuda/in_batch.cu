@@ -49,7 +49,7 @@ __device__ inline double held_square(const Words* held) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     unit_rows(const __grid_constant__ ElvaCudaUnitArgs args) {
   static_assert(kHeldColumns<T> <= kSegment);
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
@@ -174,13 +174,14 @@ __device__ inline V block_sum(V x, V* shared) {
 
 __global__ void __launch_bounds__(kThreads, 2)
     score_rows(const __grid_constant__ ElvaCudaScoreArgs args) {
+  constexpr int kAtOnce = 4;
   ELVA_DYNAMIC_SHARED(memory);
   double* sums = reinterpret_cast<double*>(memory);
   float* bests = reinterpret_cast<float*>(sums + kWarps);
   int64_t* places = reinterpret_cast<int64_t*>(bests + kWarps);
   const int64_t i = blockIdx.x, own = args.target[i];
   float* row = args.scores + i * args.width;
-  const double query = args.query_norm[2 * i], own_norm = args.candidate_norm[2 * own];
+  const double query = args.query_norm[2 * i], own_norm = args.candidate_inverse[own];
   const bool bad_query = isnan(query), bad = bad_query || isnan(own_norm);
   const float mine = bad ? 0.0f : clamped(row[own] * query * own_norm);
   const int64_t own_id = args.ids == nullptr ? own : args.ids[own];
@@ -188,23 +189,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   int greater = 0, equal = 0;
   float hardest = -INFINITY;
   int64_t place = -1;
-  for (int64_t j = threadIdx.x; j < args.width; j += kThreads) {
-    float score = -INFINITY;
-    const bool rival =
-        j < args.candidates && j != own && (args.ids == nullptr || args.ids[j] != own_id);
-    if (rival) {
-      const double norm = args.candidate_norm[2 * j];
-      const bool sound = !bad_query && !isnan(norm);
-      if (sound) {
-        score = clamped(row[j] * query * norm);
-        if (static_cast<double>(score) > args.max_score) score = -INFINITY;
-      }
-      // NaN, a bad pair's own score, is below all numbers and equal to NaN.
-      greater += score > -INFINITY && (bad || score > mine);
-      equal += bad ? !sound : score > -INFINITY && score == mine;
+#pragma unroll 1
+  for (int64_t first = threadIdx.x; first < args.width; first += kAtOnce * kThreads) {
+    float products[kAtOnce];
+    double norms[kAtOnce];
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int64_t j = first + r * kThreads;
+      products[r] = j < args.width ? row[j] : 0.0f;
+      norms[r] = j < args.candidates ? args.candidate_inverse[j] : 0.0;
     }
-    row[j] = score;
-    if (score > hardest) hardest = score, place = j;
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int64_t j = first + r * kThreads;
+      float score = -INFINITY;
+      const bool rival =
+          j < args.candidates && j != own && (args.ids == nullptr || args.ids[j] != own_id);
+      if (rival) {
+        const bool sound = !bad_query && !isnan(norms[r]);
+        if (sound) {
+          score = clamped(products[r] * query * norms[r]);
+          if (static_cast<double>(score) > args.max_score) score = -INFINITY;
+        }
+        // NaN, a bad pair's own score, is below all numbers and equal to NaN.
+        greater += score > -INFINITY && (bad || score > mine);
+        equal += bad ? !sound : score > -INFINITY && score == mine;
+      }
+      if (j < args.width) row[j] = score;
+      if (score > hardest) hardest = score, place = j;
+    }
   }
   for (int offset = 16; offset > 0; offset /= 2) {
     const float other = __shfl_xor_sync(kAllLanes, hardest, offset);
@@ -235,11 +248,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (args.temperature == nullptr) return;
   const float inverse_temperature = static_cast<float>(1 / *args.temperature);
   double sum = 0, moment = 0;
-  for (int64_t j = threadIdx.x; j < args.width; j += kThreads) {  // its own stores
-    if (row[j] == -INFINITY) continue;
-    const float gap = row[j] - hardest, term = expf(gap * inverse_temperature);
-    sum += term;
-    moment += static_cast<double>(term) * gap;
+#pragma unroll 1
+  for (int64_t first = threadIdx.x; first < args.width; first += kAtOnce * kThreads) {
+    float scores[kAtOnce];  // its own stores
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      const int64_t j = first + r * kThreads;
+      scores[r] = j < args.width ? row[j] : -INFINITY;
+    }
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+      if (scores[r] == -INFINITY) continue;
+      const float gap = scores[r] - hardest, term = expf(gap * inverse_temperature);
+      sum += term;
+      moment += static_cast<double>(term) * gap;
+    }
   }
   sum = block_sum(sum, sums);
   moment = block_sum(moment, sums);
