@@ -24,6 +24,7 @@ void bind_cuda(py::module_& module) {
   bind(module, "cuda_unit_rows", elva_unit_rows_cuda);
   bind(module, "cuda_unit_gradient", elva_unit_gradient_cuda);
   bind(module, "cuda_score_rows", elva_score_rows_cuda);
+  module.def("cuda_column_scratch_bytes", &elva_column_scratch_bytes_cuda);
   bind(module, "cuda_column_sums", elva_column_sums_cuda);
   bind(module, "cuda_slope_rows", elva_slope_rows_cuda);
 }

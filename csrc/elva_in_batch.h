@@ -195,9 +195,9 @@ typedef struct {
   int64_t rows;
   int64_t candidates;
   int64_t width;
-  float* scores;                 // [rows, width]: products of `unit` rows; becomes masked scores
-  const double* query_norm;      // [rows, 2]
-  const double* candidate_norm;  // [candidates, 2]
+  float* scores;                    // [rows, width]: products of `unit` rows; becomes masked scores
+  const double* query_norm;         // [rows, 2]
+  const double* candidate_inverse;  // [candidates]: the first of their norms' two
   const int64_t* target;
   const int64_t* ids;
   double max_score;
@@ -221,6 +221,7 @@ typedef struct {
   float* peak;
   double* sum;
   double* moment;
+  void* scratch;  // elva_column_scratch_bytes_cuda, on 16 bytes
 } ElvaCudaColumnArgs;
 
 typedef struct {
@@ -241,6 +242,7 @@ typedef struct {
 ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args);
 ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args);
 ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args);
+int64_t elva_column_scratch_bytes_cuda(int64_t rows, int64_t width);
 ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args);
 ElvaStatus elva_slope_rows_cuda(const ElvaCudaSlopeArgs* args);
 

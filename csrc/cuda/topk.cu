@@ -15,6 +15,7 @@
 // Reference: elva_kernels.reference.topk.
 #include "multiply.h"
 #include "rows.h"
+#include "words.h"
 
 namespace elva {
 namespace {
@@ -24,6 +25,7 @@ constexpr int kBlockRows = kWarps * kWarpRows;
 constexpr int64_t kSegment = 2048;  // of a row that is summed apart
 // Of a query in shared memory at a time; with the padding, 8 queries lie in different banks.
 constexpr int kPieceBytes = 512, kPaddingBytes = 64;
+constexpr int kAhead = 2;  // steps of 64 bytes of a row that are on their way at a time
 
 // A warp's 32 rows times a group's queries. Lane l has rows l / 4 + 8 r, r < 4, and of the columns
 // those whose vector in a step of 64 bytes is the l % 4th.
@@ -184,13 +186,13 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
     return Row<T>{static_cast<const T*>(topk.corpus.data) + there * topk.corpus.row_stride,
                   topk.corpus.stride, 0};
   };
+  constexpr int64_t kBytes = sizeof(T);
+  const bool dense = row_at(0).is_dense() && topk.corpus.row_stride * kBytes % 16 == 0;
   Row<T> rows[4];
-  bool dense = true;
   int exponent[4] = {};
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     rows[r] = row_at(first_row + lane / 4 + 8 * r);
-    dense = dense && rows[r].is_dense();
     if (kRescale) {
       for (int quad = 0; quad < 8; ++quad) {
         const Row<T> row = row_at(first_row + quad + 8 * r);
@@ -202,6 +204,29 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
 
   Tile<T> tile;
   double square[4] = {};
+  float squares[4];
+  const auto take = [&](const Vector<T>* x, int at) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const float own = widen(x[r].at[i]);
+        squares[r] = fmaf(own, own, squares[r]);
+      }
+    }
+    tile.add(x, piece + at, kStride<T>);
+  };
+  // The steps before `whole` are in vectors, which are read kAhead steps before they are taken.
+  const int64_t whole = dense && !kRescale ? topk.dim / (kAhead * kStep) * (kAhead * kStep) : 0;
+  Words ahead[kAhead][4];
+  const auto read_ahead = [&](int step, int64_t at) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) ahead[step][r] = words_at(rows[r].data + at + lane % 4 * kSize);
+  };
+  if (whole > 0) {
+#pragma unroll
+    for (int step = 0; step < kAhead; ++step) read_ahead(step, step * kStep);
+  }
 #pragma unroll 1
   for (int64_t from = 0; from < topk.dim; from += kPiece<T>) {
     __syncthreads();
@@ -211,21 +236,30 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
                      load16(queries + query * args.padded_dim + from + at));
     }
     __syncthreads();
-    float squares[4] = {};
-    for (int at = 0; at < kPiece<T>; at += kStep) {
-      if (from + at >= topk.dim) break;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) squares[r] = 0;
+    int at = 0;
+#pragma unroll 1
+    for (; at < kPiece<T> && from + at < whole; at += kAhead * kStep) {
+#pragma unroll
+      for (int step = 0; step < kAhead; ++step) {
+        Vector<T> x[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) x[r] = elements<T>(ahead[step][r]);
+        take(x, at + step * kStep);
+        const int64_t next = from + at + (step + kAhead) * kStep;
+        if (next < whole) read_ahead(step, next);
+      }
+    }
+#pragma unroll 1
+    for (; at < kPiece<T> && from + at < topk.dim; at += kStep) {
       Vector<T> x[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         x[r] = rows[r].packed(from + at + lane % 4 * kSize, topk.dim, dense);
         if (kRescale) x[r] = rescaled(x[r], scale_of(exponent[r]));
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          const float own = widen(x[r].at[i]);
-          squares[r] = fmaf(own, own, squares[r]);
-        }
       }
-      tile.add(x, piece + at, kStride<T>);
+      take(x, at);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) square[r] += squares[r];

@@ -139,6 +139,17 @@ def test_sanitized_batch(dtype):
     assert torch.equal(found.rank, again.rank)
 
 
+@pytest.mark.parametrize("b", [137, 1100])
+def test_columns_in_parts(b):
+    """Of 128 rows each, added eight at a time; chunks add to what is there."""
+    query, candidates = batch(b, b, 5, torch.float64)
+    leaves = [x.float() for x in (query, candidates)]
+    right = info_nce(*(x.double() for x in leaves), symmetric=True, backend="reference")
+    for workspace_mb in (1, 256):
+        loss = info_nce(*leaves, symmetric=True, workspace_mb=workspace_mb, backend="cuda")
+        torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=1e-5)
+
+
 def test_groups_keep_their_bits_in_any_batch():
     inputs = embeddings((5,), 23, 128, torch.bfloat16)
     together = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)

@@ -1,5 +1,6 @@
 """The in-batch ops' steps by the CUDA kernels, with torch's matrix products."""
 
+import functools
 import math
 
 import torch
@@ -15,6 +16,11 @@ _OP = "in-batch op"  # for messages
 
 class CudaSteps(GpuSteps):
     """Rows stay in their dtype; slopes times bfloat16 rows are multiplied in two halves."""
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """The candidates' inverse norms, one beside the other."""
+        return self.candidates.norm[:, 0].contiguous()
 
     def units(self, rows: Tensor) -> Units:
         unit = rows.new_empty(rows.shape)
@@ -44,7 +50,7 @@ class CudaSteps(GpuSteps):
             self.width,
             scores.data_ptr(),
             self.query.norm[rows].data_ptr(),
-            self.candidates.norm.data_ptr(),
+            self.inverse.data_ptr(),
             self.batch.target[rows].data_ptr(),
             pointer(self.batch.candidate_ids),
             math.inf if self.batch.max_score is None else self.batch.max_score,
@@ -60,6 +66,8 @@ class CudaSteps(GpuSteps):
         self.keep_best(scores, rows)
 
     def column_sums(self, scores: Tensor) -> None:
+        size = launch.module().cuda_column_scratch_bytes(*scores.shape)
+        scratch = self.empty((size,), torch.uint8)
         launch.call(
             _OP,
             launch.module().cuda_column_sums,
@@ -69,6 +77,7 @@ class CudaSteps(GpuSteps):
             scores.data_ptr(),
             pointer(self.temperature),
             *(x.data_ptr() for x in self.columns),
+            scratch.data_ptr(),
         )
 
     def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
