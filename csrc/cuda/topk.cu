@@ -230,6 +230,7 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
 #pragma unroll 1
   for (int64_t from = 0; from < topk.dim; from += kPiece<T>) {
     __syncthreads();
+#pragma unroll 1
     for (int v = static_cast<int>(threadIdx.x); v < kQueries * kPiece<T> / kSize; v += kThreads) {
       const int query = v / (kPiece<T> / kSize), at = v % (kPiece<T> / kSize) * kSize;
       store16_shared(piece + query * kStride<T> + at,
@@ -251,15 +252,23 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
         if (next < whole) read_ahead(step, next);
       }
     }
+    if (at < kPiece<T> && from + at < topk.dim) {
 #pragma unroll 1
-    for (; at < kPiece<T> && from + at < topk.dim; at += kStep) {
-      Vector<T> x[4];
+      for (; at < kPiece<T> && from + at < topk.dim; at += kStep) {
+        Vector<T> x[4];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        x[r] = rows[r].packed(from + at + lane % 4 * kSize, topk.dim, dense);
-        if (kRescale) x[r] = rescaled(x[r], scale_of(exponent[r]));
+        for (int r = 0; r < 4; ++r) {
+          x[r] = rows[r].packed(from + at + lane % 4 * kSize, topk.dim, dense);
+          if (kRescale) x[r] = rescaled(x[r], scale_of(exponent[r]));
+        }
+        take(x, at);
       }
-      take(x, at);
+      // No vectors wait any more: their registers are free above.
+#pragma unroll
+      for (auto& step : ahead) {
+#pragma unroll
+        for (Words& words : step) words = {};
+      }
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) square[r] += squares[r];
