@@ -289,7 +289,7 @@ class Block {
       const auto write = [&](int64_t c, const auto* gradient) {
         store16_shared(row(static_cast<int>(c)) + at, packed<T>(gradient));
       };
-      gradient_columns<T, 4>(candidates_, a_, b_, query_b, upstream, at < width_, gradient_, read,
+      gradient_columns<T, sizeof(T) == 2 ? 4 : 3>(candidates_, a_, b_, query_b, upstream, at < width_, gradient_, read,
                              write);
     }
   }
