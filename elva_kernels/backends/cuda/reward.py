@@ -91,12 +91,12 @@ def _forward(
     scores = query.new_empty((*leading, n + 1), dtype=torch.float32)
     values = (reward, margin_reward, rank_reward, rank, scores)
     size = launch.module().cuda_reward_scratch_bytes(reward.numel(), n)
-    scratch = query.new_empty(size, dtype=torch.uint8)
+    scratch = query.new_empty(size, dtype=torch.uint8) if size else None
     launch.call(
         _OP,
         launch.module().cuda_reward_forward,
         DTYPE_CODES[query.dtype],
-        (*launch.place(query), scratch.data_ptr() if size else 0),
+        (*launch.place(query), pointer(scratch)),
         tuple(leading),
         n,
         dim,
