@@ -49,7 +49,7 @@ __device__ inline double held_square(const Words* held) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     unit_rows(const __grid_constant__ ElvaCudaUnitArgs args) {
   static_assert(kHeldColumns<T> <= kSegment);
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
