@@ -161,8 +161,11 @@ class Bench:
             "torch eager": in_batch_rivals.eager_loss,
             "torch eager, fp32 scores": in_batch_rivals.exact_loss,
             "torch linear_cross_entropy": in_batch_rivals.linear_loss,
+            **in_batch_rivals.gpu_losses(),
         }
         for name, loss in others.items():
+            if name in self.not_run:
+                continue
             run = in_batch_rivals.loss_and_grads(loss)
             calls[name] = lambda i, run=run: run(pairs[i % 2])
         self.add("info_nce", f"{size}x{size}x{dim}", calls, operations=3 * product)
@@ -223,5 +226,5 @@ def measure(device: str, seconds: float) -> dict[str, Any]:
 
 def not_asked() -> dict[str, str]:
     """Rivals that are not measured here at all."""
-    names = ("inf-cl", "Liger", "flashlib", "flashinfer", "quack", "cuVS", "FAISS")
+    names = ("flashlib", "flashinfer", "quack", "cuVS", "FAISS")
     return dict.fromkeys(names, "no call of it is written yet")

@@ -27,6 +27,12 @@ def _cosines(query: Tensor, candidates: Tensor) -> Tensor:
     return F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T
 
 
+def _unit_pair(query: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit rows, the queries over the temperature, and each query's own class."""
+    rows, weight = (F.normalize(x, dim=-1) for x in (query, candidates))
+    return rows / TEMPERATURE, weight, torch.arange(len(query), device=query.device)
+
+
 def eager_loss(query: Tensor, candidates: Tensor) -> Tensor:
     """Scores in the inputs' dtype, the rest in float32."""
     logits = _wide(_cosines(query, candidates)) / TEMPERATURE
@@ -40,9 +46,7 @@ def exact_loss(query: Tensor, candidates: Tensor) -> Tensor:
 
 def linear_loss(query: Tensor, candidates: Tensor) -> Tensor:
     """torch's own fusion of a product and a cross entropy."""
-    rows, weight = (F.normalize(x, dim=-1) for x in (query, candidates))
-    own = torch.arange(len(query), device=query.device)
-    return F.linear_cross_entropy(rows / TEMPERATURE, weight, own)
+    return F.linear_cross_entropy(*_unit_pair(query, candidates))
 
 
 def compiled(loss: Loss) -> Loss:
@@ -78,14 +82,55 @@ def sentence_transformers(pair: tuple[Tensor, Tensor]) -> Gradients:
     return loss, query.grad, candidates.grad
 
 
+def inf_cl_loss(query: Tensor, candidates: Tensor) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    rows, weight = (F.normalize(x, dim=-1) for x in (query, candidates))
+    scale = torch.tensor(1 / TEMPERATURE, device=query.device)
+    return cal_flash_loss(rows, weight, scale=scale).mean()
+
+
+def liger_loss(query: Tensor, candidates: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    rows, weight, own = _unit_pair(query, candidates)
+    return LigerFusedLinearCrossEntropyLoss()(weight, rows, own)
+
+
+def cut_cross_entropy_loss(query: Tensor, candidates: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(*_unit_pair(query, candidates))
+
+
+# Their kernels are Triton's: the name of the package, of its module, the loss.
+ON_A_GPU: dict[str, tuple[str, Loss]] = {
+    "inf-cl": ("inf_cl", inf_cl_loss),
+    "liger-kernel": ("liger_kernel", liger_loss),
+    "cut-cross-entropy": ("cut_cross_entropy", cut_cross_entropy_loss),
+}
+
+
+def gpu_losses() -> dict[str, Loss]:
+    """Of the rivals that need a GPU, those that can run here."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        name: loss
+        for name, (module, loss) in ON_A_GPU.items()
+        if importlib.util.find_spec(module) is not None
+    }
+
+
 def absent() -> dict[str, str]:
     """The rivals that cannot run here, and why."""
     reasons = {}
     if importlib.util.find_spec("sentence_transformers") is None:
         reasons["sentence-transformers"] = "not installed; pip install 'elva[rivals]'"
-    if not torch.cuda.is_available():
-        reasons["cut-cross-entropy"] = "its kernels need a GPU"
-    return reasons
+    if not hasattr(F, "linear_cross_entropy"):
+        reasons["torch linear_cross_entropy"] = f"torch {torch.__version__} has none"
+    missing = "not installed" if torch.cuda.is_available() else "its kernels need a GPU"
+    return reasons | dict.fromkeys(ON_A_GPU.keys() - gpu_losses().keys(), missing)
 
 
 def statistics(query: Tensor, candidates: Tensor, k: int) -> Tensor:

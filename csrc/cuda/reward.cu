@@ -6,7 +6,7 @@
 //   alignment (dense rows on 16 bytes are read in vectors); mask [*, N].
 // Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32, rank int32 [*];
 //   coefficients (reward_group.h); gradients dense.
-// Work split: forward a block a group, a warp a candidate; backward a block for some columns of a
+// Work split: forward a block a group, a warp two candidates; backward a block for some columns of a
 //   group (reward_gradient.h).
 // Bytes: the forward reads each input once; the backward reads it once and writes each gradient
 //   once.

@@ -5,7 +5,7 @@
 // In: as reward.cu, rows dense and on 16 bytes.
 // Out: as reward.cu.
 // Work split: a cluster a group, over and over; a block some columns of all of the group's rows, so
-//   that every gradient is its own; a warp a row's dot, then reward_gradient.h. Blocks exchange a
+//   that every gradient is its own; a warp two rows, then reward_gradient.h. Blocks send each other a
 //   product and a square a row through distributed shared memory, and each block ranks for itself.
 // Bytes: each input read once by bulk copies, each gradient written once, from the place where the
 //   row lay: 2 (N + 2) D elements a group, the floor.
