@@ -118,10 +118,9 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const double* a = args.coefficients + index * (2 * candidates + 1);
   T* const out_query = static_cast<T*>(args.grad_query) + index * args.dim;
   T* const out_positive = static_cast<T*>(args.grad_positive) + index * args.dim;
-  T* const out_negative =
-      static_cast<T*>(args.grad_negative) + (index * args.negatives - 1) * args.dim;
+  T* const out_negative = static_cast<T*>(args.grad_negative) + index * args.negatives * args.dim;
   const auto out = [&](int64_t c) {
-    return c > 0 ? out_negative + c * args.dim : c < 0 ? out_query : out_positive;
+    return c > 0 ? out_negative + (c - 1) * args.dim : c < 0 ? out_query : out_positive;
   };
   const Row<T> query{group_data<T>(args.batch, args.query, index), args.query.stride, 0};
   const Candidates<T> rows(args, index);

@@ -61,7 +61,8 @@ struct Layout {
 template <class T>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kThreads / 32;
-  static constexpr int kKept = 512;  // columns of the query that registers hold
+  static constexpr int kAhead = sizeof(T) == 2 ? 4 : 3;  // four of fp32 spill on sm_120
+  static constexpr int kKept = 512;                      // columns of the query that registers hold
 
  public:
   __device__ Block(const ClusterArgs& args, unsigned char* memory, int blocks)
@@ -285,12 +286,12 @@ class Block {
     const double upstream = upstream_of(args_, index_), query_b = group_.total[Group::kQuery];
     for (int first = 0; first < width_; first += kWide * kSize) {
       const int at = first + static_cast<int>(threadIdx.x % kWide) * kSize;
-      const auto read = [&](int c) { return load16(row(static_cast<int>(c)) + at); };
+      const auto read = [&](int64_t c) { return load16(row(static_cast<int>(c)) + at); };
       const auto write = [&](int64_t c, const auto* gradient) {
         store16_shared(row(static_cast<int>(c)) + at, packed<T>(gradient));
       };
-      gradient_columns<T, sizeof(T) == 2 ? 4 : 3>(candidates_, a_, b_, query_b, upstream, at < width_, gradient_, read,
-                             write);
+      gradient_columns<T, kAhead>(candidates_, a_, b_, query_b, upstream, at < width_, gradient_,
+                                  read, write);
     }
   }
 
