@@ -95,7 +95,7 @@ def _arithmetic_of_a_gpu():
 
     And it multiplies matrices by a library whose sums may depend on the place in the tile. Beside
     that, at each call of a device function it looks through the language for what is to be
-    replaced, which takes most of its time: once a launch for each module is as good.
+    replaced, which takes half of its time: once a launch for each module is as good.
     """
     from triton import language as tl
     from triton.runtime import interpreter
@@ -124,9 +124,10 @@ def _arithmetic_of_a_gpu():
 
     def replace_once(function):
         names = id(function.__globals__)
-        if names not in replaced:
-            replaced.add(names)
-            return replace(function)
+        if names in replaced:
+            return None
+        replaced.add(names)
+        return replace(function)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", exact)
