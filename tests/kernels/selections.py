@@ -267,6 +267,10 @@ SESSIONS = {
                 *cases("test_reward_torch::test_second_derivative_is_refused"),
                 *cases("test_reward_torch::test_forward_mode_is_refused_and_never_silently_zero"),
                 *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
+                *cases(
+                    "test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1e-3
+                ),
+                *cases("test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1.0),
             ],
             "torch's threads, which fibers do not use": THREADS,
             "millions of scores, which take minutes": CHUNKS,
@@ -310,6 +314,10 @@ SESSIONS = {
                 *cases("test_reward_torch::test_opcheck", shared=False),
                 *cases("test_reward_torch::test_opcheck", rank_temperature=0.0),
                 *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
+                *cases(
+                    "test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1e-3
+                ),
+                *cases("test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1.0),
             ],
             "sizes that take seconds": [
                 *cases("test_reward::test_masked_rows_are_never_read", n=70),
