@@ -267,10 +267,6 @@ SESSIONS = {
                 *cases("test_reward_torch::test_second_derivative_is_refused"),
                 *cases("test_reward_torch::test_forward_mode_is_refused_and_never_silently_zero"),
                 *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
-                *cases(
-                    "test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1e-3
-                ),
-                *cases("test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1.0),
             ],
             "torch's threads, which fibers do not use": THREADS,
             "millions of scores, which take minutes": CHUNKS,

@@ -315,7 +315,9 @@ def compile_driver(folder, flags, whole, other):
     flags = f"-std=c++17 -g -pthread -ffp-contract=off -w {flags} -I{ROOT}/csrc".split()
     sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
     sources.append(("", ROOT / "tests/kernels/cpu_driver.cpp"))
-    for level in LEVELS if X86 else ("plain",):  # the driver links all; it runs what this CPU has
+    levels = LEVELS if X86 else ("plain",)  # the driver links all; it runs what this CPU has
+    # The whole ones first: of an inline function the linker takes the first one that it sees.
+    for level in sorted(levels, key=lambda level: level not in whole):
         extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
         extra += "" if level in whole else f" {other}"
         sources += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]
