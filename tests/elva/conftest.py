@@ -1,10 +1,13 @@
 """A corpus of a few hundred emoji and a model that trains in seconds, each made once a session."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -105,22 +108,47 @@ def recipe(recipe_file: Path) -> Recipe:
     return resolve("smoke", recipe_file)
 
 
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-c", "from elva.cli import app; app()", *words]
+@pytest.fixture(scope="session")
+def start(_cache_of_the_session: None) -> Callable[..., BaseProcess]:
+    """Begins `elva WORDS` in a process of its own, which may be killed.
 
+    It is forked from one that has imported the trainer and computed nothing, so that the seconds of
+    importing it are spent once. `finished` is a process as a user starts it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["elva.cli", "elva.commands.train", "elva.commands.evaluate"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # the server keeps this environment
+        forkserver.ensure_running()
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    def begin(*words: str, directory: Path, before: str = "") -> BaseProcess:
+        """`before`: statements that run first. What is printed goes to `directory`/printed."""
+        program = f"""
+import os, sys
+os.chdir({str(directory)!r})
+printed = os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+for stream in (1, 2):
+    os.dup2(printed, stream)
+sys.argv[:] = ["elva", *{words!r}]
+{before}
+from elva.cli import app
+app()
+"""
+        process = context.Process(target=exec, args=(program,))
+        process.start()
+        return process
+
+    return begin
 
 
 @pytest.fixture(scope="session")
 def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of that recipe which nobody disturbed."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    arguments = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
+    words = ("train", "--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
     done = subprocess.run(
-        command("train", *arguments), env=environment(), capture_output=True, text=True,
-        cwd=run.parent,
+        [sys.executable, "-c", "from elva.cli import app; app()", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=run.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "t→i" in done.stdout

@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
 
@@ -18,7 +18,8 @@ from elva.commands.train import train
 from elva.errors import UserError
 from elva.recipe import Recipe, resolve
 from elva.run import Run
-from tests.elva.conftest import command, environment
+
+Start = Callable[..., BaseProcess]
 
 
 class Silent:
@@ -68,13 +69,10 @@ def test_figures_are_shares_and_agree_with_their_samples(finished: Path) -> None
         assert result["figures"]["grain_distance"] == means
 
 
-def test_evaluate_repeats_the_table(finished: Path) -> None:
+def test_evaluate_repeats_the_table(finished: Path, start: Start, tmp_path: Path) -> None:
     before = Run.open(finished).read("2", "evaluation.json")["figures"]
-    done = subprocess.run(
-        command("evaluate", str(finished), "--stage", "2", "--json"),
-        env=environment(), capture_output=True, text=True, cwd=finished.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ("evaluate", str(finished), "--stage", "2", "--json")
+    assert ended(start(*words, directory=tmp_path)) == 0, (tmp_path / "printed").read_text()
     assert Run.open(finished).read("2", "evaluation.json")["figures"] == before
 
 
@@ -87,23 +85,20 @@ KILLED = [("0", 20), ("1", 1), ("2", 2), ("3", 3), ("infonce", 1)]
     ids=["two stages", "every stage"],
 )
 def test_killed_and_resumed_gives_the_same_bits(
-    killed: list[tuple[str, int]], finished: Path, recipe_file: Path, tmp_path: Path
+    killed: list[tuple[str, int]], finished: Path, recipe_file: Path, start: Start, tmp_path: Path
 ) -> None:
     run = tmp_path / "killed"
-    start = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
+    begin = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
     resume = ("--output", str(run), "--resume")
-    words: tuple[str, ...] = start
+    words: tuple[str, ...] = begin
     for stage, step in killed:
-        process = subprocess.Popen(
-            command("train", *words), env=environment(), cwd=tmp_path,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = start("train", *words, directory=tmp_path)
         wait_for(run, stage, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        assert ended(process) == -signal.SIGKILL
         words = resume
-    done = subprocess.run(command("train", *resume), env=environment(), cwd=tmp_path)
-    assert done.returncode == 0
+    resumed = start("train", *resume, directory=tmp_path)
+    assert ended(resumed) == 0, (tmp_path / "printed").read_text()
     assert weights(run) == weights(finished)
     keep = ("stage", "step", "loss", "lm", "infonce", "reward", "kl")
     lines = [[{k: e.get(k) for k in keep} for e in Run.open(r).metrics()] for r in (run, finished)]
@@ -113,10 +108,17 @@ def test_killed_and_resumed_gives_the_same_bits(
     assert lines[0] == lines[1]
 
 
-def wait_for(run: Path, stage: str, step: int, process: subprocess.Popen[bytes]) -> None:
+def ended(process: BaseProcess) -> int:
+    """Its exit code, once it is there."""
+    process.join(300)
+    assert process.exitcode is not None, "still running after five minutes"
+    return process.exitcode
+
+
+def wait_for(run: Path, stage: str, step: int, process: BaseProcess) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        assert process.poll() is None, "ended before it could be killed"
+        assert process.exitcode is None, "ended before it could be killed"
         file = run / "metrics.jsonl"
         if file.exists() and f'"stage": "{stage}", "step": {step}' in file.read_text():
             return
@@ -232,19 +234,18 @@ def test_dry_run_trains_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    recipe_file: Path, start: Start, tmp_path: Path
+) -> None:
     """RLIMIT_FSIZE makes every write beyond 200 kB fail, as a full disk does."""
-    code = (
+    limit = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
-        "from elva.cli import app; app()"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     )
     run = tmp_path / "full"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--recipe", "smoke",
-         "--config", str(recipe_file), "--output", str(run)],
-        capture_output=True, text=True, cwd=tmp_path, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "cannot write" in done.stderr and "Traceback" not in done.stderr
+    words = ("train", "--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
+    code = ended(start(*words, directory=tmp_path, before=limit))
+    printed = (tmp_path / "printed").read_text()
+    assert code == 2, printed
+    assert "cannot write" in printed and "Traceback" not in printed
     assert not list(run.rglob("*.partial"))

@@ -93,12 +93,16 @@ def pytest_collection_modifyitems(items):
 def _arithmetic_of_a_gpu():
     """Triton's interpreter truncates to bfloat16 and loses its subnormals; no GPU does either.
 
-    And it multiplies matrices by a library whose sums may depend on the place in the tile.
+    And it multiplies matrices by a library whose sums may depend on the place in the tile. Beside
+    that, at each call of a device function it looks through the language for what is to be
+    replaced, which takes half of its time: once a launch for each module is as good.
     """
     from triton import language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    convert, replace = interpreter._convert_float, interpreter._patch_lang
+    launch = interpreter.GridExecutor.__call__
+    replaced = set()  # in this launch: what the modules of its functions call the language
 
     def exact(values, source, target, rounding):
         if (source, target) == (tl.float32, tl.bfloat16):
@@ -114,8 +118,21 @@ def _arithmetic_of_a_gpu():
         sums = products.sum(1).astype(total.data.dtype) + total.data
         return interpreter.TensorHandle(sums, total.dtype.scalar)
 
+    def launch_anew(*given, **named):
+        replaced.clear()
+        launch(*given, **named)
+
+    def replace_once(function):
+        names = id(function.__globals__)
+        if names in replaced:
+            return None
+        replaced.add(names)
+        return replace(function)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", exact)
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield
 

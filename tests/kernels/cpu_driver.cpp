@@ -390,9 +390,12 @@ void many_calls(unsigned seed) {
 
 }  // namespace
 
-int main() {
+// The argument: the number of threads that call at once, each with a seed of its own.
+int main(int argc, char** arguments) {
+  if (argc != 2) return 2;
   std::vector<std::thread> threads;
-  for (unsigned i = 0; i < 3; ++i) threads.emplace_back(many_calls, i);
+  const auto count = static_cast<unsigned>(std::atoi(arguments[1]));
+  for (unsigned i = 0; i < count; ++i) threads.emplace_back(many_calls, i);
   for (auto& thread : threads) thread.join();
   std::puts(elva_cpu_level());
   return 0;

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.kernels.cases import WEIGHTS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ASKED = "ELVA_TEST_SESSION"  # the key in SESSIONS
@@ -222,8 +224,15 @@ CHUNKS = cases("test_info_nce::test_workspace_changes_no_loss")
 HEADS = cases("test_rank_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
 COMPILED = [
     *cases("test_reward_torch::test_compiles_without_a_graph_break"),
+    *cases("test_reward_torch::test_compiles_with_dynamic_shapes_and_weights"),
+    *cases("test_topk::test_compiles_with_dynamic_shapes"),
     *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
     *cases("test_info_nce_torch::test_compiles_without_a_graph_break"),
+]
+TURNS = [
+    clause
+    for turn in range(1, 6)
+    for clause in cases("test_topk::test_every_layout_gives_the_same_bits", turn=turn)
 ]
 PLANTED = cases("test_mutants::test_the_claims_hold test_a_mutant_turns_the_suite_red")
 DRAWN = [
@@ -290,6 +299,22 @@ SESSIONS = {
         },
         thorough=LONG
         | {
+            "what one case shows: bits and registration are the same kernels' in the others": [
+                *TURNS,
+                *cases(
+                    "test_topk::test_a_querys_result_does_not_depend_on_the_others", metric="dot"
+                ),
+                *cases(
+                    "test_reward::test_a_groups_bits_depend_on_that_group_alone", weights=WEIGHTS
+                ),
+                *cases("test_reward_torch::test_opcheck", shared=False),
+                *cases("test_reward_torch::test_opcheck", rank_temperature=0.0),
+                *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
+                *cases(
+                    "test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1e-3
+                ),
+                *cases("test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1.0),
+            ],
             "sizes that take seconds": [
                 *cases("test_reward::test_masked_rows_are_never_read", n=70),
                 *cases("test_topk::test_copies_of_a_row_tie_wherever_they_are", dim=1536),
@@ -307,6 +332,7 @@ SESSIONS = {
                 *cases("test_in_batch_reward::test_reward", b=19),
                 *cases("test_info_nce::test_values_and_gradients", b=40),
                 *cases("test_info_nce::test_values_and_gradients", b=17),
+                *cases("test_info_nce::test_values_and_gradients", d=257),
                 *cases("test_info_nce::test_symmetric_is_two_calls"),
                 *cases("test_topk::test_cosines_of_tiny_and_huge_rows"),
                 *cases("test_topk::test_thresholds_at_the_ends_of_the_range"),

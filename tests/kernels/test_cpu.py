@@ -35,6 +35,7 @@ LEVEL_FLAGS = {
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+THREAD = "-fsanitize=thread"
 
 needs_native = pytest.mark.skipif(
     boundary.unavailable_reason() is not None, reason=str(boundary.unavailable_reason())
@@ -301,22 +302,24 @@ def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
     assert int(done.stdout) < 0.01 * 64 * 102 * 1536 * 4
 
 
-def compile_driver(folder, sanitizer, beyond_plain):
-    """tests/kernels/cpu_driver.cpp and csrc/cpu under `sanitizer`: the program's path.
+def compile_driver(folder, flags, whole, other):
+    """tests/kernels/cpu_driver.cpp and csrc/cpu with `flags`: the program's path.
 
-    `beyond_plain` are more flags of the levels above "plain".
+    `other` are more flags of the levels that are not among the `whole` ones.
     """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("the sanitizers are tested with g++, which is not installed")
     if not (ROOT / "csrc").is_dir():
         pytest.skip("no csrc beside these tests")
-    flags = f"-std=c++17 -O1 -g -pthread -ffp-contract=off -w {sanitizer} -I{ROOT}/csrc".split()
+    flags = f"-std=c++17 -g -pthread -ffp-contract=off -w {flags} -I{ROOT}/csrc".split()
     sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
     sources.append(("", ROOT / "tests/kernels/cpu_driver.cpp"))
-    for level in LEVELS if X86 else ("plain",):  # the driver links all; it runs what this CPU has
+    levels = LEVELS if X86 else ("plain",)  # the driver links all; it runs what this CPU has
+    # The whole ones first: of an inline function the linker takes the first one that it sees.
+    for level in sorted(levels, key=lambda level: level not in whole):
         extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
-        extra += "" if level == "plain" else f" {beyond_plain}"
+        extra += "" if level in whole else f" {other}"
         sources += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]
     objects, commands = [], []
     for i, (extra, source) in enumerate(sources):
@@ -329,27 +332,42 @@ def compile_driver(folder, sanitizer, beyond_plain):
     return program
 
 
-@needs_native
-@pytest.mark.parametrize(
-    ("sanitizer", "beyond_plain"),
-    [
-        # Checks of undefined behaviour take most of the compiler's time: by default at one level.
-        pytest.param(ADDRESS_UNDEFINED, "-fno-sanitize=undefined", id="undefined-of-plain"),
-        pytest.param(ADDRESS_UNDEFINED, "", id="undefined", marks=pytest.mark.thorough),
-        pytest.param("-fsanitize=thread", "", id="thread"),
-    ],
-)
-def test_sanitizers_are_silent(tmp_path, sanitizer, beyond_plain):
-    program = compile_driver(tmp_path, sanitizer, beyond_plain)
-    for level in boundary.describe()["levels"]:
+def sanitize(folder, flags, whole, other, run, callers):
+    """The driver says nothing, on each level of `run`; `callers` are threads that call at once."""
+    program = compile_driver(folder, flags, whole, other)
+    for level in run:
         done = subprocess.run(
-            [program],
+            [program, str(callers)],
             capture_output=True,
             text=True,
             timeout=300,
             env=os.environ | {"ELVA_KERNELS_CPU_LEVEL": level},
         )
         assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr[-4000:]
+
+
+@needs_native
+def test_addresses_are_right_at_every_level_and_no_behaviour_is_undefined_at_one(tmp_path):
+    """Checks of undefined behaviour take the compiler long, and longer the more it optimises."""
+    flags, other = f"{ADDRESS_UNDEFINED} -O0", "-fno-sanitize=undefined"
+    levels = boundary.describe()["levels"]
+    sanitize(tmp_path, flags, whole=["plain"], other=other, run=levels, callers=1)
+
+
+@needs_native
+def test_no_thread_races_at_the_best_level(tmp_path):
+    """How work is shared among threads is the same code for every level."""
+    best, *_ = boundary.describe()["levels"]
+    flags, other = f"{THREAD} -O1", "-fno-sanitize=thread -O0"
+    sanitize(tmp_path, flags, whole=[best], other=other, run=[best], callers=2)
+
+
+@needs_native
+@pytest.mark.thorough
+@pytest.mark.parametrize("sanitizer", [ADDRESS_UNDEFINED, THREAD], ids=["undefined", "thread"])
+def test_sanitizers_are_silent_at_every_level(tmp_path, sanitizer):
+    levels = boundary.describe()["levels"]
+    sanitize(tmp_path, f"{sanitizer} -O1", whole=LEVELS, other="", run=levels, callers=3)
 
 
 def build(tmp_path, **environment):
