@@ -109,7 +109,9 @@ def recipe(recipe_file: Path) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def start(_cache_of_the_session: None) -> Callable[..., BaseProcess]:
+def start(
+    _cache_of_the_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., BaseProcess]:
     """Begins `elva WORDS` in a process of its own, which may be killed.
 
     It is forked from one that has imported the trainer and computed nothing, so that the seconds of
@@ -118,7 +120,9 @@ def start(_cache_of_the_session: None) -> Callable[..., BaseProcess]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["elva.cli", "elva.commands.train", "elva.commands.evaluate"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # the server keeps this environment
+        # The server keeps this environment, and would import what lies in its folder.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.chdir(tmp_path_factory.mktemp("server"))
         forkserver.ensure_running()
 
     def begin(*words: str, directory: Path, before: str = "") -> BaseProcess:
