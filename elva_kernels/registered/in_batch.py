@@ -74,7 +74,7 @@ def _in_batch_ranking_reward(
     op = "in_batch_ranking_reward"
     batch = _batch(op, query, candidates, target, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
-    return launch(query, candidates, batch, head, Weights._make(weights))
+    return launch(query, candidates, batch, head, Weights(*weights))
 
 
 def _in_batch_ranking_reward_backward(
@@ -90,7 +90,7 @@ def _in_batch_ranking_reward_backward(
 ) -> Tensors:
     op = "in_batch_ranking_reward_backward"
     launch = launcher(op, backend, query.device, query.dtype)
-    return launch(query, candidates, index, scores, rank, grad_reward, head, Weights._make(weights))
+    return launch(query, candidates, index, scores, rank, grad_reward, head, Weights(*weights))
 
 
 def _nce(op: str) -> Callable[..., Tensors]:

@@ -31,7 +31,7 @@ def _forward(
     inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
     if shared:
         inputs = _expand_inputs(inputs, leading)
-    return launch(*inputs, Weights._make(weights))
+    return launch(*inputs, Weights(*weights))
 
 
 _ranking_reward = functools.partial(_forward, "ranking_reward")
@@ -52,11 +52,11 @@ def _ranking_reward_backward(
     leading, shared = _leading(query, positive, negatives, mask)
     inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
     if not shared:
-        return launch(*inputs, saved, grad_reward, Weights._make(weights))
+        return launch(*inputs, saved, grad_reward, Weights(*weights))
     # A shared tensor's gradient is a sum over groups: of float32 terms, to be rounded once.
     exact = [x.to(compute_dtype(x.dtype)) for x in inputs[:3]]
     expanded = _expand_inputs((*exact, inputs[3]), leading)
-    gradients = launch(*expanded, saved, grad_reward, Weights._make(weights))
+    gradients = launch(*expanded, saved, grad_reward, Weights(*weights))
     return _reduce(gradients, (query, positive, negatives))
 
 
@@ -75,7 +75,7 @@ def _ranking_reward_and_grad(
     mask = _expand(mask, leading, 1)
     if not shared:
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        return launch(query, positive, negatives, mask, upstream, Weights._make(weights))
+        return launch(query, positive, negatives, mask, upstream, Weights(*weights))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
     inputs = (query, positive, negatives, mask)
     *values, saved = _ranking_reward_saved(*inputs, weights, backend)
@@ -90,7 +90,7 @@ def _reward_from_scores(
     launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
     inputs = (_expand(scores, leading, 1), _expand(mask, leading, 1))
-    return launch(*inputs, Weights._make(weights))
+    return launch(*inputs, Weights(*weights))
 
 
 def _reward_from_scores_backward(
@@ -104,7 +104,7 @@ def _reward_from_scores_backward(
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
-    return _reduce(launch(*inputs, grad_reward, Weights._make(weights)), (scores,))[0]
+    return _reduce(launch(*inputs, grad_reward, Weights(*weights)), (scores,))[0]
 
 
 def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
