@@ -17,6 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+PARTIAL = ".partial"  # after a name: not whole yet, or what a killed process left
 MANIFEST = "manifest.json"
 """Written last into a directory: the size and SHA-256 of each of its files."""
 
@@ -55,7 +56,7 @@ def replacing(path: Path) -> Iterator[Sink]:
         OSError: the disk is full or not writable; `path` is as it was, and nothing lies beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -120,7 +121,7 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full or not writable; `final` is untouched and the sibling removed.
     """
-    partial = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -26,7 +26,7 @@ import yaml
 from elva import __version__
 from elva.data import emoji
 from elva.errors import RunError
-from elva.files import is_whole, write_text
+from elva.files import PARTIAL, is_whole, write_text
 from elva.recipe import Recipe, read_recipe, to_dict
 
 
@@ -42,7 +42,10 @@ class Run:
         """Start a run in an absent or empty directory (a fresh dated one under runs/ for None)."""
         if directory is None:
             directory = _dated(Path("runs"), recipe.name)
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        killed = "recipe.yaml" + PARTIAL  # what one that was killed at its start may have left
+        if directory.exists() and (
+            not directory.is_dir() or any(p.name != killed for p in directory.iterdir())
+        ):
             raise RunError(
                 f"{directory}: must be empty to start a run in; "
                 "pass --resume to go on with it or choose another --output"

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from elva.errors import IndexFault
-from elva.files import replacing, sync_directory
+from elva.files import PARTIAL, replacing, sync_directory
 from elva.index import manifest, segment
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import Segment
@@ -30,8 +30,8 @@ def building(directory: Path, empty: Manifest, overwrite: bool) -> Iterator[Mani
             f"{directory}: must not hold an index yet; pass --overwrite, or elva index add"
         )
     made = not directory.exists()
-    if not made and not there and any(p.name not in (SEGMENTS, manifest.LOCK)
-                                      for p in directory.iterdir()):  # fmt: skip
+    ours = {SEGMENTS, manifest.LOCK, manifest.FILE + PARTIAL}  # what a killed one may have left
+    if not made and not there and any(p.name not in ours for p in directory.iterdir()):
         raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
     generation = manifest.read(directory).generation + 1 if there else 0
     try:

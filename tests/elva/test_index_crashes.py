@@ -56,6 +56,18 @@ def more(tmp_path):
     return index.segments[0].path
 
 
+def test_an_index_is_built_where_a_kill_left_a_half_manifest(tmp_path):
+    path = tmp_path / "index"
+    (path / "segments").mkdir(parents=True)
+    (path / "index.json.partial").write_text("{")
+    Index.build(path, ["a"], embeddings(1, 0), model=MODEL)
+    assert list(content(path)) == ["a"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.partial").touch()
+    with pytest.raises(IndexFault, match="must be empty or an index"):
+        Index.build(tmp_path / "other", ["a"], embeddings(1, 0), model=MODEL)
+
+
 @pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.thorough)])
 def test_killed_at_any_moment_it_is_the_old_or_the_new_index(tmp_path, more, kills):
     path, wanted, draw = tmp_path / "index", tmp_path / "wanted", random.Random(0)

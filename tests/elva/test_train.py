@@ -227,6 +227,11 @@ def test_dry_run_resolves_to_the_papers_table(recipe: str) -> None:
     assert all(s["activations_mb"] > 1_000 for s in plan["plan"].values())  # gigabytes at 2B or 7B
 
 
+def test_a_run_starts_where_a_kill_left_half_a_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml.partial").write_text("name:")
+    assert Run.open(Run.create(tmp_path, recipe).directory).recipe == recipe
+
+
 def test_dry_run_trains_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["train", "--dry-run", "--limit", "7"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault, UserError
-from elva.files import sha256, write_text
+from elva.files import PARTIAL, sha256, write_text
 from elva.index import exact
 from elva.index.exact import Found
 from elva.index.index import Index, Where
@@ -56,7 +56,7 @@ def export(index: Index, kind: str) -> Path:
         made.add(block)
     place = index.directory / DERIVED / f"{kind}.faiss"
     place.parent.mkdir(exist_ok=True)
-    partial = place.with_name(place.name + ".partial")
+    partial = place.with_name(place.name + PARTIAL)
     try:
         faiss.write_index(made, str(partial))
         digest = sha256(partial)
