@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
 
 from elva.data import emoji, load
 from elva.recipe import Recipe, resolve
+
+
+class Training(NamedTuple):
+    process: subprocess.Popen[bytes]
+    directory: Path
+
 
 STAGES = ("0", "1", "2", "3")
 KEPT = 260  # of each kind: enough for 50 hard and 50 random negatives
@@ -146,14 +153,27 @@ app()
 
 
 @pytest.fixture(scope="session")
-def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of that recipe which nobody disturbed."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    words = ("train", "--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
-    done = subprocess.run(
+def training(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
+    """`elva train` of that recipe as a user starts it, while other tests run."""
+    directory = tmp_path_factory.mktemp("runs")
+    words = ("train", "--recipe", "smoke", "--config", str(recipe_file), "--output", "whole")
+    with (directory / "printed").open("w") as printed, subprocess.Popen(
         [sys.executable, "-c", "from elva.cli import app; app()", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=run.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "t→i" in done.stdout
-    return run
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=printed, stderr=printed, cwd=directory,
+    ) as process:  # fmt: skip
+        yield Training(process, directory)
+        process.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _training_begins_early(request: pytest.FixtureRequest) -> None:
+    if any("finished" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("training")
+
+
+@pytest.fixture(scope="session")
+def finished(training: Training) -> Path:
+    """The directory of that run, which nobody disturbed."""
+    code, printed = training.process.wait(), (training.directory / "printed").read_text()
+    assert code == 0 and "t→i" in printed, printed
+    return training.directory / "whole"

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import importlib
 import importlib.util
 import os
@@ -95,13 +96,14 @@ def _arithmetic_of_a_gpu():
 
     And it multiplies matrices by a library whose sums may depend on the place in the tile. Beside
     that, at each call of a device function it looks through the language for what is to be
-    replaced, which takes half of its time: once a launch for each module is as good.
+    replaced, which takes half of its time: once a launch for each module is as good. And for each
+    operation it writes its table of NumPy's dtypes anew: each is looked up once.
     """
     from triton import language as tl
     from triton.runtime import interpreter
 
     convert, replace = interpreter._convert_float, interpreter._patch_lang
-    launch = interpreter.GridExecutor.__call__
+    launch, numpy_dtype = interpreter.GridExecutor.__call__, interpreter._get_np_dtype
     replaced = set()  # in this launch: what the modules of its functions call the language
 
     def exact(values, source, target, rounding):
@@ -129,7 +131,13 @@ def _arithmetic_of_a_gpu():
         replaced.add(names)
         return replace(function)
 
+    once = functools.cache(numpy_dtype)
+
+    def numpy_dtype_once(given):
+        return numpy_dtype(given) if given.scalar.is_ptr() else once(given.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_get_np_dtype", numpy_dtype_once)
         patch.setattr(interpreter, "_convert_float", exact)
         patch.setattr(interpreter, "_patch_lang", replace_once)
         patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)

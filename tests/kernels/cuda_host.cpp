@@ -27,7 +27,8 @@ constexpr int kWarp = 32;
 
 // Threads that wait for one another.
 struct Meeting {
-  int members = 0, here = 0, generation = 0, any = 0, seen = 0;
+  int members = 0, here = 0, any = 0, seen = 0;
+  uint32_t generation = 0;
 };
 
 struct Block {
@@ -50,13 +51,19 @@ struct Send {
   Arrivals* arrivals;
 };
 
+// What __builtin_setjmp keeps. It makes no system call, as swapcontext does at each switch.
+using Place = void* [5];
+
 struct Fiber {
   Self self;
-  ucontext_t context;
+  ucontext_t beginning;
+  Place place;
   std::vector<char> stack = std::vector<char>(kStackBytes);
   void* fake_stack = nullptr;
+  const uint32_t* awaited = nullptr;  // goes on when this is no longer that
+  uint32_t value = 0;
   size_t block = 0, warp = 0;
-  bool done = false;
+  bool begun = false, done = false;
 };
 
 struct Warp {
@@ -72,7 +79,7 @@ struct Machine {
   std::vector<Copy> copies;
   std::vector<Send> sends;
   Meeting cluster;
-  ucontext_t scheduler;
+  Place scheduler;
   void* scheduler_stack = nullptr;
   const void* scheduler_bottom = nullptr;
   size_t scheduler_size = 0;
@@ -100,11 +107,34 @@ void after_switch(void* fake, const void** bottom, size_t* size) {
 #endif
 }
 
-void yield() {
+// The sanitizer would forget at a jump what it knows of the frames that are left. And a function
+// that jumps may not be one that is jumped to.
+#define ELVA_JUMPS __attribute__((noinline, no_sanitize("address")))
+
+[[noreturn]] ELVA_JUMPS void jump(void** place) { __builtin_longjmp(place, 1); }
+
+ELVA_JUMPS void to_scheduler(Fiber* fiber) {
+  if (__builtin_setjmp(fiber->place) == 0) jump(machine.scheduler);
+}
+
+ELVA_JUMPS void to_fiber(Fiber* fiber) {
+  if (__builtin_setjmp(machine.scheduler) != 0) return;
+  if (fiber->begun) jump(fiber->place);
+  fiber->begun = true;
+  setcontext(&fiber->beginning);
+}
+
+// Until *word is not `value`.
+void wait_while(const uint32_t* word, uint32_t value) {
   Fiber& fiber = machine.fiber();
-  before_switch(&fiber.fake_stack, machine.scheduler_bottom, machine.scheduler_size);
-  swapcontext(&fiber.context, &machine.scheduler);
-  after_switch(fiber.fake_stack, nullptr, nullptr);
+  fiber.awaited = word;
+  fiber.value = value;
+  while (*word == value) {
+    before_switch(&fiber.fake_stack, machine.scheduler_bottom, machine.scheduler_size);
+    to_scheduler(&fiber);
+    after_switch(fiber.fake_stack, nullptr, nullptr);
+  }
+  fiber.awaited = nullptr;
 }
 
 void run_body() {
@@ -112,11 +142,11 @@ void run_body() {
   (*machine.body)();
   machine.fiber().done = machine.progress = true;
   before_switch(nullptr, machine.scheduler_bottom, machine.scheduler_size);
-  setcontext(&machine.scheduler);
+  jump(machine.scheduler);
 }
 
 int meet(Meeting* meeting, int x = 0) {
-  const int generation = meeting->generation;
+  const uint32_t generation = meeting->generation;
   meeting->any |= x;
   if (++meeting->here == meeting->members) {
     meeting->seen = meeting->any;
@@ -124,7 +154,7 @@ int meet(Meeting* meeting, int x = 0) {
     ++meeting->generation;
     machine.progress = true;
   }
-  while (meeting->generation == generation) yield();
+  wait_while(&meeting->generation, generation);
   return meeting->seen;
 }
 
@@ -179,11 +209,12 @@ std::vector<size_t> order_of(size_t count) {
 
 void start(size_t i) {
   Fiber& fiber = *machine.fibers[i];
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.data();
-  fiber.context.uc_stack.ss_size = fiber.stack.size();
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_body, 0);
+  fiber.begun = fiber.done = false;
+  getcontext(&fiber.beginning);
+  fiber.beginning.uc_stack.ss_sp = fiber.stack.data();
+  fiber.beginning.uc_stack.ss_size = fiber.stack.size();
+  fiber.beginning.uc_link = nullptr;
+  makecontext(&fiber.beginning, run_body, 0);
 }
 
 void run_cluster(size_t first_block, size_t blocks, const cudaLaunchConfig_t& config) {
@@ -209,7 +240,6 @@ void run_cluster(size_t first_block, size_t blocks, const cudaLaunchConfig_t& co
       fiber.self.grid_dim = config.gridDim;
       fiber.block = b;
       fiber.warp = b * warps + t / kWarp;
-      fiber.done = false;
       machine.warps[fiber.warp].meeting.members += 1;
       start(b * threads + t);
     }
@@ -218,11 +248,11 @@ void run_cluster(size_t first_block, size_t blocks, const cudaLaunchConfig_t& co
   while (left > 0) {
     machine.progress = false;
     for (size_t i : order_of(blocks * threads)) {
-      if (machine.fibers[i]->done) continue;
+      Fiber& fiber = *machine.fibers[i];
+      if (fiber.done || (fiber.awaited != nullptr && *fiber.awaited == fiber.value)) continue;
       machine.current = i;
-      Fiber& fiber = machine.fiber();
       before_switch(&machine.scheduler_stack, fiber.stack.data(), fiber.stack.size());
-      swapcontext(&machine.scheduler, &fiber.context);
+      to_fiber(&fiber);
       after_switch(machine.scheduler_stack, nullptr, nullptr);
       left -= fiber.done ? 1 : 0;
     }
@@ -325,9 +355,7 @@ void Arrivals::expect(uint32_t bytes) {
   pending += static_cast<int32_t>(bytes);
   if (pending == 0) phase ^= 1;
 }
-void Arrivals::wait(uint32_t parity) {
-  while (phase == parity) yield();
-}
+void Arrivals::wait(uint32_t parity) { wait_while(&phase, parity); }
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals) {
   check_aligned(shared, global, bytes);

@@ -228,6 +228,9 @@ COMPILED = [
     *cases("test_topk::test_compiles_with_dynamic_shapes"),
     *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
     *cases("test_info_nce_torch::test_compiles_without_a_graph_break"),
+    *cases("test_reward_torch::test_opcheck"),
+    *cases("test_info_nce_torch::test_opcheck"),
+    *cases("test_topk::test_opcheck"),
 ]
 TURNS = [
     clause
@@ -307,8 +310,6 @@ SESSIONS = {
                 *cases(
                     "test_reward::test_a_groups_bits_depend_on_that_group_alone", weights=WEIGHTS
                 ),
-                *cases("test_reward_torch::test_opcheck", shared=False),
-                *cases("test_reward_torch::test_opcheck", rank_temperature=0.0),
                 *cases("test_reward_torch::test_compiles_value_and_grad_scores_and_the_loss"),
                 *cases(
                     "test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1e-3

@@ -332,42 +332,51 @@ def compile_driver(folder, flags, whole, other):
     return program
 
 
-def sanitize(folder, flags, whole, other, run, callers):
-    """The driver says nothing, on each level of `run`; `callers` are threads that call at once."""
-    program = compile_driver(folder, flags, whole, other)
-    for level in run:
-        done = subprocess.run(
-            [program, str(callers)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"ELVA_KERNELS_CPU_LEVEL": level},
-        )
-        assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr[-4000:]
+def sanitize(flags, whole, other, run, callers):
+    """The driver says nothing but the level, on each of `run`; `callers` threads call at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_driver(Path(folder), flags, whole, other)
+        for level in run:
+            done = subprocess.run(
+                [program, str(callers)],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env=os.environ | {"ELVA_KERNELS_CPU_LEVEL": level},
+            )
+            assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr[-4000:]
 
 
-@needs_native
-def test_addresses_are_right_at_every_level_and_no_behaviour_is_undefined_at_one(tmp_path):
+def addresses(config):
     """Checks of undefined behaviour take the compiler long, and longer the more it optimises."""
     flags, other = f"{ADDRESS_UNDEFINED} -O0", "-fno-sanitize=undefined"
     levels = boundary.describe()["levels"]
-    sanitize(tmp_path, flags, whole=["plain"], other=other, run=levels, callers=1)
+    sanitize(flags, whole=["plain"], other=other, run=levels, callers=1)
 
 
 @needs_native
-def test_no_thread_races_at_the_best_level(tmp_path):
+@pytest.mark.beside(work=addresses)
+def test_addresses_are_right_at_every_level_and_no_behaviour_is_undefined_at_one(beside): ...
+
+
+def races(config):
     """How work is shared among threads is the same code for every level."""
     best, *_ = boundary.describe()["levels"]
     flags, other = f"{THREAD} -O1", "-fno-sanitize=thread -O0"
-    sanitize(tmp_path, flags, whole=[best], other=other, run=[best], callers=2)
+    sanitize(flags, whole=[best], other=other, run=[best], callers=2)
+
+
+@needs_native
+@pytest.mark.beside(work=races)
+def test_no_thread_races_at_the_best_level(beside): ...
 
 
 @needs_native
 @pytest.mark.thorough
 @pytest.mark.parametrize("sanitizer", [ADDRESS_UNDEFINED, THREAD], ids=["undefined", "thread"])
-def test_sanitizers_are_silent_at_every_level(tmp_path, sanitizer):
+def test_sanitizers_are_silent_at_every_level(sanitizer):
     levels = boundary.describe()["levels"]
-    sanitize(tmp_path, f"{sanitizer} -O1", whole=LEVELS, other="", run=levels, callers=3)
+    sanitize(f"{sanitizer} -O1", whole=LEVELS, other="", run=levels, callers=3)
 
 
 def build(tmp_path, **environment):

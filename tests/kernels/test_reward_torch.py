@@ -1,5 +1,6 @@
 """The grouped reward among torch's own machinery, on every backend: gradients, compile, modes."""
 
+import itertools
 import shutil
 import warnings
 
@@ -50,9 +51,17 @@ def test_gradcheck_of_shared_tensors(backend, weights):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("rank_temperature", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("dtype", "shared", "rank_temperature"),
+    [
+        (torch.bfloat16, False, 0.0),
+        (torch.float64, True, 0.05),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in itertools.product((torch.bfloat16, torch.float64), (False, True), (0, 0.05))
+        ),
+    ],
+)
 def test_opcheck(backend, dtype, shared, rank_temperature):
     query, positive, negatives = embeddings((3,), 5, 8, dtype)
     negatives = negatives[0] if shared else negatives
