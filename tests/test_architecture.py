@@ -241,6 +241,18 @@ def test_checking_data_is_light(tmp_path):
         assert done.stdout.splitlines()[-1] == "loaded"
 
 
+def test_drawing_a_report_is_light(tmp_path):
+    """What a run's files say is drawn without what wrote them."""
+    script = (
+        "import sys, elva.commands.report;"
+        "print('loaded', *sorted({'torch', 'peft', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "loaded\n"
+
+
 def test_no_file_edits_the_import_path():
     for path in (*KERNELS, *ELVA):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -11,21 +11,13 @@ from typing import Any
 import torch
 
 from elva.data import Dataset, Item, Query, load
+from elva.evaluation.columns import COLUMNS
 from elva.evaluation.grains import by_type, probe
 from elva.evaluation.ranks import rank_all, recall_at_k
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, encode
 from elva.progress import Reporter
 from elva.run import Run
-
-COLUMNS = {
-    "t2i_recall_at_1": "t→i R@1",
-    "t2i_recall_at_5": "t→i R@5",
-    "i2t_recall_at_1": "i→t R@1",
-    "i2t_recall_at_5": "i→t R@5",
-    "minimal_pair_recall_at_1": "pairs R@1",
-}
-"""Figures of an evaluation, and their column headings."""
 
 
 def evaluate_stage(

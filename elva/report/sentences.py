@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elva.evaluation.trained import COLUMNS
+from elva.evaluation.columns import COLUMNS
 from elva.report.figures import MIN_PROBES, TASKS, Row, row_with
 from elva.report.table import number
 from elva.run import Run

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from elva.evaluation.trained import COLUMNS
+from elva.evaluation.columns import COLUMNS
 from elva.report.figures import Row, chance, rows_of
 from elva.run import Run
 
