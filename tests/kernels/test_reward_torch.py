@@ -20,6 +20,8 @@ from tests.kernels.cases import BACKENDS, OPEN_HINGE, SOFT_RANKS, embeddings, sa
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 SCALARS = (0.1, 0.01, 0.4, 0.6)
 OPS = torch.ops.elva_kernels
+# The first and the last hold every value: the rest is thorough.
+OPCHECKED = [*itertools.product((torch.bfloat16, torch.float64), (False, True), (0.0, 0.05))]
 
 
 def leaves(*leading, n=4, d=6, dtype=torch.float64):
@@ -54,13 +56,11 @@ def test_gradcheck_of_shared_tensors(backend, weights):
 @pytest.mark.parametrize(
     ("dtype", "shared", "rank_temperature"),
     [
-        (torch.bfloat16, False, 0.0),
-        (torch.float64, True, 0.05),
-        *(
-            pytest.param(*case, marks=pytest.mark.thorough)
-            for case in itertools.product((torch.bfloat16, torch.float64), (False, True), (0, 0.05))
-        ),
+        OPCHECKED[0],
+        *(pytest.param(*x, marks=pytest.mark.thorough) for x in OPCHECKED[1:-1]),
+        OPCHECKED[-1],
     ],
+    ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_opcheck(backend, dtype, shared, rank_temperature):
     query, positive, negatives = embeddings((3,), 5, 8, dtype)
