@@ -65,7 +65,6 @@ NOT_RUN = {
 RUN = ("elva ", "echo ")
 SMALL = {
     "elva train --seed 1 ": "elva train --recipe smoke --no-controls --limit 2 --seed 1 ",
-    "--no-controls --output runs/smoke": "--no-controls --limit 2 --output runs/smoke",
     "--output runs/one --resume ": "--output runs/one --resume --no-controls --limit 2 ",
     "elva train --stages 3 ": "elva train --recipe smoke --no-controls --limit 2 --stages 3 ",
     "elva embed runs/one --data data/emoji --output embeddings ": (

@@ -1,6 +1,5 @@
 """The compiled module as a guest: threads, forks, exits, CPU levels, sanitizers, its build."""
 
-import functools
 import importlib.util
 import multiprocessing
 import os
@@ -12,7 +11,6 @@ import sysconfig
 import tempfile
 import textwrap
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ import elva_kernels
 from elva_kernels.backends import boundary
 from elva_kernels.backends.cpu import reward as cpu
 from elva_kernels.reference import Weights
+from tests.kernels import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
@@ -325,10 +324,9 @@ def compile_driver(folder, flags, whole, other):
     for i, (extra, source) in enumerate(sources):
         objects.append(str(folder / f"{i}.o"))
         commands.append([compiler, *flags, *extra.split(), "-c", str(source), "-o", objects[-1]])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(functools.partial(subprocess.run, check=True), commands))
+    compilers.run_all(commands)
     program = folder / "driver"
-    subprocess.run([compiler, *flags, *objects, "-o", str(program)], check=True)
+    compilers.run([compiler, *flags, *objects, "-o", str(program)])
     return program
 
 
@@ -344,7 +342,7 @@ def sanitize(flags, whole, other, run, callers):
                 timeout=300,
                 env=os.environ | {"ELVA_KERNELS_CPU_LEVEL": level},
             )
-            assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr[-4000:]
+            assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr[:4000]
 
 
 def addresses(config):

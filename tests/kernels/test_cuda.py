@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from elva_kernels.backends import cuda
-from tests.kernels import selections
+from tests.kernels import compilers, selections
 from tests.kernels.cases import ON_FIBERS
 
 HERE = Path(__file__).parent
@@ -48,13 +48,12 @@ def built(module, command, sources, flags):
     if known.exists() and known.read_text() == origin:
         return module
     known.unlink(missing_ok=True)
-    running = []
-    for i, source in enumerate(sources):
-        step = [*command, "-x", "c++", "-c", str(source), "-o", str(folder / f"{i}.o")]
-        running.append(subprocess.Popen(step))
-    assert [x.wait() for x in running] == [0] * len(sources)
     objects = [str(folder / f"{i}.o") for i in range(len(sources))]
-    subprocess.run([compiler, *flags, "-shared", *objects, "-o", str(module)], check=True)
+    compilers.run_all(
+        [*command, "-x", "c++", "-c", str(source), "-o", made]
+        for source, made in zip(sources, objects, strict=True)
+    )
+    compilers.run([compiler, *flags, "-shared", *objects, "-o", str(module)])
     for made in objects:
         Path(made).unlink()
     known.write_text(origin)
