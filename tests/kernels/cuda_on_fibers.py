@@ -1,10 +1,13 @@
 """What the host has to show of the CUDA kernels beside the contract suite; see `test_cuda`."""
 
+import math
+
 import pytest
 import torch
 
 from elva_kernels import BackendUnavailable, info_nce, rank_statistics, reference
 from elva_kernels.backends import choice, cuda, table
+from elva_kernels.backends.cuda import launch as cuda_launch
 from elva_kernels.backends.cuda.in_batch import multiply
 from elva_kernels.reference import Weights
 from tests.kernels.cases import (
@@ -15,6 +18,7 @@ from tests.kernels.cases import (
     embeddings,
     same_bits,
 )
+from tests.kernels.score_rows import ScoreRows, counts_of
 
 # N, D: what one, two, four and eight blocks hold in half a multiprocessor's memory, and more.
 CLUSTERS = {
@@ -138,6 +142,50 @@ def test_sanitized_batch(dtype):
     again = rank_statistics(*exact, candidate_ids=ids, k=4, temperature=0.1, backend="reference")
     torch.testing.assert_close(found.topk_scores.double(), again.topk_scores, rtol=0, atol=1e-5)
     assert torch.equal(found.rank, again.rank)
+
+
+@pytest.mark.parametrize("positives", [1, 2, 6, 300])
+def test_sanitized_score_rows(positives):
+    case = ScoreRows(positives)
+    table, counts, target_score, hardest, index, sums = case.run()
+    for i in range(len(case.scores)):
+        masked, unsound = case.masked(i)
+        assert torch.equal(table[i], masked)
+        assert hardest[i] == masked.max()
+        assert index[i] == (masked.argmax() if hardest[i] > -torch.inf else -1)
+        gaps = (masked - hardest[i])[masked > -torch.inf].double()
+        assert math.isclose(sums[0, i], (2 * gaps).exp().sum(), rel_tol=1e-6)
+        assert math.isclose(sums[1, i], (gaps * (2 * gaps).exp()).sum(), rel_tol=1e-6)
+        for p in range(positives):
+            score = case.own_score(i, p)
+            found = target_score[i, p].item()
+            assert found == score or (math.isnan(found) and math.isnan(score))
+            assert counts[:, i, p].tolist() == counts_of(masked, unsound, score)
+
+
+def test_sanitized_slopes_of_positives():
+    """Each positive's is added where it stands, to nothing; those of a copy in order."""
+    rows, width, p = 2, 272, 270
+    table = torch.randn(rows, width)
+    target = torch.arange(p).repeat(rows, 1)
+    target[0, 3], target[0, 9], target[1, 5:8] = 2, -1, 200
+    target[1, 8] = -2
+    for row, own in zip(table, target, strict=True):
+        row[own[own >= 0]] = -torch.inf
+    slopes, peak, factor = torch.randn(rows, p), torch.zeros(rows), torch.randn(rows)
+    expected = torch.where(table > -torch.inf, factor.unsqueeze(1) * table.exp(), 0.0)
+    for i in range(rows):
+        for j, slope in zip(target[i], slopes[i], strict=True):
+            expected[i, j] += slope if j >= 0 else 0.0
+    one = torch.ones(1, dtype=torch.float64)
+    operands = (table, one, peak, factor, slopes, target)
+    cuda_launch.module().cuda_slope_rows(
+        0, 0, rows, width, *(x.data_ptr() for x in operands), p, 0, 0
+    )
+    torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
+    own = expected[0, [2, 200]], expected[1, [200]]
+    assert torch.equal(table[0, [2, 200]], own[0])
+    assert torch.equal(table[1, [200]], own[1])
 
 
 # Beyond tiles of 64 and of 128, sums of 64 terms, and the terms that are held at a time.
