@@ -22,8 +22,8 @@ _Arguments = tuple[Tensor, Tensor, Batch]
 
 _B, _M, _D = 5, 37, 77
 _ON_CPU = torch.device("cpu")
-_COPIES = 11  # of _CROWD rows: enough for a GPU's larger tiles
-_CROWD = 137
+_CROWD, _QUERIES = 137, 70
+_COPIES = 120  # of _CROWD candidates: enough for a GPU's larger tiles
 # (rounded, wrt) of a call for gradients.
 _WANTED = [
     (False, (True, True)),
@@ -77,16 +77,16 @@ def several_of(dtype: torch.dtype) -> _Arguments:
 
 def dense_of(dtype: torch.dtype) -> _Arguments:
     """Rows in whole vectors, several tiles of scores, two positives a query."""
-    query, candidates = _randn(575, 16, 1536), _randn(576, 192, 1536)
-    target = torch.arange(32).view(16, 2) * 6
+    query, candidates = _randn(15, 6, 1536), _randn(16, 144, 1536)
+    target = torch.arange(12).view(6, 2) * 12
     candidates[target] += query.unsqueeze(1) * torch.tensor([0.4, 0.03]).view(1, 2, 1)
     return query.to(dtype), candidates.to(dtype), Batch(target)
 
 
 def crowd_of(dtype: torch.dtype) -> _Arguments:
-    """A square batch without anything special, to be repeated."""
-    query, candidates = _randn(7, _CROWD, 16), _randn(8, _CROWD, 16)
-    return query.to(dtype), candidates.to(dtype), Batch(torch.arange(_CROWD).unsqueeze(1))
+    """A batch without anything special, whose candidates are to be repeated."""
+    query, candidates = _randn(7, _QUERIES, 16), _randn(8, _CROWD, 16)
+    return query.to(dtype), candidates.to(dtype), Batch(torch.arange(_QUERIES).unsqueeze(1))
 
 
 def _randn(seed: int, *shape: int) -> Tensor:
@@ -133,20 +133,17 @@ def _try_statistics(
 
 
 def _try_crowd(launchers: Launchers, dtype: torch.dtype, device: torch.device) -> None:
-    """Every query and every candidate many times over: counts grow by as much."""
+    """Every candidate many times over: counts grow by as much."""
     with torch.device("cpu"):
         query, candidates, batch = crowd_of(dtype)
-    truth = reference.rank_statistics(
-        query.double(), candidates.double(), batch, k=0, temperature=None
-    )
-    crowd = (query.repeat(_COPIES, 1), candidates.repeat(_COPIES, 1))
-    many = _on(device, (*crowd, Batch(batch.target.repeat(_COPIES, 1))))
-    found = launchers("rank_statistics")(*many, k=0, temperature=None)
+    exact = (query.double(), candidates.double(), batch)
+    truth = reference.rank_statistics(*exact, k=0, temperature=None)
+    crowd = _on(device, (query, candidates.repeat(_COPIES, 1), batch))
+    found = launchers("rank_statistics")(*crowd, k=0, temperature=None)
     greater, equal = _COPIES * truth.n_greater, _COPIES * (truth.n_equal + 1) - 1
     counts = (1 + greater + equal, greater, equal, truth.target_score)
     for name, actual, expected in zip(truth._fields, found, counts, strict=False):
-        repeated = expected.repeat(_COPIES, 1)
-        check(name, actual, repeated, torch.zeros(repeated.shape))
+        check(name, actual, expected, torch.zeros(expected.shape))
 
 
 def _try_info_nce(
