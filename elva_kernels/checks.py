@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elva_kernels.backends.table import BACKENDS
 from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.registered.batch import Given
 
 WIDEST_COSINE = 2.0
 LARGEST = sys.float_info.max
@@ -117,12 +118,11 @@ def batch(
     op: str,
     query: Tensor,
     candidates: Tensor,
-    target: Tensor | None,
-    excluded: Tensor | None,
-    candidate_ids: Tensor | None,
+    given: Given,
+    group: Any,
     check_finite: bool,
-) -> None:
-    """query [B, D], candidates [M, D], target [B] or [B, P], excluded [E, 2], candidate_ids [M]."""
+) -> Given:
+    """query [B, D], candidates [M, D], and who is compared with whom; its max_score as a float."""
     for name, rows, shape in (("query", query, "[B, D]"), ("candidates", candidates, "[M, D]")):
         _tensor(op, name, rows, shape, 2)
         if rows.dim() != 2:
@@ -135,6 +135,25 @@ def batch(
         _refuse(ValueError, op, "query", "have D >= 1", _shape(query))
     if candidates.shape[1] != size:
         _refuse(ValueError, op, "candidates", f"have query's D = {size}", _shape(candidates))
+    _targets(op, given.target, query, b, m)
+    if given.excluded is not None:
+        _indices(op, "excluded", given.excluded, query, "[E, 2]")
+        if given.excluded.dim() != 2 or given.excluded.shape[1] != 2:
+            rule = "have shape [E, 2], a query and a candidate each"
+            _refuse(ValueError, op, "excluded", rule, _shape(given.excluded))
+    ids = given.candidate_ids
+    if ids is not None:
+        _indices(op, "candidate_ids", ids, query, "[M]")
+        if ids.dim() != 1 or ids.shape[0] != m:
+            _refuse(ValueError, op, "candidate_ids", f"have shape [M] = [{m}]", _shape(ids))
+    _group(op, group, given)
+    if check_finite:
+        for name, rows in (("query", query), ("candidates", candidates)):
+            _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+    return given._replace(max_score=max_score(op, given.max_score))
+
+
+def _targets(op: str, target: Tensor | None, query: Tensor, b: int, m: int) -> None:
     if target is not None:
         _indices(op, "target", target, query, "[B] or [B, P]")
         sizes = target.shape
@@ -144,19 +163,23 @@ def batch(
     elif b > m:
         rule = f"be given where queries ({b}) outnumber candidates ({m})"
         _refuse(ValueError, op, "target", rule, "None", "pass each query's row of candidates")
-    if excluded is not None:
-        _indices(op, "excluded", excluded, query, "[E, 2]")
-        if excluded.dim() != 2 or excluded.shape[1] != 2:
-            rule = "have shape [E, 2], a query and a candidate each"
-            _refuse(ValueError, op, "excluded", rule, _shape(excluded))
-    if candidate_ids is not None:
-        _indices(op, "candidate_ids", candidate_ids, query, "[M]")
-        if candidate_ids.dim() != 1 or candidate_ids.shape[0] != m:
-            rule = f"have shape [M] = [{m}]"
-            _refuse(ValueError, op, "candidate_ids", rule, _shape(candidate_ids))
-    if check_finite:
-        for name, rows in (("query", query), ("candidates", candidates)):
-            _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+
+
+def _group(op: str, group: Any, given: Given) -> None:
+    """A process group that this process belongs to, and what it alone gives a meaning."""
+    if group is None:
+        if given.global_target:
+            todo = "pass the group, or leave it False"
+            _refuse(ValueError, op, "global_target", "come with a group", "True", todo)
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        got = f"{type(group).__name__} {group!r}"
+        todo = "pass torch.distributed.group.WORLD once init_process_group was called"
+        _refuse(TypeError, op, "group", "be a torch.distributed.ProcessGroup", got, todo)
+    if given.global_target and given.target is None:
+        rule = "be given where global_target is"
+        _refuse(ValueError, op, "target", rule, "None", "pass each query's row of all candidates")
 
 
 def wrt(op: str, value: Sequence[str], names: Sequence[str]) -> list[bool]:

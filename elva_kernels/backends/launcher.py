@@ -26,6 +26,10 @@ read where they lie and never written. Results are contiguous and have no graph.
     info_nce_and_grad         (query, candidates, batch, temperature, weight, *, symmetric,
                               workspace_mb, wrt, rounded) -> the same, and the gradients of
                               sum(weight * loss) on query, candidates and temperature
+    info_nce_share            (query, candidates, batch, temperature, weight, exchange, *,
+                              symmetric, workspace_mb, wrt, rounded) -> what `info_nce_and_grad`
+                              gives, of one process's queries and candidates: `query` are its own,
+                              `candidates`, `batch` and `weight` those of all (`shares.Exchange`)
 
 Values are float32 (float64 for float64 inputs); what exists per positive is [B, P], as the batch's
 target. `wrt` says which gradients are wanted; in place of another is None, and nothing is computed

@@ -40,7 +40,7 @@ def _rank_statistics(
     backend: str,
 ) -> Tensors:
     op = "rank_statistics"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     return _shaped(launch(query, candidates, batch, k=k, temperature=temperature), target)
 
@@ -57,7 +57,7 @@ def _in_batch_ranking_reward(
     backend: str,
 ) -> Tensors:
     op = "in_batch_ranking_reward"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     *rewards, rank, scores, index = launch(query, candidates, batch, head, Weights(*weights))
     return *rewards, like_target(rank, target), scores, index
@@ -94,7 +94,7 @@ def _info_nce(
     backend: str,
 ) -> Tensors:
     op = "info_nce"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
     loss, *statistics = launch(query, candidates, batch, temperature, **options)
@@ -117,10 +117,10 @@ def _info_nce_and_grad(
     wrt: Sequence[bool],
     rounded: bool,
 ) -> Tensors:
-    batch = batch_of("info_nce", query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of("info_nce", query, len(candidates), target, excluded, candidate_ids, max_score)
     if weight is None:
-        share = 1 / torch.as_tensor(counted(target, len(query))).clamp(min=1) if mean else 1.0
-        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) * share
+        count = counted(batch.target).clamp(min=1) if mean else 1
+        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) / count
     launch = launcher("info_nce_and_grad", backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
     results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
@@ -274,7 +274,7 @@ def reduced(loss: Tensor, reduction: str, target: Tensor | None) -> Tensor:
 
 def _mean(loss: Tensor, target: Tensor) -> Tensor:
     """Over the queries that have a positive; the others' losses are 0."""
-    return loss.sum() / counted(target, len(loss))
+    return loss.sum() / counted(target)
 
 
 class _ScaledOnce(torch.autograd.Function):

@@ -6,12 +6,13 @@ same bits.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
 
 
@@ -29,6 +30,12 @@ def register(ops: dict[str, Registered]) -> None:
         _LIBRARY.define(name + op.schema)
         _LIBRARY.impl(name, op.compute, "CompositeExplicitAutograd")
         torch.library.register_fake(f"elva_kernels::{name}", op.trace, lib=_LIBRARY)
+
+
+def outside_graphs(function: _Function) -> _Function:
+    """`function`, where `torch.compile` breaks its graph."""
+    eager: _Function = torch.compiler.disable(function)
+    return eager
 
 
 def is_watched(*tensors: Tensor) -> bool:
@@ -54,7 +61,7 @@ def present(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, .
     return tuple(like.new_empty(0) if x is None else x for x in gradients)
 
 
-def wanted(gradients: Sequence[Tensor], wrt: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def wanted(gradients: Sequence[Tensor | None], wrt: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """An op's gradients as autograd and users take them: None for one that was not wanted."""
     return tuple(x if is_wanted else None for x, is_wanted in zip(gradients, wrt, strict=True))
 
