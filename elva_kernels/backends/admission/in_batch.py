@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from elva_kernels.backends.admission.trial import (
     Wrong,
     check,
 )
+from elva_kernels.backends.launcher import Launcher
+from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import NO_POSITIVE, Batch
 
 _Arguments = tuple[Tensor, Tensor, Batch]
@@ -158,17 +161,49 @@ def _try_info_nce(
         _check_statistics(found, statistics)
 
 
+class _Alone(Exchange):
+    """Of a group of one process."""
+
+    def __init__(self, given: _Arguments) -> None:
+        self.query = given[0]
+        self.rows, self.columns = (slice(0, len(x)) for x in given[:2])
+
+    def queries(self) -> Tensor:
+        return self.query
+
+    def of_rows(self, own: Tensor) -> Tensor:
+        return own
+
+    def of_columns(self, own: Tensor) -> Tensor:
+        return own
+
+
 def _try_info_nce_gradients(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
+    _try_gradients(launchers("info_nce_and_grad"), dtype, device, soft, lambda given: ())
+
+
+def _try_info_nce_share(
+    launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
+) -> None:
+    _try_gradients(launchers("info_nce_share"), dtype, device, soft, lambda given: (_Alone(given),))
+
+
+def _try_gradients(
+    launch: Launcher,
+    dtype: torch.dtype,
+    device: torch.device,
+    symmetric: bool,
+    further: Callable[[_Arguments], tuple[Exchange, ...]],
+) -> None:
     """In the scores' dtype and in the inputs', and one without the other; and the values beside."""
-    options = {"symmetric": soft, "workspace_mb": 1}
-    launch = launchers("info_nce_and_grad")
+    options = {"symmetric": symmetric, "workspace_mb": 1}
     for case in _cases(dtype, device):
-        inputs = (*case.given, _temperature(device), case.weight.to(device))
+        inputs = (*case.given, _temperature(device), case.weight.to(device), *further(case.given))
         exact = (*case.exact, _temperature(_ON_CPU))
-        loss, statistics = reference.info_nce(*exact, symmetric=soft)
-        truth = reference.info_nce_gradients(*exact, case.weight, symmetric=soft)
+        loss, statistics = reference.info_nce(*exact, symmetric=symmetric)
+        truth = reference.info_nce_gradients(*exact, case.weight, symmetric=symmetric)
         for rounded, wrt in _WANTED:
             found = launch(*inputs, wrt=wrt, rounded=rounded, **options)
             check("loss", found[0], loss, loss.abs() * 1e-5)
@@ -224,4 +259,5 @@ TRIALS: dict[str, Trial] = {
     "in_batch_ranking_reward_backward": _try_reward,
     "info_nce": _try_info_nce,
     "info_nce_and_grad": _try_info_nce_gradients,
+    "info_nce_share": _try_info_nce_share,
 }
