@@ -79,7 +79,7 @@ void run_released(ElvaStatus (*op)(const Args*), const Args& args) {
   raise_unless_ok(status);
 }
 
-constexpr size_t kMaxOperands = 5;
+constexpr size_t kMaxOperands = 6;
 
 // Merges the leading dimensions `sizes` that every operand walks as one, and writes batch and batch
 // strides. An operand is what Python passes for a tensor: (address, strides), or None for an absent
@@ -203,8 +203,8 @@ void bind(py::module_& module, const char* name, ElvaStatus (*op)(const Args*)) 
   bind(module, name, op, std::make_index_sequence<field_count<Args>()>());
 }
 
-// Where a reward runs: on a number of threads, or on (device, stream), to which a forward adds the
-// scratch memory that it wants.
+// Where a reward runs: on a number of threads, or on (device, stream) and, third, the scratch memory
+// that its forward wants.
 template <class Args>
 void set_place(py::handle place, Args* args) {
   if (!PyTuple_Check(place.ptr())) {
@@ -220,11 +220,11 @@ void set_place(py::handle place, Args* args) {
   }
 }
 
-// What the reward's forward and backward have in common.
+// What the reward's forward and backward have in common. With an index `negative` is a bank.
 inline ElvaRewardArgs reward_args(int dtype, py::handle place, py::handle sizes, int64_t negatives,
-                                  int64_t dim, py::handle query, py::handle positive,
-                                  py::handle negative, py::handle mask, py::handle index,
-                                  int64_t bank_rows, py::handle upstream, uintptr_t coefficients,
+                                  int64_t dim, int64_t bank_rows, py::handle query,
+                                  py::handle positive, py::handle negative, py::handle mask,
+                                  py::handle index, py::handle upstream, uintptr_t coefficients,
                                   uintptr_t grad_query, uintptr_t grad_positive,
                                   uintptr_t grad_negative) {
   ElvaRewardArgs args = {};
@@ -233,14 +233,11 @@ inline ElvaRewardArgs reward_args(int dtype, py::handle place, py::handle sizes,
   args.negatives = negatives;
   args.dim = dim;
   args.bank_rows = bank_rows;
+  if (!index.is_none()) args.negative = rows_of(negative.ptr());
   Layout layout(sizes, &args.batch);
   layout.add(query, 1, &args.query);
   layout.add(positive, 1, &args.positive);
-  if (index.is_none()) {
-    layout.add(negative, 2, &args.negative);
-  } else {
-    args.negative = rows_of(negative.ptr());
-  }
+  if (index.is_none()) layout.add(negative, 2, &args.negative);
   layout.add(mask, 1, &args.mask);
   layout.add(index, 1, &args.index);
   layout.add(upstream, 0, &args.upstream);
@@ -254,14 +251,14 @@ inline ElvaRewardArgs reward_args(int dtype, py::handle place, py::handle sizes,
 
 template <ElvaStatus (*op)(const ElvaRewardArgs*)>
 void reward_forward(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
-                    py::handle query, py::handle positive, py::handle negative, py::handle mask,
-                    py::handle index, int64_t bank_rows, py::handle upstream, py::handle weights,
+                    int64_t bank_rows, py::handle query, py::handle positive, py::handle negative,
+                    py::handle mask, py::handle index, py::handle upstream, py::handle weights,
                     uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
                     uintptr_t rank, uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
                     uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args =
-      reward_args(dtype, place, sizes, negatives, dim, query, positive, negative, mask, index,
-                  bank_rows, upstream, coefficients, grad_query, grad_positive, grad_negative);
+      reward_args(dtype, place, sizes, negatives, dim, bank_rows, query, positive, negative, mask,
+                  index, upstream, coefficients, grad_query, grad_positive, grad_negative);
   args.weights = reward_weights(weights);
   args.reward = pointer(reward);
   args.margin_reward = pointer(margin_reward);
@@ -273,11 +270,11 @@ void reward_forward(int dtype, py::handle place, py::handle sizes, int64_t negat
 
 template <ElvaStatus (*op)(const ElvaRewardArgs*)>
 void reward_backward(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
-                     py::handle query, py::handle positive, py::handle negative, py::handle index,
-                     int64_t bank_rows, py::handle upstream, uintptr_t coefficients,
+                     int64_t bank_rows, py::handle query, py::handle positive, py::handle negative,
+                     py::handle index, py::handle upstream, uintptr_t coefficients,
                      uintptr_t grad_query, uintptr_t grad_positive, uintptr_t grad_negative) {
-  run_released(op, reward_args(dtype, place, sizes, negatives, dim, query, positive, negative,
-                               py::handle(Py_None), index, bank_rows, upstream, coefficients,
+  run_released(op, reward_args(dtype, place, sizes, negatives, dim, bank_rows, query, positive,
+                               negative, py::handle(Py_None), index, upstream, coefficients,
                                grad_query, grad_positive, grad_negative));
 }
 
@@ -292,11 +289,11 @@ void bank_gradient(int dtype, py::handle place, py::handle sizes, int64_t negati
   args.negatives = negatives;
   args.dim = dim;
   args.bank_rows = bank_rows;
+  args.negative = rows_of(negative.ptr());
   Layout layout(sizes, &args.batch);
   layout.add(query, 1, &args.query);
   layout.add(upstream, 0, &args.upstream);
   layout.finish();
-  args.negative = rows_of(negative.ptr());
   args.coefficients = pointer<double>(coefficients);
   args.order = pointer<int64_t>(order);
   args.first = pointer<int64_t>(first);
