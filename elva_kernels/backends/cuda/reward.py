@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
 from elva_kernels.backends.cuda import launch
-from elva_kernels.backends.launcher import Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
 from elva_kernels.backends.segments import occurrences
-from elva_kernels.reference import Weights
+from elva_kernels.reference import Wanted, Weights
 
 _OP = "ranking_reward"  # for messages
-Wanted = tuple[bool, bool, bool]
-Gradients = tuple[Tensor | None, ...]
 
 
 def ranking_reward(
@@ -52,13 +52,12 @@ def ranking_reward_and_grad(
     wrt: Wanted,
 ) -> Gradients:
     """Values and gradients: one read and one write where a cluster holds a group."""
-    inputs = (query, positive, negatives, mask, index)
-    gradients = _empty_gradients(*inputs, wrt)
+    gradients = _empty_gradients(query, positive, negatives, index, wrt)
     # For groups that no cluster holds, and for the bank.
-    saved = _empty_saved(query, negatives, index) if any(wrt) else None
-    values = _forward(*inputs, upstream, weights, saved, gradients)
-    if index is not None and wrt[2] and saved is not None:
-        gradients = (*gradients[:2], _bank_gradient(query, negatives, index, saved, upstream))
+    saved = _empty_saved(query, negatives, index)
+    values = _forward(query, positive, negatives, mask, index, upstream, weights, saved, gradients)
+    if index is not None and wrt[2]:
+        gradients[2] = _bank_gradient(query, negatives, index, saved, upstream)
     return *values, *gradients
 
 
@@ -74,27 +73,24 @@ def ranking_reward_backward(
     wrt: Wanted,
 ) -> Gradients:
     """Gradients from what was saved; reads the inputs again."""
-    gradients = _empty_gradients(query, positive, negatives, mask, index, wrt)
+    gradients = _empty_gradients(query, positive, negatives, index, wrt)
     if any(x is not None for x in gradients):
         launch.call(
             _OP,
             launch.module().cuda_reward_backward,
             DTYPE_CODES[query.dtype],
             launch.place(query),
-            tuple(query.shape[:-1]),
-            _count(negatives, index),
-            query.shape[-1],
+            *_sizes(query, negatives, index),
             operand(query),
             operand(positive),
             operand(negatives),
             operand(index),
-            negatives.shape[0] if index is not None else 0,
             operand(grad_reward),
             saved.data_ptr(),
             *(pointer(x) for x in gradients),
         )
     if index is not None and wrt[2]:
-        gradients = (*gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward))
+        gradients[2] = _bank_gradient(query, negatives, index, saved, grad_reward)
     return gradients
 
 
@@ -102,25 +98,18 @@ def _bank_gradient(
     query: Tensor, bank: Tensor, index: Tensor, saved: Tensor, upstream: Tensor | None
 ) -> Tensor:
     """The gradient of sum(upstream * reward) on the bank, from what a forward saved."""
-    rows, dim = bank.shape
-    order, first = occurrences(index, rows)
-    gradient = bank.new_empty(rows, dim)
+    order, first = occurrences(index, len(bank))
+    gradient = bank.new_empty(bank.shape)
     launch.call(
         _OP,
         launch.module().cuda_bank_gradient,
         DTYPE_CODES[query.dtype],
         launch.place(query),
-        tuple(query.shape[:-1]),
-        index.shape[-1],
-        dim,
-        rows,
+        *_sizes(query, bank, index),
         operand(query),
         operand(bank),
         operand(upstream),
-        saved.data_ptr(),
-        order.data_ptr(),
-        first.data_ptr(),
-        gradient.data_ptr(),
+        *(x.data_ptr() for x in (saved, order, first, gradient)),
     )
     return gradient
 
@@ -136,7 +125,7 @@ def _forward(
     saved: Tensor | None = None,
     gradients: Gradients = (None, None, None),
 ) -> Tensors:
-    leading, n = query.shape[:-1], _count(negatives, index)
+    leading, n, *rest = _sizes(query, negatives, index)
     reward, margin_reward, rank_reward = (
         query.new_empty(leading, dtype=torch.float32) for _ in range(3)
     )
@@ -150,15 +139,14 @@ def _forward(
         launch.module().cuda_reward_forward,
         DTYPE_CODES[query.dtype],
         (*launch.place(query), pointer(scratch)),
-        tuple(leading),
+        leading,
         n,
-        query.shape[-1],
+        *rest,
         operand(query),
         operand(positive),
         operand(negatives),
         operand(mask),
         operand(index),
-        negatives.shape[0] if index is not None else 0,
         operand(upstream),
         weights,
         *(x.data_ptr() for x in values),
@@ -168,25 +156,22 @@ def _forward(
     return values
 
 
-def _count(negatives: Tensor, index: Tensor | None) -> int:
-    """Negatives of a group."""
-    return negatives.shape[-2] if index is None else index.shape[-1]
+def _sizes(query: Tensor, negatives: Tensor, index: Tensor | None) -> tuple[Any, ...]:
+    """The leading shape, a group's negatives, D, and the rows of the bank, if there is one."""
+    leading, dim = tuple(query.shape[:-1]), query.shape[-1]
+    if index is None:
+        return leading, negatives.shape[-2], dim, 0
+    return leading, index.shape[-1], dim, len(negatives)
 
 
 def _empty_saved(query: Tensor, negatives: Tensor, index: Tensor | None) -> Tensor:
-    shape = saved_shape((*query.shape[:-1], _count(negatives, index) + 1))
-    return query.new_empty(shape, dtype=torch.float64)
+    leading, n, *_ = _sizes(query, negatives, index)
+    return query.new_empty(saved_shape((*leading, n + 1)), dtype=torch.float64)
 
 
 def _empty_gradients(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    wrt: Wanted,
-) -> Gradients:
+    query: Tensor, positive: Tensor, negatives: Tensor, index: Tensor | None, wrt: Wanted
+) -> list[Tensor | None]:
     """Those that the forward and the backward write: a bank's is made of what they save."""
-    wanted = (wrt[0], wrt[1], wrt[2] and index is None)
-    inputs = (query, positive, negatives)
-    return tuple(x.new_empty(x.shape) if w else None for x, w in zip(inputs, wanted, strict=True))
+    written = zip((query, positive, negatives), (*wrt[:2], wrt[2] and index is None), strict=True)
+    return [x.new_empty(x.shape) if wanted else None for x, wanted in written]
