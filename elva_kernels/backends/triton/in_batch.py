@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -100,7 +99,7 @@ def product_constants(a: torch.dtype, b: torch.dtype, scaled: bool) -> dict[str,
     return {
         "OUTER": outer,
         "HALVES": halves,
-        "operand": _triton_type(operand),
+        "operand": launch.triton_type(operand),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
@@ -135,7 +134,7 @@ def units_of(rows: Tensor) -> Units:
                 rows.shape[1],
                 *rows.stride(),
                 SCALED=rows.dtype != torch.float16,
-                dtype=_triton_type(compute_dtype(rows.dtype)),
+                dtype=launch.triton_type(compute_dtype(rows.dtype)),
                 BLOCK=BLOCK,
                 **options(launch.architecture_of(rows.device)),
             )
@@ -227,7 +226,7 @@ class TritonSteps(GpuSteps):
                     units.norm,
                     gradient,
                     units.rows.shape[1],
-                    dtype=_triton_type(self.dtype),
+                    dtype=launch.triton_type(self.dtype),
                     BLOCK=BLOCK,
                     **options(launch.architecture_of(self.device)),
                 )
@@ -235,8 +234,3 @@ class TritonSteps(GpuSteps):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return launch.empty(shape, dtype, self.device)
-
-
-def _triton_type(dtype: torch.dtype) -> Any:
-    language = importlib.import_module("triton.language")
-    return getattr(language, str(dtype).removeprefix("torch."))
