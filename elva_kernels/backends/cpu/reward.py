@@ -15,13 +15,18 @@ from elva_kernels.backends.boundary import (
     operand,
 )
 from elva_kernels.backends.launcher import Tensors, saved_shape
-from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.reference import Wanted, Weights, compute_dtype
 
 _NOWHERE = (0, 0, 0)  # of gradients that are not wanted
 
 
 def ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values alone."""
     values = _empty_values(query, negatives)
@@ -30,7 +35,12 @@ def ranking_reward(
 
 
 def ranking_reward_saved(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values, and each candidate's two gradient coefficients and the query's one."""
     values = _empty_values(query, negatives)
@@ -44,8 +54,10 @@ def ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
+    wrt: Wanted,
 ) -> Tensors:
     """Values and gradients in one pass over memory."""
     values = _empty_values(query, negatives)
@@ -60,9 +72,11 @@ def ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
+    wrt: Wanted,
 ) -> Tensors:
     """Gradients from what was saved; reads the inputs again."""
     gradients = (empty_gradient(query), empty_gradient(positive), empty_gradient(negatives))

@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from elva_kernels.backends.launcher import Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
 from elva_kernels.backends.segments import occurrences
 from elva_kernels.backends.triton import launch
-from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.reference import Wanted, Weights, compute_dtype
 
-MaybeTensors = tuple[Tensor | None, ...]
-
-_NONE: MaybeTensors = (None, None, None)
+_NONE: Gradients = (None, None, None)
 
 
 def ranking_reward(
@@ -55,8 +53,8 @@ def ranking_reward_and_grad(
     index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
-    wrt: tuple[bool, bool, bool],
-) -> MaybeTensors:
+    wrt: Wanted,
+) -> Gradients:
     """Values, and the gradients of sum(upstream * reward), None where they are not in `wrt`."""
     groups = _Groups(query, positive, negatives, mask, index)
     saved, gradients = groups.empty_saved(), groups.empty_gradients(wrt)
@@ -75,8 +73,8 @@ def ranking_reward_backward(
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
-    wrt: tuple[bool, bool, bool],
-) -> MaybeTensors:
+    wrt: Wanted,
+) -> Gradients:
     """Gradients of sum(grad_reward * reward); reads the inputs again."""
     from elva_kernels.backends.triton.kernels.reward import gradient_kernel
 
@@ -160,7 +158,7 @@ class _Groups(NamedTuple):
     positive: Tensor  # [*, D]
     negatives: Tensor  # [*, N, D], or a bank [M, D]
     mask: Tensor | None  # [*, N]
-    index: Tensor | None  # int64 [*, N], rows of the bank
+    row_index: Tensor | None  # int64 [*, N], rows of the bank
 
     @property
     def leading(self) -> torch.Size:
@@ -168,7 +166,8 @@ class _Groups(NamedTuple):
 
     @property
     def n(self) -> int:
-        return (self.negatives if self.index is None else self.index.unsqueeze(-1)).shape[-2]
+        row_index = self.row_index
+        return self.negatives.shape[-2] if row_index is None else row_index.shape[-1]
 
     @property
     def dim(self) -> int:
@@ -176,7 +175,7 @@ class _Groups(NamedTuple):
 
     @property
     def bank_rows(self) -> int | None:
-        return None if self.index is None else len(self.negatives)
+        return None if self.row_index is None else len(self.negatives)
 
     @property
     def steps_alike(self) -> bool:
@@ -184,10 +183,10 @@ class _Groups(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """As the kernels take them: a bank is every group's, and its index says what is masked."""
-        if self.index is None:
+        if self.row_index is None:
             return self.query, self.positive, self.negatives, self.mask
         bank = self.negatives.expand(*self.leading, *self.negatives.shape)
-        return self.query, self.positive, bank, self.index
+        return self.query, self.positive, bank, self.row_index
 
     def blocks(self) -> launch.Blocks:
         architecture = launch.architecture_of(self.query.device)
@@ -197,9 +196,9 @@ class _Groups(NamedTuple):
         shape = saved_shape((*self.leading, self.n + 1))
         return launch.empty(shape, torch.float64, self.query.device)
 
-    def empty_gradients(self, wrt: tuple[bool, bool, bool]) -> MaybeTensors:
+    def empty_gradients(self, wrt: Wanted) -> Gradients:
         """Memory for those in `wrt`, but for a bank's, which is not a sum over one group."""
-        wanted = (wrt[0], wrt[1], wrt[2] and self.index is None)
+        wanted = (wrt[0], wrt[1], wrt[2] and self.row_index is None)
         return tuple(
             launch.empty(x.shape, x.dtype, x.device) if is_wanted else None
             for x, is_wanted in zip(self[:3], wanted, strict=True)
@@ -211,7 +210,7 @@ def _reward(
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None,
-    gradients: MaybeTensors,
+    gradients: Gradients,
 ) -> Tensors:
     """The five values; fills in `saved` and the gradients."""
     from elva_kernels.backends.triton.kernels.reward import reward_kernel

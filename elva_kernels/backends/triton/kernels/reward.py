@@ -231,9 +231,8 @@ def gradient_rows(
     query_scale = power(query_k, dtype)
     query_out = (query_scale.to(tl.float64) * weight).to(dtype)
     last = candidates
-    if grad_query is None:
-        if grad_negatives is None:
-            last = 1
+    if grad_query is None and grad_negatives is None:
+        last = 1
     for start in range(0, dim, BLOCK):
         column = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = column < dim
