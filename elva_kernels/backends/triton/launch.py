@@ -57,8 +57,8 @@ def rank_blocks(architecture: str) -> Blocks:
 
 
 def bank_blocks(architecture: str) -> Blocks:
-    """The tile of queries whose float64 pulls on a row of a bank are summed at once."""
-    return Blocks(8, 128, 4, None if architecture == "hip" else 255)
+    """The tile of queries whose pulls on a row of a bank are summed at once, in float64."""
+    return Blocks(8, 128, 4, None if architecture == "hip" else 128)
 
 
 @functools.cache

@@ -76,9 +76,9 @@ def bank_gradient_kernel(
             row_k = tl.where(least < 0, least, tl.max(k, axis=0))
         gradient = pull
         if end > begin:
-            at = bank + row * bank_stride + column * bank_step
+            own_row = bank + row * bank_stride + column * bank_step
             scale = power(row_k, dtype)
-            c = tl.load(at, mask=inside, other=0.0).to(dtype) * scale
+            c = tl.load(own_row, mask=inside, other=0.0).to(dtype) * scale
             gradient = (pull + own * c.to(tl.float64)) * scale.to(tl.float64)
         if gradients.dtype.element_ty != tl.float64:
             gradient = gradient.to(tl.float32)

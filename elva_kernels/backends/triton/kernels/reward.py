@@ -252,8 +252,6 @@ def gradient_rows(
             c = tl.load(at, mask=readable, other=0.0).to(dtype)
             scale = power(k, dtype)
             c *= scale[:, None]
-            if grad_query is not None:
-                pulls += a.to(dtype)[:, None] * c
             if (grad_positive is not None) or (grad_negatives is not None):
                 b = tl.load(saved + candidates + index, mask=listed, other=0.0).to(tl.float64)
                 out = (scale.to(tl.float64) * weight).to(dtype)
@@ -265,6 +263,8 @@ def gradient_rows(
                     tl.where(live[:, None], gradient, 0.0),
                     mask=wanted[:, None] & inside[None, :],
                 )
+            if grad_query is not None:
+                pulls += a.to(dtype)[:, None] * c
         if grad_query is not None:
             total = tree_sum(tl.trans(pulls)) + query_b.to(dtype) * q
             tl.store(grad_query + column, total * query_out, mask=inside)
