@@ -6,7 +6,7 @@ Calls that pass see comparisons of attributes and nothing else: no tensor is com
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NoReturn
 
 import torch
@@ -67,7 +67,7 @@ def embeddings(
 
 def _bank(op: str, negatives: Tensor, index: Tensor, query: Tensor) -> None:
     """Rows [M, D] and integers [*, N] that name them."""
-    _integers(op, "negative_index", index, query, "[*, N]")
+    _indices(op, "negative_index", index, query, "[*, N]")
     if index.dim() < 1:
         _refuse(ValueError, op, "negative_index", "have shape [*, N]", _shape(index))
     if negatives.dim() != 2:
@@ -170,10 +170,11 @@ def batch(
     query: Tensor,
     candidates: Tensor,
     target: Tensor | None,
+    excluded: Tensor | None,
     candidate_ids: Tensor | None,
     check_finite: bool,
 ) -> None:
-    """query [B, D], candidates [M, D], target [B], candidate_ids [M]."""
+    """query [B, D], candidates [M, D], target [B] or [B, P], excluded [E, 2], candidate_ids [M]."""
     for name, rows, shape in (("query", query, "[B, D]"), ("candidates", candidates, "[M, D]")):
         _tensor(op, name, rows, shape, 2)
         if rows.dim() != 2:
@@ -187,15 +188,38 @@ def batch(
     if candidates.shape[1] != size:
         _refuse(ValueError, op, "candidates", f"have query's D = {size}", _shape(candidates))
     if target is not None:
-        _indices(op, "target", target, query, "[B]", b)
+        _indices(op, "target", target, query, "[B] or [B, P]")
+        sizes = target.shape
+        if len(sizes) not in (1, 2) or sizes[0] != b or 0 in sizes[1:]:
+            rule = f"have shape [B] or [B, P] with B = {b} and P >= 1"
+            _refuse(ValueError, op, "target", rule, _shape(target))
     elif b > m:
         rule = f"be given where queries ({b}) outnumber candidates ({m})"
         _refuse(ValueError, op, "target", rule, "None", "pass each query's row of candidates")
+    if excluded is not None:
+        _indices(op, "excluded", excluded, query, "[E, 2]")
+        if excluded.dim() != 2 or excluded.shape[1] != 2:
+            rule = "have shape [E, 2], a query and a candidate each"
+            _refuse(ValueError, op, "excluded", rule, _shape(excluded))
     if candidate_ids is not None:
-        _indices(op, "candidate_ids", candidate_ids, query, "[M]", m)
+        _indices(op, "candidate_ids", candidate_ids, query, "[M]")
+        if candidate_ids.dim() != 1 or candidate_ids.shape[0] != m:
+            rule = f"have shape [M] = [{m}]"
+            _refuse(ValueError, op, "candidate_ids", rule, _shape(candidate_ids))
     if check_finite:
         for name, rows in (("query", query), ("candidates", candidates)):
             _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+
+
+def wrt(op: str, value: Sequence[str], names: Sequence[str]) -> list[bool]:
+    """Which of the gradients called `names` are asked for."""
+    if isinstance(value, str) or not isinstance(value, Sequence | Set):
+        got = f"{type(value).__name__} {value!r}"
+        _refuse(TypeError, op, "wrt", "be a sequence of names", got)
+    for name in value:
+        if name not in names:
+            _refuse(ValueError, op, "wrt", f"name some of {', '.join(names)}", repr(name))
+    return [name in value for name in names]
 
 
 def temperature_number(op: str, value: float) -> float:
@@ -249,11 +273,17 @@ def upstream(
     index: Tensor | None,
 ) -> Tensor:
     """weight, broadcastable to the reward [*]; returned in the reward's dtype."""
+    others = _leading(positive, negatives, mask, index).values()
+    batch = torch.broadcast_shapes(query.shape[:-1], *others)
+    return upstream_of(op, weight, query, batch)
+
+
+def upstream_of(op: str, weight: Tensor, query: Tensor, batch: Sequence[int]) -> Tensor:
+    """weight, broadcastable to the reward's shape `batch`; returned in the reward's dtype."""
     _tensor(op, "weight", weight, "[*]", 0)
     if weight.device != query.device:
         _refuse_device(op, "weight", weight, query.device)
-    others = _leading(positive, negatives, mask, index).values()
-    batch = torch.broadcast_shapes(query.shape[:-1], *others)
+    batch = torch.Size(batch)
     if weight.shape != batch and not _expands_to(weight.shape, batch):
         rule = f"broadcast to the reward's shape {list(batch)}"
         _refuse(ValueError, op, "weight", rule, _shape(weight))
@@ -331,14 +361,7 @@ def _tensor(op: str, argument: str, value: Tensor, shape: str, least_dims: int) 
         _refuse(ValueError, op, argument, f"have shape {shape}", _shape(value))
 
 
-def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str, size: int) -> None:
-    """Integers [size], on the query's device."""
-    _integers(op, argument, value, query, shape)
-    if value.dim() != 1 or value.shape[0] != size:
-        _refuse(ValueError, op, argument, f"have shape {shape} = [{size}]", _shape(value))
-
-
-def _integers(op: str, argument: str, value: Tensor, query: Tensor, shape: str) -> None:
+def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str) -> None:
     """Integers on the query's device."""
     if not isinstance(value, Tensor):
         got = type(value).__name__

@@ -116,14 +116,16 @@ class InfoNCELoss(torch.nn.Module):
         candidates: Tensor,
         target: Tensor | None = None,
         candidate_ids: Tensor | None = None,
+        excluded: Tensor | None = None,
     ) -> Tensor:
-        """The loss of query [B, D], candidates [M, D], target [B], candidate_ids [M]."""
+        """The loss of query [B, D], candidates [M, D] and who is no negative, as in `info_nce`."""
         return info_nce(
             query,
             candidates,
             target,
             temperature=self.temperature,
             symmetric=self.symmetric,
+            excluded=excluded,
             candidate_ids=candidate_ids,
             max_score=self.max_score,
             reduction=self.reduction,

@@ -114,16 +114,10 @@ LAUNCHERS: dict[str, dict[str, Launcher]] = {
         "triton": partial(in_batch.info_nce, TritonSteps),
         "reference": reference.info_nce,
     },
-    "info_nce_saved": {
-        "cpu": partial(in_batch.info_nce_saved, CpuSteps),
-        "cuda": partial(in_batch.info_nce_saved, CudaSteps),
-        "triton": partial(in_batch.info_nce_saved, TritonSteps),
-        "reference": reference.info_nce_saved,
-    },
-    "info_nce_backward": {
-        "cpu": partial(in_batch.info_nce_backward, CpuSteps),
-        "cuda": partial(in_batch.info_nce_backward, CudaSteps),
-        "triton": partial(in_batch.info_nce_backward, TritonSteps),
-        "reference": reference.info_nce_backward,
+    "info_nce_and_grad": {
+        "cpu": partial(in_batch.info_nce_and_grad, CpuSteps),
+        "cuda": partial(in_batch.info_nce_and_grad, CudaSteps),
+        "triton": partial(in_batch.info_nce_and_grad, TritonSteps),
+        "reference": reference.info_nce_and_grad,
     },
 }

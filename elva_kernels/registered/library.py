@@ -5,7 +5,7 @@ times that), and opaque to `torch.compile`, so a compiled program runs the same 
 same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -49,13 +49,26 @@ def gradient_op(op: Any, *arguments: Any) -> Any:
     return op(*arguments)
 
 
+def present(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """A launcher's gradients as an op returns them: empty for one that was not wanted."""
+    return tuple(like.new_empty(0) if x is None else x for x in gradients)
+
+
+def wanted(gradients: Sequence[Tensor], wrt: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """An op's gradients as autograd and users take them: None for one that was not wanted."""
+    return tuple(x if is_wanted else None for x, is_wanted in zip(gradients, wrt, strict=True))
+
+
 class _DifferentiatedOnce(torch.autograd.Function):
     """Runs a backward op while a graph is being made of it, and refuses to be its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *arguments: Any) -> Any:
-        ctx.name = op.name().split("::")[1].removesuffix("_backward")
+    def forward(op: Any, *arguments: Any) -> Any:
         return op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[0].name().split("::")[1].removesuffix("_backward")
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
