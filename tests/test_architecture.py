@@ -260,6 +260,13 @@ def test_drawing_a_report_is_light(tmp_path):
     assert (done.returncode, done.stdout) == (0, "loaded\n"), done.stderr
 
 
+def test_the_kernels_touch_no_setting_of_the_process():
+    """Switches of precision and determinism are the user's, and another thread would see them."""
+    switches = ("fp32_precision", "allow_tf32", "matmul_precision", "use_deterministic")
+    for path in KERNELS:
+        assert not [x for x in switches if x in path.read_text()], path
+
+
 def test_no_file_edits_the_import_path():
     for path in (*KERNELS, *ELVA):
         for node in ast.walk(ast.parse(path.read_text())):
