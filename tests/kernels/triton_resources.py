@@ -104,7 +104,8 @@ def _bank(dtype):
 
 
 def _statistics(value, kernel, **left_out):
-    integers = dict.fromkeys(("target", "ids", "hardest_index"), "*i64")
+    lists = ("target", "skipped", "skipped_first", "skipped_last", "hardest_index")
+    integers = dict.fromkeys(lists, "*i64") | dict.fromkeys(("positives", "segments"), "i32")
     integers |= dict.fromkeys(("n_greater", "n_equal"), "*i32")
     exact = ("query_norms", "candidate_norms", "row_norms", "total", "moment", "temperature")
     values = ("scores", "target_score", "hardest_score", "peak", "row_peak", "row_factor")
@@ -114,7 +115,8 @@ def _statistics(value, kernel, **left_out):
     launch = in_batch_launchers()
     block = launch._COLUMNS if kernel == "column_sums_kernel" else launch.BLOCK
     module = "topk" if kernel == "finish_scores_kernel" else "in_batch"
-    return module, kernel, types | {"BLOCK": block, "COSINE": True} | left_out
+    constants = {"BLOCK": block, "COSINE": True, "ONE": False, "AT_ONCE": launch.AT_ONCE}
+    return module, kernel, types | constants | left_out
 
 
 def batch_variants():
@@ -140,9 +142,12 @@ def batch_variants():
         found[f"column_sums-{value}"] = _statistics(value, "column_sums_kernel")
         found[f"slope_rows-{value}"] = _statistics(value, "slope_rows_kernel")
         found[f"finish_scores-{value}"] = _statistics(value, "finish_scores_kernel")
+    one = {"skipped": None, "skipped_first": None, "skipped_last": None, "ONE": True}
+    found["score_rows-fp32-one"] = _statistics("fp32", "score_rows_kernel", **one)
     found["score_rows-fp32-bare"] = _statistics(
-        "fp32", "score_rows_kernel", ids=None, temperature=None
+        "fp32", "score_rows_kernel", temperature=None, **one
     )
+    found["slope_rows-fp32-one"] = _statistics("fp32", "slope_rows_kernel", ONE=True)
     return found
 
 
