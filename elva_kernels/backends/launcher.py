@@ -38,8 +38,8 @@ that does not exist and is taken for one that is not finite. The bank's gradient
 row the sum over its occurrences in order, scaled and rounded once; 0 for a row that nobody names.
 
 Values are float32 (float64 for float64 inputs); what exists per positive is [B, P], as the batch's
-target. `wrt` says which gradients are wanted; in place of another is None, and nothing is computed
-for it. Gradients come in the inputs' dtype; those of `info_nce_and_grad` that are not `rounded` in
+target. `wrt` says which gradients are wanted; in place of another is None: neither computed nor
+written. Gradients come in the inputs' dtype; those of `info_nce_and_grad` that are not `rounded` in
 the scores', and on the temperature in float64: a factor is still to come.
 """
 
