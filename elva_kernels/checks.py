@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.table import BACKENDS
 from elva_kernels.reference import Weights, compute_dtype
 
@@ -186,6 +187,7 @@ def reduction(op: str, value: str) -> None:
         _refuse(ValueError, op, "reduction", f"be one of {', '.join(_REDUCTIONS)}", repr(value))
 
 
+@in_default_float_mode
 def upstream(
     op: str,
     weight: Tensor,

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Batch, Weights, compute_dtype
@@ -227,6 +228,7 @@ in_batch_ranking_reward = _OPS.in_batch_ranking_reward.default
 info_nce = _OPS.info_nce.default
 
 
+@in_default_float_mode
 def reduced(loss: Tensor, reduction: str) -> Tensor:
     """The losses [B] as `reduction` says."""
     if reduction == "mean":
@@ -246,6 +248,7 @@ class _ScaledOnce(torch.autograd.Function):
         refuse_second_derivative("info_nce", "loss")
 
 
+@in_default_float_mode
 def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
     """Of three inputs and their three gradients: the gradients scaled, in the inputs' dtypes."""
     inputs, gradients = tensors[:3], tensors[3:]
