@@ -36,7 +36,7 @@ typedef struct {
   void* grad_rows;        // [count, dim]; with a unit of ELVA_BF16 that, or ELVA_FP32
 } ElvaUnitGradientArgs;
 
-// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1.
+// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1, m and n may be 0.
 typedef struct {
   ElvaDtype a_dtype;  // as b's; ELVA_FP32 also beside ELVA_BF16
   ElvaDtype b_dtype;  // ELVA_FP32 or ELVA_FP64; ELVA_BF16 where elva_multiplies_bf16()
@@ -66,14 +66,18 @@ typedef struct {
   const void* exclusion;  // value [width]: 0, or -inf for candidates not finite and for padding
   const void* scale;      // value [width], 1 / |candidate|; null: the scores are cosines already
   const double* norm;     // [rows, 2], of the queries
-  const int64_t* target;  // [rows]
-  const int64_t* ids;     // [candidates]; null: all differ
-  double max_score;       // inf: no limit
+  const int64_t* target;  // [rows, positives]: a candidate; -1: none; -2: one that does not exist
+  int64_t positives;
+  const int64_t* skipped;        // candidates that are no negatives, beside the positives; or null
+  const int64_t* skipped_first;  // [rows, segments]: a row skips skipped[first .. last) of each
+  const int64_t* skipped_last;   // [rows, segments]
+  int64_t segments;
+  double max_score;            // inf: no limit
   double inverse_temperature;  // NaN: no sums
   int64_t k;
-  int32_t* n_greater;      // [rows]
-  int32_t* n_equal;        // [rows]
-  void* target_score;      // value [rows]
+  int32_t* n_greater;      // [rows, positives]
+  int32_t* n_equal;        // [rows, positives]
+  void* target_score;      // value [rows, positives]; -inf for none, NaN where it is not finite
   void* hardest_score;     // value [rows]
   int64_t* hardest_index;  // [rows]
   void* topk_scores;       // value [rows, k]
@@ -84,7 +88,7 @@ typedef struct {
 
 // One direction of InfoNCE from what score_rows or column_sums summed: log-sum-exp (11) and
 // contrastive loss (13) of elva_kernels.reference and their derivatives. All NaN or 0 where
-// the target's score is NaN.
+// the target's score is NaN, all 0 where it is -inf.
 typedef struct {
   ElvaDtype dtype;
   int64_t count;
@@ -101,17 +105,18 @@ typedef struct {
 } ElvaInfoNceTermsArgs;
 
 // Masked scores become row_factor exp((s - row_peak) / T) + column_factor exp((s - column_peak) /
-// T), and target_slope at the target.
+// T), and every target_slope is added at its target.
 typedef struct {
   ElvaDtype dtype;
   int32_t threads;
   int64_t rows;
   int64_t width;
-  void* scores;               // value [rows, width]
-  const void* row_peak;       // value [rows], finite
-  const void* row_factor;     // value [rows]
-  const void* target_slope;   // value [rows]
-  const int64_t* target;      // [rows]
+  void* scores;              // value [rows, width]
+  const void* row_peak;      // value [rows], finite
+  const void* row_factor;    // value [rows]
+  const void* target_slope;  // value [rows, positives]
+  const int64_t* target;     // [rows, positives]; below 0: none
+  int64_t positives;
   const void* column_peak;    // value [width], finite; null: no second term
   const void* column_factor;  // value [width]
   double inverse_temperature;

@@ -3,7 +3,8 @@
 Calls that pass see comparisons of attributes and nothing else: no tensor is computed, no text made.
 """
 
-from typing import NoReturn
+from collections.abc import Sequence, Set
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.table import BACKENDS
 from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.registered.batch import Given
 from elva_kernels.scalars import LARGEST as LARGEST
 from elva_kernels.scalars import LARGEST_INT
 from elva_kernels.scalars import integer as _integer
@@ -18,6 +20,7 @@ from elva_kernels.scalars import number as _number
 from elva_kernels.scalars import one_of as _one_of
 from elva_kernels.scalars import refuse as _refuse
 from elva_kernels.scalars import shown as _shown
+from elva_kernels.scalars import typed as _typed
 
 WIDEST_COSINE = 2.0
 # Below it 1 / temperature leaves float32's range, and the gradient would be NaN. Ours.
@@ -117,11 +120,11 @@ def batch(
     op: str,
     query: Tensor,
     candidates: Tensor,
-    target: Tensor | None,
-    candidate_ids: Tensor | None,
+    given: Given,
+    group: Any,
     check_finite: bool,
-) -> None:
-    """query [B, D], candidates [M, D], target [B], candidate_ids [M]."""
+) -> Given:
+    """query [B, D], candidates [M, D], and who is compared with whom; its max_score as a float."""
     for name, rows, shape in (("query", query, "[B, D]"), ("candidates", candidates, "[M, D]")):
         _tensor(op, name, rows, shape, 2)
         if rows.dim() != 2:
@@ -134,16 +137,61 @@ def batch(
         _refuse(ValueError, op, "query", "have D >= 1", _shape(query))
     if candidates.shape[1] != size:
         _refuse(ValueError, op, "candidates", f"have query's D = {size}", _shape(candidates))
-    if target is not None:
-        _indices(op, "target", target, query, "[B]", b)
-    elif b > m:
-        rule = f"be given where queries ({b}) outnumber candidates ({m})"
-        _refuse(ValueError, op, "target", rule, "None", "pass each query's row of candidates")
-    if candidate_ids is not None:
-        _indices(op, "candidate_ids", candidate_ids, query, "[M]", m)
+    _targets(op, given.target, query, b, m)
+    if given.excluded is not None:
+        _indices(op, "excluded", given.excluded, query, "[E, 2]")
+        if given.excluded.dim() != 2 or given.excluded.shape[1] != 2:
+            rule = "have shape [E, 2], a query and a candidate each"
+            _refuse(ValueError, op, "excluded", rule, _shape(given.excluded))
+    ids = given.candidate_ids
+    if ids is not None:
+        _indices(op, "candidate_ids", ids, query, "[M]")
+        if ids.dim() != 1 or ids.shape[0] != m:
+            _refuse(ValueError, op, "candidate_ids", f"have shape [M] = [{m}]", _shape(ids))
+    _group(op, group, given)
     if check_finite:
         for name, rows in (("query", query), ("candidates", candidates)):
             _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+    return given._replace(max_score=max_score(op, given.max_score))
+
+
+def _targets(op: str, target: Tensor | None, query: Tensor, b: int, m: int) -> None:
+    if target is not None:
+        _indices(op, "target", target, query, "[B] or [B, P]")
+        sizes = target.shape
+        if len(sizes) not in (1, 2) or sizes[0] != b or 0 in sizes[1:]:
+            rule = f"have shape [B] or [B, P] with B = {b} and P >= 1"
+            _refuse(ValueError, op, "target", rule, _shape(target))
+    elif b > m:
+        rule = f"be given where queries ({b}) outnumber candidates ({m})"
+        _refuse(ValueError, op, "target", rule, "None", "pass each query's row of candidates")
+
+
+def _group(op: str, group: Any, given: Given) -> None:
+    """A process group that this process belongs to, and what it alone gives a meaning."""
+    if group is None:
+        if given.global_target:
+            todo = "pass the group, or leave it False"
+            _refuse(ValueError, op, "global_target", "come with a group", "True", todo)
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        got = f"{type(group).__name__} {group!r}"
+        todo = "pass torch.distributed.group.WORLD once init_process_group was called"
+        _refuse(TypeError, op, "group", "be a torch.distributed.ProcessGroup", got, todo)
+    if given.global_target and given.target is None:
+        rule = "be given where global_target is"
+        _refuse(ValueError, op, "target", rule, "None", "pass each query's row of all candidates")
+
+
+def wrt(op: str, value: Sequence[str], names: Sequence[str]) -> list[bool]:
+    """Which of the gradients called `names` are asked for."""
+    if isinstance(value, str) or not isinstance(value, Sequence | Set):
+        _refuse(TypeError, op, "wrt", "be a sequence of names", _typed(value))
+    for name in value:
+        if not isinstance(name, str) or name not in names:
+            _refuse(ValueError, op, "wrt", f"name some of {', '.join(names)}", _shown(name))
+    return [name in value for name in names]
 
 
 def temperature_number(op: str, value: float) -> float:
@@ -187,7 +235,6 @@ def reduction(op: str, value: str) -> None:
     _one_of(op, "reduction", value, _REDUCTIONS)
 
 
-@in_default_float_mode
 def upstream(
     op: str,
     weight: Tensor,
@@ -197,13 +244,20 @@ def upstream(
     mask: Tensor | None,
 ) -> Tensor:
     """weight, broadcastable to the reward [*]; returned in the reward's dtype."""
-    _tensor(op, "weight", weight, "[*]", 0)
-    if weight.device != query.device:
-        _refuse_device(op, "weight", weight, query.device)
     masks = () if mask is None else (mask.shape[:-1],)
     batch = torch.broadcast_shapes(
         query.shape[:-1], positive.shape[:-1], negatives.shape[:-2], *masks
     )
+    return upstream_of(op, weight, query, batch)
+
+
+@in_default_float_mode
+def upstream_of(op: str, weight: Tensor, query: Tensor, batch: Sequence[int]) -> Tensor:
+    """weight, broadcastable to the reward's shape `batch`; returned in the reward's dtype."""
+    _tensor(op, "weight", weight, "[*]", 0)
+    if weight.device != query.device:
+        _refuse_device(op, "weight", weight, query.device)
+    batch = torch.Size(batch)
     if weight.shape != batch and not _expands_to(weight.shape, batch):
         rule = f"broadcast to the reward's shape {list(batch)}"
         _refuse(ValueError, op, "weight", rule, _shape(weight))
@@ -276,8 +330,8 @@ def _dense(op: str, argument: str, value: Tensor) -> None:
         _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
 
 
-def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str, size: int) -> None:
-    """Integers [size], on the query's device."""
+def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str) -> None:
+    """Integers on the query's device."""
     if not isinstance(value, Tensor):
         got = type(value).__name__
         _refuse(TypeError, op, argument, f"be a tensor {shape}", got, "use torch.as_tensor")
@@ -288,8 +342,6 @@ def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str, s
     _dense(op, argument, value)
     if value.device != query.device:
         _refuse_device(op, argument, value, query.device)
-    if value.dim() != 1 or value.shape[0] != size:
-        _refuse(ValueError, op, argument, f"have shape {shape} = [{size}]", _shape(value))
 
 
 def _alike(op: str, argument: str, value: Tensor, query: Tensor) -> None:

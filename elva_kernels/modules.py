@@ -1,14 +1,20 @@
 """The ops as `nn.Module`s."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from elva_kernels import checks
-from elva_kernels.in_batch import info_nce
+from elva_kernels.info_nce import info_nce
 from elva_kernels.reference import Weights
 from elva_kernels.reward import ranking_reward
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RankingRewardLoss(torch.nn.Module):
@@ -102,15 +108,22 @@ class InfoNCELoss(torch.nn.Module):
         candidates: Tensor,
         target: Tensor | None = None,
         candidate_ids: Tensor | None = None,
+        excluded: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+        global_target: bool = False,
     ) -> Tensor:
-        """The loss of query [B, D], candidates [M, D], target [B], candidate_ids [M]."""
+        """The loss of query [B, D], candidates [M, D] and who is no negative, as in `info_nce`."""
         return info_nce(
             query,
             candidates,
             target,
             temperature=self.temperature,
             symmetric=self.symmetric,
+            excluded=excluded,
             candidate_ids=candidate_ids,
+            group=group,
+            global_target=global_target,
             max_score=self.max_score,
             reduction=self.reduction,
             workspace_mb=self.workspace_mb,

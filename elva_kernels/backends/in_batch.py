@@ -1,12 +1,16 @@
 """The in-batch launchers of a backend that has the steps, whichever it is."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from elva_kernels import reference
-from elva_kernels.backends.launcher import Tensors, detached
+from elva_kernels.backends.launcher import Gradients, Tensors, detached
 from elva_kernels.backends.steps import Steps
 from elva_kernels.reference import Batch, RankStatistics, Weights
+
+_HEAD_PAIRS = 2**22  # of a positive and a negative of the head at once: 16 MB of float32. Ours.
 
 
 def rank_statistics(
@@ -43,11 +47,12 @@ def in_batch_ranking_reward_backward(
     grad_reward: Tensor,
     head: int,
     weights: Weights,
-) -> Tensors:
-    slopes = reference.head_slopes(scores, rank, head, grad_reward, weights)
-    batch = Batch(index[:, 0].contiguous(), None, None)
+    wrt: tuple[bool, bool],
+) -> Gradients:
+    slopes = slopes_of_head(scores, rank, head, grad_reward, weights)
+    batch = Batch(index[:, : rank.shape[1]].contiguous())
     dtypes = (query.dtype, candidates.dtype)
-    return steps(query, candidates, batch).gradients_of_slopes(index, slopes, dtypes)
+    return steps(query, candidates, batch, wrt=wrt).gradients_of_slopes(index, slopes, dtypes)
 
 
 def info_nce(
@@ -65,26 +70,7 @@ def info_nce(
     return loss, *all_statistics(found)
 
 
-def info_nce_saved(
-    steps: type[Steps],
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    *,
-    mean: bool,
-    symmetric: bool,
-    workspace_mb: int,
-) -> Tensors:
-    call = steps(query, candidates, batch, 0, temperature, workspace_mb)
-    weight = query.new_full((len(query),), weight_in_loss(query, mean), dtype=torch.float64)
-    loss, found, *gradients = call.info_nce_and_gradients(
-        weight, symmetric=symmetric, dtypes=(call.dtype, call.dtype)
-    )
-    return loss, *all_statistics(found), *gradients
-
-
-def info_nce_backward(
+def info_nce_and_grad(
     steps: type[Steps],
     query: Tensor,
     candidates: Tensor,
@@ -94,13 +80,17 @@ def info_nce_backward(
     *,
     symmetric: bool,
     workspace_mb: int,
-) -> Tensors:
-    call = steps(query, candidates, batch, 0, temperature, workspace_mb)
-    dtypes = (query.dtype, candidates.dtype)
-    *_, grad_query, grad_candidates, grad_temperature = call.info_nce_and_gradients(
+    wrt: tuple[bool, bool],
+    rounded: bool,
+) -> Gradients:
+    call = steps(query, candidates, batch, 0, temperature, workspace_mb, wrt)
+    dtypes = (query.dtype, candidates.dtype) if rounded else (call.dtype, call.dtype)
+    loss, found, *gradients, grad_temperature = call.info_nce_and_gradients(
         weight, symmetric=symmetric, dtypes=dtypes
     )
-    return grad_query, grad_candidates, grad_temperature.to(temperature.dtype)
+    if rounded:
+        grad_temperature = grad_temperature.to(temperature.dtype)
+    return loss, *all_statistics(found), *gradients, grad_temperature
 
 
 def all_statistics(found: RankStatistics) -> Tensors:
@@ -112,12 +102,27 @@ def all_statistics(found: RankStatistics) -> Tensors:
 def reward_of_statistics(
     found: RankStatistics, batch: Batch, head: int, weights: Weights
 ) -> Tensors:
-    """The reward of each query's target and hardest negatives, and their indices [B, 1 + h]."""
-    scores = torch.cat([found.target_score.unsqueeze(1), found.topk_scores], dim=1)
-    index = torch.cat([batch.target.unsqueeze(1), found.topk_index], dim=1)
-    return detached((*reference.reward_of_head(scores, found.rank, head, weights), index))
+    """The rewards of each query's positives and hardest negatives, and their indices [B, P + h]."""
+    scores = torch.cat([found.target_score, found.topk_scores], dim=1)
+    index = torch.cat([batch.target, found.topk_index], dim=1)
+    parts = [
+        reference.reward_of_head(some, rank, head, weights)
+        for some, rank in _parts(found.rank, scores)
+    ]
+    return detached((*(torch.cat(x) for x in zip(*parts, strict=True)), index))
 
 
-def weight_in_loss(query: Tensor, mean: bool) -> float:
-    """A query's weight in the reduced loss."""
-    return 1 / max(1, len(query)) if mean else 1.0
+def slopes_of_head(
+    scores: Tensor, rank: Tensor, head: int, grad_reward: Tensor, weights: Weights
+) -> Tensor:
+    """As `reference.head_slopes`, in bounded memory."""
+    parts = _parts(rank, scores, grad_reward)
+    return torch.cat(
+        [reference.head_slopes(some, rank, head, grad, weights) for some, rank, grad in parts]
+    )
+
+
+def _parts(rank: Tensor, scores: Tensor, *more: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """(scores, rank, ...) of some queries at a time: every positive meets every negative."""
+    rows = max(1, _HEAD_PAIRS // max(1, rank.shape[1] * scores.shape[1]))
+    return zip(*(x.split(rows) for x in (scores, rank, *more)), strict=True)

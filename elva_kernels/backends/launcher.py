@@ -20,23 +20,31 @@ read where they lie and never written. Results are contiguous and have no graph.
                               `reference.RankStatistics`; logsumexp is [0] without a temperature
     in_batch_ranking_reward   (query, candidates, batch, head, weights) -> the values, index
     in_batch_ranking_reward_backward  (query, candidates, index, scores, rank, grad_reward, head,
-                              weights) -> grad_query, grad_candidates
+                              weights, wrt) -> grad_query, grad_candidates
     info_nce                  (query, candidates, batch, temperature, *, symmetric, workspace_mb)
                               -> loss, the statistics
-    info_nce_saved            the same with *, mean: also the three gradients of the reduced loss
-    info_nce_backward         (query, candidates, batch, temperature, weight, *, ...)
-                              -> grad_query, grad_candidates, grad_temperature
+    info_nce_and_grad         (query, candidates, batch, temperature, weight, *, symmetric,
+                              workspace_mb, wrt, rounded) -> the same, and the gradients of
+                              sum(weight * loss) on query, candidates and temperature
+    info_nce_share            (query, candidates, batch, temperature, weight, exchange, *,
+                              symmetric, workspace_mb, wrt, rounded) -> what `info_nce_and_grad`
+                              gives, of one process's queries and candidates: `query` are its own,
+                              `candidates`, `batch` and `weight` those of all (`shares.Exchange`)
 
-Values are float32 (float64 for float64 inputs). Gradients come in the inputs' dtype, but those of
-`info_nce_saved` in the scores', and on the temperature in float64: a factor is still to come.
+Values are float32 (float64 for float64 inputs); what exists per positive is [B, P], as the batch's
+target. `wrt` says which gradients are wanted; in place of another is None, and nothing is computed
+for it. Gradients come in the inputs' dtype; those of `info_nce_and_grad` that are not `rounded` in
+the scores', and on the temperature in float64: a factor is still to come.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
-Launcher = Callable[..., Tensors]
+Gradients = tuple[Tensor | None, ...]  # None for one that is not wanted
+Launcher = Callable[..., Any]
 
 
 def saved_shape(scores: Sequence[int]) -> tuple[int, ...]:

@@ -5,8 +5,8 @@ times that), and opaque to `torch.compile`, so a compiled program runs the same 
 same bits.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from elva_kernels.backends.boundary import in_default_float_mode
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
 
 
@@ -31,6 +32,12 @@ def register(ops: dict[str, Registered]) -> None:
         _LIBRARY.define(name + op.schema)
         _LIBRARY.impl(name, in_default_float_mode(op.compute), "CompositeExplicitAutograd")
         torch.library.register_fake(f"elva_kernels::{name}", op.trace, lib=_LIBRARY)
+
+
+def outside_graphs(function: _Function) -> _Function:
+    """`function`, where `torch.compile` breaks its graph."""
+    eager: _Function = torch.compiler.disable(function)
+    return eager
 
 
 def is_watched(*tensors: Tensor) -> bool:
@@ -51,13 +58,26 @@ def gradient_op(op: Any, *arguments: Any) -> Any:
     return op(*arguments)
 
 
+def present(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """A launcher's gradients as an op returns them: empty for one that was not wanted."""
+    return tuple(like.new_empty(0) if x is None else x for x in gradients)
+
+
+def wanted(gradients: Sequence[Tensor | None], wrt: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """An op's gradients as autograd and users take them: None for one that was not wanted."""
+    return tuple(x if is_wanted else None for x, is_wanted in zip(gradients, wrt, strict=True))
+
+
 class _DifferentiatedOnce(torch.autograd.Function):
     """Runs a backward op while a graph is being made of it, and refuses to be its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, *arguments: Any) -> Any:
-        ctx.name = op.name().split("::")[1].removesuffix("_backward")
+    def forward(op: Any, *arguments: Any) -> Any:
         return op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[0].name().split("::")[1].removesuffix("_backward")
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

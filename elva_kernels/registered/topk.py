@@ -11,7 +11,8 @@ from elva_kernels.registered.library import Registered, register
 
 def _topk(query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> Tensors:
     launch = launcher("topk", backend, query.device, query.dtype)
-    return launch(query, corpus, k, metric=metric)
+    found: Tensors = launch(query, corpus, k, metric=metric)
+    return found
 
 
 def _trace_topk(query: Tensor, corpus: Tensor, k: int, *_: object) -> Tensors:

@@ -161,8 +161,7 @@ MUTANTS = {
         "sign": sign_of_a_gradient(0),
     },
     "info_nce": NCE,
-    "info_nce_saved": NCE | {"sign": sign_of_a_gradient(10)},
-    "info_nce_backward": IN_BATCH | {"sign": sign_of_a_gradient(0)},
+    "info_nce_and_grad": NCE | {"sign": sign_of_a_gradient(10)},
 }
 
 F32 = {"dtype": torch.float32}
@@ -215,8 +214,7 @@ CLAIMS = {
     "in_batch_ranking_reward": OF_A_BATCH,
     "in_batch_ranking_reward_backward": OF_A_BATCH,
     "info_nce": OF_INFO_NCE,
-    "info_nce_saved": OF_INFO_NCE,
-    "info_nce_backward": OF_INFO_NCE,
+    "info_nce_and_grad": OF_INFO_NCE,
 }
 
 

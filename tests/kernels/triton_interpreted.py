@@ -30,8 +30,8 @@ TRIALS = [
     ("in_batch_ranking_reward_backward", torch.float32, False),
     ("info_nce", torch.float16, False),
     ("info_nce", torch.float64, True),
-    ("info_nce_saved", torch.bfloat16, True),
-    ("info_nce_backward", torch.float32, False),
+    ("info_nce_and_grad", torch.bfloat16, True),
+    ("info_nce_and_grad", torch.float32, False),
     ("topk", torch.bfloat16, True),
     ("topk", torch.float32, False),
 ]
@@ -56,7 +56,9 @@ def every_launch(inputs, scores, mask, upstream, weights):
 
 def every_batch_launch(query, candidates, weight):
     """All results of the in-batch ops and of search."""
-    batch = Batch(torch.arange(len(query)), torch.arange(len(candidates)) % 7, 0.9)
+    batch = Batch(
+        torch.arange(len(query)).unsqueeze(1), None, torch.arange(len(candidates)) % 7, 0.9
+    )
     heat = torch.tensor(0.1)
     yield from in_batch.TritonSteps(query, candidates, batch, 3, heat).rank_statistics()
     call = in_batch.TritonSteps(query, candidates, batch, 0, heat, 1)

@@ -33,7 +33,7 @@ def inputs_of(dtype: torch.dtype) -> tuple[Tensor, Tensor, Batch]:
     query[1] *= 2.0 ** (-8 if dtype == torch.float16 else -60)
     query[3, 1] = torch.inf
     ids = torch.arange(_M) % 31
-    return query.to(dtype), candidates.to(dtype), Batch(target, ids, 0.9)
+    return query.to(dtype), candidates.to(dtype), Batch(target.unsqueeze(1), None, ids, 0.9)
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:
@@ -79,16 +79,15 @@ def _try_info_nce(
 def _try_info_nce_gradients(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
-    """By the op that keeps them and by the op that computes them again."""
+    """In the scores' dtype and in the inputs'."""
     given, exact, temperature = _case(dtype, device)
     options = {"symmetric": soft, "workspace_mb": 1}
     weight = torch.full((_B,), 1 / _B, dtype=torch.float64)
     truth = reference.info_nce_gradients(*exact, temperature, weight, symmetric=soft)
-    saved = launchers("info_nce_saved")(*given, temperature.to(device), mean=True, **options)
-    _check_gradients(saved[-3:], truth, exact)
-    weight = weight.to(reference.compute_dtype(dtype)).to(device)
-    found = launchers("info_nce_backward")(*given, temperature.to(device), weight, **options)
-    _check_gradients(found, truth, exact)
+    launch, inputs = launchers("info_nce_and_grad"), (*given, temperature.to(device))
+    for rounded in (False, True):
+        found = launch(*inputs, weight.to(device), wrt=(True, True), rounded=rounded, **options)
+        _check_gradients(found[-3:], truth, exact)
 
 
 def _try_reward(launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool) -> None:
@@ -97,14 +96,14 @@ def _try_reward(launchers: Launchers, dtype: torch.dtype, device: torch.device, 
     head = 3 if soft else _M
     *values, index = launchers("in_batch_ranking_reward")(*given, head, WEIGHTS)
     found = reference.rank_statistics(*exact, k=head, temperature=None)
-    scores = torch.cat([found.target_score.unsqueeze(1), found.topk_scores], dim=1)
+    scores = torch.cat([found.target_score, found.topk_scores], dim=1)
     truth = reference.reward_of_head(scores, found.rank, head, WEIGHTS)
     _check_statistics(values, truth)
-    indices = torch.cat([exact[2].target.unsqueeze(1), found.topk_index], dim=1)
+    indices = torch.cat([exact[2].target, found.topk_index], dim=1)
     check("index", index.int(), indices.int(), torch.zeros(index.shape))
     upstream = torch.linspace(-1, 1, _B, dtype=torch.float64)
     slopes = reference.head_slopes(scores, found.rank, head, upstream, WEIGHTS)
-    expected = reference.in_batch_gradients(exact[0], exact[1], indices, slopes)
+    expected = reference.in_batch_gradients(exact[0], exact[1], indices, slopes, 1)
     backward = launchers("in_batch_ranking_reward_backward")
     gradients = backward(
         *given[:2],
@@ -114,6 +113,7 @@ def _try_reward(launchers: Launchers, dtype: torch.dtype, device: torch.device, 
         upstream.to(values[0].dtype).to(device),
         head,
         WEIGHTS,
+        (True, True),
     )
     _check_gradients(gradients, expected, exact)
 
@@ -137,6 +137,5 @@ TRIALS: dict[str, Trial] = {
     "in_batch_ranking_reward": _try_reward,
     "in_batch_ranking_reward_backward": _try_reward,
     "info_nce": _try_info_nce,
-    "info_nce_saved": _try_info_nce_gradients,
-    "info_nce_backward": _try_info_nce_gradients,
+    "info_nce_and_grad": _try_info_nce_gradients,
 }

@@ -1,6 +1,7 @@
 """The in-batch ops' steps on the CPU."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ _ALLOWED = 1.8e-6
 
 class CpuSteps(Steps):
     """Where the CPU multiplies bfloat16, rows of it stay as they are, and slopes become halves."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.allowed: list[float] = []  # of the gradients on query and candidates: see `_allowed`
 
     def units(self, rows: Tensor) -> Units:
         raw = rows.dtype == torch.bfloat16 and module().multiplies_bf16()
@@ -48,7 +53,8 @@ class CpuSteps(Steps):
             pointer(self.scale),
             self.query.norm[rows].data_ptr(),
             self.batch.target[rows].data_ptr(),
-            pointer(self.batch.candidate_ids),
+            self.batch.target.shape[1],
+            *self._skipped(rows),
             max_score,
             self._inverse_temperature(),
             self.k,
@@ -78,7 +84,7 @@ class CpuSteps(Steps):
         target_score = self.target_score[rows]
         module().info_nce_terms(
             DTYPE_CODES[self.dtype],
-            len(target_score),
+            target_score.numel(),
             target_score.data_ptr(),
             pointer(at),
             *(x.data_ptr() for x in sums),
@@ -96,31 +102,42 @@ class CpuSteps(Steps):
             len(scores),
             self.width,
             scores.data_ptr(),
-            *(pointer(x) for x in slopes),
+            *(pointer(x) for x in slopes[:4]),
+            slopes.target.shape[1],
+            *(pointer(x) for x in slopes[4:]),
             self._inverse_temperature(),
         )
 
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
         if not self.grad_units:
             both = (self.query, self.candidates)
-            self.grad_units = [self.empty(x.rows.shape, self.dtype) for x in both]
-            self.allowed = [_allowed(x) for x in both]
+            for x, other, wanted in zip(both, both[::-1], self.wrt, strict=True):
+                self.grad_units.append(self.empty(x.rows.shape, self.dtype) if wanted else None)
+                self.allowed.append(_allowed(other) if wanted else 0.0)
         slopes = slopes[:, : len(self.candidates.rows)]
-        query = part_of(self.query, rows)
-        part = math.sqrt(len(query.rows) / len(self.query.rows))
-        _multiply_units(slopes, self.candidates, self.grad_units[0][rows], self.allowed[1])
-        _multiply_units(
-            slopes.T, query, self.grad_units[1], self.allowed[0] * part, add=rows.start > 0
-        )
+        of_query, of_candidates = self.grad_units
+        if of_query is not None:
+            _multiply_units(slopes, self.candidates, of_query[rows], self.allowed[0])
+        if of_candidates is not None:
+            query = part_of(self.query, rows)
+            allowed = self.allowed[1] * math.sqrt(len(query.rows) / len(self.query.rows))
+            _multiply_units(slopes.T, query, of_candidates, allowed, add=rows.start > 0)
 
     def add_targets(self) -> None:
-        query, candidates, target = self.query, self.candidates, self.batch.target
-        if query.scale is None or candidates.scale is None or not self.chunks:
+        query, candidates = self.query, self.candidates
+        if query.scale is None or candidates.scale is None:
             return
-        of_query = self.target_slope * candidates.scale[target]
-        of_candidates = self.target_slope * query.scale
-        self._add_rows(candidates, target, None, of_query, self.grad_units[0])
-        self._add_rows(query, None, target, of_candidates, self.grad_units[1])
+        if len(query.rows) == 0 or len(candidates.rows) == 0:
+            return
+        target = self.batch.target.clamp(min=0)
+        row = self.row_of_pairs(len(target))
+        of_query, of_candidates = self.grad_units
+        if of_query is not None:
+            factor = self.target_slope * candidates.scale[target]
+            self._add_rows(candidates, target, row, factor, of_query)
+        if of_candidates is not None:
+            factor = self.target_slope * query.scale.unsqueeze(1)
+            self._add_rows(query, row, target, factor, of_candidates)
 
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
         grad = self.empty(units.rows.shape, dtype)
@@ -139,6 +156,18 @@ class CpuSteps(Steps):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return empty_kept(torch.Size(shape), dtype)
 
+    def _skipped(self, rows: slice) -> tuple[int, int, int, int]:
+        """As score_rows takes it: list, segments' ends, their number a query."""
+        if self.skipped is None:
+            return 0, 0, 0, 0
+        candidate, first, last = self.skipped
+        return (
+            candidate.data_ptr(),
+            first[rows].data_ptr(),
+            last[rows].data_ptr(),
+            first.shape[1],
+        )
+
     def _inverse_temperature(self) -> float:
         """1 / T; NaN where there is none above 0."""
         return math.nan if self.temperature is None else 1 / float(self.temperature)
@@ -154,7 +183,7 @@ class CpuSteps(Steps):
         """out[into[i]] += factor[i] * row source[i]; None: i."""
         module().add_rows(
             torch.get_num_threads(),
-            len(factor),
+            factor.numel(),
             units.rows.shape[1],
             pointer(source),
             pointer(into),
