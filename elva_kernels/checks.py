@@ -3,21 +3,26 @@
 Calls that pass see comparisons of attributes and nothing else: no tensor is computed, no text made.
 """
 
-import math
-import numbers
-import sys
 from collections.abc import Sequence, Set
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.table import BACKENDS
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered.batch import Given
+from elva_kernels.scalars import LARGEST as LARGEST
+from elva_kernels.scalars import LARGEST_INT
+from elva_kernels.scalars import integer as _integer
+from elva_kernels.scalars import number as _number
+from elva_kernels.scalars import one_of as _one_of
+from elva_kernels.scalars import refuse as _refuse
+from elva_kernels.scalars import shown as _shown
+from elva_kernels.scalars import typed as _typed
 
 WIDEST_COSINE = 2.0
-LARGEST = sys.float_info.max
 EMBEDDINGS = ("query", "positive", "negatives")
 # Below it 1 / temperature leaves float32's range, and the gradient would be NaN. Ours.
 LEAST_TEMPERATURE = 1e-6
@@ -27,7 +32,6 @@ _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 _REDUCTIONS = ("mean", "sum", "none")
 _SCALES = ("std", "batch", "none")
 _METRICS = ("cosine", "dot")
-_LARGEST_K = 2**63 - 1
 _ROWS_NAMED = 8
 
 
@@ -124,15 +128,14 @@ def rewards(op: str, reward: Tensor, scale: str, std_eps: float) -> float:
     _tensor(op, "reward", reward, "[*, G]", 1)
     if reward.shape[-1] == 0:
         _refuse(ValueError, op, "reward", "hold a rollout in each group", _shape(reward))
-    if scale not in _SCALES:
-        _refuse(ValueError, op, "scale", f"be one of {', '.join(_SCALES)}", repr(scale))
+    _one_of(op, "scale", scale, _SCALES)
     return _number(op, "std_eps", std_eps, 0.0, LARGEST)
 
 
 def weights(op: str, given: Weights, widest_margin: float) -> Weights:
     """The scalars as floats in their ranges."""
     margin, rank_penalty, w_margin, w_rank, temperature = given
-    if temperature != 0.0 or type(temperature) is not float:
+    if type(temperature) is not float or temperature != 0.0:
         temperature = _number(op, "rank_temperature", temperature, 0.0, LARGEST)
         if 0.0 < temperature < LEAST_TEMPERATURE:
             rule = f"be 0 or at least {LEAST_TEMPERATURE}"
@@ -148,9 +151,8 @@ def weights(op: str, given: Weights, widest_margin: float) -> Weights:
 
 def known_backend(op: str, backend: str) -> str:
     """A name that `backend` may have; whether it runs here is asked when it is called."""
-    if backend != "auto" and backend not in BACKENDS:
-        names = ", ".join(("auto", *BACKENDS))
-        _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
+    if backend != "auto":
+        _one_of(op, "backend", backend, ("auto", *BACKENDS))
     return backend
 
 
@@ -225,12 +227,11 @@ def _group(op: str, group: Any, given: Given) -> None:
 def wrt(op: str, value: Sequence[str], names: Sequence[str]) -> tuple[bool, ...]:
     """Which of the gradients called `names` are asked for."""
     if isinstance(value, str) or not isinstance(value, Sequence | Set):
-        got = f"{type(value).__name__} {value!r}"
         todo = f"use {(value,)!r}" if isinstance(value, str) else ""
-        _refuse(TypeError, op, "wrt", "be a tuple of names", got, todo)
+        _refuse(TypeError, op, "wrt", "be a tuple of names", _typed(value), todo)
     for name in value:
-        if name not in names:
-            _refuse(ValueError, op, "wrt", f"name some of {', '.join(names)}", repr(name))
+        if not isinstance(name, str) or name not in names:
+            _refuse(ValueError, op, "wrt", f"name some of {', '.join(names)}", _shown(name))
     return tuple(name in value for name in names)
 
 
@@ -262,17 +263,17 @@ def max_score(op: str, value: float | None) -> float | None:
 
 def count(op: str, argument: str, value: int, least: int) -> int:
     """An integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        _refuse(TypeError, op, argument, "be an int", f"{type(value).__name__} {value!r}")
+    value = _integer(op, argument, value)
     if value < least:
-        _refuse(ValueError, op, argument, f"be at least {least}", str(value))
+        _refuse(ValueError, op, argument, f"be at least {least}", _shown(value))
+    if value > LARGEST_INT:
+        _refuse(ValueError, op, argument, "be at most 2^63 - 1", _shown(value))
     return value
 
 
 def reduction(op: str, value: str) -> None:
     """How losses become a loss."""
-    if value not in _REDUCTIONS:
-        _refuse(ValueError, op, "reduction", f"be one of {', '.join(_REDUCTIONS)}", repr(value))
+    _one_of(op, "reduction", value, _REDUCTIONS)
 
 
 def upstream(
@@ -289,6 +290,7 @@ def upstream(
     return upstream_of(op, weight, query, torch.broadcast_shapes(query.shape[:-1], *others))
 
 
+@in_default_float_mode
 def upstream_of(op: str, weight: Tensor, query: Tensor, batch: Sequence[int]) -> Tensor:
     """weight, broadcastable to the reward's shape `batch`; returned in the reward's dtype."""
     _tensor(op, "weight", weight, "[*]", 0)
@@ -301,8 +303,8 @@ def upstream_of(op: str, weight: Tensor, query: Tensor, batch: Sequence[int]) ->
     return weight.detach().to(compute_dtype(query.dtype))
 
 
-def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> None:
-    """query [Q, D], corpus [P, D], k >= 0, a known metric."""
+def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> int:
+    """query [Q, D], corpus [P, D], a known metric; returns k >= 0."""
     _tensor(op, "query", query, "[Q, D]", 2)
     _tensor(op, "corpus", corpus, "[P, D]", 2)
     _alike(op, "corpus", corpus, query)
@@ -312,13 +314,12 @@ def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend:
     if corpus.shape[1] != query.shape[1]:
         rule = f"have query's D = {query.shape[1]}"
         _refuse(ValueError, op, "corpus", rule, _shape(corpus))
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        _refuse(TypeError, op, "k", "be an int", f"{type(k).__name__} {k!r}")
-    if not 0 <= k <= _LARGEST_K:
-        _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", repr(k))
-    if metric not in _METRICS:
-        _refuse(ValueError, op, "metric", f"be one of {', '.join(_METRICS)}", repr(metric))
+    k = _integer(op, "k", k)
+    if not 0 <= k <= LARGEST_INT:
+        _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", _shown(k))
+    _one_of(op, "metric", metric, _METRICS)
     known_backend(op, backend)
+    return k
 
 
 def finite_rows(
@@ -351,7 +352,7 @@ def finite_scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
 
 
 def _finite(op: str, argument: str, sound: Tensor, places: str) -> None:
-    if bool(sound.all()):
+    if sound.is_meta or bool(sound.all()):
         return
     found = (~sound).nonzero().tolist()
     named = ", ".join(str(index) for index in found[:_ROWS_NAMED])
@@ -366,10 +367,17 @@ def _tensor(op: str, argument: str, value: Tensor, shape: str, least_dims: int) 
     if value.dtype not in _DTYPES:
         rule = "be bfloat16, float16, float32 or float64"
         _refuse(TypeError, op, argument, rule, str(value.dtype), "convert it with .to()")
-    if value.layout is not torch.strided:
-        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
+    _dense(op, argument, value)
     if value.dim() < least_dims:
         _refuse(ValueError, op, argument, f"have shape {shape}", _shape(value))
+
+
+def _dense(op: str, argument: str, value: Tensor) -> None:
+    if value.is_nested:
+        advice = "use torch.nested.to_padded_tensor and a mask"
+        _refuse(ValueError, op, argument, "be dense", "a nested tensor", advice)
+    if value.layout is not torch.strided:
+        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
 
 
 def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str) -> None:
@@ -381,8 +389,7 @@ def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str) -
         _refuse(
             TypeError, op, argument, "hold integers", str(value.dtype), "convert it with .long()"
         )
-    if value.layout is not torch.strided:
-        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
+    _dense(op, argument, value)
     if value.device != query.device:
         _refuse_device(op, argument, value, query.device)
 
@@ -402,8 +409,7 @@ def _mask(op: str, mask: Tensor, beside: Tensor, n_negatives: int) -> None:
     if mask.dtype != torch.bool:
         rule = "be bool, True where a negative is live"
         _refuse(TypeError, op, "mask", rule, str(mask.dtype), "convert it with .bool()")
-    if mask.layout is not torch.strided:
-        _refuse(ValueError, op, "mask", "be dense", str(mask.layout), "use .to_dense()")
+    _dense(op, "mask", mask)
     if mask.device != beside.device:
         _refuse_device(op, "mask", mask, beside.device)
     if mask.dim() < 1 or mask.shape[-1] != n_negatives:
@@ -427,32 +433,9 @@ def _expands_to(shape: torch.Size, batch: torch.Size) -> bool:
     )
 
 
-def _number(op: str, argument: str, value: float, least: float, most: float) -> float:
-    if type(value) is float and least <= value <= most:
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        _refuse(TypeError, op, argument, "be a number", f"{type(value).__name__} {value!r}")
-    number = float(value)
-    if not math.isfinite(number) or not least <= number <= most:
-        _refuse(ValueError, op, argument, f"be {_range(least, most)}", repr(number))
-    return number
-
-
-def _range(least: float, most: float) -> str:
-    if most < LARGEST:
-        return f"in [{least:g}, {most:g}]"
-    return "finite" if least < 0 else f"finite and at least {least:g}"
-
-
 def _refuse_device(op: str, argument: str, value: Tensor, device: torch.device) -> NoReturn:
     rule = f"be on the first tensor's device {device}"
     _refuse(ValueError, op, argument, rule, str(value.device), f"move it with .to({str(device)!r})")
-
-
-def _refuse(
-    error: type[Exception], op: str, argument: str, rule: str, got: Any, todo: str = ""
-) -> NoReturn:
-    raise error(f"{op}: {argument} must {rule}, got {got}{'; ' if todo else ''}{todo}")
 
 
 def _shape(tensor: Tensor) -> str:

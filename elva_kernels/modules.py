@@ -147,8 +147,9 @@ class InfoNCELoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as `print(module)` shows them."""
         learnt = "" if self.log_temperature is None else " (learnt)"
-        with torch.no_grad():
-            temperature = float(self.temperature)
+        temperature = self._temperature
+        if self.log_temperature is not None and not self.log_temperature.is_meta:
+            temperature = self.log_temperature.detach().exp().item()
         return (
             f"temperature={temperature:.6g}{learnt}, symmetric={self.symmetric}, "
             f"max_score={self.max_score}, reduction={self.reduction!r}, "

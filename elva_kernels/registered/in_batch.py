@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Weights, compute_dtype
@@ -263,6 +264,7 @@ info_nce_and_grad = _OPS.info_nce_and_grad.default
 _N_TENSORS = 6  # of what `info_nce` takes
 
 
+@in_default_float_mode
 def reduced(loss: Tensor, reduction: str, target: Tensor | None) -> Tensor:
     """The losses [B] as `reduction` says."""
     if reduction == "none":
@@ -296,6 +298,7 @@ class _ScaledOnce(torch.autograd.Function):
         refuse_second_derivative("info_nce", "loss")
 
 
+@in_default_float_mode
 def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
     """Of three inputs and their gradients: these times a scalar, rounded once, without a copy."""
     return tuple(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from elva_kernels.backends.boundary import in_default_float_mode
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
 
@@ -28,7 +30,7 @@ def register(ops: dict[str, Registered]) -> None:
     """Define every op under `torch.ops.elva_kernels`."""
     for name, op in ops.items():
         _LIBRARY.define(name + op.schema)
-        _LIBRARY.impl(name, op.compute, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, in_default_float_mode(op.compute), "CompositeExplicitAutograd")
         torch.library.register_fake(f"elva_kernels::{name}", op.trace, lib=_LIBRARY)
 
 

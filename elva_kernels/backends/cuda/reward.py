@@ -52,7 +52,7 @@ def ranking_reward_and_grad(
     wrt: Wanted,
 ) -> Gradients:
     """Values and gradients: one read and one write where a cluster holds a group."""
-    gradients = _empty_gradients(query, positive, negatives, index, wrt)
+    gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     # For groups that no cluster holds, and for the bank.
     saved = _empty_saved(query, negatives, index)
     values = _forward(query, positive, negatives, mask, index, upstream, weights, saved, gradients)
@@ -73,7 +73,7 @@ def ranking_reward_backward(
     wrt: Wanted,
 ) -> Gradients:
     """Gradients from what was saved; reads the inputs again."""
-    gradients = _empty_gradients(query, positive, negatives, index, wrt)
+    gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     if any(x is not None for x in gradients):
         launch.call(
             _OP,
@@ -91,7 +91,7 @@ def ranking_reward_backward(
         )
     if index is not None and wrt[2]:
         gradients[2] = _bank_gradient(query, negatives, index, saved, grad_reward)
-    return gradients
+    return tuple(gradients)
 
 
 def _bank_gradient(
