@@ -133,7 +133,7 @@ KERNEL_ROOMS = {
         "backends.cuda",
         "backends.triton",
     ),
-    "backends.admission": ("reference", "backends.launcher"),
+    "backends.admission": ("reference", "backends.launcher", "backends.shares"),
     "backends.choice": ("backends.launcher", "backends.table", "backends.admission"),
     "registered": (
         "reference",
