@@ -12,6 +12,7 @@
 
 #include "elva.h"
 #include "elva_in_batch.h"
+#include "float_mode.h"
 
 namespace py = pybind11;
 
@@ -67,14 +68,20 @@ inline ElvaRewardWeights reward_weights(py::handle weights) {
           number(item(tuple, 3)), number(item(tuple, 4))};
 }
 
+template <class Args>
+ElvaStatus in_default_float_mode(ElvaStatus (*op)(const Args*), const Args& args) {
+  const DefaultFloatMode mode;
+  return op(&args);
+}
+
 // Runs an op without the interpreter. Where the interpreter ends meanwhile, Python ends this thread
 // in PyEval_RestoreThread by unwinding it: through no destructor (py::gil_scoped_release has one,
 // and would terminate the process), and with no reference to a Python object to give back. That is
-// why this file borrows all it is passed.
+// why this file borrows all it is passed. Every op computes in the default float mode.
 template <class Args>
 void run_released(ElvaStatus (*op)(const Args*), const Args& args) {
   PyThreadState* state = PyEval_SaveThread();
-  const ElvaStatus status = op(&args);
+  const ElvaStatus status = in_default_float_mode(op, args);
   PyEval_RestoreThread(state);
   raise_unless_ok(status);
 }

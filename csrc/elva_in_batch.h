@@ -36,7 +36,7 @@ typedef struct {
   void* grad_rows;        // [count, dim]; with a unit of ELVA_BF16 that, or ELVA_FP32
 } ElvaUnitGradientArgs;
 
-// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1.
+// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1, m and n may be 0.
 typedef struct {
   ElvaDtype a_dtype;  // as b's; ELVA_FP32 also beside ELVA_BF16
   ElvaDtype b_dtype;  // ELVA_FP32 or ELVA_FP64; ELVA_BF16 where elva_multiplies_bf16()

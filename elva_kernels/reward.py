@@ -165,7 +165,7 @@ def ranking_reward_and_grad(
     """
     op = "ranking_reward_and_grad"
     index = checks.embeddings(op, query, positive, negatives, mask, negative_index)
-    wanted = checks.wanted(op, wrt)
+    wanted = checks.wrt(op, wrt, checks.EMBEDDINGS)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)

@@ -27,6 +27,10 @@ read where they lie and never written. Results are contiguous and have no graph.
     info_nce_and_grad         (query, candidates, batch, temperature, weight, *, symmetric,
                               workspace_mb, wrt, rounded) -> the same, and the gradients of
                               sum(weight * loss) on query, candidates and temperature
+    info_nce_share            (query, candidates, batch, temperature, weight, exchange, *,
+                              symmetric, workspace_mb, wrt, rounded) -> what `info_nce_and_grad`
+                              gives, of one process's queries and candidates: `query` are its own,
+                              `candidates`, `batch` and `weight` those of all (`shares.Exchange`)
 
 With `index` (int64 [*, N], any strides) `negatives` is a bank [M, D], any strides: a group's
 negative i is row index[..., i], read where it lies. -1: masked, so that `mask` is None; -2: a row
@@ -46,7 +50,7 @@ from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
 Gradients = tuple[Any, ...]  # tensors, and None for each that is not wanted
-Launcher = Callable[..., Tensors]
+Launcher = Callable[..., tuple[Any, ...]]
 
 
 def saved_shape(scores: Sequence[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,16 @@ from elva_kernels.backends.admission.trial import (
     Wrong,
     check,
 )
+from elva_kernels.backends.launcher import Launcher
+from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import NO_POSITIVE, Batch
 
 _Arguments = tuple[Tensor, Tensor, Batch]
 
 _B, _M, _D = 5, 37, 77
 _ON_CPU = torch.device("cpu")
-_COPIES = 11  # of _CROWD rows: enough for a GPU's larger tiles
-_CROWD = 137
+_CROWD, _QUERIES = 137, 70
+_COPIES = 120  # of _CROWD candidates: enough for a GPU's larger tiles
 # (rounded, wrt) of a call for gradients.
 _WANTED = [
     (False, (True, True)),
@@ -77,16 +80,16 @@ def several_of(dtype: torch.dtype) -> _Arguments:
 
 def dense_of(dtype: torch.dtype) -> _Arguments:
     """Rows in whole vectors, several tiles of scores, two positives a query."""
-    query, candidates = _randn(575, 16, 1536), _randn(576, 192, 1536)
-    target = torch.arange(32).view(16, 2) * 6
+    query, candidates = _randn(15, 6, 1536), _randn(16, 144, 1536)
+    target = torch.arange(12).view(6, 2) * 12
     candidates[target] += query.unsqueeze(1) * torch.tensor([0.4, 0.03]).view(1, 2, 1)
     return query.to(dtype), candidates.to(dtype), Batch(target)
 
 
 def crowd_of(dtype: torch.dtype) -> _Arguments:
-    """A square batch without anything special, to be repeated."""
-    query, candidates = _randn(7, _CROWD, 16), _randn(8, _CROWD, 16)
-    return query.to(dtype), candidates.to(dtype), Batch(torch.arange(_CROWD).unsqueeze(1))
+    """A batch without anything special, whose candidates are to be repeated."""
+    query, candidates = _randn(7, _QUERIES, 16), _randn(8, _CROWD, 16)
+    return query.to(dtype), candidates.to(dtype), Batch(torch.arange(_QUERIES).unsqueeze(1))
 
 
 def _randn(seed: int, *shape: int) -> Tensor:
@@ -133,20 +136,17 @@ def _try_statistics(
 
 
 def _try_crowd(launchers: Launchers, dtype: torch.dtype, device: torch.device) -> None:
-    """Every query and every candidate many times over: counts grow by as much."""
+    """Every candidate many times over: counts grow by as much."""
     with torch.device("cpu"):
         query, candidates, batch = crowd_of(dtype)
-    truth = reference.rank_statistics(
-        query.double(), candidates.double(), batch, k=0, temperature=None
-    )
-    crowd = (query.repeat(_COPIES, 1), candidates.repeat(_COPIES, 1))
-    many = _on(device, (*crowd, Batch(batch.target.repeat(_COPIES, 1))))
-    found = launchers("rank_statistics")(*many, k=0, temperature=None)
+    exact = (query.double(), candidates.double(), batch)
+    truth = reference.rank_statistics(*exact, k=0, temperature=None)
+    crowd = _on(device, (query, candidates.repeat(_COPIES, 1), batch))
+    found = launchers("rank_statistics")(*crowd, k=0, temperature=None)
     greater, equal = _COPIES * truth.n_greater, _COPIES * (truth.n_equal + 1) - 1
     counts = (1 + greater + equal, greater, equal, truth.target_score)
     for name, actual, expected in zip(truth._fields, found, counts, strict=False):
-        repeated = expected.repeat(_COPIES, 1)
-        check(name, actual, repeated, torch.zeros(repeated.shape))
+        check(name, actual, expected, torch.zeros(expected.shape))
 
 
 def _try_info_nce(
@@ -161,17 +161,49 @@ def _try_info_nce(
         _check_statistics(found, statistics)
 
 
+class _Alone(Exchange):
+    """Of a group of one process."""
+
+    def __init__(self, given: _Arguments) -> None:
+        self.query = given[0]
+        self.rows, self.columns = (slice(0, len(x)) for x in given[:2])
+
+    def queries(self) -> Tensor:
+        return self.query
+
+    def of_rows(self, own: Tensor) -> Tensor:
+        return own
+
+    def of_columns(self, own: Tensor) -> Tensor:
+        return own
+
+
 def _try_info_nce_gradients(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
+    _try_gradients(launchers("info_nce_and_grad"), dtype, device, soft, lambda given: ())
+
+
+def _try_info_nce_share(
+    launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
+) -> None:
+    _try_gradients(launchers("info_nce_share"), dtype, device, soft, lambda given: (_Alone(given),))
+
+
+def _try_gradients(
+    launch: Launcher,
+    dtype: torch.dtype,
+    device: torch.device,
+    symmetric: bool,
+    further: Callable[[_Arguments], tuple[Exchange, ...]],
+) -> None:
     """In the scores' dtype and in the inputs', and one without the other; and the values beside."""
-    options = {"symmetric": soft, "workspace_mb": 1}
-    launch = launchers("info_nce_and_grad")
+    options = {"symmetric": symmetric, "workspace_mb": 1}
     for case in _cases(dtype, device):
-        inputs = (*case.given, _temperature(device), case.weight.to(device))
+        inputs = (*case.given, _temperature(device), case.weight.to(device), *further(case.given))
         exact = (*case.exact, _temperature(_ON_CPU))
-        loss, statistics = reference.info_nce(*exact, symmetric=soft)
-        truth = reference.info_nce_gradients(*exact, case.weight, symmetric=soft)
+        loss, statistics = reference.info_nce(*exact, symmetric=symmetric)
+        truth = reference.info_nce_gradients(*exact, case.weight, symmetric=symmetric)
         for rounded, wrt in _WANTED:
             found = launch(*inputs, wrt=wrt, rounded=rounded, **options)
             check("loss", found[0], loss, loss.abs() * 1e-5)
@@ -227,4 +259,5 @@ TRIALS: dict[str, Trial] = {
     "in_batch_ranking_reward_backward": _try_reward,
     "info_nce": _try_info_nce,
     "info_nce_and_grad": _try_info_nce_gradients,
+    "info_nce_share": _try_info_nce_share,
 }
