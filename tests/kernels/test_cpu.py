@@ -169,6 +169,38 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
 
 
 @needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("imported", ["", "import elva_kernels", "import elva_kernels._C"])
+def test_a_child_forked_before_the_first_call_waits_for_no_thread(imported):
+    """Torch has begun OpenMP's threads, and the child has none of them."""
+    program = f"""
+        import multiprocessing, torch
+        {imported}
+        torch.set_num_threads(3)
+        tensors = (torch.randn(64, 512), torch.randn(64, 512), torch.randn(64, 52, 512))
+        assert torch.randn(1 << 22).mul(2).isfinite().all()
+        def child(queue):
+            import elva_kernels
+            found = elva_kernels.ranking_reward_and_grad(*tensors)
+            torch.set_num_threads(1)  # as above: torch's own loops would wait
+            alone = elva_kernels.ranking_reward_and_grad(*tensors)
+            left, right = (flat(x) for x in (found, alone))
+            queue.put(all(bool((a == b).all()) for a, b in zip(left, right)))
+        flat = lambda results: [*results[0], *results[1:]]
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        process = context.Process(target=child, args=(queue,), daemon=True)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0, process.exitcode
+        assert queue.get()
+        print("equal")
+    """
+    done = run_python(program)
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+
+
+@needs_native
 def test_a_data_loader_worker_computes_the_parents_bits(threads):
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system has no fork")
