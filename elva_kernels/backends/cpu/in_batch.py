@@ -125,7 +125,9 @@ class CpuSteps(Steps):
 
     def add_targets(self) -> None:
         query, candidates = self.query, self.candidates
-        if query.scale is None or candidates.scale is None or not self.chunks:
+        if query.scale is None or candidates.scale is None:
+            return
+        if not self.chunks or len(candidates.rows) == 0:
             return
         target = self.batch.target.clamp(min=0)
         row = self.row_of_pairs(len(target))
