@@ -24,13 +24,14 @@ from tests.kernels import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
-LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVEL_FLAGS = {
     "plain": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
