@@ -43,6 +43,7 @@ BACKENDS = [
 EVERY_LEVEL = [
     *_backends(
         "reference",
+        "cpu:amx",
         "cpu:avx512bf16",
         "cpu:avx512",
         "cpu:avx2",

@@ -1,7 +1,5 @@
 """What the host has to show of the CUDA kernels beside the contract suite; see `test_cuda`."""
 
-import math
-
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ from tests.kernels.cases import (
     embeddings,
     same_bits,
 )
-from tests.kernels.score_rows import ScoreRows, counts_of
+from tests.kernels.score_rows import ScoreRows, check_results
 
 # N, D: what one, two, four and eight blocks hold in half a multiprocessor's memory, and more.
 CLUSTERS = {
@@ -150,20 +148,7 @@ def test_sanitized_batch(dtype):
 @pytest.mark.parametrize("positives", [1, 2, 6, 300])
 def test_sanitized_score_rows(positives):
     case = ScoreRows(positives)
-    table, counts, target_score, hardest, index, sums = case.run()
-    for i in range(len(case.scores)):
-        masked, unsound = case.masked(i)
-        assert torch.equal(table[i], masked)
-        assert hardest[i] == masked.max()
-        assert index[i] == (masked.argmax() if hardest[i] > -torch.inf else -1)
-        gaps = (masked - hardest[i])[masked > -torch.inf].double()
-        assert math.isclose(sums[0, i], (2 * gaps).exp().sum(), rel_tol=1e-6)
-        assert math.isclose(sums[1, i], (gaps * (2 * gaps).exp()).sum(), rel_tol=1e-6)
-        for p in range(positives):
-            score = case.own_score(i, p)
-            found = target_score[i, p].item()
-            assert found == score or (math.isnan(found) and math.isnan(score))
-            assert counts[:, i, p].tolist() == counts_of(masked, unsound, score)
+    check_results(case, *case.run())
 
 
 def test_sanitized_slopes_of_positives():

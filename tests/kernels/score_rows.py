@@ -9,6 +9,18 @@ from elva_kernels.backends.cuda import launch
 M, WIDTH, MAX_SCORE, TEMPERATURE = 300, 320, 0.9, 0.5
 
 
+def on_fibers(case, table, temperature, results):
+    """By the CUDA kernel's body."""
+    rows, p = case.target.shape
+    given = (table, case.query_norm, case.norms, case.target)
+    segments = (case.skipped, case.first, case.last)
+    launch.module().cuda_score_rows(
+        *(0, 0, rows, M, WIDTH, *(x.data_ptr() for x in given), p),
+        *(*(x.data_ptr() for x in segments), 2, MAX_SCORE, temperature.data_ptr()),
+        *(x.data_ptr() for x in results),
+    )
+
+
 class ScoreRows:
     """Products with ties, positives of every kind, and two segments of skipped candidates."""
 
@@ -53,7 +65,7 @@ class ScoreRows:
         padded = torch.nn.functional.pad(row, (0, WIDTH - M), value=-torch.inf)
         return padded, int((negative & ~sound).sum())
 
-    def run(self):
+    def run(self, score_rows=on_fibers):
         """Masked scores, counts [2, rows, P], target_score, hardest score and index, sums."""
         rows, p = self.target.shape
         table = torch.nn.functional.pad(self.scores, (0, WIDTH - M))
@@ -62,14 +74,26 @@ class ScoreRows:
         index = torch.zeros(rows, dtype=torch.int64)
         sums = torch.zeros(2, rows, dtype=torch.float64)
         temperature = torch.tensor([TEMPERATURE], dtype=torch.float64)
-        given = (table, self.query_norm, self.norms, self.target)
-        segments = (self.skipped, self.first, self.last)
-        launch.module().cuda_score_rows(
-            *(0, 0, rows, M, WIDTH, *(x.data_ptr() for x in given), p),
-            *(*(x.data_ptr() for x in segments), 2, MAX_SCORE, temperature.data_ptr()),
-            *(x.data_ptr() for x in (*counts, target_score, hardest, index, *sums)),
-        )
+        results = (*counts, target_score, hardest, index, *sums)
+        score_rows(self, table, temperature, results)
         return table, counts, target_score, hardest, index, sums
+
+
+def check_results(case, table, counts, target_score, hardest, index, sums):
+    """All of the results of a run."""
+    for i in range(len(case.scores)):
+        masked, unsound = case.masked(i)
+        assert torch.equal(table[i], masked)
+        assert hardest[i] == masked.max()
+        assert index[i] == (masked.argmax() if hardest[i] > -torch.inf else -1)
+        gaps = (masked - hardest[i])[masked > -torch.inf].double()
+        assert math.isclose(sums[0, i], (2 * gaps).exp().sum(), rel_tol=1e-6)
+        assert math.isclose(sums[1, i], (gaps * (2 * gaps).exp()).sum(), rel_tol=1e-6)
+        for p in range(case.target.shape[1]):
+            score = case.own_score(i, p)
+            found = target_score[i, p].item()
+            assert found == score or (math.isnan(found) and math.isnan(score))
+            assert counts[:, i, p].tolist() == counts_of(masked, unsound, score)
 
 
 def counts_of(masked, unsound, score):
