@@ -123,7 +123,7 @@ def _forward(
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None = None,
-    gradients: Gradients = (None, None, None),
+    gradients: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensors:
     leading, n, *rest = _sizes(query, negatives, index)
     reward, margin_reward, rank_reward = (
