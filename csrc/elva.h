@@ -75,7 +75,7 @@ typedef struct {
   int32_t* rank;        // [*]
   void* scores;         // value [*, negatives + 1]
   double*
-      coefficients;  // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/reward_group.h
+      coefficients;  // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/coefficients.h
   // Gradients in the inputs' dtype; null: not wanted.
   void* grad_query;     // [*, dim]
   void* grad_positive;  // [*, dim]

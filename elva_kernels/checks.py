@@ -112,7 +112,8 @@ def wanted(op: str, names: Sequence[str]) -> Wanted:
     """Whether each of query, positive and negatives is among the names."""
     if isinstance(names, str) or not isinstance(names, Sequence):
         got = f"{type(names).__name__} {names!r}"
-        _refuse(TypeError, op, "wrt", "be a tuple of names", got, f"use {(names,)!r}")
+        todo = f"use {(names,)!r}" if isinstance(names, str) else ""
+        _refuse(TypeError, op, "wrt", "be a tuple of names", got, todo)
     for name in names:
         if name not in EMBEDDINGS:
             _refuse(ValueError, op, "wrt", f"name some of {', '.join(EMBEDDINGS)}", repr(name))

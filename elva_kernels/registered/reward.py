@@ -1,40 +1,28 @@
 """The grouped reward and its relatives as torch knows them.
 
-Every tensor has been checked by `checks`. Here leading dimensions are expanded to their common
-shape, as views; negatives that groups share become a bank, whose rows an index names; and gradients
-are summed back to the shape that the caller passed.
+Every tensor has been checked by `checks`. Here the inputs become a launcher's (`groups`), and
+gradients are summed back to the shape that the caller passed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
-from elva_kernels.reference import Wanted, Weights, compute_dtype, scaled, times_power
+from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.registered.groups import (
+    exact,
+    expanded,
+    groups_of,
+    in_range,
+    leading_of,
+    merged,
+    summed_of,
+)
 from elva_kernels.registered.library import Registered, gradient_op, register
-
-_POSITIONS_NAMED = 8
-
-
-# Query, positive, negatives, mask and index as a launcher takes them, on one leading shape.
-_Groups = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-class _Shared(NamedTuple):
-    """An input of which groups share rows: in range, since sums of their gradients are to be."""
-
-    rows: Tensor  # times 2^-exponent
-    exponent: Tensor | None  # None for 0
-
-    def summed(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """A gradient on each group's `rows` as that on `like`, what the caller passed."""
-        total = gradient.sum_to_size(like.shape)
-        if self.exponent is not None:
-            total = times_power(total, -self.exponent)
-        return total.to(like.dtype)
 
 
 def _ranking_reward(
@@ -47,11 +35,11 @@ def _ranking_reward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward", backend, query.device, query.dtype)
-    mask, index = _merged("ranking_reward", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
+    mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
     if index is None:
-        negatives = _expand(negatives, leading, 2)
-    groups = _groups(leading, query, positive, negatives, mask, index)
+        negatives = expanded(negatives, leading, 2)
+    groups = groups_of(leading, query, positive, negatives, mask, index)
     return launch(*groups, Weights(*weights))
 
 
@@ -65,10 +53,10 @@ def _ranking_reward_saved(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
-    mask, index = _merged("ranking_reward", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
-    rows = [_in_range(x, leading).rows for x in (query, positive)]
-    groups = _groups(leading, rows[0], rows[1], negatives, mask, index)
+    mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
+    rows = [in_range(x, leading).rows for x in (query, positive)]
+    groups = groups_of(leading, rows[0], rows[1], negatives, mask, index)
     return launch(*groups, Weights(*weights))
 
 
@@ -85,12 +73,12 @@ def _ranking_reward_backward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
-    mask, index = _merged("ranking_reward", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
-    shared = [_in_range(x, leading) for x in (query, positive)]
-    groups = _groups(leading, shared[0].rows, shared[1].rows, negatives, mask, index)
+    mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
+    shared = [in_range(x, leading) for x in (query, positive)]
+    groups = groups_of(leading, shared[0].rows, shared[1].rows, negatives, mask, index)
     rest = (saved, grad_reward, Weights(*weights))
-    summed = _summed(leading, query, positive, wrt)
+    summed = summed_of(leading, query, positive, wrt)
     # Of half rows a sum over groups takes float32 terms, to be rounded once.
     halves = any(summed) and compute_dtype(query.dtype) != query.dtype
     at_once = tuple(x and not (halves and s) for x, s in zip(wrt, summed, strict=True))
@@ -98,7 +86,7 @@ def _ranking_reward_backward(
     if any(at_once):
         found[:] = launch(*groups, *rest, at_once)
     if halves:
-        terms = launch(*_exact(groups), *rest, summed)
+        terms = launch(*exact(groups), *rest, summed)
         found = [y if s else x for x, y, s in zip(found, terms, summed, strict=True)]
     for i, (x, rows) in enumerate(zip((query, positive), shared, strict=True)):
         if summed[i]:
@@ -117,13 +105,13 @@ def _ranking_reward_and_grad(
     wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    mask, index = _merged("ranking_reward_and_grad", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
+    mask, index = merged("ranking_reward_and_grad", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
     if upstream is not None:
         upstream = upstream.expand(leading)
-    if not any(_summed(leading, query, positive, wrt)):
+    if not any(summed_of(leading, query, positive, wrt)):
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        groups = _groups(leading, query, positive, negatives, mask, index)
+        groups = groups_of(leading, query, positive, negatives, mask, index)
         results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
         return *results[:5], *_filled(results[5:], (query, positive, negatives))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
@@ -132,91 +120,6 @@ def _ranking_reward_and_grad(
     if upstream is None:
         upstream = torch.ones_like(values[0])
     return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
-
-
-def _groups(
-    leading: torch.Size,
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-) -> _Groups:
-    """The inputs over the leading shape; negatives that groups share as a bank."""
-    query, positive = _expand(query, leading, 1), _expand(positive, leading, 1)
-    if index is None and negatives.shape[:-2] != leading:
-        negatives, place = _bank_of(negatives)
-        mask, index = None, place if mask is None else torch.where(mask, place, -1)
-    mask, index = _expand(mask, leading, 1), _expand(index, leading, 1)
-    return query, positive, negatives, mask, index
-
-
-def _merged(
-    op: str, negatives: Tensor, mask: Tensor | None, index: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask, or an index alone that holds rows of the bank and -1 where the mask hides one."""
-    if index is None:
-        return mask, None
-    if mask is not None:
-        index = torch.where(mask, index, -1)
-    return None, _within(op, index, len(negatives))
-
-
-def _bank_of(negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Negatives [*, N, D] that groups share as a bank, and where in it they lie: [*, N]."""
-    shape = negatives.shape[:-1]
-    place = torch.arange(shape.numel(), device=negatives.device).view(shape)
-    return negatives.reshape(shape.numel(), negatives.shape[-1]), place
-
-
-def _within(op: str, index: Tensor, rows: int) -> Tensor:
-    """`index` with each entry in [0, rows), -1 or, on a device that is not waited for, -2.
-
-    Raises:
-        ValueError: on a CPU, another entry.
-    """
-    if index.device.type != "cpu":
-        return torch.where((index < -1) | (index >= rows), -2, index)
-    if index.numel() == 0:
-        return index
-    low, high = (int(x) for x in index.aminmax())
-    if low >= -1 and high < rows:
-        return index
-    found = ((index < -1) | (index >= rows)).nonzero().tolist()
-    named = ", ".join(f"{index[tuple(at)]} at {at}" for at in found[:_POSITIONS_NAMED])
-    more = f" and {len(found) - _POSITIONS_NAMED} more" if len(found) > _POSITIONS_NAMED else ""
-    raise ValueError(
-        f"{op}: negative_index must hold rows of negatives, in [0, {rows}), or -1 for "
-        f"none, got {named}{more}"
-    )
-
-
-def _in_range(rows: Tensor, leading: torch.Size) -> _Shared:
-    """A query or positive, scaled where groups share it.
-
-    A power of two changes no bit of the values. Scaling could lose some of float16's own
-    subnormals, whose gradients are in float32's range as they are.
-    """
-    if rows.shape[:-1] == leading or rows.dtype == torch.float16:
-        return _Shared(rows, None)
-    unscaled, exponent = scaled(rows)
-    return _Shared(unscaled.to(rows.dtype), exponent)
-
-
-def _summed(leading: torch.Size, query: Tensor, positive: Tensor, wrt: Sequence[bool]) -> Wanted:
-    """Of which gradients terms of several groups are wanted, to be summed here."""
-    return wrt[0] and query.shape[:-1] != leading, wrt[1] and positive.shape[:-1] != leading, False
-
-
-def _exact(groups: _Groups) -> _Groups:
-    """The same in the compute dtype; of a large bank the rows that are named."""
-    query, positive, negatives, mask, index = groups
-    if index is not None and len(negatives) > index.numel():
-        negatives = negatives[index.clamp(min=0).flatten()]
-        place = torch.arange(index.numel(), device=index.device).view(index.shape)
-        index = torch.where(index < 0, index, place)
-    dtype = compute_dtype(query.dtype)
-    return query.to(dtype), positive.to(dtype), negatives.to(dtype), mask, index
 
 
 def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
@@ -232,7 +135,7 @@ def _reward_from_scores(
 ) -> Tensors:
     launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
-    inputs = (_expand(scores, leading, 1), _expand(mask, leading, 1))
+    inputs = (expanded(scores, leading, 1), expanded(mask, leading, 1))
     return launch(*inputs, Weights(*weights))
 
 
@@ -246,7 +149,7 @@ def _reward_from_scores_backward(
     launch = launcher("reward_from_scores_backward", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
-    inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
+    inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1))
     (gradient,) = launch(*inputs, grad_reward, Weights(*weights))
     return gradient.sum_to_size(scores.shape).to(scores.dtype)
 
@@ -257,34 +160,11 @@ def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) 
     return advantages
 
 
-def _leading(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, index: Tensor | None
-) -> torch.Size:
-    """The common leading shape `*`."""
-    leading = query.shape[:-1]
-    of_negatives = negatives.shape[:-2] if index is None else index.shape[:-1]
-    if (
-        positive.shape[:-1] == leading
-        and of_negatives == leading
-        and (mask is None or mask.shape[:-1] == leading)
-    ):
-        return leading
-    masks = () if mask is None else (mask.shape[:-1],)
-    return torch.Size(torch.broadcast_shapes(leading, positive.shape[:-1], of_negatives, *masks))
-
-
 def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
     leading = scores.shape[:-1]
     if mask is None or mask.shape[:-1] == leading:
         return leading
     return torch.Size(torch.broadcast_shapes(leading, mask.shape[:-1]))
-
-
-def _expand(tensor: Any, leading: torch.Size, kept: int) -> Any:
-    """`tensor` (or None) as a view whose dimensions before the last `kept` are `leading`."""
-    if tensor is None or tensor.shape[: tensor.dim() - kept] == leading:
-        return tensor
-    return tensor.expand(*leading, *tensor.shape[tensor.dim() - kept :])
 
 
 def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
@@ -303,7 +183,7 @@ def _trace_ranking_reward(
     index: Tensor | None,
     *_: Any,
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
     n = negatives.shape[-2] if index is None else index.shape[-1]
     return _like_reward(query, leading, n + 1)
 

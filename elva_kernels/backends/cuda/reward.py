@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def ranking_reward_backward(
         )
     if index is not None and wrt[2]:
         gradients[2] = _bank_gradient(query, negatives, index, saved, grad_reward)
-    return gradients
+    return tuple(gradients)
 
 
 def _bank_gradient(
