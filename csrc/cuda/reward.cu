@@ -147,20 +147,21 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   if (whole) {
     const auto read = [&](int64_t c) { return load16(row(c).data + at); };
     const auto write = [&](int64_t c, const auto* gradient) {
-      store16(out(c) + at, packed<T>(gradient));
+      if (wanted.of(c)) store16(out(c) + at, packed<T>(gradient));
     };
-    gradient_columns<T, 4>(wanted.of(candidates), wanted, a, a + candidates, query_b, upstream,
-                           works, memory, read, write);
+    gradient_columns<T, 4, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
+                                 works, memory, read, write);
   } else {
     const auto read = [&](int64_t c) { return row(c).packed(at, args.dim, row(c).is_dense()); };
     const auto write = [&](int64_t c, const auto* gradient) {
+      if (!wanted.of(c)) return;
       const Vector<T> x = packed<T>(gradient);
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
         if (at + i < args.dim) out(c)[at + i] = x.at[i];
     };
-    gradient_columns<T, 1>(wanted.of(candidates), wanted, a, a + candidates, query_b, upstream,
-                           works, memory, read, write);
+    gradient_columns<T, 1, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
+                                 works, memory, read, write);
   }
 }
 

@@ -315,8 +315,17 @@ class Block {
       const auto write = [&](int64_t c, const auto* gradient) {
         store16_shared(row(static_cast<int>(c)) + at, packed<T>(gradient));
       };
-      gradient_columns<T, kAhead>(wanted.of(candidates_), wanted, a_, b_, query_b, upstream,
-                                  at < width_, gradient_, read, write);
+      const auto columns = [&](auto negatives) {
+        constexpr bool kNegatives = decltype(negatives)::value;
+        gradient_columns<T, kNegatives ? kAhead : 2, kNegatives>(  // more spill on sm_100
+            wanted.count(candidates_), a_, b_, query_b, upstream, at < width_, gradient_, read,
+            write);
+      };
+      if (wanted.negatives) {
+        columns(std::true_type());
+      } else {
+        columns(std::false_type());
+      }
     }
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def _forward(
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None = None,
-    gradients: Gradients = (None, None, None),
+    gradients: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensors:
     leading, n, *rest = _sizes(query, negatives, index)
     reward, margin_reward, rank_reward = (
