@@ -170,6 +170,8 @@ struct Field {
   operator T() const {
     if constexpr (std::is_same_v<T, ElvaInput>) {
       return rows_of(object);
+    } else if constexpr (std::is_same_v<T, ElvaRewardWeights>) {
+      return reward_weights(object);
     } else if constexpr (std::is_pointer_v<T>) {
       return static_cast<T>(pointer(object));
     } else if constexpr (std::is_floating_point_v<T>) {

@@ -158,6 +158,56 @@ typedef struct {
   int64_t out_count;
 } ElvaAddRowsArgs;
 
+// The rewards of queries, or the slopes on their scores: rank reward of a head (12).
+typedef struct {
+  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64
+  int32_t threads;
+  int64_t rows;
+  int64_t positives;  // 1 or more
+  int64_t negatives;
+  int64_t head;
+  ElvaRewardWeights weights;
+  const void* scores;   // value [rows, positives + negatives]; negatives descending, then -inf
+  const int32_t* rank;  // [rows, positives], 0 for none
+  void* reward;         // value [rows], as the next two; not written where slopes are
+  void* margin_reward;
+  void* rank_reward;
+  const void* grad_reward;  // value [rows]
+  void* slopes;             // value [rows, positives + negatives]; null: rewards are wanted
+} ElvaHeadRewardArgs;
+
+// The log-sum-exp (11) of queries' positives and negatives.
+typedef struct {
+  ElvaDtype dtype;
+  int64_t rows;
+  int64_t positives;
+  const void* target_score;  // value [rows, positives]
+  const void* peak;          // value [rows], as in ElvaInfoNceTermsArgs
+  const double* sum;         // [rows]
+  double temperature;
+  void* logsumexp;  // value [rows]
+} ElvaLogSumExpArgs;
+
+// What makes slopes of the scores of one direction of InfoNCE: d sum(weight * loss) / d score.
+typedef struct {
+  ElvaDtype dtype;
+  int64_t rows;
+  int64_t positives;
+  const int64_t* target;      // [rows, positives]
+  const void* target_score;   // value [rows, positives]
+  const double* weight;       // [rows]
+  double weight_factor;       // of all of them
+  const double* share;        // [rows, positives], as in ElvaInfoNceTermsArgs
+  const double* others;       // [rows, positives]
+  const double* more_others;  // [rows, positives], of the other direction; null: 0
+  const void* peak;           // value [rows]
+  double temperature;
+  double* upstream;    // [rows, positives], of each pair's loss; 0 for one that is not finite
+  void* target_slope;  // value [rows, positives]
+  void* row_factor;    // value [rows]
+  void* row_peak;      // value [rows], 0 where it is not finite
+} ElvaInfoNceFactorsArgs;
+
 ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args);
 ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args);
 ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args);
@@ -169,6 +219,9 @@ ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
 ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);
+ElvaStatus elva_head_reward_cpu(const ElvaHeadRewardArgs* args);
+ElvaStatus elva_logsumexp_cpu(const ElvaLogSumExpArgs* args);
+ElvaStatus elva_info_nce_factors_cpu(const ElvaInfoNceFactorsArgs* args);
 
 // The same steps on a GPU, where torch multiplies rows in half precision; not for ELVA_FP64.
 // Pointers are the device's.

@@ -15,6 +15,7 @@ from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered.batch import Given
 from elva_kernels.scalars import LARGEST as LARGEST
 from elva_kernels.scalars import LARGEST_INT
+from elva_kernels.scalars import flag as flag
 from elva_kernels.scalars import integer as _integer
 from elva_kernels.scalars import number as _number
 from elva_kernels.scalars import one_of as _one_of
@@ -151,7 +152,7 @@ def weights(op: str, given: Weights, widest_margin: float) -> Weights:
 
 def known_backend(op: str, backend: str) -> str:
     """A name that `backend` may have; whether it runs here is asked when it is called."""
-    if backend != "auto":
+    if not isinstance(backend, str) or backend != "auto":
         _one_of(op, "backend", backend, ("auto", *BACKENDS))
     return backend
 
@@ -189,7 +190,7 @@ def batch(
         if ids.dim() != 1 or ids.shape[0] != m:
             _refuse(ValueError, op, "candidate_ids", f"have shape [M] = [{m}]", _shape(ids))
     _group(op, group, given)
-    if check_finite:
+    if flag(op, "check_finite", check_finite):
         for name, rows in (("query", query), ("candidates", candidates)):
             _finite(op, name, torch.isfinite(rows).all(-1), "rows")
     return given._replace(max_score=max_score(op, given.max_score))
@@ -209,6 +210,7 @@ def _targets(op: str, target: Tensor | None, query: Tensor, b: int, m: int) -> N
 
 def _group(op: str, group: Any, given: Given) -> None:
     """A process group that this process belongs to, and what it alone gives a meaning."""
+    flag(op, "global_target", given.global_target)
     if group is None:
         if given.global_target:
             todo = "pass the group, or leave it False"
@@ -216,7 +218,7 @@ def _group(op: str, group: Any, given: Given) -> None:
         return
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
-        got = f"{type(group).__name__} {group!r}"
+        got = _typed(group)
         todo = "pass torch.distributed.group.WORLD once init_process_group was called"
         _refuse(TypeError, op, "group", "be a torch.distributed.ProcessGroup", got, todo)
     if given.global_target and given.target is None:

@@ -134,12 +134,14 @@ def info_nce(
     checks.known_backend(op, backend)
     checks.reduction(op, reduction)
     t = checks.temperature(op, temperature, query)
+    symmetric = checks.flag(op, "symmetric", symmetric)
+    return_statistics = checks.flag(op, "return_statistics", return_statistics)
     workspace_mb = checks.count(op, "workspace_mb", workspace_mb, 1)
     if group is not None:
-        of_group = (t, bool(symmetric), workspace_mb, reduction, backend)
+        of_group = (t, symmetric, workspace_mb, reduction, backend)
         loss, *found = shares.info_nce(query, candidates, given, group, *of_group)
         return (loss, RankStatistics(*found)) if return_statistics else loss
-    scalars = (t, given.max_score, bool(symmetric), workspace_mb, backend)
+    scalars = (t, given.max_score, symmetric, workspace_mb, backend)
     arguments = (query, candidates, *given[:3], *scalars)
     if is_watched(query, candidates, t):
         wrt = [query.requires_grad, candidates.requires_grad]
@@ -179,7 +181,7 @@ def info_nce_and_grad(
         reduction: of the loss that is differentiated: "mean" or "sum"; with "none" the losses come
             one by one and the gradients are of their sum.
         query, candidates, target, temperature, symmetric, excluded, candidate_ids, max_score,
-            workspace_mb, check_finite, backend: as in `info_nce`.
+            group, global_target, workspace_mb, check_finite, backend: as in `info_nce`.
 
     Returns:
         (loss, grad_query [B, D], grad_candidates [M, D], grad_temperature []): as `info_nce` and
@@ -203,13 +205,14 @@ def info_nce_and_grad(
     checks.reduction(op, reduction)
     asked = checks.wrt(op, wrt, ("query", "candidates"))
     t = checks.temperature(op, temperature, query).detach()
+    symmetric = checks.flag(op, "symmetric", symmetric)
     workspace_mb = checks.count(op, "workspace_mb", workspace_mb, 1)
     query, candidates = query.detach(), candidates.detach()
     if group is not None:
-        of_group = (t, bool(symmetric), workspace_mb, reduction, backend, asked)
+        of_group = (t, symmetric, workspace_mb, reduction, backend, asked)
         loss, gradients = shares.info_nce_and_grad(query, candidates, given, group, *of_group)
     else:
-        scalars = (t, given.max_score, bool(symmetric), workspace_mb, backend)
+        scalars = (t, given.max_score, symmetric, workspace_mb, backend)
         of_loss = (None, reduction == "mean", asked, True)
         loss, *found = registered.info_nce_and_grad(
             query, candidates, *given[:3], *scalars, *of_loss

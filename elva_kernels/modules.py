@@ -106,9 +106,10 @@ class InfoNCELoss(torch.nn.Module):
         self._temperature = checks.temperature_number(op, temperature)
         self.max_score = checks.max_score(op, max_score)
         self.workspace_mb = checks.count(op, "workspace_mb", workspace_mb, 1)
-        self.symmetric, self.reduction, self.backend = bool(symmetric), reduction, backend
+        self.symmetric = checks.flag(op, "symmetric", symmetric)
+        self.reduction, self.backend = reduction, backend
         self.log_temperature = None
-        if learnable_temperature:
+        if checks.flag(op, "learnable_temperature", learnable_temperature):
             self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(self._temperature)))
 
     @property

@@ -110,6 +110,11 @@ def empty_kept(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return empty(shape, dtype)
 
 
+def empty_on_cpu(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`empty_kept` where the compiled module is there, else torch's."""
+    return empty_kept(shape, dtype) if unavailable_reason() is None else empty(shape, dtype)
+
+
 def empty_gradient(x: Tensor) -> Tensor:
     """Uninitialised memory for the gradient of `x`, contiguous."""
     if x.nbytes < _LARGE_BYTES and x.is_contiguous():

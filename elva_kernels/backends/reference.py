@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from elva_kernels import reference
-from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics, slopes_of_head
+from elva_kernels.backends.head import slopes_of_head
+from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics
 from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_shape
 from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import Batch, Wanted, Weights

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from elva_kernels.backends.boundary import in_default_float_mode
+from elva_kernels.backends.boundary import empty_on_cpu, in_default_float_mode
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Weights, compute_dtype
@@ -300,11 +300,18 @@ class _ScaledOnce(torch.autograd.Function):
 
 @in_default_float_mode
 def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
-    """Of three inputs and their gradients: these times a scalar, rounded once, without a copy."""
+    """Of three inputs and their gradients: these times a scalar, rounded once."""
     return tuple(
-        torch.mul(gradient, scale.to(gradient.dtype), out=torch.empty_like(gradient, dtype=x.dtype))
+        _product(gradient, scale.to(gradient.dtype), x.dtype)
         for x, gradient in zip(tensors[:3], tensors[3:], strict=True)
     )
+
+
+def _product(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    exact = torch.mul(gradient, scale, out=empty_on_cpu(gradient.shape, gradient.dtype))
+    return exact if exact.dtype == dtype else empty_on_cpu(exact.shape, dtype).copy_(exact)
 
 
 _scaled_once: Callable[..., Tensors] = _ScaledOnce.apply
