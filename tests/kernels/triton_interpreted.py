@@ -1,5 +1,7 @@
 """Triton kernels in Triton's interpreter. `test_triton` runs this file, with TRITON_INTERPRET=1."""
 
+import functools
+
 import pytest
 import torch
 
@@ -189,20 +191,38 @@ def test_red_zones_of_a_batch_are_neither_read_nor_written(monkeypatch):
         assert same_bits(a, b)
 
 
-def test_programs_of_a_batch_backwards_give_the_same_bits(monkeypatch):
+def reordered(monkeypatch, order):
+    """From now on a launch's x-th program of n is the order(n)[x]-th. The sizes of launches."""
     from triton.runtime import interpreter
 
     builder, sizes = interpreter.interpreter_builder, []
-    given = batch_arguments()
-    expected = list(every_batch_launch(*given))
-    place, measure = builder.set_grid_idx, builder.set_grid_dim
+    place, measure = type(builder).set_grid_idx, type(builder).set_grid_dim
 
     def set_size(*size):
         sizes.append(size[0])
-        measure(*size)
+        measure(builder, *size)
+
+    def set_place(x, y, z):
+        place(builder, order(sizes[-1])[x], y, z)
 
     monkeypatch.setattr(builder, "set_grid_dim", set_size)
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(sizes[-1] - 1 - x, y, z))
+    monkeypatch.setattr(builder, "set_grid_idx", set_place)
+    return sizes
+
+
+def backwards(n):
+    return range(n - 1, -1, -1)
+
+
+@functools.cache
+def shuffled(n):
+    return torch.randperm(n).tolist()
+
+
+def test_programs_of_a_batch_backwards_give_the_same_bits(monkeypatch):
+    given = batch_arguments()
+    expected = list(every_batch_launch(*given))
+    sizes = reordered(monkeypatch, backwards)
     for a, b in zip(every_batch_launch(*given), expected, strict=True):
         assert same_bits(a, b)
     assert max(sizes) > 1
@@ -220,19 +240,14 @@ def test_float64_products_step_by_step_are_those_of_tiles(monkeypatch):
     assert (steps - a * norm[:, 0] @ b).abs().max() < 1e-14
 
 
-def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
-    from triton.runtime import interpreter
-
-    builder, groups = interpreter.interpreter_builder, 5
-    given = (*arguments(torch.float32, groups), Weights(**SOFT))
+@pytest.mark.parametrize("order", [backwards, shuffled])
+def test_any_order_of_programs_gives_the_same_bits(monkeypatch, order):
+    given = (*arguments(torch.float32, 5), Weights(**SOFT))
     expected = list(every_launch(*given))
-    place = builder.set_grid_idx
-    for order in (list(reversed(range(groups))), torch.randperm(groups).tolist()):
-        monkeypatch.setattr(
-            builder, "set_grid_idx", lambda x, y, z, order=order: place(order[x], y, z)
-        )
-        for a, b in zip(every_launch(*given), expected, strict=True):
-            assert same_bits(a, b)
+    sizes = reordered(monkeypatch, order)
+    for a, b in zip(every_launch(*given), expected, strict=True):
+        assert same_bits(a, b)
+    assert max(sizes) > 5
 
 
 def test_leading_dimensions_that_do_not_merge():
