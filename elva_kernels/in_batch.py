@@ -242,8 +242,10 @@ def in_batch_ranking_reward_and_grad(
         weight: broadcastable to the reward [B], the upstream gradient; None is 1.
         wrt: the gradients that are wanted, of "query" and "candidates"; the others are neither
             computed nor written.
-        query, candidates, target, head, excluded, candidate_ids, max_score, margin, rank_penalty,
-            w_margin, w_rank, check_finite, backend: as in `in_batch_ranking_reward`.
+        query, candidates, target, head, excluded, candidate_ids, max_score, group, global_target,
+            margin, rank_penalty, w_margin, w_rank, check_finite, backend: as in
+            `in_batch_ranking_reward`. With a group the gradients are of the sum of all processes'
+            ``sum(weight * reward)``, on its own rows.
 
     Returns:
         (RankingReward, grad_query [B, D], grad_candidates [M, D]): the gradients in the inputs'

@@ -181,7 +181,7 @@ def info_nce_and_grad(
         reduction: of the loss that is differentiated: "mean" or "sum"; with "none" the losses come
             one by one and the gradients are of their sum.
         query, candidates, target, temperature, symmetric, excluded, candidate_ids, max_score,
-            workspace_mb, check_finite, backend: as in `info_nce`.
+            group, global_target, workspace_mb, check_finite, backend: as in `info_nce`.
 
     Returns:
         (loss, grad_query [B, D], grad_candidates [M, D], grad_temperature []): as `info_nce` and

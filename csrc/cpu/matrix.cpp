@@ -292,6 +292,7 @@ class Product {
 ElvaStatus run(const ElvaMatrixArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  if (args.m == 0 || args.n == 0) return ELVA_OK;  // an empty c
   const MatrixKernels& matrix = *kernels->matrix;
   if (args.b_dtype == ELVA_FP64) {
     return Product<Singles<double>, double, double, double>(args, matrix).run();

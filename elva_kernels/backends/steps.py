@@ -353,8 +353,12 @@ class Steps(abc.ABC):
     def column_factor(self, target: Tensor, share: Tensor) -> Tensor:
         """[width] the sum of pairs' shares [B, P] over those whose positive a column is."""
         sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        target = target.reshape(-1)
+        # Zeros for no positive anywhere, but not all in one place: a GPU adds those one by one.
+        anywhere = torch.arange(len(target), device=self.device) % self.width
+        at = torch.where(target < 0, anywhere, target)
         # Not index_add_, which on a GPU adds in any order.
-        sums.index_put_((target.clamp(min=0).reshape(-1),), share.reshape(-1), True)
+        sums.index_put_((at,), share.reshape(-1), True)
         return sums.to(self.dtype)
 
     def gradients(

@@ -5,8 +5,10 @@ times that), and opaque to `torch.compile`, so a compiled program runs the same 
 same bits.
 """
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,9 +37,15 @@ def register(ops: dict[str, Registered]) -> None:
 
 
 def outside_graphs(function: _Function) -> _Function:
-    """`function`, where `torch.compile` breaks its graph."""
-    eager: _Function = torch.compiler.disable(function)
-    return eager
+    """`function`, where `torch.compile` breaks its graph; its compiler is not imported here."""
+
+    @functools.wraps(function)
+    def eager(*arguments: Any, **named: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return torch.compiler.disable(function)(*arguments, **named)
+        return function(*arguments, **named)
+
+    return cast(_Function, eager)
 
 
 def is_watched(*tensors: Tensor) -> bool:

@@ -137,20 +137,100 @@ def calls(case, query, candidates, named, upstream, **group):
     return found
 
 
-def work(rank, world, folder, function, given):
-    """Runs `function(rank, given)` in a group and saves what it returns, or its traceback."""
+def work(rank, world, folder, jobs):
+    """In a process of a group: what each job, (function, given), returns; or a traceback."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     try:
-        found = function(rank, given)
+        found = [function(rank, given) for function, given in jobs]
     except Exception:  # noqa: BLE001 - it is told in the parent
         found = traceback.format_exc()
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-def run_cases(rank, cases):
+def run_case(rank, case):
+    """Twice, for the bits."""
     group = dist.group.WORLD
-    return [calls(case, *share_of(case, rank), group=group) for case in cases]
+    return [calls(case, *share_of(case, rank), group=group) for _ in range(2)]
+
+
+def encoder():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(SIZE, 16), torch.nn.Tanh(), torch.nn.Linear(16, SIZE)
+    ).double()
+
+
+TRAINED = Case((5, 2), (5, 6), (2, 3), ("excluded", "candidate_ids"), symmetric=True)
+
+
+def losses_of(encode, case, query, candidates, named, **group):
+    """InfoNCE of embeddings, and of a reward whose mean over queries is maximised."""
+    embedded = encode(torch.cat([query, candidates])).split([len(query), len(candidates)])
+    loss = elva_kernels.info_nce(*embedded, symmetric=case.symmetric, **named, **group)
+    rewards = elva_kernels.in_batch_ranking_reward(*embedded, margin=-2.0, **named, **group)
+    return loss, rewards.reward.sum()
+
+
+def train(rank, wrapping):
+    """The parameters' gradients after a backward through DDP or FSDP2."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = encoder()
+    if wrapping == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        wrapped = fully_shard(model)
+    query, candidates, named, _ = share_of(TRAINED, rank)
+    loss, reward = losses_of(wrapped, TRAINED, query, candidates, named, group=dist.group.WORLD)
+    (loss - reward).backward()
+    grads = [p.grad for p in model.parameters()]
+    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in grads]
+
+
+def refused(rank, _):
+    """What every process is told where one of them is wrong, and where they differ."""
+    group, told = dist.group.WORLD, []
+    query, candidates = torch.randn(3, 4), torch.randn(3, 4)
+
+    def tell(**change):
+        inputs = {"query": query, "candidates": candidates, "group": group} | change
+        try:
+            elva_kernels.rank_statistics(**inputs)
+        except ValueError as error:
+            told.append(str(error))
+        else:
+            told.append("")
+
+    tell(target=torch.tensor([0, 1, 3 - rank]))
+    tell(max_score=0.5 if rank else None)
+    tell(query=query[:, : 4 - rank], candidates=candidates[:, : 4 - rank])
+    tell(target=torch.tensor([0, 1, 6]), global_target=True)
+    tell()
+    return told
+
+
+def bytes_received(rank, sizes):
+    """By one process, in value and gradients of the symmetric loss; and those of others' rows."""
+    from elva_kernels.registered import processes
+
+    b, m, d = sizes
+    received = []
+    gather = processes._all_gather
+
+    def counted(whole, own, **named):
+        received.append(whole.nbytes - own.nbytes)
+        return gather(whole, own, **named)
+
+    processes._all_gather = counted
+    query = torch.randn(b, d).bfloat16().requires_grad_()
+    candidates = torch.randn(m, d).bfloat16().requires_grad_()
+    loss = elva_kernels.info_nce(query, candidates, symmetric=True, group=dist.group.WORLD)
+    loss.backward()
+    others = dist.get_world_size() - 1
+    return sum(received), others * (query.nbytes + candidates.nbytes), others * (b + m)

@@ -1,5 +1,6 @@
 """The in-batch ops over the processes of a group: what one process has of the whole batch."""
 
+import functools
 import tempfile
 
 import pytest
@@ -29,27 +30,32 @@ CASES = [
 LIMITS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}
 
 
-def spawn(world, function, given):
-    """What `function(rank, given)` returns in each process of a group."""
+JOBS = {
+    2: [
+        (group_worker.train, "ddp"),
+        (group_worker.train, "fsdp2"),
+        (group_worker.refused, None),
+        (group_worker.bytes_received, (64, 96, 256)),
+    ],
+    3: [],
+}
+for each in CASES:
+    JOBS[each.world].append((group_worker.run_case, each))
+
+
+@functools.cache
+def of_processes(world):
+    """{job: [what it returns in each process]} of a group of processes, which does all jobs."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world, folder, function, given)
+        arguments = (world, folder, JOBS[world])
         torch.multiprocessing.spawn(group_worker.work, arguments, nprocs=world)
         found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
-    for rank, result in enumerate(found):
-        assert not isinstance(result, str), f"process {rank}: {result}"
-    return found
+    for rank, results in enumerate(found):
+        assert not isinstance(results, str), f"process {rank}: {results}"
+    return dict(zip(JOBS[world], zip(*found, strict=True), strict=True))
 
 
-@pytest.fixture(scope="module")
-def found():
-    """[case] -> the processes' results; twice, for their bits."""
-    results = {}
-    for world in (2, 3):
-        cases = [case for case in CASES if case.world == world]
-        first = spawn(world, group_worker.run_cases, cases + cases)
-        for i, case in enumerate(cases):
-            results[case] = [[of[i] for of in first], [of[i + len(cases)] for of in first]]
-    return results
+pytestmark = pytest.mark.beside(work=lambda config: of_processes(2) | of_processes(3))
 
 
 def merged(case, results, name):
@@ -64,23 +70,24 @@ def merged(case, results, name):
     return torch.cat(parts)
 
 
+def of_own_candidates(case, whole):
+    """The excluded pairs that a process can name by its own rows."""
+    pairs = whole.named["excluded"]
+    inside = torch.zeros(len(pairs), dtype=torch.bool)
+    for rank in range(case.world):
+        rows, columns = shares(case, rank)
+        of_queries = (pairs[:, 0] >= rows.start) & (pairs[:, 0] < rows.stop)
+        inside |= of_queries & (pairs[:, 1] >= columns.start) & (pairs[:, 1] < columns.stop)
+    return pairs[inside]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_processes_have_what_one_process_has(found, case):
-    results, again = found[case]
+def test_processes_have_what_one_process_has(beside, case):
+    results, again = zip(*beside[group_worker.run_case, case], strict=True)
     whole = batch_of(case)
     named = dict(whole.named, target=whole.target)
     if "excluded" in named and "global_target" not in case.options:
-        pairs = named["excluded"]
-        inside = torch.zeros(len(pairs), dtype=torch.bool)
-        for rank in range(case.world):
-            rows, columns = shares(case, rank)
-            inside |= (
-                (pairs[:, 0] >= rows.start)
-                & (pairs[:, 0] < rows.stop)
-                & (pairs[:, 1] >= columns.start)
-                & (pairs[:, 1] < columns.stop)
-            )
-        named["excluded"] = pairs[inside]
+        named["excluded"] = of_own_candidates(case, whole)
     truth = calls(case, whole.query, whole.candidates, named, whole.upstream)
     limit = LIMITS[case.dtype]
     for name, expected in truth.items():
@@ -105,3 +112,34 @@ def test_processes_have_what_one_process_has(found, case):
     for first, second in zip(results, again, strict=True):
         for name, x in first.items():
             assert torch.equal(x.nan_to_num(7), second[name].nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+def test_parameters_have_the_gradients_of_one_process(beside, wrapping):
+    case = group_worker.TRAINED
+    found = beside[group_worker.train, wrapping]
+    model, whole = group_worker.encoder(), batch_of(case)
+    named = dict(whole.named, target=whole.target, excluded=of_own_candidates(case, whole))
+    loss, reward = group_worker.losses_of(model, case, whole.query, whole.candidates, named)
+    (loss - reward / case.world).backward()  # the mean of the processes' sums
+    for grads in found:
+        for actual, parameter in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(actual, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_all_processes_are_told_of_a_wrong_one(beside):
+    first, second = beside[group_worker.refused, None]
+    assert first[0].startswith("rank_statistics: target must hold indices of candidates, in [0, 3)")
+    assert second[0].endswith("on every process, got an error on process 0")
+    for told in (first, second):
+        for message in told[1:3]:
+            assert message.startswith("rank_statistics: group must make the same call on every")
+        assert "in [0, 6), got 6 at [2]" in told[3]
+        assert told[4] == ""
+    assert "D = 3" in second[2]
+
+
+def test_only_rows_travel(beside):
+    for received, rows, scalars in beside[group_worker.bytes_received, (64, 96, 256)]:
+        assert rows <= received <= 1.2 * rows
+        assert received - rows <= 100 * scalars  # bytes: about ten numbers a row
