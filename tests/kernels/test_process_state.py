@@ -145,6 +145,11 @@ OPS = {
         ek.ranking_reward,
         {},
     ),
+    "bank": (
+        lambda *x: [y if y.dim() == 2 else y.flatten(0, 1) for y in grouped(*x)],
+        ek.ranking_reward,
+        {"negative_index": torch.arange(30).view(5, 6) * 7 % 33 - 1},
+    ),
     "ranking_reward_and_grad": (grouped, ek.ranking_reward_and_grad, {}),
     "weighed": (
         lambda *x: [*grouped(*x), torch.linspace(-1, 1, 5).double() * x[0]],

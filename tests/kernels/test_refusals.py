@@ -36,9 +36,12 @@ CALLS = {
     RankingRewardLoss: {},
     InfoNCELoss: {},
 }
+BANK = {"negatives": C, "negative_index": torch.tensor([[0, 1], [2, -1], [4, 4]])}
 ARGUMENTS = [
-    pytest.param(function, argument, id=f"{function.__name__}-{argument}")
-    for function in CALLS
+    pytest.param(function, call | more, argument, id=f"{function.__name__}-{argument}{name}")
+    for function, call in CALLS.items()
+    for name, more in {"": {}, "-bank": BANK}.items()
+    if more.keys() <= inspect.signature(function).parameters.keys()
     for argument in inspect.signature(function).parameters
 ]
 
@@ -79,13 +82,12 @@ def hostile_values():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("function", "argument"), ARGUMENTS)
-def test_a_refusal_is_one_line_that_names_the_argument(function, argument):
+@pytest.mark.parametrize(("function", "right", "argument"), ARGUMENTS)
+def test_a_refusal_is_one_line_that_names_the_argument(function, right, argument):
     refused = 0
     for value in hostile_values():
-        call = CALLS[function] | {argument: value}
         try:
-            function(**call)
+            function(**right | {argument: value})
         except (TypeError, ValueError, BackendUnavailable) as error:
             refused += 1
             found = FORM.fullmatch(str(error))
