@@ -112,6 +112,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The C API of csrc. Private: called by elva_kernels alone.";
   module.def("reward_forward", &elva::reward_forward<elva_reward_forward_cpu>);
   module.def("reward_backward", &elva::reward_backward<elva_reward_backward_cpu>);
+  module.def("bank_gradient", &elva::bank_gradient<elva_bank_gradient_cpu>);
   module.def("reward_from_scores", &reward_from_scores);
   module.def("group_advantages", &group_advantages);
   elva::bind(module, "topk", elva_topk_cpu);
@@ -126,6 +127,12 @@ PYBIND11_MODULE(_C, module) {
   elva::bind(module, "info_nce_terms", elva_info_nce_terms_cpu);
   elva::bind(module, "slope_rows", elva_slope_rows_cpu);
   elva::bind(module, "column_sums", elva_column_sums_cpu);
+  module.def("enter_default_float_mode", [] {
+    const uint64_t before = elva::float_mode();
+    elva::set_float_mode(elva::kDefaultFloatMode);
+    return before;
+  });
+  module.def("set_float_mode", &elva::set_float_mode);
   module.def("build_info", &build_info);
   module.def("level", [] {
     const char* level = elva_cpu_level();

@@ -1,14 +1,20 @@
 """The ops as `nn.Module`s."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from elva_kernels import checks
-from elva_kernels.in_batch import info_nce
+from elva_kernels.info_nce import info_nce
 from elva_kernels.reference import Weights
 from elva_kernels.reward import ranking_reward
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RankingRewardLoss(torch.nn.Module):
@@ -44,11 +50,25 @@ class RankingRewardLoss(torch.nn.Module):
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
     def forward(
-        self, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None = None
+        self,
+        query: Tensor,
+        positive: Tensor,
+        negatives: Tensor,
+        mask: Tensor | None = None,
+        negative_index: Tensor | None = None,
     ) -> Tensor:
-        """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]."""
+        """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N].
+
+        With negative_index [*, N] negatives are a bank [M, D].
+        """
         result = ranking_reward(
-            query, positive, negatives, mask=mask, **self._weights._asdict(), backend=self.backend
+            query,
+            positive,
+            negatives,
+            negative_index=negative_index,
+            mask=mask,
+            **self._weights._asdict(),
+            backend=self.backend,
         )
         return -result.reward.mean()
 
@@ -103,6 +123,9 @@ class InfoNCELoss(torch.nn.Module):
         target: Tensor | None = None,
         candidate_ids: Tensor | None = None,
         excluded: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+        global_target: bool = False,
     ) -> Tensor:
         """The loss of query [B, D], candidates [M, D] and who is no negative, as in `info_nce`."""
         return info_nce(
@@ -113,6 +136,8 @@ class InfoNCELoss(torch.nn.Module):
             symmetric=self.symmetric,
             excluded=excluded,
             candidate_ids=candidate_ids,
+            group=group,
+            global_target=global_target,
             max_score=self.max_score,
             reduction=self.reduction,
             workspace_mb=self.workspace_mb,
@@ -122,8 +147,9 @@ class InfoNCELoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as `print(module)` shows them."""
         learnt = "" if self.log_temperature is None else " (learnt)"
-        with torch.no_grad():
-            temperature = float(self.temperature)
+        temperature = self._temperature
+        if self.log_temperature is not None and not self.log_temperature.is_meta:
+            temperature = self.log_temperature.detach().exp().item()
         return (
             f"temperature={temperature:.6g}{learnt}, symmetric={self.symmetric}, "
             f"max_score={self.max_score}, reduction={self.reduction!r}, "

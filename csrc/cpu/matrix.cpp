@@ -313,6 +313,7 @@ ElvaStatus run(const ElvaMatrixArgs& args) {
 extern "C" {
 
 ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args) {
+  if (args->m == 0 || args->n == 0) return ELVA_OK;
   return elva::within_memory([args] { return elva::run(*args); });
 }
 

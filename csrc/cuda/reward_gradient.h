@@ -30,13 +30,29 @@ __device__ inline float2 fast_coefficients(double a, double b, double upstream) 
   return {static_cast<float>(by_query), static_cast<float>(by_row)};
 }
 
+// Whose gradients the caller wants.
+struct Wanted {
+  bool query, positive, negatives;
+
+  __host__ __device__ explicit Wanted(const ElvaRewardArgs& args)
+      : query(args.grad_query != nullptr),
+        positive(args.grad_positive != nullptr),
+        negatives(args.grad_negative != nullptr) {}
+
+  __host__ __device__ bool any() const { return query || positive || negatives; }
+  __device__ bool row(int64_t c) const { return c == 0 ? positive : negatives; }
+  // How many candidates matter to them.
+  __device__ int64_t of(int64_t candidates) const { return query || negatives ? candidates : 1; }
+};
+
 // For the thread's vector of columns: read(c) gives those of candidate c, write(c, gradient) takes
-// its gradient (c = -1: the query's); kAhead rows are read at once. `works` where the thread has such a vector; `shared` is
-// kGradientShared bytes. All threads of the block; a barrier before.
+// its gradient (c = -1: the query's) where it is wanted; kAhead rows are read at once. `works` where
+// the thread has such a vector; `shared` is kGradientShared bytes. All threads of the block; a
+// barrier before.
 template <class T, int kAhead, class Read, class Write>
-__device__ inline void gradient_columns(int64_t candidates, const double* a, const double* b,
-                                        double query_b, double upstream, bool works,
-                                        unsigned char* shared, const Read& read,
+__device__ inline void gradient_columns(int64_t candidates, const Wanted& wanted, const double* a,
+                                        const double* b, double query_b, double upstream,
+                                        bool works, unsigned char* shared, const Read& read,
                                         const Write& write) {
   constexpr int kSize = Vector<T>::kSize;
   static_assert(kWide * kSize * sizeof(float) <= kGradientShared);
@@ -69,18 +85,21 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
         float x[kSize];
         if (by.x == 0 && by.y == 0) {
           for (int k = 0; k < kSize; ++k) x[k] = 0;
-          write(c, x);
+          if (wanted.row(c)) write(c, x);
           continue;
         }
         widen_all(rows[j], x);
         if (!isnan(by.x)) {
-          float gradient[kSize];
+          if (wanted.query) {
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            gradient[k] = fmaf(by.x, q[k], by.y * x[k]);
-            chain[k] = fmaf(by.x, x[k], chain[k]);
+            for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by.x, x[k], chain[k]);
           }
-          write(c, gradient);
+          if (wanted.row(c)) {
+            float gradient[kSize];
+#pragma unroll
+            for (int k = 0; k < kSize; ++k) gradient[k] = fmaf(by.x, q[k], by.y * x[k]);
+            write(c, gradient);
+          }
         } else {
           const double by_query = upstream * a[c], by_row = upstream * b[c];
           double gradient[kSize];
@@ -89,7 +108,7 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
             gradient[k] = by_query * q[k] + by_row * x[k];
             chain[k] += static_cast<float>(by_query * x[k]);
           }
-          write(c, gradient);
+          if (wanted.row(c)) write(c, gradient);
         }
         if (++terms == 16) {
           terms = 0;
@@ -101,6 +120,10 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
         }
       }
     }
+  }
+  if (!wanted.query) {
+    __syncthreads();
+    return;
   }
   // Class by class into the first, in double.
   float* sums = reinterpret_cast<float*>(shared);
@@ -133,7 +156,8 @@ __device__ inline Vector<T> packed(const V* x) {
   return out;
 }
 
-__device__ inline double upstream_of(const ElvaRewardArgs& args, int64_t group) {
+template <class Args>
+__device__ inline double upstream_of(const Args& args, int64_t group) {
   if (args.upstream.data == nullptr) return 1;
   return *group_data<float>(args.batch, args.upstream, group);
 }

@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 METRIC_CODES = {"dot": 0, "cosine": 1}
@@ -61,6 +64,27 @@ def module() -> ModuleType:
     if found is None or reason is not None:
         raise RuntimeError(reason)
     return found
+
+
+def in_default_float_mode(function: _Function) -> _Function:
+    """`function`, with rounding to nearest and subnormal numbers whatever its caller has set.
+
+    Torch's own operations compute in the calling thread's mode. Nobody changes it where the
+    compiled module is missing, nor while torch.compile traces the function.
+    """
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> Any:
+        found = None if torch.compiler.is_compiling() else _load()[0]
+        if found is None:
+            return function(*arguments)
+        mode = found.enter_default_float_mode()
+        try:
+            return function(*arguments)
+        finally:
+            found.set_float_mode(mode)
+
+    return guarded  # type: ignore[return-value]
 
 
 def operand(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:

@@ -1,5 +1,6 @@
 """The reference as a backend: `elva_kernels.reference` behind the launchers' signatures."""
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -8,20 +9,32 @@ from torch import Tensor
 from elva_kernels import reference
 from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics, slopes_of_head
 from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_shape
-from elva_kernels.reference import Batch, Weights
+from elva_kernels.backends.shares import Exchange
+from elva_kernels.reference import Batch, Wanted, Weights
 
 
 def ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
-    return detached(reference.ranking_reward(query, positive, negatives, mask, weights))
+    inputs = (query, positive, negatives, mask)
+    return detached(reference.ranking_reward(*inputs, weights, index))
 
 
 def ranking_reward_saved(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Saves nothing that counts: the backward starts from the inputs again."""
-    values = ranking_reward(query, positive, negatives, mask, weights)
+    values = ranking_reward(query, positive, negatives, mask, index, weights)
     saved = torch.zeros(saved_shape(values[-1].shape), dtype=torch.float64, device=query.device)
     return *values, saved
 
@@ -31,13 +44,14 @@ def ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
-) -> Tensors:
-    inputs = (query, positive, negatives, mask)
-    _, *gradients = reference.ranking_reward_and_grad(*inputs, grad_reward, weights)
-    return detached(gradients)
+    wrt: Wanted,
+) -> Gradients:
+    inputs = (query, positive, negatives, mask, index)
+    return ranking_reward_and_grad(*inputs, grad_reward, weights, wrt)[5:]
 
 
 def ranking_reward_and_grad(
@@ -45,12 +59,15 @@ def ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
-) -> Tensors:
+    wrt: Wanted,
+) -> Gradients:
     inputs = (query, positive, negatives, mask)
-    result, *gradients = reference.ranking_reward_and_grad(*inputs, upstream, weights)
-    return *detached(result), *detached(gradients)
+    result, *gradients = reference.ranking_reward_and_grad(*inputs, upstream, weights, index, wrt)
+    found = (None if x is None else x.contiguous() for x in gradients)
+    return *detached(result), *found
 
 
 def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
@@ -138,6 +155,40 @@ def info_nce_and_grad(
         query, candidates, batch, temperature, weight, symmetric=symmetric
     )
     return *results, *_wanted(gradients, (*wrt, True))
+
+
+def info_nce_share(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    weight: Tensor,
+    exchange: Exchange,
+    *,
+    symmetric: bool,
+    workspace_mb: int,
+    wrt: tuple[bool, bool],
+    rounded: bool,
+) -> Gradients:
+    """The share of what one process computes of the whole batch; holds all of its scores."""
+    rows, columns = exchange.rows, exchange.columns
+    inputs = (exchange.queries(), candidates, batch, temperature)
+    launch = functools.partial(
+        info_nce_and_grad,
+        *inputs,
+        symmetric=symmetric,
+        workspace_mb=workspace_mb,
+        rounded=rounded,
+    )
+    *values, grad_query, grad_candidates, _ = launch(weight, wrt=wrt)
+    own = torch.zeros_like(weight)
+    own[rows] = weight[rows]
+    return (
+        *(None if x is None else x[rows] for x in values),
+        None if grad_query is None else grad_query[rows],
+        None if grad_candidates is None else grad_candidates[columns],
+        launch(own, wrt=(False, False))[-1],
+    )
 
 
 def _wanted(gradients: Iterable[Tensor], wrt: Iterable[bool]) -> Gradients:

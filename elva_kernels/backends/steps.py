@@ -154,6 +154,32 @@ class Steps(abc.ABC):
         grad_temperature = self.temperature_gradient(weight, symmetric)
         return self.loss(symmetric), self.statistics(), *gradients, grad_temperature
 
+    def gradients_by_slopes(
+        self,
+        slopes: Slopes,
+        wrt: tuple[bool, bool],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        held: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients that are wanted, of slopes that are known for all queries.
+
+        held: the scores of the last chunk.
+        """
+        self.wrt = wrt
+        for rows in self.chunks:
+            some = slopes._replace(
+                row_peak=slopes.row_peak[rows],
+                row_factor=slopes.row_factor[rows],
+                target_slope=slopes.target_slope[rows],
+                target=slopes.target[rows],
+            )
+            if held is None or len(self.chunks) > 1:
+                held = self.score(rows)
+            self.slope_rows(held, some)
+            self.add_gradients(held, rows)
+        self.add_targets()
+        return self.gradients(dtypes)
+
     def gradients_of_slopes(
         self, index: Tensor, slopes: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -311,11 +337,12 @@ class Steps(abc.ABC):
         if symmetric:
             everyone = self.upstream(weight, slice(None), symmetric) / self.temperature
             target_slope -= upstream * self.column_terms.others[rows]
-            column_factor = self.column_factor(everyone * self.column_terms.share)
-            column_peak = _finite(self.columns.peak)
+            share = everyone * self.column_terms.share
+            column_factor = self.column_factor(self.batch.target, share)
+            column_peak = finite(self.columns.peak)
         self.target_slope[rows] = target_slope.to(self.dtype)
         return Slopes(
-            _finite(self.hardest_score[rows]),
+            finite(self.hardest_score[rows]),
             (upstream * self.row_terms.share[rows]).sum(1).to(self.dtype),
             self.target_slope[rows],
             self.batch.target[rows],
@@ -323,11 +350,15 @@ class Steps(abc.ABC):
             column_factor,
         )
 
-    def column_factor(self, share: Tensor) -> Tensor:
+    def column_factor(self, target: Tensor, share: Tensor) -> Tensor:
         """[width] the sum of pairs' shares [B, P] over those whose positive a column is."""
         sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        target = target.reshape(-1)
+        # Zeros for no positive anywhere, but not all in one place: a GPU adds those one by one.
+        anywhere = torch.arange(len(target), device=self.device) % self.width
+        at = torch.where(target < 0, anywhere, target)
         # Not index_add_, which on a GPU adds in any order.
-        sums.index_put_((self.batch.target.clamp(min=0).reshape(-1),), share.reshape(-1), True)
+        sums.index_put_((at,), share.reshape(-1), True)
         return sums.to(self.dtype)
 
     def gradients(
@@ -368,7 +399,7 @@ def part_of(units: Units, rows: slice) -> Units:
     return Units(units.rows[rows], units.norm[rows], scale)
 
 
-def _finite(peak: Tensor) -> Tensor:
+def finite(peak: Tensor) -> Tensor:
     return torch.where(peak > -math.inf, peak, 0.0)
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Weights, compute_dtype
@@ -40,7 +41,7 @@ def _rank_statistics(
     backend: str,
 ) -> Tensors:
     op = "rank_statistics"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     return _shaped(launch(query, candidates, batch, k=k, temperature=temperature), target)
 
@@ -57,7 +58,7 @@ def _in_batch_ranking_reward(
     backend: str,
 ) -> Tensors:
     op = "in_batch_ranking_reward"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     *rewards, rank, scores, index = launch(query, candidates, batch, head, Weights(*weights))
     return *rewards, like_target(rank, target), scores, index
@@ -94,7 +95,7 @@ def _info_nce(
     backend: str,
 ) -> Tensors:
     op = "info_nce"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
     loss, *statistics = launch(query, candidates, batch, temperature, **options)
@@ -117,10 +118,10 @@ def _info_nce_and_grad(
     wrt: Sequence[bool],
     rounded: bool,
 ) -> Tensors:
-    batch = batch_of("info_nce", query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of("info_nce", query, len(candidates), target, excluded, candidate_ids, max_score)
     if weight is None:
-        share = 1 / torch.as_tensor(counted(target, len(query))).clamp(min=1) if mean else 1.0
-        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) * share
+        count = counted(batch.target).clamp(min=1) if mean else 1
+        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) / count
     launch = launcher("info_nce_and_grad", backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
     results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
@@ -263,6 +264,7 @@ info_nce_and_grad = _OPS.info_nce_and_grad.default
 _N_TENSORS = 6  # of what `info_nce` takes
 
 
+@in_default_float_mode
 def reduced(loss: Tensor, reduction: str, target: Tensor | None) -> Tensor:
     """The losses [B] as `reduction` says."""
     if reduction == "none":
@@ -274,7 +276,7 @@ def reduced(loss: Tensor, reduction: str, target: Tensor | None) -> Tensor:
 
 def _mean(loss: Tensor, target: Tensor) -> Tensor:
     """Over the queries that have a positive; the others' losses are 0."""
-    return loss.sum() / counted(target, len(loss))
+    return loss.sum() / counted(target)
 
 
 class _ScaledOnce(torch.autograd.Function):
@@ -296,6 +298,7 @@ class _ScaledOnce(torch.autograd.Function):
         refuse_second_derivative("info_nce", "loss")
 
 
+@in_default_float_mode
 def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
     """Of three inputs and their gradients: these times a scalar, rounded once, without a copy."""
     return tuple(

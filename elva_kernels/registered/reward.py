@@ -1,10 +1,9 @@
 """The grouped reward and its relatives as torch knows them.
 
-Every tensor has been checked by `checks`. Here leading dimensions are expanded to their common
-shape, as views, and gradients are summed back to the shape that the caller passed.
+Every tensor has been checked by `checks`. Here the inputs become a launcher's (`groups`), and
+gradients are summed back to the shape that the caller passed.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -12,30 +11,53 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
 from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.registered.groups import (
+    exact,
+    expanded,
+    groups_of,
+    in_range,
+    leading_of,
+    merged,
+    summed_of,
+)
 from elva_kernels.registered.library import Registered, gradient_op, register
 
 
-def _forward(
-    op: str,
+def _ranking_reward(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = launcher(op, backend, query.device, query.dtype)
-    leading, shared = _leading(query, positive, negatives, mask)
-    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
-    if shared:
-        inputs = _expand_inputs(inputs, leading)
-    return launch(*inputs, Weights(*weights))
+    launch = launcher("ranking_reward", backend, query.device, query.dtype)
+    mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
+    if index is None:
+        negatives = expanded(negatives, leading, 2)
+    groups = groups_of(leading, query, positive, negatives, mask, index)
+    return launch(*groups, Weights(*weights))
 
 
-_ranking_reward = functools.partial(_forward, "ranking_reward")
-_ranking_reward_saved = functools.partial(_forward, "ranking_reward_saved")
+def _ranking_reward_saved(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Sequence[float],
+    backend: str,
+) -> Tensors:
+    launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
+    mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
+    rows = [in_range(x, leading).rows for x in (query, positive)]
+    groups = groups_of(leading, rows[0], rows[1], negatives, mask, index)
+    return launch(*groups, Weights(*weights))
 
 
 def _ranking_reward_backward(
@@ -43,21 +65,33 @@ def _ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Sequence[float],
+    wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
-    leading, shared = _leading(query, positive, negatives, mask)
-    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
-    if not shared:
-        return launch(*inputs, saved, grad_reward, Weights(*weights))
-    # A shared tensor's gradient is a sum over groups: of float32 terms, to be rounded once.
-    exact = [x.to(compute_dtype(x.dtype)) for x in inputs[:3]]
-    expanded = _expand_inputs((*exact, inputs[3]), leading)
-    gradients = launch(*expanded, saved, grad_reward, Weights(*weights))
-    return _reduce(gradients, (query, positive, negatives))
+    mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
+    shared = [in_range(x, leading) for x in (query, positive)]
+    groups = groups_of(leading, shared[0].rows, shared[1].rows, negatives, mask, index)
+    rest = (saved, grad_reward, Weights(*weights))
+    summed = summed_of(leading, query, positive, wrt)
+    # Of half rows a sum over groups takes float32 terms, to be rounded once.
+    halves = any(summed) and compute_dtype(query.dtype) != query.dtype
+    at_once = tuple(x and not (halves and s) for x, s in zip(wrt, summed, strict=True))
+    found: list[Any] = [None, None, None]
+    if any(at_once):
+        found[:] = launch(*groups, *rest, at_once)
+    if halves:
+        terms = launch(*exact(groups), *rest, summed)
+        found = [y if s else x for x, y, s in zip(found, terms, summed, strict=True)]
+    for i, (x, rows) in enumerate(zip((query, positive), shared, strict=True)):
+        if summed[i]:
+            found[i] = rows.summed(found[i], x)
+    return _filled(tuple(found), (query, positive, negatives))
 
 
 def _ranking_reward_and_grad(
@@ -65,23 +99,35 @@ def _ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Sequence[float],
+    wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    leading, shared = _leading(query, positive, negatives, mask)
+    mask, index = merged("ranking_reward_and_grad", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
     if upstream is not None:
         upstream = upstream.expand(leading)
-    mask = _expand(mask, leading, 1)
-    if not shared:
+    if not any(summed_of(leading, query, positive, wrt)):
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        return launch(query, positive, negatives, mask, upstream, Weights(*weights))
+        groups = groups_of(leading, query, positive, negatives, mask, index)
+        results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
+        return *results[:5], *_filled(results[5:], (query, positive, negatives))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    inputs = (query, positive, negatives, mask)
+    inputs = (query, positive, negatives, mask, index)
     *values, saved = _ranking_reward_saved(*inputs, weights, backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
-    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, backend)
+    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
+
+
+def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
+    """Gradients in the shapes of the inputs; [0] for one that is not wanted, as ops return it."""
+    return tuple(
+        x.new_empty(0) if gradient is None else gradient.view(x.shape)
+        for gradient, x in zip(gradients, inputs, strict=True)
+    )
 
 
 def _reward_from_scores(
@@ -89,7 +135,7 @@ def _reward_from_scores(
 ) -> Tensors:
     launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
-    inputs = (_expand(scores, leading, 1), _expand(mask, leading, 1))
+    inputs = (expanded(scores, leading, 1), expanded(mask, leading, 1))
     return launch(*inputs, Weights(*weights))
 
 
@@ -103,31 +149,17 @@ def _reward_from_scores_backward(
     launch = launcher("reward_from_scores_backward", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
-    inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
-    return _reduce(launch(*inputs, grad_reward, Weights(*weights)), (scores,))[0]
+    inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1))
+    gradient: Tensor
+    (gradient,) = launch(*inputs, grad_reward, Weights(*weights))
+    return gradient.sum_to_size(scores.shape).to(scores.dtype)
 
 
 def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
     launch = launcher("group_advantages", backend, reward.device, reward.dtype)
+    advantages: Tensor
     (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
     return advantages
-
-
-def _leading(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
-) -> tuple[torch.Size, bool]:
-    """The common leading shape `*`, and whether groups share an embedding, which then lacks it."""
-    leading = query.shape[:-1]
-    if (
-        positive.shape[:-1] == leading
-        and negatives.shape[:-2] == leading
-        and (mask is None or mask.shape[:-1] == leading)
-    ):
-        return leading, False
-    masks = () if mask is None else (mask.shape[:-1],)
-    shapes = (leading, positive.shape[:-1], negatives.shape[:-2])
-    common = torch.Size(torch.broadcast_shapes(*shapes, *masks))
-    return common, any(shape != common for shape in shapes)
 
 
 def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
@@ -135,26 +167,6 @@ def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
     if mask is None or mask.shape[:-1] == leading:
         return leading
     return torch.Size(torch.broadcast_shapes(leading, mask.shape[:-1]))
-
-
-def _expand(tensor: Any, leading: torch.Size, kept: int) -> Any:
-    """`tensor` (or None) as a view whose dimensions before the last `kept` are `leading`."""
-    if tensor is None or tensor.shape[: tensor.dim() - kept] == leading:
-        return tensor
-    return tensor.expand(*leading, *tensor.shape[tensor.dim() - kept :])
-
-
-def _expand_inputs(inputs: tuple[Any, ...], leading: torch.Size) -> tuple[Any, ...]:
-    """(query, positive, negatives, mask) over one leading shape."""
-    return tuple(_expand(x, leading, kept) for x, kept in zip(inputs, (1, 1, 2, 1), strict=True))
-
-
-def _reduce(gradients: Tensors, inputs: Tensors) -> Tensors:
-    """Each gradient summed over the groups that share its input, in the input's dtype."""
-    return tuple(
-        gradient.sum_to_size(x.shape).to(x.dtype)
-        for gradient, x in zip(gradients, inputs, strict=True)
-    )
 
 
 def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
@@ -166,10 +178,16 @@ def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensor
 
 
 def _trace_ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    *_: Any,
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask)[0]
-    return _like_reward(query, leading, negatives.shape[-2] + 1)
+    leading = leading_of(query, positive, negatives, mask, index)
+    n = negatives.shape[-2] if index is None else index.shape[-1]
+    return _like_reward(query, leading, n + 1)
 
 
 def _trace_ranking_reward_saved(*arguments: Any) -> Tensors:
@@ -179,15 +197,16 @@ def _trace_ranking_reward_saved(*arguments: Any) -> Tensors:
     return *results, saved
 
 
-def _trace_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *_: Any) -> Tensors:
-    return tuple(x.new_empty(x.shape) for x in (query, positive, negatives))
+def _trace_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *rest: Any) -> Tensors:
+    *_, wrt, _backend = rest
+    inputs = (query, positive, negatives)
+    return tuple(
+        x.new_empty(x.shape if wanted else 0) for x, wanted in zip(inputs, wrt, strict=True)
+    )
 
 
-def _trace_reward_and_grad(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
-) -> Tensors:
-    values = _trace_ranking_reward(query, positive, negatives, mask)
-    return *values, *_trace_gradients(query, positive, negatives)
+def _trace_reward_and_grad(*arguments: Any) -> Tensors:
+    return *_trace_ranking_reward(*arguments), *_trace_gradients(*arguments)
 
 
 def _trace_from_scores(scores: Tensor, mask: Tensor | None, *_: Any) -> Tensors:
@@ -202,9 +221,10 @@ def _trace_advantages(reward: Tensor, *_: Any) -> Tensor:
     return reward.new_empty(reward.shape, dtype=compute_dtype(reward.dtype))
 
 
-_INPUTS = "Tensor query, Tensor positive, Tensor negatives, Tensor? mask"
+_INPUTS = "Tensor query, Tensor positive, Tensor negatives, Tensor? mask, Tensor? negative_index"
 _WEIGHTS = "float[] weights, str backend"
 _VALUES = "Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor scores"
+_WRT = "float[] weights, bool[] wrt, str backend"
 _GRADIENTS = "Tensor grad_query, Tensor grad_positive, Tensor grad_negatives"
 
 register(
@@ -221,12 +241,12 @@ register(
             _trace_ranking_reward_saved,
         ),
         "ranking_reward_backward": Registered(
-            f"({_INPUTS}, Tensor saved, Tensor grad_reward, {_WEIGHTS}) -> ({_GRADIENTS})",
+            f"({_INPUTS}, Tensor saved, Tensor grad_reward, {_WRT}) -> ({_GRADIENTS})",
             _ranking_reward_backward,
             _trace_gradients,
         ),
         "ranking_reward_and_grad": Registered(
-            f"({_INPUTS}, Tensor? upstream, {_WEIGHTS}) -> ({_VALUES}, {_GRADIENTS})",
+            f"({_INPUTS}, Tensor? upstream, {_WRT}) -> ({_VALUES}, {_GRADIENTS})",
             _ranking_reward_and_grad,
             _trace_reward_and_grad,
         ),
@@ -256,34 +276,42 @@ group_advantages = _OPS.group_advantages.default
 
 
 class _RankingReward(torch.autograd.Function):
-    """(query, positive, negatives, mask, weights, backend) -> results; gradient of the first."""
+    """(query, positive, negatives, mask, negative_index, weights, wrt, backend) -> the five results
+    and what is saved; the gradients in `wrt` of the first."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensors:
-        *results, saved = _OPS.ranking_reward_saved.default(*arguments)
-        ctx.save_for_backward(*arguments[:4], saved)
-        ctx.rest = arguments[4:]
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
+    def forward(*arguments: Any) -> Tensors:
+        *inputs, _wrt, backend = arguments
+        return cast(Tensors, _OPS.ranking_reward_saved.default(*inputs, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *tensors, weights, wrt, backend = inputs
+        ctx.save_for_backward(*tensors, output[-1])
+        ctx.rest = (weights, wrt, backend)
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        inputs = ctx.saved_tensors
         op = _OPS.ranking_reward_backward.default
-        gradients = gradient_op(op, *inputs, grads[0], *ctx.rest)
-        return *gradients, None, None, None
+        gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
+        _, wrt, _ = ctx.rest
+        wanted = (x if kept else None for x, kept in zip(gradients, wrt, strict=True))
+        return *wanted, None, None, None, None, None
 
 
 class _RewardFromScores(torch.autograd.Function):
     """(scores, mask, weights, backend) -> the five results; gradient of the first."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensors:
-        results = reward_from_scores(*arguments)
-        ctx.save_for_backward(*arguments[:2])
-        ctx.rest = arguments[2:]
-        ctx.mark_non_differentiable(*results[1:])
-        return cast(Tensors, results)
+    def forward(*arguments: Any) -> Tensors:
+        return cast(Tensors, reward_from_scores(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.rest = inputs[2:]
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -207,6 +207,7 @@ def _run(name: str, files, report: Path, options, environment) -> list[list[str]
 
 NUMBERS = {
     "test_reward::test_values_and_gradients",
+    "test_reward_index::test_values_and_gradients",
     "test_reward_scores::test_values_and_gradients",
     "test_rank_statistics::test_values",
     "test_in_batch_reward::test_reward",
@@ -216,7 +217,7 @@ NUMBERS = {
     "test_in_batch_positives::test_rewards_and_gradients",
     "test_topk::test_scores_and_order_against_float64",
 }
-GROUPED = ("test_reward", "test_reward_torch", "test_reward_properties")
+GROUPED = ("test_reward", "test_reward_index", "test_reward_torch", "test_reward_properties")
 IN_BATCH = (
     "test_rank_statistics",
     "test_in_batch_reward",
@@ -245,6 +246,7 @@ COMPILED = [
     *cases("test_in_batch_torch::test_compiles_without_a_graph_break test_opcheck"),
     *cases("test_in_batch_torch::test_values_and_gradients_in_one_call_compile"),
     *cases("test_reward_torch::test_opcheck"),
+    *cases("test_reward_index::test_compiles_without_a_graph_break test_opcheck"),
     *cases("test_info_nce_torch::test_opcheck"),
     *cases("test_topk::test_opcheck"),
 ]
@@ -273,6 +275,8 @@ SESSIONS = {
             "float64, which the CUDA backend does not take": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
                 *cases("test_reward_torch::test_opcheck", dtype=F64),
+                *cases("test_reward_index::test_gradcheck"),
+                *cases("test_reward_index::test_opcheck", dtype=F64),
                 *cases("test_reward_torch::test_module test_weight_of_another_dtype"),
                 *cases(
                     "test_reward_torch::test_tensor_changed_in_place_before_backward_is_noticed"
@@ -316,6 +320,7 @@ SESSIONS = {
             "millions of scores, which take hours": [*CHUNKS, *HEADS],
             "finite differences, hundreds of calls: float64 gradients have a truth": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
+                *cases("test_reward_index::test_gradcheck"),
                 *cases("test_info_nce_torch::test_gradcheck_and_once"),
                 *cases("test_in_batch_torch::test_gradcheck_of_the_loss"),
                 *cases("test_in_batch_torch::test_gradcheck_of_the_reward"),
@@ -343,6 +348,8 @@ SESSIONS = {
                 *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=48),
                 *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=257),
                 *cases("test_reward::test_any_layout_gives_the_same_bits", leading=(2, 3)),
+                *cases("test_reward_index::test_a_row_named_many_times"),
+                *cases("test_reward_index::test_values_and_gradients", leading=(2, 3)),
                 *cases("test_reward::test_lattice_is_exact", d=1024),
                 *cases("test_rank_statistics::test_lattice_is_exact", d=1024),
                 *cases("test_info_nce::test_any_batch"),

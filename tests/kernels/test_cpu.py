@@ -57,7 +57,7 @@ def inputs(groups=24, n=20, dim=512, dtype=torch.float32):
 
 def results(tensors, rank_temperature=0.0):
     weights = Weights(**WEIGHTS, rank_temperature=rank_temperature)
-    return cpu.ranking_reward_and_grad(*tensors, None, None, weights)
+    return cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
 
 
 def equal(left, right):
@@ -138,7 +138,7 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
         weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
-        call = lambda: cpu.ranking_reward_and_grad(*tensors, None, None, weights)
+        call = lambda: cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
         right = call()
         done = threading.Event()
         def busy():
@@ -207,7 +207,7 @@ def test_the_interpreter_exits_while_the_pool_works(times):
         cpu.empty_gradient = lambda x: gradients[id(x)]
         def busy():
             while True:
-                cpu.ranking_reward_and_grad(*tensors, None, None, weights)
+                cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
         threading.Thread(target=busy, daemon=True).start()
         time.sleep(0.2)
         print("leaving")
@@ -272,28 +272,36 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
 )
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "bank", "shared"])
 def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
+    """Values of rows as they lie; gradients too, of a query beside a bank and of a shared bank."""
     program = f"""
         import torch
-        from elva_kernels.backends.cpu import reward as cpu
-        from elva_kernels.reference import Weights
-        weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        from elva_kernels import ranking_reward, ranking_reward_and_grad
         def field(name):
             line = next(x for x in open("/proc/self/status") if x.startswith(name))
             return int(line.split()[1]) * 1024
         query, positive = torch.randn(64, 1536), torch.randn(64, 1536)
+        negatives, options = torch.randn(64, 100, 1536), {{"backend": "cpu"}}
+        call = lambda: ranking_reward(query, positive, negatives, **options)
         if "{layout}" == "transposed":
             negatives = torch.randn(64, 1536, 100).mT
         elif "{layout}" == "expanded":
             negatives = torch.randn(100, 1536).expand(64, 100, 1536)
-        else:
-            negatives = torch.randn(64, 100, 1536)
+        elif "{layout}" != "contiguous":
+            call = lambda: ranking_reward_and_grad(query, positive, negatives, **options)
+            if "{layout}" == "bank":
+                negatives = torch.randn(20_000, 1536)
+                options |= {{"negative_index": torch.randint(0, 20_000, (64, 100))}}
+                options |= {{"wrt": ("query",)}}
+            else:
+                negatives = torch.randn(100, 1536)
+                options |= {{"wrt": ("negatives",)}}
         for _ in range(3):
-            cpu.ranking_reward(query, positive, negatives, None, weights)
+            call()
         open("/proc/self/clear_refs", "w").write("5")
         before = field("VmRSS")
-        cpu.ranking_reward(query, positive, negatives, None, weights)
+        results = call()
         print(field("VmHWM") - before)
     """
     done = run_python(program)

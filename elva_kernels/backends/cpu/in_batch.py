@@ -127,7 +127,7 @@ class CpuSteps(Steps):
         query, candidates = self.query, self.candidates
         if query.scale is None or candidates.scale is None:
             return
-        if not self.chunks or len(candidates.rows) == 0:
+        if len(query.rows) == 0 or len(candidates.rows) == 0:
             return
         target = self.batch.target.clamp(min=0)
         row = self.row_of_pairs(len(target))
