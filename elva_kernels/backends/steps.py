@@ -112,13 +112,17 @@ class Steps(abc.ABC):
             self.scale = self.full(self.width, 0.0)
             self.scale[:m] = self.candidates.scale
         self.n_greater, self.n_equal = (self.empty((b, p), torch.int32) for _ in range(2))
-        self.target_score, self.target_slope = (self.empty((b, p), self.dtype) for _ in range(2))
+        self.target_score = self.empty((b, p), self.dtype)
         self.hardest_score = self.empty((b,), self.dtype)
         self.hardest_index = self.empty((b,), torch.int64)
         self.topk_scores = self.empty((b, self.k), self.dtype)
         self.topk_index = self.empty((b, self.k), torch.int64)
         self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
         self.grad_units: list[Tensor | None] = []
+
+    @functools.cached_property
+    def target_slope(self) -> Tensor:
+        return self.empty((*self.batch.target.shape,), self.dtype)
 
     @functools.cached_property
     def row_terms(self) -> Terms:
@@ -411,7 +415,9 @@ class Steps(abc.ABC):
 
 def some(x: Tensor, rows: slice) -> Tensor:
     """x[rows]; x itself, without a view, where these are all of them."""
-    return x if rows.start in (0, None) and rows.stop in (len(x), None) else x[rows]
+    if rows.start or (rows.stop is not None and rows.stop < x.size(0)):
+        return x[rows]
+    return x
 
 
 def part_of(units: Units, rows: slice) -> Units:

@@ -12,6 +12,7 @@ from elva_kernels.backends.launcher import Tensors
 from elva_kernels.backends.steps import Slopes, Steps, Sums, Terms, Units, part_of, some
 from elva_kernels.reference import Weights, compute_dtype
 
+_SMALL = 2**17  # elements: of 8 bytes a MB, from where memory is worth keeping
 # What slopes that are rounded to bfloat16 may add to a gradient on unit rows, of the 2e-6 that it
 # may be off where a query weighs 1 or less; beyond it they are split in two halves.
 _ALLOWED = 1.8e-6
@@ -220,6 +221,8 @@ class CpuSteps(Steps):
         return grad
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if math.prod(shape) < _SMALL:
+            return torch.empty(shape, dtype=dtype)
         return empty_kept(torch.Size(shape), dtype)
 
     def _skipped(self, rows: slice) -> tuple[int, int, int, int]:
