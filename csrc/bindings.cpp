@@ -112,6 +112,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The C API of csrc. Private: called by elva_kernels alone.";
   module.def("reward_forward", &elva::reward_forward<elva_reward_forward_cpu>);
   module.def("reward_backward", &elva::reward_backward<elva_reward_backward_cpu>);
+  module.def("bank_gradient", &elva::bank_gradient<elva_bank_gradient_cpu>);
   module.def("reward_from_scores", &reward_from_scores);
   module.def("group_advantages", &group_advantages);
   elva::bind(module, "topk", elva_topk_cpu);

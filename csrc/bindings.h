@@ -79,7 +79,7 @@ void run_released(ElvaStatus (*op)(const Args*), const Args& args) {
   raise_unless_ok(status);
 }
 
-constexpr size_t kMaxOperands = 5;
+constexpr size_t kMaxOperands = 6;
 
 // Merges the leading dimensions `sizes` that every operand walks as one, and writes batch and batch
 // strides. An operand is what Python passes for a tensor: (address, strides), or None for an absent
@@ -203,9 +203,10 @@ void bind(py::module_& module, const char* name, ElvaStatus (*op)(const Args*)) 
   bind(module, name, op, std::make_index_sequence<field_count<Args>()>());
 }
 
-// Where a reward runs: on a number of threads, or on (device, stream) with the scratch memory that
-// its forward wants.
-inline void set_place(py::handle place, ElvaRewardArgs* args) {
+// Where a reward runs: on a number of threads, or on (device, stream) and, third, the scratch memory
+// that its forward wants.
+template <class Args>
+void set_place(py::handle place, Args* args) {
   if (!PyTuple_Check(place.ptr())) {
     args->threads = static_cast<int32_t>(integer(place.ptr()));
     return;
@@ -214,25 +215,31 @@ inline void set_place(py::handle place, ElvaRewardArgs* args) {
   check_tuple(place.ptr(), size == 2 ? 2 : 3);
   args->device = static_cast<int32_t>(integer(item(place.ptr(), 0)));
   args->stream = pointer(item(place.ptr(), 1));
-  if (size == 3) args->scratch = pointer(item(place.ptr(), 2));
+  if constexpr (std::is_same_v<Args, ElvaRewardArgs>) {
+    if (size == 3) args->scratch = pointer(item(place.ptr(), 2));
+  }
 }
 
-// What the reward's forward and backward have in common.
+// What the reward's forward and backward have in common. With an index `negative` is a bank.
 inline ElvaRewardArgs reward_args(int dtype, py::handle place, py::handle sizes, int64_t negatives,
-                                  int64_t dim, py::handle query, py::handle positive,
-                                  py::handle negative, py::handle mask, py::handle upstream,
-                                  uintptr_t coefficients, uintptr_t grad_query,
-                                  uintptr_t grad_positive, uintptr_t grad_negative) {
+                                  int64_t dim, int64_t bank_rows, py::handle query,
+                                  py::handle positive, py::handle negative, py::handle mask,
+                                  py::handle index, py::handle upstream, uintptr_t coefficients,
+                                  uintptr_t grad_query, uintptr_t grad_positive,
+                                  uintptr_t grad_negative) {
   ElvaRewardArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   set_place(place, &args);
   args.negatives = negatives;
   args.dim = dim;
+  args.bank_rows = bank_rows;
+  if (!index.is_none()) args.negative = rows_of(negative.ptr());
   Layout layout(sizes, &args.batch);
   layout.add(query, 1, &args.query);
   layout.add(positive, 1, &args.positive);
-  layout.add(negative, 2, &args.negative);
+  if (index.is_none()) layout.add(negative, 2, &args.negative);
   layout.add(mask, 1, &args.mask);
+  layout.add(index, 1, &args.index);
   layout.add(upstream, 0, &args.upstream);
   layout.finish();
   args.coefficients = pointer<double>(coefficients);
@@ -244,14 +251,14 @@ inline ElvaRewardArgs reward_args(int dtype, py::handle place, py::handle sizes,
 
 template <ElvaStatus (*op)(const ElvaRewardArgs*)>
 void reward_forward(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
-                    py::handle query, py::handle positive, py::handle negative, py::handle mask,
-                    py::handle upstream, py::handle weights, uintptr_t reward,
-                    uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
-                    uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
+                    int64_t bank_rows, py::handle query, py::handle positive, py::handle negative,
+                    py::handle mask, py::handle index, py::handle upstream, py::handle weights,
+                    uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
+                    uintptr_t rank, uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
                     uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args =
-      reward_args(dtype, place, sizes, negatives, dim, query, positive, negative, mask, upstream,
-                  coefficients, grad_query, grad_positive, grad_negative);
+      reward_args(dtype, place, sizes, negatives, dim, bank_rows, query, positive, negative, mask,
+                  index, upstream, coefficients, grad_query, grad_positive, grad_negative);
   args.weights = reward_weights(weights);
   args.reward = pointer(reward);
   args.margin_reward = pointer(margin_reward);
@@ -263,12 +270,35 @@ void reward_forward(int dtype, py::handle place, py::handle sizes, int64_t negat
 
 template <ElvaStatus (*op)(const ElvaRewardArgs*)>
 void reward_backward(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
-                     py::handle query, py::handle positive, py::handle negative,
-                     py::handle upstream, uintptr_t coefficients, uintptr_t grad_query,
-                     uintptr_t grad_positive, uintptr_t grad_negative) {
-  run_released(op, reward_args(dtype, place, sizes, negatives, dim, query, positive, negative,
-                               py::handle(Py_None), upstream, coefficients, grad_query,
-                               grad_positive, grad_negative));
+                     int64_t bank_rows, py::handle query, py::handle positive, py::handle negative,
+                     py::handle index, py::handle upstream, uintptr_t coefficients,
+                     uintptr_t grad_query, uintptr_t grad_positive, uintptr_t grad_negative) {
+  run_released(op, reward_args(dtype, place, sizes, negatives, dim, bank_rows, query, positive,
+                               negative, py::handle(Py_None), index, upstream, coefficients,
+                               grad_query, grad_positive, grad_negative));
+}
+
+template <ElvaStatus (*op)(const ElvaBankGradientArgs*)>
+void bank_gradient(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
+                   int64_t bank_rows, py::handle query, py::handle negative, py::handle upstream,
+                   uintptr_t coefficients, uintptr_t order, uintptr_t first,
+                   uintptr_t grad_negative) {
+  ElvaBankGradientArgs args = {};
+  args.dtype = static_cast<ElvaDtype>(dtype);
+  set_place(place, &args);
+  args.negatives = negatives;
+  args.dim = dim;
+  args.bank_rows = bank_rows;
+  args.negative = rows_of(negative.ptr());
+  Layout layout(sizes, &args.batch);
+  layout.add(query, 1, &args.query);
+  layout.add(upstream, 0, &args.upstream);
+  layout.finish();
+  args.coefficients = pointer<double>(coefficients);
+  args.order = pointer<int64_t>(order);
+  args.first = pointer<int64_t>(first);
+  args.grad_negative = pointer(grad_negative);
+  run_released(op, args);
 }
 
 // Adds the functions of csrc/cuda.

@@ -63,8 +63,11 @@ typedef struct {
   ElvaRewardWeights weights;
   ElvaInput query;      // [*, dim]
   ElvaInput positive;   // [*, dim]
-  ElvaInput negative;   // [*, negatives, dim]
+  ElvaInput negative;   // [*, negatives, dim]; with an index a bank [bank_rows, dim]
   ElvaInput mask;       // bool [*, negatives], true = live; null: all live
+  ElvaInput index;      // int64 [*, negatives], rows of the bank; -1: none; others are never read,
+                        // and count as rows that are not finite. null: negatives in their place
+  int64_t bank_rows;    // read where there is an index
   ElvaInput upstream;   // value [*]; null: 1
   void* reward;         // value [*]
   void* margin_reward;  // value [*]
@@ -73,9 +76,10 @@ typedef struct {
   void* scores;         // value [*, negatives + 1]
   double*
       coefficients;  // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/reward_group.h
-  void* grad_query;  // [*, dim], the inputs' dtype; null in forward: not wanted
+  // Gradients in the inputs' dtype; null: not wanted.
+  void* grad_query;     // [*, dim]
   void* grad_positive;  // [*, dim]
-  void* grad_negative;  // [*, negatives, dim]
+  void* grad_negative;  // [*, negatives, dim]; with an index null: see ElvaBankGradientArgs
   void* scratch;  // CUDA only, as all that follows: elva_reward_scratch_bytes_cuda, on 16 bytes
   int32_t device;
   void* stream;
@@ -92,6 +96,27 @@ ElvaStatus elva_reward_backward_cpu(const ElvaRewardArgs* args);
 // passes.
 ElvaStatus elva_reward_forward_cuda(const ElvaRewardArgs* args);
 ElvaStatus elva_reward_backward_cuda(const ElvaRewardArgs* args);
+
+// The gradient of a bank: for each of its rows the sum over the row's places in the index.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  ElvaBatch batch;
+  int64_t negatives;
+  int64_t dim;
+  int64_t bank_rows;
+  ElvaInput query;             // [*, dim]
+  ElvaInput negative;          // [bank_rows, dim]
+  ElvaInput upstream;          // value [*]; null: 1
+  const double* coefficients;  // [*, 2 * negatives + 3], of the forward
+  const int64_t* order;        // places in the index, group * negatives + negative, by row
+  const int64_t* first;        // [bank_rows + 1]; row r's are order[first[r]..first[r + 1])
+  void* grad_negative;         // [bank_rows, dim], the inputs' dtype; 0 for a row without a place
+  int32_t device;              // CUDA only, as what follows
+  void* stream;
+} ElvaBankGradientArgs;
+
+ElvaStatus elva_bank_gradient_cpu(const ElvaBankGradientArgs* args);
 // 0 unless groups are too large for a block's shared memory.
 int64_t elva_reward_scratch_bytes_cuda(int64_t groups, int64_t negatives);
 // What ELVA_DEVICE_ERROR last meant on this thread.

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.table import BACKENDS
-from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.reference import Wanted, Weights, compute_dtype
 
 WIDEST_COSINE = 2.0
 LARGEST = sys.float_info.max
+EMBEDDINGS = ("query", "positive", "negatives")
 # Below it 1 / temperature leaves float32's range, and the gradient would be NaN. Ours.
 LEAST_TEMPERATURE = 1e-6
 
@@ -30,15 +31,27 @@ _ROWS_NAMED = 8
 
 
 def embeddings(
-    op: str, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
-) -> None:
-    """query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]."""
+    op: str,
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    negative_index: Tensor | None = None,
+) -> Tensor | None:
+    """query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]; returns the index as int64.
+
+    With negative_index [*, N] negatives are [M, D].
+    """
     _tensor(op, "query", query, "[*, D]", 1)
     _tensor(op, "positive", positive, "[*, D]", 1)
-    _tensor(op, "negatives", negatives, "[*, N, D]", 2)
+    _tensor(op, "negatives", negatives, "[*, N, D]" if negative_index is None else "[M, D]", 2)
     _alike(op, "positive", positive, query)
     _alike(op, "negatives", negatives, query)
     shape, rows = query.shape, negatives.shape
+    if negative_index is not None:
+        _bank(op, negatives, negative_index, query)
+        rows = torch.Size((*negative_index.shape, rows[-1]))
+        negative_index = negative_index.to(torch.int64)
     if mask is not None:
         _mask(op, mask, query, rows[-2])
     if (
@@ -48,11 +61,27 @@ def embeddings(
         or shape[-1] == 0
         or mask is not None
     ):
-        _embedding_shapes(op, query, positive, negatives, mask)
+        _embedding_shapes(op, query, positive, negatives, mask, negative_index)
+    return negative_index
+
+
+def _bank(op: str, negatives: Tensor, index: Tensor, query: Tensor) -> None:
+    """Rows [M, D] and integers [*, N] that name them."""
+    _indices(op, "negative_index", index, query, "[*, N]")
+    if index.dim() < 1:
+        _refuse(ValueError, op, "negative_index", "have shape [*, N]", _shape(index))
+    if negatives.dim() != 2:
+        rule = "have shape [M, D] beside negative_index"
+        _refuse(ValueError, op, "negatives", rule, _shape(negatives), "use .flatten(0, -2)")
 
 
 def _embedding_shapes(
-    op: str, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+    op: str,
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
 ) -> None:
     """Equal D, and leading dimensions that broadcast."""
     size = query.shape[-1]
@@ -62,10 +91,33 @@ def _embedding_shapes(
         _refuse(ValueError, op, "positive", f"have query's D = {size}", _shape(positive))
     if negatives.shape[-1] != size:
         _refuse(ValueError, op, "negatives", f"have query's D = {size}", _shape(negatives))
-    leading = {"positive": positive.shape[:-1], "negatives": negatives.shape[:-2]}
+    _broadcast(op, query.shape[:-1], **_leading(positive, negatives, mask, index))
+
+
+def _leading(
+    positive: Tensor, negatives: Tensor, mask: Tensor | None, index: Tensor | None
+) -> dict[str, torch.Size]:
+    """The leading dimensions of all but the query, by argument."""
+    leading = {"positive": positive.shape[:-1]}
+    if index is None:
+        leading["negatives"] = negatives.shape[:-2]
+    else:
+        leading["negative_index"] = index.shape[:-1]
     if mask is not None:
         leading["mask"] = mask.shape[:-1]
-    _broadcast(op, query.shape[:-1], **leading)
+    return leading
+
+
+def wanted(op: str, names: Sequence[str]) -> Wanted:
+    """Whether each of query, positive and negatives is among the names."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        got = f"{type(names).__name__} {names!r}"
+        _refuse(TypeError, op, "wrt", "be a tuple of names", got, f"use {(names,)!r}")
+    for name in names:
+        if name not in EMBEDDINGS:
+            _refuse(ValueError, op, "wrt", f"name some of {', '.join(EMBEDDINGS)}", repr(name))
+    query, positive, negatives = (name in names for name in EMBEDDINGS)
+    return query, positive, negatives
 
 
 def scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
@@ -218,13 +270,11 @@ def upstream(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
 ) -> Tensor:
     """weight, broadcastable to the reward [*]; returned in the reward's dtype."""
-    masks = () if mask is None else (mask.shape[:-1],)
-    batch = torch.broadcast_shapes(
-        query.shape[:-1], positive.shape[:-1], negatives.shape[:-2], *masks
-    )
-    return upstream_of(op, weight, query, batch)
+    others = _leading(positive, negatives, mask, index).values()
+    return upstream_of(op, weight, query, torch.broadcast_shapes(query.shape[:-1], *others))
 
 
 def upstream_of(op: str, weight: Tensor, query: Tensor, batch: Sequence[int]) -> Tensor:
@@ -260,12 +310,23 @@ def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend:
 
 
 def finite_rows(
-    op: str, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+    op: str,
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
 ) -> None:
     """No NaN and no inf in any row that is read."""
     for name, rows in (("query", query), ("positive", positive)):
         _finite(op, name, torch.isfinite(rows).all(-1), "rows")
     sound = torch.isfinite(negatives).all(-1)
+    if index is not None:
+        named = index if mask is None else torch.where(mask, index, -1)
+        named = named[(named >= 0) & (named < len(sound))]
+        unread = torch.ones_like(sound).index_fill(0, named, False)
+        _finite(op, "negatives", sound | unread, "rows")
+        return
     _finite(op, "negatives", sound if mask is None else sound | ~mask, "rows")
 
 

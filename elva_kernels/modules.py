@@ -44,11 +44,25 @@ class RankingRewardLoss(torch.nn.Module):
         return Weights(*(getattr(self, name) for name in Weights._fields))
 
     def forward(
-        self, query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None = None
+        self,
+        query: Tensor,
+        positive: Tensor,
+        negatives: Tensor,
+        mask: Tensor | None = None,
+        negative_index: Tensor | None = None,
     ) -> Tensor:
-        """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]."""
+        """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N].
+
+        With negative_index [*, N] negatives are a bank [M, D].
+        """
         result = ranking_reward(
-            query, positive, negatives, mask=mask, **self._weights._asdict(), backend=self.backend
+            query,
+            positive,
+            negatives,
+            negative_index=negative_index,
+            mask=mask,
+            **self._weights._asdict(),
+            backend=self.backend,
         )
         return -result.reward.mean()
 

@@ -1,5 +1,7 @@
 """The grouped reward and its relatives, as users call them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ def ranking_reward(
     positive: Tensor,
     negatives: Tensor,
     *,
+    negative_index: Tensor | None = None,
     mask: Tensor | None = None,
     margin: float = 0.1,
     rank_penalty: float = 0.01,
@@ -44,7 +47,12 @@ def ranking_reward(
         query: [*, D], bfloat16, float16, float32 or float64, of any finite magnitude and any
             strides. The leading dimensions `*` of all tensors broadcast against each other.
         positive: [*, D], as `query`.
-        negatives: [*, N, D], as `query`; N may be 0.
+        negatives: [*, N, D], as `query`; N may be 0. With `negative_index` a bank [M, D].
+        negative_index: integers [*, N]: a group's negative i is row ``negative_index[..., i]`` of
+            the bank, in [0, M), or none where it is -1, as if it were masked. Rows are read where
+            they lie, never gathered, and may be named any number of times; rows that nobody names
+            are not read. On a GPU, where nobody looks, an entry out of range makes its group's
+            reward NaN.
         mask: bool [*, N], True where a negative is live. A masked row is never read: whatever it
             holds, its score is -inf and its gradient 0.
         margin: cosine difference in [-2, 2]; a negative one keeps the hinge open.
@@ -67,12 +75,18 @@ def ranking_reward(
         makes its own group's reward and gradients NaN, ranks last, and touches no other group.
 
     Raises:
-        ValueError: a shape, device, layout or number out of its range; a row under `check_finite`.
+        ValueError: a shape, device, layout or number out of its range; a row under `check_finite`;
+            on a CPU an entry of `negative_index` that is no row of the bank, with its position.
         TypeError: a dtype, or an argument of another type.
         BackendUnavailable: the named backend cannot run here.
 
     Differentiable: `reward`, once, in query, positive and negatives (closed form; gradients in the
-    input's dtype, rounded once; 0 for zero rows). The other results are detached.
+    input's dtype, rounded once; 0 for zero rows). The gradient of a row that groups share, or that
+    an index names several times, is a sum in the order of the groups, scaled and rounded once; a
+    bank's is [M, D], 0 where nobody names a row. What requires no gradient costs none: a frozen
+    bank is read once. The other results are detached.
+
+    With an index `negatives` is below ``negatives[negative_index]``, masked where the index is -1.
 
     Equivalent to::
 
@@ -88,16 +102,18 @@ def ranking_reward(
         reward = w_margin * margin_reward + w_rank * rank_reward
     """
     op = "ranking_reward"
-    checks.embeddings(op, query, positive, negatives, mask)
+    index = checks.embeddings(op, query, positive, negatives, mask, negative_index)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if check_finite:
-        checks.finite_rows(op, query, positive, negatives, mask)
-    arguments = (query, positive, negatives, mask, weights, backend)
+        checks.finite_rows(op, query, positive, negatives, mask, index)
+    inputs = (query, positive, negatives, mask, index, weights)
     if is_watched(query, positive, negatives):
-        return RankingReward(*registered.differentiable_ranking_reward(*arguments))
-    return RankingReward(*registered.ranking_reward(*arguments))
+        wrt = (query.requires_grad, positive.requires_grad, negatives.requires_grad)
+        results = registered.differentiable_ranking_reward(*inputs, wrt, backend)
+        return RankingReward(*results[:5])
+    return RankingReward(*registered.ranking_reward(*inputs, backend))
 
 
 def ranking_reward_and_grad(
@@ -105,8 +121,10 @@ def ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     *,
+    negative_index: Tensor | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
+    wrt: Sequence[str] = checks.EMBEDDINGS,
     margin: float = 0.1,
     rank_penalty: float = 0.01,
     w_margin: float = 0.4,
@@ -114,24 +132,27 @@ def ranking_reward_and_grad(
     rank_temperature: float = 0.0,
     check_finite: bool = False,
     backend: str = "auto",
-) -> tuple[RankingReward, Tensor, Tensor, Tensor]:
+) -> tuple[RankingReward, Tensor | None, Tensor | None, Tensor | None]:
     """`ranking_reward` and its gradients at once: each input read once, each gradient written once.
 
     For trainers that know the upstream gradient beforehand, as policy gradients and plain reward
     maximisation do.
 
     Args:
-        query, positive, negatives, mask, margin, rank_penalty, w_margin, w_rank, rank_temperature,
-            check_finite, backend: as in `ranking_reward`.
+        query, positive, negatives, negative_index, mask, margin, rank_penalty, w_margin, w_rank,
+            rank_temperature, check_finite, backend: as in `ranking_reward`.
         weight: the upstream gradient of each reward, broadcastable to [*], of any floating dtype
             (computed in the reward's); None is 1.
+        wrt: names out of "query", "positive" and "negatives": the gradients that are wanted. The
+            others are neither computed nor written: without "negatives" a bank is read once.
 
     Returns:
         The RankingReward, then the gradients of ``sum(weight * reward)`` on query, positive and
-        negatives: in the input's shape and dtype, rounded once, contiguous.
+        negatives: in the input's shape and dtype, rounded once, contiguous; None for one that is
+        not in `wrt`.
 
     Raises:
-        As `ranking_reward`.
+        As `ranking_reward`; ValueError: a name in `wrt` that is none of the three.
 
     Differentiable: nothing; all results are detached.
 
@@ -139,21 +160,26 @@ def ranking_reward_and_grad(
 
         result = ranking_reward(query, positive, negatives, ...)
         grads = torch.autograd.grad(result.reward, [query, positive, negatives], weight)
+
+    with None in the places that `wrt` does not name.
     """
     op = "ranking_reward_and_grad"
-    checks.embeddings(op, query, positive, negatives, mask)
+    index = checks.embeddings(op, query, positive, negatives, mask, negative_index)
+    wanted = checks.wanted(op, wrt)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if weight is not None:
-        weight = checks.upstream(op, weight, query, positive, negatives, mask)
+        weight = checks.upstream(op, weight, query, positive, negatives, mask, index)
     if check_finite:
-        checks.finite_rows(op, query, positive, negatives, mask)
+        checks.finite_rows(op, query, positive, negatives, mask, index)
     with torch.no_grad():
         results = registered.ranking_reward_and_grad(
-            query, positive, negatives, mask, weight, weights, backend
+            query, positive, negatives, mask, index, weight, weights, wanted, backend
         )
-    return RankingReward(*results[:5]), results[5], results[6], results[7]
+    grads = (x if kept else None for x, kept in zip(results[5:], wanted, strict=True))
+    grad_query, grad_positive, grad_negatives = grads
+    return RankingReward(*results[:5]), grad_query, grad_positive, grad_negatives
 
 
 def reward_from_scores(

@@ -14,14 +14,18 @@ namespace elva {
 // results depend on that row and the query alone, not on its neighbours or on alignment.
 struct DotJob {
   const void* query;
-  const void* const* rows;
+  const void* const* rows;  // [count + kDotAhead]; the last ones, of memory that is read next, are
+                            // asked for alone. [count] where count < 4
   int64_t count;
   int64_t dim;
   double* dot;     // [count]
   double* square;  // [count]
 };
 
-// out_i = a_i * query + b_i * row_i, rounded once; query_sum += sum over i of a_i * row_i.
+constexpr int64_t kDotAhead = 8;
+
+// out_i = a_i * query + b_i * row_i, rounded once; query_sum += sum over i of a_i * row_i. What is
+// null is not wanted: outs (then query and b are not read) or query_sum.
 // a and b are float, or double for double elements, below 2^60 like the rows' and the query's
 // entries.
 struct GradientJob {
@@ -32,11 +36,9 @@ struct GradientJob {
   const void* b;
   int64_t count;
   int64_t dim;
-  double* query_sum;  // [dim rounded up to kPadding]
-  bool stream;        // write past the caches; wants rows of whole, aligned 64-byte lines
-  const void*
-      ahead;  // memory that the next group starts with, or null: asked for while this job computes
-  int64_t ahead_lines;
+  double* query_sum;         // [dim rounded up to kPadding]
+  bool stream;               // write past the caches; wants rows of whole, aligned 64-byte lines
+  const void* const* ahead;  // [count] rows that are read next, asked for meanwhile; or null
 };
 
 // out = query_sum + b * query.
@@ -46,6 +48,7 @@ struct QueryGradientJob {
   double b;
   int64_t dim;
   void* out;
+  bool stream;  // as above
 };
 
 // Sums over the pairs of a group's candidates; sigma_ij = sigmoid((s_j - s_i) / temperature).

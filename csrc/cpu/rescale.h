@@ -85,5 +85,13 @@ RowKind inspect(Row<T> row, int64_t dim, int* exponent) {
   return RowKind::kFinite;
 }
 
+// The exponent that a row out of range is scaled by.
+template <class T>
+int scale_exponent(Row<T> row, int64_t dim) {
+  int exponent;
+  inspect(row, dim, &exponent);
+  return exponent;
+}
+
 }  // namespace elva
 #endif  // ELVA_CPU_RESCALE_H_

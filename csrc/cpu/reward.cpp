@@ -1,14 +1,14 @@
 // What: the grouped ranking reward on the CPU: cosines, ranks, rewards and their gradients, fused.
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
 //   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
-// In: query, positive [*, D], negatives [*, N, D] in bf16, fp16, fp32 or fp64, any strides; mask
-//   [*, N].
+// In: query, positive [*, D], negatives [*, N, D], or a bank [M, D] and an index [*, N], in bf16,
+//   fp16, fp32 or fp64, any strides; mask [*, N].
 // Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32 (fp64), rank int32 [*];
-//   gradients dense, in the inputs' dtype.
+//   gradients dense, in the inputs' dtype; a bank's: reward_bank.cpp.
 // Work split: one group a thread at a time; a group's rows stay in the second-level cache for the
 //   gradient pass.
-// Bytes: value and gradient read each input once and write each gradient once (the floor); a
-//   backward of its own reads the inputs again, and 16 bytes of coefficients a candidate.
+// Bytes: value and gradient read each input once and write each gradient that is wanted once (the
+//   floor); a backward of its own reads the inputs again, and 16 bytes of coefficients a candidate.
 // Numerics: see reward_simd.cpp and rescale.h; ranks, rewards and coefficients in double from the
 //   returned scores. Deterministic: a group's bits depend on that group alone.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
@@ -28,6 +28,15 @@ constexpr int64_t kBytesPerPair = 8;
 // the caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
+template <class T>
+NegativeRows<T> negatives_of(const ElvaRewardArgs& args, const GroupIndex& group) {
+  const int64_t* index = group_data<int64_t>(args.batch, args.index, group);
+  const T* data = index == nullptr ? group_data<T>(args.batch, args.negative, group)
+                                   : static_cast<const T*>(args.negative.data);
+  return {data,  args.negative.row_stride, args.negative.stride,
+          index, args.index.stride,        args.bank_rows};
+}
+
 // Calls body(begin, end, group) on pieces of the batch, with a RewardGroup of the thread.
 template <class T, class Body>
 ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
@@ -42,15 +51,14 @@ ElvaStatus for_groups(const ElvaRewardArgs& args, const Body& body) {
     RewardGroup<T> group(*kernels, args.dtype, candidates, args.dim, arena);
     for (int64_t i = begin; i < end; ++i) {
       const GroupIndex index(args.batch, i);
-      const T* negatives = group_data<T>(args.batch, args.negative, index);
       group.bind({group_data<T>(args.batch, args.query, index), args.query.stride},
                  {group_data<T>(args.batch, args.positive, index), args.positive.stride},
-                 {negatives, args.negative.stride}, args.negative.row_stride);
-      const bool packed = args.negative.stride == 1 && args.negative.row_stride == args.dim;
-      const T* next = nullptr;
-      if (packed && i + 1 < end)
-        next = group_data<T>(args.batch, args.negative, GroupIndex(args.batch, i + 1));
-      group.set_ahead(next, next == nullptr ? 0 : args.negatives * args.dim);
+                 negatives_of<T>(args, index));
+      if (i + 1 < end) {
+        const GroupIndex next(args.batch, i + 1);
+        group.look_ahead(group_data<T>(args.batch, args.positive, next),
+                         negatives_of<T>(args, next));
+      }
       body(i, index, &group);
     }
   };
@@ -71,23 +79,25 @@ bool streams(const ElvaRewardArgs& args) {
   const int64_t row_bytes = args.dim * static_cast<int64_t>(sizeof(T));
   const uintptr_t bases = reinterpret_cast<uintptr_t>(args.grad_positive) |
                           reinterpret_cast<uintptr_t>(args.grad_negative);
-  return row_bytes % 64 == 0 && bases % 64 == 0 &&
+  return args.grad_negative != nullptr && row_bytes % 64 == 0 && bases % 64 == 0 &&
          args.batch.groups * args.negatives * row_bytes > kStreamBytes;
 }
 
 template <class T>
-void write_gradients(const ElvaRewardArgs& args, int64_t i, const double* coefficients,
-                     double upstream, bool query_is_open, RewardGroup<T>* group) {
-  group->gradients(coefficients, upstream, query_is_open, streams<T>(args),
-                   static_cast<T*>(args.grad_query) + i * args.dim,
-                   static_cast<T*>(args.grad_positive) + i * args.dim,
-                   static_cast<T*>(args.grad_negative) + i * args.negatives * args.dim);
+GradientRowsOut<T> outs_of(const ElvaRewardArgs& args, int64_t i) {
+  const auto at = [i](void* base, int64_t size) {
+    return base == nullptr ? nullptr : static_cast<T*>(base) + i * size;
+  };
+  return {at(args.grad_query, args.dim), at(args.grad_positive, args.dim),
+          at(args.grad_negative, args.negatives * args.dim), streams<T>(args)};
 }
 
 template <class T>
 ElvaStatus forward(const ElvaRewardArgs& args) {
   using V = typename ValueOf<T>::Type;
   const int64_t width = 2 * args.negatives + 3;
+  const bool wants_gradients =
+      args.grad_query != nullptr || args.grad_positive != nullptr || args.grad_negative != nullptr;
   return for_groups<T>(args, [&](int64_t i, const GroupIndex& index, RewardGroup<T>* group) {
     double* saved = args.coefficients;
     double* coefficients = saved == nullptr ? group->own_coefficients() : saved + i * width;
@@ -98,10 +108,9 @@ ElvaStatus forward(const ElvaRewardArgs& args) {
     static_cast<V*>(args.margin_reward)[i] = static_cast<V>(out.margin_reward);
     static_cast<V*>(args.rank_reward)[i] = static_cast<V>(out.rank_reward);
     args.rank[i] = out.rank;
-    if (saved != nullptr || args.grad_query != nullptr)
-      group->set_coefficients(args.weights, coefficients);
-    if (args.grad_query != nullptr) {
-      write_gradients<T>(args, i, coefficients, upstream_of<V>(args, index), true, group);
+    if (saved != nullptr || wants_gradients) group->set_coefficients(args.weights, coefficients);
+    if (wants_gradients) {
+      group->gradients(coefficients, upstream_of<V>(args, index), true, outs_of<T>(args, i));
     }
   });
 }
@@ -111,8 +120,8 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
   using V = typename ValueOf<T>::Type;
   const int64_t width = 2 * args.negatives + 3;
   return for_groups<T>(args, [&](int64_t i, const GroupIndex& index, RewardGroup<T>* group) {
-    write_gradients<T>(args, i, args.coefficients + i * width, upstream_of<V>(args, index), false,
-                       group);
+    group->gradients(args.coefficients + i * width, upstream_of<V>(args, index), false,
+                     outs_of<T>(args, i));
   });
 }
 

@@ -1,24 +1,26 @@
 // One group of the grouped reward on one thread: scores, ranks, coefficients, gradient rows.
-//
-// Coefficients, per group, a[C], b[C] and the query's b, C = negatives + 1, for an upstream
-// gradient of 1:
-//   gradient row i = 2^-e (a q' + b c'), c' = c 2^-e; a = b = 0: a row of zeros
-//   gradient of the query = 2^-f (sum of a c' + b q'), q' = q 2^-f
-// They follow from ds/dc = (q^ - s c^) / |c| and ds/dq = (c^ - s q^) / |q|. A row in the range of
-// rescale.h has e = 0; one that is not has the lowest bit of its a set (the query: of its b), and e
-// is found again from the row.
 #ifndef ELVA_CPU_REWARD_GROUP_H_
 #define ELVA_CPU_REWARD_GROUP_H_
 
 #include <string.h>
 
 #include "arena.h"
+#include "coefficients.h"
 #include "kernels.h"
 #include "ranking.h"
 #include "rescale.h"
 #include "row_layout.h"
 
 namespace elva {
+
+// Where a group's gradients go; null: not wanted.
+template <class T>
+struct GradientRowsOut {
+  T* query;
+  T* positive;
+  T* negatives;
+  bool stream;  // the negatives' past the caches
+};
 
 template <class T>
 class RewardGroup {
@@ -27,10 +29,11 @@ class RewardGroup {
 
   static size_t arena_bytes(int64_t candidates, int64_t dim) {
     const int64_t c = candidates + 1;
-    return Arena::bytes_for<T>(dim) * (kBlock + 1) + Arena::bytes_for<double>(dim + kPadding) +
-           Arena::bytes_for<uint32_t>(c) + Arena::bytes_for<double>(c) * 5 +
-           Arena::bytes_for<bool>(c) + RankBuffers<V>::arena_bytes(c) + Arena::bytes_for<V>(c) +
-           Arena::bytes_for<V>(2 * c) + Arena::bytes_for<double>(2 * c);
+    return Arena::bytes_for<T>(dim) * (kBlock + 3) + Arena::bytes_for<double>(dim + kPadding) +
+           Arena::bytes_for<uint32_t>(c) + Arena::bytes_for<double>(c) * 3 +
+           Arena::bytes_for<void*>(c + kDotAhead) * 3 + Arena::bytes_for<bool>(c) +
+           RankBuffers<V>::arena_bytes(c) + Arena::bytes_for<V>(c) + Arena::bytes_for<V>(2 * c) +
+           Arena::bytes_for<double>(2 * c);
   }
 
   RewardGroup(const Kernels& kernels, ElvaDtype dtype, int64_t candidates, int64_t dim,
@@ -42,14 +45,20 @@ class RewardGroup {
         ranking_(candidates + 1, arena) {
     packed_query_ = arena->take<T>(dim);
     for (T*& block : packed_) block = arena->take<T>(dim);
+    nan_row_ = arena->take<T>(dim);
+    spare_row_ = arena->take<T>(dim);
+    for (int64_t i = 0; i < dim; ++i) {
+      from_double(std::numeric_limits<double>::quiet_NaN(), nan_row_ + i);
+    }
     query_sum_ = arena->take<double>(dim + kPadding);
     const int64_t c = candidates + 1;
     live_ = arena->take<uint32_t>(c);
     dot_ = arena->take<double>(c);
     norm_ = arena->take<double>(c);
     score_ = arena->take<double>(c);
-    rows_ = arena->take<const void*>(c);
-    outs_ = arena->take<void*>(c);
+    rows_ = arena->take<const void*>(c + kDotAhead);
+    ahead_ = arena->take<const void*>(c + kDotAhead);
+    outs_ = arena->take<void*>(c + kDotAhead);
     live_scores_ = arena->take<V>(c);
     fast_coefficients_ = arena->take<V>(2 * c);
     rescaled_ = arena->take<bool>(c);
@@ -57,26 +66,34 @@ class RewardGroup {
   }
 
   // The group's rows. Masked ones are never read.
-  void bind(Row<T> query, Row<T> positive, Row<T> negatives, int64_t negative_stride) {
+  void bind(Row<T> query, Row<T> positive, const NegativeRows<T>& negatives) {
     query_row_ = query;
     positive_ = positive;
     negatives_ = negatives;
-    negative_stride_ = negative_stride;
     dense_ = dim_ <= 1 || (positive.stride == 1 && negatives.stride == 1);
+    ahead_count_ = 0;
   }
 
-  // Memory that the thread reads after this group's gradients; bytes may be 0.
-  void set_ahead(const T* start, int64_t count) {
-    ahead_ = start;
-    ahead_lines_ = count * static_cast<int64_t>(sizeof(T)) / 64;
+  // The rows of the thread's next group, which are asked for while this one computes.
+  void look_ahead(const T* positive, const NegativeRows<T>& negatives) {
+    if (!dense_) return;
+    ahead_[ahead_count_++] = positive;
+    for (int64_t i = 0; i + 1 < candidates_; ++i) {
+      const T* row = negatives.row(i);
+      if (row != nullptr) ahead_[ahead_count_++] = row;
+    }
+    const int64_t count = ahead_count_;
+    while (ahead_count_ < candidates_ + kDotAhead) ahead_[ahead_count_++] = ahead_[count - 1];
   }
 
   void set_mask(const bool* mask, int64_t stride) {
     live_count_ = 0;
     live_[live_count_++] = 0;
     for (int64_t i = 1; i < candidates_; ++i) {
-      if (mask == nullptr || mask[(i - 1) * stride])
+      const bool masked = mask != nullptr && !mask[(i - 1) * stride];
+      if (!masked && !negatives_.is_hidden(i - 1)) {
         live_[live_count_++] = static_cast<uint32_t>(i);
+      }
     }
   }
 
@@ -137,70 +154,75 @@ class RewardGroup {
 
   // Gradient rows from coefficients; reads the rows again. query_is_open: score() ran on this group
   // just before.
-  void gradients(const double* coefficients, double upstream, bool query_is_open, bool stream,
-                 T* grad_query, T* grad_positive, T* grad_negatives) {
+  void gradients(const double* coefficients, double upstream, bool query_is_open,
+                 const GradientRowsOut<T>& outs) {
     const double* a = coefficients;
     const double* b = coefficients + candidates_;
     const double query_b = coefficients[2 * candidates_];
-    if (!query_is_open) reopen_query(is_marked(query_b) ? exponent_of(query_row_, dim_) : 0);
+    if (!query_is_open) reopen_query(is_marked(query_b) ? scale_exponent(query_row_, dim_) : 0);
     std::fill(query_sum_, query_sum_ + dim_ + kPadding, 0.0);
     V* fast_a = fast_coefficients_;
     V* fast_b = fast_coefficients_ + candidates_;
     int64_t fast = 0;
-    for (int64_t i = 0; i < candidates_; ++i) {
-      T* out = i == 0 ? grad_positive : grad_negatives + (i - 1) * dim_;
+    const int64_t read = outs.query == nullptr && outs.negatives == nullptr ? 1 : candidates_;
+    for (int64_t i = 0; i < read; ++i) {
+      T* out = outs.positive;
+      if (i > 0) out = outs.negatives == nullptr ? nullptr : outs.negatives + (i - 1) * dim_;
       if (a[i] == 0 && b[i] == 0) {
-        memset(out, 0, static_cast<size_t>(dim_) * sizeof(T));
+        if (out != nullptr) memset(out, 0, static_cast<size_t>(dim_) * sizeof(T));
         continue;
       }
       const double row_a = upstream * a[i], row_b = upstream * b[i];
       if (is_marked(a[i]) || !moderate(row_a) || !moderate(row_b)) {
-        careful_gradient(row(i), row_a, row_b, is_marked(a[i]) ? exponent_of(row(i), dim_) : 0,
+        careful_gradient(row(i), row_a, row_b, is_marked(a[i]) ? scale_exponent(row(i), dim_) : 0,
                          out);
         continue;
       }
       fast_a[fast] = static_cast<V>(row_a);
       fast_b[fast] = static_cast<V>(row_b);
       live_[fast] = static_cast<uint32_t>(i);
-      outs_[fast++] = out;
+      outs_[fast++] = out == nullptr ? spare_row_ : out;
     }
-    const int64_t step = dense_ ? fast : kBlock;
-    for (int64_t start = 0; start < fast; start += step) {
-      const int64_t count = std::min(step, fast - start);
-      gather(live_ + start, count);
-      kernels_.gradients[dtype_]({query_, rows_, outs_ + start, fast_a + start, fast_b + start,
-                                  count, dim_, query_sum_, stream, ahead_, ahead_lines_});
-      ahead_lines_ = 0;
-    }
-    close_query_gradient(upstream * query_b, grad_query);
+    fast_gradients(fast, outs);
+    if (outs.query != nullptr) close_query_gradient(upstream * query_b, outs.query);
   }
 
  private:
   static constexpr int64_t kBlock = 8;
 
-  // Where the fast path neither overflows nor meets NaN.
-  static bool moderate(double x) { return std::fabs(x) < 0x1p60; }
-
-  static double marked(double x, bool mark) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    bits = (bits & ~uint64_t{1}) | (mark ? 1 : 0);
-    memcpy(&x, &bits, sizeof(bits));
-    return x;
+  // The first `count` of live_, outs_ and fast_coefficients_.
+  void fast_gradients(int64_t count, const GradientRowsOut<T>& outs) {
+    double* sum = outs.query == nullptr ? nullptr : query_sum_;
+    if (outs.negatives != nullptr) {
+      run_gradients(count, outs_, sum, outs.stream);
+    } else {
+      if (sum != nullptr) run_gradients(count, nullptr, sum, false);
+      if (outs.positive != nullptr && count > 0 && live_[0] == 0) {
+        run_gradients(1, outs_, nullptr, false);
+      }
+    }
   }
 
-  static bool is_marked(double x) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return (bits & 1) != 0;
+  void run_gradients(int64_t fast, void* const* outs, double* sum, bool stream) {
+    const int64_t step = dense_ ? fast : kBlock;
+    for (int64_t start = 0; start < fast; start += step) {
+      const int64_t count = std::min(step, fast - start);
+      gather(live_ + start, count);
+      kernels_.gradients[dtype_]({query_, rows_, outs == nullptr ? nullptr : outs + start,
+                                  fast_coefficients_ + start,
+                                  fast_coefficients_ + candidates_ + start, count, dim_, sum,
+                                  stream, ahead_count_ > 0 ? ahead_ : nullptr});
+    }
   }
 
   Row<T> row(int64_t candidate) const {
     if (candidate == 0) return positive_;
-    return {negatives_.data + (candidate - 1) * negative_stride_, negatives_.stride};
+    const T* found = negatives_.row(candidate - 1);
+    if (found == nullptr) return {nan_row_, 1};
+    return {found, negatives_.stride};
   }
 
-  // rows_[0..count) = dense copies of the candidates, or themselves.
+  // rows_[0..count) = dense copies of the candidates, or themselves; behind them what is read next.
   void gather(const uint32_t* candidates, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
       const Row<T> source = row(candidates[k]);
@@ -210,6 +232,9 @@ class RewardGroup {
         pack(source, dim_, packed_[k]);
         rows_[k] = packed_[k];
       }
+    }
+    for (int64_t k = 0; k < kDotAhead; ++k) {
+      rows_[count + k] = ahead_count_ > 0 ? ahead_[k] : rows_[count - 1];
     }
   }
 
@@ -265,25 +290,20 @@ class RewardGroup {
     return kind;
   }
 
-  static int exponent_of(Row<T> source, int64_t dim) {
-    int exponent;
-    inspect(source, dim, &exponent);
-    return exponent;
-  }
-
-  // One gradient row in double, for rows and coefficients of any magnitude, NaN included.
+  // One gradient row in double, for rows and coefficients of any magnitude, NaN included; out may
+  // be null.
   void careful_gradient(Row<T> source, double a, double b, int exponent, T* out) {
     const PowerOfTwo scale(-exponent);
     for (int64_t i = 0; i < dim_; ++i) {
       const double c = scale(to_double(source[i]));
-      from_double(scale(a * to_double(query_[i]) + b * c), out + i);
+      if (out != nullptr) from_double(scale(a * to_double(query_[i]) + b * c), out + i);
       query_sum_[i] += a * c;
     }
   }
 
   void close_query_gradient(double b, T* out) {
     if (query_exponent_ == 0 && moderate(b)) {
-      kernels_.query_gradient[dtype_]({query_, query_sum_, b, dim_, out});
+      kernels_.query_gradient[dtype_]({query_, query_sum_, b, dim_, out, false});
       return;
     }
     const PowerOfTwo scale(-query_exponent_);
@@ -294,22 +314,22 @@ class RewardGroup {
   const Kernels& kernels_;
   const ElvaDtype dtype_;
   const int64_t candidates_, dim_;
-  Row<T> query_row_{}, positive_{}, negatives_{};
-  int64_t negative_stride_ = 0;
+  Row<T> query_row_{}, positive_{};
+  NegativeRows<T> negatives_{};
   bool dense_ = true;
-  const T* ahead_ = nullptr;
-  int64_t ahead_lines_ = 0;
+  int64_t ahead_count_ = 0;
   int64_t live_count_ = 0;
   double query_norm_ = 0;
   int query_exponent_ = 0;
   const T* query_ = nullptr;  // dense, in range
   T* packed_query_;
   T* packed_[kBlock];
+  T *nan_row_, *spare_row_;
   double* query_sum_;
   uint32_t* live_;
   RankBuffers<V> ranking_;
   double *dot_, *norm_, *score_;
-  const void** rows_;
+  const void **rows_, **ahead_;
   void** outs_;
   bool* rescaled_;
   V* live_scores_;

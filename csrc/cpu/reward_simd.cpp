@@ -84,7 +84,7 @@ void dots(const DotJob& job) {
   const T* const* rows = reinterpret_cast<const T* const*>(job.rows);
   int64_t i = 0;
   for (; i + 4 <= job.count; i += 4) {
-    const T* const* next = rows + (i + 12 <= job.count ? i + 8 : i);
+    const T* const* next = rows + i + kDotAhead;
     dots_of_rows<T, 4>(query, rows + i, next, job.dim, job.dot + i, job.square + i);
   }
   for (; i < job.count; ++i) {
@@ -101,97 +101,101 @@ struct GradientRows {
   T* const* outs;
   const S* a;
   const S* b;
-  const char* ahead;
-  const char* ahead_end;
+  const T* const* ahead;
 };
 
-template <class T, int R>
+// kOut: writes the rows' gradients; kSum: adds to the query's sum.
+template <class T, int R, bool kOut, bool kSum>
 void gradients_of_rows(const GradientRows<T>& g, int64_t dim, double* query_sum, bool stream) {
   using V = VectorFor<T>;
   constexpr int64_t kVectors = kLine<T> / V::kLanes;
   // Copies, since a vector store may alias anything that is reached through a pointer.
-  const T* rows[R];
+  const T *rows[R], *ahead[R];
   T* outs[R];
   V a[R], b[R];
+  const bool looks_ahead = g.ahead != nullptr;
   for (int r = 0; r < R; ++r) {
     rows[r] = g.rows[r];
-    outs[r] = g.outs[r];
+    ahead[r] = looks_ahead ? g.ahead[r] : nullptr;
+    outs[r] = kOut ? g.outs[r] : nullptr;
     a[r] = V::broadcast(g.a[r]);
-    b[r] = V::broadcast(g.b[r]);
+    b[r] = kOut ? V::broadcast(g.b[r]) : V::zero();
   }
-  const char* ahead = g.ahead;
   int64_t i = 0;
   for (; i + kLine<T> <= dim; i += kLine<T>) {
     V q[kVectors], sum[kVectors];
-    load_line(g.query + i, q);
+    if (kOut) load_line(g.query + i, q);
     for (V& part : sum) part = V::zero();
-    if (ahead < g.ahead_end) {
-      for (int r = 0; r < R; ++r) prefetch_far(ahead + 64 * r);
-      ahead += 64 * R;
+    if (looks_ahead) {
+      for (int r = 0; r < R; ++r) prefetch_far(ahead[r] + i);
     }
     for (int r = 0; r < R; ++r) {
       V c[kVectors], out[kVectors];
       load_line(rows[r] + i, c);
       for (int64_t v = 0; v < kVectors; ++v) {
-        out[v] = fma(b[r], c[v], mul(a[r], q[v]));
-        sum[v] = fma(a[r], c[v], sum[v]);
+        if (kOut) out[v] = fma(b[r], c[v], mul(a[r], q[v]));
+        if (kSum) sum[v] = fma(a[r], c[v], sum[v]);
       }
-      store_line(outs[r] + i, out, stream);
+      if (kOut) store_line(outs[r] + i, out, stream);
     }
-    add_line<T>(query_sum + i, sum);
+    if (kSum) add_line<T>(query_sum + i, sum);
   }
   if (i == dim) return;
   V q[kVectors], sum[kVectors];
-  load_line(PaddedLine<T>(g.query + i, dim - i).elements, q);
+  if (kOut) load_line(PaddedLine<T>(g.query + i, dim - i).elements, q);
   for (V& part : sum) part = V::zero();
   for (int r = 0; r < R; ++r) {
     PaddedLine<T> line(rows[r] + i, dim - i);
     V c[kVectors], out[kVectors];
     load_line(line.elements, c);
     for (int64_t v = 0; v < kVectors; ++v) {
-      out[v] = fma(b[r], c[v], mul(a[r], q[v]));
-      sum[v] = fma(a[r], c[v], sum[v]);
+      if (kOut) out[v] = fma(b[r], c[v], mul(a[r], q[v]));
+      if (kSum) sum[v] = fma(a[r], c[v], sum[v]);
     }
-    store_line(line.elements, out, false);
-    memcpy(outs[r] + i, line.elements, static_cast<size_t>(dim - i) * sizeof(T));
+    if (kOut) {
+      store_line(line.elements, out, false);
+      memcpy(outs[r] + i, line.elements, static_cast<size_t>(dim - i) * sizeof(T));
+    }
   }
-  add_line<T>(query_sum + i, sum);
+  if (kSum) add_line<T>(query_sum + i, sum);
+}
+
+template <class T, bool kOut, bool kSum>
+void gradients_of(const GradientJob& job) {
+  using S = typename VectorFor<T>::Scalar;
+  GradientRows<T> g{
+      static_cast<const T*>(job.query),      reinterpret_cast<const T* const*>(job.rows),
+      reinterpret_cast<T* const*>(job.outs), static_cast<const S*>(job.a),
+      static_cast<const S*>(job.b),          reinterpret_cast<const T* const*>(job.ahead)};
+  int64_t left = job.count;
+  const auto advance = [&](int64_t rows) {
+    g.rows += rows;
+    g.a += rows;
+    if (kOut) g.outs += rows, g.b += rows;
+    if (g.ahead != nullptr) g.ahead += rows;
+    left -= rows;
+  };
+  while (left >= 8) {
+    gradients_of_rows<T, 8, kOut, kSum>(g, job.dim, job.query_sum, job.stream);
+    advance(8);
+  }
+  if (left >= 4) {
+    gradients_of_rows<T, 4, kOut, kSum>(g, job.dim, job.query_sum, job.stream);
+    advance(4);
+  }
+  if (left >= 2) {
+    gradients_of_rows<T, 2, kOut, kSum>(g, job.dim, job.query_sum, job.stream);
+    advance(2);
+  }
+  if (left == 1) gradients_of_rows<T, 1, kOut, kSum>(g, job.dim, job.query_sum, job.stream);
+  if (kOut && job.stream) store_fence();
 }
 
 template <class T>
 void gradients(const GradientJob& job) {
-  using S = typename VectorFor<T>::Scalar;
-  GradientRows<T> g{static_cast<const T*>(job.query),
-                    reinterpret_cast<const T* const*>(job.rows),
-                    reinterpret_cast<T* const*>(job.outs),
-                    static_cast<const S*>(job.a),
-                    static_cast<const S*>(job.b),
-                    static_cast<const char*>(job.ahead),
-                    nullptr};
-  g.ahead_end = g.ahead + 64 * job.ahead_lines;
-  int64_t left = job.count;
-  const auto advance = [&](int64_t rows) {
-    g.rows += rows;
-    g.outs += rows;
-    g.a += rows;
-    g.b += rows;
-    g.ahead += rows * (job.dim / kLine<T>)*64;
-    left -= rows;
-  };
-  while (left >= 8) {
-    gradients_of_rows<T, 8>(g, job.dim, job.query_sum, job.stream);
-    advance(8);
-  }
-  if (left >= 4) {
-    gradients_of_rows<T, 4>(g, job.dim, job.query_sum, job.stream);
-    advance(4);
-  }
-  if (left >= 2) {
-    gradients_of_rows<T, 2>(g, job.dim, job.query_sum, job.stream);
-    advance(2);
-  }
-  if (left == 1) gradients_of_rows<T, 1>(g, job.dim, job.query_sum, job.stream);
-  if (job.stream) store_fence();
+  if (job.outs == nullptr) return gradients_of<T, false, true>(job);
+  if (job.query_sum == nullptr) return gradients_of<T, true, false>(job);
+  gradients_of<T, true, true>(job);
 }
 
 template <class T>
@@ -206,10 +210,15 @@ void query_gradient(const QueryGradientJob& job) {
       sums[k] = job.query_sum[i + k] + job.b * to_double(query[i + k]);
     V vectors[kLine<T> / V::kLanes];
     round_line<T>(sums, vectors);
+    if (job.stream) {
+      store_line(out + i, vectors, true);
+      continue;
+    }
     PaddedLine<T> line(query + i, count);
     store_line(line.elements, vectors, false);
     memcpy(out + i, line.elements, static_cast<size_t>(count) * sizeof(T));
   }
+  if (job.stream) store_fence();
 }
 
 void count_ranks(const uint64_t* keys, int64_t count, int32_t* ranks) {

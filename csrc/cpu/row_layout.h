@@ -37,5 +37,26 @@ struct Row {
   const T& operator[](int64_t i) const { return data[i * stride]; }
 };
 
+// A group's negatives: in their place, or named in a bank.
+template <class T>
+struct NegativeRows {
+  const T* data;
+  int64_t row_stride;
+  int64_t stride;
+  const int64_t* index;  // null: in their place
+  int64_t index_stride;
+  int64_t bank_rows;
+
+  // Whether negative i is none, by the index alone.
+  bool is_hidden(int64_t i) const { return index != nullptr && index[i * index_stride] == -1; }
+
+  // Null where the index names no row of the bank.
+  const T* row(int64_t i) const {
+    const int64_t at = index == nullptr ? i : index[i * index_stride];
+    if (index != nullptr && (at < 0 || at >= bank_rows)) return nullptr;
+    return data + at * row_stride;
+  }
+};
+
 }  // namespace elva
 #endif  // ELVA_CPU_ROW_LAYOUT_H_

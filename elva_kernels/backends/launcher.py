@@ -5,12 +5,13 @@ float64, with any strides; those of the grouped ops are expanded to one leading 
 read where they lie and never written. Results are contiguous and have no graph. With `weights` a
 `reference.Weights`, `batch` a `reference.Batch`, and None where an argument is optional:
 
-    ranking_reward            (query, positive, negatives, mask, weights) -> reward, margin_reward,
-                              rank_reward [*], rank int32 [*], scores [*, N + 1]
+    ranking_reward            (query, positive, negatives, mask, index, weights) -> reward,
+                              margin_reward, rank_reward [*], rank int32 [*], scores [*, N + 1]
     ranking_reward_saved      the same, and saved: all that the backward needs beside the inputs
-    ranking_reward_backward   (query, positive, negatives, mask, saved, grad_reward, weights)
-                              -> the gradients of sum(grad_reward * reward) on the three inputs
-    ranking_reward_and_grad   (query, positive, negatives, mask, upstream, weights)
+    ranking_reward_backward   (query, positive, negatives, mask, index, saved, grad_reward, weights,
+                              wrt) -> the gradients of sum(grad_reward * reward) on the three
+                              inputs
+    ranking_reward_and_grad   (query, positive, negatives, mask, index, upstream, weights, wrt)
                               -> the values and the gradients of sum(upstream * reward); None is 1
     reward_from_scores        (scores, mask, weights) -> the values, with the live scores
     reward_from_scores_backward  (scores, mask, grad_reward, weights) -> grad_scores
@@ -27,10 +28,15 @@ read where they lie and never written. Results are contiguous and have no graph.
                               workspace_mb, wrt, rounded) -> the same, and the gradients of
                               sum(weight * loss) on query, candidates and temperature
 
+With `index` (int64 [*, N], any strides) `negatives` is a bank [M, D], any strides: a group's
+negative i is row index[..., i], read where it lies. -1: masked, so that `mask` is None; -2: a row
+that does not exist and is taken for one that is not finite. The bank's gradient is [M, D]: for each
+row the sum over its occurrences in order, scaled and rounded once; 0 for a row that nobody names.
+
 Values are float32 (float64 for float64 inputs); what exists per positive is [B, P], as the batch's
-target. `wrt` says which gradients are wanted; in place of another is None, and nothing is computed
-for it. Gradients come in the inputs' dtype; those of `info_nce_and_grad` that are not `rounded` in
-the scores', and on the temperature in float64: a factor is still to come.
+target. `wrt` says which gradients are wanted: another is None, neither computed nor written.
+Gradients come in the inputs' dtype; those of `info_nce_and_grad` that are not `rounded` in the
+scores', and on the temperature in float64: a factor is still to come.
 """
 
 from collections.abc import Callable, Iterable, Sequence

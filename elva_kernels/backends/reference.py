@@ -8,20 +8,31 @@ from torch import Tensor
 from elva_kernels import reference
 from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics, slopes_of_head
 from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_shape
-from elva_kernels.reference import Batch, Weights
+from elva_kernels.reference import Batch, Wanted, Weights
 
 
 def ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
-    return detached(reference.ranking_reward(query, positive, negatives, mask, weights))
+    inputs = (query, positive, negatives, mask)
+    return detached(reference.ranking_reward(*inputs, weights, index))
 
 
 def ranking_reward_saved(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Saves nothing that counts: the backward starts from the inputs again."""
-    values = ranking_reward(query, positive, negatives, mask, weights)
+    values = ranking_reward(query, positive, negatives, mask, index, weights)
     saved = torch.zeros(saved_shape(values[-1].shape), dtype=torch.float64, device=query.device)
     return *values, saved
 
@@ -31,13 +42,14 @@ def ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
-) -> Tensors:
-    inputs = (query, positive, negatives, mask)
-    _, *gradients = reference.ranking_reward_and_grad(*inputs, grad_reward, weights)
-    return detached(gradients)
+    wrt: Wanted,
+) -> Gradients:
+    inputs = (query, positive, negatives, mask, index)
+    return ranking_reward_and_grad(*inputs, grad_reward, weights, wrt)[5:]
 
 
 def ranking_reward_and_grad(
@@ -45,12 +57,15 @@ def ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
-) -> Tensors:
+    wrt: Wanted,
+) -> Gradients:
     inputs = (query, positive, negatives, mask)
-    result, *gradients = reference.ranking_reward_and_grad(*inputs, upstream, weights)
-    return *detached(result), *detached(gradients)
+    result, *gradients = reference.ranking_reward_and_grad(*inputs, upstream, weights, index, wrt)
+    found = (None if x is None else x.contiguous() for x in gradients)
+    return *detached(result), *found
 
 
 def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:

@@ -70,8 +70,10 @@ from elva_kernels.reference.in_batch import (
     statistics_of_scores,
 )
 from elva_kernels.reference.reward import (
+    ALL,
     SAME_REWARD,
     RankingReward,
+    Wanted,
     Weights,
     cosine_scores,
     group_advantages,
@@ -81,10 +83,11 @@ from elva_kernels.reference.reward import (
     reward_from_scores,
     reward_from_scores_backward,
 )
-from elva_kernels.reference.rows import compute_dtype
+from elva_kernels.reference.rows import compute_dtype, scaled, times_power
 from elva_kernels.reference.topk import TopK, topk
 
 __all__ = [
+    "ALL",
     "NO_CANDIDATE",
     "NO_POSITIVE",
     "SAME_REWARD",
@@ -92,6 +95,7 @@ __all__ = [
     "RankStatistics",
     "RankingReward",
     "TopK",
+    "Wanted",
     "Weights",
     "compute_dtype",
     "cosine_matrix",
@@ -111,6 +115,8 @@ __all__ = [
     "reward_from_scores",
     "reward_from_scores_backward",
     "reward_of_head",
+    "scaled",
     "statistics_of_scores",
+    "times_power",
     "topk",
 ]

@@ -11,6 +11,9 @@ from elva_kernels.reference.rows import compute_dtype, leaf, unit
 # it by its own standard deviation would make a signal of it. Ours.
 SAME_REWARD = 1e-6
 
+Wanted = tuple[bool, bool, bool]  # of the gradients on query, positive and negatives
+ALL: Wanted = (True, True, True)
+
 
 class Weights(NamedTuple):
     """The scalars of the reward, as they travel from a public function to the kernels."""
@@ -35,27 +38,61 @@ class RankingReward(NamedTuple):
 def ranking_reward(
     query: Tensor,  # [*, D]
     positive: Tensor,  # [*, D]
-    negatives: Tensor,  # [*, N, D]
+    negatives: Tensor,  # [*, N, D]; with an index a bank [M, D]
     mask: Tensor | None,  # [*, N], True = live
     weights: Weights,
+    negative_index: Tensor | None = None,  # int64 [*, N]
 ) -> RankingReward:
-    """Eq. 1 to 6: the reward of ranking `positive` above `negatives` for `query`."""
-    return reward_from_scores(cosine_scores(query, positive, negatives, mask), mask, weights)
+    """Eq. 1 to 6: the reward of ranking `positive` above `negatives` for `query`.
+
+    With `negative_index` a group's negative i is row negative_index[..., i] of the bank: -1 hides
+    it as the mask does, and -2 stands for a row that is not finite.
+    """
+    scores = cosine_scores(query, positive, negatives, mask, negative_index)
+    if negative_index is not None:
+        named = negative_index != -1
+        mask = named if mask is None else mask & named
+    return reward_from_scores(scores, mask, weights)
 
 
 def cosine_scores(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    negative_index: Tensor | None = None,
 ) -> Tensor:
     """Eq. 1: scores [*, N + 1], the positive first. Rows behind the mask are never read."""
-    if mask is not None:
-        negatives = torch.where(mask.unsqueeze(-1), negatives, 0)
+    if negative_index is not None:
+        units = _units_of_bank(negatives, mask, negative_index)
+    elif mask is not None:
+        units = unit(torch.where(mask.unsqueeze(-1), negatives, 0))
+    else:
+        units = unit(negatives)
     query = unit(query).unsqueeze(-2)
     positive_score = _cosine(query, unit(positive).unsqueeze(-2))
-    negative_scores = _cosine(query, unit(negatives))
+    negative_scores = _cosine(query, units)
     leading = torch.broadcast_shapes(positive_score.shape[:-1], negative_scores.shape[:-1])
     return torch.cat(
         [positive_score.expand(*leading, 1), negative_scores.expand(*leading, -1)], dim=-1
     )
+
+
+def _units_of_bank(bank: Tensor, mask: Tensor | None, index: Tensor) -> Tensor:
+    """Unit rows [*, N, D] of a bank [M, D]: 0 for index -1 and behind the mask, NaN for -2.
+
+    Rows become unit rows before they are gathered, so that a row's gradient is summed over its
+    occurrences before it is divided by the row's norm. A row that nobody names is never read.
+    """
+    if mask is not None:
+        index = torch.where(mask, index, -1)
+    m, size = bank.shape
+    place = torch.where(index < 0, m - 1 - index, index)  # -1 and -2: two rows behind the bank
+    named = torch.zeros(m + 2, dtype=torch.bool, device=bank.device)
+    named[place.flatten()] = True
+    units = unit(torch.where(named[:m].unsqueeze(-1), bank, 0))
+    hidden, bad = units.new_zeros(1, size), units.new_full((1, size), torch.nan)
+    return torch.cat([units, hidden, bad])[place]
 
 
 def reward_from_scores(
@@ -114,13 +151,18 @@ def ranking_reward_and_grad(
     mask: Tensor | None,
     upstream: Tensor | None,  # [*], the gradient on the reward; None is 1
     weights: Weights,
-) -> tuple[RankingReward, Tensor, Tensor, Tensor]:
-    """The reward, and autograd's gradient of sum(upstream * reward) on each input."""
+    negative_index: Tensor | None = None,
+    wrt: Wanted = ALL,
+) -> tuple[RankingReward, Tensor | None, Tensor | None, Tensor | None]:
+    """The reward, and autograd's gradient of sum(upstream * reward) on each input in `wrt`."""
     with torch.inference_mode(False), torch.enable_grad():
-        q, p, n = (leaf(x).requires_grad_() for x in (query, positive, negatives))
-        result = ranking_reward(q, p, n, None if mask is None else leaf(mask), weights)
-        grads = torch.autograd.grad(result.reward, (q, p, n), _upstream(upstream, result.reward))
-    return result, grads[0], grads[1], grads[2]
+        q, p, n = inputs = [leaf(x) for x in (query, positive, negatives)]
+        leaves = [x.requires_grad_() for x, wanted in zip(inputs, wrt, strict=True) if wanted]
+        mask, negative_index = (None if x is None else leaf(x) for x in (mask, negative_index))
+        result = ranking_reward(q, p, n, mask, weights, negative_index)
+        found = iter(_gradients(result.reward, leaves, upstream))
+    grad_query, grad_positive, grad_negatives = (next(found) if x else None for x in wrt)
+    return result, grad_query, grad_positive, grad_negatives
 
 
 def reward_from_scores_backward(
@@ -159,6 +201,10 @@ def _live(scores: Tensor, mask: Tensor | None) -> Tensor:
         return live
     leading = torch.broadcast_shapes(scores.shape[:-1], mask.shape[:-1])
     return torch.cat([live[..., :1].expand(*leading, 1), mask.expand(*leading, -1)], dim=-1)
+
+
+def _gradients(reward: Tensor, leaves: list[Tensor], upstream: Tensor | None) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(reward, leaves, _upstream(upstream, reward)) if leaves else ()
 
 
 def _upstream(upstream: Tensor | None, reward: Tensor) -> Tensor:

@@ -18,16 +18,21 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`rows` times 2^-exponent, so that squares neither overflow nor vanish, and the exponents.
+    """`rows` times 2^-exponent, so that squares neither overflow nor vanish, and the exponents."""
+    rows = rows.to(compute_dtype(rows.dtype)).contiguous()
+    exponent = torch.frexp(rows.detach().abs().amax(-1, keepdim=True)).exponent
+    return times_power(rows, -exponent), exponent
+
+
+def times_power(rows: Tensor, exponent: Tensor) -> Tensor:
+    """`rows` times 2^exponent, of each row.
 
     In two steps, since the power itself may lie outside the dtype's range (subnormal rows).
     """
-    rows = rows.to(compute_dtype(rows.dtype)).contiguous()
-    exponent = torch.frexp(rows.detach().abs().amax(-1, keepdim=True)).exponent
     first = exponent // 2
     for step in (first, exponent - first):
-        rows = rows * torch.exp2(-step.to(rows.dtype))
-    return rows, exponent
+        rows = rows * torch.exp2(step.to(rows.dtype))
+    return rows
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -1,41 +1,75 @@
 """The grouped reward and its relatives as torch knows them.
 
 Every tensor has been checked by `checks`. Here leading dimensions are expanded to their common
-shape, as views, and gradients are summed back to the shape that the caller passed.
+shape, as views; negatives that groups share become a bank, whose rows an index names; and gradients
+are summed back to the shape that the caller passed.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Tensors, saved_shape
-from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.reference import Wanted, Weights, compute_dtype, scaled, times_power
 from elva_kernels.registered.library import Registered, gradient_op, register
 
+_POSITIONS_NAMED = 8
 
-def _forward(
-    op: str,
+
+# Query, positive, negatives, mask and index as a launcher takes them, on one leading shape.
+_Groups = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class _Shared(NamedTuple):
+    """An input of which groups share rows: in range, since sums of their gradients are to be."""
+
+    rows: Tensor  # times 2^-exponent
+    exponent: Tensor | None  # None for 0
+
+    def summed(self, gradient: Tensor, like: Tensor) -> Tensor:
+        """A gradient on each group's `rows` as that on `like`, what the caller passed."""
+        total = gradient.sum_to_size(like.shape)
+        if self.exponent is not None:
+            total = times_power(total, -self.exponent)
+        return total.to(like.dtype)
+
+
+def _ranking_reward(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = launcher(op, backend, query.device, query.dtype)
-    leading, shared = _leading(query, positive, negatives, mask)
-    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
-    if shared:
-        inputs = _expand_inputs(inputs, leading)
-    return launch(*inputs, Weights(*weights))
+    launch = launcher("ranking_reward", backend, query.device, query.dtype)
+    mask, index = _merged("ranking_reward", negatives, mask, index)
+    leading = _leading(query, positive, negatives, mask, index)
+    if index is None:
+        negatives = _expand(negatives, leading, 2)
+    groups = _groups(leading, query, positive, negatives, mask, index)
+    return launch(*groups, Weights(*weights))
 
 
-_ranking_reward = functools.partial(_forward, "ranking_reward")
-_ranking_reward_saved = functools.partial(_forward, "ranking_reward_saved")
+def _ranking_reward_saved(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Sequence[float],
+    backend: str,
+) -> Tensors:
+    launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
+    mask, index = _merged("ranking_reward", negatives, mask, index)
+    leading = _leading(query, positive, negatives, mask, index)
+    rows = [_in_range(x, leading).rows for x in (query, positive)]
+    groups = _groups(leading, rows[0], rows[1], negatives, mask, index)
+    return launch(*groups, Weights(*weights))
 
 
 def _ranking_reward_backward(
@@ -43,21 +77,33 @@ def _ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Sequence[float],
+    wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
-    leading, shared = _leading(query, positive, negatives, mask)
-    inputs: Any = (query, positive, negatives, _expand(mask, leading, 1))
-    if not shared:
-        return launch(*inputs, saved, grad_reward, Weights(*weights))
-    # A shared tensor's gradient is a sum over groups: of float32 terms, to be rounded once.
-    exact = [x.to(compute_dtype(x.dtype)) for x in inputs[:3]]
-    expanded = _expand_inputs((*exact, inputs[3]), leading)
-    gradients = launch(*expanded, saved, grad_reward, Weights(*weights))
-    return _reduce(gradients, (query, positive, negatives))
+    mask, index = _merged("ranking_reward", negatives, mask, index)
+    leading = _leading(query, positive, negatives, mask, index)
+    shared = [_in_range(x, leading) for x in (query, positive)]
+    groups = _groups(leading, shared[0].rows, shared[1].rows, negatives, mask, index)
+    rest = (saved, grad_reward, Weights(*weights))
+    summed = _summed(leading, query, positive, wrt)
+    # Of half rows a sum over groups takes float32 terms, to be rounded once.
+    halves = any(summed) and compute_dtype(query.dtype) != query.dtype
+    at_once = tuple(x and not (halves and s) for x, s in zip(wrt, summed, strict=True))
+    found: list[Any] = [None, None, None]
+    if any(at_once):
+        found[:] = launch(*groups, *rest, at_once)
+    if halves:
+        terms = launch(*_exact(groups), *rest, summed)
+        found = [y if s else x for x, y, s in zip(found, terms, summed, strict=True)]
+    for i, (x, rows) in enumerate(zip((query, positive), shared, strict=True)):
+        if summed[i]:
+            found[i] = rows.summed(found[i], x)
+    return _filled(tuple(found), (query, positive, negatives))
 
 
 def _ranking_reward_and_grad(
@@ -65,23 +111,120 @@ def _ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Sequence[float],
+    wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    leading, shared = _leading(query, positive, negatives, mask)
+    mask, index = _merged("ranking_reward_and_grad", negatives, mask, index)
+    leading = _leading(query, positive, negatives, mask, index)
     if upstream is not None:
         upstream = upstream.expand(leading)
-    mask = _expand(mask, leading, 1)
-    if not shared:
+    if not any(_summed(leading, query, positive, wrt)):
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        return launch(query, positive, negatives, mask, upstream, Weights(*weights))
+        groups = _groups(leading, query, positive, negatives, mask, index)
+        results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
+        return *results[:5], *_filled(results[5:], (query, positive, negatives))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    inputs = (query, positive, negatives, mask)
+    inputs = (query, positive, negatives, mask, index)
     *values, saved = _ranking_reward_saved(*inputs, weights, backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
-    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, backend)
+    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
+
+
+def _groups(
+    leading: torch.Size,
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+) -> _Groups:
+    """The inputs over the leading shape; negatives that groups share as a bank."""
+    query, positive = _expand(query, leading, 1), _expand(positive, leading, 1)
+    if index is None and negatives.shape[:-2] != leading:
+        negatives, place = _bank_of(negatives)
+        mask, index = None, place if mask is None else torch.where(mask, place, -1)
+    mask, index = _expand(mask, leading, 1), _expand(index, leading, 1)
+    return query, positive, negatives, mask, index
+
+
+def _merged(
+    op: str, negatives: Tensor, mask: Tensor | None, index: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask, or an index alone that holds rows of the bank and -1 where the mask hides one."""
+    if index is None:
+        return mask, None
+    if mask is not None:
+        index = torch.where(mask, index, -1)
+    return None, _within(op, index, len(negatives))
+
+
+def _bank_of(negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Negatives [*, N, D] that groups share as a bank, and where in it they lie: [*, N]."""
+    shape = negatives.shape[:-1]
+    place = torch.arange(shape.numel(), device=negatives.device).view(shape)
+    return negatives.reshape(shape.numel(), negatives.shape[-1]), place
+
+
+def _within(op: str, index: Tensor, rows: int) -> Tensor:
+    """`index` with each entry in [0, rows), -1 or, on a device that is not waited for, -2.
+
+    Raises:
+        ValueError: on a CPU, another entry.
+    """
+    if index.device.type != "cpu":
+        return torch.where((index < -1) | (index >= rows), -2, index)
+    if index.numel() == 0:
+        return index
+    low, high = (int(x) for x in index.aminmax())
+    if low >= -1 and high < rows:
+        return index
+    found = ((index < -1) | (index >= rows)).nonzero().tolist()
+    named = ", ".join(f"{index[tuple(at)]} at {at}" for at in found[:_POSITIONS_NAMED])
+    more = f" and {len(found) - _POSITIONS_NAMED} more" if len(found) > _POSITIONS_NAMED else ""
+    raise ValueError(
+        f"{op}: negative_index must hold rows of negatives, in [0, {rows}), or -1 for "
+        f"none, got {named}{more}"
+    )
+
+
+def _in_range(rows: Tensor, leading: torch.Size) -> _Shared:
+    """A query or positive, scaled where groups share it.
+
+    A power of two changes no bit of the values. Scaling could lose some of float16's own
+    subnormals, whose gradients are in float32's range as they are.
+    """
+    if rows.shape[:-1] == leading or rows.dtype == torch.float16:
+        return _Shared(rows, None)
+    unscaled, exponent = scaled(rows)
+    return _Shared(unscaled.to(rows.dtype), exponent)
+
+
+def _summed(leading: torch.Size, query: Tensor, positive: Tensor, wrt: Sequence[bool]) -> Wanted:
+    """Of which gradients terms of several groups are wanted, to be summed here."""
+    return wrt[0] and query.shape[:-1] != leading, wrt[1] and positive.shape[:-1] != leading, False
+
+
+def _exact(groups: _Groups) -> _Groups:
+    """The same in the compute dtype; of a large bank the rows that are named."""
+    query, positive, negatives, mask, index = groups
+    if index is not None and len(negatives) > index.numel():
+        negatives = negatives[index.clamp(min=0).flatten()]
+        place = torch.arange(index.numel(), device=index.device).view(index.shape)
+        index = torch.where(index < 0, index, place)
+    dtype = compute_dtype(query.dtype)
+    return query.to(dtype), positive.to(dtype), negatives.to(dtype), mask, index
+
+
+def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
+    """Gradients in the shapes of the inputs; [0] for one that is not wanted, as ops return it."""
+    return tuple(
+        x.new_empty(0) if gradient is None else gradient.view(x.shape)
+        for gradient, x in zip(gradients, inputs, strict=True)
+    )
 
 
 def _reward_from_scores(
@@ -104,7 +247,8 @@ def _reward_from_scores_backward(
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
-    return _reduce(launch(*inputs, grad_reward, Weights(*weights)), (scores,))[0]
+    (gradient,) = launch(*inputs, grad_reward, Weights(*weights))
+    return gradient.sum_to_size(scores.shape).to(scores.dtype)
 
 
 def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
@@ -114,20 +258,19 @@ def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) 
 
 
 def _leading(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None
-) -> tuple[torch.Size, bool]:
-    """The common leading shape `*`, and whether groups share an embedding, which then lacks it."""
+    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, index: Tensor | None
+) -> torch.Size:
+    """The common leading shape `*`."""
     leading = query.shape[:-1]
+    of_negatives = negatives.shape[:-2] if index is None else index.shape[:-1]
     if (
         positive.shape[:-1] == leading
-        and negatives.shape[:-2] == leading
+        and of_negatives == leading
         and (mask is None or mask.shape[:-1] == leading)
     ):
-        return leading, False
+        return leading
     masks = () if mask is None else (mask.shape[:-1],)
-    shapes = (leading, positive.shape[:-1], negatives.shape[:-2])
-    common = torch.Size(torch.broadcast_shapes(*shapes, *masks))
-    return common, any(shape != common for shape in shapes)
+    return torch.Size(torch.broadcast_shapes(leading, positive.shape[:-1], of_negatives, *masks))
 
 
 def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
@@ -144,19 +287,6 @@ def _expand(tensor: Any, leading: torch.Size, kept: int) -> Any:
     return tensor.expand(*leading, *tensor.shape[tensor.dim() - kept :])
 
 
-def _expand_inputs(inputs: tuple[Any, ...], leading: torch.Size) -> tuple[Any, ...]:
-    """(query, positive, negatives, mask) over one leading shape."""
-    return tuple(_expand(x, leading, kept) for x, kept in zip(inputs, (1, 1, 2, 1), strict=True))
-
-
-def _reduce(gradients: Tensors, inputs: Tensors) -> Tensors:
-    """Each gradient summed over the groups that share its input, in the input's dtype."""
-    return tuple(
-        gradient.sum_to_size(x.shape).to(x.dtype)
-        for gradient, x in zip(gradients, inputs, strict=True)
-    )
-
-
 def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
     """Empty reward, margin_reward, rank_reward, rank and scores, for tracing."""
     dtype = compute_dtype(like.dtype)
@@ -166,10 +296,16 @@ def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensor
 
 
 def _trace_ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    *_: Any,
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask)[0]
-    return _like_reward(query, leading, negatives.shape[-2] + 1)
+    leading = _leading(query, positive, negatives, mask, index)
+    n = negatives.shape[-2] if index is None else index.shape[-1]
+    return _like_reward(query, leading, n + 1)
 
 
 def _trace_ranking_reward_saved(*arguments: Any) -> Tensors:
@@ -179,15 +315,16 @@ def _trace_ranking_reward_saved(*arguments: Any) -> Tensors:
     return *results, saved
 
 
-def _trace_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *_: Any) -> Tensors:
-    return tuple(x.new_empty(x.shape) for x in (query, positive, negatives))
+def _trace_gradients(query: Tensor, positive: Tensor, negatives: Tensor, *rest: Any) -> Tensors:
+    *_, wrt, _backend = rest
+    inputs = (query, positive, negatives)
+    return tuple(
+        x.new_empty(x.shape if wanted else 0) for x, wanted in zip(inputs, wrt, strict=True)
+    )
 
 
-def _trace_reward_and_grad(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, *_: Any
-) -> Tensors:
-    values = _trace_ranking_reward(query, positive, negatives, mask)
-    return *values, *_trace_gradients(query, positive, negatives)
+def _trace_reward_and_grad(*arguments: Any) -> Tensors:
+    return *_trace_ranking_reward(*arguments), *_trace_gradients(*arguments)
 
 
 def _trace_from_scores(scores: Tensor, mask: Tensor | None, *_: Any) -> Tensors:
@@ -202,9 +339,10 @@ def _trace_advantages(reward: Tensor, *_: Any) -> Tensor:
     return reward.new_empty(reward.shape, dtype=compute_dtype(reward.dtype))
 
 
-_INPUTS = "Tensor query, Tensor positive, Tensor negatives, Tensor? mask"
+_INPUTS = "Tensor query, Tensor positive, Tensor negatives, Tensor? mask, Tensor? negative_index"
 _WEIGHTS = "float[] weights, str backend"
 _VALUES = "Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor scores"
+_WRT = "float[] weights, bool[] wrt, str backend"
 _GRADIENTS = "Tensor grad_query, Tensor grad_positive, Tensor grad_negatives"
 
 register(
@@ -221,12 +359,12 @@ register(
             _trace_ranking_reward_saved,
         ),
         "ranking_reward_backward": Registered(
-            f"({_INPUTS}, Tensor saved, Tensor grad_reward, {_WEIGHTS}) -> ({_GRADIENTS})",
+            f"({_INPUTS}, Tensor saved, Tensor grad_reward, {_WRT}) -> ({_GRADIENTS})",
             _ranking_reward_backward,
             _trace_gradients,
         ),
         "ranking_reward_and_grad": Registered(
-            f"({_INPUTS}, Tensor? upstream, {_WEIGHTS}) -> ({_VALUES}, {_GRADIENTS})",
+            f"({_INPUTS}, Tensor? upstream, {_WRT}) -> ({_VALUES}, {_GRADIENTS})",
             _ranking_reward_and_grad,
             _trace_reward_and_grad,
         ),
@@ -256,34 +394,42 @@ group_advantages = _OPS.group_advantages.default
 
 
 class _RankingReward(torch.autograd.Function):
-    """(query, positive, negatives, mask, weights, backend) -> results; gradient of the first."""
+    """(query, positive, negatives, mask, negative_index, weights, wrt, backend) -> the five results
+    and what is saved; the gradients in `wrt` of the first."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensors:
-        *results, saved = _OPS.ranking_reward_saved.default(*arguments)
-        ctx.save_for_backward(*arguments[:4], saved)
-        ctx.rest = arguments[4:]
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
+    def forward(*arguments: Any) -> Tensors:
+        *inputs, _wrt, backend = arguments
+        return cast(Tensors, _OPS.ranking_reward_saved.default(*inputs, backend))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *tensors, weights, wrt, backend = inputs
+        ctx.save_for_backward(*tensors, output[-1])
+        ctx.rest = (weights, wrt, backend)
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        inputs = ctx.saved_tensors
         op = _OPS.ranking_reward_backward.default
-        gradients = gradient_op(op, *inputs, grads[0], *ctx.rest)
-        return *gradients, None, None, None
+        gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
+        _, wrt, _ = ctx.rest
+        wanted = (x if kept else None for x, kept in zip(gradients, wrt, strict=True))
+        return *wanted, None, None, None, None, None
 
 
 class _RewardFromScores(torch.autograd.Function):
     """(scores, mask, weights, backend) -> the five results; gradient of the first."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensors:
-        results = reward_from_scores(*arguments)
-        ctx.save_for_backward(*arguments[:2])
-        ctx.rest = arguments[2:]
-        ctx.mark_non_differentiable(*results[1:])
-        return cast(Tensors, results)
+    def forward(*arguments: Any) -> Tensors:
+        return cast(Tensors, reward_from_scores(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.rest = inputs[2:]
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

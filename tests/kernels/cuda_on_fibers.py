@@ -35,8 +35,11 @@ def order(request, monkeypatch):
 
 
 def launch(op, *inputs, **weights):
-    """A launcher of the grouped reward."""
-    return LAUNCHERS[op](*inputs, Weights(**weights))
+    """A launcher of the grouped reward, of negatives in their place and of all gradients."""
+    query, positive, negatives, mask, *rest = inputs
+    wrt = (reference.ALL,) if op in ("ranking_reward_and_grad", "ranking_reward_backward") else ()
+    inputs = (query, positive, negatives, mask, None, *rest)
+    return LAUNCHERS[op](*inputs, Weights(**weights), *wrt)
 
 
 def truth(inputs, mask, weight, **weights):

@@ -57,7 +57,7 @@ def inputs(groups=24, n=20, dim=512, dtype=torch.float32):
 
 def results(tensors, rank_temperature=0.0):
     weights = Weights(**WEIGHTS, rank_temperature=rank_temperature)
-    return cpu.ranking_reward_and_grad(*tensors, None, None, weights)
+    return cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
 
 
 def equal(left, right):
@@ -138,7 +138,7 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
         weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
-        call = lambda: cpu.ranking_reward_and_grad(*tensors, None, None, weights)
+        call = lambda: cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
         right = call()
         done = threading.Event()
         def busy():
@@ -207,7 +207,7 @@ def test_the_interpreter_exits_while_the_pool_works(times):
         cpu.empty_gradient = lambda x: gradients[id(x)]
         def busy():
             while True:
-                cpu.ranking_reward_and_grad(*tensors, None, None, weights)
+                cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
         threading.Thread(target=busy, daemon=True).start()
         time.sleep(0.2)
         print("leaving")
@@ -290,10 +290,10 @@ def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
         else:
             negatives = torch.randn(64, 100, 1536)
         for _ in range(3):
-            cpu.ranking_reward(query, positive, negatives, None, weights)
+            cpu.ranking_reward(query, positive, negatives, None, None, weights)
         open("/proc/self/clear_refs", "w").write("5")
         before = field("VmRSS")
-        cpu.ranking_reward(query, positive, negatives, None, weights)
+        cpu.ranking_reward(query, positive, negatives, None, None, weights)
         print(field("VmHWM") - before)
     """
     done = run_python(program)

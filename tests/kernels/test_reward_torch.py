@@ -65,20 +65,22 @@ def test_gradcheck_of_shared_tensors(backend, weights):
 def test_opcheck(backend, dtype, shared, rank_temperature):
     query, positive, negatives = embeddings((3,), 5, 8, dtype)
     negatives = negatives[0] if shared else negatives
-    inputs = (query, positive, negatives, torch.rand(3, 5) < 0.7)
+    mask = torch.rand(3, 5) < 0.7
+    inputs = (query, positive, negatives, mask, None)
     reward = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = torch.randn(3, dtype=reward)
-    rest = ((*SCALARS, rank_temperature), backend)
+    weights = (*SCALARS, rank_temperature)
+    rest, wrt = (weights, backend), (weights, (True, True, True), backend)
     saved = OPS.ranking_reward_saved(*inputs, *rest)[-1]
     assert saved.shape == (3, 2 * 5 + 3)
     scores = torch.randn(3, 6).to(dtype)
     calls = [
         (OPS.ranking_reward.default, (*inputs, *rest)),
         (OPS.ranking_reward_saved.default, (*inputs, *rest)),
-        (OPS.ranking_reward_backward.default, (*inputs, saved, upstream, *rest)),
-        (OPS.ranking_reward_and_grad.default, (*inputs, upstream, *rest)),
-        (OPS.ranking_reward_and_grad.default, (*inputs, None, *rest)),
-        (OPS.reward_from_scores.default, (scores, inputs[3], *rest)),
+        (OPS.ranking_reward_backward.default, (*inputs, saved, upstream, *wrt)),
+        (OPS.ranking_reward_and_grad.default, (*inputs, upstream, *wrt)),
+        (OPS.ranking_reward_and_grad.default, (*inputs, None, *wrt)),
+        (OPS.reward_from_scores.default, (scores, mask, *rest)),
         (OPS.reward_from_scores_backward.default, (scores, None, upstream, *rest)),
     ]
     for op, arguments in calls:

@@ -8,7 +8,7 @@ from elva_kernels.backends import choice
 from elva_kernels.backends.admission import verdicts
 from elva_kernels.backends.table import LAUNCHERS
 from elva_kernels.backends.triton import in_batch, launch, reward, topk
-from elva_kernels.reference import Batch, Weights
+from elva_kernels.reference import ALL, Batch, Weights
 from tests.kernels.cases import OPEN_HINGE, embeddings, same_bits
 
 GUARD = 64  # elements before and after a buffer
@@ -45,11 +45,11 @@ def test_passes_its_self_test(op, dtype, soft):
 
 def every_launch(inputs, scores, mask, upstream, weights):
     """All results of all launchers."""
-    *values, saved = reward.ranking_reward_saved(*inputs, mask, weights)
+    *values, saved = reward.ranking_reward_saved(*inputs, mask, None, weights)
     yield from values
-    yield from reward.ranking_reward(*inputs, mask, weights)
-    yield from reward.ranking_reward_backward(*inputs, mask, saved, upstream, weights)
-    yield from reward.ranking_reward_and_grad(*inputs, mask, upstream, weights)
+    yield from reward.ranking_reward(*inputs, mask, None, weights)
+    yield from reward.ranking_reward_backward(*inputs, mask, None, saved, upstream, weights, ALL)
+    yield from reward.ranking_reward_and_grad(*inputs, mask, None, upstream, weights, ALL)
     yield from reward.reward_from_scores(scores, mask, weights)
     yield from reward.reward_from_scores_backward(scores, mask, upstream, weights)
 
@@ -190,8 +190,9 @@ def test_leading_dimensions_that_do_not_merge():
         negatives.permute(1, 0, 2, 4, 3).contiguous().permute(1, 0, 2, 4, 3),
     )
     dense = [x.contiguous() for x in strange]
-    actual = reward.ranking_reward_and_grad(*strange, None, None, Weights(**OPEN_HINGE))
-    expected = reward.ranking_reward_and_grad(*dense, None, None, Weights(**OPEN_HINGE))
+    rest = (None, None, None, Weights(**OPEN_HINGE), ALL)
+    actual = reward.ranking_reward_and_grad(*strange, *rest)
+    expected = reward.ranking_reward_and_grad(*dense, *rest)
     for a, b in zip(actual, expected, strict=True):
         assert same_bits(a, b)
         assert a.is_contiguous()

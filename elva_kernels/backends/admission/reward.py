@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from elva_kernels import reference
 from elva_kernels.backends.admission.trial import TEMPERATURE, WEIGHTS, Launchers, Trial, check
 from elva_kernels.backends.launcher import Tensors
-from elva_kernels.reference import Weights
+from elva_kernels.reference import ALL, Weights
 
 
 class _Case(NamedTuple):
     """Inputs on the device, and what must come of them, in float64 on the CPU."""
 
-    inputs: Tensors  # query, positive, negatives, mask
+    inputs: tuple[Any, ...]  # query, positive, negatives, mask, and no index
     upstream: Tensor
     weights: Weights
     truth: reference.RankingReward
@@ -57,11 +57,11 @@ def _case_from(
         exact[0], exact[1], exact[2], mask, upstream.double(), weights
     )
     return _Case(
-        (inputs[0], inputs[1], inputs[2][..., ::2], inputs[3]),
+        (inputs[0], inputs[1], inputs[2][..., ::2], inputs[3], None),
         upstream.to(device),
         weights,
         truth,
-        tuple(gradients),
+        tuple(x for x in gradients if x is not None),
         tuple(x.norm(dim=-1, keepdim=True) for x in exact),
     )
 
@@ -79,7 +79,7 @@ def _try_autograd(
     *values, saved = launchers("ranking_reward_saved")(*case.inputs, case.weights)
     _check_values(values, case.truth)
     backward = launchers("ranking_reward_backward")
-    _check_gradients(backward(*case.inputs, saved, case.upstream, case.weights), case)
+    _check_gradients(backward(*case.inputs, saved, case.upstream, case.weights, ALL), case)
 
 
 def _try_value_and_grad(
@@ -87,7 +87,7 @@ def _try_value_and_grad(
 ) -> None:
     case = _case(dtype, device, soft)
     launch = launchers("ranking_reward_and_grad")
-    results = launch(*case.inputs, case.upstream, case.weights)
+    results = launch(*case.inputs, case.upstream, case.weights, ALL)
     _check_values(results[:5], case.truth)
     _check_gradients(results[5:], case)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,30 +15,40 @@ from elva_kernels.backends.boundary import (
     empty_gradient,
     module,
     operand,
+    pointer,
 )
-from elva_kernels.backends.launcher import Tensors, saved_shape
-from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.backends.segments import occurrences
+from elva_kernels.reference import Wanted, Weights, compute_dtype
 
-_NOWHERE = (0, 0, 0)  # of gradients that are not wanted
+_NOTHING: Wanted = (False, False, False)
 
 
 def ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values alone."""
-    values = _empty_values(query, negatives)
-    _forward(query, positive, negatives, mask, None, weights, values, 0, _NOWHERE)
-    return values
+    inputs = (query, positive, negatives, mask, index)
+    return _forward(*inputs, None, weights, None, _NOTHING)[:5]
 
 
 def ranking_reward_saved(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values, and each candidate's two gradient coefficients and the query's one."""
-    values = _empty_values(query, negatives)
-    saved = torch.empty(saved_shape(values[-1].shape), dtype=torch.float64)
-    _forward(query, positive, negatives, mask, None, weights, values, saved.data_ptr(), _NOWHERE)
-    return *values, saved
+    saved = _empty_saved(query, negatives, index)
+    inputs = (query, positive, negatives, mask, index)
+    return *_forward(*inputs, None, weights, saved, _NOTHING)[:5], saved
 
 
 def ranking_reward_and_grad(
@@ -44,15 +56,18 @@ def ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
-) -> Tensors:
-    """Values and gradients in one pass over memory."""
-    values = _empty_values(query, negatives)
-    gradients = (empty_gradient(query), empty_gradient(positive), empty_gradient(negatives))
-    addresses = tuple(x.data_ptr() for x in gradients)
-    _forward(query, positive, negatives, mask, upstream, weights, values, 0, addresses)
-    return *values, *gradients
+    wrt: Wanted,
+) -> Gradients:
+    """Values and gradients in one pass over memory; a bank's gradient takes a second one."""
+    inputs = (query, positive, negatives, mask, index)
+    if index is None or not wrt[2]:
+        return _forward(*inputs, upstream, weights, None, wrt)
+    saved = _empty_saved(query, negatives, index)
+    *results, _ = _forward(*inputs, upstream, weights, saved, (wrt[0], wrt[1], False))
+    return *results, _bank_gradient(query, negatives, index, saved, upstream)
 
 
 def ranking_reward_backward(
@@ -60,27 +75,31 @@ def ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
-) -> Tensors:
+    wrt: Wanted,
+) -> Gradients:
     """Gradients from what was saved; reads the inputs again."""
-    gradients = (empty_gradient(query), empty_gradient(positive), empty_gradient(negatives))
-    n, dim = negatives.shape[-2:]
-    module().reward_backward(
-        DTYPE_CODES[query.dtype],
-        torch.get_num_threads(),
-        tuple(negatives.shape[:-2]),
-        n,
-        dim,
-        operand(query),
-        operand(positive),
-        operand(negatives),
-        operand(grad_reward),
-        saved.data_ptr(),
-        *(x.data_ptr() for x in gradients),
-    )
-    return gradients
+    bank = index is not None and wrt[2]
+    gradients = _empty_gradients(query, positive, negatives, (wrt[0], wrt[1], wrt[2] and not bank))
+    if any(x is not None for x in gradients):
+        module().reward_backward(
+            DTYPE_CODES[query.dtype],
+            torch.get_num_threads(),
+            *_sizes(query, negatives, index),
+            operand(query),
+            operand(positive),
+            operand(negatives),
+            operand(index),
+            operand(grad_reward),
+            saved.data_ptr(),
+            *(pointer(x) for x in gradients),
+        )
+    if index is None or not bank:
+        return gradients
+    return *gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward)
 
 
 def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
@@ -126,29 +145,70 @@ def _forward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
-    values: Tensors,
-    saved: int,
-    gradients: tuple[int, ...],
-) -> None:
-    """Fills the values in, and where an address is given also what is saved and the gradients."""
-    n, dim = negatives.shape[-2:]
+    saved: Tensor | None,
+    wrt: Wanted,
+) -> Gradients:
+    """The values and the gradients in `wrt`; fills in what is saved, where that is given."""
+    values = _empty_values(query, negatives if index is None else index.unsqueeze(-1))
+    gradients = _empty_gradients(query, positive, negatives, wrt)
     module().reward_forward(
         DTYPE_CODES[query.dtype],
         torch.get_num_threads(),
-        tuple(negatives.shape[:-2]),
-        n,
-        dim,
+        *_sizes(query, negatives, index),
         operand(query),
         operand(positive),
         operand(negatives),
         operand(mask),
+        operand(index),
         operand(upstream),
         weights,
         *[x.data_ptr() for x in values],
-        saved,
-        *gradients,
+        pointer(saved),
+        *[pointer(x) for x in gradients],
+    )
+    return *values, *gradients
+
+
+def _bank_gradient(
+    query: Tensor, bank: Tensor, index: Tensor, saved: Tensor, upstream: Tensor | None
+) -> Tensor:
+    """The gradient [M, D] of a bank whose rows the index names."""
+    gradient = empty_gradient(bank)
+    order, first = occurrences(index, len(bank))
+    module().bank_gradient(
+        DTYPE_CODES[query.dtype],
+        torch.get_num_threads(),
+        *_sizes(query, bank, index),
+        operand(query),
+        operand(bank),
+        operand(upstream),
+        saved.data_ptr(),
+        order.data_ptr(),
+        first.data_ptr(),
+        gradient.data_ptr(),
+    )
+    return gradient
+
+
+def _sizes(query: Tensor, negatives: Tensor, index: Tensor | None) -> tuple[Any, int, int, int]:
+    """The leading shape, N, D, and the rows of a bank."""
+    n, dim = negatives.shape[-2:]
+    leading = tuple(query.shape[:-1])
+    return (leading, n, dim, 0) if index is None else (leading, index.shape[-1], dim, n)
+
+
+def _empty_saved(query: Tensor, negatives: Tensor, index: Tensor | None) -> Tensor:
+    leading, n, _, _ = _sizes(query, negatives, index)
+    return torch.empty(saved_shape((*leading, n + 1)), dtype=torch.float64)
+
+
+def _empty_gradients(query: Tensor, positive: Tensor, negatives: Tensor, wrt: Wanted) -> Gradients:
+    inputs = (query, positive, negatives)
+    return tuple(
+        empty_gradient(x) if wanted else None for x, wanted in zip(inputs, wrt, strict=True)
     )
 
 
@@ -175,13 +235,13 @@ def _from_scores(
     )
 
 
-def _empty_values(query: Tensor, negatives: Tensor) -> Tensors:
-    leading, dtype = negatives.shape[:-2], compute_dtype(query.dtype)
+def _empty_values(query: Tensor, rows: Tensor) -> Tensors:
+    leading, dtype = rows.shape[:-2], compute_dtype(query.dtype)
     reward = empty(leading, dtype)
     return (
         reward,
         torch.empty_like(reward),
         torch.empty_like(reward),
         empty(leading, torch.int32),
-        torch.empty(*leading, negatives.shape[-2] + 1, dtype=dtype),
+        torch.empty(*leading, rows.shape[-2] + 1, dtype=dtype),
     )

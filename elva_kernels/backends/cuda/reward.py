@@ -8,20 +8,30 @@ from torch import Tensor
 from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
 from elva_kernels.backends.cuda import launch
 from elva_kernels.backends.launcher import Tensors, saved_shape
-from elva_kernels.reference import Weights
+from elva_kernels.reference import Wanted, Weights
 
 _OP = "ranking_reward"  # for messages
 
 
 def ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values alone."""
     return _forward(query, positive, negatives, mask, None, weights)
 
 
 def ranking_reward_saved(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
     saved = _empty_saved(negatives)
@@ -33,8 +43,10 @@ def ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
+    wrt: Wanted,
 ) -> Tensors:
     """Values and gradients: one read and one write where a cluster holds a group."""
     gradients = _empty_gradients(query, positive, negatives)
@@ -48,9 +60,11 @@ def ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
+    wrt: Wanted,
 ) -> Tensors:
     """Gradients from what was saved; reads the inputs again."""
     gradients = _empty_gradients(query, positive, negatives)
@@ -63,9 +77,11 @@ def ranking_reward_backward(
         tuple(negatives.shape[:-2]),
         n,
         dim,
+        0,
         operand(query),
         operand(positive),
         operand(negatives),
+        None,
         operand(grad_reward),
         saved.data_ptr(),
         *(x.data_ptr() for x in gradients),
@@ -100,10 +116,12 @@ def _forward(
         tuple(leading),
         n,
         dim,
+        0,
         operand(query),
         operand(positive),
         operand(negatives),
         operand(mask),
+        None,
         operand(upstream),
         weights,
         *(x.data_ptr() for x in values),

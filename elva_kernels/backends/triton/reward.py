@@ -12,11 +12,16 @@ from torch import Tensor
 
 from elva_kernels.backends.launcher import Tensors, saved_shape
 from elva_kernels.backends.triton import launch
-from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.reference import Wanted, Weights, compute_dtype
 
 
 def ranking_reward(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values alone: reward, margin_reward, rank_reward, rank, scores."""
     results = _reward(query, positive, negatives, mask, None, weights, save=False, grads=False)
@@ -24,7 +29,12 @@ def ranking_reward(
 
 
 def ranking_reward_saved(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, weights: Weights
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
     results = _reward(query, positive, negatives, mask, None, weights, save=True, grads=False)
@@ -36,8 +46,10 @@ def ranking_reward_and_grad(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
+    wrt: Wanted,
 ) -> Tensors:
     """Values, and the gradients of sum(upstream * reward)."""
     results = _reward(query, positive, negatives, mask, upstream, weights, save=True, grads=True)
@@ -49,9 +61,11 @@ def ranking_reward_backward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
+    wrt: Wanted,
 ) -> Tensors:
     """Gradients of sum(grad_reward * reward); reads the inputs again."""
     from elva_kernels.backends.triton.kernels.reward import gradient_kernel
