@@ -9,7 +9,7 @@ from torch import Tensor
 from elva_kernels import checks
 from elva_kernels.reference import RankingReward, RankStatistics, Weights
 from elva_kernels.registered import in_batch as registered
-from elva_kernels.registered.library import is_watched, wanted
+from elva_kernels.registered.library import is_watched, requires_grad, wanted
 
 
 def rank_statistics(
@@ -182,7 +182,7 @@ def in_batch_ranking_reward(
         backend,
     )
     if is_watched(query, candidates):
-        wrt = [query.requires_grad, candidates.requires_grad]
+        wrt = [requires_grad(query), requires_grad(candidates)]
         results = registered.differentiable_in_batch_ranking_reward(wrt, *arguments)
     else:
         results = registered.in_batch_ranking_reward(*arguments)
@@ -394,7 +394,7 @@ def info_nce(
         backend,
     )
     if is_watched(query, candidates, t):
-        wrt = [query.requires_grad, candidates.requires_grad]
+        wrt = [requires_grad(query), requires_grad(candidates)]
         loss, *found = registered.differentiable_info_nce(reduction, wrt, *arguments)
     else:
         loss, *found = registered.info_nce(*arguments)

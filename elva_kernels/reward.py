@@ -8,7 +8,7 @@ from torch import Tensor
 from elva_kernels import checks
 from elva_kernels.reference import RankingReward, Weights
 from elva_kernels.registered import reward as registered
-from elva_kernels.registered.library import is_watched
+from elva_kernels.registered.library import is_watched, requires_grad
 
 
 def ranking_reward(
@@ -110,7 +110,7 @@ def ranking_reward(
         checks.finite_rows(op, query, positive, negatives, mask, index)
     inputs = (query, positive, negatives, mask, index, weights)
     if is_watched(query, positive, negatives):
-        wrt = (query.requires_grad, positive.requires_grad, negatives.requires_grad)
+        wrt = tuple(requires_grad(x) for x in (query, positive, negatives))
         results = registered.differentiable_ranking_reward(*inputs, wrt, backend)
         return RankingReward(*results[:5])
     return RankingReward(*registered.ranking_reward(*inputs, backend))
