@@ -339,6 +339,9 @@ def finite_scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
 
 
 def _finite(op: str, argument: str, sound: Tensor, places: str) -> None:
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(sound):  # of all members of a `torch.vmap`
+        sound = functorch.get_unwrapped(sound)
     if bool(sound.all()):
         return
     found = (~sound).nonzero().tolist()

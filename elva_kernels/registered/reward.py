@@ -5,7 +5,8 @@ shape, as views; negatives that groups share become a bank, whose rows an index 
 are summed back to the shape that the caller passed.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
 from elva_kernels.reference import Wanted, Weights, compute_dtype, scaled, times_power
-from elva_kernels.registered.library import Registered, gradient_op, register
+from elva_kernels.registered import batched
+from elva_kernels.registered.library import (
+    Registered,
+    gradient_op,
+    in_reverse,
+    refuse_forward_mode,
+    register,
+)
 
 _POSITIONS_NAMED = 8
 
@@ -47,12 +55,13 @@ def _ranking_reward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward", backend, query.device, query.dtype)
-    mask, index = _merged("ranking_reward", negatives, mask, index)
+    negatives, mask, index = _merged("ranking_reward", negatives, mask, index)
     leading = _leading(query, positive, negatives, mask, index)
     if index is None:
         negatives = _expand(negatives, leading, 2)
     groups = _groups(leading, query, positive, negatives, mask, index)
-    return launch(*groups, Weights(*weights))
+    values: Tensors = launch(*groups, Weights(*weights))
+    return values
 
 
 def _ranking_reward_saved(
@@ -65,11 +74,12 @@ def _ranking_reward_saved(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
-    mask, index = _merged("ranking_reward", negatives, mask, index)
+    negatives, mask, index = _merged("ranking_reward", negatives, mask, index)
     leading = _leading(query, positive, negatives, mask, index)
     rows = [_in_range(x, leading).rows for x in (query, positive)]
     groups = _groups(leading, rows[0], rows[1], negatives, mask, index)
-    return launch(*groups, Weights(*weights))
+    values: Tensors = launch(*groups, Weights(*weights))
+    return values
 
 
 def _ranking_reward_backward(
@@ -85,11 +95,11 @@ def _ranking_reward_backward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
-    mask, index = _merged("ranking_reward", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
+    bank, mask, index = _merged("ranking_reward", negatives, mask, index)
+    leading = _leading(query, positive, bank, mask, index)
     shared = [_in_range(x, leading) for x in (query, positive)]
-    groups = _groups(leading, shared[0].rows, shared[1].rows, negatives, mask, index)
-    rest = (saved, grad_reward, Weights(*weights))
+    groups = _groups(leading, shared[0].rows, shared[1].rows, bank, mask, index)
+    rest = (saved.contiguous(), grad_reward, Weights(*weights))
     summed = _summed(leading, query, positive, wrt)
     # Of half rows a sum over groups takes float32 terms, to be rounded once.
     halves = any(summed) and compute_dtype(query.dtype) != query.dtype
@@ -117,21 +127,22 @@ def _ranking_reward_and_grad(
     wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    mask, index = _merged("ranking_reward_and_grad", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
+    bank, mask, index = _merged("ranking_reward_and_grad", negatives, mask, index)
+    leading = _leading(query, positive, bank, mask, index)
     if upstream is not None:
         upstream = upstream.expand(leading)
     if not any(_summed(leading, query, positive, wrt)):
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        groups = _groups(leading, query, positive, negatives, mask, index)
+        groups = _groups(leading, query, positive, bank, mask, index)
         results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
         return *results[:5], *_filled(results[5:], (query, positive, negatives))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    inputs = (query, positive, negatives, mask, index)
+    inputs = (query, positive, bank, mask, index)
     *values, saved = _ranking_reward_saved(*inputs, weights, backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
-    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
+    gradients = _ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
+    return *values, *gradients[:2], gradients[2].view(negatives.shape if wrt[2] else 0)
 
 
 def _groups(
@@ -153,13 +164,27 @@ def _groups(
 
 def _merged(
     op: str, negatives: Tensor, mask: Tensor | None, index: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask, or an index alone that holds rows of the bank and -1 where the mask hides one."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Negatives and the mask; or a bank and an index alone, -1 where the mask hides a row of it."""
     if index is None:
-        return mask, None
+        return negatives, mask, None
     if mask is not None:
         index = torch.where(mask, index, -1)
-    return None, _within(op, index, len(negatives))
+    index = _within(op, index, negatives.shape[-2])
+    if negatives.dim() > 2:
+        negatives, index = _joined(negatives, index)
+    return negatives, None, index
+
+
+def _joined(banks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The banks [*members, M, D] of a `torch.vmap` as one, and each member's index into it."""
+    *members, rows, _ = banks.shape
+    count = torch.Size(members).numel()
+    first = torch.arange(count, device=index.device).mul(rows)
+    first = first.view(*members, *(1 for _ in range(index.dim() - len(members))))
+    return banks.reshape(count * rows, banks.shape[-1]), torch.where(
+        index < 0, index, index + first
+    )
 
 
 def _bank_of(negatives: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,15 +222,20 @@ def _in_range(rows: Tensor, leading: torch.Size) -> _Shared:
     A power of two changes no bit of the values. Scaling could lose some of float16's own
     subnormals, whose gradients are in float32's range as they are.
     """
-    if rows.shape[:-1] == leading or rows.dtype == torch.float16:
+    if not _is_shared(rows, leading) or rows.dtype == torch.float16:
         return _Shared(rows, None)
     unscaled, exponent = scaled(rows)
     return _Shared(unscaled.to(rows.dtype), exponent)
 
 
+def _is_shared(rows: Tensor, leading: torch.Size) -> bool:
+    """Whether groups share rows; a dimension of size 1 that is lacking shares nothing."""
+    return rows.shape[:-1] != leading and rows.shape[:-1].numel() != leading.numel()
+
+
 def _summed(leading: torch.Size, query: Tensor, positive: Tensor, wrt: Sequence[bool]) -> Wanted:
     """Of which gradients terms of several groups are wanted, to be summed here."""
-    return wrt[0] and query.shape[:-1] != leading, wrt[1] and positive.shape[:-1] != leading, False
+    return wrt[0] and _is_shared(query, leading), wrt[1] and _is_shared(positive, leading), False
 
 
 def _exact(groups: _Groups) -> _Groups:
@@ -233,7 +263,8 @@ def _reward_from_scores(
     launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
     inputs = (_expand(scores, leading, 1), _expand(mask, leading, 1))
-    return launch(*inputs, Weights(*weights))
+    values: Tensors = launch(*inputs, Weights(*weights))
+    return values
 
 
 def _reward_from_scores_backward(
@@ -247,13 +278,13 @@ def _reward_from_scores_backward(
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
-    (gradient,) = launch(*inputs, grad_reward, Weights(*weights))
+    (gradient,) = cast(Tensors, launch(*inputs, grad_reward, Weights(*weights)))
     return gradient.sum_to_size(scores.shape).to(scores.dtype)
 
 
 def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
     launch = launcher("group_advantages", backend, reward.device, reward.dtype)
-    (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
+    (advantages,) = cast(Tensors, launch(reward, scale=scale, std_eps=std_eps))
     return advantages
 
 
@@ -351,37 +382,44 @@ register(
             f"({_INPUTS}, {_WEIGHTS}) -> ({_VALUES})",
             _ranking_reward,
             _trace_ranking_reward,
+            batched.groups,
         ),
         # `saved` float64 is the backend's own, for its backward.
         "ranking_reward_saved": Registered(
             f"({_INPUTS}, {_WEIGHTS}) -> ({_VALUES}, Tensor saved)",
             _ranking_reward_saved,
             _trace_ranking_reward_saved,
+            batched.groups,
         ),
         "ranking_reward_backward": Registered(
             f"({_INPUTS}, Tensor saved, Tensor grad_reward, {_WRT}) -> ({_GRADIENTS})",
             _ranking_reward_backward,
             _trace_gradients,
+            functools.partial(batched.gradients_of_groups, (1, 0)),
         ),
         "ranking_reward_and_grad": Registered(
             f"({_INPUTS}, Tensor? upstream, {_WRT}) -> ({_VALUES}, {_GRADIENTS})",
             _ranking_reward_and_grad,
             _trace_reward_and_grad,
+            functools.partial(batched.gradients_of_groups, (0,)),
         ),
         "reward_from_scores": Registered(
             f"(Tensor scores, Tensor? mask, {_WEIGHTS}) -> ({_VALUES})",
             _reward_from_scores,
             _trace_from_scores,
+            batched.scores,
         ),
         "reward_from_scores_backward": Registered(
             f"(Tensor scores, Tensor? mask, Tensor grad_reward, {_WEIGHTS}) -> Tensor grad_scores",
             _reward_from_scores_backward,
             _trace_grad_scores,
+            batched.gradient_of_scores,
         ),
         "group_advantages": Registered(
             "(Tensor reward, str scale, float std_eps, str backend) -> Tensor advantages",
             _group_advantages,
             _trace_advantages,
+            batched.advantages,
         ),
     }
 )
@@ -410,6 +448,10 @@ class _RankingReward(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return batched.groups(differentiable_ranking_reward, info, in_dims, *arguments)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op = _OPS.ranking_reward_backward.default
         gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
@@ -432,11 +474,19 @@ class _RewardFromScores(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return batched.scores(differentiable_reward_from_scores, info, in_dims, *arguments)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op = _OPS.reward_from_scores_backward.default
         grad_scores = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
         return grad_scores, None, None, None
 
 
-differentiable_ranking_reward: Callable[..., Tensors] = _RankingReward.apply
-differentiable_reward_from_scores: Callable[..., Tensors] = _RewardFromScores.apply
+differentiable_ranking_reward = in_reverse(
+    _RankingReward, functools.partial(refuse_forward_mode, "ranking_reward", "reward")
+)
+differentiable_reward_from_scores = in_reverse(
+    _RewardFromScores, functools.partial(refuse_forward_mode, "reward_from_scores", "reward")
+)
