@@ -154,7 +154,7 @@ def in_batch_ranking_reward(
         As `rank_statistics`.
 
     Differentiable: `reward`, once, in query and candidates (closed form; gradients in the input's
-    dtype, rounded once). The other results are detached.
+    dtype, rounded once). The other results are detached. torch.func: as `info_nce`.
 
     Equivalent to::
 
@@ -367,7 +367,9 @@ def info_nce(
         As `rank_statistics`.
 
     Differentiable: the loss, once, in query, candidates and temperature (closed form; gradients in
-    the input's dtype, rounded once; 0 for zero rows). The statistics are detached.
+    the input's dtype, rounded once; 0 for zero rows). The statistics are detached. torch.func:
+    `grad`, `vjp`, `jacrev` and `vmap` in any order, a `vmap` as one call after the other; forward
+    mode raises.
 
     Equivalent to::
 

@@ -84,7 +84,8 @@ def ranking_reward(
     input's dtype, rounded once; 0 for zero rows). The gradient of a row that groups share, or that
     an index names several times, is a sum in the order of the groups, scaled and rounded once; a
     bank's is [M, D], 0 where nobody names a row. What requires no gradient costs none: a frozen
-    bank is read once. The other results are detached.
+    bank is read once. The other results are detached. torch.func: `grad`, `vjp`, `jacrev` and
+    `vmap` in any order, a `vmap` as one launch; forward mode raises.
 
     With an index `negatives` is below ``negatives[negative_index]``, masked where the index is -1.
 
@@ -214,7 +215,8 @@ def reward_from_scores(
     Raises:
         As `ranking_reward`.
 
-    Differentiable: `reward`, once, in scores. The other results are detached.
+    Differentiable: `reward`, once, in scores. The other results are detached. torch.func: as
+    `ranking_reward`.
 
     Equivalent to: `ranking_reward`'s equivalent, from its second line on.
     """

@@ -53,14 +53,14 @@ def is_watched(*tensors: Tensor) -> bool:
 
 def requires_grad(x: Tensor) -> bool:
     """Whether a gradient on `x` is wanted: a batch of `torch.vmap` does not say so itself."""
-    if x.requires_grad or not torch._C._are_functorch_transforms_active():
+    if not torch._C._are_functorch_transforms_active():
         return x.requires_grad
+    if torch.compiler.is_compiling():
+        return True  # nobody can look into `x`
     functorch: Any = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
+    while not x.requires_grad and functorch.is_functorch_wrapped_tensor(x):
         x = functorch.get_unwrapped(x)
-        if x.requires_grad:
-            return True
-    return False
+    return x.requires_grad
 
 
 def in_reverse(
@@ -74,11 +74,28 @@ def in_reverse(
     in_forward_mode = cast(Any, type(name, (function,), jvp))
 
     def apply(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                _refuse_compiled_transform()
+            # Inside a transform that is not: torch takes our `*arguments` for a context's place.
+            if not is_watched(*(x for x in arguments if isinstance(x, Tensor))):
+                return function.forward(*arguments)
         if forward_ad._current_level >= 0:
             return in_forward_mode.apply(*arguments)
         return function.apply(*arguments)
 
     return apply
+
+
+def _refuse_compiled_transform() -> NoReturn:
+    """It would inline the forward and lose the backward: the gradient would be 0.
+
+    Without `fullgraph` this is a reason for `torch.compile` to call the transform uncompiled.
+    """
+    raise RuntimeError(
+        "elva_kernels: a transform of torch.func must be outside torch.compile(fullgraph=True), "
+        "got one that is being compiled; leave fullgraph out"
+    )
 
 
 def gradient_op(op: Any, *arguments: Any) -> Any:

@@ -433,3 +433,22 @@ def test_forward_mode_and_second_derivatives_are_refused(backend):
             dual = torch.autograd.forward_ad.make_dual(query, query)
             with pytest.raises(RuntimeError, match=forward):
                 f(dual)
+
+
+@every_backend
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")
+def test_transforms_are_outside_what_is_compiled(backend):
+    """Compiled inside, a gradient would be 0: it is called as it is, or with fullgraph refused."""
+    scores = torch.randn(MEMBERS, 5)
+
+    def reward(x):
+        return reward_from_scores(x, **OPEN_HINGE, backend=backend).reward
+
+    for f in (grad(lambda x: reward(x).sum()), vmap(grad(reward))):
+        torch._dynamo.reset()
+        assert same_bits(torch.compile(f, backend="aot_eager")(scores), f(scores))
+        torch._dynamo.reset()  # it has learnt to call it as it is
+        with pytest.raises(RuntimeError, match="must be outside"):
+            torch.compile(f, backend="aot_eager", fullgraph=True)(scores)
+    outside = torch.compile(reward, backend="aot_eager", fullgraph=True)
+    assert same_bits(outside(scores), vmap(reward)(scores))
