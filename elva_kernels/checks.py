@@ -354,7 +354,12 @@ def finite_scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
 
 
 def _finite(op: str, argument: str, sound: Tensor, places: str) -> None:
-    if sound.is_meta or bool(sound.all()):
+    if sound.is_meta:
+        return
+    functorch: Any = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(sound):  # of all members of a `torch.vmap`
+        sound = functorch.get_unwrapped(sound)
+    if bool(sound.all()):
         return
     found = (~sound).nonzero().tolist()
     named = ", ".join(str(index) for index in found[:_ROWS_NAMED])

@@ -13,7 +13,7 @@ from elva_kernels.reference import RankingReward, RankStatistics, Weights
 from elva_kernels.registered import in_batch as registered
 from elva_kernels.registered import shares
 from elva_kernels.registered.batch import Given
-from elva_kernels.registered.library import is_watched, wanted
+from elva_kernels.registered.library import is_watched, requires_grad, wanted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -178,7 +178,7 @@ def in_batch_ranking_reward(
     dtype, rounded once). The other results are detached. With a group, a process's rows receive the
     gradient of the sum of all processes' losses: the mean over processes of the parameters'
     gradients, as DistributedDataParallel and FSDP2 take it, is that of the mean of the losses. The
-    backward exchanges a few numbers too, so every process has to run it.
+    backward exchanges a few numbers too, so every process has to run it. torch.func: as `info_nce`.
 
     Equivalent to::
 
@@ -206,7 +206,7 @@ def in_batch_ranking_reward(
     head = max(1, candidates.shape[0]) if head is None else head
     arguments = (query, candidates, *given.named, head, weights, backend)
     if is_watched(query, candidates):
-        wrt = [query.requires_grad, candidates.requires_grad]
+        wrt = [requires_grad(query), requires_grad(candidates)]
         results = registered.differentiable_in_batch_ranking_reward(wrt, *arguments)
     else:
         results = registered.in_batch_ranking_reward(*arguments)

@@ -12,7 +12,7 @@ from elva_kernels.reference import RankStatistics
 from elva_kernels.registered import in_batch as registered
 from elva_kernels.registered import shares
 from elva_kernels.registered.batch import Given
-from elva_kernels.registered.library import is_watched, wanted
+from elva_kernels.registered.library import is_watched, requires_grad, wanted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -112,7 +112,9 @@ def info_nce(
         As `rank_statistics`.
 
     Differentiable: the loss, once, in query, candidates and temperature (closed form; gradients in
-    the input's dtype, rounded once; 0 for zero rows). The statistics are detached.
+    the input's dtype, rounded once; 0 for zero rows). The statistics are detached. torch.func:
+    `grad`, `vjp`, `jacrev` and `vmap` in any order, a `vmap` as one call after the other; forward
+    mode raises, and so does a transform of a call with a group.
 
     With a group of W processes a "mean" is W times the sum of its own queries' losses over the
     number of all queries, a "sum" W times their sum: the mean over processes of either is what one
@@ -144,7 +146,7 @@ def info_nce(
     scalars = (t, given.max_score, symmetric, workspace_mb, backend)
     arguments = (query, candidates, *given[:3], *scalars)
     if is_watched(query, candidates, t):
-        wrt = [query.requires_grad, candidates.requires_grad]
+        wrt = [requires_grad(query), requires_grad(candidates)]
         loss, *found = registered.differentiable_info_nce(reduction, wrt, *arguments)
     else:
         loss, *found = registered.info_nce(*arguments)

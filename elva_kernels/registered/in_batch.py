@@ -1,9 +1,12 @@
 """The in-batch ops as torch knows them.
 
 Every op takes checked arguments with `target`, `excluded` and `candidate_ids` as they were passed.
+`torch.vmap` calls an op for one member of its batch after the other and stacks the results: a
+launch is of one set of candidates.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,10 +17,13 @@ from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered.batch import batch_of, counted, like_target, per_positive
+from elva_kernels.registered.batched import looped
 from elva_kernels.registered.library import (
     Registered,
     gradient_op,
+    in_reverse,
     present,
+    refuse_forward_mode,
     refuse_second_derivative,
     register,
     wanted,
@@ -294,6 +300,10 @@ class _ScaledOnce(torch.autograd.Function):
         pass
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
+        return looped(_scaled_once, info, in_dims, *tensors)
+
+    @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         refuse_second_derivative("info_nce", "loss")
 
@@ -314,7 +324,7 @@ def _product(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return exact if exact.dtype == dtype else empty_on_cpu(exact.shape, dtype).copy_(exact)
 
 
-_scaled_once: Callable[..., Tensors] = _ScaledOnce.apply
+_scaled_once = in_reverse(_ScaledOnce, _ScaledOnce.backward)
 
 
 class _InBatchRankingReward(torch.autograd.Function):
@@ -332,6 +342,10 @@ class _InBatchRankingReward(torch.autograd.Function):
         *ctx.rest, ctx.backend = inputs[7:]
         ctx.n_inputs = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return looped(differentiable_in_batch_ranking_reward, info, in_dims, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -364,13 +378,19 @@ class _InfoNCE(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return looped(differentiable_info_nce, info, in_dims, *arguments)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream = grads[0]
         if ctx.reduction == "none":
             op = _OPS.info_nce_backward.default
             gradients = gradient_op(op, *ctx.saved_tensors, *ctx.rest, upstream, ctx.wrt)
         else:
-            scale = _scaled_once if torch.is_grad_enabled() else _scaled
+            # `_scaled` writes where it is told to, which a batch of `torch.vmap` cannot.
+            in_place = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+            scale = _scaled if in_place else _scaled_once
             gradients = scale(upstream, *ctx.saved_tensors)
         grad_query, grad_candidates, grad_temperature = wanted(gradients, (*ctx.wrt, True))
         nothing = (None for _ in ctx.rest)
@@ -378,5 +398,10 @@ class _InfoNCE(torch.autograd.Function):
         return None, None, *of_tensors, *nothing
 
 
-differentiable_in_batch_ranking_reward: Callable[..., Tensors] = _InBatchRankingReward.apply
-differentiable_info_nce: Callable[..., Tensors] = _InfoNCE.apply
+differentiable_in_batch_ranking_reward = in_reverse(
+    _InBatchRankingReward,
+    functools.partial(refuse_forward_mode, "in_batch_ranking_reward", "reward"),
+)
+differentiable_info_nce = in_reverse(
+    _InfoNCE, functools.partial(refuse_forward_mode, "info_nce", "loss")
+)

@@ -6,6 +6,7 @@ from torch import Tensor
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import compute_dtype
+from elva_kernels.registered import batched
 from elva_kernels.registered.library import Registered, register
 
 
@@ -28,6 +29,7 @@ register(
             "-> (Tensor scores, Tensor index)",
             _topk,
             _trace_topk,
+            batched.search,
         ),
     }
 )
