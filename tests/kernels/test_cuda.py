@@ -20,7 +20,12 @@ FIBERS = selections.SESSIONS["fibers"]
 pytestmark = pytest.mark.skipif(ON_FIBERS, reason="this is the session on fibers")
 
 BUILDING = threading.Lock()
-SANITIZED = ("test_sanitized", "test_sanitized_search", "test_sanitized_batch")
+SANITIZED = (
+    "test_sanitized",
+    "test_sanitized_bank",
+    "test_sanitized_search",
+    "test_sanitized_batch",
+)
 
 
 def build(folder, *flags):
