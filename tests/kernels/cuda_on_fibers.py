@@ -1,5 +1,7 @@
 """What the host has to show of the CUDA kernels beside the contract suite; see `test_cuda`."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from elva_kernels.backends import choice, cuda, table
 from elva_kernels.backends.cuda import launch as cuda_launch
 from elva_kernels.backends.cuda.in_batch import multiply
 from elva_kernels.reference import Weights
+from tests import tolerances
 from tests.kernels.cases import (
     OPEN_HINGE,
     SOFT_RANKS,
@@ -78,6 +81,61 @@ def test_value_and_grad_of_every_cluster(shape, dtype, weights):
     check(found, cleaned, mask, weight, **weights)
 
 
+def bank_of(n, d, dtype, rows=7):
+    """Query, positive, a bank and the rows of it that three groups name, among them none."""
+    query, positive, _ = embeddings((3,), 0, d, dtype)
+    bank = (embeddings((), rows, d, dtype, seed=1)[2] + 0.3 * query[0]).to(dtype)
+    index = torch.randint(0, rows, (3, n))
+    index[torch.rand(index.shape) < 0.2] = -1
+    return query, positive, bank, index
+
+
+def run_indexed(query, positive, bank, index, wrt=reference.ALL, **weights):
+    weight = torch.tensor([0.7, -3.0, 0.0])
+    inputs = (query, positive, bank, None, index, weight, Weights(**weights), wrt)
+    return LAUNCHERS["ranking_reward_and_grad"](*inputs)
+
+
+@pytest.mark.parametrize("shape", CLUSTERS)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("capability", ["8", "9"])
+def test_rows_of_a_bank_are_those_in_their_place(shape, dtype, capability, monkeypatch):
+    """To the bit, by the cluster's copies and by two passes; the bank's sum to its rounding."""
+    monkeypatch.setenv("ELVA_HOST_CAPABILITY", capability)
+    n, d = CLUSTERS[shape]
+    query, positive, bank, index = bank_of(n, d, dtype)
+    found = run_indexed(query, positive, bank, index, **OPEN_HINGE)
+    mask, weight = index >= 0, torch.tensor([0.7, -3.0, 0.0])
+    placed = (query, positive, bank[index.clamp(min=0)], mask, weight)
+    expected = launch("ranking_reward_and_grad", *placed, **OPEN_HINGE)
+    for a, b in zip(found[:7], expected[:7], strict=True):
+        assert same_bits(a, b)
+    right = truth(placed[:3], mask, weight, **OPEN_HINGE)[3]
+    total = torch.zeros(bank.shape, dtype=torch.float64)
+    total.index_add_(0, index[mask], right[mask])
+    norm = bank.double().norm(dim=-1, keepdim=True)
+    named = index[mask].bincount(minlength=len(bank)).unsqueeze(-1)
+    allowed = named * tolerances.GRADIENT[dtype] + tolerances.half_ulp(total, dtype) * norm
+    assert ((found[7].double() - total).abs() * norm <= allowed).all()
+
+
+@pytest.mark.parametrize("capability", ["8", "9"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_wanted_gradients_of_every_cluster_keep_their_bits(indexed, capability, monkeypatch):
+    monkeypatch.setenv("ELVA_HOST_CAPABILITY", capability)
+    for n, d in CLUSTERS.values():
+        query, positive, bank, index = bank_of(n, d, torch.bfloat16)
+        if not indexed:
+            bank, index = bank[index.clamp(min=0)], None
+        expected = run_indexed(query, positive, bank, index, **SOFT_RANKS)
+        for wrt in itertools.product([False, True], repeat=3):
+            found = run_indexed(query, positive, bank, index, wrt, **SOFT_RANKS)
+            for a, b in zip(found[:5], expected[:5], strict=True):
+                assert same_bits(a, b)
+            for a, b, wanted in zip(found[5:], expected[5:], wrt, strict=True):
+                assert same_bits(a, b) if wanted else a is None
+
+
 def sanitized_cases():
     yield from [((2,), 5, 48), ((3,), 0, 8), ((1,), 40, 2048), ((2,), 9, 33), ((1,), 3, 1)]
 
@@ -99,6 +157,26 @@ def test_sanitized(case, dtype):
         check((*values, *gradients), inputs, mask, None, **SOFT_RANKS)
         for a, b in zip(values[:4], found[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 9, 40])
+@pytest.mark.parametrize("d", [33, 48, 2048])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
+def test_sanitized_bank(n, d, dtype):
+    """Rows that do not exist, a row that is not finite; the last row ends its memory."""
+    query, positive, bank, index = bank_of(n, d, dtype)
+    bank[2, 0] = torch.nan
+    index[index == 2] = 3
+    index[0, :1], index[2, 1:2], index[2, 3:4] = 6, -2, 10**12
+    found = run_indexed(query, positive, bank, index, **OPEN_HINGE)
+    assert found[0].isnan().tolist() == [False, False, n > 1]
+    saved = LAUNCHERS["ranking_reward_saved"]
+    *values, coefficients = saved(query, positive, bank, None, index, Weights(**OPEN_HINGE))
+    weight = torch.tensor([0.7, -3.0, 0.0])
+    inputs = (query, positive, bank, None, index, coefficients, weight)
+    again = LAUNCHERS["ranking_reward_backward"](*inputs, Weights(**OPEN_HINGE), reference.ALL)
+    for a, b in zip((*values, *again), found, strict=True):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(ON_FIBERS, reason="this is the session on fibers
 BUILDING = threading.Lock()
 SANITIZED = (
     "test_sanitized",
+    "test_sanitized_bank",
     "test_sanitized_search",
     "test_sanitized_batch",
     "test_sanitized_product",
