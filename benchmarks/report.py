@@ -78,6 +78,7 @@ COLUMNS = {
         ("GFLOP/s", "gflops", ".0f"),
         ("of floor", "of_floor", ".0%"),
         ("x eager", "times_eager", ".2f"),
+        ("x plain", "times_plain", ".2f"),
         ("MB extra", "extra_mb", ".1f"),
         ("score err", "score_error", ".1e"),
         ("grad err", "grad_error", ".1e"),

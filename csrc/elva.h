@@ -205,7 +205,7 @@ typedef struct {
 ElvaStatus elva_acquire_block(int64_t bytes, ElvaBlock* block);
 void elva_release_block(const ElvaBlock* block);
 
-// The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
+// The CPU level in use ("amx", "avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
 // reason below.
 const char* elva_cpu_level(void);
 const char* elva_cpu_level_error(void);

@@ -8,7 +8,7 @@ from torch import Tensor
 from elva_kernels import checks
 from elva_kernels.reference import RankingReward, Weights
 from elva_kernels.registered import reward as registered
-from elva_kernels.registered.library import is_watched
+from elva_kernels.registered.library import is_watched, requires_grad
 
 
 def ranking_reward(
@@ -84,7 +84,8 @@ def ranking_reward(
     input's dtype, rounded once; 0 for zero rows). The gradient of a row that groups share, or that
     an index names several times, is a sum in the order of the groups, scaled and rounded once; a
     bank's is [M, D], 0 where nobody names a row. What requires no gradient costs none: a frozen
-    bank is read once. The other results are detached.
+    bank is read once. The other results are detached. torch.func: `grad`, `vjp`, `jacrev` and
+    `vmap` in any order, a `vmap` as one launch; forward mode raises.
 
     With an index `negatives` is below ``negatives[negative_index]``, masked where the index is -1.
 
@@ -106,11 +107,11 @@ def ranking_reward(
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
-    if check_finite:
+    if checks.flag(op, "check_finite", check_finite):
         checks.finite_rows(op, query, positive, negatives, mask, index)
     inputs = (query, positive, negatives, mask, index, weights)
     if is_watched(query, positive, negatives):
-        wrt = (query.requires_grad, positive.requires_grad, negatives.requires_grad)
+        wrt = tuple(requires_grad(x) for x in (query, positive, negatives))
         results = registered.differentiable_ranking_reward(*inputs, wrt, backend)
         return RankingReward(*results[:5])
     return RankingReward(*registered.ranking_reward(*inputs, backend))
@@ -165,13 +166,13 @@ def ranking_reward_and_grad(
     """
     op = "ranking_reward_and_grad"
     index = checks.embeddings(op, query, positive, negatives, mask, negative_index)
-    wanted = checks.wanted(op, wrt)
+    wanted = checks.wrt(op, wrt, checks.EMBEDDINGS)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if weight is not None:
         weight = checks.upstream(op, weight, query, positive, negatives, mask, index)
-    if check_finite:
+    if checks.flag(op, "check_finite", check_finite):
         checks.finite_rows(op, query, positive, negatives, mask, index)
     with torch.no_grad():
         results = registered.ranking_reward_and_grad(
@@ -214,7 +215,8 @@ def reward_from_scores(
     Raises:
         As `ranking_reward`.
 
-    Differentiable: `reward`, once, in scores. The other results are detached.
+    Differentiable: `reward`, once, in scores. The other results are detached. torch.func: as
+    `ranking_reward`.
 
     Equivalent to: `ranking_reward`'s equivalent, from its second line on.
     """
@@ -223,7 +225,7 @@ def reward_from_scores(
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.LARGEST)
-    if check_finite:
+    if checks.flag(op, "check_finite", check_finite):
         checks.finite_scores(op, scores, mask)
     if is_watched(scores):
         return RankingReward(

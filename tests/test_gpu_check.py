@@ -51,7 +51,7 @@ def test_dry_run_is_green(monkeypatch, capsys, only, checks, not_run):
     ("op", "check", "wrong_result"),  # a gradient on candidates, or the scores
     [
         ("ranking_reward_and_grad", "grouped reward", 7),
-        ("info_nce_saved", "in-batch ops", 11),
+        ("info_nce_and_grad", "in-batch ops", 11),
         ("topk", "search", 0),
     ],
 )

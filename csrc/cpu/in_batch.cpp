@@ -2,7 +2,7 @@
 //   in place, sums over columns.
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; negatives (9), rank (10), log-sum-exp (11),
 //   contrastive losses (13) and (14) of elva_kernels.reference.
-// In: dots of unit rows [R, padded M] in fp32 or fp64, targets, ids.
+// In: dots of unit rows [R, padded M] in fp32 or fp64, positives, candidates to be skipped.
 // Out: counts int32, hardest and top-k, sums double; the rows masked, then their slopes.
 // Work split: rows, or blocks of columns, a thread at a time.
 // Bytes: each row once from memory for all of its statistics, and once more for its slopes.
@@ -108,60 +108,122 @@ class Places {
   std::vector<S> best_;
 };
 
-// Counts where the target's score is NaN, which is less than any number and equals NaN. Candidates
-// that are not finite are excluded; a query that is not finite has no other scores.
+// Of a query without a sound positive: what counts against NaN, which is less than any number and
+// equals NaN. Candidates that are not finite are excluded; a query that is not finite has no other
+// scores.
 template <class S>
-void count_below_all(const ElvaScoreRowsArgs& args, bool bad_query, const S* row, int64_t target,
+void count_below_all(const ElvaScoreRowsArgs& args, const ScoreRowJob<S>& job, bool bad_query,
                      int32_t* n_greater, int32_t* n_equal) {
-  const S* exclusion = static_cast<const S*>(args.exclusion);
+  std::vector<char> rival(static_cast<size_t>(args.candidates), 1);
+  const auto strike = [&](int64_t j) {
+    if (j >= 0 && j < args.candidates) rival[static_cast<size_t>(j)] = 0;
+  };
+  for (int64_t p = 0; p < job.positives; ++p) strike(job.target[p]);
+  for (int64_t s = 0; s < job.segments; ++s) {
+    for (int64_t x = job.skipped_first[s]; x < job.skipped_last[s]; ++x) strike(job.skipped[x]);
+  }
   int64_t greater = 0, equal = 0;
   for (int64_t j = 0; j < args.candidates; ++j) {
-    if (j == target || (args.ids != nullptr && args.ids[j] == args.ids[target])) continue;
-    const bool bad = bad_query || exclusion[j] < 0;
+    if (rival[static_cast<size_t>(j)] == 0) continue;
+    const bool bad = bad_query || job.exclusion[j] < 0;
     equal += bad;
-    greater += !bad && row[j] > kNone<S>;
+    greater += !bad && job.row[j] > kNone<S>;
   }
   *n_greater = static_cast<int32_t>(greater);
   *n_equal = static_cast<int32_t>(equal);
 }
 
+// The score of a positive by the arithmetic of mask_row, before the row is masked.
 template <class S>
-void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_t i,
-             Places<S>* places) {
-  S* row = static_cast<S*>(args.scores) + i * args.width;
-  const S* exclusion = static_cast<const S*>(args.exclusion);
-  const int64_t target = args.target[i];
-  const bool bad_query = !(args.norm[2 * i] == args.norm[2 * i]);
-  const bool bad = bad_query || exclusion[target] < 0;
-  // + 0: not -0, which a sum with the exclusion does not keep either.
-  const S* scale = static_cast<const S*>(args.scale);
-  const S row_scale = bad_query ? S(0) : static_cast<S>(args.norm[2 * i]);
-  S own = row[target];
-  if (scale != nullptr) {
-    own = own * row_scale * scale[target];
+S score_of(const ScoreRowJob<S>& job, bool bad_query, int64_t target) {
+  if (target == -1) return kNone<S>;
+  if (target < 0 || bad_query || job.exclusion[target] < 0)
+    return std::numeric_limits<S>::quiet_NaN();
+  S own = job.row[target];
+  if (job.scale != nullptr) {
+    own = own * job.row_scale * job.scale[target];
     own = std::fabs(own) < kSmallest<S> ? S(0) : own;
   }
-  own = std::min(S(1), std::max(S(-1), own)) + S(0);
+  // + 0: not -0, which a sum with the exclusion does not keep either.
+  return std::min(S(1), std::max(S(-1), own)) + S(0);
+}
+
+// The counts of a masked row against its positives, of which score_row has counted the first.
+template <class S>
+void count_positives(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels,
+                     const ScoreRowJob<S>& job, bool bad_query, const S* own, int32_t* n_greater,
+                     int32_t* n_equal) {
+  int64_t places[kThresholds], count = 0;
+  S thresholds[kThresholds];
+  const auto count_them = [&] {
+    int64_t greater[kThresholds], equal[kThresholds];
+    for (int64_t i = count; i < kThresholds; ++i)
+      thresholds[i] = std::numeric_limits<S>::quiet_NaN();
+    kernels.count_row(job.row, job.width, thresholds, greater, equal);
+    for (int64_t i = 0; i < count; ++i) {
+      n_greater[places[i]] = static_cast<int32_t>(greater[i]);
+      n_equal[places[i]] = static_cast<int32_t>(equal[i]);
+    }
+    count = 0;
+  };
+  bool none_is_bad = true;
+  int32_t bad_greater = 0, bad_equal = 0;
+  for (int64_t p = 0; p < job.positives; ++p) {
+    if (std::isnan(own[p])) {
+      if (none_is_bad) count_below_all(args, job, bad_query, &bad_greater, &bad_equal);
+      none_is_bad = false;
+      n_greater[p] = bad_greater;
+      n_equal[p] = bad_equal;
+    } else if (p > 0) {
+      n_greater[p] = n_equal[p] = 0;
+      if (own[p] == kNone<S> || own[p] > job.hardest) continue;
+      places[count] = p;
+      thresholds[count++] = own[p];
+      if (count == kThresholds) count_them();
+    }
+  }
+  if (count > 0) count_them();
+}
+
+template <class S>
+ScoreRowJob<S> job_of(const ElvaScoreRowsArgs& args, int64_t i, bool bad_query) {
   ScoreRowJob<S> job = {};
-  job.row = row;
+  job.row = static_cast<S*>(args.scores) + i * args.width;
   job.width = args.width;
-  job.exclusion = exclusion;
-  job.scale = scale;
-  job.row_scale = row_scale;
+  job.exclusion = static_cast<const S*>(args.exclusion);
+  job.scale = static_cast<const S*>(args.scale);
+  job.row_scale = bad_query ? S(0) : static_cast<S>(args.norm[2 * i]);
   job.smallest = kSmallest<S>;
   job.max_score = bad_query ? kNone<S> : static_cast<S>(args.max_score);
   job.candidates = args.candidates;
-  job.ids = args.ids;
-  job.target = target;
-  job.target_score = own;
+  job.target = args.target + i * args.positives;
+  job.positives = args.positives;
+  if (args.skipped != nullptr) {
+    job.skipped = args.skipped;
+    job.skipped_first = args.skipped_first + i * args.segments;
+    job.skipped_last = args.skipped_last + i * args.segments;
+    job.segments = args.segments;
+  }
   job.inverse_temperature = static_cast<S>(args.inverse_temperature);
+  return job;
+}
+
+template <class S>
+void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_t i,
+             Places<S>* places) {
+  const bool bad_query = !(args.norm[2 * i] == args.norm[2 * i]);
+  ScoreRowJob<S> job = job_of<S>(args, i, bad_query);
+  S* own = static_cast<S*>(args.target_score) + i * args.positives;
+  for (int64_t p = 0; p < args.positives; ++p) own[p] = score_of(job, bad_query, job.target[p]);
+  job.target_score = own[0] == kNone<S> ? std::numeric_limits<S>::quiet_NaN() : own[0];
   kernels.score_row(&job);
-  args.n_greater[i] = static_cast<int32_t>(job.n_greater);
-  args.n_equal[i] = static_cast<int32_t>(job.n_equal);
-  if (bad) count_below_all(args, bad_query, row, target, args.n_greater + i, args.n_equal + i);
-  static_cast<S*>(args.target_score)[i] = bad ? std::numeric_limits<S>::quiet_NaN() : own;
+  int32_t* n_greater = args.n_greater + i * args.positives;
+  int32_t* n_equal = args.n_equal + i * args.positives;
+  n_greater[0] = static_cast<int32_t>(job.n_greater);
+  n_equal[0] = static_cast<int32_t>(job.n_equal);
+  count_positives<S>(args, kernels, job, bad_query, own, n_greater, n_equal);
   static_cast<S*>(args.hardest_score)[i] = job.hardest;
-  args.hardest_index[i] = places->first(row, args.width, job.hardest);
+  args.hardest_index[i] = places->first(job.row, args.width, job.hardest);
   args.sum[i] = job.sum;
   args.moment[i] = job.moment;
   if (args.k > 0) {
@@ -189,7 +251,8 @@ ElvaStatus info_nce_terms(const ElvaInfoNceTermsArgs& args) {
     const int64_t at = args.at == nullptr ? i : args.at[i];
     const double target = static_cast<double>(static_cast<const S*>(args.target_score)[i]);
     if (!std::isfinite(target)) {
-      args.loss[i] = std::numeric_limits<double>::quiet_NaN();
+      const bool none = target < 0;
+      args.loss[i] = none ? 0.0 : std::numeric_limits<double>::quiet_NaN();
       args.share[i] = args.others[i] = args.grad_temperature[i] = 0;
       continue;
     }
@@ -211,6 +274,56 @@ ElvaStatus info_nce_terms(const ElvaInfoNceTermsArgs& args) {
 }
 
 template <class S>
+ElvaStatus logsumexp(const ElvaLogSumExpArgs& args) {
+  const double t = args.temperature;
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const S* targets = static_cast<const S*>(args.target_score) + i * args.positives;
+    double top = static_cast<double>(static_cast<const S*>(args.peak)[i]);
+    const double peak = top;
+    bool sound = true;
+    for (int64_t p = 0; p < args.positives; ++p) {
+      sound = sound && !std::isnan(targets[p]);
+      top = std::max(top, static_cast<double>(targets[p]));
+    }
+    double sum = 0;
+    const auto add = [&](double score, double count) {
+      if (score > kNone<double>) sum += count * std::exp((score - top) / t);
+    };
+    for (int64_t p = 0; p < args.positives; ++p) add(static_cast<double>(targets[p]), 1);
+    add(peak, args.sum[i]);
+    const double found = sum > 0 || std::isnan(sum) ? top / t + std::log(sum) : kNone<double>;
+    static_cast<S*>(args.logsumexp)[i] =
+        sound ? static_cast<S>(found) : std::numeric_limits<S>::quiet_NaN();
+  }
+  return ELVA_OK;
+}
+
+template <class S>
+ElvaStatus info_nce_factors(const ElvaInfoNceFactorsArgs& args) {
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const int64_t first = i * args.positives;
+    const int64_t* target = args.target + first;
+    const int64_t none = std::count(target, target + args.positives, -1);
+    const double weight = args.weight_factor * args.weight[i] /
+                          static_cast<double>(std::max<int64_t>(args.positives - none, 1));
+    double factor = 0;
+    for (int64_t x = first; x < first + args.positives; ++x) {
+      const bool sound = std::isfinite(static_cast<const S*>(args.target_score)[x]);
+      args.upstream[x] = sound ? weight : 0.0;
+      const double upstream = args.upstream[x] / args.temperature;
+      double others = upstream * args.others[x];
+      if (args.more_others != nullptr) others += upstream * args.more_others[x];
+      static_cast<S*>(args.target_slope)[x] = static_cast<S>(-others);
+      factor += upstream * args.share[x];
+    }
+    static_cast<S*>(args.row_factor)[i] = static_cast<S>(factor);
+    const S peak = static_cast<const S*>(args.peak)[i];
+    static_cast<S*>(args.row_peak)[i] = peak > kNone<S> ? peak : S(0);
+  }
+  return ELVA_OK;
+}
+
+template <class S>
 ElvaStatus slope_rows(const ElvaSlopeRowsArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
@@ -224,7 +337,10 @@ ElvaStatus slope_rows(const ElvaSlopeRowsArgs& args) {
                                    static_cast<const S*>(args.column_peak),
                                    static_cast<const S*>(args.column_factor),
                                    static_cast<S>(args.inverse_temperature)});
-                   row[args.target[i]] = static_cast<const S*>(args.target_slope)[i];
+                   for (int64_t p = i * args.positives; p < (i + 1) * args.positives; ++p) {
+                     if (args.target[p] < 0) continue;  // masked to -inf, so its slope is 0
+                     row[args.target[p]] += static_cast<const S*>(args.target_slope)[p];
+                   }
                  }
                });
   return ELVA_OK;
@@ -259,6 +375,16 @@ ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args) {
 ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args) {
   return elva::by_value_dtype(
       args->dtype, [args](auto value) { return elva::info_nce_terms<decltype(value)>(*args); });
+}
+
+ElvaStatus elva_logsumexp_cpu(const ElvaLogSumExpArgs* args) {
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::logsumexp<decltype(value)>(*args); });
+}
+
+ElvaStatus elva_info_nce_factors_cpu(const ElvaInfoNceFactorsArgs* args) {
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::info_nce_factors<decltype(value)>(*args); });
 }
 
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args) {

@@ -13,6 +13,9 @@ constexpr int64_t kRowPadding = 16;
 // Residues modulo this are told apart in a row, so that k of their largest bound the k largest.
 constexpr int64_t kBests = 64;
 
+// Positives that are counted against in one pass over a row.
+constexpr int64_t kThresholds = 4;
+
 // One query's dot products, in place: made cosines, clamped to [-1, 1], with -inf for who is no
 // negative (negatives (9) of elva_kernels.reference), and what rank (10) and log-sum-exp (11)
 // need of them.
@@ -26,9 +29,13 @@ struct ScoreRowJob {
   S smallest;          // below it a product of these is 0
   S max_score;
   int64_t candidates;
-  const int64_t* ids;  // [candidates], or null
-  int64_t target;
-  S target_score;
+  const int64_t* target;  // [positives], below 0: none
+  int64_t positives;
+  const int64_t* skipped;        // who is no negative beside these, in segments; or null
+  const int64_t* skipped_first;  // [segments]
+  const int64_t* skipped_last;   // [segments]
+  int64_t segments;
+  S target_score;         // the first positive's; NaN for none
   S inverse_temperature;  // NaN: no sums
   int64_t n_greater, n_equal;
   S hardest;
@@ -66,6 +73,9 @@ struct ColumnJob {
 template <class S>
 struct RowKernels {
   void (*score_row)(ScoreRowJob<S>*);
+  // Of a masked row, for each of kThresholds: how many scores are above it, how many equal it.
+  void (*count_row)(const S* row, int64_t width, const S* thresholds, int64_t* greater,
+                    int64_t* equal);
   // The indices, ascending, of what is at least `least` in a row; their number.
   int64_t (*at_least)(const S* row, int64_t width, S least, int64_t* index);
   void (*slope_row)(const SlopeRowJob<S>&);

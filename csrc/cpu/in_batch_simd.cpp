@@ -130,13 +130,36 @@ void mask_row(const ScoreRowJob<S>& job) {
     x = x > limit ? none : x + load(job.exclusion + j);
     store(job.row + j, x);
   }
-  if (job.ids != nullptr) {
-    const int64_t own = job.ids[job.target];
-    for (int64_t j = 0; j < job.candidates; ++j) {
-      job.row[j] = job.ids[j] == own ? kNone<S> : job.row[j];
+  const auto strike = [&](int64_t j) {
+    if (j >= 0 && j < job.candidates) job.row[j] = kNone<S>;
+  };
+  for (int64_t s = 0; s < job.segments; ++s) {
+    for (int64_t x = job.skipped_first[s]; x < job.skipped_last[s]; ++x) strike(job.skipped[x]);
+  }
+  for (int64_t p = 0; p < job.positives; ++p) strike(job.target[p]);
+}
+
+template <class S>
+int64_t lane_sum(Mask<S> x) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < kLanes<S>; ++i) sum += x[i];
+  return sum;
+}
+
+template <class S>
+void count_row(const S* row, int64_t width, const S* thresholds, int64_t* greater, int64_t* equal) {
+  Mask<S> above[kThresholds] = {}, same[kThresholds] = {};
+  for (int64_t j = 0; j < width; j += kLanes<S>) {
+    const Vec<S> x = load(row + j);
+    for (int64_t t = 0; t < kThresholds; ++t) {
+      above[t] -= x > thresholds[t];
+      same[t] -= x == thresholds[t];
     }
   }
-  job.row[job.target] = kNone<S>;
+  for (int64_t t = 0; t < kThresholds; ++t) {
+    greater[t] = lane_sum<S>(above[t]);
+    equal[t] = lane_sum<S>(same[t]);
+  }
 }
 
 template <class S>
@@ -160,11 +183,8 @@ void score_row(ScoreRowJob<S>* job) {
   for (int64_t v = 0; v < kVectors; ++v) store(job->best + v * kLanes<S>, bests[v]);
   Vec<S> best = bests[0];
   for (int64_t v = 1; v < kVectors; ++v) best = larger<S>(bests[v], best);
-  job->n_greater = job->n_equal = 0;
-  for (int64_t i = 0; i < kLanes<S>; ++i) {
-    job->n_greater += greater[i];
-    job->n_equal += equal[i];
-  }
+  job->n_greater = lane_sum<S>(greater);
+  job->n_equal = lane_sum<S>(equal);
   job->hardest = largest<S>(best);
   job->sum = job->moment = 0;
   if (!(job->inverse_temperature >= 0) || job->hardest == kNone<S>) return;
@@ -260,8 +280,8 @@ void columns(const ColumnJob<S>& job) {
 
 template <>
 const InBatchKernels Level<ELVA_LEVEL>::in_batch = {
-    {score_row<float>, at_least<float>, slope_row<float>, columns<float>},
-    {score_row<double>, at_least<double>, slope_row<double>, columns<double>},
+    {score_row<float>, count_row<float>, at_least<float>, slope_row<float>, columns<float>},
+    {score_row<double>, count_row<double>, at_least<double>, slope_row<double>, columns<double>},
 };
 
 }  // namespace elva

@@ -1,10 +1,12 @@
 """The in-batch launchers of a backend that has the steps, whichever it is."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from elva_kernels import reference
-from elva_kernels.backends.launcher import Tensors, detached
+from elva_kernels.backends.head import reward_of_head
+from elva_kernels.backends.launcher import Gradients, Tensors, detached
 from elva_kernels.backends.steps import Steps
 from elva_kernels.reference import Batch, RankStatistics, Weights
 
@@ -30,7 +32,7 @@ def in_batch_ranking_reward(
     weights: Weights,
 ) -> Tensors:
     found = steps(query, candidates, batch, head).rank_statistics()
-    return reward_of_statistics(found, batch, head, weights)
+    return reward_of_statistics(found, batch, head, weights, steps.reward_of_head)
 
 
 def in_batch_ranking_reward_backward(
@@ -43,11 +45,12 @@ def in_batch_ranking_reward_backward(
     grad_reward: Tensor,
     head: int,
     weights: Weights,
-) -> Tensors:
-    slopes = reference.head_slopes(scores, rank, head, grad_reward, weights)
-    batch = Batch(index[:, 0].contiguous(), None, None)
+    wrt: tuple[bool, bool],
+) -> Gradients:
+    slopes = steps.slopes_of_head(scores, rank, head, grad_reward, weights)
+    batch = Batch(index[:, : rank.shape[1]].contiguous())
     dtypes = (query.dtype, candidates.dtype)
-    return steps(query, candidates, batch).gradients_of_slopes(index, slopes, dtypes)
+    return steps(query, candidates, batch, wrt=wrt).gradients_of_slopes(index, slopes, dtypes)
 
 
 def info_nce(
@@ -65,26 +68,7 @@ def info_nce(
     return loss, *all_statistics(found)
 
 
-def info_nce_saved(
-    steps: type[Steps],
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    *,
-    mean: bool,
-    symmetric: bool,
-    workspace_mb: int,
-) -> Tensors:
-    call = steps(query, candidates, batch, 0, temperature, workspace_mb)
-    weight = query.new_full((len(query),), weight_in_loss(query, mean), dtype=torch.float64)
-    loss, found, *gradients = call.info_nce_and_gradients(
-        weight, symmetric=symmetric, dtypes=(call.dtype, call.dtype)
-    )
-    return loss, *all_statistics(found), *gradients
-
-
-def info_nce_backward(
+def info_nce_and_grad(
     steps: type[Steps],
     query: Tensor,
     candidates: Tensor,
@@ -94,13 +78,17 @@ def info_nce_backward(
     *,
     symmetric: bool,
     workspace_mb: int,
-) -> Tensors:
-    call = steps(query, candidates, batch, 0, temperature, workspace_mb)
-    dtypes = (query.dtype, candidates.dtype)
-    *_, grad_query, grad_candidates, grad_temperature = call.info_nce_and_gradients(
+    wrt: tuple[bool, bool],
+    rounded: bool,
+) -> Gradients:
+    call = steps(query, candidates, batch, 0, temperature, workspace_mb, wrt)
+    dtypes = (query.dtype, candidates.dtype) if rounded else (call.dtype, call.dtype)
+    loss, found, *gradients, grad_temperature = call.info_nce_and_gradients(
         weight, symmetric=symmetric, dtypes=dtypes
     )
-    return grad_query, grad_candidates, grad_temperature.to(temperature.dtype)
+    if rounded:
+        grad_temperature = grad_temperature.to(temperature.dtype)
+    return loss, *all_statistics(found), *gradients, grad_temperature
 
 
 def all_statistics(found: RankStatistics) -> Tensors:
@@ -110,14 +98,14 @@ def all_statistics(found: RankStatistics) -> Tensors:
 
 
 def reward_of_statistics(
-    found: RankStatistics, batch: Batch, head: int, weights: Weights
+    found: RankStatistics,
+    batch: Batch,
+    head: int,
+    weights: Weights,
+    reward: Callable[..., Tensors] = reward_of_head,
 ) -> Tensors:
-    """The reward of each query's target and hardest negatives, and their indices [B, 1 + h]."""
-    scores = torch.cat([found.target_score.unsqueeze(1), found.topk_scores], dim=1)
-    index = torch.cat([batch.target.unsqueeze(1), found.topk_index], dim=1)
-    return detached((*reference.reward_of_head(scores, found.rank, head, weights), index))
-
-
-def weight_in_loss(query: Tensor, mean: bool) -> float:
-    """A query's weight in the reduced loss."""
-    return 1 / max(1, len(query)) if mean else 1.0
+    """The rewards of each query's positives and hardest negatives, and their indices [B, P + h]."""
+    scores = torch.cat([found.target_score, found.topk_scores], dim=1)
+    index = torch.cat([batch.target, found.topk_index], dim=1)
+    values = reward(scores, found.rank, head, weights)
+    return detached((*values, found.rank, scores, index))

@@ -1,11 +1,16 @@
 """The reference as a backend: `elva_kernels.reference` behind the launchers' signatures."""
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from elva_kernels import reference
-from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics, weight_in_loss
+from elva_kernels.backends.head import slopes_of_head
+from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics
 from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_shape
+from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import Batch, Wanted, Weights
 
 
@@ -107,9 +112,12 @@ def in_batch_ranking_reward_backward(
     grad_reward: Tensor,
     head: int,
     weights: Weights,
-) -> Tensors:
-    slopes = reference.head_slopes(scores, rank, head, grad_reward, weights)
-    return detached(reference.in_batch_gradients(query, candidates, index, slopes))
+    wrt: tuple[bool, bool],
+) -> Gradients:
+    slopes = slopes_of_head(scores, rank, head, grad_reward, weights)
+    positives = rank.shape[1]
+    gradients = reference.in_batch_gradients(query, candidates, index, slopes, positives)
+    return _wanted(gradients, wrt)
 
 
 def info_nce(
@@ -126,28 +134,7 @@ def info_nce(
     return *detached([loss]), *all_statistics(found)
 
 
-def info_nce_saved(
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    *,
-    mean: bool,
-    symmetric: bool,
-    workspace_mb: int,
-) -> Tensors:
-    results = info_nce(
-        query, candidates, batch, temperature, symmetric=symmetric, workspace_mb=workspace_mb
-    )
-    query, candidates = (x.to(results[0].dtype) for x in (query, candidates))  # no rounding yet
-    weight = torch.full_like(results[0], weight_in_loss(query, mean))
-    gradients = reference.info_nce_gradients(
-        query, candidates, batch, temperature.double(), weight, symmetric=symmetric
-    )
-    return *results, *detached(gradients)
-
-
-def info_nce_backward(
+def info_nce_and_grad(
     query: Tensor,
     candidates: Tensor,
     batch: Batch,
@@ -156,8 +143,58 @@ def info_nce_backward(
     *,
     symmetric: bool,
     workspace_mb: int,
-) -> Tensors:
+    wrt: tuple[bool, bool],
+    rounded: bool,
+) -> Gradients:
+    results = info_nce(
+        query, candidates, batch, temperature, symmetric=symmetric, workspace_mb=workspace_mb
+    )
+    if not rounded:
+        query, candidates = (x.to(results[0].dtype) for x in (query, candidates))
+        temperature = temperature.double()
     gradients = reference.info_nce_gradients(
         query, candidates, batch, temperature, weight, symmetric=symmetric
     )
-    return detached(gradients)
+    return *results, *_wanted(gradients, (*wrt, True))
+
+
+def info_nce_share(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    weight: Tensor,
+    exchange: Exchange,
+    *,
+    symmetric: bool,
+    workspace_mb: int,
+    wrt: tuple[bool, bool],
+    rounded: bool,
+) -> Gradients:
+    """The share of what one process computes of the whole batch; holds all of its scores."""
+    rows, columns = exchange.rows, exchange.columns
+    inputs = (exchange.queries(), candidates, batch, temperature)
+    launch = functools.partial(
+        info_nce_and_grad,
+        *inputs,
+        symmetric=symmetric,
+        workspace_mb=workspace_mb,
+        rounded=rounded,
+    )
+    *values, grad_query, grad_candidates, _ = launch(weight, wrt=wrt)
+    own = torch.zeros_like(weight)
+    own[rows] = weight[rows]
+    return (
+        *(None if x is None else x[rows] for x in values),
+        None if grad_query is None else grad_query[rows],
+        None if grad_candidates is None else grad_candidates[columns],
+        launch(own, wrt=(False, False))[-1],
+    )
+
+
+def _wanted(gradients: Iterable[Tensor], wrt: Iterable[bool]) -> Gradients:
+    """The gradients that are asked for, as every launcher returns them."""
+    return tuple(
+        gradient if wanted else None
+        for gradient, wanted in zip(detached(gradients), wrt, strict=True)
+    )

@@ -7,13 +7,22 @@ scores do not all fit (a column's sum has to be known before the first slope is)
 """
 
 import abc
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from elva_kernels.reference import Batch, RankStatistics, compute_dtype
+from elva_kernels.backends.head import reward_of_head, slopes_of_head
+from elva_kernels.backends.skipped import skipped_of
+from elva_kernels.reference import (
+    NO_POSITIVE,
+    Batch,
+    RankStatistics,
+    compute_dtype,
+    mean_of_positives,
+)
 
 # Scores held at once where the caller has no say. Ours: the products lose nothing to it.
 _WORKSPACE_MB = 256
@@ -39,12 +48,12 @@ class Sums(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What one direction of InfoNCE makes of each query's sums, in float64. 0 for a bad pair."""
+    """What one direction of InfoNCE makes of each pair's sums, in float64. 0 for a bad pair."""
 
-    loss: Tensor  # [B] NaN for a bad pair
-    share: Tensor  # [B] a negative's probability over exp((s - peak) / T)
-    others: Tensor  # [B] the negatives' probability
-    grad_temperature: Tensor  # [B] d loss / d T
+    loss: Tensor  # [B, P] NaN for a bad pair
+    share: Tensor  # [B, P] a negative's probability over exp((s - peak) / T)
+    others: Tensor  # [B, P] the negatives' probability
+    grad_temperature: Tensor  # [B, P] d loss / d T
 
 
 class Slopes(NamedTuple):
@@ -52,14 +61,22 @@ class Slopes(NamedTuple):
 
     row_peak: Tensor  # [R] finite
     row_factor: Tensor  # [R]
-    target_slope: Tensor  # [R]
-    target: Tensor  # int64 [R]
+    target_slope: Tensor  # [R, P]
+    target: Tensor  # int64 [R, P]
     column_peak: Tensor | None  # [width] finite
     column_factor: Tensor | None  # [width]
 
 
 class Steps(abc.ABC):
-    """One call: its unit rows, the chunk of scores, and the results as they come together."""
+    """One call: its unit rows, the chunk of scores, and the results as they come together.
+
+    Args:
+        query, candidates, batch, k, temperature, workspace_mb: as a launcher's.
+        wrt: whether the gradients on query and candidates are wanted.
+    """
+
+    reward_of_head = staticmethod(reward_of_head)
+    slopes_of_head = staticmethod(slopes_of_head)
 
     def __init__(
         self,
@@ -69,12 +86,16 @@ class Steps(abc.ABC):
         k: int = 0,
         temperature: Tensor | None = None,
         workspace_mb: int = _WORKSPACE_MB,
+        wrt: tuple[bool, bool] = (True, True),
     ) -> None:
         self.dtype = compute_dtype(query.dtype)
         self.device = query.device
         self.batch = batch
+        self.wrt = wrt
+        self.skipped = skipped_of(batch)
         self.query, self.candidates = self.units(query), self.units(candidates)
-        b, m = len(query), len(candidates)
+        b, p = batch.target.shape
+        m = len(candidates)
         self.width = _width(m, self.dtype)
         self.temperature: Tensor | None = None
         if temperature is not None:  # never read on the host: that would wait for the device
@@ -84,29 +105,38 @@ class Steps(abc.ABC):
         self.workspace: Tensor | None = None
         self.k = min(k, m)
 
-        sound = ~self.candidates.norm[:, 0].isnan()
         self.exclusion = self.full(self.width, -math.inf)
-        self.exclusion[:m] = torch.where(sound, 0.0, -math.inf)
+        self.exclusion[:m].masked_fill_(~self.candidates.norm[:, 0].isnan(), 0.0)
         self.scale: Tensor | None = None
         if self.candidates.scale is not None:
             self.scale = self.full(self.width, 0.0)
             self.scale[:m] = self.candidates.scale
-        self.n_greater, self.n_equal = (self.empty((b,), torch.int32) for _ in range(2))
-        self.target_score, self.hardest_score, self.target_slope = (
-            self.empty((b,), self.dtype) for _ in range(3)
-        )
+        self.n_greater, self.n_equal = (self.empty((b, p), torch.int32) for _ in range(2))
+        self.target_score = self.empty((b, p), self.dtype)
+        self.hardest_score = self.empty((b,), self.dtype)
         self.hardest_index = self.empty((b,), torch.int64)
         self.topk_scores = self.empty((b, self.k), self.dtype)
         self.topk_index = self.empty((b, self.k), torch.int64)
         self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
-        self.row_terms, self.column_terms = (
-            Terms(*self.empty((4, b), torch.float64)) for _ in range(2)
-        )
-        self.columns = Sums(
-            self.full(self.width, -math.inf),
-            *(torch.zeros(self.width, dtype=torch.float64, device=self.device) for _ in range(2)),
-        )
-        self.grad_units: list[Tensor] = []
+        self.grad_units: list[Tensor | None] = []
+
+    @functools.cached_property
+    def target_slope(self) -> Tensor:
+        return self.empty((*self.batch.target.shape,), self.dtype)
+
+    @functools.cached_property
+    def row_terms(self) -> Terms:
+        return Terms(*self.empty((4, *self.batch.target.shape), torch.float64))
+
+    @functools.cached_property
+    def column_terms(self) -> Terms:
+        return Terms(*self.empty((4, *self.batch.target.shape), torch.float64))
+
+    @functools.cached_property
+    def columns(self) -> Sums:
+        """Over the queries that `column_sums` has seen."""
+        zeros = torch.zeros(2, self.width, dtype=torch.float64, device=self.device)
+        return Sums(self.full(self.width, -math.inf), *zeros)
 
     def rank_statistics(self) -> RankStatistics:
         """As `reference.rank_statistics`."""
@@ -116,29 +146,19 @@ class Steps(abc.ABC):
 
     def info_nce(self, *, symmetric: bool) -> tuple[Tensor, RankStatistics]:
         """As `reference.info_nce`."""
-        for rows in self.chunks:
-            scores = self.score(rows)
-            if symmetric:
-                self.column_sums(scores)
-        if symmetric:
-            self.end_columns()
+        self.sums(symmetric)
         return self.loss(symmetric), self.statistics()
 
     def info_nce_and_gradients(
         self, weight: Tensor, *, symmetric: bool, dtypes: tuple[torch.dtype, torch.dtype]
-    ) -> tuple[Tensor, RankStatistics, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, RankStatistics, Tensor | None, Tensor | None, Tensor]:
         """The loss, its statistics, and the gradients of sum(weight * loss).
 
         Args:
             weight: [B] in any float dtype.
             dtypes: of the gradients on queries and candidates; the temperature's is float64.
         """
-        held = None
-        if symmetric:
-            for rows in self.chunks:
-                held = self.score(rows)
-                self.column_sums(held)
-            self.end_columns()
+        held = self.sums(symmetric) if symmetric else None
         for rows in self.chunks:
             if held is None or len(self.chunks) > 1:
                 held = self.score(rows)
@@ -149,9 +169,35 @@ class Steps(abc.ABC):
         grad_temperature = self.temperature_gradient(weight, symmetric)
         return self.loss(symmetric), self.statistics(), *gradients, grad_temperature
 
+    def gradients_by_slopes(
+        self,
+        slopes: Slopes,
+        wrt: tuple[bool, bool],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        held: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients that are wanted, of slopes that are known for all queries.
+
+        held: the scores of the last chunk.
+        """
+        self.wrt = wrt
+        for rows in self.chunks:
+            some = slopes._replace(
+                row_peak=slopes.row_peak[rows],
+                row_factor=slopes.row_factor[rows],
+                target_slope=slopes.target_slope[rows],
+                target=slopes.target[rows],
+            )
+            if held is None or len(self.chunks) > 1:
+                held = self.score(rows)
+            self.slope_rows(held, some)
+            self.add_gradients(held, rows)
+        self.add_targets()
+        return self.gradients(dtypes)
+
     def gradients_of_slopes(
         self, index: Tensor, slopes: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """As `reference.in_batch_gradients`."""
         self.target_score.copy_(torch.where(self.bad_pairs(), math.nan, 0.0))
         self.target_slope.zero_()
@@ -159,7 +205,13 @@ class Steps(abc.ABC):
             # A slope of no candidate goes to a column of padding, or behind all.
             matrix = slopes.new_zeros(len(index[rows]), self.width + 1)
             nowhere = torch.where(index[rows] < 0, self.width, index[rows])
-            matrix.scatter_(1, nowhere, slopes[rows])
+            # Positives listed twice: in order, not as scatter_add_ does it on a GPU.
+            for column in range(self.batch.target.shape[1]):
+                one = slice(column, column + 1)
+                at = nowhere[:, one]
+                matrix.scatter_(1, at, matrix.gather(1, at) + slopes[rows, one])
+            rest = slice(self.batch.target.shape[1], None)
+            matrix.scatter_(1, nowhere[:, rest], slopes[rows, rest])
             self.add_gradients(matrix, rows)
         return self.gradients(dtypes)
 
@@ -181,21 +233,24 @@ class Steps(abc.ABC):
 
     @abc.abstractmethod
     def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
-        """Eq. 11 and 13 of some queries from the sums over negatives, and their derivatives.
+        """Eq. 11 and 13 of some queries' pairs from sums over negatives, and their derivatives.
 
-        `at`: where in `sums` a query's are; None: in order.
+        `at`: [R, P] where in `sums` a pair's are; None, where P is 1: in order.
         """
 
     @abc.abstractmethod
     def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
         """Masked scores become row_factor exp((s - row_peak) / T), in place.
 
-        And the same of the columns added, and target_slope at the target.
+        And the same of the columns added, and every target_slope at its target.
         """
 
     @abc.abstractmethod
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
-        """Slopes [rows, width or more] into the gradients on unit rows, `grad_units`."""
+        """Slopes [rows, width or more] into the gradients on unit rows, `grad_units`.
+
+        None in the place of a gradient that is not wanted.
+        """
 
     @abc.abstractmethod
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,26 +272,52 @@ class Steps(abc.ABC):
         query = part_of(self.query, rows)
         if self.workspace is None:
             self.workspace = self.empty((len(query.rows), self.width), self.dtype)
-            self.workspace[:, len(self.candidates.rows) :] = 0
+            if self.width > len(self.candidates.rows):
+                self.workspace[:, len(self.candidates.rows) :] = 0
         scores = self.workspace[: len(query.rows)]
         self.multiply_rows(query, scores)
         self.score_rows(scores, rows)
         if self.temperature is not None:
-            sums = Sums(self.hardest_score[rows], self.total[rows], self.moment[rows])
-            self.set_terms(self.row_terms, rows, sums)
+            sums = Sums(*(some(x, rows) for x in (self.hardest_score, self.total, self.moment)))
+            self.set_terms(self.row_terms, rows, sums, self.row_of_pairs(len(scores)))
         return scores
+
+    def row_of_pairs(self, rows: int) -> Tensor | None:
+        """[R, P] the row of each pair; None where it is in order."""
+        p = self.batch.target.shape[1]
+        if p == 1:
+            return None
+        return torch.arange(rows, device=self.device).unsqueeze(1).expand(-1, p).contiguous()
+
+    def sums(self, symmetric: bool) -> Tensor | None:
+        """Scores every chunk for what it sums, and returns the last."""
+        held = None
+        for rows in self.chunks:
+            held = self.score(rows)
+            if symmetric:
+                self.column_sums(held)
+        if symmetric:
+            self.end_columns()
+        return held
 
     def end_columns(self) -> None:
         """After all `column_sums`."""
-        self.set_terms(self.column_terms, slice(None), self.columns, self.batch.target)
+        at = self.batch.target.clamp(min=0)
+        self.set_terms(self.column_terms, slice(None), self.columns, at)
+
+    def logsumexp(self) -> Tensor | None:
+        """The statistic of eq. 11."""
+        if self.temperature is None:
+            return None
+        hardest = self.hardest_score.double() / self.temperature + self.total.log()
+        hardest = torch.where(self.total > 0, hardest, -math.inf)
+        targets = self.target_score.double() / self.temperature
+        return torch.cat([targets, hardest.unsqueeze(1)], dim=1).logsumexp(1).to(self.dtype)
 
     def statistics(self) -> RankStatistics:
-        lse = None
-        if self.temperature is not None:
-            target_logit = self.target_score.double() / self.temperature
-            lse = (self.row_terms.loss + target_logit).to(self.dtype)
+        there = self.batch.target != NO_POSITIVE
         return RankStatistics(
-            rank=1 + self.n_greater + self.n_equal,
+            rank=(self.n_greater + self.n_equal).add_(there),  # 0 and 0 where there is none
             n_greater=self.n_greater,
             n_equal=self.n_equal,
             target_score=self.target_score,
@@ -244,18 +325,23 @@ class Steps(abc.ABC):
             hardest_index=self.hardest_index,
             topk_scores=self.topk_scores,
             topk_index=self.topk_index,
-            logsumexp=lse,
+            logsumexp=self.logsumexp(),
         )
 
     def loss(self, symmetric: bool) -> Tensor:
         loss = self.row_terms.loss
         if symmetric:
             loss = (loss + self.column_terms.loss) / 2
-        return loss.to(self.dtype)
+        if loss.shape[1] > 1:
+            loss = mean_of_positives(loss, self.batch.target != NO_POSITIVE)
+        return loss.reshape(-1).to(self.dtype)
 
     def upstream(self, weight: Tensor, rows: slice, symmetric: bool) -> Tensor:
-        """What multiplies each direction's slope: 0 for a bad pair, whatever its weight."""
-        value = weight[rows].double() * (0.5 if symmetric else 1.0)
+        """[R, P] what multiplies each direction's slope: 0 for a bad pair, whatever its weight."""
+        value = (weight[rows].double() * (0.5 if symmetric else 1.0)).unsqueeze(1)
+        target = self.batch.target[rows]
+        if target.shape[1] > 1:
+            value = value / (target != NO_POSITIVE).sum(1, keepdim=True).clamp(min=1)
         return torch.where(self.target_score[rows].isfinite(), value, 0.0)
 
     def slopes(self, rows: slice, weight: Tensor, symmetric: bool) -> Slopes:
@@ -265,34 +351,52 @@ class Steps(abc.ABC):
         target_slope = -upstream * self.row_terms.others[rows]
         column_peak = column_factor = None
         if symmetric:
-            everyone = self.upstream(weight, slice(None), symmetric) / self.temperature
             target_slope -= upstream * self.column_terms.others[rows]
-            sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
-            # Not index_add_, which on a GPU adds in any order.
-            sums.index_put_((self.batch.target,), everyone * self.column_terms.share, True)
-            column_factor = sums.to(self.dtype)
-            column_peak = _finite(self.columns.peak)
+            column_peak, column_factor = self.column_slopes(weight)
         self.target_slope[rows] = target_slope.to(self.dtype)
         return Slopes(
-            _finite(self.hardest_score[rows]),
-            (upstream * self.row_terms.share[rows]).to(self.dtype),
+            finite(self.hardest_score[rows]),
+            (upstream * self.row_terms.share[rows]).sum(1).to(self.dtype),
             self.target_slope[rows],
             self.batch.target[rows],
             column_peak,
             column_factor,
         )
 
-    def gradients(self, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor]:
+    def column_slopes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """[width] the peaks and factors of the other direction's slopes."""
+        assert self.temperature is not None
+        everyone = self.upstream(weight, slice(None), True) / self.temperature
+        share = everyone * self.column_terms.share
+        return finite(self.columns.peak), self.column_factor(self.batch.target, share)
+
+    def column_factor(self, target: Tensor, share: Tensor) -> Tensor:
+        """[width] the sum of pairs' shares [B, P] over those whose positive a column is."""
+        sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        target = target.reshape(-1)
+        # Zeros for no positive anywhere, but not all in one place: a GPU adds those one by one.
+        anywhere = torch.arange(len(target), device=self.device) % self.width
+        at = torch.where(target < 0, anywhere, target)
+        # Not index_add_, which on a GPU adds in any order.
+        sums.index_put_((at,), share.reshape(-1), True)
+        return sums.to(self.dtype)
+
+    def gradients(
+        self, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """On the rows themselves; NaN for a bad candidate and for a query of a bad pair."""
+        both = (self.query, self.candidates)
         if not self.chunks:
-            both = (self.query, self.candidates)
-            self.grad_units = [self.empty(x.rows.shape, self.dtype).zero_() for x in both]
-        norm = self.query.norm
-        norm[:, 0] = torch.where(self.target_score.isfinite(), norm[:, 0], math.nan)
-        return (
-            self.gradient(self.query, self.grad_units[0], dtypes[0]),
-            self.gradient(self.candidates, self.grad_units[1], dtypes[1]),
+            self.grad_units = [
+                self.empty(x.rows.shape, self.dtype).zero_() if wanted else None
+                for x, wanted in zip(both, self.wrt, strict=True)
+            ]
+        self.query.norm[:, 0].masked_fill_(self.target_score.isnan().any(1), math.nan)
+        grad_query, grad_candidates = (
+            None if grad_unit is None else self.gradient(units, grad_unit, dtype)
+            for units, grad_unit, dtype in zip(both, self.grad_units, dtypes, strict=True)
         )
+        return grad_query, grad_candidates
 
     def temperature_gradient(self, weight: Tensor, symmetric: bool) -> Tensor:
         slope = self.row_terms.grad_temperature
@@ -301,17 +405,29 @@ class Steps(abc.ABC):
         return (self.upstream(weight, slice(None), symmetric) * slope).sum()
 
     def bad_pairs(self) -> Tensor:
-        """Bool [B]: queries that are not finite, or whose target is not."""
+        """Bool [B, P]: pairs whose query or positive is not finite."""
         query, candidates = (x.norm[:, 0].isnan() for x in (self.query, self.candidates))
-        return query | candidates[self.batch.target]
+        bad = torch.nn.functional.pad(candidates, (0, 2), value=True)  # there may be none
+        target = self.batch.target
+        bad = bad[torch.where(target < 0, len(candidates), target)]
+        return (bad | query.unsqueeze(1)) & (target != NO_POSITIVE)
+
+
+def some(x: Tensor, rows: slice) -> Tensor:
+    """x[rows]; x itself, without a view, where these are all of them."""
+    if rows.start or (rows.stop is not None and rows.stop < x.size(0)):
+        return x[rows]
+    return x
 
 
 def part_of(units: Units, rows: slice) -> Units:
+    if some(units.rows, rows) is units.rows:
+        return units
     scale = None if units.scale is None else units.scale[rows]
     return Units(units.rows[rows], units.norm[rows], scale)
 
 
-def _finite(peak: Tensor) -> Tensor:
+def finite(peak: Tensor) -> Tensor:
     return torch.where(peak > -math.inf, peak, 0.0)
 
 

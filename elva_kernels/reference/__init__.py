@@ -20,24 +20,28 @@ Ranks are constants to the gradient in (4), so autograd yields the closed form
     dR/ds_i = - w_margin [hinge open, i hardest] - w_rank rank_penalty (log r_i - 1)
     ds_i/dq = (c^_i - s_i q^) / |q|,  ds_i/dc_i = (q^ - s_i c^_i) / |c_i|,   x^ = x / |x|
 
-In a batch, B queries share M candidates; query i's positive is candidate t_i. `u` is a row over its
-norm, `id` a candidate's id (its index where none is given):
+In a batch, B queries share M candidates; query i has the positives T_i, candidates all, as a rule
+one. `u` is a row over its norm, `id` a candidate's id (its index where none is given):
 
     (8)  s_ij    = u(q_i) . u(c_j), clamped to [-1, 1]; NaN where either row is not finite
-    (9)  L_i     = {j : j != t_i, id_j != id_{t_i}, not s_ij > max_score}, the negatives of query i
-    (10) rank_i  = 1 + #{j in L_i : s_ij > s_it} + #{j in L_i : s_ij = s_it};
-                   s_it is s_ij at j = t_i; NaN counts as less than any number and equal to NaN
-    (11) lse_i   = log(exp(s_it / T) + sum_{j in L_i} exp(s_ij / T)), over finite scores
-    (12) R_rank  = s_it / (1 + log rank_i)
+    (9)  L_i     = {j : j not in T_i, id_j != id_t for t in T_i, (i, j) not excluded,
+                   not s_ij > max_score}, the negatives of query i
+    (10) rank_it = 1 + #{j in L_i : s_ij > s_it} + #{j in L_i : s_ij = s_it} for t in T_i;
+                   NaN counts as less than any number and equal to NaN
+    (11) lse_i(X) = log(sum_{t in X} exp(s_it / T) + sum_{j in L_i} exp(s_ij / T)), if finite;
+                   the statistic is lse_i(T_i)
+    (12) R_i     = mean_{t in T_i} R_it, with (3) and (5) of s_it and of the hardest in L_i, and
+         R_rank  = s_it / (1 + log rank_it)
                    - rank_penalty * sum_{j in L_i, r_ij <= head} s_ij (log r_ij - 1)
                    r_ij is the rank of negative j by (2); ours: the paper ranks a fixed pool
-    (13) loss_i  = lse_i - s_it / T
+    (13) loss_i  = mean_{t in T_i} lse_i({t}) - s_it / T; 0 without a positive
                    InfoNCE: van den Oord et al., arXiv:1807.03748, eq. 4, with f = exp(s / T)
-    (14) loss_i  = half of (13) and half of its twin, in which candidate t_i looks for query i
-                   among the queries k with t_i in L_k
+    (14) loss_i  = half of (13) and half of its twin, the mean over t in T_i of what candidate t
+                   loses in looking for query i among the queries k with t in L_k
 
-A row that is not finite spoils the results of its own pair alone: it is nobody else's negative in
-(11) to (14), and its pair adds nothing to the gradients of other rows. Its own gradient is NaN.
+A row that is not finite spoils the results of its own pairs alone: it is nobody else's negative in
+(11) to (14), and its pairs add nothing to the gradients of other rows. Its own gradient is NaN, and
+so is that of a query with such a positive.
 
 Search:
 
@@ -49,6 +53,8 @@ gradient. Shapes broadcast over leading dimensions; arguments are taken as check
 """
 
 from elva_kernels.reference.in_batch import (
+    NO_CANDIDATE,
+    NO_POSITIVE,
     Batch,
     RankStatistics,
     cosine_matrix,
@@ -58,6 +64,7 @@ from elva_kernels.reference.in_batch import (
     info_nce,
     info_nce_gradients,
     info_nce_of_scores,
+    mean_of_positives,
     rank_statistics,
     reward_of_head,
     statistics_of_scores,
@@ -81,6 +88,8 @@ from elva_kernels.reference.topk import TopK, topk
 
 __all__ = [
     "ALL",
+    "NO_CANDIDATE",
+    "NO_POSITIVE",
     "SAME_REWARD",
     "Batch",
     "RankStatistics",
@@ -99,6 +108,7 @@ __all__ = [
     "info_nce_gradients",
     "info_nce_of_scores",
     "live_scores",
+    "mean_of_positives",
     "rank_statistics",
     "ranking_reward",
     "ranking_reward_and_grad",

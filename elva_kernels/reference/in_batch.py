@@ -13,12 +13,12 @@ _CHUNK = 2**24
 
 
 class RankStatistics(NamedTuple):
-    """Where each query's target stands among its negatives, and the hardest of them."""
+    """Where each query's positives stand among its negatives, and the hardest of these."""
 
-    rank: Tensor  # [B] int32, 1 + n_greater + n_equal
-    n_greater: Tensor  # [B] int32
-    n_equal: Tensor  # [B] int32
-    target_score: Tensor  # [B]
+    rank: Tensor  # [B] or [B, P] int32, 1 + n_greater + n_equal; 0 for no positive
+    n_greater: Tensor  # int32, as `rank`
+    n_equal: Tensor  # int32, as `rank`
+    target_score: Tensor  # as `rank`; -inf for no positive
     hardest_score: Tensor  # [B] -inf where there is no finite negative
     hardest_index: Tensor  # [B] int64, -1 where there is none
     topk_scores: Tensor  # [B, min(k, M)] the hardest negatives in order, then -inf
@@ -26,12 +26,17 @@ class RankStatistics(NamedTuple):
     logsumexp: Tensor | None  # [B] eq. 11; None without a temperature
 
 
+NO_POSITIVE = -1  # in `Batch.target`
+NO_CANDIDATE = -2  # a positive that is no row of the candidates: a pair that is not finite
+
+
 class Batch(NamedTuple):
     """What says which candidates a query is compared with."""
 
-    target: Tensor  # [B] int64
-    candidate_ids: Tensor | None  # [M] int64
-    max_score: float | None
+    target: Tensor  # [B, P] int64, rows of the candidates; `NO_POSITIVE`, `NO_CANDIDATE`
+    excluded: Tensor | None = None  # [E, 2] int64, (query, candidate), ascending in the query
+    candidate_ids: Tensor | None = None  # [M] int64
+    max_score: float | None = None
 
 
 def cosine_matrix(query: Tensor, candidates: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def rank_statistics(
     parts = [
         statistics_of_scores(
             cosine_matrix(query[i : i + rows], candidates),
-            batch._replace(target=batch.target[i : i + rows]),
+            _rows_of(batch, i, rows),
             k=k,
             temperature=temperature,
         )
@@ -79,12 +84,17 @@ def rank_statistics(
 def statistics_of_scores(
     scores: Tensor, batch: Batch, *, k: int, temperature: Tensor | None
 ) -> RankStatistics:
-    """`rank_statistics` of the cosines [B, M]."""
+    """`rank_statistics` of the cosines [B, M]: per positive [B, P]."""
     negative = _negatives(scores, batch)
     key = torch.where(scores.isfinite(), scores, -torch.inf)
-    target_key = _at(key, batch.target)
-    n_greater = (negative & (key > target_key)).sum(1)
-    n_equal = (negative & (key == target_key)).sum(1)
+    target_score = target_scores(scores, batch.target)
+    there = batch.target != NO_POSITIVE
+    counts = []
+    for own, is_there in zip(target_score.unbind(1), there.unbind(1), strict=True):
+        own_key = torch.where(own.isfinite(), own, -torch.inf).unsqueeze(1)
+        among = negative & is_there.unsqueeze(1)
+        counts.append(((among & (key > own_key)).sum(1), (among & (key == own_key)).sum(1)))
+    n_greater, n_equal = (torch.stack(x, dim=1) for x in zip(*counts, strict=True))
     columns = min(max(k, 1), scores.shape[1])
     key = torch.where(negative, key, -torch.inf)
     order = key.argsort(dim=1, descending=True, stable=True)[:, :columns]
@@ -93,14 +103,13 @@ def statistics_of_scores(
     hardest_score, hardest_index = _first_column(first, -torch.inf), _first_column(index, -1)
     logsumexp = None
     if temperature is not None:
-        target_score = _at(scores, batch.target)
         lse = _logsumexp(target_score, scores, negative, temperature)
         logsumexp = lse.to(scores.dtype)
     return RankStatistics(
-        rank=(1 + n_greater + n_equal).int(),
+        rank=torch.where(there, 1 + n_greater + n_equal, 0).int(),
         n_greater=n_greater.int(),
         n_equal=n_equal.int(),
-        target_score=_at(scores, batch.target).squeeze(1),
+        target_score=target_score,
         hardest_score=hardest_score,
         hardest_index=hardest_index,
         topk_scores=first[:, :k].clone(),
@@ -110,26 +119,29 @@ def statistics_of_scores(
 
 
 def reward_of_head(
-    scores: Tensor,  # [B, 1 + h], the positive's, then the hardest negatives' in order, then -inf
-    rank: Tensor,  # [B] the positive's
+    scores: Tensor,  # [B, P + h], the positives', then the hardest negatives' in order, then -inf
+    rank: Tensor,  # [B, P] the positives', 0 for none
     head: int,
     weights: Weights,
 ) -> RankingReward:
     """Eq. 3, 5 and 12; differentiable in `scores`. A positive that is not finite makes NaN."""
-    live = scores > -torch.inf
+    p = rank.shape[1]
+    there = rank > 0
+    live = scores[:, None, p:] > -torch.inf  # [B, 1, h]
     counted = torch.where(scores.isfinite(), scores, 0.0)
-    positive, negatives = counted[:, :1], counted[:, 1:]
-    place = torch.arange(1, scores.shape[1], device=scores.device)
-    ranks = place + (positive > negatives).detach()
-    within = live[:, 1:] & (ranks <= head)
-    hinge = torch.relu(positive - negatives[:, :1] - weights.margin)
-    margin_reward = torch.where(live[:, 1:2], hinge, 0.0).sum(1)  # eq. 3
-    contrast = positive.squeeze(1) / (1 + rank.to(scores.dtype).log())
+    positive, negatives = counted[:, :p], counted[:, None, p:]
+    place = torch.arange(1, scores.shape[1] - p + 1, device=scores.device)
+    ranks = place + (positive.unsqueeze(2) > negatives).detach()  # [B, P, h]
+    within = live & (ranks <= head)
+    hinge = torch.relu(positive.unsqueeze(2) - negatives[..., :1] - weights.margin)
+    margin_reward = torch.where(live[..., :1], hinge, 0.0).sum(2)  # eq. 3
+    contrast = positive / (1 + rank.clamp(min=1).to(scores.dtype).log())
     penalty = negatives * torch.where(within, ranks.to(scores.dtype).log() - 1, 0.0)
-    rank_reward = contrast - weights.rank_penalty * penalty.sum(1)  # eq. 12
-    sound = scores[:, 0].isfinite()
+    rank_reward = contrast - weights.rank_penalty * penalty.sum(2)  # eq. 12
+    sound = scores[:, :p].isfinite()
     margin_reward, rank_reward = (
-        torch.where(sound, x, torch.nan) for x in (margin_reward, rank_reward)
+        mean_of_positives(torch.where(sound, x, torch.nan), there)
+        for x in (margin_reward, rank_reward)
     )
     return RankingReward(
         reward=weights.w_margin * margin_reward + weights.w_rank * rank_reward,  # eq. 5
@@ -138,6 +150,14 @@ def reward_of_head(
         rank=rank,
         scores=scores.detach(),
     )
+
+
+def mean_of_positives(
+    values: Tensor,  # [B, P]
+    there: Tensor,  # bool [B, P]
+) -> Tensor:
+    """[B] 0 for a query without a positive."""
+    return torch.where(there, values, 0.0).sum(1) / there.sum(1).clamp(min=1)
 
 
 def head_slopes(
@@ -154,20 +174,24 @@ def head_slopes(
 def in_batch_gradients(
     query: Tensor,
     candidates: Tensor,
-    index: Tensor,  # [B, 1 + h] int64, -1 where a slope is of no candidate
-    slopes: Tensor,  # [B, 1 + h]
+    index: Tensor,  # [B, P + h] int64, below 0 where a slope is of no candidate
+    slopes: Tensor,  # [B, P + h]
+    positives: int,  # P
 ) -> tuple[Tensor, Tensor]:
     """The gradients on query and candidates, of slopes on the scores of the candidates named."""
     m = len(candidates)
     slope_matrix = slopes.new_zeros(len(query), m + 1)  # column M takes the slopes of no candidate
-    slope_matrix.scatter_(1, torch.where(index < 0, m, index), slopes)
-    return gradients_of_slopes(query, candidates, index[:, 0], slope_matrix[:, :m])
+    slope_matrix.scatter_add_(1, torch.where(index < 0, m, index), slopes)
+    return gradients_of_slopes(query, candidates, index[:, :positives], slope_matrix[:, :m])
 
 
 def gradients_of_slopes(
-    query: Tensor, candidates: Tensor, target: Tensor, slopes: Tensor
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor,  # [B, P]
+    slopes: Tensor,  # [B, M]
 ) -> tuple[Tensor, Tensor]:
-    """The gradients on query and candidates of slopes [B, M] on the cosines.
+    """The gradients on query and candidates of slopes on the cosines.
 
     In float64: torch multiplies no float64 matrices in TF32 or bfloat16, whatever it was set to.
     """
@@ -177,7 +201,8 @@ def gradients_of_slopes(
         slopes, q_rows, c_rows = (leaf(x).double() for x in (slopes, q_unit, c_unit))
         upstream = ((slopes @ c_rows).to(q_unit.dtype), (slopes.T @ q_rows).to(c_unit.dtype))
         grad_query, grad_candidates = torch.autograd.grad((q_unit, c_unit), (q, c), upstream)
-        q_sound = q_sound & c_sound[target]
+        sound = target_scores(c_sound.double().expand(len(target), -1), target)
+        q_sound = q_sound & ((sound == 1) | (target == NO_POSITIVE)).all(1)
     return (
         torch.where(q_sound.unsqueeze(1), grad_query, torch.nan),
         torch.where(c_sound.unsqueeze(1), grad_candidates, torch.nan),
@@ -192,14 +217,20 @@ def info_nce_of_scores(
     symmetric: bool,
 ) -> Tensor:
     """Eq. 13 or 14: [B] in float64; differentiable in scores and temperature."""
-    target_score = _at(scores, batch.target)
+    there = batch.target != NO_POSITIVE
+    target_score = target_scores(scores, batch.target)
     negative = _negatives(scores, batch)
-    lse = _logsumexp(target_score, scores, negative, temperature)
-    if symmetric:
-        columns, negative = scores[:, batch.target].T, negative[:, batch.target].T
-        lse = (lse + _logsumexp(target_score, columns, negative, temperature)) / 2
-    counted = torch.where(target_score.isfinite(), target_score, 0.0).squeeze(1)
-    return lse - counted.double() / _positive(temperature)  # lse is NaN where the pair is
+    losses = []
+    for target, own in zip(batch.target.unbind(1), target_score.split(1, dim=1), strict=True):
+        lse = _logsumexp(own, scores, negative, temperature)
+        if symmetric and scores.numel() > 0:
+            at = target.clamp(min=0)
+            columns = _logsumexp(own, scores[:, at].T, negative[:, at].T, temperature)
+            lse = (lse + columns) / 2
+        counted = torch.where(own.isfinite(), own, 0.0).squeeze(1)
+        # lse is NaN where the pair is
+        losses.append(lse - counted.double() / _positive(temperature))
+    return mean_of_positives(torch.stack(losses, dim=1), there)
 
 
 def info_nce(
@@ -230,8 +261,7 @@ def info_nce_gradients(
     with torch.inference_mode(False), torch.enable_grad():
         scores = leaf(cosine_matrix(query, candidates)).requires_grad_()
         t = leaf(temperature).double().requires_grad_()
-        ids = None if batch.candidate_ids is None else leaf(batch.candidate_ids)
-        leaves = batch._replace(target=leaf(batch.target), candidate_ids=ids)
+        leaves = Batch._make(leaf(x) if isinstance(x, Tensor) else x for x in batch)
         loss = info_nce_of_scores(scores, leaves, t, symmetric=symmetric)
         slopes, grad_temperature = torch.autograd.grad(loss, (scores, t), leaf(weight).double())
     grads = gradients_of_slopes(query, candidates, batch.target, slopes)
@@ -244,34 +274,59 @@ def _sound_unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     return unit(torch.where(sound.unsqueeze(-1), rows, 0)), sound
 
 
-def _at(scores: Tensor, target: Tensor) -> Tensor:
-    return scores.gather(1, target.unsqueeze(1))
+def target_scores(scores: Tensor, target: Tensor) -> Tensor:
+    """[B, P] of scores [B, M]: -inf for `NO_POSITIVE`, NaN for `NO_CANDIDATE`."""
+    padded = torch.nn.functional.pad(scores, (0, 1), value=torch.nan)  # M may be 0
+    there = padded.gather(1, torch.where(target < 0, scores.shape[1], target))
+    return torch.where(target == NO_POSITIVE, -torch.inf, there)
 
 
 def _negatives(scores: Tensor, batch: Batch) -> Tensor:
     """Eq. 9: bool [B, M]."""
-    index = torch.arange(scores.shape[1], device=scores.device)
-    negative = index != batch.target.unsqueeze(1)
-    if batch.candidate_ids is not None:
-        negative &= batch.candidate_ids != batch.candidate_ids[batch.target].unsqueeze(1)
+    b, m = scores.shape
+    negative = scores.new_ones((b + 1, m + 1), dtype=torch.bool)  # the last for what is not there
+    if batch.excluded is not None:
+        row, column = batch.excluded.unbind(1)
+        row = torch.where((row < 0) | (row >= b), b, row)
+        column = torch.where((column < 0) | (column >= m), m, column)
+        negative[row, column] = False
+    negative = negative[:b, :m]
+    index = torch.arange(m, device=scores.device)
+    for target in batch.target.split(1, dim=1):
+        negative &= index != target
+        if batch.candidate_ids is not None and m > 0:
+            own = batch.candidate_ids[target.clamp(min=0)]
+            negative &= (batch.candidate_ids != own) | (target < 0)
     if batch.max_score is not None:
         negative &= ~(scores.detach() > batch.max_score)
     return negative
 
 
+def _rows_of(batch: Batch, first: int, count: int) -> Batch:
+    """What the queries from `first` are compared with."""
+    excluded = batch.excluded
+    if excluded is not None:
+        excluded = torch.stack([excluded[:, 0] - first, excluded[:, 1]], dim=1)
+    return batch._replace(target=batch.target[first : first + count], excluded=excluded)
+
+
 def _logsumexp(
-    target_score: Tensor,  # [B, 1]
-    scores: Tensor,  # [B, X]
-    negative: Tensor,  # bool [B, X]
+    target_score: Tensor,  # [B, X]
+    scores: Tensor,  # [B, Y]
+    negative: Tensor,  # bool [B, Y]
     temperature: Tensor,
 ) -> Tensor:
-    """Eq. 11: [B] in float64. Sums the target and the finite negatives; NaN without the target."""
-    sound = target_score.isfinite()
-    used = torch.cat([torch.ones_like(sound), negative & scores.isfinite()], dim=1)
-    counted = torch.cat([torch.where(sound, target_score, 0.0), scores], dim=1)
+    """Eq. 11: [B] in float64. Sums the targets that are there and the finite negatives.
+
+    NaN where a target is.
+    """
+    used = torch.cat([target_score.isfinite(), negative & scores.isfinite()], dim=1)
+    counted = torch.cat([target_score, scores], dim=1)
     logits = torch.where(used, counted, 0.0).double() / _positive(temperature)
-    lse = torch.where(used, logits, -torch.inf).logsumexp(1)
-    return torch.where(sound.squeeze(1), lse, torch.nan)
+    some = used.any(1, keepdim=True)  # the gradient of a sum of nothing is NaN
+    lse = torch.where(some, torch.where(used, logits, -torch.inf), 0.0).logsumexp(1)
+    lse = torch.where(some.squeeze(1), lse, -torch.inf)
+    return torch.where(target_score.isnan().any(1), torch.nan, lse)
 
 
 def _positive(temperature: Tensor) -> Tensor:

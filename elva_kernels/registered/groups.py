@@ -69,13 +69,27 @@ def groups_of(
 
 def merged(
     op: str, negatives: Tensor, mask: Tensor | None, index: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask, or an index alone that holds rows of the bank and -1 where the mask hides one."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Negatives and the mask; or a bank and an index alone, -1 where the mask hides a row of it."""
     if index is None:
-        return mask, None
+        return negatives, mask, None
     if mask is not None:
         index = torch.where(mask, index, -1)
-    return None, _within(op, index, len(negatives))
+    index = _within(op, index, negatives.shape[-2])
+    if negatives.dim() > 2:
+        negatives, index = _joined(negatives, index)
+    return negatives, None, index
+
+
+def _joined(banks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The banks [*members, M, D] of a `torch.vmap` as one, and each member's index into it."""
+    *members, rows, _ = banks.shape
+    count = torch.Size(members).numel()
+    first = torch.arange(count, device=index.device).mul(rows)
+    first = first.view(*members, *(1 for _ in range(index.dim() - len(members))))
+    return banks.reshape(count * rows, banks.shape[-1]), torch.where(
+        index < 0, index, index + first
+    )
 
 
 def _bank_of(negatives: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,15 +127,20 @@ def in_range(rows: Tensor, leading: torch.Size) -> Shared:
     A power of two changes no bit of the values. Scaling could lose some of float16's own
     subnormals, whose gradients are in float32's range as they are.
     """
-    if rows.shape[:-1] == leading or rows.dtype == torch.float16:
+    if not _is_shared(rows, leading) or rows.dtype == torch.float16:
         return Shared(rows, None)
     unscaled, exponent = scaled(rows)
     return Shared(unscaled.to(rows.dtype), exponent)
 
 
+def _is_shared(rows: Tensor, leading: torch.Size) -> bool:
+    """Whether groups share rows; a dimension of size 1 that is lacking shares nothing."""
+    return rows.shape[:-1] != leading and rows.shape[:-1].numel() != leading.numel()
+
+
 def summed_of(leading: torch.Size, query: Tensor, positive: Tensor, wrt: Sequence[bool]) -> Wanted:
     """Of which gradients terms of several groups are wanted, to be summed here."""
-    return wrt[0] and query.shape[:-1] != leading, wrt[1] and positive.shape[:-1] != leading, False
+    return wrt[0] and _is_shared(query, leading), wrt[1] and _is_shared(positive, leading), False
 
 
 def exact(groups: Groups) -> Groups:

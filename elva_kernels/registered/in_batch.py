@@ -1,54 +1,45 @@
 """The in-batch ops as torch knows them.
 
-Every op takes checked arguments with `target` and `candidate_ids` as they were passed; here they
-become int64 tensors whose values lie in range (on a CPU; a GPU has to be trusted or waited for).
+Every op takes checked arguments with `target`, `excluded` and `candidate_ids` as they were passed.
+`torch.vmap` calls an op for one member of its batch after the other and stacks the results: a
+launch is of one set of candidates.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import empty_on_cpu, in_default_float_mode
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
-from elva_kernels.reference import Batch, Weights, compute_dtype
+from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.registered.batch import batch_of, counted, like_target, per_positive
+from elva_kernels.registered.batched import looped
 from elva_kernels.registered.library import (
     Registered,
     gradient_op,
+    in_reverse,
+    present,
+    refuse_forward_mode,
     refuse_second_derivative,
     register,
+    wanted,
 )
 
 
-def _batch(
-    op: str,
-    query: Tensor,
-    candidates: Tensor,
-    target: Tensor | None,
-    candidate_ids: Tensor | None,
-    max_score: float | None,
-) -> Batch:
-    m = len(candidates)
-    if target is None:
-        target = torch.arange(len(query), device=query.device)
-    elif target.device.type == "cpu" and target.numel() > 0:
-        low, high = (int(x) for x in target.aminmax())
-        if low < 0 or high >= m:
-            wrong = low if low < 0 else high
-            raise ValueError(
-                f"{op}: target must hold indices of candidates, in [0, {m}), got {wrong}; "
-                "give each query the row of its positive"
-            )
-    if candidate_ids is not None:
-        candidate_ids = candidate_ids.to(torch.int64).contiguous()
-    return Batch(target.to(torch.int64).contiguous(), candidate_ids, max_score)
+def _shaped(statistics: Sequence[Tensor], target: Tensor | None) -> Tensors:
+    """The fields of `reference.RankStatistics`, per positive as the targets were passed."""
+    return *(like_target(x, target) for x in statistics[:4]), *statistics[4:]
 
 
 def _rank_statistics(
     query: Tensor,
     candidates: Tensor,
     target: Tensor | None,
+    excluded: Tensor | None,
     candidate_ids: Tensor | None,
     temperature: Tensor | None,
     max_score: float | None,
@@ -56,15 +47,16 @@ def _rank_statistics(
     backend: str,
 ) -> Tensors:
     op = "rank_statistics"
-    batch = _batch(op, query, candidates, target, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
-    return launch(query, candidates, batch, k=k, temperature=temperature)
+    return _shaped(launch(query, candidates, batch, k=k, temperature=temperature), target)
 
 
 def _in_batch_ranking_reward(
     query: Tensor,
     candidates: Tensor,
     target: Tensor | None,
+    excluded: Tensor | None,
     candidate_ids: Tensor | None,
     max_score: float | None,
     head: int,
@@ -72,9 +64,10 @@ def _in_batch_ranking_reward(
     backend: str,
 ) -> Tensors:
     op = "in_batch_ranking_reward"
-    batch = _batch(op, query, candidates, target, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
-    return launch(query, candidates, batch, head, Weights(*weights))
+    *rewards, rank, scores, index = launch(query, candidates, batch, head, Weights(*weights))
+    return *rewards, like_target(rank, target), scores, index
 
 
 def _in_batch_ranking_reward_backward(
@@ -86,47 +79,78 @@ def _in_batch_ranking_reward_backward(
     grad_reward: Tensor,
     head: int,
     weights: Sequence[float],
+    wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
     op = "in_batch_ranking_reward_backward"
     launch = launcher(op, backend, query.device, query.dtype)
-    return launch(query, candidates, index, scores, rank, grad_reward, head, Weights(*weights))
+    head_of = (index, scores, per_positive(rank), grad_reward, head, Weights(*weights))
+    return present(launch(query, candidates, *head_of, tuple(wrt)), query)
 
 
-def _nce(op: str) -> Callable[..., Tensors]:
-    """The kernel of `op`, one of the three that take what `info_nce` takes."""
-
-    def kernel(
-        query: Tensor,
-        candidates: Tensor,
-        target: Tensor | None,
-        candidate_ids: Tensor | None,
-        temperature: Tensor,
-        max_score: float | None,
-        symmetric: bool,
-        workspace_mb: int,
-        backend: str,
-        *more: Any,
-    ) -> Tensors:
-        batch = _batch("info_nce", query, candidates, target, candidate_ids, max_score)
-        launch = launcher(op, backend, query.device, query.dtype)
-        options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
-        if op == "info_nce_saved":
-            (options["mean"],) = more
-            more = ()
-        return launch(query, candidates, batch, temperature, *more, **options)
-
-    return kernel
+def _info_nce(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None,
+    excluded: Tensor | None,
+    candidate_ids: Tensor | None,
+    temperature: Tensor,
+    max_score: float | None,
+    symmetric: bool,
+    workspace_mb: int,
+    backend: str,
+) -> Tensors:
+    op = "info_nce"
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
+    launch = launcher(op, backend, query.device, query.dtype)
+    options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
+    loss, *statistics = launch(query, candidates, batch, temperature, **options)
+    return loss, *_shaped(statistics, target)
 
 
-def _like_statistics(query: Tensor, candidates: Tensor, k: int, with_lse: bool) -> Tensors:
+def _info_nce_and_grad(
+    query: Tensor,
+    candidates: Tensor,
+    target: Tensor | None,
+    excluded: Tensor | None,
+    candidate_ids: Tensor | None,
+    temperature: Tensor,
+    max_score: float | None,
+    symmetric: bool,
+    workspace_mb: int,
+    backend: str,
+    weight: Tensor | None,
+    mean: bool,
+    wrt: Sequence[bool],
+    rounded: bool,
+) -> Tensors:
+    batch = batch_of("info_nce", query, len(candidates), target, excluded, candidate_ids, max_score)
+    if weight is None:
+        count = counted(batch.target).clamp(min=1) if mean else 1
+        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) / count
+    launch = launcher("info_nce_and_grad", backend, query.device, query.dtype)
+    options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
+    results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
+    return results[0], *_shaped(results[1:-3], target), *present(results[-3:], query)
+
+
+def _info_nce_backward(*arguments: Any) -> Tensors:
+    *given, wrt = arguments
+    every = (*given, False, wrt, True)  # no mean: they end in a weight; rounded
+    return _info_nce_and_grad(*every)[-3:]
+
+
+def _like_statistics(query: Tensor, candidates: Tensor, k: int, *rest: Any) -> Tensors:
     """Empty statistics, for tracing."""
+    target, with_lse = rest
     b, m = query.shape[0], candidates.shape[0]
+    each = (b,) if target is None else target.shape
     dtype = compute_dtype(query.dtype)
     columns = min(k, m)
     return (
-        *(query.new_empty(b, dtype=torch.int32) for _ in range(3)),
-        *(query.new_empty(b, dtype=dtype) for _ in range(2)),
+        *(query.new_empty(each, dtype=torch.int32) for _ in range(3)),
+        query.new_empty(each, dtype=dtype),
+        query.new_empty(b, dtype=dtype),
         query.new_empty(b, dtype=torch.int64),
         query.new_empty((b, columns), dtype=dtype),
         query.new_empty((b, columns), dtype=torch.int64),
@@ -134,44 +158,58 @@ def _like_statistics(query: Tensor, candidates: Tensor, k: int, with_lse: bool) 
     )
 
 
-def _trace_statistics(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
-    _target, _ids, temperature, _max_score, k, _backend = rest
-    return _like_statistics(query, candidates, k, temperature is not None)
+def _trace_statistics(
+    query: Tensor, candidates: Tensor, target: Tensor | None, *rest: Any
+) -> Tensors:
+    _excluded, _ids, temperature, _max_score, k, _backend = rest
+    return _like_statistics(query, candidates, k, target, temperature is not None)
 
 
-def _trace_reward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
+def _trace_reward(query: Tensor, candidates: Tensor, target: Tensor | None, *rest: Any) -> Tensors:
     head = rest[3]
     b, dtype = query.shape[0], compute_dtype(query.dtype)
-    columns = 1 + min(head, candidates.shape[0])
+    each = (b,) if target is None else target.shape
+    columns = (1 if len(each) == 1 else each[1]) + min(head, candidates.shape[0])
     return (
         *(query.new_empty(b, dtype=dtype) for _ in range(3)),
-        query.new_empty(b, dtype=torch.int32),
+        query.new_empty(each, dtype=torch.int32),
         query.new_empty((b, columns), dtype=dtype),
         query.new_empty((b, columns), dtype=torch.int64),
     )
 
 
-def _trace_reward_backward(query: Tensor, candidates: Tensor, *_: Any) -> Tensors:
-    return query.new_empty(query.shape), candidates.new_empty(candidates.shape)
+def _like_gradients(
+    inputs: Sequence[Tensor], wrt: Sequence[bool], dtype: torch.dtype | None = None
+) -> Tensors:
+    return tuple(
+        x.new_empty(x.shape, dtype=dtype) if is_wanted else x.new_empty(0)
+        for x, is_wanted in zip(inputs, wrt, strict=True)
+    )
 
 
-def _trace_nce(query: Tensor, candidates: Tensor, *_: Any) -> Tensors:
+def _trace_reward_backward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
+    return _like_gradients((query, candidates), rest[-2])
+
+
+def _trace_nce(query: Tensor, candidates: Tensor, target: Tensor | None, *_: Any) -> Tensors:
     loss = query.new_empty(query.shape[0], dtype=compute_dtype(query.dtype))
-    return loss, *_like_statistics(query, candidates, 0, with_lse=True)
+    return loss, *_like_statistics(query, candidates, 0, target, True)
 
 
-def _trace_nce_saved(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
-    dtype = compute_dtype(query.dtype)
-    gradients = (x.new_empty(x.shape, dtype=dtype) for x in (query, candidates))
-    return *_trace_nce(query, candidates), *gradients, rest[2].new_empty((), dtype=torch.float64)
+def _trace_nce_and_grad(
+    query: Tensor, candidates: Tensor, target: Tensor | None, *rest: Any
+) -> Tensors:
+    dtype, wrt, rounded = compute_dtype(query.dtype), rest[-2], rest[-1]
+    gradients = _like_gradients((query, candidates), wrt, query.dtype if rounded else dtype)
+    grad_temperature = rest[2].new_empty((), dtype=rest[2].dtype if rounded else torch.float64)
+    return *_trace_nce(query, candidates, target), *gradients, grad_temperature
 
 
 def _trace_nce_backward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
-    return tuple(x.new_empty(x.shape) for x in (query, candidates, rest[2]))
+    return *_like_gradients((query, candidates), rest[-1]), rest[3].new_empty(())
 
 
-_PAIRS = "Tensor query, Tensor candidates, Tensor? target, Tensor? candidate_ids"
-_WEIGHTS = "float[] weights, str backend"
+_PAIRS = "Tensor query, Tensor candidates, Tensor? target, Tensor? excluded, Tensor? candidate_ids"
 _STATISTICS = (
     "Tensor rank, Tensor n_greater, Tensor n_equal, Tensor target_score, Tensor hardest_score, "
     "Tensor hardest_index, Tensor topk_scores, Tensor topk_index, Tensor logsumexp"
@@ -183,39 +221,40 @@ _GRADIENTS = "Tensor grad_query, Tensor grad_candidates"
 
 register(
     {
-        # logsumexp is [0] without a temperature.
+        # logsumexp is [0] without a temperature; as a gradient is that is not in `wrt`.
         "rank_statistics": Registered(
             f"({_PAIRS}, Tensor? temperature, float? max_score, int k, str backend) "
             f"-> ({_STATISTICS})",
             _rank_statistics,
             _trace_statistics,
         ),
-        # index [B, 1 + h]: the candidates that `scores` are of.
+        # index [B, P + h]: the candidates that `scores` are of.
         "in_batch_ranking_reward": Registered(
-            f"({_PAIRS}, float? max_score, int head, {_WEIGHTS}) -> (Tensor reward, "
-            "Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor scores, Tensor index)",
+            f"({_PAIRS}, float? max_score, int head, float[] weights, str backend) -> "
+            "(Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor scores, "
+            "Tensor index)",
             _in_batch_ranking_reward,
             _trace_reward,
         ),
         "in_batch_ranking_reward_backward": Registered(
-            "(Tensor query, Tensor candidates, Tensor index, Tensor scores, Tensor rank, "
-            f"Tensor grad_reward, int head, {_WEIGHTS}) -> ({_GRADIENTS})",
+            "(Tensor query, Tensor candidates, Tensor index, Tensor scores, Tensor rank, Tensor "
+            "grad_reward, int head, float[] weights, bool[] wrt, str backend) -> "
+            f"({_GRADIENTS})",
             _in_batch_ranking_reward_backward,
             _trace_reward_backward,
         ),
-        "info_nce": Registered(
-            f"({_NCE}) -> (Tensor loss, {_STATISTICS})", _nce("info_nce"), _trace_nce
-        ),
-        # Also the gradients of the losses' mean or sum, in the dtype of the scores.
-        "info_nce_saved": Registered(
-            f"({_NCE}, bool mean) -> (Tensor loss, {_STATISTICS}, {_GRADIENTS}, "
-            "Tensor grad_temperature)",
-            _nce("info_nce_saved"),
-            _trace_nce_saved,
+        "info_nce": Registered(f"({_NCE}) -> (Tensor loss, {_STATISTICS})", _info_nce, _trace_nce),
+        # The gradients of sum(weight * loss), or of the losses' mean or sum; in the inputs' dtypes
+        # where they are rounded, else in that of the scores.
+        "info_nce_and_grad": Registered(
+            f"({_NCE}, Tensor? weight, bool mean, bool[] wrt, bool rounded) -> "
+            f"(Tensor loss, {_STATISTICS}, {_GRADIENTS}, Tensor grad_temperature)",
+            _info_nce_and_grad,
+            _trace_nce_and_grad,
         ),
         "info_nce_backward": Registered(
-            f"({_NCE}, Tensor weight) -> ({_GRADIENTS}, Tensor grad_temperature)",
-            _nce("info_nce_backward"),
+            f"({_NCE}, Tensor weight, bool[] wrt) -> ({_GRADIENTS}, Tensor grad_temperature)",
+            _info_nce_backward,
             _trace_nce_backward,
         ),
     }
@@ -224,95 +263,145 @@ register(
 _OPS = torch.ops.elva_kernels
 rank_statistics = _OPS.rank_statistics.default
 in_batch_ranking_reward = _OPS.in_batch_ranking_reward.default
+in_batch_ranking_reward_backward = _OPS.in_batch_ranking_reward_backward.default
 info_nce = _OPS.info_nce.default
+info_nce_and_grad = _OPS.info_nce_and_grad.default
+
+_N_TENSORS = 6  # of what `info_nce` takes
 
 
-def reduced(loss: Tensor, reduction: str) -> Tensor:
+@in_default_float_mode
+def reduced(loss: Tensor, reduction: str, target: Tensor | None) -> Tensor:
     """The losses [B] as `reduction` says."""
-    if reduction == "mean":
-        return loss.mean()
-    return loss.sum() if reduction == "sum" else loss
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.mean() if target is None or target.dim() == 1 else _mean(loss, target)
+
+
+def _mean(loss: Tensor, target: Tensor) -> Tensor:
+    """Over the queries that have a positive; the others' losses are 0."""
+    return loss.sum() / counted(target)
 
 
 class _ScaledOnce(torch.autograd.Function):
     """Gradients times a scalar while a graph is being made of them; refuses to be its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, *tensors: Tensor) -> Tensors:
-        return _scaled(scale, *tensors)
+    def forward(scale: Tensor, *tensors: Tensor) -> Tensors:
+        return tuple(
+            (gradient * scale.to(gradient.dtype)).to(x.dtype)
+            for x, gradient in zip(tensors[:3], tensors[3:], strict=True)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> Any:
+        return looped(_scaled_once, info, in_dims, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         refuse_second_derivative("info_nce", "loss")
 
 
+@in_default_float_mode
 def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
-    """Of three inputs and their three gradients: the gradients scaled, in the inputs' dtypes."""
-    inputs, gradients = tensors[:3], tensors[3:]
+    """Of three inputs and their gradients: these times a scalar, rounded once."""
     return tuple(
-        torch.mul(gradient, scale.to(gradient.dtype), out=torch.empty_like(gradient, dtype=x.dtype))
-        for x, gradient in zip(inputs, gradients, strict=True)
+        _product(gradient, scale.to(gradient.dtype), x.dtype)
+        for x, gradient in zip(tensors[:3], tensors[3:], strict=True)
     )
 
 
-_scaled_once: Callable[..., Tensors] = _ScaledOnce.apply
+def _product(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    exact = torch.mul(gradient, scale, out=empty_on_cpu(gradient.shape, gradient.dtype))
+    return exact if exact.dtype == dtype else empty_on_cpu(exact.shape, dtype).copy_(exact)
+
+
+_scaled_once = in_reverse(_ScaledOnce, _ScaledOnce.backward)
 
 
 class _InBatchRankingReward(torch.autograd.Function):
-    """What the op takes -> its six results; gradient of the first."""
+    """(wrt, what the op takes) -> its six results; gradient of the first."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensors:
-        results = in_batch_ranking_reward(*arguments)
-        rank, scores, index = results[3:]
-        ctx.save_for_backward(*arguments[:2], index, scores, rank)
-        ctx.rest = arguments[5:]
-        ctx.n_arguments = len(arguments)
-        ctx.mark_non_differentiable(*results[1:])
-        return cast(Tensors, results)
+    def forward(wrt: Sequence[bool], *arguments: Any) -> Tensors:
+        return cast(Tensors, in_batch_ranking_reward(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.wrt, query, candidates, *_ = inputs
+        rank, scores, index = output[3:]
+        ctx.save_for_backward(query, candidates, index, scores, rank)
+        *ctx.rest, ctx.backend = inputs[7:]
+        ctx.n_inputs = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return looped(differentiable_in_batch_ranking_reward, info, in_dims, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        op = _OPS.in_batch_ranking_reward_backward.default
-        gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
-        return *gradients, *(None for _ in range(ctx.n_arguments - 2))
+        more = (*ctx.rest, ctx.wrt, ctx.backend)
+        op = in_batch_ranking_reward_backward
+        gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *more)
+        return None, *wanted(gradients, ctx.wrt), *(None for _ in range(ctx.n_inputs - 3))
 
 
 class _InfoNCE(torch.autograd.Function):
-    """(reduction, what the op takes) -> the reduced loss and the statistics; gradient of the loss.
+    """(reduction, wrt, what the op takes) -> the reduced loss, the statistics; the loss's gradient.
 
     A loss that is reduced to a number has gradients known up to a factor, so they come with the
     forward, from the scores at hand. One loss a query needs the scores once more in the backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, reduction: str, *arguments: Any) -> Tensors:
-        tensors, rest = arguments[:5], arguments[5:]
-        ctx.reduction, ctx.rest = reduction, rest
+    def forward(reduction: str, wrt: Sequence[bool], *arguments: Any) -> Tensors:
         if reduction == "none":
-            results = info_nce(*arguments)
-            ctx.save_for_backward(*tensors)
-        else:
-            results = _OPS.info_nce_saved.default(*arguments, reduction == "mean")
-            results, gradients = results[:-3], results[-3:]
-            ctx.save_for_backward(*tensors[:2], tensors[4], *gradients)
-        ctx.mark_non_differentiable(*results[1:])
-        return reduced(results[0], reduction), *results[1:]
+            return cast(Tensors, info_nce(*arguments))
+        loss, *rest = info_nce_and_grad(*arguments, None, reduction == "mean", wrt, False)
+        return reduced(loss, reduction, arguments[2]), *rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.reduction, ctx.wrt, *arguments = inputs
+        tensors, ctx.rest = arguments[:_N_TENSORS], arguments[_N_TENSORS:]
+        of_number = (*tensors[:2], tensors[5], *output[-3:])
+        ctx.save_for_backward(*(tensors if ctx.reduction == "none" else of_number))
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return looped(differentiable_info_nce, info, in_dims, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         upstream = grads[0]
         if ctx.reduction == "none":
-            gradients = gradient_op(
-                _OPS.info_nce_backward.default, *ctx.saved_tensors, *ctx.rest, upstream
-            )
+            op = _OPS.info_nce_backward.default
+            gradients = gradient_op(op, *ctx.saved_tensors, *ctx.rest, upstream, ctx.wrt)
         else:
-            scale = _scaled_once if torch.is_grad_enabled() else _scaled
+            # `_scaled` writes where it is told to, which a batch of `torch.vmap` cannot.
+            in_place = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+            scale = _scaled if in_place else _scaled_once
             gradients = scale(upstream, *ctx.saved_tensors)
-        grad_query, grad_candidates, grad_temperature = gradients
+        grad_query, grad_candidates, grad_temperature = wanted(gradients, (*ctx.wrt, True))
         nothing = (None for _ in ctx.rest)
-        return None, grad_query, grad_candidates, None, None, grad_temperature, *nothing
+        of_tensors = (grad_query, grad_candidates, None, None, None, grad_temperature)
+        return None, None, *of_tensors, *nothing
 
 
-differentiable_in_batch_ranking_reward: Callable[..., Tensors] = _InBatchRankingReward.apply
-differentiable_info_nce: Callable[..., Tensors] = _InfoNCE.apply
+differentiable_in_batch_ranking_reward = in_reverse(
+    _InBatchRankingReward,
+    functools.partial(refuse_forward_mode, "in_batch_ranking_reward", "reward"),
+)
+differentiable_info_nce = in_reverse(
+    _InfoNCE, functools.partial(refuse_forward_mode, "info_nce", "loss")
+)

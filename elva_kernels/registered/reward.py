@@ -4,7 +4,8 @@ Every tensor has been checked by `checks`. Here the inputs become a launcher's (
 gradients are summed back to the shape that the caller passed.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
 from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.registered import batched
 from elva_kernels.registered.groups import (
     exact,
     expanded,
@@ -22,7 +24,13 @@ from elva_kernels.registered.groups import (
     merged,
     summed_of,
 )
-from elva_kernels.registered.library import Registered, gradient_op, register
+from elva_kernels.registered.library import (
+    Registered,
+    gradient_op,
+    in_reverse,
+    refuse_forward_mode,
+    register,
+)
 
 
 def _ranking_reward(
@@ -35,7 +43,7 @@ def _ranking_reward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward", backend, query.device, query.dtype)
-    mask, index = merged("ranking_reward", negatives, mask, index)
+    negatives, mask, index = merged("ranking_reward", negatives, mask, index)
     leading = leading_of(query, positive, negatives, mask, index)
     if index is None:
         negatives = expanded(negatives, leading, 2)
@@ -53,7 +61,7 @@ def _ranking_reward_saved(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
-    mask, index = merged("ranking_reward", negatives, mask, index)
+    negatives, mask, index = merged("ranking_reward", negatives, mask, index)
     leading = leading_of(query, positive, negatives, mask, index)
     rows = [in_range(x, leading).rows for x in (query, positive)]
     groups = groups_of(leading, rows[0], rows[1], negatives, mask, index)
@@ -73,11 +81,11 @@ def _ranking_reward_backward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
-    mask, index = merged("ranking_reward", negatives, mask, index)
-    leading = leading_of(query, positive, negatives, mask, index)
+    bank, mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, bank, mask, index)
     shared = [in_range(x, leading) for x in (query, positive)]
-    groups = groups_of(leading, shared[0].rows, shared[1].rows, negatives, mask, index)
-    rest = (saved, grad_reward, Weights(*weights))
+    groups = groups_of(leading, shared[0].rows, shared[1].rows, bank, mask, index)
+    rest = (saved.contiguous(), grad_reward, Weights(*weights))
     summed = summed_of(leading, query, positive, wrt)
     # Of half rows a sum over groups takes float32 terms, to be rounded once.
     halves = any(summed) and compute_dtype(query.dtype) != query.dtype
@@ -105,21 +113,22 @@ def _ranking_reward_and_grad(
     wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    mask, index = merged("ranking_reward_and_grad", negatives, mask, index)
-    leading = leading_of(query, positive, negatives, mask, index)
+    bank, mask, index = merged("ranking_reward_and_grad", negatives, mask, index)
+    leading = leading_of(query, positive, bank, mask, index)
     if upstream is not None:
         upstream = upstream.expand(leading)
     if not any(summed_of(leading, query, positive, wrt)):
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        groups = groups_of(leading, query, positive, negatives, mask, index)
+        groups = groups_of(leading, query, positive, bank, mask, index)
         results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
         return *results[:5], *_filled(results[5:], (query, positive, negatives))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    inputs = (query, positive, negatives, mask, index)
+    inputs = (query, positive, bank, mask, index)
     *values, saved = _ranking_reward_saved(*inputs, weights, backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
-    return *values, *_ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
+    gradients = _ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
+    return *values, *gradients[:2], gradients[2].view(negatives.shape if wrt[2] else 0)
 
 
 def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
@@ -150,12 +159,14 @@ def _reward_from_scores_backward(
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1))
+    gradient: Tensor
     (gradient,) = launch(*inputs, grad_reward, Weights(*weights))
     return gradient.sum_to_size(scores.shape).to(scores.dtype)
 
 
 def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
     launch = launcher("group_advantages", backend, reward.device, reward.dtype)
+    advantages: Tensor
     (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
     return advantages
 
@@ -231,37 +242,44 @@ register(
             f"({_INPUTS}, {_WEIGHTS}) -> ({_VALUES})",
             _ranking_reward,
             _trace_ranking_reward,
+            batched.groups,
         ),
         # `saved` float64 is the backend's own, for its backward.
         "ranking_reward_saved": Registered(
             f"({_INPUTS}, {_WEIGHTS}) -> ({_VALUES}, Tensor saved)",
             _ranking_reward_saved,
             _trace_ranking_reward_saved,
+            batched.groups,
         ),
         "ranking_reward_backward": Registered(
             f"({_INPUTS}, Tensor saved, Tensor grad_reward, {_WRT}) -> ({_GRADIENTS})",
             _ranking_reward_backward,
             _trace_gradients,
+            functools.partial(batched.gradients_of_groups, (1, 0)),
         ),
         "ranking_reward_and_grad": Registered(
             f"({_INPUTS}, Tensor? upstream, {_WRT}) -> ({_VALUES}, {_GRADIENTS})",
             _ranking_reward_and_grad,
             _trace_reward_and_grad,
+            functools.partial(batched.gradients_of_groups, (0,)),
         ),
         "reward_from_scores": Registered(
             f"(Tensor scores, Tensor? mask, {_WEIGHTS}) -> ({_VALUES})",
             _reward_from_scores,
             _trace_from_scores,
+            batched.scores,
         ),
         "reward_from_scores_backward": Registered(
             f"(Tensor scores, Tensor? mask, Tensor grad_reward, {_WEIGHTS}) -> Tensor grad_scores",
             _reward_from_scores_backward,
             _trace_grad_scores,
+            batched.gradient_of_scores,
         ),
         "group_advantages": Registered(
             "(Tensor reward, str scale, float std_eps, str backend) -> Tensor advantages",
             _group_advantages,
             _trace_advantages,
+            batched.advantages,
         ),
     }
 )
@@ -290,6 +308,10 @@ class _RankingReward(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return batched.groups(differentiable_ranking_reward, info, in_dims, *arguments)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op = _OPS.ranking_reward_backward.default
         gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
@@ -312,11 +334,19 @@ class _RewardFromScores(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return batched.scores(differentiable_reward_from_scores, info, in_dims, *arguments)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         op = _OPS.reward_from_scores_backward.default
         grad_scores = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
         return grad_scores, None, None, None
 
 
-differentiable_ranking_reward: Callable[..., Tensors] = _RankingReward.apply
-differentiable_reward_from_scores: Callable[..., Tensors] = _RewardFromScores.apply
+differentiable_ranking_reward = in_reverse(
+    _RankingReward, functools.partial(refuse_forward_mode, "ranking_reward", "reward")
+)
+differentiable_reward_from_scores = in_reverse(
+    _RewardFromScores, functools.partial(refuse_forward_mode, "reward_from_scores", "reward")
+)

@@ -6,12 +6,14 @@ from torch import Tensor
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import compute_dtype
+from elva_kernels.registered import batched
 from elva_kernels.registered.library import Registered, register
 
 
 def _topk(query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> Tensors:
     launch = launcher("topk", backend, query.device, query.dtype)
-    return launch(query, corpus, k, metric=metric)
+    found: Tensors = launch(query, corpus, k, metric=metric)
+    return found
 
 
 def _trace_topk(query: Tensor, corpus: Tensor, k: int, *_: object) -> Tensors:
@@ -27,6 +29,7 @@ register(
             "-> (Tensor scores, Tensor index)",
             _topk,
             _trace_topk,
+            batched.search,
         ),
     }
 )

@@ -24,13 +24,14 @@ from tests.kernels import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
-LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVEL_FLAGS = {
     "plain": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -162,6 +163,38 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
             assert queue.get()
         done.set()
         worker.join()
+        print("equal")
+    """
+    done = run_python(program)
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("imported", ["", "import elva_kernels", "import elva_kernels._C"])
+def test_a_child_forked_before_the_first_call_waits_for_no_thread(imported):
+    """Torch has begun OpenMP's threads, and the child has none of them."""
+    program = f"""
+        import multiprocessing, torch
+        {imported}
+        torch.set_num_threads(3)
+        tensors = (torch.randn(64, 512), torch.randn(64, 512), torch.randn(64, 52, 512))
+        assert torch.randn(1 << 22).mul(2).isfinite().all()
+        def child(queue):
+            import elva_kernels
+            found = elva_kernels.ranking_reward_and_grad(*tensors)
+            torch.set_num_threads(1)  # as above: torch's own loops would wait
+            alone = elva_kernels.ranking_reward_and_grad(*tensors)
+            left, right = (flat(x) for x in (found, alone))
+            queue.put(all(bool((a == b).all()) for a, b in zip(left, right)))
+        flat = lambda results: [*results[0], *results[1:]]
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        process = context.Process(target=child, args=(queue,), daemon=True)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0, process.exitcode
+        assert queue.get()
         print("equal")
     """
     done = run_python(program)

@@ -25,6 +25,9 @@ SANITIZED = (
     "test_sanitized_bank",
     "test_sanitized_search",
     "test_sanitized_batch",
+    "test_sanitized_product",
+    "test_sanitized_score_rows",
+    "test_sanitized_slopes_of_positives",
 )
 
 

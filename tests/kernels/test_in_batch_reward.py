@@ -125,15 +125,18 @@ def test_gradcheck_opcheck_and_once(backend):
         grad.sum().backward()
     q, c = (x.detach() for x in (query, candidates))
     heat = torch.tensor(0.1)
-    pairs = (q, c, target, ids)
+    pairs = (q, c, target, torch.tensor([[0, 2]]), ids)
     torch.library.opcheck(OPS.rank_statistics.default, (*pairs, heat, 0.5, 3, backend))
-    torch.library.opcheck(OPS.rank_statistics.default, (q, c, None, None, None, None, 99, backend))
+    torch.library.opcheck(
+        OPS.rank_statistics.default, (q, c, None, None, None, None, None, 99, backend)
+    )
     scalars = (4, (0.1, 0.01, 0.4, 0.6), backend)
     results = OPS.in_batch_ranking_reward(*pairs, 0.5, *scalars)
     torch.library.opcheck(OPS.in_batch_ranking_reward.default, (*pairs, 0.5, *scalars))
     upstream = torch.randn(4, dtype=torch.float64)
-    arguments = (q, c, results[5], results[4], results[3], upstream, *scalars)
-    torch.library.opcheck(OPS.in_batch_ranking_reward_backward.default, arguments)
+    for wrt in ([True, True], [False, True], [True, False]):
+        head = (results[5], results[4], results[3], upstream, *scalars[:2], wrt, backend)
+        torch.library.opcheck(OPS.in_batch_ranking_reward_backward.default, (q, c, *head))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

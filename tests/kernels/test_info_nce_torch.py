@@ -52,13 +52,22 @@ def test_opcheck(backend, dtype):
     heat = torch.tensor(0.1)
     target = torch.tensor([1, 0, 3, 3])
     weight = torch.randn(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    for arguments in [
-        (query, candidates, target, torch.arange(7), heat, 0.5, True, 16, backend),
-        (query, candidates, None, None, heat, None, False, 16, backend),
+    several = torch.tensor([[1, 5], [0, -1], [3, 2], [-1, -1]])
+    pairs = torch.tensor([[3, 0], [0, 4]])
+    for arguments, wrt in [
+        (
+            (query, candidates, target, pairs, torch.arange(7), heat, 0.5, True, 16, backend),
+            [True] * 2,
+        ),
+        ((query, candidates, None, None, None, heat, None, False, 16, backend), [False, True]),
+        ((query, candidates, several, pairs, None, heat, None, True, 16, backend), [True, False]),
     ]:
         torch.library.opcheck(OPS.info_nce.default, arguments)
-        torch.library.opcheck(OPS.info_nce_saved.default, (*arguments, True))
-        torch.library.opcheck(OPS.info_nce_backward.default, (*arguments, weight))
+        saved = (*arguments, None, True, wrt, False)
+        torch.library.opcheck(OPS.info_nce_and_grad.default, saved)
+        rounded = (*arguments, weight, False, wrt, True)
+        torch.library.opcheck(OPS.info_nce_and_grad.default, rounded)
+        torch.library.opcheck(OPS.info_nce_backward.default, (*arguments, weight, wrt))
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

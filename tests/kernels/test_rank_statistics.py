@@ -225,11 +225,35 @@ ERRORS = [
     ({"candidates": C.to("meta")}, ValueError, "candidates must be on the first tensor's device"),
     ({"query": Q[:, :0], "candidates": C[:, :0]}, ValueError, "query must have D >= 1"),
     ({"candidates": C[:2]}, ValueError, "target must be given where queries (3) outnumber"),
-    ({"target": [0, 1, 2]}, TypeError, "target must be a tensor [B], got list"),
+    ({"target": [0, 1, 2]}, TypeError, "target must be a tensor [B] or [B, P], got list"),
     ({"target": torch.zeros(3)}, TypeError, "target must hold integers, got torch.float32"),
-    ({"target": torch.zeros(2).long()}, ValueError, "target must have shape [B] = [3], got shape"),
-    ({"target": torch.tensor([0, 5, 1])}, ValueError, "indices of candidates, in [0, 5), got 5"),
-    ({"target": torch.tensor([0, -1, 1])}, ValueError, "of candidates, in [0, 5), got -1; give"),
+    ({"target": torch.zeros(2).long()}, ValueError, "target must have shape [B] or [B, P] with"),
+    ({"target": torch.zeros(3, 0).long()}, ValueError, "with B = 3 and P >= 1, got shape [3, 0]"),
+    (
+        {"target": torch.tensor([0, 5, 1])},
+        ValueError,
+        "of candidates, in [0, 5), got 5 at [1]; give",
+    ),
+    ({"target": torch.tensor([0, -1, 1])}, ValueError, "of candidates, in [0, 5), got -1 at [1];"),
+    (
+        {"target": torch.tensor([[0, 1], [-1, 2], [-2, 0]])},
+        ValueError,
+        "target must hold indices of candidates, in [0, 5) or -1 for none, got -2 at [2, 0];",
+    ),
+    ({"excluded": [[0, 1]]}, TypeError, "excluded must be a tensor [E, 2], got list"),
+    ({"excluded": torch.zeros(3).long()}, ValueError, "excluded must have shape [E, 2], a query"),
+    ({"excluded": torch.zeros(3, 2)}, TypeError, "excluded must hold integers, got torch.float32"),
+    (
+        {"excluded": torch.tensor([[0, 1], [3, 0]])},
+        ValueError,
+        "excluded must hold pairs of a query and a candidate, the queries in [0, 3), got [3, 0]",
+    ),
+    ({"excluded": torch.tensor([[1, 5]])}, ValueError, "the candidates in [0, 5), got [1, 5]"),
+    (
+        {"excluded": torch.tensor([[0, 1], [2, 2]])},
+        ValueError,
+        "excluded must name no positive, got [2, 2]; drop the pair",
+    ),
     ({"candidate_ids": torch.zeros(3).long()}, ValueError, "candidate_ids must have shape [M] ="),
     ({"max_score": math.nan}, ValueError, "max_score must be finite, got nan"),
     ({"max_score": "1"}, TypeError, "max_score must be a number, got str '1'"),
@@ -302,9 +326,17 @@ def cases(draw):
                 value = draw(st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 6e4, 1e-7]))
                 x.view(-1)[draw(st.integers(0, x.numel() - 1))] = value
     target = torch.randint(0, m, (b,), generator=generator)
+    excluded = None
+    if draw(st.booleans()):
+        target = torch.randint(-1, m, (b, draw(st.integers(1, 7))), generator=generator)
+        pairs = torch.randint(
+            0, b * m or 1, (draw(st.integers(0, 9)) * (b > 0),), generator=generator
+        )
+        pairs = torch.stack([pairs // m, pairs % m], dim=1)
+        excluded = pairs[(target[pairs[:, 0]] != pairs[:, 1:]).all(1)]
     ids = torch.randint(0, 5, (m,), generator=generator) if draw(st.booleans()) else None
     max_score = draw(st.sampled_from([None, 0.0, 0.5, 1.0, -2.0]))
-    return *tensors, target, {"candidate_ids": ids, "max_score": max_score}
+    return *tensors, target, {"excluded": excluded, "candidate_ids": ids, "max_score": max_score}
 
 
 @every_level
@@ -327,14 +359,15 @@ def test_any_batch_agrees_with_its_own_scores(backend, case, k):
         assert len(found.rank) == len(query)
         return
     scores = every_score_one_by_one(query, candidates, backend).to(dtype)
+    targets = target if target.dim() == 2 else target.unsqueeze(1)
     again = reference.statistics_of_scores(
         scores,
-        reference.Batch(target, options["candidate_ids"], options["max_score"]),
+        reference.Batch(targets, **options),
         k=k,
         temperature=torch.tensor(0.2, dtype=torch.float64),
     )
     for a, b in zip(found[:8], again[:8], strict=True):
-        assert same_bits(a, b)
+        assert same_bits(a, b.reshape(a.shape))
     torch.testing.assert_close(
         found.logsumexp, again.logsumexp, rtol=1e-6, atol=1e-6, equal_nan=True
     )

@@ -157,7 +157,6 @@ SCALARS = [
     ({"margin": True}, TypeError, "margin must be a number, got bool True"),
     ({"margin": "0.1"}, TypeError, "margin must be a number, got str '0.1'"),
     ({"margin": 0.1j}, TypeError, "margin must be a number, got complex"),
-    ({"margin": torch.tensor(0.1)}, TypeError, "margin must be a number, got Tensor"),
     ({"rank_penalty": -0.1}, ValueError, "rank_penalty must be finite and at least 0, got -0.1"),
     ({"w_margin": math.inf}, ValueError, "w_margin must be finite and at least 0, got inf"),
     ({"w_rank": -1}, ValueError, "w_rank must be finite and at least 0, got -1.0"),

@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import warnings
 
 import pytest
 import torch
@@ -159,11 +158,11 @@ def test_forward_mode_is_refused_and_never_silently_zero(backend):
     def reward(query):
         return ranking_reward(query, *inputs[1:], backend=backend).reward
 
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match=r"^ranking_reward: .* in reverse mode"):
         torch.func.jvp(reward, (inputs[0],), (inputs[0],))
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.randn(5), torch.ones(5))
-        with pytest.raises(RuntimeError, match="forward mode AD"):
+        with pytest.raises(RuntimeError, match=r"^reward_from_scores: .* in reverse mode"):
             reward_from_scores(dual, backend=backend)
 
 
@@ -217,15 +216,6 @@ def test_weight_of_another_dtype(backend):
     )[1:]
     for a, b in zip(doubled, gradients, strict=True):
         torch.testing.assert_close(a, 2 * b, rtol=1e-13, atol=1e-300)
-
-
-def test_vmap_over_groups(backend):
-    inputs = embeddings((5,), 4, 6, torch.float32)
-    expected = ranking_reward(*inputs, backend=backend).reward
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch loops over the batch, and says so
-        actual = torch.vmap(lambda *x: ranking_reward(*x, backend=backend).reward)(*inputs)
-    assert same_bits(actual, expected)
 
 
 def test_fake_tensors(backend):

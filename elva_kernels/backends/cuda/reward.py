@@ -53,7 +53,7 @@ def ranking_reward_and_grad(
     wrt: Wanted,
 ) -> Gradients:
     """Values and gradients: one read and one write where a cluster holds a group."""
-    gradients = _empty_gradients(query, positive, negatives, index, wrt)
+    gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     # For groups that no cluster holds, and for the bank.
     saved = _empty_saved(query, negatives, index)
     values = _forward(query, positive, negatives, mask, index, upstream, weights, saved, gradients)
@@ -74,7 +74,7 @@ def ranking_reward_backward(
     wrt: Wanted,
 ) -> Gradients:
     """Gradients from what was saved; reads the inputs again."""
-    gradients = _empty_gradients(query, positive, negatives, index, wrt)
+    gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     if any(x is not None for x in gradients):
         launch.call(
             _OP,
