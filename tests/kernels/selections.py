@@ -226,6 +226,7 @@ IN_BATCH = (
     "test_in_batch_positives",
     "test_in_batch_relations",
     "test_in_batch_torch",
+    "test_group_of_one",
 )
 COPIES = "test_rank_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands"
 F64 = torch.float64
