@@ -21,6 +21,7 @@ AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/levels.h -> flags of that level's *_simd objects
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16"}
+    LEVELS[4] = LEVELS[3]  # its tiles are in assembler
 CUDA_ARCHS = ("80", "90a", "100", "120")  # as far as nvcc knows them
 # gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """

@@ -23,12 +23,22 @@ from benchmarks.timing import DTYPES, Tally, extra_mb, spread, timed
 
 DIM, K, HEAD = 1536, 10, 100
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
-SIZES = ((1024, "bf16"), (4096, "bf16"), (256, "bf16"), (1024, "fp32"))
+SIZES = (
+    (1024, "bf16"),
+    (4096, "bf16"),
+    (256, "bf16"),
+    (64, "bf16"),
+    (1024, "fp32"),
+    (256, "fp32"),
+    (64, "fp32"),
+)
 CASES = [
     (op, size, dtype)
     for op in ("info_nce", "rank_statistics", "in_batch_ranking_reward")
     for size, dtype in SIZES
 ]
+PAIRED = [(op, dtype) for op in ("info_nce", "rank_statistics") for dtype in ("bf16", "fp32")]
+PAIRED_SIZE, POSITIVES, EXCLUDED = 4096, 4, 0.01
 PRODUCTS = {"info_nce": 3, "rank_statistics": 1, "in_batch_ranking_reward": 3}
 SECONDS = 4.0  # of measuring, per case under pytest
 # Of the loss or the targets' scores; of the gradients over their norm, with their rounding.
@@ -73,6 +83,9 @@ PROVIDERS: dict[str, dict[str, Provider]] = {
     },
     "rank_statistics": {
         "ours": lambda pair: elva_kernels.rank_statistics(*pair, k=K),
+        "torch eager, count + topk, fp32 scores": lambda pair: in_batch_rivals.statistics(
+            pair[0].float(), pair[1].float(), K
+        ),
         "torch eager, count + topk": lambda pair: in_batch_rivals.statistics(*pair, K),
     },
     "in_batch_ranking_reward": {
@@ -164,6 +177,48 @@ def measure(tally: Tally, op: str, size: int, dtype: str, seconds: float) -> Non
     tally.add(rows, {name: times[name] for name in ("read", "copy")})
 
 
+def pairs_of(size: int) -> dict[str, dict[str, Tensor]]:
+    """What else a call is told: several positives, and pairs in no order that are no negatives."""
+    target = (torch.arange(size).unsqueeze(1) + torch.arange(POSITIVES) * (size // 7)) % size
+    pairs = torch.randint(size, (int(EXCLUDED * size * size), 2))
+    excluded = pairs[(target[pairs[:, 0]] != pairs[:, 1:]).all(1)]
+    return {
+        "ours": {},
+        f"ours, {POSITIVES} positives": {"target": target},
+        f"ours, {EXCLUDED:.0%} excluded": {"excluded": excluded},
+        "ours, both": {"target": target, "excluded": excluded},
+    }
+
+
+def measure_pairs(tally: Tally, op: str, dtype: str, seconds: float) -> None:
+    """Adds what positives and excluded pairs cost beside the plain call."""
+    pair = pair_of(PAIRED_SIZE, DTYPES[dtype])
+
+    def call(told: dict[str, Tensor]) -> Any:
+        if op == "rank_statistics":
+            return elva_kernels.rank_statistics(*pair, **told)
+        loss = functools.partial(elva_kernels.info_nce, temperature=TEMPERATURE, **told)
+        return loss_and_grads(loss)(pair)
+
+    turns: dict[str, Callable[[int], Any]] = {
+        name: lambda _, told=told: call(told) for name, told in pairs_of(PAIRED_SIZE).items()
+    }
+    ceilings = Ceilings()
+    turns |= {"read": lambda _: ceilings.read(), "copy": lambda _: ceilings.copy()}
+    times = timed(turns, seconds)
+    plain = spread(times["ours"])[1]
+    case = f"{op} {PAIRED_SIZE}x{PAIRED_SIZE}x{DIM}, told"
+    rows = [timing.row(case, dtype, name, times[name]) for name in turns if name.startswith("ours")]
+    for row in rows:
+        row["times_plain"] = row["median_ms"] / plain
+    tally.add(rows, {name: times[name] for name in ("read", "copy")})
+
+
+@pytest.mark.parametrize(("op", "dtype"), PAIRED)
+def test_in_batch_pairs(op: str, dtype: str, tally: Tally) -> None:
+    measure_pairs(tally, op, dtype, SECONDS)
+
+
 @pytest.mark.parametrize(("op", "size", "dtype"), CASES)
 def test_in_batch(op: str, size: int, dtype: str, tally: Tally, benchmark: Any) -> None:
     measure(tally, op, size, dtype, SECONDS)
@@ -175,6 +230,8 @@ def main() -> None:
     tally = Tally("in_batch")
     for case in CASES[:1] if arguments.quick else CASES:
         measure(tally, *case, arguments.seconds)
+    for paired in [] if arguments.quick else PAIRED:
+        measure_pairs(tally, *paired, arguments.seconds)
     tally.tell(keep=not arguments.quick)
 
 

@@ -34,6 +34,8 @@ CASES = [
     *((size, "bf16") for size in SIZES if size != HEADLINE),
     *((HEADLINE, dtype) for dtype in DTYPES if dtype != "bf16"),
 ]
+# groups x rows x D out of a bank of so many rows, bfloat16: a fresh draw for each call.
+BANK = (64, 101, 1536, 100_000)
 SECONDS = 3.0  # of measuring, per case under pytest
 MAX_SCORE_ERROR = {"bf16": 1e-6, "fp16": 1e-6, "fp32": 1e-6, "fp64": 1e-13}
 MAX_GRAD_ERROR = {"bf16": 2e-6, "fp16": 2e-6, "fp32": 2e-6, "fp64": 1e-13}
@@ -119,6 +121,78 @@ def measure(size: tuple[int, int, int], dtype: str, seconds: float, compile_too:
     return rows, {name: times[name] for name in ("read", "copy")}
 
 
+def bank_providers(query: Tensor, positive: Tensor, bank: Tensor) -> dict[str, Provider]:
+    """By what is asked for: `index` -> the gradients, of a bank that is frozen or learnt."""
+
+    def named(wrt: tuple[str, ...]) -> Provider:
+        return lambda index: elva_kernels.ranking_reward_and_grad(
+            query, positive, bank, negative_index=index, wrt=wrt, **WEIGHTS
+        )
+
+    def gathered(wrt: tuple[str, ...]) -> Provider:
+        return lambda index: elva_kernels.ranking_reward_and_grad(
+            query, positive, bank[index], wrt=wrt, **WEIGHTS
+        )
+
+    def eager(form: Callable[..., Tensor], frozen: bool) -> Provider:
+        def run(index: Tensor) -> Any:
+            leaf, rows = query.detach().requires_grad_(), bank.detach().requires_grad_(not frozen)
+            reward = form(leaf, positive, rows[index], WEIGHTS)
+            return torch.autograd.grad(reward.sum(), [leaf] if frozen else [leaf, rows])
+
+        return run
+
+    every = ("query", "positive", "negatives")
+    found = {"ours, index, query alone": named(("query",)), "ours, index, all": named(every)}
+    found["ours, gather, query alone"] = gathered(("query",))
+    found["ours, gather, gathered rows' all"] = gathered(every)
+    for name, form in rivals.FORMS.items():
+        found[f"{name}, query alone"] = eager(form, frozen=True)
+    found["torch eager, bmm + norms, query and bank"] = eager(rivals.bmm_norms, frozen=False)
+    return found
+
+
+def check_bank(providers: dict[str, Provider], index: Tensor, query: Tensor) -> None:
+    """Ends the run where an index and a gather differ."""
+    by_index, by_gather = (
+        providers[f"ours, {way}, query alone"](index) for way in ("index", "gather")
+    )
+    if not torch.equal(by_index[0].scores, by_gather[0].scores):
+        sys.exit("reward: the scores of an index are not those of the gathered rows")
+    excess = (by_index[1] - by_gather[1]).abs() * query.norm(dim=-1, keepdim=True)
+    if excess.max() > MAX_GRAD_ERROR["bf16"]:
+        sys.exit("reward: the gradient by an index is not that of the gathered rows")
+
+
+def measure_bank(size: tuple[int, int, int, int], seconds: float) -> Any:
+    """Rows of the providers of a bank, by what the groups read of it: `gbps` counts one read."""
+    groups, rows, dim, m = size
+    query, positive, _ = inputs_of(groups, 2, dim, torch.bfloat16)
+    bank = torch.randn(m, dim).bfloat16()
+    draws = [torch.randint(m, (groups, rows - 1)) for _ in range(16)]
+    providers = bank_providers(query, positive, bank)
+    check_bank(providers, draws[0], query)
+    ceilings = Ceilings()
+    turns: dict[str, Callable[[int], Any]] = {
+        name: lambda i, run=run: run(draws[i % len(draws)]) for name, run in providers.items()
+    }
+    turns |= {"read": lambda _: ceilings.read(), "copy": lambda _: ceilings.copy()}
+    times = timed(turns, seconds)
+    read_gbps = BYTES / spread(times["read"])[1] / 1e6
+    named_bytes = (groups * (rows + 1)) * dim * bank.element_size()
+    found = []
+    for name, run in providers.items():
+        row = timing.row("x".join(map(str, size)), "bf16", name, times[name])
+        gbps = named_bytes / row["median_ms"] / 1e6
+        row |= {"gbps": gbps, "read_gbps": read_gbps, "of_read": gbps / read_gbps}
+        gradients = [x for x in run(draws[0]) if isinstance(x, Tensor)]
+        result_bytes = sum(x.nbytes for x in gradients)
+        del gradients
+        row |= {"extra_mb": extra_mb(lambda run=run: run(draws[0]), result_bytes)}
+        found.append(row)
+    return found, {name: times[name] for name in ("read", "copy")}
+
+
 @pytest.mark.parametrize(
     ("size", "dtype"), CASES, ids=["x".join(map(str, (*size, dtype))) for size, dtype in CASES]
 )
@@ -127,12 +201,18 @@ def test_reward(size: Any, dtype: str, tally: Tally, benchmark: Any) -> None:
     benchmark(ours, *inputs_of(*size, DTYPES[dtype]))
 
 
+def test_bank(tally: Tally) -> None:
+    tally.add(*measure_bank(BANK, SECONDS))
+
+
 def main() -> None:
     arguments = timing.arguments("bench_reward", __doc__, quick="one size in bf16, no file")
     tally = Tally("reward")
     for case in CASES[:1] if arguments.quick else CASES:
         compile_too = case == CASES[0] and not arguments.quick
         tally.add(*measure(*case, arguments.seconds, compile_too))
+    if not arguments.quick:
+        tally.add(*measure_bank(BANK, arguments.seconds))
     tally.tell(keep=not arguments.quick)
 
 

@@ -148,8 +148,8 @@ def reward_loss(query: Tensor, candidates: Tensor, weights: dict[str, float], he
     target = scores.diagonal().unsqueeze(1)
     rank = (scores >= target).sum(1)  # itself included
     itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    negatives = scores.masked_fill(itself, -torch.inf).topk(head).values
-    places = torch.arange(1, head + 1, device=scores.device)
+    negatives = scores.masked_fill(itself, -torch.inf).topk(min(head, len(scores) - 1)).values
+    places = torch.arange(1, negatives.shape[1] + 1, device=scores.device)
     ranks = places + (target > negatives).detach()
     weight = torch.where(ranks <= head, ranks.to(scores.dtype).log() - 1, 0.0)
     contrast = target.squeeze(1) / (1 + rank.to(scores.dtype).log())

@@ -67,6 +67,7 @@ COLUMNS = {
     "reward": (
         *TIMES,
         ("of copy", "of_copy", ".0%"),
+        ("of read", "of_read", ".0%"),
         ("x eager", "times_eager", ".1f"),
         ("MB extra", "extra_mb", ".1f"),
         ("score err", "score_error", ".1e"),
@@ -77,6 +78,7 @@ COLUMNS = {
         ("GFLOP/s", "gflops", ".0f"),
         ("of floor", "of_floor", ".0%"),
         ("x eager", "times_eager", ".2f"),
+        ("x plain", "times_plain", ".2f"),
         ("MB extra", "extra_mb", ".1f"),
         ("score err", "score_error", ".1e"),
         ("grad err", "grad_error", ".1e"),
@@ -103,7 +105,8 @@ COLUMNS = {
     ),
 }
 COUNTED = {
-    "reward": "GB/s counts each input read once and each gradient written once",
+    "reward": "GB/s counts each input read once and each gradient written once; "
+    "of a bank the rows that are named, read once",
     "in_batch": "the floor is the matrix products alone; gradients' errors are over their norm",
     "gpu": "the floor is the slower of the bytes and the operations counted, at the ceilings",
     "scores": "GB/s counts each value read and written once; errors are over the largest value",

@@ -127,6 +127,15 @@ PYBIND11_MODULE(_C, module) {
   elva::bind(module, "info_nce_terms", elva_info_nce_terms_cpu);
   elva::bind(module, "slope_rows", elva_slope_rows_cpu);
   elva::bind(module, "column_sums", elva_column_sums_cpu);
+  elva::bind(module, "head_reward", elva_head_reward_cpu);
+  elva::bind(module, "logsumexp", elva_logsumexp_cpu);
+  elva::bind(module, "info_nce_factors", elva_info_nce_factors_cpu);
+  module.def("enter_default_float_mode", [] {
+    const uint64_t before = elva::float_mode();
+    elva::set_float_mode(elva::kDefaultFloatMode);
+    return before;
+  });
+  module.def("set_float_mode", &elva::set_float_mode);
   module.def("build_info", &build_info);
   module.def("level", [] {
     const char* level = elva_cpu_level();

@@ -12,6 +12,7 @@
 
 #include "elva.h"
 #include "elva_in_batch.h"
+#include "float_mode.h"
 
 namespace py = pybind11;
 
@@ -67,14 +68,20 @@ inline ElvaRewardWeights reward_weights(py::handle weights) {
           number(item(tuple, 3)), number(item(tuple, 4))};
 }
 
+template <class Args>
+ElvaStatus in_default_float_mode(ElvaStatus (*op)(const Args*), const Args& args) {
+  const DefaultFloatMode mode;
+  return op(&args);
+}
+
 // Runs an op without the interpreter. Where the interpreter ends meanwhile, Python ends this thread
 // in PyEval_RestoreThread by unwinding it: through no destructor (py::gil_scoped_release has one,
 // and would terminate the process), and with no reference to a Python object to give back. That is
-// why this file borrows all it is passed.
+// why this file borrows all it is passed. Every op computes in the default float mode.
 template <class Args>
 void run_released(ElvaStatus (*op)(const Args*), const Args& args) {
   PyThreadState* state = PyEval_SaveThread();
-  const ElvaStatus status = op(&args);
+  const ElvaStatus status = in_default_float_mode(op, args);
   PyEval_RestoreThread(state);
   raise_unless_ok(status);
 }
@@ -163,6 +170,8 @@ struct Field {
   operator T() const {
     if constexpr (std::is_same_v<T, ElvaInput>) {
       return rows_of(object);
+    } else if constexpr (std::is_same_v<T, ElvaRewardWeights>) {
+      return reward_weights(object);
     } else if constexpr (std::is_pointer_v<T>) {
       return static_cast<T>(pointer(object));
     } else if constexpr (std::is_floating_point_v<T>) {

@@ -19,8 +19,10 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_reward_scratch_bytes", &elva_reward_scratch_bytes_cuda);
   module.def("cuda_reward_forward", &reward_forward<elva_reward_forward_cuda>);
   module.def("cuda_reward_backward", &reward_backward<elva_reward_backward_cuda>);
+  module.def("cuda_bank_gradient", &bank_gradient<elva_bank_gradient_cuda>);
   module.def("cuda_topk_scratch_bytes", &topk_scratch_bytes);
   bind(module, "cuda_topk_scores", elva_topk_scores_cuda);
+  bind(module, "cuda_matrix_product", elva_matrix_product_cuda);
   bind(module, "cuda_unit_rows", elva_unit_rows_cuda);
   bind(module, "cuda_unit_gradient", elva_unit_gradient_cuda);
   bind(module, "cuda_score_rows", elva_score_rows_cuda);

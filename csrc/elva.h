@@ -75,7 +75,7 @@ typedef struct {
   int32_t* rank;        // [*]
   void* scores;         // value [*, negatives + 1]
   double*
-      coefficients;  // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/reward_group.h
+      coefficients;  // [*, 2 * negatives + 3]; null in forward: not wanted. See cpu/coefficients.h
   // Gradients in the inputs' dtype; null: not wanted.
   void* grad_query;     // [*, dim]
   void* grad_positive;  // [*, dim]
@@ -117,6 +117,7 @@ typedef struct {
 } ElvaBankGradientArgs;
 
 ElvaStatus elva_bank_gradient_cpu(const ElvaBankGradientArgs* args);
+ElvaStatus elva_bank_gradient_cuda(const ElvaBankGradientArgs* args);
 // 0 unless groups are too large for a block's shared memory.
 int64_t elva_reward_scratch_bytes_cuda(int64_t groups, int64_t negatives);
 // What ELVA_DEVICE_ERROR last meant on this thread.
@@ -204,7 +205,7 @@ typedef struct {
 ElvaStatus elva_acquire_block(int64_t bytes, ElvaBlock* block);
 void elva_release_block(const ElvaBlock* block);
 
-// The CPU level in use ("avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
+// The CPU level in use ("amx", "avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
 // reason below.
 const char* elva_cpu_level(void);
 const char* elva_cpu_level_error(void);

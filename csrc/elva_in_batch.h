@@ -36,7 +36,7 @@ typedef struct {
   void* grad_rows;        // [count, dim]; with a unit of ELVA_BF16 that, or ELVA_FP32
 } ElvaUnitGradientArgs;
 
-// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1.
+// c [m, n] = a [m, k] b [k, n], or c += a b. Dense last dimension of c; k >= 1, m and n may be 0.
 typedef struct {
   ElvaDtype a_dtype;  // as b's; ELVA_FP32 also beside ELVA_BF16
   ElvaDtype b_dtype;  // ELVA_FP32 or ELVA_FP64; ELVA_BF16 where elva_multiplies_bf16()
@@ -158,6 +158,56 @@ typedef struct {
   int64_t out_count;
 } ElvaAddRowsArgs;
 
+// The rewards of queries, or the slopes on their scores: rank reward of a head (12).
+typedef struct {
+  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64
+  int32_t threads;
+  int64_t rows;
+  int64_t positives;  // 1 or more
+  int64_t negatives;
+  int64_t head;
+  ElvaRewardWeights weights;
+  const void* scores;   // value [rows, positives + negatives]; negatives descending, then -inf
+  const int32_t* rank;  // [rows, positives], 0 for none
+  void* reward;         // value [rows], as the next two; not written where slopes are
+  void* margin_reward;
+  void* rank_reward;
+  const void* grad_reward;  // value [rows]
+  void* slopes;             // value [rows, positives + negatives]; null: rewards are wanted
+} ElvaHeadRewardArgs;
+
+// The log-sum-exp (11) of queries' positives and negatives.
+typedef struct {
+  ElvaDtype dtype;
+  int64_t rows;
+  int64_t positives;
+  const void* target_score;  // value [rows, positives]
+  const void* peak;          // value [rows], as in ElvaInfoNceTermsArgs
+  const double* sum;         // [rows]
+  double temperature;
+  void* logsumexp;  // value [rows]
+} ElvaLogSumExpArgs;
+
+// What makes slopes of the scores of one direction of InfoNCE: d sum(weight * loss) / d score.
+typedef struct {
+  ElvaDtype dtype;
+  int64_t rows;
+  int64_t positives;
+  const int64_t* target;      // [rows, positives]
+  const void* target_score;   // value [rows, positives]
+  const double* weight;       // [rows]
+  double weight_factor;       // of all of them
+  const double* share;        // [rows, positives], as in ElvaInfoNceTermsArgs
+  const double* others;       // [rows, positives]
+  const double* more_others;  // [rows, positives], of the other direction; null: 0
+  const void* peak;           // value [rows]
+  double temperature;
+  double* upstream;    // [rows, positives], of each pair's loss; 0 for one that is not finite
+  void* target_slope;  // value [rows, positives]
+  void* row_factor;    // value [rows]
+  void* row_peak;      // value [rows], 0 where it is not finite
+} ElvaInfoNceFactorsArgs;
+
 ElvaStatus elva_unit_rows_cpu(const ElvaUnitRowsArgs* args);
 ElvaStatus elva_unit_gradient_cpu(const ElvaUnitGradientArgs* args);
 ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args);
@@ -169,8 +219,12 @@ ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
 ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args);
+ElvaStatus elva_head_reward_cpu(const ElvaHeadRewardArgs* args);
+ElvaStatus elva_logsumexp_cpu(const ElvaLogSumExpArgs* args);
+ElvaStatus elva_info_nce_factors_cpu(const ElvaInfoNceFactorsArgs* args);
 
-// The same steps on a GPU, where torch multiplies; not for ELVA_FP64. Pointers are the device's.
+// The same steps on a GPU, where torch multiplies rows in half precision; not for ELVA_FP64.
+// Pointers are the device's.
 typedef struct {
   ElvaDtype dtype;
   int32_t device;
@@ -203,13 +257,17 @@ typedef struct {
   float* scores;                    // [rows, width]: products of `unit` rows; becomes masked scores
   const double* query_norm;         // [rows, 2]
   const double* candidate_inverse;  // [candidates]: the first of their norms' two
-  const int64_t* target;
-  const int64_t* ids;
+  const int64_t* target;  // [rows, positives]: a candidate; -1: none; -2: one that does not exist
+  int64_t positives;
+  const int64_t* skipped;  // candidates that are no negatives, beside the positives; null: none
+  const int64_t* skipped_first;  // [rows, segments]
+  const int64_t* skipped_last;   // [rows, segments]
+  int64_t segments;
   double max_score;
   const double* temperature;  // [1]; null: no sums
-  int32_t* n_greater;
-  int32_t* n_equal;
-  float* target_score;
+  int32_t* n_greater;         // [rows, positives]
+  int32_t* n_equal;           // [rows, positives]
+  float* target_score;        // [rows, positives]: -inf for none, NaN for a pair not finite
   float* hardest_score;
   int64_t* hardest_index;
   double* sum;
@@ -238,12 +296,28 @@ typedef struct {
   const double* temperature;
   const float* row_peak;
   const float* row_factor;
-  const float* target_slope;
-  const int64_t* target;
+  const float* target_slope;  // [rows, positives]
+  const int64_t* target;      // [rows, positives]; one that is listed twice has both slopes
+  int64_t positives;
   const float* column_peak;
   const float* column_factor;
 } ElvaCudaSlopeArgs;
 
+// c [m, n] = a [m, k] b [k, n], or c += a b, in float whatever a switch of precision says.
+typedef struct {
+  ElvaDtype b_dtype;  // ELVA_FP32 or ELVA_FP16
+  int32_t device;
+  void* stream;
+  int64_t m, n, k;
+  ElvaInput a;           // float [m, k]
+  const float* a_scale;  // [k]: what a's columns are first multiplied by; null: by nothing
+  ElvaInput b;           // [k, n]
+  float* c;              // [m, n], dense rows
+  int64_t c_row_stride;
+  bool add;
+} ElvaCudaMatrixArgs;
+
+ElvaStatus elva_matrix_product_cuda(const ElvaCudaMatrixArgs* args);
 ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args);
 ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args);
 ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args);

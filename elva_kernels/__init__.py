@@ -5,10 +5,9 @@ from elva_kernels.doctor import Report, available_backends, doctor, warm_up
 from elva_kernels.in_batch import (
     in_batch_ranking_reward,
     in_batch_ranking_reward_and_grad,
-    info_nce,
-    info_nce_and_grad,
     rank_statistics,
 )
+from elva_kernels.info_nce import info_nce, info_nce_and_grad
 from elva_kernels.modules import InfoNCELoss, RankingRewardLoss
 from elva_kernels.reference import RankingReward, RankStatistics, TopK
 from elva_kernels.reward import (

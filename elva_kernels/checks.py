@@ -3,20 +3,27 @@
 Calls that pass see comparisons of attributes and nothing else: no tensor is computed, no text made.
 """
 
-import math
-import numbers
-import sys
 from collections.abc import Sequence, Set
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.table import BACKENDS
-from elva_kernels.reference import Wanted, Weights, compute_dtype
+from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.registered.batch import Given
+from elva_kernels.scalars import LARGEST as LARGEST
+from elva_kernels.scalars import LARGEST_INT
+from elva_kernels.scalars import flag as flag
+from elva_kernels.scalars import integer as _integer
+from elva_kernels.scalars import number as _number
+from elva_kernels.scalars import one_of as _one_of
+from elva_kernels.scalars import refuse as _refuse
+from elva_kernels.scalars import shown as _shown
+from elva_kernels.scalars import typed as _typed
 
 WIDEST_COSINE = 2.0
-LARGEST = sys.float_info.max
 EMBEDDINGS = ("query", "positive", "negatives")
 # Below it 1 / temperature leaves float32's range, and the gradient would be NaN. Ours.
 LEAST_TEMPERATURE = 1e-6
@@ -26,7 +33,6 @@ _INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 _REDUCTIONS = ("mean", "sum", "none")
 _SCALES = ("std", "batch", "none")
 _METRICS = ("cosine", "dot")
-_LARGEST_K = 2**63 - 1
 _ROWS_NAMED = 8
 
 
@@ -108,18 +114,6 @@ def _leading(
     return leading
 
 
-def wanted(op: str, names: Sequence[str]) -> Wanted:
-    """Whether each of query, positive and negatives is among the names."""
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        got = f"{type(names).__name__} {names!r}"
-        _refuse(TypeError, op, "wrt", "be a tuple of names", got, f"use {(names,)!r}")
-    for name in names:
-        if name not in EMBEDDINGS:
-            _refuse(ValueError, op, "wrt", f"name some of {', '.join(EMBEDDINGS)}", repr(name))
-    query, positive, negatives = (name in names for name in EMBEDDINGS)
-    return query, positive, negatives
-
-
 def scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
     """scores [*, C], mask [*, C - 1]."""
     _tensor(op, "scores", scores, "[*, C]", 1)
@@ -135,15 +129,14 @@ def rewards(op: str, reward: Tensor, scale: str, std_eps: float) -> float:
     _tensor(op, "reward", reward, "[*, G]", 1)
     if reward.shape[-1] == 0:
         _refuse(ValueError, op, "reward", "hold a rollout in each group", _shape(reward))
-    if scale not in _SCALES:
-        _refuse(ValueError, op, "scale", f"be one of {', '.join(_SCALES)}", repr(scale))
+    _one_of(op, "scale", scale, _SCALES)
     return _number(op, "std_eps", std_eps, 0.0, LARGEST)
 
 
 def weights(op: str, given: Weights, widest_margin: float) -> Weights:
     """The scalars as floats in their ranges."""
     margin, rank_penalty, w_margin, w_rank, temperature = given
-    if temperature != 0.0 or type(temperature) is not float:
+    if type(temperature) is not float or temperature != 0.0:
         temperature = _number(op, "rank_temperature", temperature, 0.0, LARGEST)
         if 0.0 < temperature < LEAST_TEMPERATURE:
             rule = f"be 0 or at least {LEAST_TEMPERATURE}"
@@ -159,9 +152,8 @@ def weights(op: str, given: Weights, widest_margin: float) -> Weights:
 
 def known_backend(op: str, backend: str) -> str:
     """A name that `backend` may have; whether it runs here is asked when it is called."""
-    if backend != "auto" and backend not in BACKENDS:
-        names = ", ".join(("auto", *BACKENDS))
-        _refuse(ValueError, op, "backend", f"be one of {names}", repr(backend))
+    if not isinstance(backend, str) or backend != "auto":
+        _one_of(op, "backend", backend, ("auto", *BACKENDS))
     return backend
 
 
@@ -169,12 +161,11 @@ def batch(
     op: str,
     query: Tensor,
     candidates: Tensor,
-    target: Tensor | None,
-    excluded: Tensor | None,
-    candidate_ids: Tensor | None,
+    given: Given,
+    group: Any,
     check_finite: bool,
-) -> None:
-    """query [B, D], candidates [M, D], target [B] or [B, P], excluded [E, 2], candidate_ids [M]."""
+) -> Given:
+    """query [B, D], candidates [M, D], and who is compared with whom; its max_score as a float."""
     for name, rows, shape in (("query", query, "[B, D]"), ("candidates", candidates, "[M, D]")):
         _tensor(op, name, rows, shape, 2)
         if rows.dim() != 2:
@@ -187,6 +178,25 @@ def batch(
         _refuse(ValueError, op, "query", "have D >= 1", _shape(query))
     if candidates.shape[1] != size:
         _refuse(ValueError, op, "candidates", f"have query's D = {size}", _shape(candidates))
+    _targets(op, given.target, query, b, m)
+    if given.excluded is not None:
+        _indices(op, "excluded", given.excluded, query, "[E, 2]")
+        if given.excluded.dim() != 2 or given.excluded.shape[1] != 2:
+            rule = "have shape [E, 2], a query and a candidate each"
+            _refuse(ValueError, op, "excluded", rule, _shape(given.excluded))
+    ids = given.candidate_ids
+    if ids is not None:
+        _indices(op, "candidate_ids", ids, query, "[M]")
+        if ids.dim() != 1 or ids.shape[0] != m:
+            _refuse(ValueError, op, "candidate_ids", f"have shape [M] = [{m}]", _shape(ids))
+    _group(op, group, given)
+    if flag(op, "check_finite", check_finite):
+        for name, rows in (("query", query), ("candidates", candidates)):
+            _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+    return given._replace(max_score=max_score(op, given.max_score))
+
+
+def _targets(op: str, target: Tensor | None, query: Tensor, b: int, m: int) -> None:
     if target is not None:
         _indices(op, "target", target, query, "[B] or [B, P]")
         sizes = target.shape
@@ -196,30 +206,35 @@ def batch(
     elif b > m:
         rule = f"be given where queries ({b}) outnumber candidates ({m})"
         _refuse(ValueError, op, "target", rule, "None", "pass each query's row of candidates")
-    if excluded is not None:
-        _indices(op, "excluded", excluded, query, "[E, 2]")
-        if excluded.dim() != 2 or excluded.shape[1] != 2:
-            rule = "have shape [E, 2], a query and a candidate each"
-            _refuse(ValueError, op, "excluded", rule, _shape(excluded))
-    if candidate_ids is not None:
-        _indices(op, "candidate_ids", candidate_ids, query, "[M]")
-        if candidate_ids.dim() != 1 or candidate_ids.shape[0] != m:
-            rule = f"have shape [M] = [{m}]"
-            _refuse(ValueError, op, "candidate_ids", rule, _shape(candidate_ids))
-    if check_finite:
-        for name, rows in (("query", query), ("candidates", candidates)):
-            _finite(op, name, torch.isfinite(rows).all(-1), "rows")
 
 
-def wrt(op: str, value: Sequence[str], names: Sequence[str]) -> list[bool]:
+def _group(op: str, group: Any, given: Given) -> None:
+    """A process group that this process belongs to, and what it alone gives a meaning."""
+    flag(op, "global_target", given.global_target)
+    if group is None:
+        if given.global_target:
+            todo = "pass the group, or leave it False"
+            _refuse(ValueError, op, "global_target", "come with a group", "True", todo)
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        got = _typed(group)
+        todo = "pass torch.distributed.group.WORLD once init_process_group was called"
+        _refuse(TypeError, op, "group", "be a torch.distributed.ProcessGroup", got, todo)
+    if given.global_target and given.target is None:
+        rule = "be given where global_target is"
+        _refuse(ValueError, op, "target", rule, "None", "pass each query's row of all candidates")
+
+
+def wrt(op: str, value: Sequence[str], names: Sequence[str]) -> tuple[bool, ...]:
     """Which of the gradients called `names` are asked for."""
     if isinstance(value, str) or not isinstance(value, Sequence | Set):
-        got = f"{type(value).__name__} {value!r}"
-        _refuse(TypeError, op, "wrt", "be a sequence of names", got)
+        todo = f"use {(value,)!r}" if isinstance(value, str) else ""
+        _refuse(TypeError, op, "wrt", "be a tuple of names", _typed(value), todo)
     for name in value:
-        if name not in names:
-            _refuse(ValueError, op, "wrt", f"name some of {', '.join(names)}", repr(name))
-    return [name in value for name in names]
+        if not isinstance(name, str) or name not in names:
+            _refuse(ValueError, op, "wrt", f"name some of {', '.join(names)}", _shown(name))
+    return tuple(name in value for name in names)
 
 
 def temperature_number(op: str, value: float) -> float:
@@ -250,17 +265,17 @@ def max_score(op: str, value: float | None) -> float | None:
 
 def count(op: str, argument: str, value: int, least: int) -> int:
     """An integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        _refuse(TypeError, op, argument, "be an int", f"{type(value).__name__} {value!r}")
+    value = _integer(op, argument, value)
     if value < least:
-        _refuse(ValueError, op, argument, f"be at least {least}", str(value))
+        _refuse(ValueError, op, argument, f"be at least {least}", _shown(value))
+    if value > LARGEST_INT:
+        _refuse(ValueError, op, argument, "be at most 2^63 - 1", _shown(value))
     return value
 
 
 def reduction(op: str, value: str) -> None:
     """How losses become a loss."""
-    if value not in _REDUCTIONS:
-        _refuse(ValueError, op, "reduction", f"be one of {', '.join(_REDUCTIONS)}", repr(value))
+    _one_of(op, "reduction", value, _REDUCTIONS)
 
 
 def upstream(
@@ -277,6 +292,7 @@ def upstream(
     return upstream_of(op, weight, query, torch.broadcast_shapes(query.shape[:-1], *others))
 
 
+@in_default_float_mode
 def upstream_of(op: str, weight: Tensor, query: Tensor, batch: Sequence[int]) -> Tensor:
     """weight, broadcastable to the reward's shape `batch`; returned in the reward's dtype."""
     _tensor(op, "weight", weight, "[*]", 0)
@@ -289,8 +305,8 @@ def upstream_of(op: str, weight: Tensor, query: Tensor, batch: Sequence[int]) ->
     return weight.detach().to(compute_dtype(query.dtype))
 
 
-def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> None:
-    """query [Q, D], corpus [P, D], k >= 0, a known metric."""
+def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend: str) -> int:
+    """query [Q, D], corpus [P, D], a known metric; returns k >= 0."""
     _tensor(op, "query", query, "[Q, D]", 2)
     _tensor(op, "corpus", corpus, "[P, D]", 2)
     _alike(op, "corpus", corpus, query)
@@ -300,13 +316,12 @@ def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend:
     if corpus.shape[1] != query.shape[1]:
         rule = f"have query's D = {query.shape[1]}"
         _refuse(ValueError, op, "corpus", rule, _shape(corpus))
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        _refuse(TypeError, op, "k", "be an int", f"{type(k).__name__} {k!r}")
-    if not 0 <= k <= _LARGEST_K:
-        _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", repr(k))
-    if metric not in _METRICS:
-        _refuse(ValueError, op, "metric", f"be one of {', '.join(_METRICS)}", repr(metric))
+    k = _integer(op, "k", k)
+    if not 0 <= k <= LARGEST_INT:
+        _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", _shown(k))
+    _one_of(op, "metric", metric, _METRICS)
     known_backend(op, backend)
+    return k
 
 
 def finite_rows(
@@ -339,6 +354,8 @@ def finite_scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
 
 
 def _finite(op: str, argument: str, sound: Tensor, places: str) -> None:
+    if sound.is_meta:
+        return
     functorch: Any = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(sound):  # of all members of a `torch.vmap`
         sound = functorch.get_unwrapped(sound)
@@ -357,10 +374,17 @@ def _tensor(op: str, argument: str, value: Tensor, shape: str, least_dims: int) 
     if value.dtype not in _DTYPES:
         rule = "be bfloat16, float16, float32 or float64"
         _refuse(TypeError, op, argument, rule, str(value.dtype), "convert it with .to()")
-    if value.layout is not torch.strided:
-        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
+    _dense(op, argument, value)
     if value.dim() < least_dims:
         _refuse(ValueError, op, argument, f"have shape {shape}", _shape(value))
+
+
+def _dense(op: str, argument: str, value: Tensor) -> None:
+    if value.is_nested:
+        advice = "use torch.nested.to_padded_tensor and a mask"
+        _refuse(ValueError, op, argument, "be dense", "a nested tensor", advice)
+    if value.layout is not torch.strided:
+        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
 
 
 def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str) -> None:
@@ -372,8 +396,7 @@ def _indices(op: str, argument: str, value: Tensor, query: Tensor, shape: str) -
         _refuse(
             TypeError, op, argument, "hold integers", str(value.dtype), "convert it with .long()"
         )
-    if value.layout is not torch.strided:
-        _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")
+    _dense(op, argument, value)
     if value.device != query.device:
         _refuse_device(op, argument, value, query.device)
 
@@ -393,8 +416,7 @@ def _mask(op: str, mask: Tensor, beside: Tensor, n_negatives: int) -> None:
     if mask.dtype != torch.bool:
         rule = "be bool, True where a negative is live"
         _refuse(TypeError, op, "mask", rule, str(mask.dtype), "convert it with .bool()")
-    if mask.layout is not torch.strided:
-        _refuse(ValueError, op, "mask", "be dense", str(mask.layout), "use .to_dense()")
+    _dense(op, "mask", mask)
     if mask.device != beside.device:
         _refuse_device(op, "mask", mask, beside.device)
     if mask.dim() < 1 or mask.shape[-1] != n_negatives:
@@ -418,32 +440,9 @@ def _expands_to(shape: torch.Size, batch: torch.Size) -> bool:
     )
 
 
-def _number(op: str, argument: str, value: float, least: float, most: float) -> float:
-    if type(value) is float and least <= value <= most:
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        _refuse(TypeError, op, argument, "be a number", f"{type(value).__name__} {value!r}")
-    number = float(value)
-    if not math.isfinite(number) or not least <= number <= most:
-        _refuse(ValueError, op, argument, f"be {_range(least, most)}", repr(number))
-    return number
-
-
-def _range(least: float, most: float) -> str:
-    if most < LARGEST:
-        return f"in [{least:g}, {most:g}]"
-    return "finite" if least < 0 else f"finite and at least {least:g}"
-
-
 def _refuse_device(op: str, argument: str, value: Tensor, device: torch.device) -> NoReturn:
     rule = f"be on the first tensor's device {device}"
     _refuse(ValueError, op, argument, rule, str(value.device), f"move it with .to({str(device)!r})")
-
-
-def _refuse(
-    error: type[Exception], op: str, argument: str, rule: str, got: Any, todo: str = ""
-) -> NoReturn:
-    raise error(f"{op}: {argument} must {rule}, got {got}{'; ' if todo else ''}{todo}")
 
 
 def _shape(tensor: Tensor) -> str:

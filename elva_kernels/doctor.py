@@ -72,7 +72,8 @@ def markdown_table() -> str:
     """The table of ops and backends that the README shows."""
     lines = ["| op | " + " | ".join(BACKENDS) + " |", "|---" * (1 + len(BACKENDS)) + "|"]
     for op, row in LAUNCHERS.items():
-        if not op.endswith(("_saved", "_backward")):  # the two halves of autograd's path
+        # Not the two halves of autograd's path, nor what one process of a group computes.
+        if not op.endswith(("_saved", "_backward", "_share")):
             cells = " | ".join("yes" if name in row else "-" for name in BACKENDS)
             lines.append(f"| `{op}` | {cells} |")
     return "\n".join(lines)

@@ -1,7 +1,9 @@
-"""Statistics, reward and InfoNCE over the candidates of a batch, as users call them."""
+"""Statistics and reward over the candidates of a batch, as users call them."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,7 +11,12 @@ from torch import Tensor
 from elva_kernels import checks
 from elva_kernels.reference import RankingReward, RankStatistics, Weights
 from elva_kernels.registered import in_batch as registered
+from elva_kernels.registered import shares
+from elva_kernels.registered.batch import Given
 from elva_kernels.registered.library import is_watched, requires_grad, wanted
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def rank_statistics(
@@ -22,6 +29,8 @@ def rank_statistics(
     excluded: Tensor | None = None,
     candidate_ids: Tensor | None = None,
     max_score: float | None = None,
+    group: ProcessGroup | None = None,
+    global_target: bool = False,
     check_finite: bool = False,
     backend: str = "auto",
 ) -> RankStatistics:
@@ -54,6 +63,20 @@ def rank_statistics(
             negatives of that query. None: all differ.
         max_score: a candidate that scores above it is no negative of that query (the paper's
             filter of false negatives). None: no limit.
+        group: a process group of torch.distributed, every process of which makes this call with
+            its own queries and candidates, of any number: the candidates are then those of all
+            processes, in the order of their ranks, M in all, and results are of its own queries,
+            the same bits as one process computes from the same rows. Rows travel once, never
+            scores. None: this process alone.
+        global_target: with a group, whether `target` and the candidates of `excluded` are rows of
+            all M candidates; else they are rows of its own. `candidate_ids` are always of its own.
+        group: a process group of torch.distributed, every process of which makes this call with
+            its own queries and candidates, of any number: the candidates are then those of all
+            processes, in the order of their ranks, M in all, and results are of its own queries,
+            the same bits as one process computes from the same rows. Rows travel once, never
+            scores. None: this process alone.
+        global_target: with a group, whether `target` and the candidates of `excluded` are rows of
+            all M candidates; else they are rows of its own. `candidate_ids` are always of its own.
         check_finite: raise on NaN and inf rows, with their indices. Waits for the device.
         backend: "auto", or a name out of `available_backends()`, which is used or raises.
 
@@ -84,22 +107,18 @@ def rank_statistics(
         logsumexp = (scores / temperature).logsumexp(1)
     """
     op = "rank_statistics"
-    checks.batch(op, query, candidates, target, excluded, candidate_ids, check_finite)
+    given = Given(target, excluded, candidate_ids, max_score, global_target)
+    given = checks.batch(op, query, candidates, given, group, check_finite)
     checks.known_backend(op, backend)
     k = checks.count(op, "k", k, 0)
-    max_score = checks.max_score(op, max_score)
     t = None if temperature is None else checks.temperature(op, temperature, query).detach()
-    *results, logsumexp = registered.rank_statistics(
-        query.detach(),
-        candidates.detach(),
-        target,
-        excluded,
-        candidate_ids,
-        t,
-        max_score,
-        k,
-        backend,
-    )
+    query, candidates = query.detach(), candidates.detach()
+    if group is None:
+        scalars = (t, given.max_score, k, backend)
+        found = registered.rank_statistics(query, candidates, *given[:3], *scalars)
+    else:
+        found = shares.rank_statistics(query, candidates, given, group, t, k, backend)
+    *results, logsumexp = found
     return RankStatistics._make([*results, None if t is None else logsumexp])
 
 
@@ -112,6 +131,8 @@ def in_batch_ranking_reward(
     excluded: Tensor | None = None,
     candidate_ids: Tensor | None = None,
     max_score: float | None = None,
+    group: ProcessGroup | None = None,
+    global_target: bool = False,
     margin: float = 0.1,
     rank_penalty: float = 0.01,
     w_margin: float = 0.4,
@@ -137,8 +158,8 @@ def in_batch_ranking_reward(
     print are ours, as in `ranking_reward`.
 
     Args:
-        query, candidates, target, excluded, candidate_ids, max_score, check_finite, backend: as in
-            `rank_statistics`.
+        query, candidates, target, excluded, candidate_ids, max_score, group, global_target,
+            check_finite, backend: as in `rank_statistics`.
         head: >= 1, the last rank that enters the penalty; None: all of them.
         margin, rank_penalty, w_margin, w_rank: as in `ranking_reward`.
 
@@ -154,7 +175,10 @@ def in_batch_ranking_reward(
         As `rank_statistics`.
 
     Differentiable: `reward`, once, in query and candidates (closed form; gradients in the input's
-    dtype, rounded once). The other results are detached. torch.func: as `info_nce`.
+    dtype, rounded once). The other results are detached. With a group, a process's rows receive the
+    gradient of the sum of all processes' losses: the mean over processes of the parameters'
+    gradients, as DistributedDataParallel and FSDP2 take it, is that of the mean of the losses. The
+    backward exchanges a few numbers too, so every process has to run it. torch.func: as `info_nce`.
 
     Equivalent to::
 
@@ -167,20 +191,20 @@ def in_batch_ranking_reward(
         reward = w_margin * margin_reward + w_rank * (rank_reward - rank_penalty * penalty)
     """
     op = "in_batch_ranking_reward"
-    checks.batch(op, query, candidates, target, excluded, candidate_ids, check_finite)
+    given = Given(target, excluded, candidate_ids, max_score, global_target)
+    given = checks.batch(op, query, candidates, given, group, check_finite)
     checks.known_backend(op, backend)
-    weights = _weights(op, margin, rank_penalty, w_margin, w_rank)
-    arguments = (
-        query,
-        candidates,
-        target,
-        excluded,
-        candidate_ids,
-        checks.max_score(op, max_score),
-        _head(op, head, candidates),
-        weights,
-        backend,
+    head = None if head is None else checks.count(op, "head", head, 1)
+    weights = checks.weights(
+        op, Weights(margin, rank_penalty, w_margin, w_rank), checks.WIDEST_COSINE
     )
+    if group is not None:
+        scalars = (head, weights, backend)
+        return RankingReward(
+            *shares.in_batch_ranking_reward(query, candidates, given, group, *scalars)
+        )
+    head = max(1, candidates.shape[0]) if head is None else head
+    arguments = (query, candidates, *given.named, head, weights, backend)
     if is_watched(query, candidates):
         wrt = [requires_grad(query), requires_grad(candidates)]
         results = registered.differentiable_in_batch_ranking_reward(wrt, *arguments)
@@ -200,6 +224,8 @@ def in_batch_ranking_reward_and_grad(
     excluded: Tensor | None = None,
     candidate_ids: Tensor | None = None,
     max_score: float | None = None,
+    group: ProcessGroup | None = None,
+    global_target: bool = False,
     margin: float = 0.1,
     rank_penalty: float = 0.01,
     w_margin: float = 0.4,
@@ -216,8 +242,10 @@ def in_batch_ranking_reward_and_grad(
         weight: broadcastable to the reward [B], the upstream gradient; None is 1.
         wrt: the gradients that are wanted, of "query" and "candidates"; the others are neither
             computed nor written.
-        query, candidates, target, head, excluded, candidate_ids, max_score, margin, rank_penalty,
-            w_margin, w_rank, check_finite, backend: as in `in_batch_ranking_reward`.
+        query, candidates, target, head, excluded, candidate_ids, max_score, group, global_target,
+            margin, rank_penalty, w_margin, w_rank, check_finite, backend: as in
+            `in_batch_ranking_reward`. With a group the gradients are of the sum of all processes'
+            ``sum(weight * reward)``, on its own rows.
 
     Returns:
         (RankingReward, grad_query [B, D], grad_candidates [M, D]): the gradients in the inputs'
@@ -237,24 +265,32 @@ def in_batch_ranking_reward_and_grad(
         )
     """
     op = "in_batch_ranking_reward_and_grad"
-    checks.batch(op, query, candidates, target, excluded, candidate_ids, check_finite)
+    given = Given(target, excluded, candidate_ids, max_score, global_target)
+    given = checks.batch(op, query, candidates, given, group, check_finite)
     checks.known_backend(op, backend)
     asked = checks.wrt(op, wrt, ("query", "candidates"))
-    head = _head(op, head, candidates)
-    weights = _weights(op, margin, rank_penalty, w_margin, w_rank)
-    limit = checks.max_score(op, max_score)
+    head = None if head is None else checks.count(op, "head", head, 1)
+    weights = checks.weights(
+        op, Weights(margin, rank_penalty, w_margin, w_rank), checks.WIDEST_COSINE
+    )
+    if weight is not None:
+        weight = checks.upstream_of(op, weight, query, query.shape[:1])
     query, candidates = query.detach(), candidates.detach()
+    if group is not None:
+        scalars = (head, weights, backend, asked, weight)
+        values, (grad_query, grad_candidates) = shares.in_batch_ranking_reward_and_grad(
+            query, candidates, given, group, *scalars
+        )
+        return RankingReward(*values), grad_query, grad_candidates
+    head = max(1, candidates.shape[0]) if head is None else head
     *values, index = registered.in_batch_ranking_reward(
-        query, candidates, target, excluded, candidate_ids, limit, head, weights, backend
+        query, candidates, *given.named, head, weights, backend
     )
     result = RankingReward(*values)
-    if weight is None:
-        upstream = torch.ones_like(result.reward)
-    else:
-        upstream = checks.upstream_of(op, weight, query, result.reward.shape)
-        upstream = upstream.expand(result.reward.shape)
     if not any(asked):
         return result, None, None
+    one = torch.ones_like(result.reward)
+    upstream = one if weight is None else weight.expand(one.shape)
     gradients = registered.in_batch_ranking_reward_backward(
         query,
         candidates,
@@ -269,208 +305,3 @@ def in_batch_ranking_reward_and_grad(
     )
     grad_query, grad_candidates = wanted(gradients, asked)
     return result, grad_query, grad_candidates
-
-
-def _weights(op: str, *scalars: float) -> Weights:
-    return checks.weights(op, Weights(*scalars), checks.WIDEST_COSINE)
-
-
-def _head(op: str, head: int | None, candidates: Tensor) -> int:
-    """The last rank that enters the penalty."""
-    return max(1, candidates.shape[0]) if head is None else checks.count(op, "head", head, 1)
-
-
-@overload
-def info_nce(
-    query: Tensor,
-    candidates: Tensor,
-    target: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 0.05,
-    symmetric: bool = False,
-    excluded: Tensor | None = None,
-    candidate_ids: Tensor | None = None,
-    max_score: float | None = None,
-    reduction: str = "mean",
-    return_statistics: Literal[False] = False,
-    workspace_mb: int = 256,
-    check_finite: bool = False,
-    backend: str = "auto",
-) -> Tensor: ...
-
-
-@overload
-def info_nce(
-    query: Tensor,
-    candidates: Tensor,
-    target: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 0.05,
-    symmetric: bool = False,
-    excluded: Tensor | None = None,
-    candidate_ids: Tensor | None = None,
-    max_score: float | None = None,
-    reduction: str = "mean",
-    return_statistics: Literal[True],
-    workspace_mb: int = 256,
-    check_finite: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, RankStatistics]: ...
-
-
-def info_nce(
-    query: Tensor,
-    candidates: Tensor,
-    target: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 0.05,
-    symmetric: bool = False,
-    excluded: Tensor | None = None,
-    candidate_ids: Tensor | None = None,
-    max_score: float | None = None,
-    reduction: str = "mean",
-    return_statistics: bool = False,
-    workspace_mb: int = 256,
-    check_finite: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, RankStatistics]:
-    """The InfoNCE loss of each query against the candidates of a batch, in bounded memory.
-
-    With the cosine similarities s_ij, T_i the positives and L_i the negatives of query i (van den
-    Oord et al., arXiv:1807.03748, eq. 4)::
-
-        loss_i = mean_{t in T_i} log(exp(s_it / T) + sum_{j in L_i} exp(s_ij / T)) - s_it / T
-
-    and with `symmetric` half of that and half of its twin, in which candidate t looks for query i
-    among the other queries (CLIP, arXiv:2103.00020): all queries that have t among their
-    negatives. A query without a positive has loss 0 and does not count in a mean.
-
-    Args:
-        query, candidates, target, excluded, candidate_ids, max_score, check_finite, backend: as in
-            `rank_statistics`. More candidates than queries are fine: hard negatives, say.
-        temperature: T, a number of at least 1e-6, or a floating tensor of one element, which then
-            gets its gradient. A tensor's value is not looked at: T <= 0 gives a NaN loss.
-        symmetric: both directions, out of one matrix of scores.
-        reduction: "mean" over the queries that have a positive, "sum" over all, or "none" for the
-            loss of each.
-        return_statistics: also return what `rank_statistics` gives for k = 0 and this temperature.
-        workspace_mb: >= 1, megabytes of scores held at once; more is faster up to all of them,
-            ``4 B M`` bytes. A few rows are held whatever it says; the reference holds all.
-
-    Returns:
-        The loss, [] or [B], in float32, or float64 for float64 inputs; with `return_statistics`
-        a tuple of it and the RankStatistics. A NaN or inf row makes NaN of the losses of those
-        queries whose pair it is in, and of its own gradient; it is nobody else's negative. "mean"
-        over no query is NaN.
-
-    Raises:
-        As `rank_statistics`.
-
-    Differentiable: the loss, once, in query, candidates and temperature (closed form; gradients in
-    the input's dtype, rounded once; 0 for zero rows). The statistics are detached. torch.func:
-    `grad`, `vjp`, `jacrev` and `vmap` in any order, a `vmap` as one call after the other; forward
-    mode raises.
-
-    Equivalent to::
-
-        scores = torch.cosine_similarity(query[:, None], candidates, dim=-1)
-        loss = torch.nn.functional.cross_entropy(scores / temperature, target)
-        # symmetric: also of scores.T, and half of the sum
-        # several positives: the mean over them, each beside the negatives alone
-    """
-    op = "info_nce"
-    checks.batch(op, query, candidates, target, excluded, candidate_ids, check_finite)
-    checks.known_backend(op, backend)
-    checks.reduction(op, reduction)
-    t = checks.temperature(op, temperature, query)
-    arguments = (
-        query,
-        candidates,
-        target,
-        excluded,
-        candidate_ids,
-        t,
-        checks.max_score(op, max_score),
-        bool(symmetric),
-        checks.count(op, "workspace_mb", workspace_mb, 1),
-        backend,
-    )
-    if is_watched(query, candidates, t):
-        wrt = [requires_grad(query), requires_grad(candidates)]
-        loss, *found = registered.differentiable_info_nce(reduction, wrt, *arguments)
-    else:
-        loss, *found = registered.info_nce(*arguments)
-        loss = registered.reduced(loss, reduction, target)
-    return (loss, RankStatistics(*found[:9])) if return_statistics else loss
-
-
-def info_nce_and_grad(
-    query: Tensor,
-    candidates: Tensor,
-    target: Tensor | None = None,
-    *,
-    wrt: Sequence[str] = ("query", "candidates"),
-    temperature: float | Tensor = 0.05,
-    symmetric: bool = False,
-    excluded: Tensor | None = None,
-    candidate_ids: Tensor | None = None,
-    max_score: float | None = None,
-    reduction: str = "mean",
-    workspace_mb: int = 256,
-    check_finite: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`info_nce` and its gradients in one call, from scores that are computed once.
-
-    For trainers that hold embeddings without a graph (GradCache: embed without one, take the
-    gradients of the embeddings here, embed again with it).
-
-    Args:
-        wrt: the gradients that are wanted, of "query" and "candidates"; the others are neither
-            computed nor written: a frozen side saves a product.
-        reduction: of the loss that is differentiated: "mean" or "sum"; with "none" the losses come
-            one by one and the gradients are of their sum.
-        query, candidates, target, temperature, symmetric, excluded, candidate_ids, max_score,
-            workspace_mb, check_finite, backend: as in `info_nce`.
-
-    Returns:
-        (loss, grad_query [B, D], grad_candidates [M, D], grad_temperature []): as `info_nce` and
-        its backward give them, in the inputs' dtypes, rounded once; None for a gradient that is not
-        in `wrt`, and for that of a temperature that is a number.
-
-    Raises:
-        As `info_nce`.
-
-    Differentiable: no; the results are detached.
-
-    Equivalent to::
-
-        loss = info_nce(query, candidates, target, temperature=temperature)
-        gradients = torch.autograd.grad(loss, (query, candidates, temperature))
-    """
-    op = "info_nce_and_grad"
-    checks.batch(op, query, candidates, target, excluded, candidate_ids, check_finite)
-    checks.known_backend(op, backend)
-    checks.reduction(op, reduction)
-    asked = checks.wrt(op, wrt, ("query", "candidates"))
-    loss, *_, grad_query, grad_candidates, grad_temperature = registered.info_nce_and_grad(
-        query.detach(),
-        candidates.detach(),
-        target,
-        excluded,
-        candidate_ids,
-        checks.temperature(op, temperature, query).detach(),
-        checks.max_score(op, max_score),
-        bool(symmetric),
-        checks.count(op, "workspace_mb", workspace_mb, 1),
-        backend,
-        None,
-        reduction == "mean",
-        asked,
-        True,
-    )
-    loss = registered.reduced(loss, reduction, target)
-    learnt = isinstance(temperature, Tensor)
-    gradients = (grad_query, grad_candidates, grad_temperature)
-    grad_query, grad_candidates, grad_temperature = wanted(gradients, (*asked, learnt))
-    return loss, grad_query, grad_candidates, grad_temperature

@@ -1,14 +1,20 @@
 """The ops as `nn.Module`s."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from elva_kernels import checks
-from elva_kernels.in_batch import info_nce
+from elva_kernels.info_nce import info_nce
 from elva_kernels.reference import Weights
 from elva_kernels.reward import ranking_reward
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RankingRewardLoss(torch.nn.Module):
@@ -100,9 +106,10 @@ class InfoNCELoss(torch.nn.Module):
         self._temperature = checks.temperature_number(op, temperature)
         self.max_score = checks.max_score(op, max_score)
         self.workspace_mb = checks.count(op, "workspace_mb", workspace_mb, 1)
-        self.symmetric, self.reduction, self.backend = bool(symmetric), reduction, backend
+        self.symmetric = checks.flag(op, "symmetric", symmetric)
+        self.reduction, self.backend = reduction, backend
         self.log_temperature = None
-        if learnable_temperature:
+        if checks.flag(op, "learnable_temperature", learnable_temperature):
             self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(self._temperature)))
 
     @property
@@ -117,6 +124,9 @@ class InfoNCELoss(torch.nn.Module):
         target: Tensor | None = None,
         candidate_ids: Tensor | None = None,
         excluded: Tensor | None = None,
+        *,
+        group: ProcessGroup | None = None,
+        global_target: bool = False,
     ) -> Tensor:
         """The loss of query [B, D], candidates [M, D] and who is no negative, as in `info_nce`."""
         return info_nce(
@@ -127,6 +137,8 @@ class InfoNCELoss(torch.nn.Module):
             symmetric=self.symmetric,
             excluded=excluded,
             candidate_ids=candidate_ids,
+            group=group,
+            global_target=global_target,
             max_score=self.max_score,
             reduction=self.reduction,
             workspace_mb=self.workspace_mb,
@@ -136,8 +148,9 @@ class InfoNCELoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as `print(module)` shows them."""
         learnt = "" if self.log_temperature is None else " (learnt)"
-        with torch.no_grad():
-            temperature = float(self.temperature)
+        temperature = self._temperature
+        if self.log_temperature is not None and not self.log_temperature.is_meta:
+            temperature = self.log_temperature.detach().exp().item()
         return (
             f"temperature={temperature:.6g}{learnt}, symmetric={self.symmetric}, "
             f"max_score={self.max_score}, reduction={self.reduction!r}, "

@@ -107,7 +107,7 @@ def ranking_reward(
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
-    if check_finite:
+    if checks.flag(op, "check_finite", check_finite):
         checks.finite_rows(op, query, positive, negatives, mask, index)
     inputs = (query, positive, negatives, mask, index, weights)
     if is_watched(query, positive, negatives):
@@ -166,13 +166,13 @@ def ranking_reward_and_grad(
     """
     op = "ranking_reward_and_grad"
     index = checks.embeddings(op, query, positive, negatives, mask, negative_index)
-    wanted = checks.wanted(op, wrt)
+    wanted = checks.wrt(op, wrt, checks.EMBEDDINGS)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if weight is not None:
         weight = checks.upstream(op, weight, query, positive, negatives, mask, index)
-    if check_finite:
+    if checks.flag(op, "check_finite", check_finite):
         checks.finite_rows(op, query, positive, negatives, mask, index)
     with torch.no_grad():
         results = registered.ranking_reward_and_grad(
@@ -225,7 +225,7 @@ def reward_from_scores(
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.LARGEST)
-    if check_finite:
+    if checks.flag(op, "check_finite", check_finite):
         checks.finite_scores(op, scores, mask)
     if is_watched(scores):
         return RankingReward(

@@ -53,6 +53,6 @@ def topk(
         scores, index = scores.sort(dim=-1, descending=True, stable=True)
         scores, index = scores[:, :k], index[:, :k]
     """
-    checks.search("topk", query, corpus, k, metric, backend)
+    k = checks.search("topk", query, corpus, k, metric, backend)
     with torch.no_grad():
         return TopK(*registered.topk(query, corpus, k, metric, backend))

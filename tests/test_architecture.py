@@ -83,10 +83,23 @@ KERNEL_ROOMS = {
     "backends.launcher": (),
     "backends.boundary": (),
     "backends.segments": (),
-    "backends.steps": ("reference",),
+    "backends.skipped": ("reference",),
+    "backends.steps": ("reference", "backends.skipped"),
     "backends.gpu": ("reference", "backends.steps"),
     "backends.in_batch": ("reference", "backends.launcher", "backends.steps"),
-    "backends.reference": ("reference", "backends.launcher", "backends.in_batch"),
+    "backends.shares": (
+        "reference",
+        "backends.launcher",
+        "backends.skipped",
+        "backends.steps",
+        "backends.in_batch",
+    ),
+    "backends.reference": (
+        "reference",
+        "backends.launcher",
+        "backends.in_batch",
+        "backends.shares",
+    ),
     "backends.cpu": (
         "reference",
         "backends.launcher",
@@ -114,19 +127,28 @@ KERNEL_ROOMS = {
     "backends.table": (
         "backends.launcher",
         "backends.in_batch",
+        "backends.shares",
         "backends.reference",
         "backends.cpu",
         "backends.cuda",
         "backends.triton",
     ),
-    "backends.admission": ("reference", "backends.launcher"),
+    "backends.admission": ("reference", "backends.launcher", "backends.shares"),
     "backends.choice": ("backends.launcher", "backends.table", "backends.admission"),
-    "registered": ("reference", "backends.launcher", "backends.choice"),
-    "checks": ("reference", "backends.table"),
+    "registered": (
+        "reference",
+        "backends.launcher",
+        "backends.boundary",
+        "backends.shares",
+        "backends.choice",
+    ),
+    "scalars": (),
+    "checks": ("reference", "backends.boundary", "backends.table", "registered", "scalars"),
     "reward": ("reference", "registered", "checks"),
     "in_batch": ("reference", "registered", "checks"),
+    "info_nce": ("reference", "registered", "checks"),
     "topk": ("reference", "registered", "checks"),
-    "modules": ("reference", "checks", "reward", "in_batch"),
+    "modules": ("reference", "checks", "reward", "info_nce"),
     "doctor": ("backends.boundary", "backends.table", "backends.admission", "backends.choice"),
 }
 
@@ -258,6 +280,13 @@ def test_drawing_a_report_is_light(tmp_path):
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "loaded\n"), done.stderr
+
+
+def test_the_kernels_touch_no_setting_of_the_process():
+    """Switches of precision and determinism are the user's, and another thread would see them."""
+    switches = ("fp32_precision", "allow_tf32", "matmul_precision", "use_deterministic")
+    for path in KERNELS:
+        assert not [x for x in switches if x in path.read_text()], path
 
 
 def test_no_file_edits_the_import_path():

@@ -274,6 +274,56 @@ ElvaStatus info_nce_terms(const ElvaInfoNceTermsArgs& args) {
 }
 
 template <class S>
+ElvaStatus logsumexp(const ElvaLogSumExpArgs& args) {
+  const double t = args.temperature;
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const S* targets = static_cast<const S*>(args.target_score) + i * args.positives;
+    double top = static_cast<double>(static_cast<const S*>(args.peak)[i]);
+    const double peak = top;
+    bool sound = true;
+    for (int64_t p = 0; p < args.positives; ++p) {
+      sound = sound && !std::isnan(targets[p]);
+      top = std::max(top, static_cast<double>(targets[p]));
+    }
+    double sum = 0;
+    const auto add = [&](double score, double count) {
+      if (score > kNone<double>) sum += count * std::exp((score - top) / t);
+    };
+    for (int64_t p = 0; p < args.positives; ++p) add(static_cast<double>(targets[p]), 1);
+    add(peak, args.sum[i]);
+    const double found = sum > 0 || std::isnan(sum) ? top / t + std::log(sum) : kNone<double>;
+    static_cast<S*>(args.logsumexp)[i] =
+        sound ? static_cast<S>(found) : std::numeric_limits<S>::quiet_NaN();
+  }
+  return ELVA_OK;
+}
+
+template <class S>
+ElvaStatus info_nce_factors(const ElvaInfoNceFactorsArgs& args) {
+  for (int64_t i = 0; i < args.rows; ++i) {
+    const int64_t first = i * args.positives;
+    const int64_t* target = args.target + first;
+    const int64_t none = std::count(target, target + args.positives, -1);
+    const double weight = args.weight_factor * args.weight[i] /
+                          static_cast<double>(std::max<int64_t>(args.positives - none, 1));
+    double factor = 0;
+    for (int64_t x = first; x < first + args.positives; ++x) {
+      const bool sound = std::isfinite(static_cast<const S*>(args.target_score)[x]);
+      args.upstream[x] = sound ? weight : 0.0;
+      const double upstream = args.upstream[x] / args.temperature;
+      double others = upstream * args.others[x];
+      if (args.more_others != nullptr) others += upstream * args.more_others[x];
+      static_cast<S*>(args.target_slope)[x] = static_cast<S>(-others);
+      factor += upstream * args.share[x];
+    }
+    static_cast<S*>(args.row_factor)[i] = static_cast<S>(factor);
+    const S peak = static_cast<const S*>(args.peak)[i];
+    static_cast<S*>(args.row_peak)[i] = peak > kNone<S> ? peak : S(0);
+  }
+  return ELVA_OK;
+}
+
+template <class S>
 ElvaStatus slope_rows(const ElvaSlopeRowsArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
@@ -325,6 +375,16 @@ ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args) {
 ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args) {
   return elva::by_value_dtype(
       args->dtype, [args](auto value) { return elva::info_nce_terms<decltype(value)>(*args); });
+}
+
+ElvaStatus elva_logsumexp_cpu(const ElvaLogSumExpArgs* args) {
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::logsumexp<decltype(value)>(*args); });
+}
+
+ElvaStatus elva_info_nce_factors_cpu(const ElvaInfoNceFactorsArgs* args) {
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::info_nce_factors<decltype(value)>(*args); });
 }
 
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args) {

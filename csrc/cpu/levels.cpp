@@ -1,5 +1,5 @@
 // The choice of the CPU level: every feature bit a level's code uses, and the operating system's
-// promise (xgetbv) to save the registers it needs.
+// promise (xgetbv, and Linux's permission for tiles) to save the registers it needs.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +11,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace elva {
@@ -29,6 +33,16 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
 
 bool bit(unsigned word, int position) { return (word >> position & 1u) != 0; }
 
+// Linux saves a process's tiles once it has asked for them.
+bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // The highest level that this CPU and its operating system have.
 int best_level() {
   const Registers one = cpuid(1, 0);
@@ -44,7 +58,11 @@ int best_level() {
              vl = bit(seven.b, 31);
   if (!(os_avx512 && f && dq && bw && vl)) return ELVA_LEVEL_AVX2;
   const bool bf16 = seven.a >= 1 && bit(cpuid(7, 1).a, 5);
-  return bf16 ? ELVA_LEVEL_AVX512BF16 : ELVA_LEVEL_AVX512;
+  if (!bf16) return ELVA_LEVEL_AVX512;
+  const bool os_tiles = (low & 0x60000u) == 0x60000u;
+  const bool amx_tile = bit(seven.d, 24), amx_bf16 = bit(seven.d, 22);
+  return os_tiles && amx_tile && amx_bf16 && may_use_tiles() ? ELVA_LEVEL_AMX
+                                                             : ELVA_LEVEL_AVX512BF16;
 }
 #else
 int best_level() { return ELVA_LEVEL_PLAIN; }

@@ -7,13 +7,14 @@
 #define ELVA_LEVEL_AVX2 1
 #define ELVA_LEVEL_AVX512 2
 #define ELVA_LEVEL_AVX512BF16 3
+#define ELVA_LEVEL_AMX 4
 
 // X(number, name) for each level of this processor family.
 #if defined(__x86_64__)
 #define ELVA_EACH_LEVEL(X)     \
   X(ELVA_LEVEL_PLAIN, "plain") \
   X(ELVA_LEVEL_AVX2, "avx2")   \
-  X(ELVA_LEVEL_AVX512, "avx512") X(ELVA_LEVEL_AVX512BF16, "avx512bf16")
+  X(ELVA_LEVEL_AVX512, "avx512") X(ELVA_LEVEL_AVX512BF16, "avx512bf16") X(ELVA_LEVEL_AMX, "amx")
 #else
 #define ELVA_EACH_LEVEL(X) X(ELVA_LEVEL_PLAIN, "plain")
 #endif

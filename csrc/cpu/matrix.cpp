@@ -71,37 +71,64 @@ struct Pairs {
   }
 };
 
-// `count` rows of `depth` elements as panels [steps, width] of words, zero-padded.
+// Into the second-level cache.
+template <class T>
+void ask_for(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(p + i, 0, 2);
+}
+
+// Four dense rows side by side: stores far apart are what packing costs.
 template <class F, class T>
+void pack_four(const T* rows, int64_t row_stride, int64_t steps, int64_t width,
+               typename F::Word* out) {
+  const T *a = rows, *b = a + row_stride, *c = b + row_stride, *d = c + row_stride;
+  for (int64_t s = 0; s < steps; ++s, out += width) {
+    const int64_t i = s * F::kElements;
+    const typename F::Word words[] = {F::read(a + i), F::read(b + i), F::read(c + i),
+                                      F::read(d + i)};
+    memcpy(out, words, sizeof(words));
+  }
+}
+
+// `count` rows of `depth` elements as panels of words, zero-padded: [width, steps] where kInRows,
+// else [steps, width].
+template <class F, bool kInRows, class T>
 void pack(const T* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth,
-          int64_t width, typename F::Word* out) {
+          int64_t width, int64_t steps, typename F::Word* out) {
   constexpr int64_t kElements = F::kElements;
-  const int64_t steps = (depth + kElements - 1) / kElements, whole = depth / kElements;
+  const int64_t whole = depth / kElements, filled = (depth + kElements - 1) / kElements;
+  const auto place = [&](int64_t r, int64_t s) {
+    return kInRows ? out + r * steps + s : out + s * width + r;
+  };
   for (int64_t i = 0; i < count; i += width, out += steps * width) {
     const int64_t there = std::min(width, count - i);
     const T* from = rows + i * row_stride;
-    if (there < width) std::fill(out, out + steps * width, typename F::Word{});
+    if (there < width || filled < steps) std::fill(out, out + steps * width, typename F::Word{});
     if (stride == 1) {
-      for (int64_t r = 0; r < there; ++r) {
+      int64_t r = 0;
+      for (; !kInRows && r + 4 <= there; r += 4)
+        pack_four<F>(from + r * row_stride, row_stride, whole, width, out + r);
+      for (; r < there; ++r) {
         const T* row = from + r * row_stride;
-        for (int64_t s = 0; s < whole; ++s) out[s * width + r] = F::read(row + s * kElements);
+        for (int64_t s = 0; s < whole; ++s) *place(r, s) = F::read(row + s * kElements);
       }
     } else if (row_stride == 1) {
       for (int64_t s = 0; s < whole; ++s) {
         const T* at = from + s * kElements * stride;
-        for (int64_t r = 0; r < there; ++r) out[s * width + r] = F::take(at + r, stride, true);
+        for (int64_t r = 0; r < there; ++r) *place(r, s) = F::take(at + r, stride, true);
       }
     } else {
       for (int64_t s = 0; s < whole; ++s) {
         const T* at = from + s * kElements * stride;
         for (int64_t r = 0; r < there; ++r)
-          out[s * width + r] = F::take(at + r * row_stride, stride, true);
+          *place(r, s) = F::take(at + r * row_stride, stride, true);
       }
     }
-    if (whole < steps) {
+    if (whole < filled) {
       const T* at = from + whole * kElements * stride;
       for (int64_t r = 0; r < there; ++r)
-        out[whole * width + r] = F::take(at + r * row_stride, stride, false);
+        *place(r, whole) = F::take(at + r * row_stride, stride, false);
     }
   }
 }
@@ -194,7 +221,9 @@ class Product {
     return static_cast<const B*>(args_.b) + p * args_.b_row_stride + j * args_.b_stride;
   }
   S* c(int64_t i, int64_t j) const { return static_cast<S*>(args_.c) + i * args_.c_row_stride + j; }
-  static int64_t steps(int64_t depth) { return (depth + F::kElements - 1) / F::kElements; }
+  int64_t steps(int64_t depth) const {
+    return rounded_up((depth + F::kElements - 1) / F::kElements, tile_.step_multiple);
+  }
 
   // Blocks of kDepth one after the other, each [columns' panels, steps, tile's columns].
   void pack_b(int64_t p0, int64_t depth, int64_t j0, int64_t columns, Word* panels) const {
@@ -204,9 +233,9 @@ class Product {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t p = item / tiles * kDepth, j = item % tiles * tile_.columns;
         const int64_t here = std::min(kDepth, depth - p);
-        pack<F>(b(p0 + p, j0 + j), args_.b_stride, args_.b_row_stride,
-                std::min(tile_.columns, columns - j), here, tile_.columns,
-                panels + p / F::kElements * padded + j * steps(here));
+        pack<F, false>(b(p0 + p, j0 + j), args_.b_stride, args_.b_row_stride,
+                       std::min(tile_.columns, columns - j), here, tile_.columns, steps(here),
+                       panels + p / F::kElements * padded + j * steps(here));
       }
     });
   }
@@ -225,11 +254,13 @@ class Product {
     const PanelSizes sizes(rows, tile_);
     const auto piece = [&](int64_t begin, int64_t end, Arena* arena) {
       const Panels mine = sizes.take(arena);
+      if (tile_.begin != nullptr) tile_.begin();
       for (int64_t item = begin; item < end; ++item) {
         const int64_t i = item / column_blocks * rows, j = item % column_blocks * width;
         block(p0, depth, i, std::min(rows, args_.m - i), j0, j, std::min(j + width, columns),
               rounded_up(columns, tile_.columns), b_panels, mine);
       }
+      if (tile_.end != nullptr) tile_.end();
     };
     return for_pieces(row_blocks * column_blocks, 1, args_.threads, sizes.bytes(), piece);
   }
@@ -243,7 +274,9 @@ class Product {
       const bool add = args_.add || p0 + p > 0;
       for (int64_t y = j; y < end; y += tile_.columns) {
         const Word* panel = b_panels + p / F::kElements * padded + y * steps(here);
+        const int64_t words = tile_.columns * steps(here), share = words * tile_.rows / rows;
         for (int64_t x = 0; x < rows; x += tile_.rows) {
+          ask_for(panel + words + x / tile_.rows * share, share);  // of the next panel
           const int64_t height = std::min(tile_.rows, rows - x);
           tile(panel, x, height, steps(here), std::min(tile_.columns, end - y), c(i + x, j0 + y),
                add, mine);
@@ -258,10 +291,12 @@ class Product {
       const double part = static_cast<double>(depth) / static_cast<double>(args_.k);
       const auto allowed = static_cast<float>(args_.allowed * args_.allowed * part);
       kernels_.halves({a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows,
-                       args_.a_scale + p, args_.a_norm + p, allowed, mine.high, mine.low,
-                       mine.low_matters});
+                       steps(depth), tile_.a_in_rows, args_.a_scale + p, args_.a_norm + p, allowed,
+                       mine.high, mine.low, mine.low_matters});
     } else {
-      pack<F>(a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows, mine.high);
+      const auto pack_rows = tile_.a_in_rows ? pack<F, true, A> : pack<F, false, A>;
+      pack_rows(a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows, steps(depth),
+                mine.high);
     }
   }
 
@@ -292,6 +327,7 @@ class Product {
 ElvaStatus run(const ElvaMatrixArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
+  if (args.m == 0 || args.n == 0) return ELVA_OK;  // an empty c
   const MatrixKernels& matrix = *kernels->matrix;
   if (args.b_dtype == ELVA_FP64) {
     return Product<Singles<double>, double, double, double>(args, matrix).run();
@@ -312,6 +348,7 @@ ElvaStatus run(const ElvaMatrixArgs& args) {
 extern "C" {
 
 ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args) {
+  if (args->m == 0 || args->n == 0) return ELVA_OK;
   return elva::within_memory([args] { return elva::run(*args); });
 }
 

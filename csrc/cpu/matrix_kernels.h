@@ -18,6 +18,11 @@ struct MatrixTile {
   int64_t rows;
   int64_t columns;
   void (*multiply)(const Word* a, const Word* b, int64_t steps, S* c, int64_t c_stride, bool add);
+  int64_t step_multiple;  // of `steps`: zeros lie behind the depth
+  bool a_in_rows;         // a panel of a is [rows, steps], else [steps, rows], as one of b is
+  // Around all of a thread's calls of `multiply`; or null.
+  void (*begin)();
+  void (*end)();
 };
 
 // Two neighbours in depth.
@@ -25,6 +30,7 @@ struct Bf16Pair {
   uint32_t bits;
 };
 
+constexpr int64_t kMostPanelRows = 32;
 constexpr int64_t kMostRows = 192;  // of a block of a: it stays in the second-level cache
 
 // `count` rows, kMostRows or fewer, of `depth` floats as pairs of bf16 halves, x scale = high + low
@@ -34,10 +40,12 @@ struct HalvesJob {
   int64_t row_stride, stride;
   int64_t count, depth;
   int64_t width;
+  int64_t steps;       // of a panel: (depth + 1) / 2 or more; zeros lie behind the depth
+  bool in_rows;        // a panel is [width, steps], else [steps, width]
   const float* scale;  // [depth]
   const float* norm;   // [depth]
   float allowed;
-  Bf16Pair* high;  // [panels, (depth + 1) / 2, width]
+  Bf16Pair* high;  // panels
   Bf16Pair* low;
   bool* matters;  // [panels]: whether some row's sum of (low norm)^2 exceeds `allowed`
 };
@@ -71,6 +79,10 @@ struct MatrixKernels {
   void (*halves)(const HalvesJob&);
   void (*bf16_gradient)(const Bf16GradientJob&);
   void (*column_squares)(const ColumnSquaresJob&);
+  // As unit_rows.cpp's unit_row and gradient_row, for dense floats.
+  void (*f32_unit)(const float* x, int64_t dim, float* unit, double* norm);
+  void (*f32_gradient)(const float* unit, const float* grad, double inverse_norm, int64_t dim,
+                       float* out);
   // out += factor x.
   void (*add_row)(const Bf16* x, float factor, int64_t dim, float* out);
 };

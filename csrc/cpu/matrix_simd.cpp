@@ -6,13 +6,14 @@
 // Work split: the caller's thread, one job.
 // Bytes: a panel of b from the first-level cache, one of a from the second-level one; a tile of c
 //   read and written once.
-// Numerics: products by fma, or exact pairs by vdpbf16ps, which flushes what is below 2^-126; one
-//   accumulator an element. Gradients: float, at most kChain additions in a lane before they are
+// Numerics: products by fma, or exact pairs by vdpbf16ps or tdpbf16ps, which flush what is below
+//   2^-126; one accumulator an element, of tdpbf16ps two that are added every 32 elements. Gradients: float, at most kChain additions in a lane before they are
 //   added to a double one; rounded to nearest even. Deterministic.
 // Limits: none. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
 //   but the table at the end.
 // Reference: torch.mm, elva_kernels.reference._unit.
 #include "kernels.h"
+#include "lane_sums.h"
 #include "simd.h"
 
 namespace elva {
@@ -55,7 +56,7 @@ void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t 
   }
 }
 
-#if ELVA_BF16_INSTRUCTIONS
+#if ELVA_BF16_INSTRUCTIONS && !ELVA_AMX_INSTRUCTIONS
 inline __m512bh pairs(__m512i bits) {
   __m512bh out;
   memcpy(&out, &bits, sizeof(out));
@@ -91,6 +92,60 @@ void multiply_pairs(const Bf16Pair* a, const Bf16Pair* b, int64_t steps, float* 
 }
 #endif
 
+#if ELVA_AMX_INSTRUCTIONS
+// Of each of the eight tiles: 16 rows of 64 bytes. In assembler: no compiler flag is needed, and
+// the compiler keeps its hands off the tiles.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+void begin_tiles() {
+  const TileShapes shapes;
+  __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+}
+void end_tiles() { __asm__ volatile("tilerelease"); }
+
+#define ELVA_LOAD_TILE(tile, p, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%" tile : : "r"(p), "r"(stride) : "memory")
+#define ELVA_STORE_TILE(tile, p, stride) \
+  __asm__ volatile("tilestored %%" tile ", (%0,%1,1)" : : "r"(p), "r"(stride) : "memory")
+
+// 2 x 2 tiles of c; a [32, steps], b [steps, 32], steps a multiple of 16.
+void multiply_tiles(const Bf16Pair* a, const Bf16Pair* b, int64_t steps, float* c, int64_t c_stride,
+                    bool accumulate) {
+  ask_for<32>(c, c_stride, 32);
+  const int64_t a_bytes = steps * 4, b_bytes = 32 * 4;
+  __asm__ volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+  for (int64_t s = 0; s < steps; s += 16) {
+    ELVA_LOAD_TILE("tmm4", a + s, a_bytes);
+    ELVA_LOAD_TILE("tmm6", b + s * 32, b_bytes);
+    ELVA_LOAD_TILE("tmm7", b + s * 32 + 16, b_bytes);
+    ELVA_LOAD_TILE("tmm5", a + 16 * steps + s, a_bytes);
+    __asm__ volatile(
+        "tdpbf16ps %tmm6, %tmm4, %tmm0\n\t"
+        "tdpbf16ps %tmm7, %tmm4, %tmm1\n\t"
+        "tdpbf16ps %tmm6, %tmm5, %tmm2\n\t"
+        "tdpbf16ps %tmm7, %tmm5, %tmm3");
+  }
+  alignas(64) float sums[32][32];
+  float* out = accumulate ? sums[0] : c;
+  const int64_t stride = accumulate ? 32 : c_stride, bytes = stride * 4;
+  ELVA_STORE_TILE("tmm0", out, bytes);
+  ELVA_STORE_TILE("tmm1", out + 16, bytes);
+  ELVA_STORE_TILE("tmm2", out + 16 * stride, bytes);
+  ELVA_STORE_TILE("tmm3", out + 16 * stride + 16, bytes);
+  if (!accumulate) return;
+  for (int64_t r = 0; r < 32; ++r) {
+    for (int64_t n = 0; n < 32; n += 16) {
+      float* at = c + r * c_stride + n;
+      _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), _mm512_load_ps(&sums[r][n])));
+    }
+  }
+}
+#endif
+
 // To nearest even; NaN stays NaN.
 inline uint32_t rounded(float x) {
   const uint32_t bits = bits_of(x);
@@ -108,9 +163,20 @@ inline float split(float x, float y, float x_norm, float y_norm, Bf16Pair* high,
   return x_lost * x_lost + y_lost * y_lost;
 }
 
+// `count` rows' words at one step of a panel.
+inline void put(const HalvesJob& job, const Bf16Pair* words, int64_t count, int64_t step,
+                Bf16Pair* panel) {
+  if (job.in_rows) {
+    for (int64_t r = 0; r < count; ++r) panel[r * job.steps + step] = words[r];
+  } else {
+    memcpy(panel + step * job.width, words, static_cast<size_t>(count) * sizeof(*words));
+  }
+}
+
 // Rows that lie side by side in memory, a pair in depth at a time: whole lines are read once.
 void halves_of_columns(const HalvesJob& job, float* sums) {
   const int64_t steps = (job.depth + 1) / 2;
+  Bf16Pair high[kMostPanelRows], low[kMostPanelRows];
   for (int64_t s = 0; s < steps; ++s) {
     const int64_t p = 2 * s, q = p + 1 < job.depth ? p + 1 : p;
     const float* first = job.rows + p * job.stride;
@@ -119,11 +185,11 @@ void halves_of_columns(const HalvesJob& job, float* sums) {
     const float norm = job.norm[p], next_norm = job.norm[q];
     for (int64_t i = 0; i < job.count; i += job.width) {
       const int64_t left = job.count - i, there = left < job.width ? left : job.width;
-      Bf16Pair* high = job.high + i * steps + s * job.width;
-      Bf16Pair* low = job.low + i * steps + s * job.width;
       for (int64_t r = 0; r < there; ++r)
         sums[i + r] += split(first[i + r] * scale, second[i + r] * next_scale, norm, next_norm,
                              high + r, low + r);
+      put(job, high, there, s, job.high + i * job.steps);
+      put(job, low, there, s, job.low + i * job.steps);
     }
   }
 }
@@ -131,9 +197,9 @@ void halves_of_columns(const HalvesJob& job, float* sums) {
 // Rows of any strides: each is converted by pieces, which are then spread over its panel.
 void halves_of_rows(const HalvesJob& job, float* sums) {
   constexpr int64_t kPiece = 64;
-  const int64_t steps = (job.depth + 1) / 2;
+  const int64_t row_step = job.in_rows ? job.steps : 1, word_step = job.in_rows ? 1 : job.width;
   for (int64_t i = 0; i < job.count; ++i) {
-    const int64_t panel = i / job.width * job.width * steps + i % job.width;
+    const int64_t r = i % job.width, begin_of_row = (i - r) * job.steps + r * row_step;
     float lanes[kPiece] = {};
     for (int64_t begin = 0; begin < job.depth; begin += 2 * kPiece) {
       const int64_t left = job.depth - begin, there = left < 2 * kPiece ? left : 2 * kPiece;
@@ -146,8 +212,8 @@ void halves_of_rows(const HalvesJob& job, float* sums) {
       for (int64_t s = 0; s < kPiece; ++s)
         lanes[s] += split(x[2 * s], x[2 * s + 1], norm[2 * s], norm[2 * s + 1], high + s, low + s);
       for (int64_t s = 0; s < (there + 1) / 2; ++s) {
-        job.high[panel + (begin / 2 + s) * job.width] = high[s];
-        job.low[panel + (begin / 2 + s) * job.width] = low[s];
+        job.high[begin_of_row + (begin / 2 + s) * word_step] = high[s];
+        job.low[begin_of_row + (begin / 2 + s) * word_step] = low[s];
       }
     }
     for (int64_t s = 0; s < kPiece; ++s) sums[i] += lanes[s];
@@ -156,14 +222,12 @@ void halves_of_rows(const HalvesJob& job, float* sums) {
 
 void halves(const HalvesJob& job) {
   float sums[kMostRows] = {};
-  const int64_t steps = (job.depth + 1) / 2;
-  const int64_t tail = job.count % job.width;
-  if (tail != 0) {
-    Bf16Pair* ends[] = {job.high + (job.count - tail) * steps,
-                        job.low + (job.count - tail) * steps};
-    for (Bf16Pair* end : ends)
-      memset(end, 0, static_cast<size_t>(steps * job.width) * sizeof(*end));
-  }
+  const bool behind = (job.depth + 1) / 2 < job.steps;
+  const int64_t tail = job.count % job.width, whole = behind ? 0 : job.count - tail;
+  const int64_t padded = (job.count + job.width - 1) / job.width * job.width;
+  const size_t bytes = static_cast<size_t>((padded - whole) * job.steps) * sizeof(*job.high);
+  memset(job.high + whole * job.steps, 0, bytes);
+  memset(job.low + whole * job.steps, 0, bytes);
   if (job.row_stride == 1) {
     halves_of_columns(job, sums);
   } else {
@@ -236,6 +300,37 @@ void column_squares(const ColumnSquaresJob& job) {
   memcpy(job.sums, sums, sizeof(sums));
 }
 
+void f32_unit(const float* x, int64_t dim, float* unit, double* norm) {
+  const double square = sum_of(dim, [&](int64_t i) {
+    const double at = static_cast<double>(x[i]);
+    return at * at;
+  });
+  const bool finite = __builtin_isfinite(square);
+  norm[0] = square == 0 ? 0.0 : finite ? 1 / __builtin_sqrt(square) : __builtin_nan("");
+  norm[1] = 0;
+  if (square == 0 || !finite) {
+    memset(unit, 0, static_cast<size_t>(dim) * sizeof(*unit));
+    return;
+  }
+  const double inverse = norm[0];
+  for (int64_t i = 0; i < dim; ++i)
+    unit[i] = static_cast<float>(static_cast<double>(x[i]) * inverse);
+}
+
+void f32_gradient(const float* unit, const float* grad, double inverse_norm, int64_t dim,
+                  float* out) {
+  if (!(inverse_norm != 0)) {
+    memset(out, 0, static_cast<size_t>(dim) * sizeof(*out));
+    return;
+  }
+  const double dot = sum_of(
+      dim, [&](int64_t i) { return static_cast<double>(unit[i]) * static_cast<double>(grad[i]); });
+  for (int64_t i = 0; i < dim; ++i) {
+    const double along = static_cast<double>(unit[i]) * dot;
+    out[i] = static_cast<float>((static_cast<double>(grad[i]) - along) * inverse_norm);
+  }
+}
+
 void add_row(const Bf16* x, float factor, int64_t dim, float* out) {
   for (int64_t i = 0; i < dim; ++i) out[i] += factor * widened(x[i].bits);
 }
@@ -253,22 +348,26 @@ void add_row(const Bf16* x, float factor, int64_t dim, float* out) {
 #define ELVA_TILE_VECTORS 1
 #endif
 
-#if ELVA_BF16_INSTRUCTIONS
-#define ELVA_PAIRS_TILE {12, 32, multiply_pairs<12, 2>}
+#if ELVA_AMX_INSTRUCTIONS
+#define ELVA_PAIRS_TILE {32, 32, multiply_tiles, 16, true, begin_tiles, end_tiles}
+#elif ELVA_BF16_INSTRUCTIONS
+#define ELVA_PAIRS_TILE {12, 32, multiply_pairs<12, 2>, 1, false, nullptr, nullptr}
 #else
-#define ELVA_PAIRS_TILE {0, 0, nullptr}
+#define ELVA_PAIRS_TILE {0, 0, nullptr, 1, false, nullptr, nullptr}
 #endif
 
 template <>
 const MatrixKernels Level<ELVA_LEVEL>::matrix = {
     {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F32::kLanes,
-     multiply<F32, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
+     multiply<F32, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>, 1, false, nullptr, nullptr},
     {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F64::kLanes,
-     multiply<F64, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>},
+     multiply<F64, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>, 1, false, nullptr, nullptr},
     ELVA_PAIRS_TILE,
     halves,
     bf16_gradient,
     column_squares,
+    f32_unit,
+    f32_gradient,
     add_row,
 };
 

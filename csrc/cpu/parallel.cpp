@@ -2,6 +2,7 @@
 
 #if defined(__linux__)
 #include <dlfcn.h>
+#include <fcntl.h>
 #endif
 #include <pthread.h>
 #include <signal.h>
@@ -11,6 +12,8 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -19,23 +22,10 @@
 #include <xmmintrin.h>
 #endif
 
+#include "../float_mode.h"
+
 namespace elva {
 namespace {
-
-// torch.set_flush_denormal and other libraries change the calling thread's floating-point mode; a
-// group's bits must not depend on which thread computes it.
-class DefaultFloatMode {
- public:
-#if defined(__SSE__)
-  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  DefaultFloatMode() {}
-#endif
-};
 
 struct Job {
   int64_t items;
@@ -170,12 +160,34 @@ Pool* pool() {
 // for (measured: 1024 queries and candidates in 18 ms beside torch instead of 13).
 using OpenMp = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+#if defined(__linux__)
+const pid_t loaded_in = getpid();
+
+// Whether this process came of a fork without an exec, asked of the kernel: torch may have been
+// loaded long before this library was. True where the kernel does not say.
+bool was_forked() {
+  constexpr unsigned long kForkNoExec = 0x40;  // PF_FORKNOEXEC in the flags of proc(5), stat
+  constexpr int kFieldsBeforeFlags = 7;        // behind the name, which may hold anything
+  char text[1024];
+  const int file = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return true;
+  const ssize_t length = read(file, text, sizeof text - 1);
+  close(file);
+  text[std::max<ssize_t>(length, 0)] = 0;
+  const char* at = std::strrchr(text, ')');
+  for (int field = 0; at != nullptr && field < kFieldsBeforeFlags; ++field) {
+    at = std::strchr(at + 1, ' ');
+  }
+  return at == nullptr || (std::strtoul(at, nullptr, 10) & kForkNoExec) != 0;
+}
+#endif
+
 OpenMp openmp() {
 #if defined(__linux__)
   static const auto entry = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   // In a child of a fork the runtime's threads are gone, and it does not know.
-  static const pid_t loaded = getpid();
-  return getpid() == loaded ? entry : nullptr;
+  static const bool forked = was_forked();
+  return forked || getpid() != loaded_in ? nullptr : entry;
 #else
   return nullptr;
 #endif

@@ -19,6 +19,7 @@
 
 #include "../elva_in_batch.h"
 #include "kernels.h"
+#include "lane_sums.h"
 #include "numeric.h"
 #include "parallel.h"
 #include "rescale.h"
@@ -27,23 +28,7 @@
 namespace elva {
 namespace {
 
-constexpr int64_t kLanes = 8;
 constexpr int64_t kElementsPerPiece = 1 << 16;  // about 50 us
-
-// Sum over i of term(i), in lanes and a tree.
-template <class Term>
-double sum_of(int64_t count, const Term& term) {
-  double lanes[kLanes] = {};
-  const int64_t whole = count - count % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] += term(i + l);
-  }
-  for (int64_t i = whole; i < count; ++i) lanes[i - whole] += term(i);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  }
-  return lanes[0];
-}
 
 // x 2^exponent, for an exponent whose power alone may leave the range.
 double scaled(double x, int exponent) {
@@ -88,7 +73,11 @@ void unit_row(const Row<T>& row, int64_t dim, V* out, double* norm) {
   }
   const double root = std::sqrt(square);
   norm[0] = 1 / root;
-  for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<V>(at(i) / root);
+  if constexpr (std::is_same_v<V, float>) {
+    for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<V>(at(i) * norm[0]);
+  } else {
+    for (int64_t i = 0; i < dim; ++i) out[i] = at(i) / root;
+  }
 }
 
 // A bf16 row as it is, or as near to 1 as a power of two brings it where its squares would leave
@@ -134,12 +123,21 @@ int64_t grain(int64_t dim) { return std::max<int64_t>(1, kElementsPerPiece / dim
 
 template <class T>
 ElvaStatus unit_rows(const ElvaUnitRowsArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
   using V = typename ValueOf<T>::Type;
   const T* rows = static_cast<const T*>(args.rows.data);
   parallel_for(args.count, grain(args.dim), args.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Row<T> row{rows + i * args.rows.row_stride, args.rows.stride};
-      unit_row(row, args.dim, static_cast<V*>(args.unit) + i * args.dim, args.norm + 2 * i);
+      V* unit = static_cast<V*>(args.unit) + i * args.dim;
+      if constexpr (std::is_same_v<T, float>) {
+        if (row.stride == 1) {
+          kernels->matrix->f32_unit(row.data, args.dim, unit, args.norm + 2 * i);
+          continue;
+        }
+      }
+      unit_row(row, args.dim, unit, args.norm + 2 * i);
     }
   });
   return ELVA_OK;
@@ -147,12 +145,20 @@ ElvaStatus unit_rows(const ElvaUnitRowsArgs& args) {
 
 template <class T>
 ElvaStatus gradients(const ElvaUnitGradientArgs& args) {
+  const Kernels* kernels = chosen_kernels();
+  if (kernels == nullptr) return ELVA_BAD_LEVEL;
   using V = typename ValueOf<T>::Type;
   parallel_for(args.count, grain(args.dim), args.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      gradient_row(static_cast<const V*>(args.unit) + i * args.dim,
-                   static_cast<const V*>(args.grad_unit) + i * args.dim, args.norm + 2 * i,
-                   args.dim, static_cast<T*>(args.grad_rows) + i * args.dim);
+      const V* unit = static_cast<const V*>(args.unit) + i * args.dim;
+      const V* grad = static_cast<const V*>(args.grad_unit) + i * args.dim;
+      const double* norm = args.norm + 2 * i;
+      T* out = static_cast<T*>(args.grad_rows) + i * args.dim;
+      if constexpr (std::is_same_v<T, float>) {
+        kernels->matrix->f32_gradient(unit, grad, norm[0], args.dim, out);
+      } else {
+        gradient_row(unit, grad, norm, args.dim, out);
+      }
     }
   });
   return ELVA_OK;

@@ -1,14 +1,14 @@
-// What: the steps of the in-batch ops around the matrix products, which are torch's: unit rows,
-//   statistics of rows of products, sums over columns, slopes in place, gradients on rows.
+// What: the steps of the in-batch ops around the matrix products: unit rows, statistics of rows of
+//   products, sums over columns, slopes in place, gradients on rows.
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (8), negatives (9), rank (10),
 //   log-sum-exp (11), contrastive losses (13) and (14) of elva_kernels.reference.
 // In: rows in bf16, fp16 or fp32, any strides; products of unit rows [R, width] in fp32; targets,
-//   ids.
+//   other candidates that are no negatives.
 // Out: see elva_in_batch.h; products become masked scores (-inf where a candidate is no negative),
 //   then slopes.
 // Work split: a warp a row of embeddings; a block a row of scores; a thread a column of 128 rows.
-// Bytes: a row of scores is read twice (again from cache) and written once; a chunk's columns
-//   once; slopes once each.
+// Bytes: a row of scores is read twice (again from cache) and written once, and once more from cache
+//   for every 4 positives after the first; a chunk's columns once; slopes once each.
 // Numerics: exponentials in fp32, sums in double in an order of their own. Ties by lower index. No
 //   atomics: deterministic.
 // Limits: none.
@@ -172,21 +172,145 @@ __device__ inline V block_sum(V x, V* shared) {
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+constexpr int kTogether = 4;  // positives from the second that are counted in a pass
+
+// How a row's negatives stand to a score.
+struct Counts {
+  int greater = 0, equal = 0;
+
+  __device__ void add(float negative, float score) {
+    greater += negative > score;
+    equal += negative == score;
+  }
+};
+
+struct ScoreShared {
+  double sums[kWarps];
+  int64_t places[kWarps];
+  float bests[kWarps];
+  int counts[kWarps];
+  Counts further[kWarps * kTogether];
+};
+
+// What negatives are held against for a positive's score: counts are finite negatives for a pair
+// that is not finite, nothing where there is no positive.
+__device__ inline float bar_of(float score) {
+  return isnan(score) ? -INFINITY : score == -INFINITY ? INFINITY : score;
+}
+
+// A query's positives, and its other candidates that are no negatives.
+class Positives {
+ public:
+  __device__ Positives(const ElvaCudaScoreArgs& args, int64_t i)
+      : args_(args),
+        i_(i),
+        target_(args.target + i * args.positives),
+        score_(args.target_score + i * args.positives),
+        query_(args.query_norm[2 * i]) {}
+
+  // Of products that are not masked yet.
+  __device__ float score_of(const float* row, int64_t p) const {
+    const int64_t j = target_[p];
+    if (j == -1) return -INFINITY;
+    if (!is_candidate(j)) return nanf("");
+    const double norm = args_.candidate_inverse[j];
+    return isnan(query_) || isnan(norm) ? nanf("") : clamped(row[j] * query_ * norm);
+  }
+  __device__ void write_scores(const float* row) const {
+    for (int64_t p = threadIdx.x; p < args_.positives; p += kThreads) score_[p] = score_of(row, p);
+  }
+  // NaN in the place of the products of all that are no negatives. No product is NaN.
+  __device__ void mask(float* row) const {
+    for (int64_t p = threadIdx.x; p < args_.positives; p += kThreads) mask(row, target_[p]);
+    if (args_.skipped == nullptr) return;
+    for (int64_t s = 0; s < args_.segments; ++s) {
+      const int64_t last = args_.skipped_last[i_ * args_.segments + s];
+      for (int64_t x = args_.skipped_first[i_ * args_.segments + s] + threadIdx.x; x < last;
+           x += kThreads) {
+        mask(row, args_.skipped[x]);
+      }
+    }
+  }
+  // Where the negatives that are not finite are `unsound`.
+  __device__ void write_counts(int64_t p, const Counts& counts, int unsound) const {
+    const bool there = target_[p] != -1;
+    const int64_t at = i_ * args_.positives + p;
+    args_.n_greater[at] = there ? counts.greater : 0;
+    args_.n_equal[at] = !there ? 0 : isnan(score_[p]) ? unsound : counts.equal;
+  }
+  // After write_scores, on all threads.
+  __device__ float bar(int64_t p) const { return bar_of(score_[p]); }
+
+ private:
+  __device__ bool is_candidate(int64_t j) const { return j >= 0 && j < args_.candidates; }
+  __device__ void mask(float* row, int64_t j) const {
+    if (is_candidate(j)) row[j] = nanf("");
+  }
+
+  const ElvaCudaScoreArgs& args_;
+  int64_t i_;
+  const int64_t* target_;
+  float* score_;
+  double query_;
+};
+
+// Of the finished row: the counts of the positives from the second, kTogether in a pass. A pass is
+// left out where none of its scores is within the negatives'.
+__device__ inline void count_further(const ElvaCudaScoreArgs& args, const Positives& positives,
+                                     const float* row, float hardest, int unsound, Counts* shared) {
+  for (int64_t first = 1; first < args.positives; first += kTogether) {
+    float bars[kTogether];
+    bool within = false;
+#pragma unroll
+    for (int q = 0; q < kTogether; ++q) {
+      bars[q] = first + q < args.positives ? positives.bar(first + q) : INFINITY;
+      within = within || (bars[q] <= hardest && hardest > -INFINITY);
+    }
+    Counts counts[kTogether];
+    if (within) {
+#pragma unroll 4
+      for (int64_t j = threadIdx.x; j < args.candidates; j += kThreads) {
+        const float score = row[j];
+#pragma unroll
+        for (int q = 0; q < kTogether; ++q) counts[q].add(score, bars[q]);
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int q = 0; q < kTogether; ++q) {
+      const int greater = warp_sum(counts[q].greater), equal = warp_sum(counts[q].equal);
+      if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * kTogether + q] = {greater, equal};
+    }
+    __syncthreads();
+    const int64_t p = first + threadIdx.x;
+    if (threadIdx.x < kTogether && p < args.positives) {
+      Counts all;
+      for (int w = 0; w < kWarps; ++w) {
+        all.greater += shared[w * kTogether + threadIdx.x].greater;
+        all.equal += shared[w * kTogether + threadIdx.x].equal;
+      }
+      positives.write_counts(p, all, unsound);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 5)
     score_rows(const __grid_constant__ ElvaCudaScoreArgs args) {
   constexpr int kAtOnce = 4;
   ELVA_DYNAMIC_SHARED(memory);
-  double* sums = reinterpret_cast<double*>(memory);
-  float* bests = reinterpret_cast<float*>(sums + kWarps);
-  int64_t* places = reinterpret_cast<int64_t*>(bests + kWarps);
-  const int64_t i = blockIdx.x, own = args.target[i];
+  ScoreShared& shared = *reinterpret_cast<ScoreShared*>(memory);
+  const int64_t i = blockIdx.x;
   float* row = args.scores + i * args.width;
-  const double query = args.query_norm[2 * i], own_norm = args.candidate_inverse[own];
-  const bool bad_query = isnan(query), bad = bad_query || isnan(own_norm);
-  const float mine = bad ? 0.0f : clamped(row[own] * query * own_norm);
-  const int64_t own_id = args.ids == nullptr ? own : args.ids[own];
-  __syncthreads();  // the target's product is masked below
-  int greater = 0, equal = 0;
+  const Positives positives(args, i);
+  const double query = args.query_norm[2 * i];
+  const bool bad_query = isnan(query);
+  const float first_bar = args.positives > 0 ? bar_of(positives.score_of(row, 0)) : INFINITY;
+  positives.write_scores(row);
+  __syncthreads();
+  positives.mask(row);
+  __syncthreads();
+  Counts counts;
+  int unsound = 0;
   float hardest = -INFINITY;
   int64_t place = -1;
 #pragma unroll 1
@@ -203,18 +327,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int r = 0; r < kAtOnce; ++r) {
       const int64_t j = first + r * kThreads;
       float score = -INFINITY;
-      const bool rival =
-          j < args.candidates && j != own && (args.ids == nullptr || args.ids[j] != own_id);
-      if (rival) {
-        const bool sound = !bad_query && !isnan(norms[r]);
-        if (sound) {
+      if (j < args.candidates && !isnan(products[r])) {
+        if (bad_query || isnan(norms[r])) {
+          ++unsound;
+        } else {
           score = clamped(products[r] * query * norms[r]);
           if (static_cast<double>(score) > args.max_score) score = -INFINITY;
         }
-        // NaN, a bad pair's own score, is below all numbers and equal to NaN.
-        greater += score > -INFINITY && (bad || score > mine);
-        equal += bad ? !sound : score > -INFINITY && score == mine;
       }
+      counts.add(score, first_bar);
       if (j < args.width) row[j] = score;
       if (score > hardest) hardest = score, place = j;
     }
@@ -226,25 +347,27 @@ __global__ void __launch_bounds__(kThreads, 2)
       hardest = other, place = other_place;
     }
   }
-  const int all_greater = static_cast<int>(block_sum(static_cast<double>(greater), sums));
-  const int all_equal = static_cast<int>(block_sum(static_cast<double>(equal), sums));
+  counts.greater = block_sum(counts.greater, shared.counts);
+  counts.equal = block_sum(counts.equal, shared.counts);
+  unsound = block_sum(unsound, shared.counts);
   if (threadIdx.x % 32 == 0) {
-    bests[threadIdx.x / 32] = hardest;
-    places[threadIdx.x / 32] = place;
+    shared.bests[threadIdx.x / 32] = hardest;
+    shared.places[threadIdx.x / 32] = place;
   }
   __syncthreads();
   for (int w = 0; w < kWarps; ++w) {
-    if (bests[w] > -INFINITY && (place < 0 || is_before(bests[w], places[w], hardest, place))) {
-      hardest = bests[w], place = places[w];
+    const float best = shared.bests[w];
+    const int64_t at = shared.places[w];
+    if (best > -INFINITY && (place < 0 || is_before(best, at, hardest, place))) {
+      hardest = best, place = at;
     }
   }
   if (threadIdx.x == 0) {
-    args.n_greater[i] = all_greater;
-    args.n_equal[i] = all_equal;
-    args.target_score[i] = bad ? nanf("") : mine;
+    if (args.positives > 0) positives.write_counts(0, counts, unsound);
     args.hardest_score[i] = hardest;
     args.hardest_index[i] = place;
   }
+  count_further(args, positives, row, hardest, unsound, shared.further);
   if (args.temperature == nullptr) return;
   const float inverse_temperature = static_cast<float>(1 / *args.temperature);
   double sum = 0, moment = 0;
@@ -264,8 +387,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       moment += static_cast<double>(term) * gap;
     }
   }
-  sum = block_sum(sum, sums);
-  moment = block_sum(moment, sums);
+  sum = block_sum(sum, shared.sums);
+  moment = block_sum(moment, shared.sums);
   if (threadIdx.x == 0) {
     args.sum[i] = sum;
     args.moment[i] = moment;
@@ -365,9 +488,28 @@ __global__ void __launch_bounds__(kColumns) column_sums(const __grid_constant__ 
   column.moment[j] = all.moment;
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+// The slopes of a query's positives: of those that name the same candidate in order, by the thread
+// of the first of them.
+__device__ inline void add_target_slopes(const ElvaCudaSlopeArgs& args, const int64_t* target,
+                                         const float* slopes, float* row) {
+  for (int64_t p = threadIdx.x; p < args.positives; p += kThreads) {
+    const int64_t own = target[p];
+    bool is_first = own >= 0;
+#pragma unroll 1
+    for (int64_t q = 0; is_first && q < p; ++q) is_first = target[q] != own;
+    if (!is_first) continue;
+    float slope = row[own];
+#pragma unroll 1
+    for (int64_t q = p; q < args.positives; ++q) {
+      if (target[q] == own) slope += slopes[q];
+    }
+    row[own] = slope;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 6)
     slope_rows(const __grid_constant__ ElvaCudaSlopeArgs args) {
-  const int64_t i = blockIdx.x, own = args.target[i];
+  const int64_t i = blockIdx.x;
   float* row = args.scores + i * args.width;
   const float inverse_temperature = static_cast<float>(1 / *args.temperature),
               peak = args.row_peak[i], factor = args.row_factor[i];
@@ -380,8 +522,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         slope += args.column_factor[j] * expf((score - args.column_peak[j]) * inverse_temperature);
       }
     }
-    row[j] = j == own ? args.target_slope[i] : slope;
+    row[j] = slope;
   }
+  __syncthreads();
+  add_target_slopes(args, args.target + i * args.positives, args.target_slope + i * args.positives,
+                    row);
 }
 
 int64_t blocks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
@@ -410,8 +555,7 @@ ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args) {
 ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
-    const size_t shared = kWarps * (sizeof(double) + sizeof(float) + sizeof(int64_t));
-    return launch(score_rows, args->rows, 1, kThreads, shared, args->stream, *args);
+    return launch(score_rows, args->rows, 1, kThreads, sizeof(ScoreShared), args->stream, *args);
   });
 }
 

@@ -3,13 +3,14 @@
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
 //   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
 // In: query, positive [*, D], negatives [*, N, D] in bf16, fp16 or fp32, any strides and any
-//   alignment (dense rows on 16 bytes are read in vectors); mask [*, N].
+//   alignment (dense rows on 16 bytes are read in vectors); mask [*, N]. Or a bank [M, D] and index
+//   [*, N], the rows of it that are a group's negatives.
 // Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32, rank int32 [*];
-//   coefficients (reward_group.h); gradients dense.
+//   coefficients (reward_group.h); gradients dense, those that are wanted (a bank's: reward_bank.cu).
 // Work split: forward a block a group, a warp two candidates; backward a block for some columns of a
 //   group (reward_gradient.h).
-// Bytes: the forward reads each input once; the backward reads it once and writes each gradient
-//   once.
+// Bytes: the forward reads each input once; the backward reads it once, if a gradient that is wanted
+//   takes it, and writes each gradient once.
 // Numerics: float sums of segments added in double (rows.h); rows out of range scaled by a power of
 //   two; ranks by compare-and-count on integers; gradients by two float products where their
 //   coefficients are in range, else in double. No atomics: the same bits on every run, a group's
@@ -43,25 +44,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Group group(own, candidates);
   Row<T> query{group_data<T>(args.batch, args.query, index), args.query.stride, 0};
   const Candidates<T> rows(args, index);
-  const bool* mask =
-      args.mask.data == nullptr ? nullptr : group_data<bool>(args.batch, args.mask, index);
   const bool whole = query.is_dense() && args.dim % Vector<T>::kSize == 0;
   // By every warp for itself.
   const double square = whole ? pair_row_sums(query, query, query, args.dim, all.columns).y
                               : row_sums(query, query, args.dim, all.columns).y;
   const double query_norm = norm_of(&query, square, args.dim, all.columns);
   const auto one = [&](int64_t c) {
-    const bool live = is_live(args, mask, c);
+    const int64_t place = rows.place(c);
     double2 sums{0, 0};
-    double norm = 0;
-    Row<T> row = rows[c];
-    if (live) {
+    double norm = place == kNowhere ? nan("") : 0, true_norm = norm;
+    if (place >= 0) {
+      Row<T> row = rows.at(c, place);
       sums = row_sums(row, query, args.dim, all.columns);
       norm = norm_of(&row, sums.y, args.dim, all.columns);
       if (row.exponent != 0) sums = row_sums(row, query, args.dim, all.columns);
+      true_norm = scalbn(norm, row.exponent);
     }
     if (threadIdx.x % 32 == 0) {
-      group.set(c, live, sums.x, query_norm, norm, scalbn(norm, row.exponent));
+      group.set(c, place != kMasked, sums.x, query_norm, norm, true_norm);
     }
   };
   for (int64_t c = threadIdx.x / 32; c < candidates; c += 2 * kWarps) {
@@ -70,11 +70,14 @@ __global__ void __launch_bounds__(kThreads, 2)
       one(c);
       continue;
     }
-    const Row<T> row = rows[c], other = rows[next];
-    const bool both = whole && query.exponent == 0 && is_live(args, mask, c) &&
-                      is_live(args, mask, next) && row.is_dense() && other.is_dense();
+    const int64_t place = rows.place(c), next_place = rows.place(next);
+    const bool both = whole && query.exponent == 0 && place >= 0 && next_place >= 0 &&
+                      rows.at(c, place).is_dense() && rows.at(next, next_place).is_dense();
     double2 sums{0, 0};
-    if (both) sums = pair_row_sums(row, other, query, args.dim, all.columns);
+    if (both) {
+      sums =
+          pair_row_sums(rows.at(c, place), rows.at(next, next_place), query, args.dim, all.columns);
+    }
     if (!both || warp_sum(is_in_range(sums.y) ? 0 : 1) > 0) {
       one(c);
       one(next);
@@ -124,34 +127,41 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   };
   const Row<T> query{group_data<T>(args.batch, args.query, index), args.query.stride, 0};
   const Candidates<T> rows(args, index);
-  const auto row = [&](int64_t c) { return c < 0 ? query : rows[c]; };
+  // Of what lies nowhere another one: its coefficients are NaN, and so are they by any row.
+  const auto row = [&](int64_t c) -> Row<T> {
+    if (c < 0) return query;
+    const int64_t place = rows.place(c);
+    return place < 0 ? rows.at(0, 0) : rows.at(c, place);
+  };
   const double query_b = a[2 * candidates], upstream = upstream_of(args, index);
   const bool works = at < args.dim;
+  const Wanted wanted(args);
   const auto is_even = [](int64_t stride) { return stride % kSize == 0; };
   const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   // All rows dense and on 16 bytes, in and out.
-  const bool whole = is_even(args.dim) && query.is_dense() && row(0).is_dense() &&
-                     (candidates == 1 || row(1).is_dense()) &&
-                     (candidates <= 2 || is_even(args.negative.row_stride)) &&
+  const bool whole = is_even(args.dim) && query.is_dense() && rows.at(0, 0).is_dense() &&
+                     (candidates == 1 || rows.at(1, 0).is_dense()) &&
+                     (candidates <= (rows.in_bank ? 1 : 2) || is_even(args.negative.row_stride)) &&
                      is_aligned(args.grad_query) && is_aligned(args.grad_positive) &&
                      is_aligned(args.grad_negative);
   if (whole) {
     const auto read = [&](int64_t c) { return load16(row(c).data + at); };
     const auto write = [&](int64_t c, const auto* gradient) {
-      store16(out(c) + at, packed<T>(gradient));
+      if (wanted.of(c)) store16(out(c) + at, packed<T>(gradient));
     };
-    gradient_columns<T, 4>(candidates, a, a + candidates, query_b, upstream, works, memory, read,
-                           write);
+    gradient_columns<T, 4, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
+                                 works, memory, read, write);
   } else {
     const auto read = [&](int64_t c) { return row(c).packed(at, args.dim, row(c).is_dense()); };
     const auto write = [&](int64_t c, const auto* gradient) {
+      if (!wanted.of(c)) return;
       const Vector<T> x = packed<T>(gradient);
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
         if (at + i < args.dim) out(c)[at + i] = x.at[i];
     };
-    gradient_columns<T, 1>(candidates, a, a + candidates, query_b, upstream, works, memory, read,
-                           write);
+    gradient_columns<T, 1, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
+                                 works, memory, read, write);
   }
 }
 
@@ -165,14 +175,15 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
 template <class T>
 ElvaStatus forward(const ElvaRewardArgs& args) {
   const Split split = split_of<T>(args.negatives + 1, args.dim);
-  if (args.grad_query != nullptr && split.blocks > 0) {
+  const bool wanted = Wanted(args).any();
+  if (wanted && split.blocks > 0) {
     const ElvaStatus status = cluster_reward<T>(args, split);
     if (status != ELVA_UNSUPPORTED) return status;
   }
   const size_t bytes = args.scratch == nullptr ? Group::bytes(args.negatives + 1) : 0;
   const ElvaStatus status = launch(reward_forward<T>, args.batch.groups, 1, kThreads, bytes,
                                    args.stream, PlainArgs{args, split.columns});
-  return status != ELVA_OK || args.grad_query == nullptr ? status : backward<T>(args);
+  return status != ELVA_OK || !wanted ? status : backward<T>(args);
 }
 
 }  // namespace

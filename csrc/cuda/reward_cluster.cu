@@ -7,8 +7,8 @@
 // Work split: a cluster a group, over and over; a block some columns of all of the group's rows, so
 //   that every gradient is its own; a warp two rows, then reward_gradient.h. Blocks send each other a
 //   product and a square a row through distributed shared memory, and each block ranks for itself.
-// Bytes: each input read once by bulk copies, each gradient written once, from the place where the
-//   row lay: 2 (N + 2) D elements a group, the floor.
+// Bytes: each input read once by bulk copies, one a row, wherever it lies; each gradient that is
+//   wanted written once, from the place where the row lay: 2 (N + 2) D elements a group, the floor.
 // Numerics: as reward.cu, to the last bit. No atomics: the same bits on every run.
 // Limits: a group of (N + 2) D elements in 8 times 227 KB.
 // Reference: elva_kernels.reference.ranking_reward_and_grad.
@@ -79,6 +79,7 @@ class Block {
         a_(reinterpret_cast<double*>(reinterpret_cast<unsigned char*>(exchange_) +
                                      layout_.exchange())),
         b_(a_ + candidates_),
+        place_(reinterpret_cast<int64_t*>(a_)),
         exponent_(reinterpret_cast<int*>(b_ + candidates_)),
         group_(reinterpret_cast<unsigned char*>(exponent_) + layout_.exponents(), candidates_) {
     first_ = static_cast<int64_t>(columns_) * block_;
@@ -94,7 +95,7 @@ class Block {
 
   __device__ void run(int64_t index) {
     index_ = index;
-    mask_ = args_.mask.data == nullptr ? nullptr : group_data<bool>(args_.batch, args_.mask, index);
+    find_rows();
     load();
     score();
     __syncthreads();
@@ -107,6 +108,7 @@ class Block {
     __syncthreads();
     if (threadIdx.x < 32) total_query(group_, candidates_, query_norm_, b_);
     __syncthreads();
+    if (block_ == 0 && args_.index.data != nullptr) write_coefficients();
     gradients();
     store();
   }
@@ -120,19 +122,34 @@ class Block {
 
  private:
   __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
-  __device__ bool is_live_row(int c) const { return is_live(args_, mask_, c); }
+  __device__ bool has_marks() const {
+    return args_.mask.data != nullptr || args_.index.data != nullptr;
+  }
+  // As Candidates::place.
+  __device__ int64_t place(int c) const { return has_marks() ? place_[c] : c > 0 ? c - 1 : 0; }
+  // Whether candidate c's row is one that is read; the query's (-1) is.
+  __device__ bool is_read(int c) const { return c < 0 || place(c) >= 0; }
   // Candidate c's columns in shared memory; -1: the query's.
   __device__ T* row(int c) const { return tile_ + (c + 1) * columns_; }
   __device__ Row<T> scaled_row(int c) const { return {row(c), 1, scale_of(c)}; }
+
+  __device__ void find_rows() {
+    if (!has_marks()) return;
+    const Candidates<T> candidates(args_, index_);
+    for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += kThreads) {
+      place_[c] = candidates.place(c);
+    }
+    __syncthreads();
+  }
 
   // A row by its warp's first lane, which stored the group before from there; all wait.
   __device__ void load() {
     const uint32_t bytes = static_cast<uint32_t>(width_) * static_cast<uint32_t>(sizeof(T));
     if (threadIdx.x < 32) {
-      int live = threadIdx.x == 0 ? 1 : 0;  // the query
-      for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += 32) live += is_live_row(c);
-      live_ = static_cast<uint32_t>(warp_sum(live));
-      if (threadIdx.x == 0) arrivals_->expect(bytes * live_);
+      int read = threadIdx.x == 0 ? 1 : 0;  // the query
+      for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += 32) read += is_read(c);
+      read_ = static_cast<uint32_t>(warp_sum(read));
+      if (threadIdx.x == 0) arrivals_->expect(bytes * read_);
     }
     if (threadIdx.x % 32 == 0) {
       wait_bulk_stores();
@@ -140,8 +157,8 @@ class Block {
       const Candidates<T> candidates(args_, index_);
       if (threadIdx.x == 0 && bytes > 0) bulk_load(row(-1), query + first_, bytes, arrivals_);
       for (int c = warp(); c < candidates_; c += kWarps) {
-        if (bytes == 0 || !is_live_row(c)) continue;
-        bulk_load(row(c), candidates[c].data + first_, bytes, arrivals_);
+        if (bytes == 0 || !is_read(c)) continue;
+        bulk_load(row(c), candidates.at(c, place(c)).data + first_, bytes, arrivals_);
       }
     }
     __syncwarp();
@@ -172,18 +189,18 @@ class Block {
     const uint32_t lane = threadIdx.x % 32, to = lane % 8;
     for (int c = warp() - 1; c < candidates_; c += 2 * kWarps) {
       const int next = c + kWarps < candidates_ ? c + kWarps : c;
-      const bool live = c < 0 || is_live_row(c), next_live = next != c && is_live_row(next);
-      if (!live && !next_live) continue;
+      const bool read = is_read(c), next_read = next != c && is_read(next);
+      if (!read && !next_read) continue;
       const float2 sums = pair_sums<T, kSteps>(row(c), row(next), width_, query);
       const bool second = (lane & kOfSecond) != 0;
-      if (lane < 16 && (second ? next_live : live)) send(second ? next : c, to, sums);
+      if (lane < 16 && (second ? next_read : read)) send(second ? next : c, to, sums);
     }
   }
 
   // The same of rows at their exponents.
   __device__ void scaled_sums() {
     for (int c = warp() - 1; c < candidates_; c += kWarps) {
-      if (c >= 0 && !is_live_row(c)) continue;
+      if (!is_read(c)) continue;
       send(c, threadIdx.x % 32, segment_sums(scaled_row(c), scaled_row(-1), 0, width_, true));
     }
   }
@@ -191,7 +208,7 @@ class Block {
   // A row's largest magnitude in this block's columns.
   __device__ void partial_magnitudes() {
     for (int c = warp() - 1; c < candidates_; c += kWarps) {
-      if (c >= 0 && !is_live_row(c)) continue;
+      if (!is_read(c)) continue;
       float largest = 0;
       for (int at = static_cast<int>(threadIdx.x % 32); at < width_; at += 32) {
         largest = fmaxf(largest, magnitude_of(widen(row(c)[at])));
@@ -208,11 +225,11 @@ class Block {
     cluster_send(half + static_cast<int>(block_) * (candidates_ + 1) + c + 1, to, x,
                  arrivals_ + 1 + turn_);
   }
-  // Until every block has sent every live row.
+  // Until every block has sent every row that is read.
   __device__ void exchanged() {
     Arrivals* const half = arrivals_ + 1 + turn_;
     if (threadIdx.x == 0) {
-      half->expect(live_ * static_cast<uint32_t>(blocks_) * static_cast<uint32_t>(sizeof(float2)));
+      half->expect(read_ * static_cast<uint32_t>(blocks_) * static_cast<uint32_t>(sizeof(float2)));
     }
     half->wait(exchange_phase_ >> turn_ & 1);
     exchange_phase_ ^= 1u << turn_;
@@ -242,7 +259,7 @@ class Block {
     exchanged();
     bool far = false;
     for (int c = static_cast<int>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
-      if ((c >= 0 && !is_live_row(c)) || is_in_range(total(c).y)) continue;
+      if (!is_read(c) || is_in_range(total(c).y)) continue;
       exponent_[c + 1] = kZero;  // until it is known
       far = true;
     }
@@ -250,9 +267,9 @@ class Block {
     const double query = norm_of(-1);
     query_norm_ = scalbn(query, scale_of(-1));
     for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += kThreads) {
-      const bool live = is_live_row(c);
-      const double own = live ? norm_of(c) : 0;
-      group_.set(c, live, live ? total(c).x : 0, query, own, scalbn(own, scale_of(c)));
+      const bool read = is_read(c), live = place(c) != kMasked;
+      const double own = read ? norm_of(c) : live ? nan("") : 0;
+      group_.set(c, live, read ? total(c).x : 0, query, own, scalbn(own, scale_of(c)));
     }
   }
 
@@ -281,8 +298,16 @@ class Block {
     return sqrt(total(c).y);
   }
 
+  // For the bank's gradient: as reward_forward lays them out.
+  __device__ void write_coefficients() {
+    double* const out = args_.coefficients + index_ * (2 * candidates_ + 1);
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * candidates_; i += kThreads) out[i] = a_[i];
+    if (threadIdx.x == 0) out[2 * candidates_] = group_.total[Group::kQuery];
+  }
+
   // Gradient rows in place of the rows.
   __device__ void gradients() {
+    const Wanted wanted(args_);
     const double upstream = upstream_of(args_, index_), query_b = group_.total[Group::kQuery];
     for (int first = 0; first < width_; first += kWide * kSize) {
       const int at = first + static_cast<int>(threadIdx.x % kWide) * kSize;
@@ -290,8 +315,17 @@ class Block {
       const auto write = [&](int64_t c, const auto* gradient) {
         store16_shared(row(static_cast<int>(c)) + at, packed<T>(gradient));
       };
-      gradient_columns<T, kAhead>(candidates_, a_, b_, query_b, upstream, at < width_, gradient_,
-                                  read, write);
+      const auto columns = [&](auto negatives) {
+        constexpr bool kNegatives = decltype(negatives)::value;
+        gradient_columns<T, kNegatives ? kAhead : 2, kNegatives>(  // more spill on sm_100
+            wanted.count(candidates_), a_, b_, query_b, upstream, at < width_, gradient_, read,
+            write);
+      };
+      if (wanted.negatives) {
+        columns(std::true_type());
+      } else {
+        columns(std::false_type());
+      }
     }
   }
 
@@ -301,11 +335,15 @@ class Block {
     __syncthreads();
     if (threadIdx.x % 32 != 0 || width_ == 0) return;
     const uint32_t bytes = static_cast<uint32_t>(width_) * static_cast<uint32_t>(sizeof(T));
-    const int64_t dim = args_.dim;
-    if (threadIdx.x == 0) {
-      bulk_store(static_cast<T*>(args_.grad_query) + index_ * dim + first_, row(-1), bytes);
-      bulk_store(static_cast<T*>(args_.grad_positive) + index_ * dim + first_, row(0), bytes);
+    const int64_t dim = args_.dim, own = index_ * dim + first_;
+    const Wanted wanted(args_);
+    if (threadIdx.x == 0 && wanted.query) {
+      bulk_store(static_cast<T*>(args_.grad_query) + own, row(-1), bytes);
     }
+    if (threadIdx.x == 0 && wanted.positive) {
+      bulk_store(static_cast<T*>(args_.grad_positive) + own, row(0), bytes);
+    }
+    if (!wanted.negatives) return;
     T* out = static_cast<T*>(args_.grad_negative) + index_ * args_.negatives * dim + first_;
     for (int c = warp(); c < candidates_; c += kWarps) {
       if (c > 0) bulk_store(out + (c - 1) * dim, row(c), bytes);
@@ -324,12 +362,12 @@ class Block {
   unsigned char* gradient_;  // what gradient_columns takes
   float2* exchange_;
   double *a_, *b_;
-  int* exponent_;  // of the query, then of the candidates
+  int64_t* place_;  // where the candidates lie; in the memory of a_, until there are coefficients
+  int* exponent_;   // of the query, then of the candidates
   Group group_;
   int64_t index_ = 0;
-  const bool* mask_ = nullptr;
   double query_norm_ = 0;
-  uint32_t live_ = 0;  // rows, the query among them; of the first warp
+  uint32_t read_ = 0;  // rows, the query among them; of the first warp
   uint32_t phase_ = 0, exchange_phase_ = 0;
   int turn_ = 0;
 };
@@ -359,8 +397,9 @@ bool is_copied_in_bulk(const ElvaRewardArgs& args) {
     return fine && (!has_rows || whole(input.row_stride));
   };
   const auto out = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const int64_t rows = args.index.data == nullptr ? args.negatives : args.bank_rows;
   return whole(args.dim) && fits(args.query, false) && fits(args.positive, false) &&
-         (args.negatives == 0 || fits(args.negative, args.negatives > 1)) && out(args.grad_query) &&
+         (rows == 0 || fits(args.negative, rows > 1)) && out(args.grad_query) &&
          out(args.grad_positive) && out(args.grad_negative);
 }
 

@@ -30,10 +30,27 @@ __device__ inline float2 fast_coefficients(double a, double b, double upstream) 
   return {static_cast<float>(by_query), static_cast<float>(by_row)};
 }
 
+// Whose gradients the caller wants.
+struct Wanted {
+  bool query, positive, negatives;
+
+  __host__ __device__ explicit Wanted(const ElvaRewardArgs& args)
+      : query(args.grad_query != nullptr),
+        positive(args.grad_positive != nullptr),
+        negatives(args.grad_negative != nullptr) {}
+
+  __host__ __device__ bool any() const { return query || positive || negatives; }
+  // Candidate c's, or the query's (-1).
+  __device__ bool of(int64_t c) const { return c < 0 ? query : c == 0 ? positive : negatives; }
+  // How many candidates matter to them.
+  __device__ int64_t count(int64_t candidates) const { return query || negatives ? candidates : 1; }
+};
+
 // For the thread's vector of columns: read(c) gives those of candidate c, write(c, gradient) takes
-// its gradient (c = -1: the query's); kAhead rows are read at once. `works` where the thread has such a vector; `shared` is
-// kGradientShared bytes. All threads of the block; a barrier before.
-template <class T, int kAhead, class Read, class Write>
+// its gradient, with kNegatives of every one, else of the positive alone, and at last that of the
+// query (c = -1); kAhead rows are read at once. `works` where the thread has such a vector; `shared`
+// is kGradientShared bytes. All threads of the block; a barrier before.
+template <class T, int kAhead, bool kNegatives, class Read, class Write>
 __device__ inline void gradient_columns(int64_t candidates, const double* a, const double* b,
                                         double query_b, double upstream, bool works,
                                         unsigned char* shared, const Read& read,
@@ -45,6 +62,24 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
   float q[kSize] = {}, sum[kSize] = {}, chain[kSize] = {};
   int terms = 0;
   if (works) widen_all(read(-1), q);
+  const auto write_zeros = [&](int64_t c) {
+    const float gradient[kSize] = {};
+    write(c, gradient);
+  };
+  const auto write_fast = [&](int64_t c, float2 by, const float* x) {
+    float gradient[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[k] = fmaf(by.x, q[k], by.y * x[k]);
+    write(c, gradient);
+  };
+  const auto write_exact = [&](int64_t c, double by_query, double by_row, const float* x) {
+    float own[kSize];  // q once more: as doubles it would wait in registers for all rows
+    double gradient[kSize];
+    widen_all(read(-1), own);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * own[k] + by_row * x[k];
+    write(c, gradient);
+  };
   for (int64_t first = 0; first < candidates; first += kGradientThreads) {
     if (first > 0) __syncthreads();
     if (first + own < candidates) {
@@ -66,30 +101,21 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
         if (i >= count) break;
         const int64_t c = first + i;
         const float2 by = fast[i];
-        float x[kSize];
         if (by.x == 0 && by.y == 0) {
-          for (int k = 0; k < kSize; ++k) x[k] = 0;
-          write(c, x);
+          if (kNegatives) write_zeros(c);
           continue;
         }
+        float x[kSize];
         widen_all(rows[j], x);
         if (!isnan(by.x)) {
-          float gradient[kSize];
+          if (kNegatives) write_fast(c, by, x);
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            gradient[k] = fmaf(by.x, q[k], by.y * x[k]);
-            chain[k] = fmaf(by.x, x[k], chain[k]);
-          }
-          write(c, gradient);
+          for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by.x, x[k], chain[k]);
         } else {
-          const double by_query = upstream * a[c], by_row = upstream * b[c];
-          double gradient[kSize];
+          const double by_query = upstream * a[c];
+          if (kNegatives) write_exact(c, by_query, upstream * b[c], x);
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            gradient[k] = by_query * q[k] + by_row * x[k];
-            chain[k] += static_cast<float>(by_query * x[k]);
-          }
-          write(c, gradient);
+          for (int k = 0; k < kSize; ++k) chain[k] += static_cast<float>(by_query * x[k]);
         }
         if (++terms == 16) {
           terms = 0;
@@ -100,6 +126,18 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
           }
         }
       }
+    }
+  }
+  if (!kNegatives && works && row_class == 0) {  // the positive
+    const float2 by = fast_coefficients(a[0], b[0], upstream);
+    float x[kSize];
+    widen_all(read(0), x);
+    if (by.x == 0 && by.y == 0) {
+      write_zeros(0);
+    } else if (!isnan(by.x)) {
+      write_fast(0, by, x);
+    } else {
+      write_exact(0, upstream * a[0], upstream * b[0], x);
     }
   }
   // Class by class into the first, in double.
@@ -133,7 +171,8 @@ __device__ inline Vector<T> packed(const V* x) {
   return out;
 }
 
-__device__ inline double upstream_of(const ElvaRewardArgs& args, int64_t group) {
+template <class Args>
+__device__ inline double upstream_of(const Args& args, int64_t group) {
   if (args.upstream.data == nullptr) return 1;
   return *group_data<float>(args.batch, args.upstream, group);
 }

@@ -53,28 +53,53 @@ struct Row {
   }
 };
 
+// Where a negative's row lies: among the group's own or in the bank, or one of these.
+constexpr int64_t kMasked = -1;
+constexpr int64_t kNowhere = -2;  // no row of the bank; never read, and not finite
+
 // The candidates of a group, the positive first.
 template <class T>
 struct Candidates {
   const T *positive, *negatives;
   int64_t positive_stride, row_stride, stride;
+  const void* marks;  // bool: the mask, or int64_t: rows of a bank; null: all live
+  int64_t marks_stride, bank_rows;
+  bool in_bank;
 
   __device__ Candidates(const ElvaRewardArgs& args, int64_t group)
       : positive(group_data<T>(args.batch, args.positive, group)),
         negatives(group_data<T>(args.batch, args.negative, group)),
         positive_stride(args.positive.stride),
         row_stride(args.negative.row_stride),
-        stride(args.negative.stride) {}
+        stride(args.negative.stride),
+        marks(nullptr),
+        marks_stride(args.mask.stride),
+        bank_rows(args.bank_rows),
+        in_bank(args.index.data != nullptr) {
+    if (in_bank) {
+      marks = group_data<int64_t>(args.batch, args.index, group);
+      marks_stride = args.index.stride;
+    } else if (args.mask.data != nullptr) {
+      marks = group_data<bool>(args.batch, args.mask, group);
+    }
+  }
 
-  __device__ Row<T> operator[](int64_t c) const {
+  // Of candidate c; 0 for the positive.
+  __device__ int64_t place(int64_t c) const {
+    if (c == 0) return 0;
+    const int64_t at = (c - 1) * marks_stride;
+    if (in_bank) {
+      const int64_t row = static_cast<const int64_t*>(marks)[at];
+      return row == kMasked || (row >= 0 && row < bank_rows) ? row : kNowhere;
+    }
+    return marks == nullptr || static_cast<const bool*>(marks)[at] ? c - 1 : kMasked;
+  }
+  // Candidate c, which lies at `place`.
+  __device__ Row<T> at(int64_t c, int64_t place) const {
     if (c == 0) return {positive, positive_stride, 0};
-    return {negatives + (c - 1) * row_stride, stride, 0};
+    return {negatives + place * row_stride, stride, 0};
   }
 };
-
-__device__ inline bool is_live(const ElvaRewardArgs& args, const bool* mask, int64_t candidate) {
-  return candidate == 0 || mask == nullptr || mask[(candidate - 1) * args.mask.stride];
-}
 
 template <class T>
 __device__ inline void widen_all(const Vector<T>& x, float* out) {

@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 METRIC_CODES = {"dot": 0, "cosine": 1}
@@ -63,6 +66,27 @@ def module() -> ModuleType:
     return found
 
 
+def in_default_float_mode(function: _Function) -> _Function:
+    """`function`, with rounding to nearest and subnormal numbers whatever its caller has set.
+
+    Torch's own operations compute in the calling thread's mode. Nobody changes it where the
+    compiled module is missing, nor while torch.compile traces the function.
+    """
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> Any:
+        found = None if torch.compiler.is_compiling() else _load()[0]
+        if found is None:
+            return function(*arguments)
+        mode = found.enter_default_float_mode()
+        try:
+            return function(*arguments)
+        finally:
+            found.set_float_mode(mode)
+
+    return guarded  # type: ignore[return-value]
+
+
 def operand(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
     """A tensor of any strides."""
     return None if tensor is None else (tensor.data_ptr(), tensor.stride())
@@ -84,6 +108,11 @@ def empty_kept(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if dtype in DTYPE_CODES and shape.numel() * dtype.itemsize >= _LARGE_BYTES:
         return from_dlpack(module().empty(DTYPE_CODES[dtype], tuple(shape)))
     return empty(shape, dtype)
+
+
+def empty_on_cpu(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`empty_kept` where the compiled module is there, else torch's."""
+    return empty_kept(shape, dtype) if unavailable_reason() is None else empty(shape, dtype)
 
 
 def empty_gradient(x: Tensor) -> Tensor:

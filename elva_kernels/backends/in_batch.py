@@ -1,16 +1,14 @@
 """The in-batch launchers of a backend that has the steps, whichever it is."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from elva_kernels import reference
+from elva_kernels.backends.head import reward_of_head
 from elva_kernels.backends.launcher import Gradients, Tensors, detached
 from elva_kernels.backends.steps import Steps
 from elva_kernels.reference import Batch, RankStatistics, Weights
-
-_HEAD_PAIRS = 2**22  # of a positive and a negative of the head at once: 16 MB of float32. Ours.
 
 
 def rank_statistics(
@@ -34,7 +32,7 @@ def in_batch_ranking_reward(
     weights: Weights,
 ) -> Tensors:
     found = steps(query, candidates, batch, head).rank_statistics()
-    return reward_of_statistics(found, batch, head, weights)
+    return reward_of_statistics(found, batch, head, weights, steps.reward_of_head)
 
 
 def in_batch_ranking_reward_backward(
@@ -49,7 +47,7 @@ def in_batch_ranking_reward_backward(
     weights: Weights,
     wrt: tuple[bool, bool],
 ) -> Gradients:
-    slopes = slopes_of_head(scores, rank, head, grad_reward, weights)
+    slopes = steps.slopes_of_head(scores, rank, head, grad_reward, weights)
     batch = Batch(index[:, : rank.shape[1]].contiguous())
     dtypes = (query.dtype, candidates.dtype)
     return steps(query, candidates, batch, wrt=wrt).gradients_of_slopes(index, slopes, dtypes)
@@ -100,29 +98,14 @@ def all_statistics(found: RankStatistics) -> Tensors:
 
 
 def reward_of_statistics(
-    found: RankStatistics, batch: Batch, head: int, weights: Weights
+    found: RankStatistics,
+    batch: Batch,
+    head: int,
+    weights: Weights,
+    reward: Callable[..., Tensors] = reward_of_head,
 ) -> Tensors:
     """The rewards of each query's positives and hardest negatives, and their indices [B, P + h]."""
     scores = torch.cat([found.target_score, found.topk_scores], dim=1)
     index = torch.cat([batch.target, found.topk_index], dim=1)
-    parts = [
-        reference.reward_of_head(some, rank, head, weights)
-        for some, rank in _parts(found.rank, scores)
-    ]
-    return detached((*(torch.cat(x) for x in zip(*parts, strict=True)), index))
-
-
-def slopes_of_head(
-    scores: Tensor, rank: Tensor, head: int, grad_reward: Tensor, weights: Weights
-) -> Tensor:
-    """As `reference.head_slopes`, in bounded memory."""
-    parts = _parts(rank, scores, grad_reward)
-    return torch.cat(
-        [reference.head_slopes(some, rank, head, grad, weights) for some, rank, grad in parts]
-    )
-
-
-def _parts(rank: Tensor, scores: Tensor, *more: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """(scores, rank, ...) of some queries at a time: every positive meets every negative."""
-    rows = max(1, _HEAD_PAIRS // max(1, rank.shape[1] * scores.shape[1]))
-    return zip(*(x.split(rows) for x in (scores, rank, *more)), strict=True)
+    values = reward(scores, found.rank, head, weights)
+    return detached((*values, found.rank, scores, index))

@@ -27,6 +27,10 @@ read where they lie and never written. Results are contiguous and have no graph.
     info_nce_and_grad         (query, candidates, batch, temperature, weight, *, symmetric,
                               workspace_mb, wrt, rounded) -> the same, and the gradients of
                               sum(weight * loss) on query, candidates and temperature
+    info_nce_share            (query, candidates, batch, temperature, weight, exchange, *,
+                              symmetric, workspace_mb, wrt, rounded) -> what `info_nce_and_grad`
+                              gives, of one process's queries and candidates: `query` are its own,
+                              `candidates`, `batch` and `weight` those of all (`shares.Exchange`)
 
 With `index` (int64 [*, N], any strides) `negatives` is a bank [M, D], any strides: a group's
 negative i is row index[..., i], read where it lies. -1: masked, so that `mask` is None; -2: a row
@@ -34,9 +38,9 @@ that does not exist and is taken for one that is not finite. The bank's gradient
 row the sum over its occurrences in order, scaled and rounded once; 0 for a row that nobody names.
 
 Values are float32 (float64 for float64 inputs); what exists per positive is [B, P], as the batch's
-target. `wrt` says which gradients are wanted: another is None, neither computed nor written.
-Gradients come in the inputs' dtype; those of `info_nce_and_grad` that are not `rounded` in the
-scores', and on the temperature in float64: a factor is still to come.
+target. `wrt` says which gradients are wanted; in place of another is None: neither computed nor
+written. Gradients come in the inputs' dtype; those of `info_nce_and_grad` that are not `rounded` in
+the scores', and on the temperature in float64: a factor is still to come.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -45,8 +49,8 @@ from typing import Any
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
-Gradients = tuple[Tensor | None, ...]  # None for one that is not wanted
-Launcher = Callable[..., Any]
+Gradients = tuple[Any, ...]  # tensors, and None for each that is not wanted
+Launcher = Callable[..., tuple[Any, ...]]
 
 
 def saved_shape(scores: Sequence[int]) -> tuple[int, ...]:

@@ -1,13 +1,16 @@
 """The reference as a backend: `elva_kernels.reference` behind the launchers' signatures."""
 
+import functools
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from elva_kernels import reference
-from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics, slopes_of_head
+from elva_kernels.backends.head import slopes_of_head
+from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics
 from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_shape
+from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import Batch, Wanted, Weights
 
 
@@ -153,6 +156,40 @@ def info_nce_and_grad(
         query, candidates, batch, temperature, weight, symmetric=symmetric
     )
     return *results, *_wanted(gradients, (*wrt, True))
+
+
+def info_nce_share(
+    query: Tensor,
+    candidates: Tensor,
+    batch: Batch,
+    temperature: Tensor,
+    weight: Tensor,
+    exchange: Exchange,
+    *,
+    symmetric: bool,
+    workspace_mb: int,
+    wrt: tuple[bool, bool],
+    rounded: bool,
+) -> Gradients:
+    """The share of what one process computes of the whole batch; holds all of its scores."""
+    rows, columns = exchange.rows, exchange.columns
+    inputs = (exchange.queries(), candidates, batch, temperature)
+    launch = functools.partial(
+        info_nce_and_grad,
+        *inputs,
+        symmetric=symmetric,
+        workspace_mb=workspace_mb,
+        rounded=rounded,
+    )
+    *values, grad_query, grad_candidates, _ = launch(weight, wrt=wrt)
+    own = torch.zeros_like(weight)
+    own[rows] = weight[rows]
+    return (
+        *(None if x is None else x[rows] for x in values),
+        None if grad_query is None else grad_query[rows],
+        None if grad_candidates is None else grad_candidates[columns],
+        launch(own, wrt=(False, False))[-1],
+    )
 
 
 def _wanted(gradients: Iterable[Tensor], wrt: Iterable[bool]) -> Gradients:

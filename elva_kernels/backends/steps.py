@@ -7,12 +7,14 @@ scores do not all fit (a column's sum has to be known before the first slope is)
 """
 
 import abc
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.head import reward_of_head, slopes_of_head
 from elva_kernels.backends.skipped import skipped_of
 from elva_kernels.reference import (
     NO_POSITIVE,
@@ -73,6 +75,9 @@ class Steps(abc.ABC):
         wrt: whether the gradients on query and candidates are wanted.
     """
 
+    reward_of_head = staticmethod(reward_of_head)
+    slopes_of_head = staticmethod(slopes_of_head)
+
     def __init__(
         self,
         query: Tensor,
@@ -100,28 +105,38 @@ class Steps(abc.ABC):
         self.workspace: Tensor | None = None
         self.k = min(k, m)
 
-        sound = ~self.candidates.norm[:, 0].isnan()
         self.exclusion = self.full(self.width, -math.inf)
-        self.exclusion[:m] = torch.where(sound, 0.0, -math.inf)
+        self.exclusion[:m].masked_fill_(~self.candidates.norm[:, 0].isnan(), 0.0)
         self.scale: Tensor | None = None
         if self.candidates.scale is not None:
             self.scale = self.full(self.width, 0.0)
             self.scale[:m] = self.candidates.scale
         self.n_greater, self.n_equal = (self.empty((b, p), torch.int32) for _ in range(2))
-        self.target_score, self.target_slope = (self.empty((b, p), self.dtype) for _ in range(2))
+        self.target_score = self.empty((b, p), self.dtype)
         self.hardest_score = self.empty((b,), self.dtype)
         self.hardest_index = self.empty((b,), torch.int64)
         self.topk_scores = self.empty((b, self.k), self.dtype)
         self.topk_index = self.empty((b, self.k), torch.int64)
         self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
-        self.row_terms, self.column_terms = (
-            Terms(*self.empty((4, b, p), torch.float64)) for _ in range(2)
-        )
-        self.columns = Sums(
-            self.full(self.width, -math.inf),
-            *(torch.zeros(self.width, dtype=torch.float64, device=self.device) for _ in range(2)),
-        )
         self.grad_units: list[Tensor | None] = []
+
+    @functools.cached_property
+    def target_slope(self) -> Tensor:
+        return self.empty((*self.batch.target.shape,), self.dtype)
+
+    @functools.cached_property
+    def row_terms(self) -> Terms:
+        return Terms(*self.empty((4, *self.batch.target.shape), torch.float64))
+
+    @functools.cached_property
+    def column_terms(self) -> Terms:
+        return Terms(*self.empty((4, *self.batch.target.shape), torch.float64))
+
+    @functools.cached_property
+    def columns(self) -> Sums:
+        """Over the queries that `column_sums` has seen."""
+        zeros = torch.zeros(2, self.width, dtype=torch.float64, device=self.device)
+        return Sums(self.full(self.width, -math.inf), *zeros)
 
     def rank_statistics(self) -> RankStatistics:
         """As `reference.rank_statistics`."""
@@ -153,6 +168,32 @@ class Steps(abc.ABC):
         gradients = self.gradients(dtypes)
         grad_temperature = self.temperature_gradient(weight, symmetric)
         return self.loss(symmetric), self.statistics(), *gradients, grad_temperature
+
+    def gradients_by_slopes(
+        self,
+        slopes: Slopes,
+        wrt: tuple[bool, bool],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        held: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients that are wanted, of slopes that are known for all queries.
+
+        held: the scores of the last chunk.
+        """
+        self.wrt = wrt
+        for rows in self.chunks:
+            some = slopes._replace(
+                row_peak=slopes.row_peak[rows],
+                row_factor=slopes.row_factor[rows],
+                target_slope=slopes.target_slope[rows],
+                target=slopes.target[rows],
+            )
+            if held is None or len(self.chunks) > 1:
+                held = self.score(rows)
+            self.slope_rows(held, some)
+            self.add_gradients(held, rows)
+        self.add_targets()
+        return self.gradients(dtypes)
 
     def gradients_of_slopes(
         self, index: Tensor, slopes: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
@@ -231,12 +272,13 @@ class Steps(abc.ABC):
         query = part_of(self.query, rows)
         if self.workspace is None:
             self.workspace = self.empty((len(query.rows), self.width), self.dtype)
-            self.workspace[:, len(self.candidates.rows) :] = 0
+            if self.width > len(self.candidates.rows):
+                self.workspace[:, len(self.candidates.rows) :] = 0
         scores = self.workspace[: len(query.rows)]
         self.multiply_rows(query, scores)
         self.score_rows(scores, rows)
         if self.temperature is not None:
-            sums = Sums(self.hardest_score[rows], self.total[rows], self.moment[rows])
+            sums = Sums(*(some(x, rows) for x in (self.hardest_score, self.total, self.moment)))
             self.set_terms(self.row_terms, rows, sums, self.row_of_pairs(len(scores)))
         return scores
 
@@ -275,7 +317,7 @@ class Steps(abc.ABC):
     def statistics(self) -> RankStatistics:
         there = self.batch.target != NO_POSITIVE
         return RankStatistics(
-            rank=(1 + self.n_greater + self.n_equal) * there,
+            rank=(self.n_greater + self.n_equal).add_(there),  # 0 and 0 where there is none
             n_greater=self.n_greater,
             n_equal=self.n_equal,
             target_score=self.target_score,
@@ -309,13 +351,11 @@ class Steps(abc.ABC):
         target_slope = -upstream * self.row_terms.others[rows]
         column_peak = column_factor = None
         if symmetric:
-            everyone = self.upstream(weight, slice(None), symmetric) / self.temperature
             target_slope -= upstream * self.column_terms.others[rows]
-            column_factor = self.column_factor(everyone * self.column_terms.share)
-            column_peak = _finite(self.columns.peak)
+            column_peak, column_factor = self.column_slopes(weight)
         self.target_slope[rows] = target_slope.to(self.dtype)
         return Slopes(
-            _finite(self.hardest_score[rows]),
+            finite(self.hardest_score[rows]),
             (upstream * self.row_terms.share[rows]).sum(1).to(self.dtype),
             self.target_slope[rows],
             self.batch.target[rows],
@@ -323,11 +363,22 @@ class Steps(abc.ABC):
             column_factor,
         )
 
-    def column_factor(self, share: Tensor) -> Tensor:
+    def column_slopes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """[width] the peaks and factors of the other direction's slopes."""
+        assert self.temperature is not None
+        everyone = self.upstream(weight, slice(None), True) / self.temperature
+        share = everyone * self.column_terms.share
+        return finite(self.columns.peak), self.column_factor(self.batch.target, share)
+
+    def column_factor(self, target: Tensor, share: Tensor) -> Tensor:
         """[width] the sum of pairs' shares [B, P] over those whose positive a column is."""
         sums = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+        target = target.reshape(-1)
+        # Zeros for no positive anywhere, but not all in one place: a GPU adds those one by one.
+        anywhere = torch.arange(len(target), device=self.device) % self.width
+        at = torch.where(target < 0, anywhere, target)
         # Not index_add_, which on a GPU adds in any order.
-        sums.index_put_((self.batch.target.clamp(min=0).reshape(-1),), share.reshape(-1), True)
+        sums.index_put_((at,), share.reshape(-1), True)
         return sums.to(self.dtype)
 
     def gradients(
@@ -340,8 +391,7 @@ class Steps(abc.ABC):
                 self.empty(x.rows.shape, self.dtype).zero_() if wanted else None
                 for x, wanted in zip(both, self.wrt, strict=True)
             ]
-        norm = self.query.norm
-        norm[:, 0] = torch.where(self.target_score.isnan().any(1), math.nan, norm[:, 0])
+        self.query.norm[:, 0].masked_fill_(self.target_score.isnan().any(1), math.nan)
         grad_query, grad_candidates = (
             None if grad_unit is None else self.gradient(units, grad_unit, dtype)
             for units, grad_unit, dtype in zip(both, self.grad_units, dtypes, strict=True)
@@ -363,12 +413,21 @@ class Steps(abc.ABC):
         return (bad | query.unsqueeze(1)) & (target != NO_POSITIVE)
 
 
+def some(x: Tensor, rows: slice) -> Tensor:
+    """x[rows]; x itself, without a view, where these are all of them."""
+    if rows.start or (rows.stop is not None and rows.stop < x.size(0)):
+        return x[rows]
+    return x
+
+
 def part_of(units: Units, rows: slice) -> Units:
+    if some(units.rows, rows) is units.rows:
+        return units
     scale = None if units.scale is None else units.scale[rows]
     return Units(units.rows[rows], units.norm[rows], scale)
 
 
-def _finite(peak: Tensor) -> Tensor:
+def finite(peak: Tensor) -> Tensor:
     return torch.where(peak > -math.inf, peak, 0.0)
 
 

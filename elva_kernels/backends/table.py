@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from elva_kernels.backends import cpu, cuda, in_batch, reference, triton
+from elva_kernels.backends import cpu, cuda, in_batch, reference, shares, triton
 from elva_kernels.backends.cpu import reward as cpu_reward
 from elva_kernels.backends.cpu import topk as cpu_topk
 from elva_kernels.backends.cpu.in_batch import CpuSteps
@@ -113,6 +113,12 @@ LAUNCHERS: dict[str, dict[str, Launcher]] = {
         "cuda": partial(in_batch.info_nce, CudaSteps),
         "triton": partial(in_batch.info_nce, TritonSteps),
         "reference": reference.info_nce,
+    },
+    "info_nce_share": {
+        "cpu": partial(shares.info_nce_share, CpuSteps),
+        "cuda": partial(shares.info_nce_share, CudaSteps),
+        "triton": partial(shares.info_nce_share, TritonSteps),
+        "reference": reference.info_nce_share,
     },
     "info_nce_and_grad": {
         "cpu": partial(in_batch.info_nce_and_grad, CpuSteps),

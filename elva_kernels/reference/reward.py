@@ -10,6 +10,8 @@ from elva_kernels.reference.rows import compute_dtype, leaf, unit
 # Rewards closer than this are the same reward: at fp32 their difference is rounding, and dividing
 # it by its own standard deviation would make a signal of it. Ours.
 SAME_REWARD = 1e-6
+# Of a reward in float64, so that neither squares nor their sum overflow. Ours.
+LARGEST_EXPONENT = 400
 
 Wanted = tuple[bool, bool, bool]  # of the gradients on query, positive and negatives
 ALL: Wanted = (True, True, True)
@@ -179,17 +181,22 @@ def reward_from_scores_backward(
 def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensor:
     """Eq. 7 over the last dimension; `scale` picks the divisor: "std", "batch" or "none".
 
-    Computed in float64 and rounded once, so that no finite reward overflows its own variance.
+    Computed in float64 and rounded once, so that no finite reward overflows its own variance;
+    rewards that would in float64 are divided by a power of two.
     """
     exact = reward.detach().to(torch.float64)
-    deviation = exact - exact.mean(-1, keepdim=True)
     spread = exact.amax(-1, keepdim=True) - exact.amin(-1, keepdim=True)
     sound = torch.isfinite(exact).all(-1, keepdim=True)
+    unit = _reward_unit(torch.where(sound, exact, 0.0), whole=scale == "batch")
+    exact = exact / unit
+    deviation = exact - exact.mean(-1, keepdim=True)
     if scale == "std":
-        deviation = deviation / (_std(exact).unsqueeze(-1) + std_eps)
+        deviation = deviation / (_std(exact).unsqueeze(-1) + std_eps / unit)
     elif scale == "batch":
         counts = sound.expand_as(exact)
-        deviation = deviation / (_std(exact.flatten(), counts.flatten()) + std_eps)
+        deviation = deviation / (_std(exact.flatten(), counts.flatten()) + std_eps / unit)
+    else:
+        deviation = deviation * unit
     advantage = torch.where(spread < SAME_REWARD, 0.0, deviation)
     return torch.where(sound, advantage, torch.nan).to(compute_dtype(reward.dtype))
 
@@ -238,6 +245,18 @@ def _soft_ranks(counted: Tensor, live: Tensor, rank_temperature: float) -> Tenso
     itself = torch.eye(counted.shape[-1], dtype=torch.bool, device=counted.device)
     ranks = 1 + torch.where(live.unsqueeze(-2) & ~itself, ahead, 0.0).sum(-1)
     return ranks.to(counted.dtype)
+
+
+def _reward_unit(rewards: Tensor, *, whole: bool) -> Tensor:
+    """[*, 1] 1, or the power of two that brings a group's largest reward to LARGEST_EXPONENT.
+
+    `whole`: [], one power for all groups.
+    """
+    largest = rewards.abs().amax(-1, keepdim=True)
+    if whole and largest.numel() > 0:
+        largest = largest.amax()
+    excess = torch.frexp(largest).exponent - LARGEST_EXPONENT
+    return torch.exp2(excess.clamp(min=0).double())
 
 
 def _std(values: Tensor, counts: Tensor | None = None) -> Tensor:

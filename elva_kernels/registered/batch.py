@@ -4,7 +4,7 @@ Here values are looked at, on a CPU: a GPU has to be trusted, or waited for. The
 its range is no candidate: the pair's results are NaN, and nothing is read for it.
 """
 
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,31 +12,44 @@ from torch import Tensor
 from elva_kernels.reference import NO_CANDIDATE, NO_POSITIVE, Batch
 
 
+class Given(NamedTuple):
+    """What says which candidates a query is compared with, as it was passed."""
+
+    target: Tensor | None
+    excluded: Tensor | None
+    candidate_ids: Tensor | None
+    max_score: float | None
+    global_target: bool  # with a group: whether rows are of all candidates, or of its own
+
+    @property
+    def named(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float | None]:
+        """What a registered op takes."""
+        return self.target, self.excluded, self.candidate_ids, self.max_score
+
+
 def batch_of(
     op: str,
     query: Tensor,
-    candidates: Tensor,
+    m: int,
     target: Tensor | None,
     excluded: Tensor | None,
     candidate_ids: Tensor | None,
     max_score: float | None,
 ) -> Batch:
-    """The checked arguments as a `Batch`: int64, dense, in range, pairs ascending in the query."""
-    m = len(candidates)
+    """The checked arguments as a `Batch`: int64, dense, in [0, m), pairs ascending in the query."""
     targets = _targets(op, target, query, m)
     if excluded is not None:
-        excluded = _ascending(excluded.to(torch.int64))
+        excluded = excluded.to(torch.int64)
         if excluded.device.type == "cpu":
             _check_excluded(op, excluded, targets, m)
+        excluded = _ascending(excluded, len(targets))
     if candidate_ids is not None:
         candidate_ids = candidate_ids.to(torch.int64).contiguous()
     return Batch(targets, excluded, candidate_ids, max_score)
 
 
-def counted(target: Tensor | None, queries: int) -> int | Tensor:
-    """The queries that a mean is over: those that have a positive."""
-    if target is None or target.dim() == 1:
-        return queries
+def counted(target: Tensor) -> Tensor:
+    """[] the queries that a mean is over: those that have a positive, of targets [B, P]."""
     return (target != NO_POSITIVE).any(1).sum()
 
 
@@ -75,12 +88,16 @@ def _refuse_target(op: str, target: Tensor, least: int, m: int) -> NoReturn:
     )
 
 
-def _ascending(excluded: Tensor) -> Tensor:
+def _ascending(excluded: Tensor, queries: int) -> Tensor:
     """The pairs sorted by query; as they are where a CPU sees that they are sorted."""
     row = excluded[:, 0]
-    if row.device.type == "cpu" and bool((row[1:] >= row[:-1]).all()):
+    if row.device.type != "cpu":
+        return excluded[row.argsort(stable=True)]
+    if bool((row[1:] >= row[:-1]).all()):
         return excluded
-    return excluded[row.argsort(stable=True)]
+    # They are in range. Measured: 167,000 rows sort in 8 ms as int64, in 2 as int16.
+    narrow = torch.int16 if queries <= 2**15 else torch.int32 if queries <= 2**31 else torch.int64
+    return excluded.index_select(0, row.to(narrow).argsort(stable=True))
 
 
 def _check_excluded(op: str, excluded: Tensor, target: Tensor, m: int) -> None:

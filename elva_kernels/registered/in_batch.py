@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.boundary import empty_on_cpu, in_default_float_mode
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Weights, compute_dtype
@@ -46,7 +47,7 @@ def _rank_statistics(
     backend: str,
 ) -> Tensors:
     op = "rank_statistics"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     return _shaped(launch(query, candidates, batch, k=k, temperature=temperature), target)
 
@@ -63,7 +64,7 @@ def _in_batch_ranking_reward(
     backend: str,
 ) -> Tensors:
     op = "in_batch_ranking_reward"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     *rewards, rank, scores, index = launch(query, candidates, batch, head, Weights(*weights))
     return *rewards, like_target(rank, target), scores, index
@@ -100,7 +101,7 @@ def _info_nce(
     backend: str,
 ) -> Tensors:
     op = "info_nce"
-    batch = batch_of(op, query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
     loss, *statistics = launch(query, candidates, batch, temperature, **options)
@@ -123,10 +124,10 @@ def _info_nce_and_grad(
     wrt: Sequence[bool],
     rounded: bool,
 ) -> Tensors:
-    batch = batch_of("info_nce", query, candidates, target, excluded, candidate_ids, max_score)
+    batch = batch_of("info_nce", query, len(candidates), target, excluded, candidate_ids, max_score)
     if weight is None:
-        share = 1 / torch.as_tensor(counted(target, len(query))).clamp(min=1) if mean else 1.0
-        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) * share
+        count = counted(batch.target).clamp(min=1) if mean else 1
+        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) / count
     launch = launcher("info_nce_and_grad", backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
     results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
@@ -269,6 +270,7 @@ info_nce_and_grad = _OPS.info_nce_and_grad.default
 _N_TENSORS = 6  # of what `info_nce` takes
 
 
+@in_default_float_mode
 def reduced(loss: Tensor, reduction: str, target: Tensor | None) -> Tensor:
     """The losses [B] as `reduction` says."""
     if reduction == "none":
@@ -280,7 +282,7 @@ def reduced(loss: Tensor, reduction: str, target: Tensor | None) -> Tensor:
 
 def _mean(loss: Tensor, target: Tensor) -> Tensor:
     """Over the queries that have a positive; the others' losses are 0."""
-    return loss.sum() / counted(target, len(loss))
+    return loss.sum() / counted(target)
 
 
 class _ScaledOnce(torch.autograd.Function):
@@ -306,12 +308,20 @@ class _ScaledOnce(torch.autograd.Function):
         refuse_second_derivative("info_nce", "loss")
 
 
+@in_default_float_mode
 def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
-    """Of three inputs and their gradients: these times a scalar, rounded once, without a copy."""
+    """Of three inputs and their gradients: these times a scalar, rounded once."""
     return tuple(
-        torch.mul(gradient, scale.to(gradient.dtype), out=torch.empty_like(gradient, dtype=x.dtype))
+        _product(gradient, scale.to(gradient.dtype), x.dtype)
         for x, gradient in zip(tensors[:3], tensors[3:], strict=True)
     )
+
+
+def _product(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    exact = torch.mul(gradient, scale, out=empty_on_cpu(gradient.shape, gradient.dtype))
+    return exact if exact.dtype == dtype else empty_on_cpu(exact.shape, dtype).copy_(exact)
 
 
 _scaled_once = in_reverse(_ScaledOnce, _ScaledOnce.backward)

@@ -6,15 +6,18 @@ same bits.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.registered.batched import Rule, looped
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("elva_kernels", "DEF")
 _RULES: dict[Any, Rule] = {}  # of each op, for the backwards of which a graph is being made
 
@@ -32,12 +35,24 @@ def register(ops: dict[str, Registered]) -> None:
     """Define every op under `torch.ops.elva_kernels`."""
     for name, op in ops.items():
         _LIBRARY.define(name + op.schema)
-        _LIBRARY.impl(name, op.compute, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, in_default_float_mode(op.compute), "CompositeExplicitAutograd")
         torch.library.register_fake(f"elva_kernels::{name}", op.trace, lib=_LIBRARY)
         overload = getattr(torch.ops.elva_kernels, name).default
         _RULES[overload] = op.batched
         rule = functools.partial(op.batched, overload)
         torch.library.register_vmap(f"elva_kernels::{name}", rule, lib=_LIBRARY)
+
+
+def outside_graphs(function: _Function) -> _Function:
+    """`function`, where `torch.compile` breaks its graph; its compiler is not imported here."""
+
+    @functools.wraps(function)
+    def eager(*arguments: Any, **named: Any) -> Any:
+        if "torch._dynamo" in sys.modules:
+            return torch.compiler.disable(function)(*arguments, **named)
+        return function(*arguments, **named)
+
+    return cast(_Function, eager)
 
 
 def is_watched(*tensors: Tensor) -> bool:
@@ -112,7 +127,7 @@ def present(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, .
     return tuple(like.new_empty(0) if x is None else x for x in gradients)
 
 
-def wanted(gradients: Sequence[Tensor], wrt: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def wanted(gradients: Sequence[Tensor | None], wrt: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """An op's gradients as autograd and users take them: None for one that was not wanted."""
     return tuple(x if is_wanted else None for x, is_wanted in zip(gradients, wrt, strict=True))
 

@@ -1,21 +1,29 @@
 """The grouped reward and its relatives as torch knows them.
 
-Every tensor has been checked by `checks`. Here leading dimensions are expanded to their common
-shape, as views; negatives that groups share become a bank, whose rows an index names; and gradients
-are summed back to the shape that the caller passed.
+Every tensor has been checked by `checks`. Here the inputs become a launcher's (`groups`), and
+gradients are summed back to the shape that the caller passed.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
-from elva_kernels.reference import Wanted, Weights, compute_dtype, scaled, times_power
+from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered import batched
+from elva_kernels.registered.groups import (
+    exact,
+    expanded,
+    groups_of,
+    in_range,
+    leading_of,
+    merged,
+    summed_of,
+)
 from elva_kernels.registered.library import (
     Registered,
     gradient_op,
@@ -23,26 +31,6 @@ from elva_kernels.registered.library import (
     refuse_forward_mode,
     register,
 )
-
-_POSITIONS_NAMED = 8
-
-
-# Query, positive, negatives, mask and index as a launcher takes them, on one leading shape.
-_Groups = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-class _Shared(NamedTuple):
-    """An input of which groups share rows: in range, since sums of their gradients are to be."""
-
-    rows: Tensor  # times 2^-exponent
-    exponent: Tensor | None  # None for 0
-
-    def summed(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """A gradient on each group's `rows` as that on `like`, what the caller passed."""
-        total = gradient.sum_to_size(like.shape)
-        if self.exponent is not None:
-            total = times_power(total, -self.exponent)
-        return total.to(like.dtype)
 
 
 def _ranking_reward(
@@ -55,13 +43,12 @@ def _ranking_reward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward", backend, query.device, query.dtype)
-    negatives, mask, index = _merged("ranking_reward", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
+    negatives, mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
     if index is None:
-        negatives = _expand(negatives, leading, 2)
-    groups = _groups(leading, query, positive, negatives, mask, index)
-    values: Tensors = launch(*groups, Weights(*weights))
-    return values
+        negatives = expanded(negatives, leading, 2)
+    groups = groups_of(leading, query, positive, negatives, mask, index)
+    return launch(*groups, Weights(*weights))
 
 
 def _ranking_reward_saved(
@@ -74,12 +61,11 @@ def _ranking_reward_saved(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
-    negatives, mask, index = _merged("ranking_reward", negatives, mask, index)
-    leading = _leading(query, positive, negatives, mask, index)
-    rows = [_in_range(x, leading).rows for x in (query, positive)]
-    groups = _groups(leading, rows[0], rows[1], negatives, mask, index)
-    values: Tensors = launch(*groups, Weights(*weights))
-    return values
+    negatives, mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
+    rows = [in_range(x, leading).rows for x in (query, positive)]
+    groups = groups_of(leading, rows[0], rows[1], negatives, mask, index)
+    return launch(*groups, Weights(*weights))
 
 
 def _ranking_reward_backward(
@@ -95,12 +81,12 @@ def _ranking_reward_backward(
     backend: str,
 ) -> Tensors:
     launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
-    bank, mask, index = _merged("ranking_reward", negatives, mask, index)
-    leading = _leading(query, positive, bank, mask, index)
-    shared = [_in_range(x, leading) for x in (query, positive)]
-    groups = _groups(leading, shared[0].rows, shared[1].rows, bank, mask, index)
+    bank, mask, index = merged("ranking_reward", negatives, mask, index)
+    leading = leading_of(query, positive, bank, mask, index)
+    shared = [in_range(x, leading) for x in (query, positive)]
+    groups = groups_of(leading, shared[0].rows, shared[1].rows, bank, mask, index)
     rest = (saved.contiguous(), grad_reward, Weights(*weights))
-    summed = _summed(leading, query, positive, wrt)
+    summed = summed_of(leading, query, positive, wrt)
     # Of half rows a sum over groups takes float32 terms, to be rounded once.
     halves = any(summed) and compute_dtype(query.dtype) != query.dtype
     at_once = tuple(x and not (halves and s) for x, s in zip(wrt, summed, strict=True))
@@ -108,7 +94,7 @@ def _ranking_reward_backward(
     if any(at_once):
         found[:] = launch(*groups, *rest, at_once)
     if halves:
-        terms = launch(*_exact(groups), *rest, summed)
+        terms = launch(*exact(groups), *rest, summed)
         found = [y if s else x for x, y, s in zip(found, terms, summed, strict=True)]
     for i, (x, rows) in enumerate(zip((query, positive), shared, strict=True)):
         if summed[i]:
@@ -127,13 +113,13 @@ def _ranking_reward_and_grad(
     wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    bank, mask, index = _merged("ranking_reward_and_grad", negatives, mask, index)
-    leading = _leading(query, positive, bank, mask, index)
+    bank, mask, index = merged("ranking_reward_and_grad", negatives, mask, index)
+    leading = leading_of(query, positive, bank, mask, index)
     if upstream is not None:
         upstream = upstream.expand(leading)
-    if not any(_summed(leading, query, positive, wrt)):
+    if not any(summed_of(leading, query, positive, wrt)):
         launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        groups = _groups(leading, query, positive, bank, mask, index)
+        groups = groups_of(leading, query, positive, bank, mask, index)
         results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
         return *results[:5], *_filled(results[5:], (query, positive, negatives))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
@@ -143,110 +129,6 @@ def _ranking_reward_and_grad(
         upstream = torch.ones_like(values[0])
     gradients = _ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
     return *values, *gradients[:2], gradients[2].view(negatives.shape if wrt[2] else 0)
-
-
-def _groups(
-    leading: torch.Size,
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-) -> _Groups:
-    """The inputs over the leading shape; negatives that groups share as a bank."""
-    query, positive = _expand(query, leading, 1), _expand(positive, leading, 1)
-    if index is None and negatives.shape[:-2] != leading:
-        negatives, place = _bank_of(negatives)
-        mask, index = None, place if mask is None else torch.where(mask, place, -1)
-    mask, index = _expand(mask, leading, 1), _expand(index, leading, 1)
-    return query, positive, negatives, mask, index
-
-
-def _merged(
-    op: str, negatives: Tensor, mask: Tensor | None, index: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Negatives and the mask; or a bank and an index alone, -1 where the mask hides a row of it."""
-    if index is None:
-        return negatives, mask, None
-    if mask is not None:
-        index = torch.where(mask, index, -1)
-    index = _within(op, index, negatives.shape[-2])
-    if negatives.dim() > 2:
-        negatives, index = _joined(negatives, index)
-    return negatives, None, index
-
-
-def _joined(banks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The banks [*members, M, D] of a `torch.vmap` as one, and each member's index into it."""
-    *members, rows, _ = banks.shape
-    count = torch.Size(members).numel()
-    first = torch.arange(count, device=index.device).mul(rows)
-    first = first.view(*members, *(1 for _ in range(index.dim() - len(members))))
-    return banks.reshape(count * rows, banks.shape[-1]), torch.where(
-        index < 0, index, index + first
-    )
-
-
-def _bank_of(negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Negatives [*, N, D] that groups share as a bank, and where in it they lie: [*, N]."""
-    shape = negatives.shape[:-1]
-    place = torch.arange(shape.numel(), device=negatives.device).view(shape)
-    return negatives.reshape(shape.numel(), negatives.shape[-1]), place
-
-
-def _within(op: str, index: Tensor, rows: int) -> Tensor:
-    """`index` with each entry in [0, rows), -1 or, on a device that is not waited for, -2.
-
-    Raises:
-        ValueError: on a CPU, another entry.
-    """
-    if index.device.type != "cpu":
-        return torch.where((index < -1) | (index >= rows), -2, index)
-    if index.numel() == 0:
-        return index
-    low, high = (int(x) for x in index.aminmax())
-    if low >= -1 and high < rows:
-        return index
-    found = ((index < -1) | (index >= rows)).nonzero().tolist()
-    named = ", ".join(f"{index[tuple(at)]} at {at}" for at in found[:_POSITIONS_NAMED])
-    more = f" and {len(found) - _POSITIONS_NAMED} more" if len(found) > _POSITIONS_NAMED else ""
-    raise ValueError(
-        f"{op}: negative_index must hold rows of negatives, in [0, {rows}), or -1 for "
-        f"none, got {named}{more}"
-    )
-
-
-def _in_range(rows: Tensor, leading: torch.Size) -> _Shared:
-    """A query or positive, scaled where groups share it.
-
-    A power of two changes no bit of the values. Scaling could lose some of float16's own
-    subnormals, whose gradients are in float32's range as they are.
-    """
-    if not _is_shared(rows, leading) or rows.dtype == torch.float16:
-        return _Shared(rows, None)
-    unscaled, exponent = scaled(rows)
-    return _Shared(unscaled.to(rows.dtype), exponent)
-
-
-def _is_shared(rows: Tensor, leading: torch.Size) -> bool:
-    """Whether groups share rows; a dimension of size 1 that is lacking shares nothing."""
-    return rows.shape[:-1] != leading and rows.shape[:-1].numel() != leading.numel()
-
-
-def _summed(leading: torch.Size, query: Tensor, positive: Tensor, wrt: Sequence[bool]) -> Wanted:
-    """Of which gradients terms of several groups are wanted, to be summed here."""
-    return wrt[0] and _is_shared(query, leading), wrt[1] and _is_shared(positive, leading), False
-
-
-def _exact(groups: _Groups) -> _Groups:
-    """The same in the compute dtype; of a large bank the rows that are named."""
-    query, positive, negatives, mask, index = groups
-    if index is not None and len(negatives) > index.numel():
-        negatives = negatives[index.clamp(min=0).flatten()]
-        place = torch.arange(index.numel(), device=index.device).view(index.shape)
-        index = torch.where(index < 0, index, place)
-    dtype = compute_dtype(query.dtype)
-    return query.to(dtype), positive.to(dtype), negatives.to(dtype), mask, index
 
 
 def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
@@ -262,9 +144,8 @@ def _reward_from_scores(
 ) -> Tensors:
     launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
-    inputs = (_expand(scores, leading, 1), _expand(mask, leading, 1))
-    values: Tensors = launch(*inputs, Weights(*weights))
-    return values
+    inputs = (expanded(scores, leading, 1), expanded(mask, leading, 1))
+    return launch(*inputs, Weights(*weights))
 
 
 def _reward_from_scores_backward(
@@ -277,31 +158,17 @@ def _reward_from_scores_backward(
     launch = launcher("reward_from_scores_backward", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
-    inputs = (_expand(exact, leading, 1), _expand(mask, leading, 1))
-    (gradient,) = cast(Tensors, launch(*inputs, grad_reward, Weights(*weights)))
+    inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1))
+    gradient: Tensor
+    (gradient,) = launch(*inputs, grad_reward, Weights(*weights))
     return gradient.sum_to_size(scores.shape).to(scores.dtype)
 
 
 def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
     launch = launcher("group_advantages", backend, reward.device, reward.dtype)
-    (advantages,) = cast(Tensors, launch(reward, scale=scale, std_eps=std_eps))
+    advantages: Tensor
+    (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
     return advantages
-
-
-def _leading(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, index: Tensor | None
-) -> torch.Size:
-    """The common leading shape `*`."""
-    leading = query.shape[:-1]
-    of_negatives = negatives.shape[:-2] if index is None else index.shape[:-1]
-    if (
-        positive.shape[:-1] == leading
-        and of_negatives == leading
-        and (mask is None or mask.shape[:-1] == leading)
-    ):
-        return leading
-    masks = () if mask is None else (mask.shape[:-1],)
-    return torch.Size(torch.broadcast_shapes(leading, positive.shape[:-1], of_negatives, *masks))
 
 
 def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
@@ -309,13 +176,6 @@ def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
     if mask is None or mask.shape[:-1] == leading:
         return leading
     return torch.Size(torch.broadcast_shapes(leading, mask.shape[:-1]))
-
-
-def _expand(tensor: Any, leading: torch.Size, kept: int) -> Any:
-    """`tensor` (or None) as a view whose dimensions before the last `kept` are `leading`."""
-    if tensor is None or tensor.shape[: tensor.dim() - kept] == leading:
-        return tensor
-    return tensor.expand(*leading, *tensor.shape[tensor.dim() - kept :])
 
 
 def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
@@ -334,7 +194,7 @@ def _trace_ranking_reward(
     index: Tensor | None,
     *_: Any,
 ) -> Tensors:
-    leading = _leading(query, positive, negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index)
     n = negatives.shape[-2] if index is None else index.shape[-1]
     return _like_reward(query, leading, n + 1)
 

@@ -13,6 +13,8 @@ WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 OPEN_HINGE = WEIGHTS | {"margin": -1.0, "rank_penalty": 0.1}
 SOFT_RANKS = OPEN_HINGE | {"rank_temperature": 0.05}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# |loss - float64 truth| of scores that are 1e-5 off at most, per 1 / temperature.
+LOSS = dict.fromkeys(DTYPES, 1e-06) | {torch.float64: 1e-13}
 # Set by test_triton.py: the suite on Triton's interpreter alone, at sizes that it can bear.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Set by test_cuda.py: the suite on the bodies of the CUDA kernels alone, run on the host.
@@ -41,6 +43,7 @@ BACKENDS = [
 EVERY_LEVEL = [
     *_backends(
         "reference",
+        "cpu:amx",
         "cpu:avx512bf16",
         "cpu:avx512",
         "cpu:avx2",
@@ -134,15 +137,37 @@ def truth_gradients(inputs, scores, mask, weight, **weights):
     return torch.autograd.grad(truth, leaves, coefficients)
 
 
+def norms(rows):
+    """[R, 1] in float64, of rows of any magnitude."""
+    rows = rows.double()
+    size = rows.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return (rows / size).norm(dim=-1, keepdim=True) * size
+
+
 def check_gradients(gradients, truths, inputs, dtype):
     """The contract's bound, each row's error weighed by the row's norm."""
     for gradient, truth, rows in zip(gradients, truths, inputs, strict=True):
         assert gradient.dtype == rows.dtype
         assert gradient.shape == rows.shape
-        norm = rows.double().norm(dim=-1, keepdim=True)
+        norm = norms(rows)
         allowed = tolerances.GRADIENT[dtype] + tolerances.half_ulp(truth, dtype) * norm
         error = (gradient.double() - truth).abs() * norm
         assert (error <= allowed).all(), f"{(error - allowed).max().item():.2e} over the bound"
+
+
+def check_loss_gradients(gradients, truths, inputs, weight, temperature, dtype):
+    """Of InfoNCE's losses, weighed by `weight`, on query, candidates (`inputs`) and temperature."""
+    # Slopes are 1 / temperature times those that the bound is made for, and as many as queries.
+    scale = temperature / max(1.0, weight.abs().sum().item())
+    scaled = [(a.double() * scale, b * scale) for a, b in zip(gradients, truths, strict=True)]
+    if dtype != torch.float64:
+        for (a, b), rows in zip(scaled, inputs, strict=False):
+            rounding = scale * tolerances.half_ulp(b / scale, dtype) * norms(rows)
+            assert ((a - b).abs() * norms(rows) <= (2e-6 + rounding) / min(temperature, 1.0)).all()
+    else:
+        check_gradients([a for a, _ in scaled[:2]], [b for _, b in scaled[:2]], inputs, dtype)
+    sensitivity = weight.double().abs().sum() / temperature**2
+    assert (gradients[2] - truths[2]).abs() <= 10 * LOSS[dtype] * sensitivity / temperature
 
 
 def same_bits(a, b):

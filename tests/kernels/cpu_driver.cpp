@@ -48,6 +48,46 @@ ElvaInput rows_of(const void* data, int64_t rows, int64_t dim, int64_t stride) {
   return input;
 }
 
+// The same call with the negatives as a bank, of which an index names rows that are there and
+// others.
+void one_bank(ElvaRewardArgs args, std::mt19937* random) {
+  const int64_t places = args.batch.groups * args.negatives;
+  args.bank_rows = places;
+  std::vector<int64_t> index(static_cast<size_t>(places)), order,
+      first(static_cast<size_t>(places + 1));
+  for (auto& row : index) {
+    row = static_cast<int64_t>((*random)() % static_cast<unsigned>(places + 3)) - 2;
+  }
+  for (int64_t row = 0; row < places; ++row) {
+    first[static_cast<size_t>(row)] = static_cast<int64_t>(order.size());
+    for (int64_t i = 0; i < places; ++i) {
+      if (index[static_cast<size_t>(i)] == row) order.push_back(i);
+    }
+  }
+  first.back() = static_cast<int64_t>(order.size());
+  args.mask = {};
+  args.index = rows_of(index.data(), 1, args.negatives, 1);
+  args.grad_negative = nullptr;
+  if (elva_reward_forward_cpu(&args) != ELVA_OK) abort();
+  if (elva_reward_backward_cpu(&args) != ELVA_OK) abort();
+  std::vector<char> gradient(static_cast<size_t>(places * args.dim) * size_of(args.dtype));
+  ElvaBankGradientArgs bank = {};
+  bank.dtype = args.dtype;
+  bank.threads = args.threads;
+  bank.batch = args.batch;
+  bank.negatives = args.negatives;
+  bank.dim = args.dim;
+  bank.bank_rows = args.bank_rows;
+  bank.query = args.query;
+  bank.negative = args.negative;
+  bank.upstream = args.upstream;
+  bank.coefficients = args.coefficients;
+  bank.order = order.data();
+  bank.first = first.data();
+  bank.grad_negative = gradient.data();
+  if (elva_bank_gradient_cpu(&bank) != ELVA_OK) abort();
+}
+
 void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, int64_t stride,
               bool special, unsigned seed) {
   std::mt19937 random(seed);
@@ -91,6 +131,13 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   args.grad_negative = grad_negative.data();
   if (elva_reward_forward_cpu(&args) != ELVA_OK) abort();
   if (elva_reward_backward_cpu(&args) != ELVA_OK) abort();
+  for (int wanted = 0; wanted < 8; ++wanted) {
+    args.grad_query = wanted & 1 ? grad_query.data() : nullptr;
+    args.grad_positive = wanted & 2 ? grad_positive.data() : nullptr;
+    args.grad_negative = wanted & 4 ? grad_negative.data() : nullptr;
+    if (elva_reward_backward_cpu(&args) != ELVA_OK) abort();
+  }
+  if (groups * negatives > 0) one_bank(args, &random);
 
   ElvaScoresArgs given = {};
   given.dtype = dtype == ELVA_FP64 ? ELVA_FP64 : ELVA_FP32;

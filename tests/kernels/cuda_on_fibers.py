@@ -5,6 +5,8 @@ import torch
 
 from elva_kernels import BackendUnavailable, info_nce, rank_statistics, reference
 from elva_kernels.backends import choice, cuda, table
+from elva_kernels.backends.cuda import launch as cuda_launch
+from elva_kernels.backends.cuda.in_batch import multiply
 from elva_kernels.reference import Weights
 from tests.kernels.cases import (
     OPEN_HINGE,
@@ -14,6 +16,7 @@ from tests.kernels.cases import (
     embeddings,
     same_bits,
 )
+from tests.kernels.score_rows import ScoreRows, check_results
 
 # N, D: what one, two, four and eight blocks hold in half a multiprocessor's memory, and more.
 CLUSTERS = {
@@ -140,6 +143,118 @@ def test_sanitized_batch(dtype):
     again = rank_statistics(*exact, candidate_ids=ids, k=4, temperature=0.1, backend="reference")
     torch.testing.assert_close(found.topk_scores.double(), again.topk_scores, rtol=0, atol=1e-5)
     assert torch.equal(found.rank, again.rank)
+
+
+@pytest.mark.parametrize("positives", [1, 2, 6, 300])
+def test_sanitized_score_rows(positives):
+    case = ScoreRows(positives)
+    check_results(case, *case.run())
+
+
+def test_sanitized_slopes_of_positives():
+    """Each positive's is added where it stands, to nothing; those of a copy in order."""
+    rows, width, p = 2, 272, 270
+    table = torch.randn(rows, width)
+    target = torch.arange(p).repeat(rows, 1)
+    target[0, 3], target[0, 9], target[1, 5:8] = 2, -1, 200
+    target[1, 8] = -2
+    for row, own in zip(table, target, strict=True):
+        row[own[own >= 0]] = -torch.inf
+    slopes, peak, factor = torch.randn(rows, p), torch.zeros(rows), torch.randn(rows)
+    expected = torch.where(table > -torch.inf, factor.unsqueeze(1) * table.exp(), 0.0)
+    for i in range(rows):
+        for j, slope in zip(target[i], slopes[i], strict=True):
+            expected[i, j] += slope if j >= 0 else 0.0
+    one = torch.ones(1, dtype=torch.float64)
+    operands = (table, one, peak, factor, slopes, target)
+    cuda_launch.module().cuda_slope_rows(
+        0, 0, rows, width, *(x.data_ptr() for x in operands), p, 0, 0
+    )
+    torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
+    own = expected[0, [2, 200]], expected[1, [200]]
+    assert torch.equal(table[0, [2, 200]], own[0])
+    assert torch.equal(table[1, [200]], own[1])
+
+
+# Beyond tiles of 64 and of 128, sums of 64 terms, and the terms that are held at a time.
+PRODUCTS = [(1, 1, 1), (3, 0, 5), (7, 15, 66), (65, 130, 64), (1300, 19, 1410)]
+
+
+def factors(m, k, n, dtype=torch.float32):
+    return torch.randn(m, k), torch.randn(k, n).to(dtype)
+
+
+def product(a, b, *, scale=None, before=None):
+    """By the kernel, into rows that are longer than it; what is beyond them stays."""
+    (m, _), n = a.shape, b.shape[1]
+    wide = torch.full((m, n + 3), 7.0)
+    if before is not None:
+        wide[:, :n] = before
+    multiply(a, b, wide[:, :n], scale=scale, add=before is not None)
+    assert (wide[:, n:] == 7).all()
+    return wide[:, :n]
+
+
+def check_product(found, a, b, before=0.0):
+    exact = before + a.double() @ b.double()
+    size = a.double().abs() @ b.double().abs() + torch.as_tensor(before).abs()
+    assert ((found.double() - exact).abs() <= 4e-7 * size).all()
+
+
+@pytest.mark.parametrize("sizes", PRODUCTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda x: str(x)[6:])
+def test_sanitized_product(sizes, dtype):
+    a, b = factors(*sizes, dtype)
+    before, scale = torch.randn(sizes[0], sizes[2]), torch.randn(sizes[1])
+    check_product(product(a, b), a, b)
+    check_product(product(a, b, before=before), a, b, before)
+    check_product(product(a, b, scale=scale), a * scale, b)
+
+
+def test_a_products_layouts_give_the_same_bits():
+    a, b = factors(70, 37, 41)
+    right = product(a, b)
+    wide = torch.randn(37, 82)
+    wide[:, ::2] = b
+    for left in (a, a.T.contiguous().T, torch.cat([a, a], dim=1)[:, :37]):
+        for other in (b, b.T.contiguous().T, wide[:, ::2]):
+            assert torch.equal(product(left, other), right)
+    assert torch.equal(product(a[:1].expand(70, -1), b), right[:1].expand(70, -1))
+
+
+@pytest.mark.parametrize("k", [130, 1536])
+def test_an_element_of_a_product_depends_on_its_rows_alone(k):
+    """Copies tie wherever they stand, and in a larger matrix of larger tiles."""
+    row, column = torch.randn(1, k), torch.randn(k, 1)
+    small = product(row.expand(3, -1), column.expand(-1, 200).contiguous())
+    assert (small == small[0, 0]).all()
+    if k == 130:
+        large = product(row.expand(1400, -1), column.expand(-1, 1500))
+        assert (large == small[0, 0]).all()
+
+
+@pytest.mark.parametrize("k", [256, 1536, 8192])
+@pytest.mark.parametrize("kind", ["random", "equal"])
+def test_long_sums_are_right(k, kind):
+    """Where all terms are equal, each rounding errs to the same side."""
+    a = torch.randn(4, k) if kind == "random" else torch.full((4, k), 0.7)
+    a = torch.nn.functional.normalize(a + 2 * torch.randn(1, k) * (kind == "random"), dim=1)
+    found = product(a, a.T)
+    assert (found.double() - a.double() @ a.T.double()).abs().max() <= 1e-6
+
+
+def test_no_switch_of_precision_reaches_a_product():
+    a, b = factors(9, 40, 11)
+    right, matmul = product(a, b), torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = product(a, b)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert found.dtype == torch.float32
+    assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize("b", [137, 1100])

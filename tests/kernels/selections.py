@@ -207,20 +207,33 @@ def _run(name: str, files, report: Path, options, environment) -> list[list[str]
 
 NUMBERS = {
     "test_reward::test_values_and_gradients",
+    "test_reward_index::test_values_and_gradients",
     "test_reward_scores::test_values_and_gradients",
     "test_rank_statistics::test_values",
     "test_in_batch_reward::test_reward",
     "test_info_nce::test_values_and_gradients",
+    "test_in_batch_positives::test_statistics",
+    "test_in_batch_positives::test_losses_and_gradients",
+    "test_in_batch_positives::test_rewards_and_gradients",
     "test_topk::test_scores_and_order_against_float64",
 }
-GROUPED = ("test_reward", "test_reward_torch", "test_reward_properties")
-IN_BATCH = ("test_rank_statistics", "test_in_batch_reward", "test_info_nce", "test_info_nce_torch")
+GROUPED = ("test_reward", "test_reward_index", "test_reward_torch", "test_reward_properties")
+IN_BATCH = (
+    "test_rank_statistics",
+    "test_in_batch_reward",
+    "test_info_nce",
+    "test_info_nce_torch",
+    "test_in_batch_positives",
+    "test_in_batch_relations",
+    "test_in_batch_torch",
+)
 COPIES = "test_rank_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands"
 F64 = torch.float64
 THREADS = [
     *cases("test_reward::test_threads_and_repeats_give_the_same_bits"),
     *cases("test_topk::test_bits_do_not_depend_on_the_number_of_threads"),
     *cases("test_info_nce::test_any_number_of_threads_gives_the_same_bits"),
+    *cases("test_in_batch_relations::test_chunks_and_threads_change_no_bit"),
 ]
 CHUNKS = cases("test_info_nce::test_workspace_changes_no_loss")
 HEADS = cases("test_rank_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
@@ -230,7 +243,10 @@ COMPILED = [
     *cases("test_topk::test_compiles_with_dynamic_shapes"),
     *cases("test_in_batch_reward::test_compiles_without_a_graph_break"),
     *cases("test_info_nce_torch::test_compiles_without_a_graph_break"),
+    *cases("test_in_batch_torch::test_compiles_without_a_graph_break test_opcheck"),
+    *cases("test_in_batch_torch::test_values_and_gradients_in_one_call_compile"),
     *cases("test_reward_torch::test_opcheck"),
+    *cases("test_reward_index::test_compiles_without_a_graph_break test_opcheck"),
     *cases("test_info_nce_torch::test_opcheck"),
     *cases("test_topk::test_opcheck"),
 ]
@@ -259,6 +275,8 @@ SESSIONS = {
             "float64, which the CUDA backend does not take": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
                 *cases("test_reward_torch::test_opcheck", dtype=F64),
+                *cases("test_reward_index::test_gradcheck"),
+                *cases("test_reward_index::test_opcheck", dtype=F64),
                 *cases("test_reward_torch::test_module test_weight_of_another_dtype"),
                 *cases(
                     "test_reward_torch::test_tensor_changed_in_place_before_backward_is_noticed"
@@ -267,6 +285,9 @@ SESSIONS = {
                 *cases("test_info_nce::test_any_batch"),
                 *cases("test_info_nce_torch::test_gradcheck_and_once"),
                 *cases("test_info_nce_torch::test_opcheck", dtype=F64),
+                *cases("test_in_batch_torch::test_gradcheck_of_the_loss"),
+                *cases("test_in_batch_torch::test_gradcheck_of_the_reward"),
+                *cases("test_in_batch_torch::test_opcheck", dtype=F64),
             ],
             "rewards of scores, which the CUDA backend does not compute": [
                 *cases("test_reward_torch::test_second_derivative_is_refused"),
@@ -299,7 +320,10 @@ SESSIONS = {
             "millions of scores, which take hours": [*CHUNKS, *HEADS],
             "finite differences, hundreds of calls: float64 gradients have a truth": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
+                *cases("test_reward_index::test_gradcheck"),
                 *cases("test_info_nce_torch::test_gradcheck_and_once"),
+                *cases("test_in_batch_torch::test_gradcheck_of_the_loss"),
+                *cases("test_in_batch_torch::test_gradcheck_of_the_reward"),
             ],
         },
         thorough=LONG
@@ -324,6 +348,8 @@ SESSIONS = {
                 *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=48),
                 *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=257),
                 *cases("test_reward::test_any_layout_gives_the_same_bits", leading=(2, 3)),
+                *cases("test_reward_index::test_a_row_named_many_times"),
+                *cases("test_reward_index::test_values_and_gradients", leading=(2, 3)),
                 *cases("test_reward::test_lattice_is_exact", d=1024),
                 *cases("test_rank_statistics::test_lattice_is_exact", d=1024),
                 *cases("test_info_nce::test_any_batch"),

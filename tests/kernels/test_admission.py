@@ -11,9 +11,11 @@ from elva_kernels import (
     available_backends,
     doctor,
     ranking_reward,
+    reference,
     warm_up,
 )
 from elva_kernels.backends import choice
+from elva_kernels.backends.admission import in_batch as admission_in_batch
 from elva_kernels.backends.admission import reward as admission_reward
 from elva_kernels.backends.admission import verdicts
 from elva_kernels.backends.table import BACKENDS, LAUNCHERS, Backend
@@ -220,3 +222,21 @@ def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
         for group in scores:
             gaps = group[group.isfinite()].sort().values.diff()
             assert ((gaps == 0) | (gaps > 1e-4)).all()
+
+
+@pytest.mark.parametrize(
+    ("made", "head"), [("inputs_of", 37), ("several_of", 37), ("dense_of", 4), ("crowd_of", 1)]
+)
+@pytest.mark.parametrize("dtype", verdicts.DTYPES, ids=str)
+def test_no_rounding_can_change_an_order_in_the_in_batch_trials(made, head, dtype):
+    """Nor that of the head, nor that of a positive and a negative."""
+    query, candidates, batch = getattr(admission_in_batch, made)(dtype)
+    scores = reference.cosine_matrix(query.double(), candidates.double())
+    found = reference.statistics_of_scores(scores, batch, k=head + 1, temperature=None)
+    ordered = found.topk_scores[:, : head + 1]
+    negatives = reference.statistics_of_scores(scores, batch, k=len(candidates), temperature=None)
+    beside = found.target_score.unsqueeze(2) - negatives.topk_scores.unsqueeze(1)
+    gaps = torch.cat([ordered.diff().abs().flatten(), beside.abs().flatten()])
+    gaps = gaps[gaps.isfinite() & (gaps > 1e-12)]
+    assert gaps.numel() > 0
+    assert (gaps > 4e-5).all()

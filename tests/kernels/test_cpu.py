@@ -24,13 +24,14 @@ from tests.kernels import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
-LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
+LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVEL_FLAGS = {
     "plain": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -169,6 +170,38 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
 
 
 @needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("imported", ["", "import elva_kernels", "import elva_kernels._C"])
+def test_a_child_forked_before_the_first_call_waits_for_no_thread(imported):
+    """Torch has begun OpenMP's threads, and the child has none of them."""
+    program = f"""
+        import multiprocessing, torch
+        {imported}
+        torch.set_num_threads(3)
+        tensors = (torch.randn(64, 512), torch.randn(64, 512), torch.randn(64, 52, 512))
+        assert torch.randn(1 << 22).mul(2).isfinite().all()
+        def child(queue):
+            import elva_kernels
+            found = elva_kernels.ranking_reward_and_grad(*tensors)
+            torch.set_num_threads(1)  # as above: torch's own loops would wait
+            alone = elva_kernels.ranking_reward_and_grad(*tensors)
+            left, right = (flat(x) for x in (found, alone))
+            queue.put(all(bool((a == b).all()) for a, b in zip(left, right)))
+        flat = lambda results: [*results[0], *results[1:]]
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+        process = context.Process(target=child, args=(queue,), daemon=True)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0, process.exitcode
+        assert queue.get()
+        print("equal")
+    """
+    done = run_python(program)
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+
+
+@needs_native
 def test_a_data_loader_worker_computes_the_parents_bits(threads):
     if "fork" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system has no fork")
@@ -272,28 +305,36 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
 )
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "bank", "shared"])
 def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
+    """Values of rows as they lie; gradients too, of a query beside a bank and of a shared bank."""
     program = f"""
         import torch
-        from elva_kernels.backends.cpu import reward as cpu
-        from elva_kernels.reference import Weights
-        weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
+        from elva_kernels import ranking_reward, ranking_reward_and_grad
         def field(name):
             line = next(x for x in open("/proc/self/status") if x.startswith(name))
             return int(line.split()[1]) * 1024
         query, positive = torch.randn(64, 1536), torch.randn(64, 1536)
+        negatives, options = torch.randn(64, 100, 1536), {{"backend": "cpu"}}
+        call = lambda: ranking_reward(query, positive, negatives, **options)
         if "{layout}" == "transposed":
             negatives = torch.randn(64, 1536, 100).mT
         elif "{layout}" == "expanded":
             negatives = torch.randn(100, 1536).expand(64, 100, 1536)
-        else:
-            negatives = torch.randn(64, 100, 1536)
+        elif "{layout}" != "contiguous":
+            call = lambda: ranking_reward_and_grad(query, positive, negatives, **options)
+            if "{layout}" == "bank":
+                negatives = torch.randn(20_000, 1536)
+                options |= {{"negative_index": torch.randint(0, 20_000, (64, 100))}}
+                options |= {{"wrt": ("query",)}}
+            else:
+                negatives = torch.randn(100, 1536)
+                options |= {{"wrt": ("negatives",)}}
         for _ in range(3):
-            cpu.ranking_reward(query, positive, negatives, None, None, weights)
+            call()
         open("/proc/self/clear_refs", "w").write("5")
         before = field("VmRSS")
-        cpu.ranking_reward(query, positive, negatives, None, None, weights)
+        results = call()
         print(field("VmHWM") - before)
     """
     done = run_python(program)

@@ -20,7 +20,14 @@ FIBERS = selections.SESSIONS["fibers"]
 pytestmark = pytest.mark.skipif(ON_FIBERS, reason="this is the session on fibers")
 
 BUILDING = threading.Lock()
-SANITIZED = ("test_sanitized", "test_sanitized_search", "test_sanitized_batch")
+SANITIZED = (
+    "test_sanitized",
+    "test_sanitized_search",
+    "test_sanitized_batch",
+    "test_sanitized_product",
+    "test_sanitized_score_rows",
+    "test_sanitized_slopes_of_positives",
+)
 
 
 def build(folder, *flags):

@@ -14,8 +14,9 @@ from tests.kernels.cases import (
     DTYPES,
     EVERY_LEVEL,
     INTERPRETED,
+    LOSS,
     batch,
-    check_gradients,
+    check_loss_gradients,
     computing,
     cosines,
     exact_negatives,
@@ -28,8 +29,6 @@ every_level = pytest.mark.parametrize("backend", computing("info_nce", EVERY_LEV
 every_backend = pytest.mark.parametrize("backend", computing("info_nce", BACKENDS))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 OPS = torch.ops.elva_kernels
-# |loss - float64 truth| of scores that are 1e-5 off at most, per 1 / temperature.
-LOSS = dict.fromkeys(DTYPES, 1e-06) | {torch.float64: 1e-13}
 
 
 def truth(query, candidates, target, temperature, symmetric=False, ids=None, max_score=None):
@@ -81,20 +80,7 @@ def check(query, candidates, target, temperature, weight, backend, **options):
         assert all((x == 0).all() for x in gradients)
         return
     truths = torch.autograd.grad(exact, exact_inputs, weight.double())
-    # Slopes are 1 / temperature times those that the bound is made for, and as many as queries.
-    scale = temperature / max(1.0, weight.abs().sum().item())
-    scaled = [(a.double() * scale, b * scale) for a, b in zip(gradients, truths, strict=True)]
-    if dtype != torch.float64:
-        norm = [x.double().norm(dim=1, keepdim=True) for x in (query, candidates)]
-        for (a, b), rows_norm in zip(scaled, norm, strict=False):
-            slack = 2e-6 + torch.finfo(dtype).eps * (b * rows_norm).abs() / 2
-            assert ((a - b).abs() * rows_norm <= slack / min(temperature, 1.0)).all()
-    else:
-        check_gradients(
-            [a for a, _ in scaled[:2]], [b for _, b in scaled[:2]], exact_inputs[:2], dtype
-        )
-    sensitivity = weight.double().abs().sum() / temperature**2
-    assert (gradients[2] - truths[2]).abs() <= 10 * LOSS[dtype] * sensitivity / temperature
+    check_loss_gradients(gradients, truths, exact_inputs[:2], weight, temperature, dtype)
 
 
 @every_level

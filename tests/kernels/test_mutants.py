@@ -12,6 +12,7 @@ import torch
 from elva_kernels.backends import choice
 from elva_kernels.backends.table import LAUNCHERS
 from tests.kernels import (
+    test_in_batch_positives,
     test_in_batch_reward,
     test_info_nce,
     test_rank_statistics,
@@ -118,6 +119,20 @@ def ids_ignored(given):
 
 
 @inputs
+def pairs_ignored(given):
+    """What the user excluded counts as a negative."""
+    given[2] = given[2]._replace(excluded=None)
+
+
+@inputs
+def one_positive_alone(given):
+    """A query's other positives count as its negatives."""
+    target = given[2].target.clone()
+    target[:, 1:] = -1
+    given[2] = given[2]._replace(target=target)
+
+
+@inputs
 def last_score_dropped(given):
     """The last candidate of every group is masked."""
     scores, mask = given[:2]
@@ -130,7 +145,12 @@ def last_score_dropped(given):
 # What is broken in which op; a place is that of the op's schema.
 OF_A_REWARD = {"rank off by one": rank_off_by_one(3), "ties won": ties_won}
 GROUPED = OF_A_REWARD | {"mask read": mask_read, "element dropped": last_element_dropped(2)}
-IN_BATCH = {"ids ignored": ids_ignored, "element dropped": last_element_dropped(1)}
+IN_BATCH = {
+    "ids ignored": ids_ignored,
+    "pairs ignored": pairs_ignored,
+    "one positive alone": one_positive_alone,
+    "element dropped": last_element_dropped(1),
+}
 NCE = IN_BATCH | {"rank off by one": rank_off_by_one(1), "ties won": ties_won_at(1)}
 MUTANTS = {
     "ranking_reward": GROUPED,
@@ -165,6 +185,7 @@ MUTANTS = {
 }
 
 F32 = {"dtype": torch.float32}
+PAIRS = F32 | {"b": 3, "m": 7, "d": 5, "p": 2}
 OF_GROUPS = [
     partial(test_reward.test_values_and_gradients, **F32, leading=(3,), n=7, d=33, masked=True),
     partial(test_reward.test_copies_of_the_positive_tie_and_win, **F32, d=48),
@@ -177,10 +198,12 @@ ADVANTAGES = test_reward_scores.TestGroupAdvantages().test_every_layout_follows_
 OF_A_BATCH = [
     partial(test_in_batch_reward.test_a_copy_of_the_positive_ties_and_wins, **F32),
     partial(test_in_batch_reward.test_reward, **F32, head=7, b=5, m=9),
+    partial(test_in_batch_positives.test_rewards_and_gradients, **PAIRS),
 ]
 OF_INFO_NCE = [
     partial(test_info_nce.test_values_and_gradients, **F32, b=3, m=7, d=5, symmetric=False),
     partial(test_info_nce.test_statistics_are_those_of_rank_statistics, **F32),
+    partial(test_in_batch_positives.test_losses_and_gradients, **PAIRS, symmetric=False),
     partial(
         test_info_nce.test_reductions_are_those_of_the_losses,
         **F32,
@@ -210,6 +233,7 @@ CLAIMS = {
     "rank_statistics": [
         partial(test_rank_statistics.test_values, **F32, b=3, m=7, d=5),
         partial(test_rank_statistics.test_lattice_is_exact, **F32, d=4),
+        partial(test_in_batch_positives.test_statistics, **PAIRS),
     ],
     "in_batch_ranking_reward": OF_A_BATCH,
     "in_batch_ranking_reward_backward": OF_A_BATCH,

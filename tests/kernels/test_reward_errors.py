@@ -103,6 +103,53 @@ EMBEDDINGS = [
     ({"mask": MASK.to_sparse()}, ValueError, "mask must be dense"),
 ]
 
+INDEX = torch.zeros(3, 4, dtype=torch.int64)
+BANKED = {"negatives": N[0], "negative_index": INDEX}
+BANKS = [
+    (
+        {"negatives": N},
+        ValueError,
+        "negatives must have shape [M, D] beside negative_index, got shape [3, 5, 8]; "
+        "use .flatten(0, -2)",
+    ),
+    ({"negative_index": [[0]]}, TypeError, "negative_index must be a tensor [*, N], got list"),
+    (
+        {"negative_index": INDEX.float()},
+        TypeError,
+        "negative_index must hold integers, got torch.float32; convert it with .long()",
+    ),
+    (
+        {"negative_index": INDEX.to("meta")},
+        ValueError,
+        "negative_index must be on the first tensor's device cpu, got meta",
+    ),
+    ({"negative_index": INDEX.to_sparse()}, ValueError, "negative_index must be dense"),
+    (
+        {"negative_index": torch.tensor(0)},
+        ValueError,
+        "negative_index must have shape [*, N], got shape []",
+    ),
+    (
+        {"negative_index": INDEX[:2]},
+        ValueError,
+        "negative_index must have leading dimensions that broadcast with [3], got [2]",
+    ),
+    ({"negatives": N[0, :, :4]}, ValueError, "negatives must have query's D = 8, got shape [5, 4]"),
+    ({"mask": MASK}, ValueError, "mask must have shape [*, N] with N = 4, got shape [3, 5]"),
+    (
+        {"negative_index": INDEX - 2},
+        ValueError,
+        "negative_index must hold rows of negatives, in [0, 5), or -1 for none, got -2 at [0, 0], "
+        "-2 at [0, 1], -2 at [0, 2], -2 at [0, 3], -2 at [1, 0], -2 at [1, 1], -2 at [1, 2], "
+        "-2 at [1, 3] and 4 more",
+    ),
+    (
+        {"negative_index": torch.where(torch.arange(4) == 2, 5, INDEX)},
+        ValueError,
+        "got 5 at [0, 2], 5 at [1, 2], 5 at [2, 2]",
+    ),
+]
+
 SCALARS = [
     ({"margin": math.nan}, ValueError, "got nan"),
     ({"margin": -math.inf}, ValueError, "got -inf"),
@@ -110,7 +157,6 @@ SCALARS = [
     ({"margin": True}, TypeError, "margin must be a number, got bool True"),
     ({"margin": "0.1"}, TypeError, "margin must be a number, got str '0.1'"),
     ({"margin": 0.1j}, TypeError, "margin must be a number, got complex"),
-    ({"margin": torch.tensor(0.1)}, TypeError, "margin must be a number, got Tensor"),
     ({"rank_penalty": -0.1}, ValueError, "rank_penalty must be finite and at least 0, got -0.1"),
     ({"w_margin": math.inf}, ValueError, "w_margin must be finite and at least 0, got inf"),
     ({"w_rank": -1}, ValueError, "w_rank must be finite and at least 0, got -1.0"),
@@ -138,6 +184,36 @@ def test_embeddings(function, change, error, message):
     options = {"query": Q, "positive": P, "negatives": N} | change
     text = refused(function, error, message, **options)
     assert text.startswith(f"{function.__name__}: ")
+
+
+@pytest.mark.parametrize("function", [ranking_reward, ranking_reward_and_grad])
+@pytest.mark.parametrize(("change", "error", "message"), BANKS, ids=str)
+def test_banks(function, change, error, message):
+    options = {"query": Q, "positive": P} | BANKED | change
+    text = refused(function, error, message, **options)
+    assert text.startswith(f"{function.__name__}: ")
+    query = Q.clone().requires_grad_()
+    refused(function, error, message, **options | {"query": query})
+
+
+@pytest.mark.parametrize(
+    ("wrt", "error", "message"),
+    [
+        (
+            "query",
+            TypeError,
+            "wrt must be a tuple of names, got str 'query'; use ('query',)",
+        ),
+        (None, TypeError, "wrt must be a tuple of names, got NoneType None"),
+        (
+            ("query", "candidates"),
+            ValueError,
+            "wrt must name some of query, positive, negatives, got 'candidates'",
+        ),
+    ],
+)
+def test_wrt(wrt, error, message):
+    refused(ranking_reward_and_grad, error, message, Q, P, N, wrt=wrt)
 
 
 @pytest.mark.parametrize("function", [ranking_reward, RankingRewardLoss])
@@ -272,6 +348,10 @@ def test_check_finite_names_the_rows():
         mask = MASK.clone()
         mask[1, 2] = mask[2, 0] = False
         function(Q, P, negatives, mask=mask, check_finite=True)
+    bank = {"negatives": negatives[1], "negative_index": INDEX + 2, "check_finite": True}
+    message = "negatives must be finite, got NaN or inf in rows [2]"
+    refused(ranking_reward, ValueError, message, Q, P, **bank)
+    ranking_reward(Q, P, **bank | {"negative_index": INDEX})  # nobody names the row
     many = torch.full((20, 8), math.nan)
     refused(ranking_reward, ValueError, "and 12 more", many, P[:1], N[:1], check_finite=True)
     scores = torch.randn(3, 6)

@@ -1,6 +1,8 @@
 """The contract of `reward_from_scores` on every backend, and of `group_advantages`."""
 
+import decimal
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -173,6 +175,21 @@ def test_soft_ranks_of_huge_scores_are_finite(backend):
     assert scores.grad.isfinite().all()
 
 
+def exact_advantages(row, sample, std_eps, scale):
+    """Of a group's rewards, with the deviation of `sample`: in rational numbers and 60 digits."""
+    row, sample = ([Fraction(x) for x in values] for values in (row, sample))
+    if max(row) - min(row) < Fraction(reference.SAME_REWARD):
+        return [0.0] * len(row)
+    divisor = Fraction(1)
+    if scale != "none":
+        mean = sum(sample) / len(sample)
+        variance = sum((x - mean) ** 2 for x in sample) / (len(sample) - 1)
+        digits = decimal.Context(prec=60)
+        quotient = digits.divide(*map(decimal.Decimal, (variance.numerator, variance.denominator)))
+        divisor = Fraction(digits.sqrt(quotient)) + Fraction(std_eps)
+    return [float((x - sum(row) / len(row)) / divisor) for x in row]
+
+
 class TestGroupAdvantages:
     @each_dtype
     def test_dtype_and_detachment(self, dtype):
@@ -209,6 +226,28 @@ class TestGroupAdvantages:
             torch.testing.assert_close(
                 advantages.double(), expected, rtol=rtol, atol=rtol, equal_nan=True
             )
+
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    @pytest.mark.parametrize("scale", ["std", "batch", "none"])
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            [[1e200, 2e200]],
+            [[1e308, -1e308]],
+            [[1.7e308, 1.6e308, 1.7e308]],
+            [[1.7e308, -1e-300], [1.0, 2.0], [3e153, -3e154]],
+            [[1e308, 1e308], [0.0, 1e308]],
+        ],
+        ids=str,
+    )
+    def test_the_largest_rewards_are_right(self, backend, scale, rows):
+        op = torch.ops.elva_kernels.group_advantages.default
+        for std_eps in (1e-4, 1e307):
+            found = op(torch.tensor(rows, dtype=torch.float64), scale, std_eps, backend)
+            for row, advantages in zip(rows, found, strict=True):
+                sample = [x for y in rows for x in y] if scale == "batch" else row
+                expected = exact_advantages(row, sample, std_eps, scale)
+                torch.testing.assert_close(advantages.tolist(), expected, rtol=1e-14, atol=0)
 
     def test_is_the_same_on_any_number_of_threads(self):
         reward = torch.randn(5000, 8)

@@ -1,14 +1,19 @@
 """Triton kernels in Triton's interpreter. `test_triton` runs this file, with TRITON_INTERPRET=1."""
 
+import functools
+
 import pytest
 import torch
 
 from elva_kernels import ranking_reward, ranking_reward_and_grad
 from elva_kernels.backends import choice
+from elva_kernels.backends.admission import in_batch as admitted
 from elva_kernels.backends.admission import verdicts
 from elva_kernels.backends.table import LAUNCHERS
 from elva_kernels.backends.triton import in_batch, launch, reward, topk
+from elva_kernels.backends.triton.kernels.in_batch import score_rows_kernel
 from elva_kernels.reference import ALL, Batch, Weights
+from tests.kernels import score_rows
 from tests.kernels.cases import OPEN_HINGE, embeddings, same_bits
 
 GUARD = 64  # elements before and after a buffer
@@ -38,9 +43,38 @@ TRIALS = [
 
 
 @pytest.mark.parametrize(("op", "dtype", "soft"), TRIALS, ids=str)
-def test_passes_its_self_test(op, dtype, soft):
+def test_passes_its_self_test(monkeypatch, op, dtype, soft):
+    """What fills a GPU's tiles, and takes the interpreter many minutes, is cut short."""
+    dense_of = admitted.dense_of
+
+    def short_of(dtype):
+        query, candidates, batch = dense_of(dtype)
+        return query[:, :64].contiguous(), candidates[:, :64].contiguous(), batch
+
+    monkeypatch.setattr(admitted, "dense_of", short_of)
+    monkeypatch.setattr(admitted, "_COPIES", 2)
     launchers = {half: row.get("triton") for half, row in LAUNCHERS.items()}
     verdicts.TRIALS[op](launchers.get, dtype, torch.device("cpu"), soft)
+
+
+@pytest.mark.parametrize("positives", [1, 2, 10, 300])
+def test_score_rows(positives):
+    """Positives of every kind, in more than one pass and more than one block."""
+    case = score_rows.ScoreRows(positives)
+    score_rows.check_results(case, *case.run(interpreted_score_rows))
+
+
+def interpreted_score_rows(case, table, temperature, results):
+    """As a batch of two segments a query launches it."""
+    rows, p = case.target.shape
+    norms = torch.stack([case.norms, torch.zeros_like(case.norms)], 1)
+    score_rows_kernel[(rows,)](
+        *(table, case.query_norm, norms, case.target, case.skipped, case.first, case.last),
+        *(score_rows.MAX_SCORE, *results, temperature, score_rows.M, score_rows.WIDTH, p, 2),
+        ONE=False,
+        AT_ONCE=in_batch.AT_ONCE,
+        BLOCK=in_batch.BLOCK,
+    )
 
 
 def every_launch(inputs, scores, mask, upstream, weights):
@@ -50,8 +84,27 @@ def every_launch(inputs, scores, mask, upstream, weights):
     yield from reward.ranking_reward(*inputs, mask, None, weights)
     yield from reward.ranking_reward_backward(*inputs, mask, None, saved, upstream, weights, ALL)
     yield from reward.ranking_reward_and_grad(*inputs, mask, None, upstream, weights, ALL)
+    yield from every_bank_launch(inputs, mask, upstream, weights)
     yield from reward.reward_from_scores(scores, mask, weights)
     yield from reward.reward_from_scores_backward(scores, mask, upstream, weights)
+
+
+def every_bank_launch(inputs, mask, upstream, weights):
+    """All results for negatives that groups take from a bank, and for some of the gradients."""
+    query, positive, negatives = inputs
+    bank = negatives.flatten(0, 1)
+    index = torch.arange(len(bank)).view(mask.shape) // 2
+    index[-1, -1] = index[0, 0] = len(bank) - 1
+    given = (query, positive, bank, None, torch.where(mask, index, -1))
+    yield from reward.ranking_reward_and_grad(*given, upstream, weights, ALL)
+    *values, saved = reward.ranking_reward_saved(*given, weights)
+    yield from values
+    yield from reward.ranking_reward_backward(*given, saved, upstream, weights, ALL)
+    for place in range(3):
+        wrt = tuple(i == place for i in range(3))
+        yield reward.ranking_reward_and_grad(*given, None, weights, wrt)[5 + place]
+        plain = (*inputs, mask, None, saved, upstream, weights, wrt)
+        yield reward.ranking_reward_backward(*plain)[place]
 
 
 def every_batch_launch(query, candidates, weight):
@@ -59,12 +112,15 @@ def every_batch_launch(query, candidates, weight):
     batch = Batch(
         torch.arange(len(query)).unsqueeze(1), None, torch.arange(len(candidates)) % 7, 0.9
     )
+    several = torch.stack([batch.target[:, 0], torch.arange(len(query)) * 8], 1)
+    several[2] = -1
     heat = torch.tensor(0.1)
-    yield from in_batch.TritonSteps(query, candidates, batch, 3, heat).rank_statistics()
-    call = in_batch.TritonSteps(query, candidates, batch, 0, heat, 1)
     dtypes = (query.dtype, torch.float32)
-    loss, _, *gradients = call.info_nce_and_gradients(weight, symmetric=True, dtypes=dtypes)
-    yield from (loss, *gradients)
+    for given in (batch, batch._replace(candidate_ids=None), Batch(several)):
+        yield from in_batch.TritonSteps(query, candidates, given, 3, heat).rank_statistics()
+        call = in_batch.TritonSteps(query, candidates, given, 0, heat, 1)
+        loss, _, *gradients = call.info_nce_and_gradients(weight, symmetric=True, dtypes=dtypes)
+        yield from (loss, *gradients)
     for metric in ("cosine", "dot"):
         yield from topk.topk(query, candidates, 5, metric=metric)
 
@@ -135,20 +191,38 @@ def test_red_zones_of_a_batch_are_neither_read_nor_written(monkeypatch):
         assert same_bits(a, b)
 
 
-def test_programs_of_a_batch_backwards_give_the_same_bits(monkeypatch):
+def reordered(monkeypatch, order):
+    """From now on a launch's x-th program of n is the order(n)[x]-th. The sizes of launches."""
     from triton.runtime import interpreter
 
     builder, sizes = interpreter.interpreter_builder, []
-    given = batch_arguments()
-    expected = list(every_batch_launch(*given))
-    place, measure = builder.set_grid_idx, builder.set_grid_dim
+    place, measure = type(builder).set_grid_idx, type(builder).set_grid_dim
 
     def set_size(*size):
         sizes.append(size[0])
-        measure(*size)
+        measure(builder, *size)
+
+    def set_place(x, y, z):
+        place(builder, order(sizes[-1])[x], y, z)
 
     monkeypatch.setattr(builder, "set_grid_dim", set_size)
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(sizes[-1] - 1 - x, y, z))
+    monkeypatch.setattr(builder, "set_grid_idx", set_place)
+    return sizes
+
+
+def backwards(n):
+    return range(n - 1, -1, -1)
+
+
+@functools.cache
+def shuffled(n):
+    return torch.randperm(n).tolist()
+
+
+def test_programs_of_a_batch_backwards_give_the_same_bits(monkeypatch):
+    given = batch_arguments()
+    expected = list(every_batch_launch(*given))
+    sizes = reordered(monkeypatch, backwards)
     for a, b in zip(every_batch_launch(*given), expected, strict=True):
         assert same_bits(a, b)
     assert max(sizes) > 1
@@ -166,19 +240,14 @@ def test_float64_products_step_by_step_are_those_of_tiles(monkeypatch):
     assert (steps - a * norm[:, 0] @ b).abs().max() < 1e-14
 
 
-def test_any_order_of_programs_gives_the_same_bits(monkeypatch):
-    from triton.runtime import interpreter
-
-    builder, groups = interpreter.interpreter_builder, 5
-    given = (*arguments(torch.float32, groups), Weights(**SOFT))
+@pytest.mark.parametrize("order", [backwards, shuffled])
+def test_any_order_of_programs_gives_the_same_bits(monkeypatch, order):
+    given = (*arguments(torch.float32, 5), Weights(**SOFT))
     expected = list(every_launch(*given))
-    place = builder.set_grid_idx
-    for order in (list(reversed(range(groups))), torch.randperm(groups).tolist()):
-        monkeypatch.setattr(
-            builder, "set_grid_idx", lambda x, y, z, order=order: place(order[x], y, z)
-        )
-        for a, b in zip(every_launch(*given), expected, strict=True):
-            assert same_bits(a, b)
+    sizes = reordered(monkeypatch, order)
+    for a, b in zip(every_launch(*given), expected, strict=True):
+        assert same_bits(a, b)
+    assert max(sizes) > 5
 
 
 def test_leading_dimensions_that_do_not_merge():

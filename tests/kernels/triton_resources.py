@@ -45,6 +45,12 @@ VARIANTS = {
     "value_and_grad-fp64": ("reward", torch.float64, (), False),
     "backward-bf16": ("gradient", torch.bfloat16, ("mask",), False),
     "backward-fp32-masked": ("gradient", torch.float32, (), False),
+    "saved-bf16-bank": ("reward", torch.bfloat16, ("upstream", "grads"), False),
+    "value_and_grad-bf16-bank": ("reward", torch.bfloat16, ("grad_negatives",), False),
+    "value_and_grad-fp64-bank": ("reward", torch.float64, ("grad_negatives",), True),
+    "backward-bf16-bank": ("gradient", torch.bfloat16, ("grad_negatives",), False),
+    "backward-bf16-query": ("gradient", torch.bfloat16, ("mask", "candidate_grads"), False),
+    "backward-fp32-negatives": ("gradient", torch.float32, ("grad_query", "grad_positive"), False),
     "scores-bf16": ("scores", torch.bfloat16, (), False),
     "scores-fp32-soft": ("scores", torch.float32, ("mask",), True),
     "scores_gradient-fp32": ("scores_gradient", torch.float32, (), False),
@@ -62,6 +68,10 @@ SLOPES = {"inner": "*fp64", "outer_rows": None, "outer_columns": None, "ADD": Tr
 def in_batch_launchers():
     """Not at import: it needs triton, which a test file that lists variants does not."""
     return importlib.import_module("elva_kernels.backends.triton.in_batch")
+
+
+def grouped_launch():
+    return importlib.import_module("elva_kernels.backends.triton.launch")
 
 
 def _product(a, b, scales):
@@ -83,8 +93,19 @@ def _rows(dtype, kernel):
     return "rows", kernel, types | {"dtype": _type(value), "BLOCK": in_batch_launchers().BLOCK}
 
 
+def _bank(dtype):
+    value = "fp64" if dtype == torch.float64 else "fp32"
+    types = dict.fromkeys(("query", "bank", "gradients"), f"*{NAMES[dtype]}")
+    types |= {"upstream": f"*{value}", "saved": "*fp64", "order": "*i64", "first": "*i64"}
+    types |= {"negatives": "i32", "across": "i32", "dim": "i32 16", "upstream_step": "i64 1"}
+    types |= dict.fromkeys(("query_stride", "bank_stride"), "i64 16")
+    types |= dict.fromkeys(("query_step", "bank_step"), "i64 1")
+    return "bank", "bank_gradient_kernel", types | {"dtype": _type(value)}
+
+
 def _statistics(value, kernel, **left_out):
-    integers = dict.fromkeys(("target", "ids", "hardest_index"), "*i64")
+    lists = ("target", "skipped", "skipped_first", "skipped_last", "hardest_index")
+    integers = dict.fromkeys(lists, "*i64") | dict.fromkeys(("positives", "segments"), "i32")
     integers |= dict.fromkeys(("n_greater", "n_equal"), "*i32")
     exact = ("query_norms", "candidate_norms", "row_norms", "total", "moment", "temperature")
     values = ("scores", "target_score", "hardest_score", "peak", "row_peak", "row_factor")
@@ -94,7 +115,8 @@ def _statistics(value, kernel, **left_out):
     launch = in_batch_launchers()
     block = launch._COLUMNS if kernel == "column_sums_kernel" else launch.BLOCK
     module = "topk" if kernel == "finish_scores_kernel" else "in_batch"
-    return module, kernel, types | {"BLOCK": block, "COSINE": True} | left_out
+    constants = {"BLOCK": block, "COSINE": True, "ONE": False, "AT_ONCE": launch.AT_ONCE}
+    return module, kernel, types | constants | left_out
 
 
 def batch_variants():
@@ -113,14 +135,19 @@ def batch_variants():
     for dtype in (half, torch.float16, single, double):
         found[f"units-{NAMES[dtype]}"] = _rows(dtype, "units_kernel")
         found[f"unit_gradient-{NAMES[dtype]}"] = _rows(dtype, "unit_gradient_kernel")
+    for dtype in (half, single, double):
+        found[f"bank_gradient-{NAMES[dtype]}"] = _bank(dtype)
     for value in ("fp32", "fp64"):
         found[f"score_rows-{value}"] = _statistics(value, "score_rows_kernel")
         found[f"column_sums-{value}"] = _statistics(value, "column_sums_kernel")
         found[f"slope_rows-{value}"] = _statistics(value, "slope_rows_kernel")
         found[f"finish_scores-{value}"] = _statistics(value, "finish_scores_kernel")
+    one = {"skipped": None, "skipped_first": None, "skipped_last": None, "ONE": True}
+    found["score_rows-fp32-one"] = _statistics("fp32", "score_rows_kernel", **one)
     found["score_rows-fp32-bare"] = _statistics(
-        "fp32", "score_rows_kernel", ids=None, temperature=None
+        "fp32", "score_rows_kernel", temperature=None, **one
     )
+    found["slope_rows-fp32-one"] = _statistics("fp32", "slope_rows_kernel", ONE=True)
     return found
 
 
@@ -134,6 +161,11 @@ def _compile_batch(name, aligned, target):
     from triton.compiler import ASTSource
 
     module, kernel, types = batch_variants()[name]
+    options = in_batch_launchers().options(TARGETS[target][1], types.get("tile"))
+    if module == "bank":
+        sizes = grouped_launch().bank_blocks(TARGETS[target][1])
+        types |= {"ROWS": sizes.rows, "BLOCK": sizes.columns}
+        options = sizes.options()
     kernel = getattr(
         importlib.import_module(f"elva_kernels.backends.triton.kernels.{module}"), kernel
     )
@@ -148,7 +180,6 @@ def _compile_batch(name, aligned, target):
         signature[argument] = kind
         if aligned and (note == "16" or kind.startswith("*")):
             attributes[(at,)] = [["tt.divisibility", 16]]
-    options = in_batch_launchers().options(TARGETS[target][1], types.get("tile"))
     source = ASTSource(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=options)
 
@@ -157,6 +188,7 @@ DIM = 1536
 LEFT_OUT = {
     "saved": ("scratch", "saved"),
     "grads": ("grad_query", "grad_positive", "grad_negatives"),
+    "candidate_grads": ("grad_positive", "grad_negatives"),
 }
 
 
@@ -180,12 +212,15 @@ def compile_variant(name, aligned, target):
         sizes = launch.rank_blocks(architecture)
     constants = {"SOFT": soft, "SAME": aligned, "ROWS": sizes.rows, "RANKS": launch.RANKS}
     constants |= {"BLOCK": sizes.columns, "SPAN": launch.SPAN * sizes.columns}
-    absent = {x for name in left_out for x in LEFT_OUT.get(name, (name,))}
-    source = ASTSource(kernel, *_specialise(kernel, dtype, aligned, absent, constants))
+    absent = {x for part in left_out for x in LEFT_OUT.get(part, (part,))}
+    masks = "i64" if name.endswith("-bank") else "i1"
+    if masks == "i1":
+        absent.add("bank_rows")
+    source = ASTSource(kernel, *_specialise(kernel, dtype, aligned, absent, constants, masks))
     return triton.compile(source, target=GPUTarget(*gpu), options=sizes.options())
 
 
-def _specialise(kernel, dtype, aligned, absent, constants):
+def _specialise(kernel, dtype, aligned, absent, constants, masks):
     """Signature, constants and attributes, as a call with such arguments would have them."""
     value = "fp64" if dtype == torch.float64 else "fp32"
     signature, fixed, attributes = {}, {}, {}
@@ -200,12 +235,12 @@ def _specialise(kernel, dtype, aligned, absent, constants):
                 attributes |= {(at, i): [["tt.divisibility", 16]] for i in (0, 1, 3)}
         elif name in WEIGHTS:
             signature[name] = "fp64"
-        elif name in ("candidates", "dim", "inner"):
+        elif name in ("candidates", "dim", "bank_rows", "inner"):
             signature[name] = "i32"
             if aligned and name == "dim":
                 attributes[(at,)] = [["tt.divisibility", 16]]
         else:
-            kind = {"mask": "i1", "rank": "i32"}.get(name, NAMES[dtype])
+            kind = {"mask": masks, "rank": "i32"}.get(name, NAMES[dtype])
             if name in EXACT:
                 kind = "fp64"
             elif name in VALUES or (name == "scores" and kernel.__name__ == "reward_kernel"):

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elva_kernels import reference
-from elva_kernels.backends.admission.trial import TEMPERATURE, WEIGHTS, Launchers, Trial, check
-from elva_kernels.reference import Batch
+from elva_kernels.backends.admission.trial import (
+    TEMPERATURE,
+    WEIGHTS,
+    Launchers,
+    Trial,
+    Wrong,
+    check,
+)
+from elva_kernels.backends.launcher import Launcher
+from elva_kernels.backends.shares import Exchange
+from elva_kernels.reference import NO_POSITIVE, Batch
 
 _Arguments = tuple[Tensor, Tensor, Batch]
 
 _B, _M, _D = 5, 37, 77
+_ON_CPU = torch.device("cpu")
+_CROWD, _QUERIES = 137, 70
+_COPIES = 120  # of _CROWD candidates: enough for a GPU's larger tiles
+# (rounded, wrt) of a call for gradients.
+_WANTED = [
+    (False, (True, True)),
+    *((True, x) for x in ((True, True), (True, False), (False, True))),
+]
 
 
-def inputs_of(dtype: torch.dtype) -> tuple[Tensor, Tensor, Batch]:
+class _Case(NamedTuple):
+    """What a launcher is given on the device, and the same for the truth."""
+
+    given: _Arguments
+    exact: _Arguments
+    head: int  # the negatives whose order no rounding changes
+
+    @property
+    def weight(self) -> Tensor:
+        """[B] of the losses or rewards."""
+        return torch.linspace(-1, 1, len(self.exact[0]), dtype=torch.float64)
+
+
+def inputs_of(dtype: torch.dtype) -> _Arguments:
     """Ragged sizes, copies of a positive, ids, a limit, zero, huge, tiny and NaN rows."""
-    generator = torch.Generator().manual_seed(1)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    query, candidates = randn(_B, _D), randn(_M, _D)
+    query, candidates = _randn(11, _B, _D), _randn(12, _M, _D)
     target = torch.tensor([3, 0, 36, 7, 20])
     candidates[target] += query
     candidates[5] = candidates[35] = candidates[3]
@@ -36,18 +62,58 @@ def inputs_of(dtype: torch.dtype) -> tuple[Tensor, Tensor, Batch]:
     return query.to(dtype), candidates.to(dtype), Batch(target.unsqueeze(1), None, ids, 0.9)
 
 
-def _on(device: torch.device, batch: Batch) -> Batch:
-    ids = None if batch.candidate_ids is None else batch.candidate_ids.to(device)
-    return batch._replace(target=batch.target.to(device), candidate_ids=ids)
+def several_of(dtype: torch.dtype) -> _Arguments:
+    """Several positives, one twice, padding, none at all; copies, ids and excluded pairs."""
+    query, candidates = _randn(73, 6, _D), _randn(74, _M, _D)
+    none = NO_POSITIVE
+    target = torch.tensor(
+        [[3, 5, none], [0, 0, 7], [none] * 3, [36, 20, 11], [4, none, 8], [9, 10, 2]]
+    )
+    candidates[[3, 0, 36, 4]] += query[[0, 1, 3, 4]]
+    candidates[15] = candidates[16] = candidates[3].clone()
+    candidates[9] = 0
+    candidates[10] = torch.nan
+    pairs = torch.tensor([[0, 16], [0, 1], [2, 8], [4, 30], [4, 30], [4, 31], [5, 6]])
+    batch = Batch(target, pairs, torch.arange(_M) % 31)
+    return query.to(dtype), candidates.to(dtype), batch
 
 
-def _case(dtype: torch.dtype, device: torch.device) -> tuple[_Arguments, _Arguments, Tensor]:
-    """Arguments of a launcher on the device, the same for the truth, and the temperature."""
+def dense_of(dtype: torch.dtype) -> _Arguments:
+    """Rows in whole vectors, several tiles of scores, two positives a query."""
+    query, candidates = _randn(15, 6, 1536), _randn(16, 144, 1536)
+    target = torch.arange(12).view(6, 2) * 12
+    candidates[target] += query.unsqueeze(1) * torch.tensor([0.4, 0.03]).view(1, 2, 1)
+    return query.to(dtype), candidates.to(dtype), Batch(target)
+
+
+def crowd_of(dtype: torch.dtype) -> _Arguments:
+    """A batch without anything special, whose candidates are to be repeated."""
+    query, candidates = _randn(7, _QUERIES, 16), _randn(8, _CROWD, 16)
+    return query.to(dtype), candidates.to(dtype), Batch(torch.arange(_QUERIES).unsqueeze(1))
+
+
+def _randn(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _on(device: torch.device, arguments: _Arguments) -> _Arguments:
+    query, candidates, batch = arguments
+    moved = Batch._make(x.to(device) if isinstance(x, Tensor) else x for x in batch)
+    return query.to(device), candidates.to(device), moved
+
+
+def _cases(dtype: torch.dtype, device: torch.device) -> list[_Case]:
     with torch.device("cpu"):  # whatever the default device is
-        query, candidates, batch = inputs_of(dtype)
-        temperature = torch.tensor(TEMPERATURE, dtype=torch.float64)
-    given = (query.to(device), candidates.to(device), _on(device, batch))
-    return given, (query.double(), candidates.double(), batch), temperature
+        made = [(inputs_of(dtype), _M), (several_of(dtype), _M), (dense_of(dtype), 4)]
+    return [
+        _Case(_on(device, found), (found[0].double(), found[1].double(), found[2]), head)
+        for found, head in made
+    ]
+
+
+def _temperature(device: torch.device) -> Tensor:
+    return torch.tensor(TEMPERATURE, dtype=torch.float64, device=device)
 
 
 def _check_statistics(found: Any, truth: Any) -> None:
@@ -59,69 +125,124 @@ def _check_statistics(found: Any, truth: Any) -> None:
 def _try_statistics(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
-    given, exact, temperature = _case(dtype, device)
-    k = 4 if soft else 0
-    found = launchers("rank_statistics")(*given, k=k, temperature=temperature.to(device))
-    _check_statistics(found, reference.rank_statistics(*exact, k=k, temperature=temperature))
+    launch = launchers("rank_statistics")
+    for case in _cases(dtype, device):
+        k = 4 if soft else 0
+        found = launch(*case.given, k=k, temperature=_temperature(device))
+        truth = reference.rank_statistics(*case.exact, k=k, temperature=_temperature(_ON_CPU))
+        _check_statistics(found, truth)
+    if not soft:
+        _try_crowd(launchers, dtype, device)
+
+
+def _try_crowd(launchers: Launchers, dtype: torch.dtype, device: torch.device) -> None:
+    """Every candidate many times over: counts grow by as much."""
+    with torch.device("cpu"):
+        query, candidates, batch = crowd_of(dtype)
+    exact = (query.double(), candidates.double(), batch)
+    truth = reference.rank_statistics(*exact, k=0, temperature=None)
+    crowd = _on(device, (query, candidates.repeat(_COPIES, 1), batch))
+    found = launchers("rank_statistics")(*crowd, k=0, temperature=None)
+    greater, equal = _COPIES * truth.n_greater, _COPIES * (truth.n_equal + 1) - 1
+    counts = (1 + greater + equal, greater, equal, truth.target_score)
+    for name, actual, expected in zip(truth._fields, found, counts, strict=False):
+        check(name, actual, expected, torch.zeros(expected.shape))
 
 
 def _try_info_nce(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
-    given, exact, temperature = _case(dtype, device)
     options = {"symmetric": soft, "workspace_mb": 1}
-    loss, *found = launchers("info_nce")(*given, temperature.to(device), **options)
-    truth, statistics = reference.info_nce(*exact, temperature, symmetric=soft)
-    check("loss", loss, truth, truth.abs() * 1e-5)
-    _check_statistics(found, statistics)
+    launch = launchers("info_nce")
+    for case in _cases(dtype, device):
+        loss, *found = launch(*case.given, _temperature(device), **options)
+        truth, statistics = reference.info_nce(*case.exact, _temperature(_ON_CPU), symmetric=soft)
+        check("loss", loss, truth, truth.abs() * 1e-5)
+        _check_statistics(found, statistics)
+
+
+class _Alone(Exchange):
+    """Of a group of one process."""
+
+    def __init__(self, given: _Arguments) -> None:
+        self.query = given[0]
+        self.rows, self.columns = (slice(0, len(x)) for x in given[:2])
+
+    def queries(self) -> Tensor:
+        return self.query
+
+    def of_rows(self, own: Tensor) -> Tensor:
+        return own
+
+    def of_columns(self, own: Tensor) -> Tensor:
+        return own
 
 
 def _try_info_nce_gradients(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
-    """In the scores' dtype and in the inputs'."""
-    given, exact, temperature = _case(dtype, device)
-    options = {"symmetric": soft, "workspace_mb": 1}
-    weight = torch.full((_B,), 1 / _B, dtype=torch.float64)
-    truth = reference.info_nce_gradients(*exact, temperature, weight, symmetric=soft)
-    launch, inputs = launchers("info_nce_and_grad"), (*given, temperature.to(device))
-    for rounded in (False, True):
-        found = launch(*inputs, weight.to(device), wrt=(True, True), rounded=rounded, **options)
-        _check_gradients(found[-3:], truth, exact)
+    _try_gradients(launchers("info_nce_and_grad"), dtype, device, soft, lambda given: ())
+
+
+def _try_info_nce_share(
+    launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
+) -> None:
+    _try_gradients(launchers("info_nce_share"), dtype, device, soft, lambda given: (_Alone(given),))
+
+
+def _try_gradients(
+    launch: Launcher,
+    dtype: torch.dtype,
+    device: torch.device,
+    symmetric: bool,
+    further: Callable[[_Arguments], tuple[Exchange, ...]],
+) -> None:
+    """In the scores' dtype and in the inputs', and one without the other; and the values beside."""
+    options = {"symmetric": symmetric, "workspace_mb": 1}
+    for case in _cases(dtype, device):
+        inputs = (*case.given, _temperature(device), case.weight.to(device), *further(case.given))
+        exact = (*case.exact, _temperature(_ON_CPU))
+        loss, statistics = reference.info_nce(*exact, symmetric=symmetric)
+        truth = reference.info_nce_gradients(*exact, case.weight, symmetric=symmetric)
+        for rounded, wrt in _WANTED:
+            found = launch(*inputs, wrt=wrt, rounded=rounded, **options)
+            check("loss", found[0], loss, loss.abs() * 1e-5)
+            _check_statistics(found[1:-3], statistics)
+            _check_gradients(found[-3:], truth, case.exact, wrt)
 
 
 def _try_reward(launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool) -> None:
     """The reward of a head and its gradient."""
-    given, exact, _ = _case(dtype, device)
-    head = 3 if soft else _M
-    *values, index = launchers("in_batch_ranking_reward")(*given, head, WEIGHTS)
-    found = reference.rank_statistics(*exact, k=head, temperature=None)
+    for case in _cases(dtype, device):
+        _try_reward_of(case, launchers, device, 3 if soft else case.head)
+
+
+def _try_reward_of(case: _Case, launchers: Launchers, device: torch.device, head: int) -> None:
+    *values, index = launchers("in_batch_ranking_reward")(*case.given, head, WEIGHTS)
+    found = reference.rank_statistics(*case.exact, k=head, temperature=None)
     scores = torch.cat([found.target_score, found.topk_scores], dim=1)
     truth = reference.reward_of_head(scores, found.rank, head, WEIGHTS)
     _check_statistics(values, truth)
-    indices = torch.cat([exact[2].target, found.topk_index], dim=1)
+    target = case.exact[2].target
+    indices = torch.cat([target, found.topk_index], dim=1)
     check("index", index.int(), indices.int(), torch.zeros(index.shape))
-    upstream = torch.linspace(-1, 1, _B, dtype=torch.float64)
-    slopes = reference.head_slopes(scores, found.rank, head, upstream, WEIGHTS)
-    expected = reference.in_batch_gradients(exact[0], exact[1], indices, slopes, 1)
+    slopes = reference.head_slopes(scores, found.rank, head, case.weight, WEIGHTS)
+    expected = reference.in_batch_gradients(*case.exact[:2], indices, slopes, target.shape[1])
     backward = launchers("in_batch_ranking_reward_backward")
-    gradients = backward(
-        *given[:2],
-        indices.to(device),
-        scores.to(values[4].dtype).to(device),
-        found.rank.to(device),
-        upstream.to(values[0].dtype).to(device),
-        head,
-        WEIGHTS,
-        (True, True),
-    )
-    _check_gradients(gradients, expected, exact)
+    saved = (indices, scores.to(values[4].dtype), found.rank, case.weight.to(values[0].dtype))
+    for _, wrt in _WANTED[1:]:
+        gradients = backward(*case.given[:2], *(x.to(device) for x in saved), head, WEIGHTS, wrt)
+        _check_gradients(gradients, expected, case.exact, wrt)
 
 
-def _check_gradients(found: Any, truth: Any, exact: Any) -> None:
-    for name, actual, expected, rows in zip(
-        ("grad_query", "grad_candidates"), found, truth, exact, strict=False
+def _check_gradients(found: Any, truth: Any, exact: Any, wrt: tuple[bool, bool]) -> None:
+    for name, actual, expected, rows, wanted in zip(
+        ("grad_query", "grad_candidates"), found, truth, exact, wrt, strict=False
     ):
+        if not wanted:
+            if actual is not None:
+                raise Wrong(f"{name} is there, and was not asked for")
+            continue
         scale = rows.norm(dim=-1, keepdim=True).nan_to_num(posinf=0.0)
         rounding = torch.finfo(actual.dtype).eps * expected.abs() * scale
         if actual.dtype == torch.float16:  # subnormal gradients of huge rows
@@ -138,4 +259,5 @@ TRIALS: dict[str, Trial] = {
     "in_batch_ranking_reward_backward": _try_reward,
     "info_nce": _try_info_nce,
     "info_nce_and_grad": _try_info_nce_gradients,
+    "info_nce_share": _try_info_nce_share,
 }

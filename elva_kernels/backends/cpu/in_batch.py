@@ -1,5 +1,6 @@
 """The in-batch ops' steps on the CPU."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.boundary import DTYPE_CODES, empty_kept, module, operand, pointer
-from elva_kernels.backends.steps import Slopes, Steps, Sums, Terms, Units, part_of
-from elva_kernels.reference import compute_dtype
+from elva_kernels.backends.launcher import Tensors
+from elva_kernels.backends.steps import Slopes, Steps, Sums, Terms, Units, part_of, some
+from elva_kernels.reference import Weights, compute_dtype
 
+_SMALL = 2**17  # elements: of 8 bytes a MB, from where memory is worth keeping
 # What slopes that are rounded to bfloat16 may add to a gradient on unit rows, of the 2e-6 that it
 # may be off where a query weighs 1 or less; beyond it they are split in two halves.
 _ALLOWED = 1.8e-6
@@ -21,6 +24,7 @@ class CpuSteps(Steps):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.allowed: list[float] = []  # of the gradients on query and candidates: see `_allowed`
+        self.pair_weight: Tensor | None = None  # [B, P] `upstream`, once there are slopes
 
     def units(self, rows: Tensor) -> Units:
         raw = rows.dtype == torch.bfloat16 and module().multiplies_bf16()
@@ -51,22 +55,22 @@ class CpuSteps(Steps):
             scores.data_ptr(),
             self.exclusion.data_ptr(),
             pointer(self.scale),
-            self.query.norm[rows].data_ptr(),
-            self.batch.target[rows].data_ptr(),
+            _at(self.query.norm, rows),
+            _at(self.batch.target, rows),
             self.batch.target.shape[1],
             *self._skipped(rows),
             max_score,
-            self._inverse_temperature(),
+            self.inverse_temperature,
             self.k,
-            self.n_greater[rows].data_ptr(),
-            self.n_equal[rows].data_ptr(),
-            self.target_score[rows].data_ptr(),
-            self.hardest_score[rows].data_ptr(),
-            self.hardest_index[rows].data_ptr(),
-            self.topk_scores[rows].data_ptr(),
-            self.topk_index[rows].data_ptr(),
-            self.total[rows].data_ptr(),
-            self.moment[rows].data_ptr(),
+            _at(self.n_greater, rows),
+            _at(self.n_equal, rows),
+            _at(self.target_score, rows),
+            _at(self.hardest_score, rows),
+            _at(self.hardest_index, rows),
+            _at(self.topk_scores, rows),
+            _at(self.topk_index, rows),
+            _at(self.total, rows),
+            _at(self.moment, rows),
         )
 
     def column_sums(self, scores: Tensor) -> None:
@@ -76,21 +80,69 @@ class CpuSteps(Steps):
             len(scores),
             self.width,
             scores.data_ptr(),
-            self._inverse_temperature(),
+            self.inverse_temperature,
             *(x.data_ptr() for x in self.columns),
         )
 
     def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
-        target_score = self.target_score[rows]
+        target_score = some(self.target_score, rows)
         module().info_nce_terms(
             DTYPE_CODES[self.dtype],
             target_score.numel(),
             target_score.data_ptr(),
             pointer(at),
             *(x.data_ptr() for x in sums),
-            1 / self._inverse_temperature(),
-            *(x[rows].data_ptr() for x in terms),
+            1 / self.inverse_temperature,
+            *(_at(x, rows) for x in terms),
         )
+
+    def logsumexp(self) -> Tensor | None:
+        if self.temperature is None:
+            return None
+        found = torch.empty_like(self.hardest_score)
+        module().logsumexp(
+            DTYPE_CODES[self.dtype],
+            *self.target_score.shape,
+            self.target_score.data_ptr(),
+            self.hardest_score.data_ptr(),
+            self.total.data_ptr(),
+            1 / self.inverse_temperature,
+            found.data_ptr(),
+        )
+        return found
+
+    def slopes(self, rows: slice, weight: Tensor, symmetric: bool) -> Slopes:
+        if self.pair_weight is None:
+            self.pair_weight = torch.empty_like(self.row_terms.loss)
+        target, target_slope = some(self.batch.target, rows), some(self.target_slope, rows)
+        row_factor, row_peak = self.empty((2, len(target)), self.dtype)
+        exact = some(weight, rows).double().contiguous()
+        module().info_nce_factors(
+            DTYPE_CODES[self.dtype],
+            *target.shape,
+            target.data_ptr(),
+            _at(self.target_score, rows),
+            exact.data_ptr(),
+            0.5 if symmetric else 1.0,
+            _at(self.row_terms.share, rows),
+            _at(self.row_terms.others, rows),
+            _at(self.column_terms.others, rows) if symmetric else 0,
+            _at(self.hardest_score, rows),
+            1 / self.inverse_temperature,
+            _at(self.pair_weight, rows),
+            target_slope.data_ptr(),
+            row_factor.data_ptr(),
+            row_peak.data_ptr(),
+        )
+        columns: tuple[Tensor | None, Tensor | None] = (None, None)
+        if symmetric:
+            columns = self.column_slopes(weight)
+        return Slopes(row_peak, row_factor, target_slope, target, *columns)
+
+    def temperature_gradient(self, weight: Tensor, symmetric: bool) -> Tensor:
+        if symmetric or self.pair_weight is None:
+            return super().temperature_gradient(weight, symmetric)
+        return torch.dot(self.pair_weight.view(-1), self.row_terms.grad_temperature.view(-1))
 
     def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
         if self.scale is not None:
@@ -105,7 +157,7 @@ class CpuSteps(Steps):
             *(pointer(x) for x in slopes[:4]),
             slopes.target.shape[1],
             *(pointer(x) for x in slopes[4:]),
-            self._inverse_temperature(),
+            self.inverse_temperature,
         )
 
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
@@ -117,15 +169,32 @@ class CpuSteps(Steps):
         slopes = slopes[:, : len(self.candidates.rows)]
         of_query, of_candidates = self.grad_units
         if of_query is not None:
-            _multiply_units(slopes, self.candidates, of_query[rows], self.allowed[0])
+            _multiply_units(slopes, self.candidates, some(of_query, rows), self.allowed[0])
         if of_candidates is not None:
             query = part_of(self.query, rows)
             allowed = self.allowed[1] * math.sqrt(len(query.rows) / len(self.query.rows))
             _multiply_units(slopes.T, query, of_candidates, allowed, add=rows.start > 0)
 
+    @staticmethod
+    def reward_of_head(scores: Tensor, rank: Tensor, head: int, weights: Weights) -> Tensors:
+        values = tuple(scores.new_empty(len(scores)) for _ in range(3))
+        _head_reward(scores, rank, head, weights, values=values)
+        return values
+
+    @staticmethod
+    def slopes_of_head(
+        scores: Tensor, rank: Tensor, head: int, grad_reward: Tensor, weights: Weights
+    ) -> Tensor:
+        slopes = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        upstream = grad_reward.to(scores.dtype).contiguous()
+        _head_reward(scores, rank, head, weights, upstream=upstream, slopes=slopes)
+        return slopes
+
     def add_targets(self) -> None:
         query, candidates = self.query, self.candidates
-        if query.scale is None or candidates.scale is None or not self.chunks:
+        if query.scale is None or candidates.scale is None:
+            return
+        if len(query.rows) == 0 or len(candidates.rows) == 0:
             return
         target = self.batch.target.clamp(min=0)
         row = self.row_of_pairs(len(target))
@@ -152,6 +221,8 @@ class CpuSteps(Steps):
         return grad
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if math.prod(shape) < _SMALL:
+            return torch.empty(shape, dtype=dtype)
         return empty_kept(torch.Size(shape), dtype)
 
     def _skipped(self, rows: slice) -> tuple[int, int, int, int]:
@@ -161,12 +232,13 @@ class CpuSteps(Steps):
         candidate, first, last = self.skipped
         return (
             candidate.data_ptr(),
-            first[rows].data_ptr(),
-            last[rows].data_ptr(),
+            _at(first, rows),
+            _at(last, rows),
             first.shape[1],
         )
 
-    def _inverse_temperature(self) -> float:
+    @functools.cached_property
+    def inverse_temperature(self) -> float:
         """1 / T; NaN where there is none above 0."""
         return math.nan if self.temperature is None else 1 / float(self.temperature)
 
@@ -190,6 +262,41 @@ class CpuSteps(Steps):
             out.data_ptr(),
             len(out),
         )
+
+
+def _at(x: Tensor, rows: slice) -> int:
+    """The address of x[rows], dense."""
+    first = rows.start or 0
+    return x.data_ptr() + first * x.stride(0) * x.element_size() if first else x.data_ptr()
+
+
+def _head_reward(
+    scores: Tensor,
+    rank: Tensor,
+    head: int,
+    weights: Weights,
+    *,
+    values: Tensors | None = None,
+    upstream: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> None:
+    """Fills in the three values, or the slopes."""
+    scores, rank = scores.contiguous(), rank.contiguous()
+    rows, positives = rank.shape
+    module().head_reward(
+        DTYPE_CODES[scores.dtype],
+        torch.get_num_threads(),
+        rows,
+        positives,
+        scores.shape[1] - positives,
+        head,
+        tuple(weights),
+        scores.data_ptr(),
+        rank.data_ptr(),
+        *((0, 0, 0) if values is None else (x.data_ptr() for x in values)),
+        pointer(upstream),
+        pointer(slopes),
+    )
 
 
 def _allowed(units: Units) -> float:

@@ -1,4 +1,4 @@
-"""The in-batch ops' steps by the CUDA kernels, with torch's matrix products."""
+"""The in-batch ops' steps by the CUDA kernels; torch multiplies rows in half precision."""
 
 import functools
 import math
@@ -52,7 +52,8 @@ class CudaSteps(GpuSteps):
             self.query.norm[rows].data_ptr(),
             self.inverse.data_ptr(),
             self.batch.target[rows].data_ptr(),
-            pointer(self.batch.candidate_ids),
+            self.batch.target.shape[1],
+            *self.skipped_operands(rows),
             math.inf if self.batch.max_score is None else self.batch.max_score,
             pointer(self.temperature),
             self.n_greater[rows].data_ptr(),
@@ -64,6 +65,14 @@ class CudaSteps(GpuSteps):
             self.moment[rows].data_ptr(),
         )
         self.keep_best(scores, rows)
+
+    def skipped_operands(self, rows: slice) -> tuple[int, int, int, int]:
+        """What `cuda_score_rows` takes for the candidates that some queries skip."""
+        if self.skipped is None:
+            return 0, 0, 0, 0
+        index, first, last = self.skipped
+        segments = (first[rows].data_ptr(), last[rows].data_ptr(), first.shape[1])
+        return index.data_ptr(), *segments
 
     def column_sums(self, scores: Tensor) -> None:
         size = launch.module().cuda_column_scratch_bytes(*scores.shape)
@@ -93,6 +102,7 @@ class CudaSteps(GpuSteps):
             slopes.row_factor.data_ptr(),
             slopes.target_slope.data_ptr(),
             slopes.target.data_ptr(),
+            slopes.target.shape[1],
             pointer(slopes.column_peak),
             pointer(slopes.column_factor),
         )
@@ -100,11 +110,16 @@ class CudaSteps(GpuSteps):
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
         query, candidates = part_of(self.query, rows), self.candidates
         if not self.grad_units:
-            both = (self.query, candidates)
-            self.grad_units = [self.empty(x.rows.shape, self.dtype) for x in both]
+            self.grad_units = [
+                self.empty(x.rows.shape, self.dtype) if wanted else None
+                for x, wanted in zip((self.query, candidates), self.wrt, strict=True)
+            ]
         slopes = slopes[:, : len(candidates.rows)]
-        multiply_units(slopes, candidates, self.grad_units[0][rows])
-        multiply_units(slopes.T, query, self.grad_units[1], add=rows.start > 0)
+        of_query, of_candidates = self.grad_units
+        if of_query is not None:
+            multiply_units(slopes, candidates, of_query[rows])
+        if of_candidates is not None:
+            multiply_units(slopes.T, query, of_candidates, add=rows.start > 0)
 
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
         rows = units.rows if units.rows.dtype == dtype else units.rows.to(dtype)
@@ -125,34 +140,50 @@ class CudaSteps(GpuSteps):
 
 def multiply_units(slopes: Tensor, units: Units, out: Tensor, *, add: bool = False) -> None:
     """out [m, D] = slopes [m, R] and the unit rows [R, D], or += it."""
-    scaled = slopes * units.norm[:, 0].nan_to_num(0.0).float()
+    inverse = units.norm[:, 0].nan_to_num(0.0).float()
     if units.rows.dtype != torch.bfloat16:  # float16 has no room for small slopes
-        multiply(scaled, units.rows.float(), out, add=add)
+        multiply(slopes, units.rows, out, scale=inverse, add=add)
         return
+    scaled = slopes * inverse
     high = scaled.bfloat16()
     multiply(high, units.rows, out, add=add)
     multiply((scaled - high.float()).bfloat16(), units.rows, out, add=True)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a b in float32, or += it."""
-    if a.shape[1] == 0:
-        if not add:
-            out.zero_()
+def multiply(
+    a: Tensor, b: Tensor, out: Tensor, *, scale: Tensor | None = None, add: bool = False
+) -> None:
+    """out = a b in float32, or += it.
+
+    Args:
+        a: [m, k]; in float32 where b is in float32 or float16, else in half precision as b is.
+        b: [k, n].
+        out: float32 [m, n], dense rows.
+        scale: float32 [k], what the columns of a float32 `a` are first multiplied by.
+    """
+    if a.dtype == torch.float32:
+        launch.call(
+            _OP,
+            launch.module().cuda_matrix_product,
+            DTYPE_CODES[b.dtype],
+            *launch.place(out),
+            len(a),
+            b.shape[1],
+            len(b),
+            operand(a),
+            pointer(scale),
+            operand(b),
+            out.data_ptr(),
+            out.stride(0),
+            add,
+        )
     elif add:
-        out += product(a, b)
+        out += half_product(a, b)
     else:
-        out.copy_(product(a, b))
+        out.copy_(half_product(a, b))
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, whatever autocast and torch's switches of precision say."""
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, of elements in half precision, whatever autocast says."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype != torch.float32:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-        try:
-            return torch.mm(a, b)
-        finally:
-            matmul.fp32_precision = before
+        return torch.mm(a, b, out_dtype=torch.float32)

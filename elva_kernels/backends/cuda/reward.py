@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
 from elva_kernels.backends.cuda import launch
-from elva_kernels.backends.launcher import Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.backends.segments import occurrences
 from elva_kernels.reference import Wanted, Weights
 
 _OP = "ranking_reward"  # for messages
@@ -22,7 +26,7 @@ def ranking_reward(
     weights: Weights,
 ) -> Tensors:
     """Values alone."""
-    return _forward(query, positive, negatives, mask, None, weights)
+    return _forward(query, positive, negatives, mask, index, None, weights)
 
 
 def ranking_reward_saved(
@@ -34,8 +38,8 @@ def ranking_reward_saved(
     weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
-    saved = _empty_saved(negatives)
-    return *_forward(query, positive, negatives, mask, None, weights, saved), saved
+    saved = _empty_saved(query, negatives, index)
+    return *_forward(query, positive, negatives, mask, index, None, weights, saved), saved
 
 
 def ranking_reward_and_grad(
@@ -47,11 +51,14 @@ def ranking_reward_and_grad(
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
-) -> Tensors:
+) -> Gradients:
     """Values and gradients: one read and one write where a cluster holds a group."""
-    gradients = _empty_gradients(query, positive, negatives)
-    saved = _empty_saved(negatives)  # for groups that no cluster holds
-    values = _forward(query, positive, negatives, mask, upstream, weights, saved, gradients)
+    gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
+    # For groups that no cluster holds, and for the bank.
+    saved = _empty_saved(query, negatives, index)
+    values = _forward(query, positive, negatives, mask, index, upstream, weights, saved, gradients)
+    if index is not None and wrt[2]:
+        gradients[2] = _bank_gradient(query, negatives, index, saved, upstream)
     return *values, *gradients
 
 
@@ -65,28 +72,47 @@ def ranking_reward_backward(
     grad_reward: Tensor,
     weights: Weights,
     wrt: Wanted,
-) -> Tensors:
+) -> Gradients:
     """Gradients from what was saved; reads the inputs again."""
-    gradients = _empty_gradients(query, positive, negatives)
-    n, dim = negatives.shape[-2:]
+    gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
+    if any(x is not None for x in gradients):
+        launch.call(
+            _OP,
+            launch.module().cuda_reward_backward,
+            DTYPE_CODES[query.dtype],
+            launch.place(query),
+            *_sizes(query, negatives, index),
+            operand(query),
+            operand(positive),
+            operand(negatives),
+            operand(index),
+            operand(grad_reward),
+            saved.data_ptr(),
+            *(pointer(x) for x in gradients),
+        )
+    if index is not None and wrt[2]:
+        gradients[2] = _bank_gradient(query, negatives, index, saved, grad_reward)
+    return tuple(gradients)
+
+
+def _bank_gradient(
+    query: Tensor, bank: Tensor, index: Tensor, saved: Tensor, upstream: Tensor | None
+) -> Tensor:
+    """The gradient of sum(upstream * reward) on the bank, from what a forward saved."""
+    order, first = occurrences(index, len(bank))
+    gradient = bank.new_empty(bank.shape)
     launch.call(
         _OP,
-        launch.module().cuda_reward_backward,
+        launch.module().cuda_bank_gradient,
         DTYPE_CODES[query.dtype],
         launch.place(query),
-        tuple(negatives.shape[:-2]),
-        n,
-        dim,
-        0,
+        *_sizes(query, bank, index),
         operand(query),
-        operand(positive),
-        operand(negatives),
-        None,
-        operand(grad_reward),
-        saved.data_ptr(),
-        *(x.data_ptr() for x in gradients),
+        operand(bank),
+        operand(upstream),
+        *(x.data_ptr() for x in (saved, order, first, gradient)),
     )
-    return gradients
+    return gradient
 
 
 def _forward(
@@ -94,12 +120,13 @@ def _forward(
     positive: Tensor,
     negatives: Tensor,
     mask: Tensor | None,
+    index: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None = None,
-    gradients: tuple[Tensor | None, ...] = (None, None, None),
+    gradients: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensors:
-    *leading, n, dim = negatives.shape
+    leading, n, *rest = _sizes(query, negatives, index)
     reward, margin_reward, rank_reward = (
         query.new_empty(leading, dtype=torch.float32) for _ in range(3)
     )
@@ -113,15 +140,14 @@ def _forward(
         launch.module().cuda_reward_forward,
         DTYPE_CODES[query.dtype],
         (*launch.place(query), pointer(scratch)),
-        tuple(leading),
+        leading,
         n,
-        dim,
-        0,
+        *rest,
         operand(query),
         operand(positive),
         operand(negatives),
         operand(mask),
-        None,
+        operand(index),
         operand(upstream),
         weights,
         *(x.data_ptr() for x in values),
@@ -131,10 +157,22 @@ def _forward(
     return values
 
 
-def _empty_saved(negatives: Tensor) -> Tensor:
-    *leading, n, _ = negatives.shape
-    return negatives.new_empty(saved_shape((*leading, n + 1)), dtype=torch.float64)
+def _sizes(query: Tensor, negatives: Tensor, index: Tensor | None) -> tuple[Any, ...]:
+    """The leading shape, a group's negatives, D, and the rows of the bank, if there is one."""
+    leading, dim = tuple(query.shape[:-1]), query.shape[-1]
+    if index is None:
+        return leading, negatives.shape[-2], dim, 0
+    return leading, index.shape[-1], dim, len(negatives)
 
 
-def _empty_gradients(*inputs: Tensor) -> Tensors:
-    return tuple(x.new_empty(x.shape) for x in inputs)
+def _empty_saved(query: Tensor, negatives: Tensor, index: Tensor | None) -> Tensor:
+    leading, n, *_ = _sizes(query, negatives, index)
+    return query.new_empty(saved_shape((*leading, n + 1)), dtype=torch.float64)
+
+
+def _empty_gradients(
+    query: Tensor, positive: Tensor, negatives: Tensor, index: Tensor | None, wrt: Wanted
+) -> list[Tensor | None]:
+    """Those that the forward and the backward write: a bank's is made of what they save."""
+    written = zip((query, positive, negatives), (*wrt[:2], wrt[2] and index is None), strict=True)
+    return [x.new_empty(x.shape) if wanted else None for x, wanted in written]

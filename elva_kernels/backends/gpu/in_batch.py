@@ -20,12 +20,11 @@ class GpuSteps(Steps):
             self.topk_index[rows] = torch.where(best > -math.inf, index, -1)
 
     def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
-        if at is not None:
-            sums = Sums(*(x[at] for x in sums))
+        sums = Sums(*(x.unsqueeze(1) if at is None else x[at] for x in sums))
         assert self.temperature is not None
-        target = self.target_score[rows].double()
-        sound = target.isfinite()
-        target = torch.where(sound, target, 0.0)
+        given = self.target_score[rows].double()
+        sound = given.isfinite()
+        target = torch.where(sound, given, 0.0)
         peak = torch.where(sums.peak > -math.inf, sums.peak.double(), target)
         top = torch.maximum(peak, target)
         weight = ((peak - top) / self.temperature).exp()
@@ -36,10 +35,12 @@ class GpuSteps(Steps):
         loss = torch.where(top == target, torch.log1p(rest), behind)
         share = torch.where(sound, weight / whole, 0.0)
         gap = sums.moment + sums.total * (peak - target)
-        terms.loss[rows] = torch.where(sound, loss, math.nan)
+        none = given == -math.inf
+        terms.loss[rows] = torch.where(sound, loss, torch.where(none, 0.0, math.nan))
         terms.share[rows] = share
         terms.others[rows] = share * sums.total
-        terms.grad_temperature[rows] = -share * gap / self.temperature**2
+        slope = -share * gap / self.temperature**2
+        terms.grad_temperature[rows] = torch.where(none, 0.0, slope)
 
     def add_targets(self) -> None:
         """`slope_rows` had them."""

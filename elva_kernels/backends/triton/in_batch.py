@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ _TILES = {
     torch.float64: Tile(32, 32, 32, 4, 1),
 }
 BLOCK = 128  # scores, or columns of an embedding, at a time
+AT_ONCE = 8  # positives, after the first, counted in a pass over a row of scores
 _COLUMNS = 128  # of scores in a program that walks over all rows
 
 
@@ -100,7 +100,7 @@ def product_constants(a: torch.dtype, b: torch.dtype, scaled: bool) -> dict[str,
     return {
         "OUTER": outer,
         "HALVES": halves,
-        "operand": _triton_type(operand),
+        "operand": launch.triton_type(operand),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "DEPTH": tile.depth,
@@ -135,7 +135,7 @@ def units_of(rows: Tensor) -> Units:
                 rows.shape[1],
                 *rows.stride(),
                 SCALED=rows.dtype != torch.float16,
-                dtype=_triton_type(compute_dtype(rows.dtype)),
+                dtype=launch.triton_type(compute_dtype(rows.dtype)),
                 BLOCK=BLOCK,
                 **options(launch.architecture_of(rows.device)),
             )
@@ -155,13 +155,18 @@ class TritonSteps(GpuSteps):
     def score_rows(self, scores: Tensor, rows: slice) -> None:
         from elva_kernels.backends.triton.kernels import in_batch as kernels
 
+        target = self.batch.target[rows]
+        candidate, first, last = self.skipped or (None, None, None)
+        segments = 0 if first is None else first.shape[1]
         with launch.on(self.device):
             kernels.score_rows_kernel[(len(scores),)](
                 scores,
                 self.query.norm[rows],
                 self.candidates.norm,
-                self.batch.target[rows],
-                self.batch.candidate_ids,
+                target,
+                candidate,
+                None if first is None else first[rows],
+                None if last is None else last[rows],
                 math.inf if self.batch.max_score is None else self.batch.max_score,
                 self.n_greater[rows],
                 self.n_equal[rows],
@@ -173,6 +178,10 @@ class TritonSteps(GpuSteps):
                 self.temperature,
                 len(self.candidates.rows),
                 self.width,
+                target.shape[1],
+                segments,
+                ONE=target.shape[1] == 1 and candidate is None,
+                AT_ONCE=AT_ONCE,
                 BLOCK=BLOCK,
                 **options(launch.architecture_of(self.device)),
             )
@@ -201,6 +210,8 @@ class TritonSteps(GpuSteps):
                 *slopes,
                 self.temperature,
                 self.width,
+                slopes.target.shape[1],
+                ONE=slopes.target.shape[1] == 1,
                 BLOCK=BLOCK,
                 **options(launch.architecture_of(self.device)),
             )
@@ -208,12 +219,16 @@ class TritonSteps(GpuSteps):
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
         query, candidates = part_of(self.query, rows), self.candidates
         if not self.grad_units:
-            both = (self.query, candidates)
-            self.grad_units = [self.empty(x.rows.shape, self.dtype) for x in both]
+            self.grad_units = [
+                self.empty(x.rows.shape, self.dtype) if wanted else None
+                for x, wanted in zip((self.query, candidates), self.wrt, strict=True)
+            ]
         slopes = slopes[:, : len(candidates.rows)]
-        of_query, of_candidates = self.grad_units[0][rows], self.grad_units[1]
-        multiply(slopes, candidates.rows, of_query, inner=candidates.norm)
-        multiply(slopes.T, query.rows, of_candidates, inner=query.norm, add=rows.start > 0)
+        of_query, of_candidates = self.grad_units
+        if of_query is not None:
+            multiply(slopes, candidates.rows, of_query[rows], inner=candidates.norm)
+        if of_candidates is not None:
+            multiply(slopes.T, query.rows, of_candidates, inner=query.norm, add=rows.start > 0)
 
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
         from elva_kernels.backends.triton.kernels import rows as kernels
@@ -227,7 +242,7 @@ class TritonSteps(GpuSteps):
                     units.norm,
                     gradient,
                     units.rows.shape[1],
-                    dtype=_triton_type(self.dtype),
+                    dtype=launch.triton_type(self.dtype),
                     BLOCK=BLOCK,
                     **options(launch.architecture_of(self.device)),
                 )
@@ -235,8 +250,3 @@ class TritonSteps(GpuSteps):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return launch.empty(shape, dtype, self.device)
-
-
-def _triton_type(dtype: torch.dtype) -> Any:
-    language = importlib.import_module("triton.language")
-    return getattr(language, str(dtype).removeprefix("torch."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ _BLOCKS = {
 }
 SPAN = 16  # tiles summed in lanes before they are added up in float64
 RANKS = 32  # candidates compared with as many at a time
+BANK_PROGRAMS = 2**15  # of a bank's gradient: of more rows than that, each is one program's. Ours
 
 
 def blocks(architecture: str, dim: int, dtype: torch.dtype) -> Blocks:
@@ -52,6 +54,11 @@ def blocks(architecture: str, dim: int, dtype: torch.dtype) -> Blocks:
 def rank_blocks(architecture: str) -> Blocks:
     """The tile for scores alone, compared with one another."""
     return Blocks(RANKS, RANKS, 4, None if architecture == "hip" else 255)
+
+
+def bank_blocks(architecture: str) -> Blocks:
+    """The tile of queries whose pulls on a row of a bank are summed at once, in float64."""
+    return Blocks(8, 128, 4, None if architecture == "hip" else 128)
 
 
 @functools.cache
@@ -108,3 +115,8 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    language = importlib.import_module("triton.language")
+    return getattr(language, str(dtype).removeprefix("torch."))

@@ -5,14 +5,17 @@ Kernels are imported when they are first launched, for they import triton.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from elva_kernels.backends.launcher import Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.backends.segments import occurrences
 from elva_kernels.backends.triton import launch
 from elva_kernels.reference import Wanted, Weights, compute_dtype
+
+_NONE: Gradients = (None, None, None)
 
 
 def ranking_reward(
@@ -24,8 +27,8 @@ def ranking_reward(
     weights: Weights,
 ) -> Tensors:
     """Values alone: reward, margin_reward, rank_reward, rank, scores."""
-    results = _reward(query, positive, negatives, mask, None, weights, save=False, grads=False)
-    return tuple(results[:5])
+    groups = _Groups(query, positive, negatives, mask, index)
+    return _reward(groups, None, weights, None, _NONE)
 
 
 def ranking_reward_saved(
@@ -37,8 +40,9 @@ def ranking_reward_saved(
     weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
-    results = _reward(query, positive, negatives, mask, None, weights, save=True, grads=False)
-    return tuple(results[:6])
+    groups = _Groups(query, positive, negatives, mask, index)
+    saved = groups.empty_saved()
+    return *_reward(groups, None, weights, saved, _NONE), saved
 
 
 def ranking_reward_and_grad(
@@ -50,10 +54,14 @@ def ranking_reward_and_grad(
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
-) -> Tensors:
-    """Values, and the gradients of sum(upstream * reward)."""
-    results = _reward(query, positive, negatives, mask, upstream, weights, save=True, grads=True)
-    return *results[:5], *results[6:]
+) -> Gradients:
+    """Values, and the gradients of sum(upstream * reward), None where they are not in `wrt`."""
+    groups = _Groups(query, positive, negatives, mask, index)
+    saved, gradients = groups.empty_saved(), groups.empty_gradients(wrt)
+    values = _reward(groups, upstream, weights, saved, gradients)
+    if index is None or not wrt[2]:
+        return *values, *gradients
+    return *values, *gradients[:2], _bank_gradient(query, negatives, index, saved, upstream)
 
 
 def ranking_reward_backward(
@@ -66,33 +74,35 @@ def ranking_reward_backward(
     grad_reward: Tensor,
     weights: Weights,
     wrt: Wanted,
-) -> Tensors:
+) -> Gradients:
     """Gradients of sum(grad_reward * reward); reads the inputs again."""
     from elva_kernels.backends.triton.kernels.reward import gradient_kernel
 
-    embeddings = (query, positive, negatives)
-    gradients = tuple(launch.empty(x.shape, x.dtype, x.device) for x in embeddings)
-    n, dim = negatives.shape[-2:]
-    sizes = launch.blocks(launch.architecture_of(query.device), dim, query.dtype)
-    leading = negatives.shape[:-2]
-    inputs = (*embeddings, mask, grad_reward)
-    for part, (inner, groups), strides in launch.parts(leading, (*inputs, saved, *gradients)):
+    groups = _Groups(query, positive, negatives, mask, index)
+    gradients = groups.empty_gradients(wrt)
+    sizes = groups.blocks()
+    tensors = (*groups.tensors(), grad_reward, saved, *gradients)
+    launches = () if gradients == _NONE else launch.parts(groups.leading, tensors)
+    for part, (inner, programs), strides in launches:
         with launch.on(query.device):
-            gradient_kernel[(groups,)](
+            gradient_kernel[(programs,)](
                 *part[:4],
                 part[5],
                 part[4],
                 *part[6:],
-                n + 1,
-                dim,
+                groups.n + 1,
+                groups.dim,
+                groups.bank_rows,
                 inner,
                 *strides[:5],
-                SAME=positive.stride(-1) == negatives.stride(-1),
+                SAME=groups.steps_alike,
                 ROWS=sizes.rows,
                 BLOCK=sizes.columns,
                 **sizes.options(),
             )
-    return gradients
+    if index is None or not wrt[2]:
+        return gradients
+    return *gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward)
 
 
 def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
@@ -141,50 +151,133 @@ def reward_from_scores_backward(
     return (gradient,)
 
 
+class _Groups(NamedTuple):
+    """The inputs of a grouped op, and what its launches take of them."""
+
+    query: Tensor  # [*, D]
+    positive: Tensor  # [*, D]
+    negatives: Tensor  # [*, N, D], or a bank [M, D]
+    mask: Tensor | None  # [*, N]
+    row_index: Tensor | None  # int64 [*, N], rows of the bank
+
+    @property
+    def leading(self) -> torch.Size:
+        return self.query.shape[:-1]
+
+    @property
+    def n(self) -> int:
+        row_index = self.row_index
+        return self.negatives.shape[-2] if row_index is None else row_index.shape[-1]
+
+    @property
+    def dim(self) -> int:
+        return self.query.shape[-1]
+
+    @property
+    def bank_rows(self) -> int | None:
+        return None if self.row_index is None else len(self.negatives)
+
+    @property
+    def steps_alike(self) -> bool:
+        return self.positive.stride(-1) == self.negatives.stride(-1)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """As the kernels take them: a bank is every group's, and its index says what is masked."""
+        if self.row_index is None:
+            return self.query, self.positive, self.negatives, self.mask
+        bank = self.negatives.expand(*self.leading, *self.negatives.shape)
+        return self.query, self.positive, bank, self.row_index
+
+    def blocks(self) -> launch.Blocks:
+        architecture = launch.architecture_of(self.query.device)
+        return launch.blocks(architecture, self.dim, self.query.dtype)
+
+    def empty_saved(self) -> Tensor:
+        shape = saved_shape((*self.leading, self.n + 1))
+        return launch.empty(shape, torch.float64, self.query.device)
+
+    def empty_gradients(self, wrt: Wanted) -> Gradients:
+        """Memory for those in `wrt`, but for a bank's, which is not a sum over one group."""
+        wanted = (wrt[0], wrt[1], wrt[2] and self.row_index is None)
+        return tuple(
+            launch.empty(x.shape, x.dtype, x.device) if is_wanted else None
+            for x, is_wanted in zip(self[:3], wanted, strict=True)
+        )
+
+
 def _reward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
+    groups: _Groups,
     upstream: Tensor | None,
     weights: Weights,
-    *,
-    save: bool,
-    grads: bool,
-) -> Any:
-    """The five values, `saved` or None, the three gradients or None."""
+    saved: Tensor | None,
+    gradients: Gradients,
+) -> Tensors:
+    """The five values; fills in `saved` and the gradients."""
     from elva_kernels.backends.triton.kernels.reward import reward_kernel
 
-    device, leading = query.device, negatives.shape[:-2]
-    n, dim = negatives.shape[-2:]
-    values = _empty_values(leading, n + 1, compute_dtype(query.dtype), device)
-    scratch = saved = None
-    if save:
-        scratch = launch.empty((*leading, 4 * (n + 1)), torch.float64, device)
-        saved = launch.empty(saved_shape((*leading, n + 1)), torch.float64, device)
-    inputs = (query, positive, negatives)
-    gradients: Any = (None, None, None)
-    if grads:
-        gradients = tuple(launch.empty(x.shape, x.dtype, device) for x in inputs)
-    sizes = launch.blocks(launch.architecture_of(query.device), dim, query.dtype)
-    tensors = (*inputs, mask, upstream, *values, scratch, saved, *gradients)
-    for part, (inner, groups), strides in launch.parts(leading, tensors):
+    device, candidates = groups.query.device, groups.n + 1
+    values = _empty_values(groups.leading, candidates, compute_dtype(groups.query.dtype), device)
+    scratch = None
+    if saved is not None:
+        scratch = launch.empty((*groups.leading, 4 * candidates), torch.float64, device)
+    sizes = groups.blocks()
+    tensors = (*groups.tensors(), upstream, *values, scratch, saved, *gradients)
+    for part, (inner, programs), strides in launch.parts(groups.leading, tensors):
         with launch.on(device):
-            reward_kernel[(groups,)](
+            reward_kernel[(programs,)](
                 *part,
-                n + 1,
-                dim,
+                candidates,
+                groups.dim,
+                groups.bank_rows,
                 inner,
                 *strides[:5],
                 **_scalars(weights),
-                SAME=positive.stride(-1) == negatives.stride(-1),
+                SAME=groups.steps_alike,
                 ROWS=sizes.rows,
                 BLOCK=sizes.columns,
                 SPAN=launch.SPAN * sizes.columns,
                 RANKS=launch.RANKS,
                 **sizes.options(),
             )
-    return *values, saved, *gradients
+    return values
+
+
+def _bank_gradient(
+    query: Tensor, bank: Tensor, index: Tensor, saved: Tensor, upstream: Tensor | None
+) -> Tensor:
+    """[M, D], the sum over the groups that name a row; by what `saved` holds of them."""
+    from elva_kernels.backends.triton.kernels.bank import bank_gradient_kernel
+
+    rows, dim = bank.shape
+    gradient = launch.empty(bank.shape, bank.dtype, bank.device)
+    if rows == 0:
+        return gradient
+    order, first = occurrences(index, rows)
+    flat = query.reshape(-1, dim)
+    weight = None if upstream is None else upstream.reshape(-1)
+    sizes = launch.bank_blocks(launch.architecture_of(bank.device))
+    across = max(1, min(-(-dim // sizes.columns), launch.BANK_PROGRAMS // rows))
+    with launch.on(bank.device):
+        bank_gradient_kernel[(rows * across,)](
+            flat,
+            bank,
+            weight,
+            saved,
+            order,
+            first,
+            gradient,
+            index.shape[-1],
+            dim,
+            across,
+            *flat.stride(),
+            *bank.stride(),
+            0 if weight is None else weight.stride(0),
+            dtype=launch.triton_type(compute_dtype(query.dtype)),
+            ROWS=sizes.rows,
+            BLOCK=sizes.columns,
+            **sizes.options(),
+        )
+    return gradient
 
 
 def _scalars(weights: Weights) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Statistics of rows of in-batch scores, and what InfoNCE makes of the rows.
 
 Eq. (9) to (14) of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
-In: cosines [R, width] in float32 (float64), rounded beyond [-1, 1]; targets, ids, norms of queries
-    and candidates. Out: counts int32, the hardest negative, sums float64; the rows masked in place
-    (-inf where a candidate is no negative), then their slopes in place.
+In: cosines [R, width] in float32 (float64), rounded beyond [-1, 1], none of them NaN; targets int64
+    [R, P], -1 for none, -2 for one that does not exist; segments of a list of other candidates that
+    are no negatives; norms of queries and candidates. Out: counts int32 and scores [R, P], the
+    hardest negative, sums float64; the rows masked in place (-inf where a candidate is no
+    negative), then their slopes in place.
 Work split: one program = a row of scores, or BLOCK columns of it, or BLOCK columns of all rows.
-Bytes: a row of scores is read twice (again from cache) and written once; slopes: once each.
+Bytes: a row of scores is read twice (again from cache) and written once, and read once more from
+    cache for every AT_ONCE positives after the first; slopes: once each.
 Numerics: exponentials in the scores' dtype; sums of BLOCK terms by a tree of stated shape, then in
     float64. Ties by lower index. Deterministic, no atomics. Limits: none.
 Reference: reference.statistics_of_scores, info_nce_of_scores.
@@ -35,53 +38,156 @@ def clamped(score, dtype: tl.constexpr):
 
 
 @triton.jit
-def score_rows_kernel(
-    scores, query_norms, candidate_norms, target, ids, max_score: tl.float64,
-    n_greater, n_equal, target_score, hardest_score, hardest_index, total, moment, temperature,
-    candidates, width, BLOCK: tl.constexpr,
+def own_scores(scores, target, bad_query, candidate_norms, candidates, dtype: tl.constexpr):
+    """Of products that are not masked yet: -inf for no positive, NaN for a pair not finite."""
+    exists = (target >= 0) & (target < candidates)
+    norm = tl.load(candidate_norms + 2 * target, mask=exists, other=0.0).to(tl.float64)
+    score = clamped(tl.load(scores + target, mask=exists, other=0.0).to(dtype), dtype)
+    bad = bad_query | (norm != norm).to(tl.int32) | (exists == 0).to(tl.int32)
+    return tl.where(target == -1, float("-inf"), tl.where(bad > 0, float("nan"), score))
+
+
+@triton.jit
+def store_own_scores(
+    scores, target, bad_query, candidate_norms, target_score, positives, candidates,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One query: masks its scores, counts, and sums where there is a temperature."""
+    """The scores of a query's positives."""
+    dtype: tl.constexpr = scores.dtype.element_ty
+    for start in range(0, positives, BLOCK):
+        which = start + tl.arange(0, BLOCK).to(tl.int64)
+        there = which < positives
+        own = tl.load(target + which, mask=there, other=-1).to(tl.int64)
+        score = own_scores(scores, own, bad_query, candidate_norms, candidates, dtype)
+        tl.store(target_score + which, score, mask=there)
+
+
+@triton.jit
+def strike(scores, listed, first, last, candidates, BLOCK: tl.constexpr):
+    """NaN, which no product is, for the candidates that are listed from `first` to `last`."""
+    for start in range(first, last, BLOCK):
+        place = start + tl.arange(0, BLOCK).to(tl.int64)
+        candidate = tl.load(listed + place, mask=place < last, other=-1).to(tl.int64)
+        exists = (candidate >= 0) & (candidate < candidates)
+        nowhere = tl.full([BLOCK], float("nan"), scores.dtype.element_ty)
+        tl.store(scores + candidate, nowhere, mask=exists)
+
+
+@triton.jit
+def strike_all(
+    scores, target, positives, skipped, skipped_first, skipped_last, segments, candidates,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """NaN for all candidates that are no negatives, when every thread has read what it needs."""
+    tl.debug_barrier()
+    strike(scores, target, 0, positives, candidates, BLOCK)
+    if skipped is not None:
+        for segment in range(segments):
+            first = tl.load(skipped_first + segment).to(tl.int64)
+            last = tl.load(skipped_last + segment).to(tl.int64)
+            strike(scores, skipped, first, last, candidates, BLOCK)
+    tl.debug_barrier()
+
+
+@triton.jit
+def count_further(
+    scores, target_score, n_greater, n_equal, positives, width, hardest, unsound,
+    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Counts for the positives from the second, against a masked row; `unsound` equal NaN."""
+    dtype: tl.constexpr = scores.dtype.element_ty
+    for start in range(1, positives, AT_ONCE):
+        which = start + tl.arange(0, AT_ONCE).to(tl.int64)
+        there = which < positives
+        own = tl.load(target_score + which, mask=there, other=float("-inf")).to(dtype)
+        bar = tl.where(own == float("-inf"), float("inf"), own)
+        bar = tl.where(own == own, bar, float("-inf"))  # below all negatives
+        greater = tl.zeros([AT_ONCE], tl.int32)
+        equal = tl.zeros([AT_ONCE], tl.int32)
+        if tl.min(bar, axis=0) <= hardest:
+            for first in range(0, width, BLOCK):
+                index = first + tl.arange(0, BLOCK).to(tl.int64)
+                score = tl.load(scores + index, mask=index < width, other=float("-inf")).to(dtype)
+                greater += tl.sum((score[None, :] > bar[:, None]).to(tl.int32), axis=1)
+                equal += tl.sum((score[None, :] == bar[:, None]).to(tl.int32), axis=1)
+        tl.store(n_greater + which, greater, mask=there)
+        tl.store(n_equal + which, tl.where(own == own, equal, unsound), mask=there)
+
+
+@triton.jit(do_not_specialize=["positives", "segments"])
+def score_rows_kernel(
+    scores, query_norms, candidate_norms, target, skipped, skipped_first, skipped_last,
+    max_score: tl.float64,
+    n_greater, n_equal, target_score, hardest_score, hardest_index, total, moment, temperature,
+    candidates, width, positives, segments,
+    ONE: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One query: masks its scores, counts, and sums where there is a temperature.
+
+    ONE positive with nothing else to skip is known by its index; else what is no negative is NaN
+    in the place of its product.
+    """
     dtype: tl.constexpr = scores.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     scores += row * width
-    own = tl.load(target + row).to(tl.int64)
+    target += row * positives
+    target_score += row * positives
+    n_greater += row * positives
+    n_equal += row * positives
+    own = tl.load(target).to(tl.int64)
     query_norm = tl.load(query_norms + 2 * row).to(tl.float64)
-    own_norm = tl.load(candidate_norms + 2 * own).to(tl.float64)
     bad_query = (query_norm != query_norm).to(tl.int32)
-    bad = bad_query | (own_norm != own_norm).to(tl.int32)
-    mine = clamped(tl.load(scores + own).to(dtype), dtype)
-    own_id = own
-    if ids is not None:
-        own_id = tl.load(ids + own).to(tl.int64)
+    mine = own_scores(scores, own, bad_query, candidate_norms, candidates, dtype)
+    bad = (mine != mine).to(tl.int32)
+    if not ONE:
+        store_own_scores(
+            scores, target, bad_query, candidate_norms, target_score, positives, candidates, BLOCK
+        )
+        if skipped is not None:
+            skipped_first += row * segments
+            skipped_last += row * segments
+        strike_all(
+            scores, target, positives, skipped, skipped_first, skipped_last, segments, candidates,
+            BLOCK,
+        )  # fmt: skip
     greater = tl.full([], 0, tl.int32)
     equal = tl.full([], 0, tl.int32)
+    unsound = tl.full([], 0, tl.int32)
     hardest = tl.full([], float("-inf"), dtype)
     place = tl.full([], -1, tl.int64)
     for start in range(0, width, BLOCK):
         index = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = index < candidates
-        rival = inside & (index != own)
-        if ids is not None:
-            rival &= tl.load(ids + index, mask=inside, other=0).to(tl.int64) != own_id
+        product = tl.load(scores + index, mask=inside, other=0.0).to(dtype)
+        rival = inside & ((index != own) if ONE else (product == product))
         norm = tl.load(candidate_norms + 2 * index, mask=inside, other=0.0).to(tl.float64)
         sound = (norm == norm) & (bad_query == 0)
-        score = clamped(tl.load(scores + index, mask=inside, other=0.0).to(dtype), dtype)
+        score = clamped(product, dtype)
         live = rival & sound & ((score > max_score) == 0)
         # NaN, a bad pair's own score, is below all numbers and equal to NaN.
         greater += tl.sum((live & ((bad > 0) | (score > mine))).to(tl.int32), axis=0)
         same = tl.where(bad > 0, rival & (sound == 0), live & (score == mine))
         equal += tl.sum(same.to(tl.int32), axis=0)
+        if not ONE:
+            unsound += tl.sum((rival & (sound == 0)).to(tl.int32), axis=0)
         score = tl.where(live, score, float("-inf"))
         tl.store(scores + index, score, mask=index < width)
         best = tl.max(score, axis=0)
         first = tl.min(tl.where(score == best, index, width), axis=0)
         place = tl.where(best > hardest, first, place)
         hardest = tl.maximum(hardest, best)
-    tl.store(n_greater + row, greater)
-    tl.store(n_equal + row, equal)
-    tl.store(target_score + row, tl.where(bad > 0, float("nan"), mine))
+    tl.store(n_greater, tl.where(own == -1, 0, greater))
+    tl.store(n_equal, tl.where(own == -1, 0, equal))
+    if ONE:
+        tl.store(target_score, mine)
     tl.store(hardest_score + row, hardest)
     tl.store(hardest_index + row, place)
+    if not ONE:
+        tl.debug_barrier()  # other threads' stores above
+        count_further(
+            scores, target_score, n_greater, n_equal, positives, width, hardest, unsound,
+            AT_ONCE, BLOCK,
+        )  # fmt: skip
     if temperature is not None:
         inverse_temperature = inverse_of(temperature, dtype)
         peak = tl.where(hardest > float("-inf"), hardest, 0.0)
@@ -138,9 +244,25 @@ def column_sums_kernel(
 
 
 @triton.jit
+def add_target_slopes(
+    slope, index, target, target_slope, positives, dtype: tl.constexpr, ONE: tl.constexpr
+):
+    """The slopes of the positives in order, where a masked score has left 0."""
+    if ONE:
+        own = tl.load(target).to(tl.int64)
+        slope = tl.where(index == own, tl.load(target_slope).to(dtype), slope)
+    else:
+        for p in range(positives):
+            own = tl.load(target + p).to(tl.int64)
+            more = tl.load(target_slope + p).to(dtype)
+            slope = tl.where(index == own, slope + more, slope)
+    return slope
+
+
+@triton.jit(do_not_specialize=["positives"])
 def slope_rows_kernel(
     scores, row_peak, row_factor, target_slope, target, column_peak, column_factor, temperature,
-    width, BLOCK: tl.constexpr,
+    width, positives, ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of one query's masked scores: softmax slopes, in place."""
     dtype: tl.constexpr = scores.dtype.element_ty
@@ -160,6 +282,7 @@ def slope_rows_kernel(
         factor = tl.load(column_factor + index, mask=inside, other=0.0).to(dtype)
         slope += tl.exp(tl.where(live, score - peak, 0.0) * inverse_temperature) * factor
     slope = tl.where(live, slope, 0.0)
-    own = tl.load(target + row).to(tl.int64)
-    slope = tl.where(index == own, tl.load(target_slope + row).to(dtype), slope)
+    target += row * positives
+    target_slope += row * positives
+    slope = add_target_slopes(slope, index, target, target_slope, positives, dtype, ONE)
     tl.store(at, slope, mask=inside)

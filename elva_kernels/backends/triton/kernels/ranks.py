@@ -1,7 +1,8 @@
 """Ranks, rewards and their slopes from one group's scores, for the kernels of this package.
 
 Eq. 2 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
-In: scores (any dtype, cast to float64 when read), mask. Candidate 0 is the positive.
+In: scores (any dtype, cast to float64 when read). Candidate 0 is the positive. The negatives' mask:
+    bool, True = live; or int64, where the negatives' rows are in a bank, -1 = masked; or None.
 Work split: one program walks over blocks of BLOCK candidates, each compared with every other block:
 O(N^2) comparisons, no limit on N, nothing kept beyond a [BLOCK, BLOCK] tile.
 Numerics: float64 throughout; counts are integers; sums are trees of a stated shape (`tree_sum`), so
@@ -38,7 +39,11 @@ def live_candidates(mask, mask_step, index, candidates):
     inside = index < candidates
     if mask is not None:
         unmasked = inside & (index > 0)
-        inside &= tl.load(mask + (index - 1) * mask_step, mask=unmasked, other=1).to(tl.int1)
+        at = mask + (index - 1) * mask_step
+        if mask.dtype.element_ty == tl.int64:
+            inside &= tl.load(at, mask=unmasked, other=0).to(tl.int64) != -1
+        else:
+            inside &= tl.load(at, mask=unmasked, other=1).to(tl.int1)
     return inside
 
 

@@ -2,9 +2,11 @@
 
 Eq. 1 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
 In: query, positive [*, D], negatives [*, N, D] of bfloat16, float16, float32 or float64, any
-    strides; mask [*, N], upstream [*] or None.
+    strides; mask [*, N], upstream [*] or None. Or negatives in a bank [bank_rows, D], and `mask`
+    their rows there, int64: -1 is masked, another that does not exist is NaN and never read.
 Out: reward, margin_reward, rank_reward [*], rank int32 [*], scores [*, C], C = N + 1, in float32
-    (float64 for float64); gradients in the inputs' dtype. All contiguous.
+    (float64 for float64); those gradients that are wanted, in the inputs' dtype. All contiguous. A
+    bank's: `bank`.
 Work split: one program = one group; tiles of ROWS candidates by BLOCK columns, two passes over D.
 Bytes: (C + 1) D read twice (the second time partly from L2) and written once; floor: read once.
 Numerics: float32 lanes (float64 for float64), products and sums not fused, lanes summed by a tree
@@ -35,6 +37,19 @@ from elva_kernels.backends.triton.kernels.rows import exponents, in_range, power
 def row_pointers(positive, negatives, row_stride, index):
     """Where the rows `index` begin: the positive's, or a negative's."""
     return tl.where(index == 0, positive, negatives + (index - 1) * row_stride)
+
+
+@triton.jit
+def places(mask, mask_step, index, live, bank_rows):
+    """Which live candidates have a row, and which of `row_pointers` it is."""
+    there = live
+    place = index
+    if bank_rows is not None:
+        given = live & (index > 0)
+        row = tl.load(mask + (index - 1) * mask_step, mask=given, other=-1).to(tl.int64)
+        there = live & ((index == 0) | ((row >= 0) & (row < bank_rows)))
+        place = tl.where(given & there, row + 1, 0)
+    return there, place
 
 
 @triton.jit
@@ -112,8 +127,8 @@ def unpack(packed):
 
 @triton.jit
 def score_group(
-    query, query_step, positive, positive_step, negatives, negative_step, row_stride, mask,
-    mask_step, scores, norms, candidates, dim, SAME: tl.constexpr, dtype: tl.constexpr,
+    query, query_step, positive, positive_step, negatives, negative_step, row_stride, bank_rows,
+    mask, mask_step, scores, norms, candidates, dim, SAME: tl.constexpr, dtype: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Stores a group's scores, and in `norms` [2, C], if given, norms with k and unclamped scores.
@@ -132,13 +147,16 @@ def score_group(
         index = start + tl.arange(0, ROWS).to(tl.int64)
         inside = index < candidates
         live = live_candidates(mask, mask_step, index, candidates)
-        rows = row_pointers(positive, negatives, row_stride, index)
+        there, place = places(mask, mask_step, index, live, bank_rows)
+        rows = row_pointers(positive, negatives, row_stride, place)
         row_step = row_steps(positive_step, negative_step, index, SAME)
         dot, norm, k = measure(
-            query, query_step, query_k, rows, row_step, live, dim, dtype, ROWS, BLOCK, SPAN
+            query, query_step, query_k, rows, row_step, there, dim, dtype, ROWS, BLOCK, SPAN
         )
         scale = query_norm * norm
         score = tl.where(scale == 0, 0.0, dot / tl.where(scale == 0, 1.0, scale))
+        if bank_rows is not None:
+            score = tl.where(live & (there == 0), float("nan"), score)
         score = tl.where(tl.abs(score) < FLUSH, 0.0, score)
         clamped = tl.where(score > 1, 1.0, tl.where(score < -1, -1.0, score))
         tl.store(scores + index, tl.where(live, clamped, float("-inf")), mask=inside)
@@ -183,59 +201,108 @@ def keep_coefficients(
 
 
 @triton.jit
+def wanted_rows(grad_positive, grad_negatives, dim, index, listed):
+    """Where the candidates' gradients go, and those of `listed` that are wanted."""
+    wanted = listed
+    at = index
+    if grad_negatives is None:
+        if grad_positive is not None:
+            wanted = listed & (index == 0)
+            at = grad_positive + index * dim
+    elif grad_positive is None:
+        wanted = listed & (index > 0)
+        at = grad_negatives + (index - 1) * dim
+    else:
+        at = row_pointers(grad_positive, grad_negatives, dim, index)
+    return at, wanted
+
+
+@triton.jit
 def gradient_rows(
-    query, query_step, positive, positive_step, negatives, negative_step, row_stride, mask,
-    mask_step, saved, weight, grad_query, grad_positive, grad_negatives, candidates, dim,
+    query, query_step, positive, positive_step, negatives, negative_step, row_stride, bank_rows,
+    mask, mask_step, saved, weight, grad_query, grad_positive, grad_negatives, candidates, dim,
     SAME: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes a group's gradients from its `saved`; `weight` is the upstream gradient, float64."""
+    """Writes a group's gradients from its `saved`, those of which the pointer is not None.
+
+    `weight` is the upstream gradient, float64.
+    """
     query_b, query_k = unpack(tl.load(saved + 2 * candidates).to(tl.float64))
     query_scale = power(query_k, dtype)
     query_out = (query_scale.to(tl.float64) * weight).to(dtype)
+    last = candidates
+    if grad_query is None and grad_negatives is None:
+        last = 1
     for start in range(0, dim, BLOCK):
         column = start + tl.arange(0, BLOCK).to(tl.int64)
         inside = column < dim
         q = tl.load(query + column * query_step, mask=inside, other=0.0).to(dtype) * query_scale
         pulls = tl.zeros([ROWS, BLOCK], dtype)
-        for first in range(0, candidates, ROWS):
+        for first in range(0, last, ROWS):
             index = first + tl.arange(0, ROWS).to(tl.int64)
-            listed = index < candidates
-            live = live_candidates(mask, mask_step, index, candidates)
-            there = live[:, None] & inside[None, :]
+            listed = index < last
+            live = live_candidates(mask, mask_step, index, last)
+            there, place = places(mask, mask_step, index, live, bank_rows)
+            readable = there[:, None] & inside[None, :]
             packed = tl.load(saved + index, mask=listed, other=0.0).to(tl.float64)
-            b = tl.load(saved + candidates + index, mask=listed, other=0.0).to(tl.float64)
             a, k = unpack(packed)
-            scale = power(k, dtype)
-            out = (scale.to(tl.float64) * weight).to(dtype)
-            rows = row_pointers(positive, negatives, row_stride, index)
+            rows = row_pointers(positive, negatives, row_stride, place)
             row_step = row_steps(positive_step, negative_step, index, SAME)
-            c = tl.load(rows[:, None] + column[None, :] * row_step, mask=there, other=0.0).to(dtype)
+            at = rows[:, None] + column[None, :] * row_step
+            c = tl.load(at, mask=readable, other=0.0).to(dtype)
+            scale = power(k, dtype)
             c *= scale[:, None]
-            own = b.to(dtype)[:, None] * c
-            gradient = (a.to(dtype)[:, None] * q[None, :] + own) * out[:, None]
-            pulls += a.to(dtype)[:, None] * c
-            at = row_pointers(grad_positive, grad_negatives, dim, index)
-            tl.store(
-                at[:, None] + column[None, :],
-                tl.where(live[:, None], gradient, 0.0),
-                mask=listed[:, None] & inside[None, :],
-            )
-        total = tree_sum(tl.trans(pulls)) + query_b.to(dtype) * q
-        tl.store(grad_query + column, total * query_out, mask=inside)
+            if (grad_positive is not None) or (grad_negatives is not None):
+                b = tl.load(saved + candidates + index, mask=listed, other=0.0).to(tl.float64)
+                out = (scale.to(tl.float64) * weight).to(dtype)
+                own = b.to(dtype)[:, None] * c
+                gradient = (a.to(dtype)[:, None] * q[None, :] + own) * out[:, None]
+                into, wanted = wanted_rows(grad_positive, grad_negatives, dim, index, listed)
+                tl.store(
+                    into[:, None] + column[None, :],
+                    tl.where(live[:, None], gradient, 0.0),
+                    mask=wanted[:, None] & inside[None, :],
+                )
+            if grad_query is not None:
+                pulls += a.to(dtype)[:, None] * c
+        if grad_query is not None:
+            total = tree_sum(tl.trans(pulls)) + query_b.to(dtype) * q
+            tl.store(grad_query + column, total * query_out, mask=inside)
 
 
 @triton.jit
+def group_gradients(
+    query, positive, negatives, bank_rows, mask, saved, weight,
+    grad_query, grad_positive, grad_negatives, candidates, dim, group,
+    query_strides, positive_strides, negative_strides, mask_strides,
+    SAME: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`gradient_rows` of a group's inputs, into its part of each gradient."""
+    if grad_query is not None:
+        grad_query += group * dim
+    if grad_positive is not None:
+        grad_positive += group * dim
+    if grad_negatives is not None:
+        grad_negatives += group * (candidates - 1) * dim
+    gradient_rows(
+        query, query_strides[2], positive, positive_strides[2], negatives, negative_strides[2],
+        negative_strides[3], bank_rows, mask, mask_strides[2], saved, weight,
+        grad_query, grad_positive, grad_negatives, candidates, dim, SAME, dtype, ROWS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["bank_rows"])
 def reward_kernel(
     query, positive, negatives, mask, upstream,
     reward, margin_reward, rank_reward, rank, scores, scratch, saved,
     grad_query, grad_positive, grad_negatives,
-    candidates, dim, inner,
+    candidates, dim, bank_rows, inner,
     query_strides, positive_strides, negative_strides, mask_strides, upstream_strides,
     margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
     inverse_temperature: tl.float64, SOFT: tl.constexpr, SAME: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Values; given `scratch` [*, 4, C] and `saved` coefficients; given `grad_query` gradients."""
+    """Values; given `scratch` [*, 4, C] and `saved` coefficients; given their memory gradients."""
     dtype: tl.constexpr = scores.dtype.element_ty
     group = tl.program_id(0).to(tl.int64)
     query += lead(group, inner, query_strides)
@@ -252,8 +319,8 @@ def reward_kernel(
         saved += group * (candidates * 2 + 1)
     query_packed = score_group(
         query, query_strides[2], positive, positive_strides[2], negatives, negative_strides[2],
-        negative_strides[3], mask, mask_strides[2], scores, norms, candidates, dim, SAME, dtype,
-        ROWS, BLOCK, SPAN,
+        negative_strides[3], bank_rows, mask, mask_strides[2], scores, norms, candidates, dim, SAME,
+        dtype, ROWS, BLOCK, SPAN,
     )  # fmt: skip
     tl.debug_barrier()
     settle(
@@ -267,38 +334,39 @@ def reward_kernel(
             scores, mask, mask_strides[2], norms, slopes, saved, query_packed, candidates,
             inverse_temperature, SOFT, RANKS,
         )  # fmt: skip
-    if grad_query is not None:
+    if (grad_query is not None) or (grad_positive is not None) or (grad_negatives is not None):
         weight = tl.full([], 1, tl.float64)
         if upstream is not None:
             weight = tl.load(upstream + lead(group, inner, upstream_strides)).to(tl.float64)
         tl.debug_barrier()
-        gradient_rows(
-            query, query_strides[2], positive, positive_strides[2], negatives, negative_strides[2],
-            negative_strides[3], mask, mask_strides[2], saved, weight, grad_query + group * dim,
-            grad_positive + group * dim, grad_negatives + group * (candidates - 1) * dim,
-            candidates, dim, SAME, dtype, ROWS, BLOCK,
+        group_gradients(
+            query, positive, negatives, bank_rows, mask, saved, weight,
+            grad_query, grad_positive, grad_negatives, candidates, dim, group,
+            query_strides, positive_strides, negative_strides, mask_strides,
+            SAME, dtype, ROWS, BLOCK,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bank_rows"])
 def gradient_kernel(
     query, positive, negatives, mask, saved, upstream, grad_query, grad_positive, grad_negatives,
-    candidates, dim, inner,
+    candidates, dim, bank_rows, inner,
     query_strides, positive_strides, negative_strides, mask_strides, upstream_strides,
     SAME: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients, from what `reward_kernel` saved for the same inputs."""
     dtype: tl.constexpr = tl.float64 if query.dtype.element_ty == tl.float64 else tl.float32
     group = tl.program_id(0).to(tl.int64)
+    query += lead(group, inner, query_strides)
+    positive += lead(group, inner, positive_strides)
+    negatives += lead(group, inner, negative_strides)
     if mask is not None:
         mask += lead(group, inner, mask_strides)
+    saved += group * (candidates * 2 + 1)
     weight = tl.load(upstream + lead(group, inner, upstream_strides)).to(tl.float64)
-    gradient_rows(
-        query + lead(group, inner, query_strides), query_strides[2],
-        positive + lead(group, inner, positive_strides), positive_strides[2],
-        negatives + lead(group, inner, negative_strides), negative_strides[2], negative_strides[3],
-        mask, mask_strides[2], saved + group * (candidates * 2 + 1), weight,
-        grad_query + group * dim, grad_positive + group * dim,
-        grad_negatives + group * (candidates - 1) * dim,
-        candidates, dim, SAME, dtype, ROWS, BLOCK,
+    group_gradients(
+        query, positive, negatives, bank_rows, mask, saved, weight,
+        grad_query, grad_positive, grad_negatives, candidates, dim, group,
+        query_strides, positive_strides, negative_strides, mask_strides,
+        SAME, dtype, ROWS, BLOCK,
     )  # fmt: skip
