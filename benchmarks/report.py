@@ -66,7 +66,7 @@ TIMES = (
 COLUMNS = {
     "group": (
         *TIMES[:-1],
-        ("received, of rows", "received_of_rows", ".3f"),
+        ("of rows", "received_of_rows", ".3f"),
         ("x slowest", "times_slowest", ".2f"),
     ),
     "reward": (
