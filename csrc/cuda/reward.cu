@@ -110,7 +110,8 @@ __host__ __device__ inline int64_t column_blocks(int64_t dim) {
   return (dim + kColumns - 1) / kColumns;
 }
 
-template <class T>
+// kWhole: of whole rows; else each is looked at.
+template <class T, bool kWhole>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     reward_backward(const __grid_constant__ ElvaRewardArgs args) {
   constexpr int kSize = Vector<T>::kSize;
@@ -136,20 +137,12 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const double query_b = a[2 * candidates], upstream = upstream_of(args, index);
   const bool works = at < args.dim;
   const Wanted wanted(args);
-  const auto is_even = [](int64_t stride) { return stride % kSize == 0; };
-  const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  // All rows dense and on 16 bytes, in and out.
-  const bool whole = is_even(args.dim) && query.is_dense() && rows.at(0, 0).is_dense() &&
-                     (candidates == 1 || rows.at(1, 0).is_dense()) &&
-                     (candidates <= (rows.in_bank ? 1 : 2) || is_even(args.negative.row_stride)) &&
-                     is_aligned(args.grad_query) && is_aligned(args.grad_positive) &&
-                     is_aligned(args.grad_negative);
-  if (whole) {
+  if constexpr (kWhole) {
     const auto read = [&](int64_t c) { return load16(row(c).data + at); };
     const auto write = [&](int64_t c, const auto* gradient) {
       if (wanted.of(c)) store16(out(c) + at, packed<T>(gradient));
     };
-    gradient_columns<T, 4, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
+    gradient_columns<T, 3, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
                                  works, memory, read, write);
   } else {
     const auto read = [&](int64_t c) { return row(c).packed(at, args.dim, row(c).is_dense()); };
@@ -168,8 +161,9 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 template <class T>
 ElvaStatus backward(const ElvaRewardArgs& args) {
   const int64_t blocks = args.batch.groups * column_blocks<T>(args.dim);
-  return launch(reward_backward<T>, blocks, 1, kGradientThreads, kGradientShared, args.stream,
-                args);
+  const auto kernel =
+      has_whole_rows<T>(args) ? reward_backward<T, true> : reward_backward<T, false>;
+  return launch(kernel, blocks, 1, kGradientThreads, kGradientShared, args.stream, args);
 }
 
 template <class T>
