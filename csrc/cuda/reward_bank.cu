@@ -34,7 +34,7 @@ struct Term {
   const T* query = nullptr;
   double by_query = 0, by_row = 0;
 
-  __device__ Term() = default;
+  __device__ Term() {}
   __device__ Term(const ElvaBankGradientArgs& args, int64_t place) {
     const int64_t group = place / args.negatives, c = place % args.negatives + 1;
     const int64_t candidates = args.negatives + 1;

@@ -387,22 +387,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-// All rows dense and on 16 bytes.
-template <class T>
-bool is_copied_in_bulk(const ElvaRewardArgs& args) {
-  const auto whole = [](int64_t elements) { return elements % Vector<T>::kSize == 0; };
-  const auto fits = [&](const ElvaInput& input, bool has_rows) {
-    bool fine = input.stride == 1 && reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
-    for (int32_t i = 0; i < args.batch.ndim; ++i) fine = fine && whole(input.batch_strides[i]);
-    return fine && (!has_rows || whole(input.row_stride));
-  };
-  const auto out = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const int64_t rows = args.index.data == nullptr ? args.negatives : args.bank_rows;
-  return whole(args.dim) && fits(args.query, false) && fits(args.positive, false) &&
-         (rows == 0 || fits(args.negative, rows > 1)) && out(args.grad_query) &&
-         out(args.grad_positive) && out(args.grad_negative);
-}
-
 template <class T, int kBlocks>
 ElvaStatus launch_clusters(const ElvaRewardArgs& args, int64_t columns) {
   const size_t bytes = Layout<T>{args.negatives + 1, columns, kBlocks}.bytes();
@@ -432,7 +416,7 @@ Split split_of(int64_t candidates, int64_t dim) {
 template <class T>
 ElvaStatus cluster_reward(const ElvaRewardArgs& args, const Split& split) {
   if (args.batch.groups == 0) return ELVA_OK;
-  if (!has_clusters() || !is_copied_in_bulk<T>(args)) return ELVA_UNSUPPORTED;
+  if (!has_clusters() || !is_in_vectors<T>(args)) return ELVA_UNSUPPORTED;
   switch (split.blocks) {
     case 1:
       return launch_clusters<T, 1>(args, split.columns);

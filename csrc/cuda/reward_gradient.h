@@ -163,6 +163,22 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
   __syncthreads();
 }
 
+// All rows dense and on 16 bytes, in and out.
+template <class T>
+bool is_in_vectors(const ElvaRewardArgs& args) {
+  const auto whole = [](int64_t elements) { return elements % Vector<T>::kSize == 0; };
+  const auto fits = [&](const ElvaInput& input, bool has_rows) {
+    bool fine = input.stride == 1 && reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
+    for (int32_t i = 0; i < args.batch.ndim; ++i) fine = fine && whole(input.batch_strides[i]);
+    return fine && (!has_rows || whole(input.row_stride));
+  };
+  const auto out = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const int64_t rows = args.index.data == nullptr ? args.negatives : args.bank_rows;
+  return whole(args.dim) && fits(args.query, false) && fits(args.positive, false) &&
+         (rows == 0 || fits(args.negative, rows > 1)) && out(args.grad_query) &&
+         out(args.grad_positive) && out(args.grad_negative);
+}
+
 template <class T, class V>
 __device__ inline Vector<T> packed(const V* x) {
   Vector<T> out;

@@ -213,9 +213,12 @@ def test_every_op_of_a_backend_that_must_prove_itself_has_a_trial():
         assert op in verdicts.TRIALS or not proving & set(row), op
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("dtype", verdicts.DTYPES, ids=str)
-def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
+def test_no_rounding_can_change_a_rank_in_the_trials(dtype, on_gpu, monkeypatch):
     """Scores lie apart by more than any backend may err, but for exact ties."""
+    if on_gpu:
+        monkeypatch.setattr(admission_reward, "_DENSE_ON_CPU", admission_reward._DENSE)
     for soft in (False, True):
         cases = list(admission_reward._cases(dtype, CPU, soft))
         assert len(cases) == 4

@@ -20,10 +20,10 @@ from elva_kernels.backends.admission.trial import (
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import ALL, Wanted, Weights
 
-# Of the dense groups on a GPU: 150 of them, more than it holds clusters for (66 of four blocks on
-# an H100), so that each cluster takes several.
-_COPIES = 50
-_DENSE = (3, 100, 1536)  # groups, N, D
+# Copies of each group, groups, N, D. On a GPU 150 groups: more than it holds clusters for (66 of
+# four blocks on an H100), so that each cluster takes several.
+_DENSE = (50, 3, 100, 1536)
+_DENSE_ON_CPU = (1, 3, 20, 64)
 _FROZEN = (True, False, False)  # of a bank that is not trained
 
 
@@ -66,9 +66,8 @@ def _ragged(dtype: torch.dtype) -> _Inputs:
     return _Inputs(query, positive, negatives[..., ::2], mask)
 
 
-def _dense(dtype: torch.dtype) -> _Inputs:
+def _dense(dtype: torch.dtype, groups: int, n: int, dim: int) -> _Inputs:
     """Rows in whole vectors at scores that lie apart, a zero row and one out of range."""
-    groups, n, dim = _DENSE
     generator = torch.Generator().manual_seed(2)
     query = _randn(generator, groups, dim)
     share = torch.linspace(-1, 1, n, dtype=torch.float64).roll(n // 3)
@@ -110,17 +109,20 @@ def _far(dtype: torch.dtype) -> int:
 
 def _cases(dtype: torch.dtype, device: torch.device, soft: bool) -> Iterator[_Case]:
     """A ragged one and a dense one, of negatives in their place and of a bank."""
-    for make, is_dense in ((_ragged, False), (_dense, True)):
+    copies, *shape = _DENSE_ON_CPU if device.type == "cpu" else _DENSE
+    for is_dense in (False, True):
         for of_bank in (False, True):
             with torch.device("cpu"):  # whatever the default device is
-                inputs = _of_bank(make(dtype)) if of_bank else make(dtype)
-                case = _case(inputs, is_dense, dtype, device, soft)
+                inputs = _dense(dtype, *shape) if is_dense else _ragged(dtype)
+                inputs = _of_bank(inputs) if of_bank else inputs
+                case = _case(inputs, copies if is_dense else None, dtype, device, soft)
             yield case
 
 
 def _case(
-    inputs: _Inputs, is_dense: bool, dtype: torch.dtype, device: torch.device, soft: bool
+    inputs: _Inputs, copies: int | None, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> _Case:
+    """None for `copies`: one, and negatives that are not dense."""
     query, positive, negatives = rows = [x.to(dtype) for x in inputs[:3]]
     exact = [x.double() for x in rows]
     mask, index = inputs.mask, inputs.negative_index
@@ -129,17 +131,18 @@ def _case(
     truth, *gradients = reference.ranking_reward_and_grad(
         exact[0], exact[1], exact[2], mask, upstream.double(), weights, index
     )
-    copies = _COPIES if is_dense and device.type != "cpu" else 1
+    negatives = negatives.to(device)
+    if copies is None:
+        negatives, copies = _spread(negatives), 1
 
     def repeated(x: Tensor) -> Tensor:
         return x.to(device).expand(copies, *x.shape)
 
-    negatives = negatives.to(device) if is_dense else _spread(negatives.to(device))
     return _Case(
         _Inputs(
             repeated(query),
             repeated(positive),
-            negatives.expand(copies, *negatives.shape) if index is None else negatives,
+            repeated(negatives) if index is None else negatives,
             None if mask is None else repeated(mask),
             None if index is None else repeated(index),
         ),
