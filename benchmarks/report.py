@@ -64,6 +64,11 @@ TIMES = (
     ("GB/s", "gbps", ".1f"),
 )
 COLUMNS = {
+    "group": (
+        *TIMES[:-1],
+        ("of rows", "received_of_rows", ".3f"),
+        ("x slowest", "times_slowest", ".2f"),
+    ),
     "reward": (
         *TIMES,
         ("of copy", "of_copy", ".0%"),
@@ -105,6 +110,7 @@ COLUMNS = {
     ),
 }
 COUNTED = {
+    "group": "loss and gradients, both directions; received: by a process, over the other's rows",
     "reward": "GB/s counts each input read once and each gradient written once; "
     "of a bank the rows that are named, read once",
     "in_batch": "the floor is the matrix products alone; gradients' errors are over their norm",

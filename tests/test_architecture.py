@@ -84,9 +84,10 @@ KERNEL_ROOMS = {
     "backends.boundary": (),
     "backends.segments": (),
     "backends.skipped": ("reference",),
-    "backends.steps": ("reference", "backends.skipped"),
+    "backends.head": ("reference", "backends.launcher"),
+    "backends.steps": ("reference", "backends.launcher", "backends.skipped", "backends.head"),
     "backends.gpu": ("reference", "backends.steps"),
-    "backends.in_batch": ("reference", "backends.launcher", "backends.steps"),
+    "backends.in_batch": ("reference", "backends.launcher", "backends.head", "backends.steps"),
     "backends.shares": (
         "reference",
         "backends.launcher",
@@ -97,6 +98,7 @@ KERNEL_ROOMS = {
     "backends.reference": (
         "reference",
         "backends.launcher",
+        "backends.head",
         "backends.in_batch",
         "backends.shares",
     ),

@@ -7,8 +7,9 @@
 // Bytes: a panel of b from the first-level cache, one of a from the second-level one; a tile of c
 //   read and written once.
 // Numerics: products by fma, or exact pairs by vdpbf16ps or tdpbf16ps, which flush what is below
-//   2^-126; one accumulator an element, of tdpbf16ps two that are added every 32 elements. Gradients: float, at most kChain additions in a lane before they are
-//   added to a double one; rounded to nearest even. Deterministic.
+//   2^-126; one accumulator an element, of tdpbf16ps two that are added every 32 elements.
+//   Gradients: float, at most kChain additions in a lane before they are added to a double one;
+//   rounded to nearest even. Deterministic.
 // Limits: none. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
 //   but the table at the end.
 // Reference: torch.mm, elva_kernels.reference._unit.

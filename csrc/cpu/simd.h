@@ -22,7 +22,12 @@
 #include "levels.h"
 #include "numeric.h"
 
+// The tiles are in assembler, which the binutils beside older compilers do not read.
+#if defined(__clang__) || __GNUC__ >= 11
 #define ELVA_AMX_INSTRUCTIONS (ELVA_LEVEL >= ELVA_LEVEL_AMX)
+#else
+#define ELVA_AMX_INSTRUCTIONS 0
+#endif
 #define ELVA_BF16_INSTRUCTIONS (ELVA_LEVEL >= ELVA_LEVEL_AVX512BF16)
 
 #if ELVA_LEVEL >= ELVA_LEVEL_AVX512

@@ -110,7 +110,7 @@ __host__ __device__ inline int64_t column_blocks(int64_t dim) {
   return (dim + kColumns - 1) / kColumns;
 }
 
-// kWhole: is_in_vectors.
+// kWhole: has_whole_rows.
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     reward_backward(const __grid_constant__ ElvaRewardArgs args) {
@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 template <class T>
 ElvaStatus backward(const ElvaRewardArgs& args) {
   const int64_t blocks = args.batch.groups * column_blocks<T>(args.dim);
-  const auto kernel = is_in_vectors<T>(args) ? reward_backward<T, true> : reward_backward<T, false>;
+  const auto kernel =
+      has_whole_rows<T>(args) ? reward_backward<T, true> : reward_backward<T, false>;
   return launch(kernel, blocks, 1, kGradientThreads, kGradientShared, args.stream, args);
 }
 

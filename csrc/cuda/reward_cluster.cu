@@ -416,7 +416,7 @@ Split split_of(int64_t candidates, int64_t dim) {
 template <class T>
 ElvaStatus cluster_reward(const ElvaRewardArgs& args, const Split& split) {
   if (args.batch.groups == 0) return ELVA_OK;
-  if (!has_clusters() || !is_in_vectors<T>(args)) return ELVA_UNSUPPORTED;
+  if (!has_clusters() || !has_whole_rows<T>(args)) return ELVA_UNSUPPORTED;
   switch (split.blocks) {
     case 1:
       return launch_clusters<T, 1>(args, split.columns);

@@ -13,6 +13,22 @@ constexpr int kWide = 64, kClasses = 4, kGradientThreads = kWide * kClasses;
 // Shared memory that gradient_columns takes.
 constexpr size_t kGradientShared = kGradientThreads * sizeof(float2);
 
+// All rows dense and on 16 bytes, in and out.
+template <class T>
+bool has_whole_rows(const ElvaRewardArgs& args) {
+  const auto whole = [](int64_t elements) { return elements % Vector<T>::kSize == 0; };
+  const auto fits = [&](const ElvaInput& input, bool has_rows) {
+    bool fine = input.stride == 1 && reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
+    for (int32_t i = 0; i < args.batch.ndim; ++i) fine = fine && whole(input.batch_strides[i]);
+    return fine && (!has_rows || whole(input.row_stride));
+  };
+  const auto out = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const int64_t rows = args.index.data == nullptr ? args.negatives : args.bank_rows;
+  return whole(args.dim) && fits(args.query, false) && fits(args.positive, false) &&
+         (rows == 0 || fits(args.negative, rows > 1)) && out(args.grad_query) &&
+         out(args.grad_positive) && out(args.grad_negative);
+}
+
 // Products of floats with it are in range.
 __device__ inline bool is_moderate(double x) {
   const double magnitude = fabs(x);
@@ -161,22 +177,6 @@ __device__ inline void gradient_columns(int64_t candidates, const double* a, con
   }
   if (works && row_class == 0) write(-1, gradient);
   __syncthreads();
-}
-
-// All rows dense and on 16 bytes, in and out.
-template <class T>
-bool is_in_vectors(const ElvaRewardArgs& args) {
-  const auto whole = [](int64_t elements) { return elements % Vector<T>::kSize == 0; };
-  const auto fits = [&](const ElvaInput& input, bool has_rows) {
-    bool fine = input.stride == 1 && reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
-    for (int32_t i = 0; i < args.batch.ndim; ++i) fine = fine && whole(input.batch_strides[i]);
-    return fine && (!has_rows || whole(input.row_stride));
-  };
-  const auto out = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const int64_t rows = args.index.data == nullptr ? args.negatives : args.bank_rows;
-  return whole(args.dim) && fits(args.query, false) && fits(args.positive, false) &&
-         (rows == 0 || fits(args.negative, rows > 1)) && out(args.grad_query) &&
-         out(args.grad_positive) && out(args.grad_negative);
 }
 
 template <class T, class V>

@@ -61,8 +61,10 @@ def is_watched(*tensors: Tensor) -> bool:
         return True
     if torch.is_grad_enabled():
         for x in tensors:  # a generator would double the time
-            if requires_grad(x):
+            if x.requires_grad:
                 return True
+        if torch._C._are_functorch_transforms_active():
+            return any(map(requires_grad, tensors))
     return False
 
 

@@ -8,7 +8,6 @@ of the graph: how many rows come is known when they come.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,9 +47,12 @@ def rank_statistics(
 class _InfoNCE(NamedTuple):
     """One process's call, whose rows are on their way."""
 
-    launch: Launcher  # takes the weights of all queries' losses, `wrt` and `rounded`
+    launch: Launcher
+    query: Tensor
+    temperature: Tensor
     processes: Processes
     reduction: str
+    options: dict[str, Any]
 
     def factor(self) -> Tensor:
         """[] of each query's loss in the sum of all processes' losses; inf over no query."""
@@ -76,10 +78,9 @@ class _InfoNCE(NamedTuple):
         """Loss, statistics and gradients of its own rows."""
         if wrt[1]:
             self.processes.ask_for_queries()  # they come while the first product is made
-        found: Gradients = self.launch(
-            candidates=self.processes.candidates(), weight=weight, wrt=tuple(wrt), rounded=rounded
-        )
-        return found
+        everyone = (self.processes.candidates(), self.processes.batch)
+        inputs = (self.query, *everyone, self.temperature, weight, self.processes)
+        return self.launch(*inputs, wrt=tuple(wrt), rounded=rounded, **self.options)
 
 
 def _info_nce_call(
@@ -98,16 +99,10 @@ def _info_nce_call(
     processes = Processes("info_nce", group, query, candidates, given, wrt, spec)
     if symmetric:
         processes.ask_for_queries()
-    launch = functools.partial(
-        launcher("info_nce_share", backend, query.device, query.dtype),
-        query.detach(),
-        batch=processes.batch,
-        temperature=temperature.detach(),
-        exchange=processes,
-        symmetric=symmetric,
-        workspace_mb=workspace_mb,
-    )
-    return _InfoNCE(launch, processes, reduction)
+    launch = launcher("info_nce_share", backend, query.device, query.dtype)
+    options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
+    rows = (query.detach(), temperature.detach())
+    return _InfoNCE(launch, *rows, processes, reduction, options)
 
 
 class _InfoNCEShare(torch.autograd.Function):

@@ -226,6 +226,7 @@ IN_BATCH = (
     "test_in_batch_positives",
     "test_in_batch_relations",
     "test_in_batch_torch",
+    "test_group_of_one",
 )
 COPIES = "test_rank_statistics::test_a_copy_of_the_positive_ties_wherever_it_stands"
 F64 = torch.float64
@@ -367,6 +368,12 @@ SESSIONS = {
                 *cases("test_topk::test_thresholds_at_the_ends_of_the_range"),
                 *cases("test_topk::test_a_read_only_memory_map_is_read_in_place"),
                 *cases(COPIES, b=3),
+                *cases("test_in_batch_positives::test_statistics", b=6),
+                *cases("test_in_batch_positives::test_losses_and_gradients", b=6),
+                *cases("test_in_batch_positives::test_losses_and_gradients", b=4),
+                *cases("test_in_batch_positives::test_rewards_and_gradients", b=6),
+                *cases("test_in_batch_positives::test_hard_rows", kind="inf"),
+                *cases("test_in_batch_relations::test_the_form_of_pairs_and_indices_says_nothing"),
             ],
         },
     ),

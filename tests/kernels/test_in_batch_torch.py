@@ -202,8 +202,8 @@ WRONG = [
     ({"max_score": float("inf")}, ValueError, "max_score must be finite, got inf"),
 ]
 GRADIENTS = [
-    ({"wrt": "query"}, TypeError, "wrt must be a sequence of names, got str 'query'"),
-    ({"wrt": None}, TypeError, "wrt must be a sequence of names, got NoneType None"),
+    ({"wrt": "query"}, TypeError, "wrt must be a tuple of names, got str 'query'; use ('query',)"),
+    ({"wrt": None}, TypeError, "wrt must be a tuple of names, got None"),
     (
         {"wrt": ("query", "positive")},
         ValueError,

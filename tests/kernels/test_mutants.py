@@ -12,6 +12,7 @@ import torch
 from elva_kernels.backends import choice
 from elva_kernels.backends.table import LAUNCHERS
 from tests.kernels import (
+    test_group_of_one,
     test_in_batch_positives,
     test_in_batch_reward,
     test_info_nce,
@@ -182,6 +183,7 @@ MUTANTS = {
     },
     "info_nce": NCE,
     "info_nce_and_grad": NCE | {"sign": sign_of_a_gradient(10)},
+    "info_nce_share": NCE | {"sign": sign_of_a_gradient(10)},
 }
 
 F32 = {"dtype": torch.float32}
@@ -239,6 +241,9 @@ CLAIMS = {
     "in_batch_ranking_reward_backward": OF_A_BATCH,
     "info_nce": OF_INFO_NCE,
     "info_nce_and_grad": OF_INFO_NCE,
+    "info_nce_share": [
+        partial(test_group_of_one.test_has_what_it_has_alone, **F32, symmetric=True)
+    ],
 }
 
 
