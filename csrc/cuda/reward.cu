@@ -110,7 +110,7 @@ __host__ __device__ inline int64_t column_blocks(int64_t dim) {
   return (dim + kColumns - 1) / kColumns;
 }
 
-// kWhole: of whole rows; else each is looked at.
+// kWhole: has_whole_rows.
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kGradientThreads, kWhole ? 2 : 1)
     reward_backward(const __grid_constant__ ElvaRewardArgs args) {
@@ -120,42 +120,40 @@ __global__ void __launch_bounds__(kGradientThreads, kWhole ? 2 : 1)
   const int64_t index = blockIdx.x / blocks;
   const int64_t at = (blockIdx.x % blocks * kWide + threadIdx.x % kWide) * kSize;
   const double* a = args.coefficients + index * (2 * candidates + 1);
-  T* const out_query = static_cast<T*>(args.grad_query) + index * args.dim;
-  T* const out_positive = static_cast<T*>(args.grad_positive) + index * args.dim;
-  T* const out_negative = static_cast<T*>(args.grad_negative) + index * args.negatives * args.dim;
+  const double query_b = a[2 * candidates], upstream = upstream_of(args, index);
+  const Wanted wanted(args);
   const auto out = [&](int64_t c) {
-    return c > 0 ? out_negative + (c - 1) * args.dim : c < 0 ? out_query : out_positive;
+    T* const rows = static_cast<T*>(c > 0   ? args.grad_negative
+                                    : c < 0 ? args.grad_query
+                                            : args.grad_positive);
+    return rows + (c > 0 ? index * args.negatives + c - 1 : index) * args.dim + at;
   };
   const Row<T> query{group_data<T>(args.batch, args.query, index), args.query.stride, 0};
   const Candidates<T> rows(args, index);
   // Of what lies nowhere another one: its coefficients are NaN, and so are they by any row.
   const auto row = [&](int64_t c) -> Row<T> {
     if (c < 0) return query;
-    const int64_t place = rows.place(c);
-    return place < 0 ? rows.at(0, 0) : rows.at(c, place);
+    const int64_t place = rows.in_bank ? rows.place(c) : c - 1;
+    return c > 0 && place < 0 ? rows.at(0, 0) : rows.at(c, place);
   };
-  const double query_b = a[2 * candidates], upstream = upstream_of(args, index);
-  const bool works = at < args.dim;
-  const Wanted wanted(args);
-  if constexpr (kWhole) {
-    const auto read = [&](int64_t c) { return load16(row(c).data + at); };
-    const auto write = [&](int64_t c, const auto* gradient) {
-      if (wanted.of(c)) store16(out(c) + at, packed<T>(gradient));
-    };
-    gradient_columns<T, 3, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
-                                 works, memory, read, write);
-  } else {
-    const auto read = [&](int64_t c) { return row(c).packed(at, args.dim, row(c).is_dense()); };
-    const auto write = [&](int64_t c, const auto* gradient) {
-      if (!wanted.of(c)) return;
-      const Vector<T> x = packed<T>(gradient);
+  const auto read = [&](int64_t c) {
+    if constexpr (kWhole) return load16(row(c).data + at);
+    return row(c).packed(at, args.dim, row(c).is_dense());
+  };
+  const auto write = [&](int64_t c, const auto* gradient) {
+    if (!wanted.of(c)) return;
+    const Vector<T> x = packed<T>(gradient);
+    T* const p = out(c);
+    if constexpr (kWhole) {
+      store16(p, x);
+    } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i)
-        if (at + i < args.dim) out(c)[at + i] = x.at[i];
-    };
-    gradient_columns<T, 1, true>(wanted.count(candidates), a, a + candidates, query_b, upstream,
-                                 works, memory, read, write);
-  }
+        if (at + i < args.dim) p[i] = x.at[i];
+    }
+  };
+  gradient_columns<T, kWhole ? 4 : 1, true>(wanted.count(candidates), a, a + candidates, query_b,
+                                            upstream, at < args.dim, memory, read, write);
 }
 
 template <class T>

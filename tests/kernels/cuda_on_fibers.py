@@ -7,6 +7,7 @@ import torch
 
 from elva_kernels import BackendUnavailable, info_nce, rank_statistics, reference
 from elva_kernels.backends import choice, cuda, table
+from elva_kernels.backends.admission import reward as admission_reward
 from elva_kernels.backends.cuda import launch as cuda_launch
 from elva_kernels.backends.cuda.in_batch import multiply
 from elva_kernels.reference import Weights
@@ -134,6 +135,17 @@ def test_wanted_gradients_of_every_cluster_keep_their_bits(indexed, capability, 
                 assert same_bits(a, b)
             for a, b, wanted in zip(found[5:], expected[5:], wrt, strict=True):
                 assert same_bits(a, b) if wanted else a is None
+
+
+@pytest.mark.parametrize("capability", ["8", "9"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
+def test_passes_its_self_test_at_the_sizes_of_a_gpu(dtype, soft, capability, monkeypatch):
+    """Twelve groups on two clusters."""
+    monkeypatch.setenv("ELVA_HOST_CAPABILITY", capability)
+    monkeypatch.setattr(admission_reward, "_DENSE_ON_CPU", (4, *admission_reward._DENSE[1:]))
+    for op in ("ranking_reward_backward", "ranking_reward_and_grad"):
+        admission_reward.TRIALS[op](LAUNCHERS.get, dtype, torch.device("cpu"), soft)
 
 
 def sanitized_cases():

@@ -213,13 +213,16 @@ def test_every_op_of_a_backend_that_must_prove_itself_has_a_trial():
         assert op in verdicts.TRIALS or not proving & set(row), op
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("dtype", verdicts.DTYPES, ids=str)
-def test_no_rounding_can_change_a_rank_in_the_trials(dtype):
+def test_no_rounding_can_change_a_rank_in_the_trials(dtype, on_gpu, monkeypatch):
     """Scores lie apart by more than any backend may err, but for exact ties."""
+    if on_gpu:
+        monkeypatch.setattr(admission_reward, "_DENSE_ON_CPU", admission_reward._DENSE)
     for soft in (False, True):
-        scores = admission_reward._case(dtype, CPU, soft).truth.scores
-        assert scores.numel() > 0
-        for group in scores:
+        cases = list(admission_reward._cases(dtype, CPU, soft))
+        assert len(cases) == 4
+        for group in (group for case in cases for group in case.truth.scores):
             gaps = group[group.isfinite()].sort().values.diff()
             assert ((gaps == 0) | (gaps > 1e-4)).all()
 
