@@ -112,7 +112,7 @@ __host__ __device__ inline int64_t column_blocks(int64_t dim) {
 
 // kWhole: has_whole_rows.
 template <class T, bool kWhole>
-__global__ void __launch_bounds__(kGradientThreads, kWhole ? 2 : 1)
+__global__ void __launch_bounds__(kGradientThreads, 2)
     reward_backward(const __grid_constant__ ElvaRewardArgs args) {
   constexpr int kSize = Vector<T>::kSize;
   ELVA_DYNAMIC_SHARED(memory);
