@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elva_kernels.backends.shares import Exchange
-from elva_kernels.reference import NO_POSITIVE, Batch
+from elva_kernels.reference import NO_CANDIDATE, NO_POSITIVE, Batch
 from elva_kernels.registered.batch import Given, batch_of, per_positive
 
 if TYPE_CHECKING:
@@ -102,16 +102,15 @@ class Processes(Exchange):
             for x in (self.sizes.queries, self.sizes.candidates)
         )
         shift = 0 if given.global_target else self.columns.start
+        counts = self.sizes.candidates
+        # Candidates that a target or a pair may name.
+        self._nameable = sum(counts) if given.global_target else counts[self.rank]
         own = self._checked(op, query, given)
         self._candidates = Gathering(candidates, self.sizes.candidates, group)
         self.batch = self._batch_of_all(own, shift)
-        if own.excluded is not None:
-            pairs = torch.stack([own.excluded[:, 0], own.excluded[:, 1] + shift], dim=1)
-            own = own._replace(excluded=pairs)
-        self.own = own._replace(
-            target=self.batch.target[self.rows].contiguous(),
-            candidate_ids=self.batch.candidate_ids,
-        )
+        pairs = None if own.excluded is None else self._pairs(own.excluded, 0, shift)
+        target = self.batch.target[self.rows].contiguous()
+        self.own = self.batch._replace(target=target, excluded=pairs)
 
     def candidates(self) -> Tensor:
         """[M, D] of all processes."""
@@ -167,11 +166,9 @@ class Processes(Exchange):
 
     def _checked(self, op: str, query: Tensor, given: Given) -> Batch:
         """Its own batch as it was passed; on a CPU all processes learn whether each can be."""
-        counts = self.sizes.candidates
-        m = sum(counts) if given.global_target else counts[self.rank]
         own: Batch | ValueError
         try:
-            own = batch_of(op, query, m, *given.named)
+            own = batch_of(op, query, self._nameable, *given.named)
         except ValueError as error:
             own = error
         if query.device.type == "cpu":  # elsewhere no value is looked at
@@ -186,6 +183,14 @@ class Processes(Exchange):
             raise own
         return own
 
+    def _pairs(self, excluded: Tensor, row: int, column: int) -> Tensor:
+        """Its own pairs, shifted; what is out of its range, on a GPU, must not name another's."""
+        rows, columns = excluded.unbind(1)
+        queries = self.sizes.queries[self.rank]
+        there = (rows >= 0) & (rows < queries) & (columns >= 0) & (columns < self._nameable)
+        rows = rows.clamp(0, max(0, queries - 1)) + row  # still in order
+        return torch.stack([rows, torch.where(there, columns + column, NO_CANDIDATE)], dim=1)
+
     def _batch_of_all(self, own: Batch, shift: int) -> Batch:
         missing = max(self.sizes.positives) - own.target.shape[1]
         target = torch.where(own.target < 0, own.target, own.target + shift)
@@ -193,7 +198,7 @@ class Processes(Exchange):
         excluded = None
         if any(self.sizes.pairs):
             pairs = own.target.new_empty(0, 2) if own.excluded is None else own.excluded
-            pairs = torch.stack([pairs[:, 0] + self.rows.start, pairs[:, 1] + shift], dim=1)
+            pairs = self._pairs(pairs, self.rows.start, shift)
             excluded = Gathering(pairs, self.sizes.pairs, self.group).whole()
         ids = None if own.candidate_ids is None else self.of_columns(own.candidate_ids)
         return Batch(self.of_rows(target), excluded, ids, own.max_score)
