@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as collectives
@@ -112,11 +111,6 @@ def measure(case: tuple[int, int, int, str], calls: int) -> Any:
         rows.append(row | {"received_of_rows": of["of_rows"]})
     slowest = max(row["median_ms"] for row in rows)
     return [row | {"times_slowest": slowest / row["median_ms"]} for row in rows], times
-
-
-@pytest.mark.parametrize("case", CASES[:1])
-def test_group(case: Any, tally: Tally) -> None:
-    tally.add(*measure(case, 5))
 
 
 def main() -> None:

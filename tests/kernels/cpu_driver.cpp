@@ -313,13 +313,29 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   product.c_row_stride = width;
   if (elva_matrix_product_cpu(&product) != ELVA_OK) abort();
 
-  std::vector<int64_t> target(static_cast<size_t>(b)), ids(static_cast<size_t>(m)),
-      hardest = target, topk_index(static_cast<size_t>(b * k));
-  for (auto& t : target) t = static_cast<int64_t>(random() % static_cast<unsigned>(m));
-  for (auto& id : ids) id = static_cast<int64_t>(random() % 5);
-  std::vector<int32_t> greater(static_cast<size_t>(b)), equal = greater;
-  auto own = block(b * value), peak = own, topk = block(b * k * value);
-  auto sum = doubles(b), moment = sum, loss = sum, share = sum, others = sum, heat = sum;
+  constexpr int64_t kPositives = 3;
+  const int64_t pairs = b * kPositives;
+  const auto a_candidate = [&] {
+    return static_cast<int64_t>(random() % static_cast<unsigned>(m));
+  };
+  std::vector<int64_t> target(static_cast<size_t>(pairs)),
+      row_of_pair = target, column_of_pair = target, skipped(static_cast<size_t>(2 * b)),
+      first(static_cast<size_t>(b)), last = first, hardest = first,
+      topk_index(static_cast<size_t>(b * k));
+  for (size_t i = 0; i < target.size(); ++i) {
+    target[i] = i % 5 == 4 ? -1 : a_candidate();
+    row_of_pair[i] = static_cast<int64_t>(i) / kPositives;
+    column_of_pair[i] = target[i] < 0 ? 0 : target[i];
+  }
+  for (auto& j : skipped) j = a_candidate();
+  for (size_t i = 0; i < first.size(); ++i) {
+    first[i] = static_cast<int64_t>(2 * i);
+    last[i] = first[i] + static_cast<int64_t>(i % 3);
+  }
+  std::vector<int32_t> greater(static_cast<size_t>(pairs)), equal = greater;
+  auto own = block(pairs * value), peak = block(b * value), topk = block(b * k * value);
+  auto sum = doubles(b), moment = sum;
+  auto loss = doubles(pairs), share = loss, others = loss, heat = loss;
   ElvaScoreRowsArgs rows = {};
   rows.dtype = value_dtype;
   rows.threads = 3;
@@ -331,7 +347,11 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   rows.scale = raw ? scale.data() : nullptr;
   rows.norm = query.norm.data();
   rows.target = target.data();
-  rows.ids = ids.data();
+  rows.positives = kPositives;
+  rows.skipped = skipped.data();
+  rows.skipped_first = first.data();
+  rows.skipped_last = last.data();
+  rows.segments = 1;
   rows.max_score = 0.5;
   rows.inverse_temperature = 20.0;
   rows.k = k;
@@ -352,21 +372,30 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
       value_dtype,         3, b, width, scores.data(), 20.0, column_peak.data(), column_sum.data(),
       column_moment.data()};
   if (elva_column_sums_cpu(&columns) != ELVA_OK) abort();
-  ElvaInfoNceTermsArgs terms = {
-      value_dtype,   b,    own.data(),  nullptr,      peak.data(),   sum.data(),
-      moment.data(), 0.05, loss.data(), share.data(), others.data(), heat.data()};
+  ElvaInfoNceTermsArgs terms = {value_dtype, pairs,        own.data(),    row_of_pair.data(),
+                                peak.data(), sum.data(),   moment.data(), 0.05,
+                                loss.data(), share.data(), others.data(), heat.data()};
   if (elva_info_nce_terms_cpu(&terms) != ELVA_OK) abort();
-  terms.at = target.data();
+  terms.at = column_of_pair.data();
   terms.peak = column_peak.data();
   terms.sum = column_sum.data();
   terms.moment = column_moment.data();
   if (elva_info_nce_terms_cpu(&terms) != ELVA_OK) abort();
 
-  const auto factor = block(width * value);
-  const ElvaSlopeRowsArgs slopes = {
-      value_dtype,   3,          b,          width,         scores.data(),
-      own.data(),    own.data(), own.data(), target.data(), column_peak.data(),
-      factor.data(), 20.0};
+  const auto factor = block(width * value), of_pairs = block(pairs * value);
+  const ElvaSlopeRowsArgs slopes = {value_dtype,
+                                    3,
+                                    b,
+                                    width,
+                                    scores.data(),
+                                    of_pairs.data(),
+                                    of_pairs.data(),
+                                    of_pairs.data(),
+                                    target.data(),
+                                    kPositives,
+                                    column_peak.data(),
+                                    factor.data(),
+                                    20.0};
   if (elva_slope_rows_cpu(&slopes) != ELVA_OK) abort();
   auto grad_query = block(b * dim * value), grad_candidates = block(m * dim * value);
   for (double allowed : {0.0, raw ? 1e-2 / (1 + candidates.column_norm()) : 0.0, 1e30}) {

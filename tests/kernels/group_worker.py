@@ -1,6 +1,6 @@
 """What the processes of a group compute in test_group, each on its share of one batch."""
 
-import os
+import sys
 import traceback
 from typing import NamedTuple
 
@@ -137,22 +137,9 @@ def calls(case, query, candidates, named, upstream, **group):
     return found
 
 
-def work(rank, world, folder, jobs):
-    """In a process of a group: what each job, (function, given), returns; or a traceback."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
-    try:
-        found = [function(rank, given) for function, given in jobs]
-    except Exception:  # noqa: BLE001 - it is told in the parent
-        found = traceback.format_exc()
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def run_case(rank, case):
-    """Twice, for the bits."""
+def run_case(rank, given):
+    """The results of a case twice, for their bits."""
+    case = Case(**given)
     group = dist.group.WORLD
     return [calls(case, *share_of(case, rank), group=group) for _ in range(2)]
 
@@ -234,3 +221,22 @@ def bytes_received(rank, sizes):
     loss.backward()
     others = dist.get_world_size() - 1
     return sum(received), others * (query.nbytes + candidates.nbytes), others * (b + m)
+
+
+def work(rank, world, folder):
+    """In a process of a group: what each job, [function, given], returns; or a traceback."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+    try:
+        jobs = torch.load(f"{folder}/jobs.pt", weights_only=False)
+        found = [globals()[function](rank, given) for function, given in jobs]
+    except Exception:  # noqa: BLE001 - it is told in the parent
+        found = traceback.format_exc()
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

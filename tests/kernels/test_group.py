@@ -1,6 +1,8 @@
 """The in-batch ops over the processes of a group: what one process has of the whole batch."""
 
 import functools
+import subprocess
+import sys
 import tempfile
 
 import pytest
@@ -32,23 +34,34 @@ LIMITS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 8e-3}
 
 JOBS = {
     2: [
-        (group_worker.train, "ddp"),
-        (group_worker.train, "fsdp2"),
-        (group_worker.refused, None),
-        (group_worker.bytes_received, (64, 96, 256)),
+        ("train", "ddp"),
+        ("train", "fsdp2"),
+        ("refused", None),
+        ("bytes_received", (64, 96, 256)),
     ],
     3: [],
 }
 for each in CASES:
-    JOBS[each.world].append((group_worker.run_case, each))
+    JOBS[each.world].append(("run_case", each))
 
 
 @functools.cache
 def of_processes(world):
-    """{job: [what it returns in each process]} of a group of processes, which does all jobs."""
+    """{job: [what it returns in each process]} of a group of processes, which does all jobs.
+
+    They run the file of the worker: `tests` is no package that another process could import.
+    """
+    jobs = [(name, x._asdict() if isinstance(x, Case) else x) for name, x in JOBS[world]]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (world, folder, JOBS[world])
-        torch.multiprocessing.spawn(group_worker.work, arguments, nprocs=world)
+        torch.save(jobs, f"{folder}/jobs.pt")
+        script = f"import runpy; runpy.run_path({group_worker.__file__!r}, run_name='__main__')"
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(rank), str(world), folder], cwd=folder
+            )
+            for rank in range(world)
+        ]
+        assert [process.wait(timeout=900) for process in processes] == [0] * world
         found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
     for rank, results in enumerate(found):
         assert not isinstance(results, str), f"process {rank}: {results}"
@@ -83,7 +96,7 @@ def of_own_candidates(case, whole):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_processes_have_what_one_process_has(beside, case):
-    results, again = zip(*beside[group_worker.run_case, case], strict=True)
+    results, again = zip(*beside["run_case", case], strict=True)
     whole = batch_of(case)
     named = dict(whole.named, target=whole.target)
     if "excluded" in named and "global_target" not in case.options:
@@ -117,7 +130,7 @@ def test_processes_have_what_one_process_has(beside, case):
 @pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
 def test_parameters_have_the_gradients_of_one_process(beside, wrapping):
     case = group_worker.TRAINED
-    found = beside[group_worker.train, wrapping]
+    found = beside["train", wrapping]
     model, whole = group_worker.encoder(), batch_of(case)
     named = dict(whole.named, target=whole.target, excluded=of_own_candidates(case, whole))
     loss, reward = group_worker.losses_of(model, case, whole.query, whole.candidates, named)
@@ -128,7 +141,7 @@ def test_parameters_have_the_gradients_of_one_process(beside, wrapping):
 
 
 def test_all_processes_are_told_of_a_wrong_one(beside):
-    first, second = beside[group_worker.refused, None]
+    first, second = beside["refused", None]
     assert first[0].startswith("rank_statistics: target must hold indices of candidates, in [0, 3)")
     assert second[0].endswith("on every process, got an error on process 0")
     for told in (first, second):
@@ -140,6 +153,6 @@ def test_all_processes_are_told_of_a_wrong_one(beside):
 
 
 def test_only_rows_travel(beside):
-    for received, rows, scalars in beside[group_worker.bytes_received, (64, 96, 256)]:
+    for received, rows, scalars in beside["bytes_received", (64, 96, 256)]:
         assert rows <= received <= 1.2 * rows
         assert received - rows <= 100 * scalars  # bytes: about ten numbers a row

@@ -227,7 +227,7 @@ class TestGroupAdvantages:
                 advantages.double(), expected, rtol=rtol, atol=rtol, equal_nan=True
             )
 
-    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    @pytest.mark.parametrize("computed_by", ["cpu", "reference"])
     @pytest.mark.parametrize("scale", ["std", "batch", "none"])
     @pytest.mark.parametrize(
         "rows",
@@ -240,7 +240,7 @@ class TestGroupAdvantages:
         ],
         ids=str,
     )
-    def test_the_largest_rewards_are_right(self, backend, scale, rows):
+    def test_the_largest_rewards_are_right(self, computed_by, scale, rows):
         op = torch.ops.elva_kernels.group_advantages.default
         for std_eps in (1e-4, 1e307):
             found = op(torch.tensor(rows, dtype=torch.float64), scale, std_eps, backend)
