@@ -409,13 +409,13 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
     add.count = b;
     add.dim = dim;
     add.factor = weights.data();
-    add.from = target.data();
+    add.from = column_of_pair.data();
     add.rows = candidates.unit.data();
     add.out = reinterpret_cast<float*>(grad_query.data());
     add.out_count = b;
     if (elva_add_rows_cpu(&add) != ELVA_OK) abort();
     add.from = nullptr;
-    add.into = target.data();
+    add.into = column_of_pair.data();
     add.rows = query.unit.data();
     add.out = reinterpret_cast<float*>(grad_candidates.data());
     add.out_count = m;

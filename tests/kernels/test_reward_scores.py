@@ -243,7 +243,7 @@ class TestGroupAdvantages:
     def test_the_largest_rewards_are_right(self, computed_by, scale, rows):
         op = torch.ops.elva_kernels.group_advantages.default
         for std_eps in (1e-4, 1e307):
-            found = op(torch.tensor(rows, dtype=torch.float64), scale, std_eps, backend)
+            found = op(torch.tensor(rows, dtype=torch.float64), scale, std_eps, computed_by)
             for row, advantages in zip(rows, found, strict=True):
                 sample = [x for y in rows for x in y] if scale == "batch" else row
                 expected = exact_advantages(row, sample, std_eps, scale)
