@@ -4,6 +4,7 @@ Here values are looked at, on a CPU: a GPU has to be trusted, or waited for. The
 its range is no candidate: the pair's results are NaN, and nothing is read for it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -59,8 +60,16 @@ def per_positive(tensor: Tensor) -> Tensor:
 
 
 def like_target(result: Tensor, target: Tensor | None) -> Tensor:
-    """A result per positive [B, P] in the shape in which the targets were passed."""
-    return result if target is not None and target.dim() == 2 else result.squeeze(1)
+    """A result per positive [B, P or more] in the shape in which the targets were passed."""
+    if target is None or target.dim() == 1:
+        return result[:, 0].contiguous() if result.shape[1] > 1 else result.squeeze(1)
+    width = target.shape[1]
+    return result if result.shape[1] == width else result[:, :width].contiguous()
+
+
+def statistics_like(statistics: Sequence[Tensor], target: Tensor | None) -> tuple[Tensor, ...]:
+    """The fields of `reference.RankStatistics`, per positive as the targets were passed."""
+    return *(like_target(x, target) for x in statistics[:4]), *statistics[4:]
 
 
 def _targets(op: str, target: Tensor | None, query: Tensor, m: int) -> Tensor:

@@ -16,7 +16,13 @@ from elva_kernels.backends.boundary import empty_on_cpu, in_default_float_mode
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.reference import Weights, compute_dtype
-from elva_kernels.registered.batch import batch_of, counted, like_target, per_positive
+from elva_kernels.registered.batch import (
+    batch_of,
+    counted,
+    like_target,
+    per_positive,
+    statistics_like,
+)
 from elva_kernels.registered.batched import looped
 from elva_kernels.registered.library import (
     Registered,
@@ -28,11 +34,6 @@ from elva_kernels.registered.library import (
     register,
     wanted,
 )
-
-
-def _shaped(statistics: Sequence[Tensor], target: Tensor | None) -> Tensors:
-    """The fields of `reference.RankStatistics`, per positive as the targets were passed."""
-    return *(like_target(x, target) for x in statistics[:4]), *statistics[4:]
 
 
 def _rank_statistics(
@@ -49,7 +50,7 @@ def _rank_statistics(
     op = "rank_statistics"
     batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
-    return _shaped(launch(query, candidates, batch, k=k, temperature=temperature), target)
+    return statistics_like(launch(query, candidates, batch, k=k, temperature=temperature), target)
 
 
 def _in_batch_ranking_reward(
@@ -105,7 +106,7 @@ def _info_nce(
     launch = launcher(op, backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
     loss, *statistics = launch(query, candidates, batch, temperature, **options)
-    return loss, *_shaped(statistics, target)
+    return loss, *statistics_like(statistics, target)
 
 
 def _info_nce_and_grad(
@@ -131,7 +132,7 @@ def _info_nce_and_grad(
     launch = launcher("info_nce_and_grad", backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
     results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
-    return results[0], *_shaped(results[1:-3], target), *present(results[-3:], query)
+    return results[0], *statistics_like(results[1:-3], target), *present(results[-3:], query)
 
 
 def _info_nce_backward(*arguments: Any) -> Tensors:

@@ -17,8 +17,13 @@ from torch import Tensor
 from elva_kernels.backends.choice import launcher
 from elva_kernels.backends.launcher import Gradients, Launcher, Tensors
 from elva_kernels.reference import NO_POSITIVE, Weights
-from elva_kernels.registered.batch import Given, counted, like_target
-from elva_kernels.registered.library import is_watched, outside_graphs, refuse_second_derivative
+from elva_kernels.registered.batch import Given, counted, like_target, statistics_like
+from elva_kernels.registered.library import (
+    is_watched,
+    outside_graphs,
+    refuse_second_derivative,
+    wanted,
+)
 from elva_kernels.registered.processes import Processes
 
 if TYPE_CHECKING:
@@ -41,7 +46,7 @@ def rank_statistics(
     processes = Processes(op, group, query, candidates, given, (False, False), spec)
     launch = launcher(op, backend, query.device, query.dtype)
     found = launch(query, processes.candidates(), processes.own, k=k, temperature=temperature)
-    return _shaped(found, given.target)
+    return statistics_like(found, given.target)
 
 
 class _InfoNCE(NamedTuple):
@@ -160,7 +165,7 @@ def info_nce(
     call = _info_nce_call(query, candidates, given, group, temperature, *arguments)
     share: Callable[..., Tensors] = _InfoNCEShare.apply
     loss, *statistics = share(call, query, candidates, temperature)
-    return loss, *_shaped(statistics, given.target)
+    return loss, *statistics_like(statistics, given.target)
 
 
 @outside_graphs
@@ -303,8 +308,7 @@ def in_batch_ranking_reward_and_grad(
     upstream = torch.ones_like(values[0]) if weight is None else weight.expand(len(query))
     rank, scores = values[3:]
     gradients = call.gradients(index, scores, rank, upstream.contiguous())
-    asked = tuple(x if is_wanted else None for x, is_wanted in zip(gradients, wrt, strict=True))
-    return _narrowed(tuple(values), given.target), asked
+    return _narrowed(tuple(values), given.target), wanted(gradients, wrt)
 
 
 def _narrowed(values: Tensors, target: Tensor | None) -> Tensors:
@@ -312,11 +316,4 @@ def _narrowed(values: Tensors, target: Tensor | None) -> Tensors:
     *rewards, rank, scores = values
     own = 1 if target is None or target.dim() == 1 else target.shape[1]
     scores = torch.cat([scores[:, :own], scores[:, rank.shape[1] :]], dim=1)
-    return *rewards, like_target(rank[:, :own], target), scores
-
-
-def _shaped(statistics: Sequence[Tensor], target: Tensor | None) -> Tensors:
-    """Per positive as the targets were passed, without the padding."""
-    own = 1 if target is None or target.dim() == 1 else target.shape[1]
-    each = (like_target(x[:, :own], target).contiguous() for x in statistics[:4])
-    return *each, *statistics[4:]
+    return *rewards, like_target(rank, target), scores

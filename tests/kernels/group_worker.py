@@ -230,7 +230,7 @@ def work(rank, world, folder):
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
     try:
-        jobs = torch.load(f"{folder}/jobs.pt", weights_only=False)
+        jobs = torch.load(f"{folder}/jobs.pt", weights_only=True)
         found = [globals()[function](rank, given) for function, given in jobs]
     except Exception:  # noqa: BLE001 - it is told in the parent
         found = traceback.format_exc()

@@ -62,7 +62,7 @@ def of_processes(world):
             for rank in range(world)
         ]
         assert [process.wait(timeout=900) for process in processes] == [0] * world
-        found = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+        found = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world)]
     for rank, results in enumerate(found):
         assert not isinstance(results, str), f"process {rank}: {results}"
     return dict(zip(JOBS[world], zip(*found, strict=True), strict=True))
