@@ -123,6 +123,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("column_norm", &column_norm);
   elva::bind(module, "add_rows", elva_add_rows_cpu);
   module.def("multiplies_bf16", &elva_multiplies_bf16);
+  elva::bind(module, "exclusion", elva_exclusion_cpu);
+  elva::bind(module, "spoil", elva_spoil_cpu);
+  elva::bind(module, "spread_rows", elva_spread_rows_cpu);
   elva::bind(module, "score_rows", elva_score_rows_cpu);
   elva::bind(module, "info_nce_terms", elva_info_nce_terms_cpu);
   elva::bind(module, "slope_rows", elva_slope_rows_cpu);

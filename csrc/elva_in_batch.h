@@ -22,7 +22,41 @@ typedef struct {
   ElvaInput rows;  // [count, dim]
   void* unit;      // [count, dim]; zeros for a row that is zero or not finite
   double* norm;    // [count, 2]: 1 / |x 2^-e| (0 for a zero row, NaN for one not finite), and e
+  int64_t width;   // count or more
+  float* scale;    // [width], what makes units of the rows, 0 for one not finite and behind them;
+                   // null where they are units
 } ElvaUnitRowsArgs;
+
+// What score_rows adds to the scores of candidates.
+typedef struct {
+  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64
+  int64_t count;
+  int64_t width;
+  const double* norm;  // [count, 2]
+  void* exclusion;     // value [width]: 0, or -inf for a row not finite and for padding
+} ElvaExclusionArgs;
+
+// Norms of queries become NaN where a pair of theirs is not finite.
+typedef struct {
+  int64_t rows;
+  int64_t positives;
+  int64_t candidates;
+  const int64_t* target;         // [rows, positives]
+  const double* candidate_norm;  // [candidates, 2]
+  double* norm;                  // [rows, 2]
+} ElvaSpoilArgs;
+
+// Rows of slopes on all candidates, of slopes on some: added in order where one is named twice.
+typedef struct {
+  ElvaDtype dtype;  // ELVA_FP32 or ELVA_FP64
+  int32_t threads;
+  int64_t rows;
+  int64_t columns;
+  int64_t width;
+  const int64_t* index;  // [rows, columns]; below 0: none
+  const void* slopes;    // value [rows, columns]
+  void* out;             // value [rows, width]
+} ElvaSpreadRowsArgs;
 
 typedef struct {
   ElvaDtype dtype;  // of grad_rows
@@ -50,9 +84,8 @@ typedef struct {
   int64_t c_row_stride;
   bool add;
   // Of ELVA_FP32 times ELVA_BF16 alone: a's columns are first multiplied by a_scale, then held to
-  // 16 bits; or to 8 in rows where the errors times a_norm have a norm of `allowed` or less.
+  // 16 bits; or to 8 in rows where the errors over a_scale have a norm of `allowed` or less.
   const float* a_scale;  // [k]
-  const float* a_norm;   // [k]
   double allowed;
 } ElvaMatrixArgs;
 
@@ -75,6 +108,7 @@ typedef struct {
   double max_score;            // inf: no limit
   double inverse_temperature;  // NaN: no sums
   int64_t k;
+  int32_t* rank;           // [rows, positives]; 0 for none
   int32_t* n_greater;      // [rows, positives]
   int32_t* n_equal;        // [rows, positives]
   void* target_score;      // value [rows, positives]; -inf for none, NaN where it is not finite
@@ -114,7 +148,7 @@ typedef struct {
   void* scores;              // value [rows, width]
   const void* row_peak;      // value [rows], finite
   const void* row_factor;    // value [rows]
-  const void* target_slope;  // value [rows, positives]
+  const void* target_slope;  // value [rows, positives]; null: all 0
   const int64_t* target;     // [rows, positives]; below 0: none
   int64_t positives;
   const void* column_peak;    // value [width], finite; null: no second term
@@ -145,16 +179,19 @@ typedef struct {
   double* norm;        // [1]
 } ElvaColumnNormArgs;
 
-// out[into[i]] += factor[i] rows[from[i]] in the order of i.
+// out[into] += slope[i] scale[from] rows[from] in the order of i, of pairs of a row and its targets:
+// from targets into rows, or the other way round.
 typedef struct {
   int32_t threads;
-  int64_t count;
+  int64_t count;  // of pairs
   int64_t dim;
-  const int64_t* from;  // [count]; null: i
-  const int64_t* into;  // [count], in [0, out_count); null: i
-  const float* factor;  // [count]
-  const void* rows;     // ELVA_BF16 [., dim]
-  float* out;           // [out_count, dim]
+  int64_t positives;
+  const int64_t* target;  // [count], below 0: none; the row of pair i is i / positives
+  bool into_targets;
+  const float* slope;  // [count]
+  const float* scale;  // [.]
+  const void* rows;    // ELVA_BF16 [., dim]
+  float* out;          // [out_count, dim]
   int64_t out_count;
 } ElvaAddRowsArgs;
 
@@ -215,6 +252,9 @@ ElvaStatus elva_matrix_product_cpu(const ElvaMatrixArgs* args);
 bool elva_multiplies_bf16(void);
 ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args);
 ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args);
+ElvaStatus elva_exclusion_cpu(const ElvaExclusionArgs* args);
+ElvaStatus elva_spoil_cpu(const ElvaSpoilArgs* args);
+ElvaStatus elva_spread_rows_cpu(const ElvaSpreadRowsArgs* args);
 ElvaStatus elva_score_rows_cpu(const ElvaScoreRowsArgs* args);
 ElvaStatus elva_info_nce_terms_cpu(const ElvaInfoNceTermsArgs* args);
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args);

@@ -70,13 +70,6 @@ def rank_statistics(
             this process alone.
         global_target: with a group, whether `target` and the candidates of `excluded` are rows of
             all M candidates; else they are rows of its own. `candidate_ids` are always of its own.
-        group: a process group of torch.distributed, every process of which makes this call with
-            its own queries and candidates, of any number: the candidates are then those of all
-            processes, in the order of their ranks, M in all, and results are of its own queries,
-            what one process computes from the rows of all. Rows travel once, never scores. None:
-            this process alone.
-        global_target: with a group, whether `target` and the candidates of `excluded` are rows of
-            all M candidates; else they are rows of its own. `candidate_ids` are always of its own.
         check_finite: raise on NaN and inf rows, with their indices. Waits for the device.
         backend: "auto", or a name out of `available_backends()`, which is used or raises.
 

@@ -27,6 +27,7 @@ namespace elva {
 namespace {
 
 constexpr int64_t kScoresPerPiece = 1 << 14;  // about 20 us
+constexpr int64_t kScoresOfStatistics = 512;  // in the time that the rest of a row takes
 constexpr int64_t kColumnsPerPiece = 64;
 
 template <class S>
@@ -222,6 +223,8 @@ void one_row(const ElvaScoreRowsArgs& args, const RowKernels<S>& kernels, int64_
   n_greater[0] = static_cast<int32_t>(job.n_greater);
   n_equal[0] = static_cast<int32_t>(job.n_equal);
   count_positives<S>(args, kernels, job, bad_query, own, n_greater, n_equal);
+  for (int64_t p = 0; p < args.positives; ++p)
+    args.rank[i * args.positives + p] = n_greater[p] + n_equal[p] + (job.target[p] != -1);
   static_cast<S*>(args.hardest_score)[i] = job.hardest;
   args.hardest_index[i] = places->first(job.row, args.width, job.hardest);
   args.sum[i] = job.sum;
@@ -237,7 +240,8 @@ ElvaStatus score_rows(const ElvaScoreRowsArgs& args) {
   const Kernels* kernels = chosen_kernels();
   if (kernels == nullptr) return ELVA_BAD_LEVEL;
   const RowKernels<S>& rows = row_kernels<S>(*kernels->in_batch);
-  return for_pieces(args.rows, std::max<int64_t>(1, kScoresPerPiece / args.width), args.threads,
+  const int64_t grain = kScoresPerPiece / (args.width + kScoresOfStatistics);
+  return for_pieces(args.rows, std::max<int64_t>(1, grain), args.threads,
                     [&](int64_t begin, int64_t end) {
                       Places<S> places(rows, args.width);
                       for (int64_t i = begin; i < end; ++i) one_row<S>(args, rows, i, &places);
@@ -337,9 +341,27 @@ ElvaStatus slope_rows(const ElvaSlopeRowsArgs& args) {
                                    static_cast<const S*>(args.column_peak),
                                    static_cast<const S*>(args.column_factor),
                                    static_cast<S>(args.inverse_temperature)});
+                   if (args.target_slope == nullptr) continue;
                    for (int64_t p = i * args.positives; p < (i + 1) * args.positives; ++p) {
                      if (args.target[p] < 0) continue;  // masked to -inf, so its slope is 0
                      row[args.target[p]] += static_cast<const S*>(args.target_slope)[p];
+                   }
+                 }
+               });
+  return ELVA_OK;
+}
+
+template <class S>
+ElvaStatus spread_rows(const ElvaSpreadRowsArgs& args) {
+  parallel_for(args.rows, std::max<int64_t>(1, kScoresPerPiece / args.width), args.threads,
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t* index = args.index + i * args.columns;
+                   const S* slopes = static_cast<const S*>(args.slopes) + i * args.columns;
+                   S* out = static_cast<S*>(args.out) + i * args.width;
+                   std::fill(out, out + args.width, S(0));
+                   for (int64_t x = 0; x < args.columns; ++x) {
+                     if (index[x] >= 0) out[index[x]] += slopes[x];
                    }
                  }
                });
@@ -390,6 +412,11 @@ ElvaStatus elva_info_nce_factors_cpu(const ElvaInfoNceFactorsArgs* args) {
 ElvaStatus elva_slope_rows_cpu(const ElvaSlopeRowsArgs* args) {
   return elva::by_value_dtype(
       args->dtype, [args](auto value) { return elva::slope_rows<decltype(value)>(*args); });
+}
+
+ElvaStatus elva_spread_rows_cpu(const ElvaSpreadRowsArgs* args) {
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::spread_rows<decltype(value)>(*args); });
 }
 
 ElvaStatus elva_column_sums_cpu(const ElvaColumnSumsArgs* args) {

@@ -5,7 +5,7 @@
 //   strides.
 // Out: c [m, n] of float or double, dense rows.
 // Work split: blocks of rows of c; b is packed by all threads, a block of a by the thread that
-//   multiplies it.
+//   multiplies it. Small products by columns, each thread packing all that it multiplies.
 // Bytes: b once a pass, from the third-level cache for each block of a.
 // Numerics: by blocks of kDepth, each summed in an accumulator of its own and added to c in order:
 //   an element's bits depend on its row of a and its column of b alone, whatever the sizes, the
@@ -19,7 +19,13 @@
 #include <string.h>
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
+#include <vector>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #include "../elva_in_batch.h"
 #include "arena.h"
@@ -32,6 +38,9 @@ namespace {
 // third-level one as far as it goes.
 constexpr int64_t kWordsOfB = int64_t{4} << 20;
 constexpr int64_t kMostColumns = 4096;
+// Up to here what threads pack for each other costs more to fetch than to pack again.
+constexpr int64_t kFewWords = int64_t{1} << 20;
+constexpr int64_t kPacking = 32;  // products in the time that packing an element takes
 constexpr size_t kBlockBytes = size_t{1} << 20;  // from here on memory is worth keeping
 
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -83,7 +92,20 @@ template <class F, class T>
 void pack_four(const T* rows, int64_t row_stride, int64_t steps, int64_t width,
                typename F::Word* out) {
   const T *a = rows, *b = a + row_stride, *c = b + row_stride, *d = c + row_stride;
-  for (int64_t s = 0; s < steps; ++s, out += width) {
+  int64_t s = 0;
+#if defined(__SSE__)
+  if constexpr (sizeof(typename F::Word) == sizeof(float)) {
+    const auto load = [](const T* at) { return _mm_loadu_ps(reinterpret_cast<const float*>(at)); };
+    for (; s + 4 <= steps; s += 4, out += 4 * width) {
+      const int64_t i = s * F::kElements;
+      __m128 words[] = {load(a + i), load(b + i), load(c + i), load(d + i)};
+      _MM_TRANSPOSE4_PS(words[0], words[1], words[2], words[3]);
+      for (int64_t step = 0; step < 4; ++step)
+        _mm_storeu_ps(reinterpret_cast<float*>(out + step * width), words[step]);
+    }
+  }
+#endif
+  for (; s < steps; ++s, out += width) {
     const int64_t i = s * F::kElements;
     const typename F::Word words[] = {F::read(a + i), F::read(b + i), F::read(c + i),
                                       F::read(d + i)};
@@ -169,9 +191,18 @@ class Product {
 
  public:
   Product(const ElvaMatrixArgs& args, const MatrixKernels& kernels)
-      : args_(args), kernels_(kernels), tile_(F::tile(kernels)) {}
+      : args_(args), kernels_(kernels), tile_(F::tile(kernels)) {
+    if (!kHalves) return;
+    lengths_.resize(static_cast<size_t>(args.k));
+    std::transform(args.a_scale, args.a_scale + args.k, lengths_.begin(),
+                   [](float scale) { return scale > 0 ? 1 / scale : 0.0f; });
+  }
 
   ElvaStatus run() {
+    const int64_t tail = args_.k % kDepth;
+    const int64_t all_steps = args_.k / kDepth * kSteps + (tail > 0 ? steps(tail) : 0);
+    if (args_.threads > 1 && (args_.m + args_.n) * all_steps <= kFewWords)
+      return run_apart(all_steps);
     const int64_t most_columns = std::min(kMostColumns, rounded_up(args_.n, tile_.columns));
     const int64_t most_blocks = std::max<int64_t>(1, kWordsOfB / (most_columns * kSteps));
     const int64_t blocks = std::min(most_blocks, (args_.k - 1) / kDepth + 1);
@@ -233,11 +264,60 @@ class Product {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t p = item / tiles * kDepth, j = item % tiles * tile_.columns;
         const int64_t here = std::min(kDepth, depth - p);
-        pack<F, false>(b(p0 + p, j0 + j), args_.b_stride, args_.b_row_stride,
-                       std::min(tile_.columns, columns - j), here, tile_.columns, steps(here),
-                       panels + p / F::kElements * padded + j * steps(here));
+        pack_tile(p0 + p, here, j0 + j, std::min(tile_.columns, columns - j),
+                  panels + p / F::kElements * padded + j * steps(here));
       }
     });
+  }
+
+  void pack_tile(int64_t p, int64_t depth, int64_t j, int64_t columns, Word* panel) const {
+    pack<F, false>(b(p, j), args_.b_stride, args_.b_row_stride, columns, depth, tile_.columns,
+                   steps(depth), panel);
+  }
+
+  // The product in one piece a thread, which packs all that it multiplies.
+  ElvaStatus run_apart(int64_t all_steps) const {
+    const int64_t column_tiles = (args_.n - 1) / tile_.columns + 1;
+    const int64_t row_tiles = (args_.m - 1) / tile_.rows + 1;
+    int64_t column_parts = 1, width = 0, height = 0, least = std::numeric_limits<int64_t>::max();
+    for (int64_t parts = 1; parts <= std::min<int64_t>(args_.threads, column_tiles); ++parts) {
+      const int64_t columns = ((column_tiles - 1) / parts + 1) * tile_.columns;
+      const int64_t rows = ((row_tiles - 1) / (args_.threads / parts) + 1) * tile_.rows;
+      const int64_t cost = rows * columns + kPacking * (rows + columns);
+      if (cost >= least) continue;
+      least = cost;
+      column_parts = parts, width = columns, height = rows;
+    }
+    const int64_t row_parts = (args_.m - 1) / height + 1;
+    const int64_t words = all_steps * width;
+    const PanelSizes sizes(std::min(kMostRows, height), tile_);
+    const auto piece = [&](int64_t begin, int64_t end, Arena* arena) {
+      Word* const panels = arena->take<Word>(words);
+      const Panels mine = sizes.take(arena);
+      if (tile_.begin != nullptr) tile_.begin();
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t j = item % column_parts * width, i = item / column_parts * height;
+        part(i, std::min(i + height, args_.m), j, std::min(width, args_.n - j), panels, mine);
+      }
+      if (tile_.end != nullptr) tile_.end();
+    };
+    const size_t bytes = Arena::bytes_for<Word>(words) + sizes.bytes();
+    return for_pieces(row_parts * column_parts, 1, args_.threads, bytes, piece);
+  }
+
+  // Rows [i, end) of some columns from j on, which may be none.
+  void part(int64_t i, int64_t end, int64_t j, int64_t columns, Word* panels,
+            const Panels& mine) const {
+    if (i >= end || columns <= 0) return;
+    const int64_t padded = rounded_up(columns, tile_.columns);
+    for (int64_t p = 0; p < args_.k; p += kDepth) {
+      const int64_t here = std::min(kDepth, args_.k - p);
+      for (int64_t y = 0; y < columns; y += tile_.columns)
+        pack_tile(p, here, j + y, std::min(tile_.columns, columns - y),
+                  panels + p / F::kElements * padded + y * steps(here));
+    }
+    for (; i < end; i += kMostRows)
+      block(0, args_.k, i, std::min(kMostRows, end - i), j, 0, columns, padded, panels, mine);
   }
 
   // Rows in equal blocks, a whole number of them a thread; columns are split where rows are few.
@@ -274,7 +354,8 @@ class Product {
       const bool add = args_.add || p0 + p > 0;
       for (int64_t y = j; y < end; y += tile_.columns) {
         const Word* panel = b_panels + p / F::kElements * padded + y * steps(here);
-        const int64_t words = tile_.columns * steps(here), share = words * tile_.rows / rows;
+        const int64_t words = tile_.columns * steps(here);
+        const int64_t share = words / ((rows - 1) / tile_.rows + 1);
         for (int64_t x = 0; x < rows; x += tile_.rows) {
           ask_for(panel + words + x / tile_.rows * share, share);  // of the next panel
           const int64_t height = std::min(tile_.rows, rows - x);
@@ -291,8 +372,8 @@ class Product {
       const double part = static_cast<double>(depth) / static_cast<double>(args_.k);
       const auto allowed = static_cast<float>(args_.allowed * args_.allowed * part);
       kernels_.halves({a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows,
-                       steps(depth), tile_.a_in_rows, args_.a_scale + p, args_.a_norm + p, allowed,
-                       mine.high, mine.low, mine.low_matters});
+                       steps(depth), tile_.a_in_rows, args_.a_scale + p, lengths_.data() + p,
+                       allowed, mine.high, mine.low, mine.low_matters});
     } else {
       const auto pack_rows = tile_.a_in_rows ? pack<F, true, A> : pack<F, false, A>;
       pack_rows(a(i, p), args_.a_row_stride, args_.a_stride, rows, depth, tile_.rows, steps(depth),
@@ -303,12 +384,13 @@ class Product {
   // One tile of c, whole or at an edge, from the packed rows [x, x + rows).
   void tile(const Word* panel, int64_t x, int64_t rows, int64_t steps, int64_t columns, S* c,
             bool add, const Panels& mine) const {
-    const bool whole = rows == tile_.rows && columns == tile_.columns;
+    const int64_t padded = rounded_up(rows, tile_.row_step);
+    const bool whole = rows == padded && columns == tile_.columns;
     S* out = whole ? c : mine.corner;
     const int64_t stride = whole ? args_.c_row_stride : tile_.columns;
-    tile_.multiply(mine.high + x * steps, panel, steps, out, stride, whole && add);
+    tile_.multiply(mine.high + x * steps, panel, steps, out, stride, whole && add, padded);
     if (kHalves && mine.low_matters[x / tile_.rows])
-      tile_.multiply(mine.low + x * steps, panel, steps, out, stride, true);
+      tile_.multiply(mine.low + x * steps, panel, steps, out, stride, true, padded);
     if (whole) return;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t n = 0; n < columns; ++n) {
@@ -322,6 +404,7 @@ class Product {
   const ElvaMatrixArgs& args_;
   const MatrixKernels& kernels_;
   const MatrixTile<Word, S>& tile_;
+  std::vector<float> lengths_;  // 1 / a_scale
 };
 
 ElvaStatus run(const ElvaMatrixArgs& args) {

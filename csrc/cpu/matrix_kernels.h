@@ -17,7 +17,9 @@ template <class Word, class S>
 struct MatrixTile {
   int64_t rows;
   int64_t columns;
-  void (*multiply)(const Word* a, const Word* b, int64_t steps, S* c, int64_t c_stride, bool add);
+  int64_t row_step;  // `rows`, or a part of it: multiply takes a multiple of it
+  void (*multiply)(const Word* a, const Word* b, int64_t steps, S* c, int64_t c_stride, bool add,
+                   int64_t rows);
   int64_t step_multiple;  // of `steps`: zeros lie behind the depth
   bool a_in_rows;         // a panel of a is [rows, steps], else [steps, rows], as one of b is
   // Around all of a thread's calls of `multiply`; or null.

@@ -29,10 +29,10 @@ inline void ask_for(const S* c, int64_t stride, int64_t columns) {
   }
 }
 
-// R rows of N vectors: as many accumulators as the level has registers for.
-template <class V, int R, int N>
-void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t steps,
-              typename V::Scalar* c, int64_t c_stride, bool accumulate) {
+// R rows of N vectors, of a panel of kPanel rows.
+template <class V, int R, int N, int kPanel>
+void multiply_rows(const typename V::Scalar* a, const typename V::Scalar* b, int64_t steps,
+                   typename V::Scalar* c, int64_t c_stride, bool accumulate) {
   ask_for<R>(c, c_stride, N * V::kLanes);
   V sums[R][N];
   for (int r = 0; r < R; ++r) {
@@ -45,7 +45,7 @@ void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t 
       const V row = V::broadcast(a[r]);
       for (int n = 0; n < N; ++n) sums[r][n] = fma(row, column[n], sums[r][n]);
     }
-    a += R;
+    a += kPanel;
     b += N * V::kLanes;
   }
   for (int r = 0; r < R; ++r) {
@@ -57,6 +57,18 @@ void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t 
   }
 }
 
+constexpr int row_step(int rows) { return rows % 3 == 0 ? rows / 3 : rows; }
+
+// R rows of N vectors: as many accumulators as the level has registers for; or a third or two.
+template <class V, int R, int N>
+void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t steps,
+              typename V::Scalar* c, int64_t c_stride, bool accumulate, int64_t rows) {
+  constexpr int kStep = row_step(R);
+  if (rows == R) return multiply_rows<V, R, N, R>(a, b, steps, c, c_stride, accumulate);
+  if (rows == kStep) return multiply_rows<V, kStep, N, R>(a, b, steps, c, c_stride, accumulate);
+  multiply_rows<V, R - kStep, N, R>(a, b, steps, c, c_stride, accumulate);
+}
+
 #if ELVA_BF16_INSTRUCTIONS && !ELVA_AMX_INSTRUCTIONS
 inline __m512bh pairs(__m512i bits) {
   __m512bh out;
@@ -66,7 +78,7 @@ inline __m512bh pairs(__m512i bits) {
 
 template <int R, int N>
 void multiply_pairs(const Bf16Pair* a, const Bf16Pair* b, int64_t steps, float* c, int64_t c_stride,
-                    bool accumulate) {
+                    bool accumulate, int64_t) {
   ask_for<R>(c, c_stride, N * 16);
   __m512 sums[R][N];
   for (int r = 0; r < R; ++r) {
@@ -115,7 +127,7 @@ void end_tiles() { __asm__ volatile("tilerelease"); }
 
 // 2 x 2 tiles of c; a [32, steps], b [steps, 32], steps a multiple of 16.
 void multiply_tiles(const Bf16Pair* a, const Bf16Pair* b, int64_t steps, float* c, int64_t c_stride,
-                    bool accumulate) {
+                    bool accumulate, int64_t) {
   ask_for<32>(c, c_stride, 32);
   const int64_t a_bytes = steps * 4, b_bytes = 32 * 4;
   __asm__ volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
@@ -350,18 +362,18 @@ void add_row(const Bf16* x, float factor, int64_t dim, float* out) {
 #endif
 
 #if ELVA_AMX_INSTRUCTIONS
-#define ELVA_PAIRS_TILE {32, 32, multiply_tiles, 16, true, begin_tiles, end_tiles}
+#define ELVA_PAIRS_TILE {32, 32, 32, multiply_tiles, 16, true, begin_tiles, end_tiles}
 #elif ELVA_BF16_INSTRUCTIONS
-#define ELVA_PAIRS_TILE {12, 32, multiply_pairs<12, 2>, 1, false, nullptr, nullptr}
+#define ELVA_PAIRS_TILE {12, 32, 12, multiply_pairs<12, 2>, 1, false, nullptr, nullptr}
 #else
-#define ELVA_PAIRS_TILE {0, 0, nullptr, 1, false, nullptr, nullptr}
+#define ELVA_PAIRS_TILE {0, 0, 0, nullptr, 1, false, nullptr, nullptr}
 #endif
 
 template <>
 const MatrixKernels Level<ELVA_LEVEL>::matrix = {
-    {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F32::kLanes,
+    {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F32::kLanes, row_step(ELVA_TILE_ROWS),
      multiply<F32, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>, 1, false, nullptr, nullptr},
-    {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F64::kLanes,
+    {ELVA_TILE_ROWS, ELVA_TILE_VECTORS * F64::kLanes, row_step(ELVA_TILE_ROWS),
      multiply<F64, ELVA_TILE_ROWS, ELVA_TILE_VECTORS>, 1, false, nullptr, nullptr},
     ELVA_PAIRS_TILE,
     halves,

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -28,7 +29,7 @@
 namespace elva {
 namespace {
 
-constexpr int64_t kElementsPerPiece = 1 << 16;  // about 50 us
+constexpr int64_t kElementsPerPiece = 1 << 14;  // about 10 us
 
 // x 2^exponent, for an exponent whose power alone may leave the range.
 double scaled(double x, int exponent) {
@@ -171,10 +172,12 @@ ElvaStatus bf16_rows(const ElvaUnitRowsArgs& args) {
   parallel_for(args.count, grain(args.dim), args.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Row<Bf16> row{rows + i * args.rows.row_stride, args.rows.stride};
-      bf16_row(*kernels, row, args.dim, static_cast<Bf16*>(args.unit) + i * args.dim,
-               args.norm + 2 * i);
+      double* norm = args.norm + 2 * i;
+      bf16_row(*kernels, row, args.dim, static_cast<Bf16*>(args.unit) + i * args.dim, norm);
+      args.scale[i] = norm[0] == norm[0] ? static_cast<float>(norm[0]) : 0.0f;
     }
   });
+  std::fill(args.scale + args.count, args.scale + args.width, 0.0f);
   return ELVA_OK;
 }
 
@@ -228,13 +231,35 @@ ElvaStatus add_rows(const ElvaAddRowsArgs& args) {
   parallel_for(args.out_count, std::max(share, grain(args.dim)), args.threads,
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = 0; i < args.count; ++i) {
-                   const int64_t into = args.into == nullptr ? i : args.into[i];
-                   if (into < begin || into >= end) continue;
-                   const int64_t from = args.from == nullptr ? i : args.from[i];
-                   kernels->matrix->add_row(rows + from * args.dim, args.factor[i], args.dim,
+                   const int64_t row = i / args.positives, target = args.target[i];
+                   const int64_t into = args.into_targets ? target : row;
+                   const int64_t from = args.into_targets ? row : target;
+                   if (target < 0 || into < begin || into >= end) continue;
+                   kernels->matrix->add_row(rows + from * args.dim,
+                                            args.slope[i] * args.scale[from], args.dim,
                                             args.out + into * args.dim);
                  }
                });
+  return ELVA_OK;
+}
+
+template <class S>
+ElvaStatus exclusion(const ElvaExclusionArgs& args) {
+  constexpr S kNone = -std::numeric_limits<S>::infinity();
+  S* out = static_cast<S*>(args.exclusion);
+  for (int64_t i = 0; i < args.count; ++i) out[i] = std::isnan(args.norm[2 * i]) ? kNone : S(0);
+  std::fill(out + args.count, out + args.width, kNone);
+  return ELVA_OK;
+}
+
+ElvaStatus spoil(const ElvaSpoilArgs& args) {
+  for (int64_t i = 0; i < args.rows * args.positives; ++i) {
+    const int64_t target = args.target[i];
+    if (target == -1) continue;
+    const bool there = target >= 0 && target < args.candidates;
+    if (!there || std::isnan(args.candidate_norm[2 * target]))
+      args.norm[i / args.positives * 2] = NAN;
+  }
   return ELVA_OK;
 }
 
@@ -260,5 +285,12 @@ ElvaStatus elva_column_norm_cpu(const ElvaColumnNormArgs* args) {
 }
 
 ElvaStatus elva_add_rows_cpu(const ElvaAddRowsArgs* args) { return elva::add_rows(*args); }
+
+ElvaStatus elva_exclusion_cpu(const ElvaExclusionArgs* args) {
+  return elva::by_value_dtype(
+      args->dtype, [args](auto value) { return elva::exclusion<decltype(value)>(*args); });
+}
+
+ElvaStatus elva_spoil_cpu(const ElvaSpoilArgs* args) { return elva::spoil(*args); }
 
 }  // extern "C"

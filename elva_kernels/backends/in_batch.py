@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.head import reward_of_head
-from elva_kernels.backends.launcher import Gradients, Tensors, detached
+from elva_kernels.backends.launcher import Gradients, Tensors
 from elva_kernels.backends.steps import Steps
 from elva_kernels.reference import Batch, RankStatistics, Weights
 
@@ -94,7 +94,7 @@ def info_nce_and_grad(
 def all_statistics(found: RankStatistics) -> Tensors:
     """As the registered op gives them: a logsumexp that nobody asked for is empty."""
     logsumexp = found.target_score.new_empty(0) if found.logsumexp is None else found.logsumexp
-    return detached((*found[:-1], logsumexp))
+    return *found[:-1], logsumexp
 
 
 def reward_of_statistics(
@@ -108,4 +108,4 @@ def reward_of_statistics(
     scores = torch.cat([found.target_score, found.topk_scores], dim=1)
     index = torch.cat([batch.target, found.topk_index], dim=1)
     values = reward(scores, found.rank, head, weights)
-    return detached((*values, found.rank, scores, index))
+    return *values, found.rank, scores, index

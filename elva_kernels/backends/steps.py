@@ -36,7 +36,9 @@ class Units(NamedTuple):
 
     rows: Tensor  # [R, D]; zeros where a row is not finite
     norm: Tensor  # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e
-    scale: Tensor | None  # [R], what makes them unit rows, 0 where they are 0; None: they are
+    scale: (
+        Tensor | None
+    )  # [R or more], what makes unit rows of them, 0 for bad ones; None: they are
 
 
 class Sums(NamedTuple):
@@ -96,21 +98,12 @@ class Steps(abc.ABC):
         self.query, self.candidates = self.units(query), self.units(candidates)
         b, p = batch.target.shape
         m = len(candidates)
-        self.width = _width(m, self.dtype)
-        self.temperature: Tensor | None = None
-        if temperature is not None:  # never read on the host: that would wait for the device
-            exact = temperature.detach().double()
-            self.temperature = torch.where(exact > 0, exact, math.nan)
+        self.width = row_width(m, self.dtype)
+        self.temperature = None if temperature is None else self.exact(temperature.detach())
         self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
         self.workspace: Tensor | None = None
         self.k = min(k, m)
 
-        self.exclusion = self.full(self.width, -math.inf)
-        self.exclusion[:m].masked_fill_(~self.candidates.norm[:, 0].isnan(), 0.0)
-        self.scale: Tensor | None = None
-        if self.candidates.scale is not None:
-            self.scale = self.full(self.width, 0.0)
-            self.scale[:m] = self.candidates.scale
         self.n_greater, self.n_equal = (self.empty((b, p), torch.int32) for _ in range(2))
         self.target_score = self.empty((b, p), self.dtype)
         self.hardest_score = self.empty((b,), self.dtype)
@@ -126,11 +119,15 @@ class Steps(abc.ABC):
 
     @functools.cached_property
     def row_terms(self) -> Terms:
-        return Terms(*self.empty((4, *self.batch.target.shape), torch.float64))
+        return self.empty_terms()
 
     @functools.cached_property
     def column_terms(self) -> Terms:
-        return Terms(*self.empty((4, *self.batch.target.shape), torch.float64))
+        return self.empty_terms()
+
+    def empty_terms(self) -> Terms:
+        shape = tuple(self.batch.target.shape)
+        return Terms(*(self.empty(shape, torch.float64) for _ in Terms._fields))
 
     @functools.cached_property
     def columns(self) -> Sums:
@@ -199,20 +196,9 @@ class Steps(abc.ABC):
         self, index: Tensor, slopes: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
     ) -> tuple[Tensor | None, Tensor | None]:
         """As `reference.in_batch_gradients`."""
-        self.target_score.copy_(torch.where(self.bad_pairs(), math.nan, 0.0))
-        self.target_slope.zero_()
+        self.judge_pairs()
         for rows in self.chunks:
-            # A slope of no candidate goes to a column of padding, or behind all.
-            matrix = slopes.new_zeros(len(index[rows]), self.width + 1)
-            nowhere = torch.where(index[rows] < 0, self.width, index[rows])
-            # Positives listed twice: in order, not as scatter_add_ does it on a GPU.
-            for column in range(self.batch.target.shape[1]):
-                one = slice(column, column + 1)
-                at = nowhere[:, one]
-                matrix.scatter_(1, at, matrix.gather(1, at) + slopes[rows, one])
-            rest = slice(self.batch.target.shape[1], None)
-            matrix.scatter_(1, nowhere[:, rest], slopes[rows, rest])
-            self.add_gradients(matrix, rows)
+            self.add_gradients(self.spread(index[rows], slopes[rows]), rows)
         return self.gradients(dtypes)
 
     @abc.abstractmethod
@@ -251,6 +237,19 @@ class Steps(abc.ABC):
 
         None in the place of a gradient that is not wanted.
         """
+
+    def spread(self, index: Tensor, slopes: Tensor) -> Tensor:
+        """Slopes [R, P + h] on the candidates `index` as slopes [R, width or more] on all."""
+        # A slope of no candidate goes to a column of padding, or behind all.
+        matrix = slopes.new_zeros(len(index), self.width + 1)
+        nowhere = torch.where(index < 0, self.width, index)
+        # Positives listed twice: in order, not as scatter_add_ does it on a GPU.
+        positives = self.batch.target.shape[1]
+        for column in range(positives):
+            at = nowhere[:, column : column + 1]
+            slope = slopes[:, column : column + 1]
+            matrix.scatter_(1, at, matrix.gather(1, at) + slope)
+        return matrix.scatter_(1, nowhere[:, positives:], slopes[:, positives:])
 
     @abc.abstractmethod
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
@@ -315,9 +314,8 @@ class Steps(abc.ABC):
         return torch.cat([targets, hardest.unsqueeze(1)], dim=1).logsumexp(1).to(self.dtype)
 
     def statistics(self) -> RankStatistics:
-        there = self.batch.target != NO_POSITIVE
         return RankStatistics(
-            rank=(self.n_greater + self.n_equal).add_(there),  # 0 and 0 where there is none
+            rank=self.ranks(),
             n_greater=self.n_greater,
             n_equal=self.n_equal,
             target_score=self.target_score,
@@ -328,6 +326,11 @@ class Steps(abc.ABC):
             logsumexp=self.logsumexp(),
         )
 
+    def exact(self, temperature: Tensor) -> Tensor:
+        """In float64; NaN where it is not above 0. Not looked at: a GPU would be waited for."""
+        exact = temperature.double()
+        return torch.where(exact > 0, exact, math.nan)
+
     def loss(self, symmetric: bool) -> Tensor:
         loss = self.row_terms.loss
         if symmetric:
@@ -335,6 +338,10 @@ class Steps(abc.ABC):
         if loss.shape[1] > 1:
             loss = mean_of_positives(loss, self.batch.target != NO_POSITIVE)
         return loss.reshape(-1).to(self.dtype)
+
+    def ranks(self) -> Tensor:
+        """int32 [B, P], 0 for no positive."""
+        return (self.n_greater + self.n_equal).add_(self.batch.target != NO_POSITIVE)
 
     def upstream(self, weight: Tensor, rows: slice, symmetric: bool) -> Tensor:
         """[R, P] what multiplies each direction's slope: 0 for a bad pair, whatever its weight."""
@@ -391,7 +398,7 @@ class Steps(abc.ABC):
                 self.empty(x.rows.shape, self.dtype).zero_() if wanted else None
                 for x, wanted in zip(both, self.wrt, strict=True)
             ]
-        self.query.norm[:, 0].masked_fill_(self.target_score.isnan().any(1), math.nan)
+        self.spoil_queries()
         grad_query, grad_candidates = (
             None if grad_unit is None else self.gradient(units, grad_unit, dtype)
             for units, grad_unit, dtype in zip(both, self.grad_units, dtypes, strict=True)
@@ -404,13 +411,17 @@ class Steps(abc.ABC):
             slope = slope + self.column_terms.grad_temperature
         return (self.upstream(weight, slice(None), symmetric) * slope).sum()
 
-    def bad_pairs(self) -> Tensor:
-        """Bool [B, P]: pairs whose query or positive is not finite."""
+    def spoil_queries(self) -> None:
+        """The norms of queries of bad pairs become NaN, and so their gradients."""
+        self.query.norm[:, 0].masked_fill_(self.target_score.isnan().any(1), math.nan)
+
+    def judge_pairs(self) -> None:
+        """What `spoil_queries` looks at, where nothing was scored: NaN for a bad pair."""
         query, candidates = (x.norm[:, 0].isnan() for x in (self.query, self.candidates))
         bad = torch.nn.functional.pad(candidates, (0, 2), value=True)  # there may be none
         target = self.batch.target
-        bad = bad[torch.where(target < 0, len(candidates), target)]
-        return (bad | query.unsqueeze(1)) & (target != NO_POSITIVE)
+        bad = bad[torch.where(target < 0, len(candidates), target)] | query.unsqueeze(1)
+        self.target_score.copy_(torch.where(bad & (target != NO_POSITIVE), math.nan, 0.0))
 
 
 def some(x: Tensor, rows: slice) -> Tensor:
@@ -431,7 +442,7 @@ def finite(peak: Tensor) -> Tensor:
     return torch.where(peak > -math.inf, peak, 0.0)
 
 
-def _width(m: int, dtype: torch.dtype) -> int:
+def row_width(m: int, dtype: torch.dtype) -> int:
     """Scores in a row: padded, and no multiple of what maps a column to a few lines of a cache."""
     width = -(-m // _ROW_PADDING) * _ROW_PADDING
     return width if width * dtype.itemsize % _CACHE_PERIOD else width + _ROW_PADDING

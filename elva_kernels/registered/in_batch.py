@@ -28,6 +28,7 @@ from elva_kernels.registered.library import (
     Registered,
     gradient_op,
     in_reverse,
+    no_gradients,
     present,
     refuse_forward_mode,
     refuse_second_derivative,
@@ -127,8 +128,10 @@ def _info_nce_and_grad(
 ) -> Tensors:
     batch = batch_of("info_nce", query, len(candidates), target, excluded, candidate_ids, max_score)
     if weight is None:
-        count = counted(batch.target).clamp(min=1) if mean else 1
-        weight = torch.ones(len(query), dtype=torch.float64, device=query.device) / count
+        weight = torch.ones(len(query), dtype=torch.float64, device=query.device)
+        if mean:  # over those that have a positive
+            one = target is None or target.dim() == 1
+            weight /= max(1, len(query)) if one else counted(batch.target).clamp(min=1)
     launch = launcher("info_nce_and_grad", backend, query.device, query.dtype)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
     results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
@@ -343,13 +346,16 @@ class _InBatchRankingReward(torch.autograd.Function):
         *ctx.rest, ctx.backend = inputs[7:]
         ctx.n_inputs = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return looped(differentiable_in_batch_ranking_reward, info, in_dims, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is None:
+            return no_gradients(ctx)
         more = (*ctx.rest, ctx.wrt, ctx.backend)
         op = in_batch_ranking_reward_backward
         gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *more)
@@ -377,14 +383,17 @@ class _InfoNCE(torch.autograd.Function):
         of_number = (*tensors[:2], tensors[5], *output[-3:])
         ctx.save_for_backward(*(tensors if ctx.reduction == "none" else of_number))
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return looped(differentiable_info_nce, info, in_dims, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         upstream = grads[0]
+        if upstream is None:
+            return no_gradients(ctx)
         if ctx.reduction == "none":
             op = _OPS.info_nce_backward.default
             gradients = gradient_op(op, *ctx.saved_tensors, *ctx.rest, upstream, ctx.wrt)

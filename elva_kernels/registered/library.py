@@ -122,6 +122,11 @@ def gradient_op(op: Any, *arguments: Any) -> Any:
     return op(*arguments)
 
 
+def no_gradients(ctx: Any) -> tuple[None, ...]:
+    """What a backward returns whose upstream gradient does not exist."""
+    return (None,) * len(ctx.needs_input_grad)
+
+
 def present(gradients: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """A launcher's gradients as an op returns them: empty for one that was not wanted."""
     return tuple(like.new_empty(0) if x is None else x for x in gradients)

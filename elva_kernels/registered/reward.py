@@ -28,6 +28,7 @@ from elva_kernels.registered.library import (
     Registered,
     gradient_op,
     in_reverse,
+    no_gradients,
     refuse_forward_mode,
     register,
 )
@@ -306,13 +307,16 @@ class _RankingReward(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output[-1])
         ctx.rest = (weights, wrt, backend)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return batched.groups(differentiable_ranking_reward, info, in_dims, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is None:
+            return no_gradients(ctx)
         op = _OPS.ranking_reward_backward.default
         gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
         _, wrt, _ = ctx.rest
@@ -332,13 +336,16 @@ class _RewardFromScores(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2])
         ctx.rest = inputs[2:]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         return batched.scores(differentiable_reward_from_scores, info, in_dims, *arguments)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is None:
+            return no_gradients(ctx)
         op = _OPS.reward_from_scores_backward.default
         grad_scores = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
         return grad_scores, None, None, None

@@ -207,7 +207,8 @@ struct Units {
   int64_t count, dim;
   std::vector<char> rows, unit;
   std::vector<double> norm;
-  std::vector<float> scale, length;
+  int64_t width;
+  std::vector<float> scale;
 
   Units(ElvaDtype dtype, bool raw, int64_t count, int64_t dim, int64_t stride, bool special,
         std::mt19937* random)
@@ -219,7 +220,9 @@ struct Units {
         dim(dim),
         rows(numbers(dtype, count * dim * stride, special, random)),
         unit(static_cast<size_t>(count * dim) * size_of(unit_dtype)),
-        norm(static_cast<size_t>(2 * count)) {
+        norm(static_cast<size_t>(2 * count)),
+        width((count + 15) / 16 * 16),
+        scale(raw ? static_cast<size_t>(width) : 0) {
     ElvaUnitRowsArgs args = {};
     args.dtype = dtype;
     args.unit_dtype = unit_dtype;
@@ -229,13 +232,9 @@ struct Units {
     args.rows = rows_of(rows.data(), count, dim, stride);
     args.unit = unit.data();
     args.norm = norm.data();
+    args.width = width;
+    args.scale = scale.data();
     if (elva_unit_rows_cpu(&args) != ELVA_OK) abort();
-    if (!raw) return;
-    for (int64_t i = 0; i < count; ++i) {
-      const double x = norm[static_cast<size_t>(2 * i)];
-      scale.push_back(x > 0 ? static_cast<float>(x) : 0.0f);
-      length.push_back(x > 0 ? static_cast<float>(1 / x) : 0.0f);
-    }
   }
 
   double column_norm() const {
@@ -277,7 +276,6 @@ void multiply(const void* a, int64_t row_stride, int64_t stride, int64_t rows, c
   args.add = add;
   if (raw) {
     args.a_scale = units.scale.data();
-    args.a_norm = units.length.data();
     args.allowed = allowed;
   }
   if (elva_matrix_product_cpu(&args) != ELVA_OK) abort();
@@ -294,11 +292,13 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   const auto doubles = [](int64_t count) {
     return std::vector<double>(static_cast<size_t>(count));
   };
-  const Units query(dtype, raw, b, dim, stride, special, &random);
+  Units query(dtype, raw, b, dim, stride, special, &random);
   const Units candidates(dtype, raw, m, dim, stride, special, &random);
 
-  auto scores = block(b * width * value), exclusion = block(width * value), scale = exclusion;
-  if (raw) memcpy(scale.data(), candidates.scale.data(), candidates.scale.size() * sizeof(float));
+  auto scores = block(b * width * value), exclusion = block(width * value);
+  const ElvaExclusionArgs excluding = {value_dtype, m, width, candidates.norm.data(),
+                                       exclusion.data()};
+  if (elva_exclusion_cpu(&excluding) != ELVA_OK) abort();
   ElvaMatrixArgs product = {};
   product.a_dtype = product.b_dtype = query.unit_dtype;
   product.threads = 3;
@@ -332,7 +332,7 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
     first[i] = static_cast<int64_t>(2 * i);
     last[i] = first[i] + static_cast<int64_t>(i % 3);
   }
-  std::vector<int32_t> greater(static_cast<size_t>(pairs)), equal = greater;
+  std::vector<int32_t> greater(static_cast<size_t>(pairs)), equal = greater, rank = greater;
   auto own = block(pairs * value), peak = block(b * value), topk = block(b * k * value);
   auto sum = doubles(b), moment = sum;
   auto loss = doubles(pairs), share = loss, others = loss, heat = loss;
@@ -344,7 +344,7 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   rows.width = width;
   rows.scores = scores.data();
   rows.exclusion = exclusion.data();
-  rows.scale = raw ? scale.data() : nullptr;
+  rows.scale = raw ? candidates.scale.data() : nullptr;
   rows.norm = query.norm.data();
   rows.target = target.data();
   rows.positives = kPositives;
@@ -355,6 +355,7 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
   rows.max_score = 0.5;
   rows.inverse_temperature = 20.0;
   rows.k = k;
+  rows.rank = rank.data();
   rows.n_greater = greater.data();
   rows.n_equal = equal.data();
   rows.target_score = own.data();
@@ -403,24 +404,32 @@ void one_batch(ElvaDtype dtype, int64_t b, int64_t m, int64_t dim, int64_t strid
     multiply(scores.data(), 1, width, m, query, allowed, true, &grad_candidates);
   }
   if (raw) {
-    const auto weights = std::vector<float>(static_cast<size_t>(b), 0.5f);
+    const auto weights = std::vector<float>(static_cast<size_t>(pairs), 0.5f);
     ElvaAddRowsArgs add = {};
     add.threads = 3;
-    add.count = b;
+    add.count = pairs;
     add.dim = dim;
-    add.factor = weights.data();
-    add.from = column_of_pair.data();
+    add.positives = kPositives;
+    add.target = target.data();
+    add.slope = weights.data();
+    add.scale = candidates.scale.data();
     add.rows = candidates.unit.data();
     add.out = reinterpret_cast<float*>(grad_query.data());
     add.out_count = b;
     if (elva_add_rows_cpu(&add) != ELVA_OK) abort();
-    add.from = nullptr;
-    add.into = column_of_pair.data();
+    add.into_targets = true;
+    add.scale = query.scale.data();
     add.rows = query.unit.data();
     add.out = reinterpret_cast<float*>(grad_candidates.data());
     add.out_count = m;
     if (elva_add_rows_cpu(&add) != ELVA_OK) abort();
   }
+  const ElvaSpreadRowsArgs spread = {
+      value_dtype, 3, b, kPositives, width, target.data(), of_pairs.data(), scores.data()};
+  if (elva_spread_rows_cpu(&spread) != ELVA_OK) abort();
+  const ElvaSpoilArgs spoil = {
+      b, kPositives, m, target.data(), candidates.norm.data(), query.norm.data()};
+  if (elva_spoil_cpu(&spoil) != ELVA_OK) abort();
   query.gradient(grad_query);
   candidates.gradient(grad_candidates);
 }

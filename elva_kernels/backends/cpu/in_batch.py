@@ -9,7 +9,16 @@ from torch import Tensor
 
 from elva_kernels.backends.boundary import DTYPE_CODES, empty_kept, module, operand, pointer
 from elva_kernels.backends.launcher import Tensors
-from elva_kernels.backends.steps import Slopes, Steps, Sums, Terms, Units, part_of, some
+from elva_kernels.backends.steps import (
+    Slopes,
+    Steps,
+    Sums,
+    Terms,
+    Units,
+    part_of,
+    row_width,
+    some,
+)
 from elva_kernels.reference import Weights, compute_dtype
 
 _SMALL = 2**17  # elements: of 8 bytes a MB, from where memory is worth keeping
@@ -23,6 +32,7 @@ class CpuSteps(Steps):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self.rank = torch.empty_like(self.n_greater)
         self.allowed: list[float] = []  # of the gradients on query and candidates: see `_allowed`
         self.pair_weight: Tensor | None = None  # [B, P] `upstream`, once there are slopes
 
@@ -30,6 +40,8 @@ class CpuSteps(Steps):
         raw = rows.dtype == torch.bfloat16 and module().multiplies_bf16()
         unit = empty_kept(rows.shape, rows.dtype if raw else compute_dtype(rows.dtype))
         norm = torch.empty(len(rows), 2, dtype=torch.float64)
+        width = row_width(len(rows), torch.float32)
+        scale = torch.empty(width, dtype=torch.float32) if raw else None
         module().unit_rows(
             DTYPE_CODES[rows.dtype],
             DTYPE_CODES[unit.dtype],
@@ -38,11 +50,26 @@ class CpuSteps(Steps):
             operand(rows),
             unit.data_ptr(),
             norm.data_ptr(),
+            width,
+            pointer(scale),
         )
-        return Units(unit, norm, norm[:, 0].nan_to_num(0.0).float() if raw else None)
+        return Units(unit, norm, scale)
 
     def multiply_rows(self, query: Units, scores: Tensor) -> None:
         _multiply(query.rows, self.candidates.rows.T, scores)
+
+    @functools.cached_property
+    def exclusion(self) -> Tensor:
+        """[width] 0; -inf of candidates that are not finite, and of padding."""
+        exclusion = self.empty((self.width,), self.dtype)
+        module().exclusion(
+            DTYPE_CODES[self.dtype],
+            len(self.candidates.rows),
+            self.width,
+            self.candidates.norm.data_ptr(),
+            exclusion.data_ptr(),
+        )
+        return exclusion
 
     def score_rows(self, scores: Tensor, rows: slice) -> None:
         max_score = math.inf if self.batch.max_score is None else self.batch.max_score
@@ -54,7 +81,7 @@ class CpuSteps(Steps):
             self.width,
             scores.data_ptr(),
             self.exclusion.data_ptr(),
-            pointer(self.scale),
+            pointer(self.candidates.scale),
             _at(self.query.norm, rows),
             _at(self.batch.target, rows),
             self.batch.target.shape[1],
@@ -62,6 +89,7 @@ class CpuSteps(Steps):
             max_score,
             self.inverse_temperature,
             self.k,
+            _at(self.rank, rows),
             _at(self.n_greater, rows),
             _at(self.n_equal, rows),
             _at(self.target_score, rows),
@@ -96,6 +124,12 @@ class CpuSteps(Steps):
             *(_at(x, rows) for x in terms),
         )
 
+    def exact(self, temperature: Tensor) -> Tensor:
+        return temperature.double()  # see `inverse_temperature`
+
+    def ranks(self) -> Tensor:
+        return self.rank
+
     def logsumexp(self) -> Tensor | None:
         if self.temperature is None:
             return None
@@ -115,7 +149,7 @@ class CpuSteps(Steps):
         if self.pair_weight is None:
             self.pair_weight = torch.empty_like(self.row_terms.loss)
         target, target_slope = some(self.batch.target, rows), some(self.target_slope, rows)
-        row_factor, row_peak = self.empty((2, len(target)), self.dtype)
+        row_factor, row_peak = (self.empty((len(target),), self.dtype) for _ in range(2))
         exact = some(weight, rows).double().contiguous()
         module().info_nce_factors(
             DTYPE_CODES[self.dtype],
@@ -145,18 +179,21 @@ class CpuSteps(Steps):
         return torch.dot(self.pair_weight.view(-1), self.row_terms.grad_temperature.view(-1))
 
     def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
-        if self.scale is not None:
-            # The largest slope of a row: rounded, it would decide the error; see `add_targets`.
-            slopes = slopes._replace(target_slope=torch.zeros_like(slopes.target_slope))
+        # The largest slope of a row: rounded, it would decide the error; see `add_targets`.
+        rounded = self.candidates.scale is not None
         module().slope_rows(
             DTYPE_CODES[self.dtype],
             torch.get_num_threads(),
             len(scores),
             self.width,
             scores.data_ptr(),
-            *(pointer(x) for x in slopes[:4]),
+            slopes.row_peak.data_ptr(),
+            slopes.row_factor.data_ptr(),
+            0 if rounded else slopes.target_slope.data_ptr(),
+            slopes.target.data_ptr(),
             slopes.target.shape[1],
-            *(pointer(x) for x in slopes[4:]),
+            pointer(slopes.column_peak),
+            pointer(slopes.column_factor),
             self.inverse_temperature,
         )
 
@@ -191,20 +228,56 @@ class CpuSteps(Steps):
         return slopes
 
     def add_targets(self) -> None:
-        query, candidates = self.query, self.candidates
-        if query.scale is None or candidates.scale is None:
+        if self.query.scale is None or not self.grad_units:
             return
-        if len(query.rows) == 0 or len(candidates.rows) == 0:
-            return
-        target = self.batch.target.clamp(min=0)
-        row = self.row_of_pairs(len(target))
         of_query, of_candidates = self.grad_units
         if of_query is not None:
-            factor = self.target_slope * candidates.scale[target]
-            self._add_rows(candidates, target, row, factor, of_query)
+            self._add_targets(self.candidates, False, of_query)
         if of_candidates is not None:
-            factor = self.target_slope * query.scale.unsqueeze(1)
-            self._add_rows(query, row, target, factor, of_candidates)
+            self._add_targets(self.query, True, of_candidates)
+
+    def _add_targets(self, units: Units, into_targets: bool, out: Tensor) -> None:
+        module().add_rows(
+            torch.get_num_threads(),
+            self.target_slope.numel(),
+            units.rows.shape[1],
+            self.target_slope.shape[1],
+            self.batch.target.data_ptr(),
+            into_targets,
+            self.target_slope.data_ptr(),
+            pointer(units.scale),
+            units.rows.data_ptr(),
+            out.data_ptr(),
+            len(out),
+        )
+
+    def spread(self, index: Tensor, slopes: Tensor) -> Tensor:
+        rows, columns = index.shape
+        matrix = self.empty((rows, self.width), slopes.dtype)
+        index, slopes = index.contiguous(), slopes.contiguous()
+        module().spread_rows(
+            DTYPE_CODES[slopes.dtype],
+            torch.get_num_threads(),
+            rows,
+            columns,
+            self.width,
+            index.data_ptr(),
+            slopes.data_ptr(),
+            matrix.data_ptr(),
+        )
+        return matrix
+
+    def judge_pairs(self) -> None:
+        """`spoil_queries` does."""
+
+    def spoil_queries(self) -> None:
+        module().spoil(
+            *self.batch.target.shape,
+            len(self.candidates.rows),
+            self.batch.target.data_ptr(),
+            self.candidates.norm.data_ptr(),
+            self.query.norm.data_ptr(),
+        )
 
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
         grad = self.empty(units.rows.shape, dtype)
@@ -240,28 +313,8 @@ class CpuSteps(Steps):
     @functools.cached_property
     def inverse_temperature(self) -> float:
         """1 / T; NaN where there is none above 0."""
-        return math.nan if self.temperature is None else 1 / float(self.temperature)
-
-    def _add_rows(
-        self,
-        units: Units,
-        source: Tensor | None,
-        into: Tensor | None,
-        factor: Tensor,
-        out: Tensor,
-    ) -> None:
-        """out[into[i]] += factor[i] * row source[i]; None: i."""
-        module().add_rows(
-            torch.get_num_threads(),
-            factor.numel(),
-            units.rows.shape[1],
-            pointer(source),
-            pointer(into),
-            factor.data_ptr(),
-            units.rows.data_ptr(),
-            out.data_ptr(),
-            len(out),
-        )
+        temperature = math.nan if self.temperature is None else float(self.temperature)
+        return 1 / temperature if temperature > 0 else math.nan
 
 
 def _at(x: Tensor, rows: slice) -> int:
@@ -319,8 +372,7 @@ def _multiply_units(
     a: Tensor, units: Units, out: Tensor, allowed: float, *, add: bool = False
 ) -> None:
     """out [m, D] = a [m, R] and the unit rows [R, D], or += it."""
-    norm = None if units.scale is None else torch.where(units.scale > 0, 1 / units.scale, 0.0)
-    _multiply(a, units.rows, out, add=add, scale=units.scale, norm=norm, allowed=allowed)
+    _multiply(a, units.rows, out, add=add, scale=units.scale, allowed=allowed)
 
 
 def _multiply(
@@ -330,12 +382,11 @@ def _multiply(
     *,
     add: bool = False,
     scale: Tensor | None = None,
-    norm: Tensor | None = None,
     allowed: float = 0.0,
 ) -> None:
     """The first columns of out [m, n or more] = a [m, k] b [k, n], or += it.
 
-    Where float32 meets bfloat16, out = a diag(scale) b, with norm = 1 / scale.
+    Where float32 meets bfloat16, out = a diag(scale) b.
     """
     if a.shape[1] == 0:  # a sum of nothing
         if not add:
@@ -356,6 +407,5 @@ def _multiply(
         out.stride(0),
         add,
         pointer(scale),
-        pointer(norm),
         allowed,
     )
