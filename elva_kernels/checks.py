@@ -381,7 +381,7 @@ def _tensor(op: str, argument: str, value: Tensor, shape: str, least_dims: int) 
 
 def _dense(op: str, argument: str, value: Tensor) -> None:
     if value.is_nested:
-        advice = "use torch.nested.to_padded_tensor and a mask"
+        advice = "use torch.nested.to_padded_tensor; mask or drop its padding"
         _refuse(ValueError, op, argument, "be dense", "a nested tensor", advice)
     if value.layout is not torch.strided:
         _refuse(ValueError, op, argument, "be dense", str(value.layout), "use .to_dense()")

@@ -176,7 +176,7 @@ def in_batch_ranking_reward(
     Equivalent to::
 
         found = rank_statistics(query, candidates, target, k=head)
-        k = torch.arange(1, head + 1)
+        k = torch.arange(1, min(head, M) + 1)
         k = k + (found.target_score[:, None] > found.topk_scores)
         margin_reward = (found.target_score - found.hardest_score - margin).relu()
         rank_reward = found.target_score / (1 + found.rank.log())
@@ -197,7 +197,7 @@ def in_batch_ranking_reward(
             *shares.in_batch_ranking_reward(query, candidates, given, group, *scalars)
         )
     head = max(1, candidates.shape[0]) if head is None else head
-    arguments = (query, candidates, *given.named, head, weights, backend)
+    arguments = (query, candidates, *given.named, head, weights, op, backend)
     if is_watched(query, candidates):
         wrt = [requires_grad(query), requires_grad(candidates)]
         results = registered.differentiable_in_batch_ranking_reward(wrt, *arguments)
@@ -277,7 +277,7 @@ def in_batch_ranking_reward_and_grad(
         return RankingReward(*values), grad_query, grad_candidates
     head = max(1, candidates.shape[0]) if head is None else head
     *values, index = registered.in_batch_ranking_reward(
-        query, candidates, *given.named, head, weights, backend
+        query, candidates, *given.named, head, weights, op, backend
     )
     result = RankingReward(*values)
     if not any(asked):

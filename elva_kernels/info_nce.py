@@ -87,7 +87,8 @@ def info_nce(
 
     and with `symmetric` half of that and half of its twin, in which candidate t looks for query i
     among the other queries (CLIP, arXiv:2103.00020): all queries that have t among their
-    negatives. A query without a positive has loss 0 and does not count in a mean.
+    negatives and a positive of their own. A query without a positive has loss 0 and gradient 0 and
+    does not count in a mean.
 
     Args:
         query, candidates, target, excluded, candidate_ids, max_score, group, global_target,
@@ -112,7 +113,8 @@ def info_nce(
         As `rank_statistics`.
 
     Differentiable: the loss, once, in query, candidates and temperature (closed form; gradients in
-    the input's dtype, rounded once; 0 for zero rows). The statistics are detached. torch.func:
+    the input's dtype, rounded once, and in float32 before the factor that reaches a loss which is
+    reduced; 0 for zero rows). The statistics are detached. torch.func:
     `grad`, `vjp`, `jacrev` and `vmap` in any order, a `vmap` as one call after the other; forward
     mode raises, and so does a transform of a call with a group.
 

@@ -97,7 +97,7 @@ def ranking_reward(
         ranked = scores[..., 1:].sort(descending=True).values
         k = torch.arange(1, N + 1)
         k = k + (k >= rank.unsqueeze(-1))  # the positive's rank is left out
-        margin_reward = (scores[..., 0] - ranked[..., 0] - margin).relu()
+        margin_reward = (scores[..., 0] - ranked[..., 0] - margin).relu()  # 0 where N is 0
         rank_reward = scores[..., 0] / (1 + rank.log())
         rank_reward = rank_reward - rank_penalty * (ranked * (k.log() - 1)).sum(-1)
         reward = w_margin * margin_reward + w_rank * rank_reward

@@ -14,14 +14,16 @@ class BackendUnavailable(RuntimeError):
 
 
 @functools.cache
-def launcher(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> Launcher:
+def launcher(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, called: str | None = None
+) -> Launcher:
     """The function that computes `op` on `backend`, or on the first that can for "auto".
 
     On a GPU "auto" takes a backend only after its self-test (`admission`) in `dtype` on `device`.
 
     Raises:
-        BackendUnavailable: `backend` was named and cannot run this call, or a CUDA graph is being
-            captured and "auto" has no verdict yet.
+        BackendUnavailable: in the name of `called` (None: of `op`), where `backend` was named and
+            cannot run this call, or a CUDA graph is being captured and "auto" has no verdict yet.
     """
     if backend == "auto":
         backend = next(
@@ -33,7 +35,9 @@ def launcher(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
         )
     obstacle = obstacle_to(op, backend, device.type, dtype)
     if obstacle is not None:
-        raise BackendUnavailable(f"{op}: backend must run here, got {backend!r}; {obstacle}")
+        raise BackendUnavailable(
+            f"{called or op}: backend must run here, got {backend!r}; {obstacle}"
+        )
     return LAUNCHERS[op][backend]
 
 

@@ -54,10 +54,11 @@ class _Share:
         weight: Tensor,
         exchange: Exchange,
         workspace_mb: int,
+        symmetric: bool,
     ) -> None:
         self.steps, self.batch, self.weight, self.exchange = steps, batch, weight, exchange
         self.candidates, self.rest = candidates, (0, temperature, workspace_mb)
-        self.skipped = skipped_of(batch)
+        self.skipped, self.symmetric = skipped_of(batch), symmetric
         target = batch.target[exchange.rows].contiguous()
         self.own = self._call(query, candidates, target, 0, exchange.rows)
 
@@ -65,8 +66,10 @@ class _Share:
         self, query: Tensor, candidates: Tensor, target: Tensor, column: int, rows: slice
     ) -> Steps:
         """The steps of some queries and of the candidates from `column` on."""
-        batch = Batch(target, max_score=self.batch.max_score)
+        batch = Batch(target, max_score=self.batch.max_score, padded=self.batch.padded)
         call = self.steps(query, candidates, batch, *self.rest)
+        if self.symmetric:
+            call.leave_out_unpaired(self.batch.target[rows])
         if self.skipped is not None:
             candidate, first, last = self.skipped
             call.skipped = Skipped(
@@ -95,14 +98,14 @@ class _Share:
         own.end_columns()
         return held
 
-    def slopes(self, symmetric: bool) -> Slopes:
+    def slopes(self) -> Slopes:
         """Of its own queries, with the columns' factors from the pairs of all."""
         own, weight = self.own, self.weight[self.exchange.rows]
         assert own.temperature is not None
-        slopes = own.slopes(slice(None), weight, symmetric)
-        if not symmetric:
+        slopes = own.slopes(slice(None), weight, self.symmetric)
+        if not self.symmetric:
             return slopes
-        upstream = own.upstream(weight, slice(None), symmetric) / own.temperature
+        upstream = own.upstream(weight, slice(None), True) / own.temperature
         share = self.exchange.of_rows(upstream * own.column_terms.share)
         return slopes._replace(column_factor=own.column_factor(self.batch.target, share))
 
@@ -135,7 +138,7 @@ def info_nce_share(
     wrt: tuple[bool, bool],
     rounded: bool,
 ) -> Gradients:
-    inputs = (query, candidates, batch, temperature, weight, exchange, workspace_mb)
+    inputs = (query, candidates, batch, temperature, weight, exchange, workspace_mb, symmetric)
     share = _Share(steps, *inputs)
     own = share.own
     held = own.sums(symmetric=False)
@@ -146,7 +149,7 @@ def info_nce_share(
     dtypes = (query.dtype, candidates.dtype) if rounded else (own.dtype, own.dtype)
     gradients: list[Tensor | None] = [None, None]
     if any(wrt):
-        slopes = share.slopes(symmetric)
+        slopes = share.slopes()
         if wrt[0]:
             gradients[0] = own.gradients_by_slopes(slopes, (True, False), dtypes, held)[0]
         if wrt[1]:

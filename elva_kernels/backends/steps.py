@@ -112,6 +112,7 @@ class Steps(abc.ABC):
         self.topk_index = self.empty((b, self.k), torch.int64)
         self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
         self.grad_units: list[Tensor | None] = []
+        self.unpaired: Tensor | None = None  # bool [B, 1]: see `leave_out_unpaired`
 
     @functools.cached_property
     def target_slope(self) -> Tensor:
@@ -143,6 +144,8 @@ class Steps(abc.ABC):
 
     def info_nce(self, *, symmetric: bool) -> tuple[Tensor, RankStatistics]:
         """As `reference.info_nce`."""
+        if symmetric:
+            self.leave_out_unpaired(self.batch.target)
         self.sums(symmetric)
         return self.loss(symmetric), self.statistics()
 
@@ -155,7 +158,10 @@ class Steps(abc.ABC):
             weight: [B] in any float dtype.
             dtypes: of the gradients on queries and candidates; the temperature's is float64.
         """
-        held = self.sums(symmetric) if symmetric else None
+        held = None
+        if symmetric:
+            self.leave_out_unpaired(self.batch.target)
+            held = self.sums(symmetric)
         for rows in self.chunks:
             if held is None or len(self.chunks) > 1:
                 held = self.score(rows)
@@ -200,6 +206,11 @@ class Steps(abc.ABC):
         for rows in self.chunks:
             self.add_gradients(self.spread(index[rows], slopes[rows]), rows)
         return self.gradients(dtypes)
+
+    def leave_out_unpaired(self, target: Tensor) -> None:
+        """Before scoring: queries without a positive in `target` are in no column's sum."""
+        if self.batch.padded:
+            self.unpaired = (target < 0).all(1, keepdim=True)
 
     @abc.abstractmethod
     def units(self, rows: Tensor) -> Units:
@@ -276,6 +287,8 @@ class Steps(abc.ABC):
         scores = self.workspace[: len(query.rows)]
         self.multiply_rows(query, scores)
         self.score_rows(scores, rows)
+        if self.unpaired is not None:
+            scores.masked_fill_(some(self.unpaired, rows), -math.inf)
         if self.temperature is not None:
             sums = Sums(*(some(x, rows) for x in (self.hardest_score, self.total, self.moment)))
             self.set_terms(self.row_terms, rows, sums, self.row_of_pairs(len(scores)))

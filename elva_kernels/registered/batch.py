@@ -46,7 +46,8 @@ def batch_of(
         excluded = _ascending(excluded, len(targets))
     if candidate_ids is not None:
         candidate_ids = candidate_ids.to(torch.int64).contiguous()
-    return Batch(targets, excluded, candidate_ids, max_score)
+    padded = target is not None and target.dim() == 2
+    return Batch(targets, excluded, candidate_ids, max_score, padded)
 
 
 def counted(target: Tensor) -> Tensor:

@@ -63,11 +63,11 @@ def _in_batch_ranking_reward(
     max_score: float | None,
     head: int,
     weights: Sequence[float],
+    op: str,
     backend: str,
 ) -> Tensors:
-    op = "in_batch_ranking_reward"
     batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
-    launch = launcher(op, backend, query.device, query.dtype)
+    launch = launcher("in_batch_ranking_reward", backend, query.device, query.dtype, op)
     *rewards, rank, scores, index = launch(query, candidates, batch, head, Weights(*weights))
     return *rewards, like_target(rank, target), scores, index
 
@@ -126,13 +126,14 @@ def _info_nce_and_grad(
     wrt: Sequence[bool],
     rounded: bool,
 ) -> Tensors:
-    batch = batch_of("info_nce", query, len(candidates), target, excluded, candidate_ids, max_score)
+    op = "info_nce_and_grad" if rounded else "info_nce"  # that was called: autograd scales later
+    batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     if weight is None:
         weight = torch.ones(len(query), dtype=torch.float64, device=query.device)
         if mean:  # over those that have a positive
             one = target is None or target.dim() == 1
             weight /= max(1, len(query)) if one else counted(batch.target).clamp(min=1)
-    launch = launcher("info_nce_and_grad", backend, query.device, query.dtype)
+    launch = launcher("info_nce_and_grad", backend, query.device, query.dtype, op)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
     results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
     return results[0], *statistics_like(results[1:-3], target), *present(results[-3:], query)
@@ -232,9 +233,9 @@ register(
             _rank_statistics,
             _trace_statistics,
         ),
-        # index [B, P + h]: the candidates that `scores` are of.
+        # index [B, P + h]: the candidates that `scores` are of; op: the one that was called.
         "in_batch_ranking_reward": Registered(
-            f"({_PAIRS}, float? max_score, int head, float[] weights, str backend) -> "
+            f"({_PAIRS}, float? max_score, int head, float[] weights, str op, str backend) -> "
             "(Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor scores, "
             "Tensor index)",
             _in_batch_ranking_reward,
@@ -290,7 +291,10 @@ def _mean(loss: Tensor, target: Tensor) -> Tensor:
 
 
 class _ScaledOnce(torch.autograd.Function):
-    """Gradients times a scalar while a graph is being made of them; refuses to be its gradient."""
+    """As `_scaled`, while a graph is being made of it; refuses to be its gradient.
+
+    It is a function of the inputs too, though not of their values: else there would be no graph.
+    """
 
     @staticmethod
     def forward(scale: Tensor, *tensors: Tensor) -> Tensors:
@@ -312,6 +316,9 @@ class _ScaledOnce(torch.autograd.Function):
         refuse_second_derivative("info_nce", "loss")
 
 
+_scaled_once = in_reverse(_ScaledOnce, _ScaledOnce.backward)
+
+
 @in_default_float_mode
 def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
     """Of three inputs and their gradients: these times a scalar, rounded once."""
@@ -328,7 +335,12 @@ def _product(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return exact if exact.dtype == dtype else empty_on_cpu(exact.shape, dtype).copy_(exact)
 
 
-_scaled_once = in_reverse(_ScaledOnce, _ScaledOnce.backward)
+def _is_batched(x: Tensor) -> bool:
+    """Whether a `vmap` runs, torch's own of batches of upstream gradients too."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch._C._are_functorch_transforms_active()
+    functorch: Any = torch._C._functorch
+    return cast(bool, functorch.is_legacy_batchedtensor(x))
 
 
 class _InBatchRankingReward(torch.autograd.Function):
@@ -343,7 +355,7 @@ class _InBatchRankingReward(torch.autograd.Function):
         ctx.wrt, query, candidates, *_ = inputs
         rank, scores, index = output[3:]
         ctx.save_for_backward(query, candidates, index, scores, rank)
-        *ctx.rest, ctx.backend = inputs[7:]
+        *ctx.rest, _op, ctx.backend = inputs[7:]
         ctx.n_inputs = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -398,10 +410,10 @@ class _InfoNCE(torch.autograd.Function):
             op = _OPS.info_nce_backward.default
             gradients = gradient_op(op, *ctx.saved_tensors, *ctx.rest, upstream, ctx.wrt)
         else:
-            # `_scaled` writes where it is told to, which a batch of `torch.vmap` cannot.
-            in_place = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
-            scale = _scaled if in_place else _scaled_once
-            gradients = scale(upstream, *ctx.saved_tensors)
+            # `_scaled` writes where it is told to, which a batch cannot.
+            in_place = not (torch.is_grad_enabled() or _is_batched(upstream))
+            scaled = _scaled if in_place else _scaled_once
+            gradients = scaled(upstream, *ctx.saved_tensors)
         grad_query, grad_candidates, grad_temperature = wanted(gradients, (*ctx.wrt, True))
         nothing = (None for _ in ctx.rest)
         of_tensors = (grad_query, grad_candidates, None, None, None, grad_temperature)

@@ -101,7 +101,7 @@ def info_nce(
             continue
         rivals = [[scores[i][j] for j in negatives(scores, asked, i)]]
         if symmetric:
-            others = range(len(scores))
+            others = [j for j, given in enumerate(asked.target) if max(given) >= 0]
             rivals.append([scores[j][t] for j in others if t in negatives(scores, asked, j)])
         losses.append(mean([cross_entropy(scores[i][t], each, temperature) for each in rivals]))
     return mean(losses)

@@ -116,8 +116,7 @@ def check_losses(case, temperature, symmetric, backend):
     assert (error <= LOSS[case.query.dtype] * (1 / temperature + exact[good].abs())).all()
     without = (case.target < 0).all(1)
     assert (loss[without] == 0).all()
-    if not symmetric:  # else it is among the others' rivals
-        assert (gradients[0][without] == 0).all()
+    assert (gradients[0][without] == 0).all()
     check_loss_gradients(gradients, truths, exact_rows, weight, temperature, case.query.dtype)
 
 

@@ -130,7 +130,7 @@ def test_gradcheck_opcheck_and_once(backend):
     torch.library.opcheck(
         OPS.rank_statistics.default, (q, c, None, None, None, None, None, 99, backend)
     )
-    scalars = (4, (0.1, 0.01, 0.4, 0.6), backend)
+    scalars = (4, (0.1, 0.01, 0.4, 0.6), "in_batch_ranking_reward", backend)
     results = OPS.in_batch_ranking_reward(*pairs, 0.5, *scalars)
     torch.library.opcheck(OPS.in_batch_ranking_reward.default, (*pairs, 0.5, *scalars))
     upstream = torch.randn(4, dtype=torch.float64)

@@ -82,7 +82,7 @@ def test_opcheck(backend, dtype):
     pairs = (*rows(dtype), TARGET, EVERYTHING["excluded"], EVERYTHING["candidate_ids"])
     heat = torch.tensor(0.1)
     torch.library.opcheck(OPS.rank_statistics.default, (*pairs, heat, 0.6, 3, backend))
-    scalars = (3, tuple(OPEN_HINGE.values()), backend)
+    scalars = (3, tuple(OPEN_HINGE.values()), "in_batch_ranking_reward", backend)
     torch.library.opcheck(OPS.in_batch_ranking_reward.default, (*pairs, 0.6, *scalars))
     *_, rank, scores, index = registered.in_batch_ranking_reward(*pairs, 0.6, *scalars)
     upstream = torch.randn(5, dtype=scores.dtype)

@@ -46,6 +46,32 @@ def test_gradcheck_and_once(backend, symmetric, reduction):
 
 
 @every_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_of_a_batch_of_upstream_gradients(backend, reduction):
+    """And of one that does not exist: autograd's functions may give None."""
+
+    class Lost(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    leaves = [x.requires_grad_() for x in batch(4, 7, 5, torch.float32)]
+    loss = info_nce(*leaves, reduction=reduction, backend=backend)
+    upstream = torch.randn(3, *loss.shape)
+    found = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i, one in enumerate(upstream):
+        expected = torch.autograd.grad(loss, leaves, one, retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-6, atol=1e-7)
+    lost = torch.autograd.grad(Lost.apply(loss).sum(), leaves, allow_unused=True)
+    assert lost == (None, None)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
 def test_opcheck(backend, dtype):
     query, candidates = batch(4, 7, 5, dtype)

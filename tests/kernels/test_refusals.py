@@ -149,7 +149,7 @@ def test_flags_of_numpy_are_taken_and_no_words():
         (
             lambda: ek.topk(torch.nested.nested_tensor([Q, C]), C, 2),
             "topk: query must be dense, got a nested tensor; "
-            "use torch.nested.to_padded_tensor and a mask",
+            "use torch.nested.to_padded_tensor; mask or drop its padding",
         ),
         (
             lambda: ek.rank_statistics(Q, C, k=2**63),
@@ -166,6 +166,30 @@ def test_messages(call, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         call()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        ek.rank_statistics,
+        ek.info_nce,
+        ek.info_nce_and_grad,
+        ek.in_batch_ranking_reward,
+        ek.in_batch_ranking_reward_and_grad,
+    ],
+)
+def test_what_only_values_show_is_refused_in_the_name_of_the_op_that_was_called(op):
+    calls = {
+        "target": {"target": torch.tensor([0, 1, 9])},
+        "excluded": {"excluded": torch.tensor([[0, 0]])},
+        "backend": {"backend": "cuda"},
+    }
+    watched = Q.clone().requires_grad_()
+    for argument, options in calls.items():
+        for query in (Q, watched):
+            with pytest.raises((ValueError, BackendUnavailable)) as caught:
+                op(query, C, **options)
+            assert str(caught.value).startswith(f"{op.__name__}: {argument} must ")
 
 
 def test_tensors_without_values_have_no_rows_to_name():

@@ -55,6 +55,11 @@ class CpuSteps(Steps):
         )
         return Units(unit, norm, scale)
 
+    def leave_out_unpaired(self, target: Tensor) -> None:
+        super().leave_out_unpaired(target)
+        if self.unpaired is not None and not self.unpaired.any():
+            self.unpaired = None
+
     def multiply_rows(self, query: Units, scores: Tensor) -> None:
         _multiply(query.rows, self.candidates.rows.T, scores)
 
