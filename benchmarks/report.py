@@ -47,9 +47,10 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any]) -> Path:
-    """Keeps `result` as results/<name>-<device>.json."""
-    device = "".join(c if c.isalnum() else "-" for c in result["machine"]["device"].lower())
-    path = RESULTS / f"{name}-{'-'.join(filter(None, device.split('-')))}.json"
+    """Keeps `result` as results/<name>-<device>.json, behind it a CPU level that was forced."""
+    what = f"{result['machine']['device']} {os.environ.get('ELVA_KERNELS_CPU_LEVEL', '')}"
+    words = "".join(c if c.isalnum() else " " for c in what.lower()).split()
+    path = RESULTS / f"{'-'.join([name, *words])}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
