@@ -157,6 +157,11 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def marker(color: int) -> str:
+    """Of the provider with this colour: matplotlib has ten, and begins again."""
+    return "osD^v"[color // 10 % 5]
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """A row a case, a dot a provider: its median time over ours, p20 to p80 as a line."""
     import matplotlib
@@ -185,9 +190,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             row = rows[provider]
             low, middle, high = (row[key] / ours for key in ("p20_ms", "median_ms", "p80_ms"))
             axes.plot([low, high], [y, y], color=f"C{color}", linewidth=2, alpha=0.5)
-            axes.plot(middle, y, "o", color=f"C{color}", markersize=7)
+            axes.plot(middle, y, marker(color), color=f"C{color}", markersize=7)
     for color, provider in enumerate(providers):
-        axes.plot([], [], "o", color=f"C{color}", label=provider)
+        axes.plot([], [], marker(color), color=f"C{color}", label=provider)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
