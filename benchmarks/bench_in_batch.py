@@ -226,11 +226,14 @@ def test_in_batch(op: str, size: int, dtype: str, tally: Tally, benchmark: Any) 
 
 
 def main() -> None:
-    arguments = timing.arguments("bench_in_batch", __doc__, quick="one size in bf16, no file")
+    most = "queries, in a case that is measured"
+    quick = "one size in bf16, no file"
+    arguments = timing.arguments("bench_in_batch", __doc__, quick=quick, most=most)
     tally = Tally("in_batch")
-    for case in CASES[:1] if arguments.quick else CASES:
+    cases = [case for case in CASES if case[1] <= arguments.most]
+    for case in cases[:1] if arguments.quick else cases:
         measure(tally, *case, arguments.seconds)
-    for paired in [] if arguments.quick else PAIRED:
+    for paired in [] if arguments.quick or arguments.most < PAIRED_SIZE else PAIRED:
         measure_pairs(tally, *paired, arguments.seconds)
     tally.tell(keep=not arguments.quick)
 

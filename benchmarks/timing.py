@@ -59,12 +59,19 @@ class Tally:
             print(report.write(self.op, result))
 
 
-def arguments(name: str, doc: str | None, *, quick: str) -> argparse.Namespace:
-    """The command line of `benchmarks.<name>`, obeyed: threads and seed are set."""
+def arguments(
+    name: str, doc: str | None, *, quick: str, most: str | None = None
+) -> argparse.Namespace:
+    """The command line of `benchmarks.<name>`, obeyed: threads and seed are set.
+
+    most: what `--most` limits, where there is one.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc)
     parser.add_argument("--seconds", type=float, default=6.0, help="of measuring, per case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help=quick)
+    if most is not None:
+        parser.add_argument("--most", type=int, default=sys.maxsize, help=most)
     parsed = parser.parse_args()
     reason = elva_kernels.available_backends()["cpu"]
     if reason is not None:
