@@ -38,6 +38,7 @@ one. `u` is a row over its norm, `id` a candidate's id (its index where none is 
                    InfoNCE: van den Oord et al., arXiv:1807.03748, eq. 4, with f = exp(s / T)
     (14) loss_i  = half of (13) and half of its twin, the mean over t in T_i of what candidate t
                    loses in looking for query i among the queries k with t in L_k
+                   and a positive of their own
 
 A row that is not finite spoils the results of its own pairs alone: it is nobody else's negative in
 (11) to (14), and its pairs add nothing to the gradients of other rows. Its own gradient is NaN, and
