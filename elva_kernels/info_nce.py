@@ -113,10 +113,10 @@ def info_nce(
         As `rank_statistics`.
 
     Differentiable: the loss, once, in query, candidates and temperature (closed form; gradients in
-    the input's dtype, rounded once, and in float32 before the factor that reaches a loss which is
-    reduced; 0 for zero rows). The statistics are detached. torch.func:
-    `grad`, `vjp`, `jacrev` and `vmap` in any order, a `vmap` as one call after the other; forward
-    mode raises, and so does a transform of a call with a group.
+    the input's dtype, rounded once; 0 for zero rows). Those of a "mean" or a "sum" are held in the
+    loss's dtype until the factor that reaches it is known. The statistics are detached.
+    torch.func: `grad`, `vjp`, `jacrev` and `vmap` in any order, a `vmap` as one call after the
+    other; forward mode raises, and so does a transform of a call with a group.
 
     With a group of W processes a "mean" is W times the sum of its own queries' losses over the
     number of all queries, a "sum" W times their sum: the mean over processes of either is what one

@@ -22,8 +22,9 @@ def launcher(
     On a GPU "auto" takes a backend only after its self-test (`admission`) in `dtype` on `device`.
 
     Raises:
-        BackendUnavailable: in the name of `called` (None: of `op`), where `backend` was named and
-            cannot run this call, or a CUDA graph is being captured and "auto" has no verdict yet.
+        BackendUnavailable: `backend` was named and cannot run this call, which is said in the name
+            of `called` (None: of `op`); or a CUDA graph is being captured and "auto" has no verdict
+            yet.
     """
     if backend == "auto":
         backend = next(

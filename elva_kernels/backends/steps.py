@@ -36,9 +36,8 @@ class Units(NamedTuple):
 
     rows: Tensor  # [R, D]; zeros where a row is not finite
     norm: Tensor  # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e
-    scale: (
-        Tensor | None
-    )  # [R or more], what makes unit rows of them, 0 for bad ones; None: they are
+    # [R or more], what makes unit rows of them, 0 for bad ones; None: they are.
+    scale: Tensor | None
 
 
 class Sums(NamedTuple):

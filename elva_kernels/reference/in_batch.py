@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     excluded: Tensor | None = None  # [E, 2] int64, (query, candidate), ascending in the query
     candidate_ids: Tensor | None = None  # [M] int64
     max_score: float | None = None
-    padded: bool = True  # whether `NO_POSITIVE` may be in `target`
+    padded: bool = True  # whether `NO_POSITIVE` may be in `target`: a GPU's is not looked at
 
 
 def cosine_matrix(query: Tensor, candidates: Tensor) -> Tensor:
@@ -221,9 +221,8 @@ def info_nce_of_scores(
     there = batch.target != NO_POSITIVE
     target_score = target_scores(scores, batch.target)
     negative = _negatives(scores, batch)
-    rival = negative & (batch.target >= 0).any(
-        1, keepdim=True
-    )  # of a candidate that looks for its query
+    paired = (batch.target >= 0).any(1, keepdim=True)
+    rival = negative & paired  # of a candidate that looks for its query
     losses = []
     for target, own in zip(batch.target.unbind(1), target_score.split(1, dim=1), strict=True):
         lse = _logsumexp(own, scores, negative, temperature)
