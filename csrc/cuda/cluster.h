@@ -55,6 +55,10 @@ __device__ inline void bulk_store(void* global, const void* shared, uint32_t byt
                "r"(shared_address(shared)), "r"(bytes)
                : "memory");
 }
+// Towards the second-level cache, for a bulk_load to come.
+__device__ inline void bulk_prefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // By a thread that has written shared memory, before a barrier that the storing thread passes.
 __device__ inline void before_bulk_store() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -97,6 +101,7 @@ __device__ inline void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals
 using host::Arrivals;
 using host::before_bulk_store;
 using host::bulk_load;
+using host::bulk_prefetch;
 using host::bulk_store;
 using host::cluster_rank;
 using host::cluster_send;

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, kRescale ? 1 : 2)
     if (kRescale) {
       for (int quad = 0; quad < 8; ++quad) {
         const Row<T> row = row_at(first_row + quad + 8 * r);
-        const int found = warp_exponent(row, topk.dim);
+        const int found = row_exponent(row, topk.dim);
         if (lane / 4 == quad) exponent[r] = found;
       }
     }

@@ -306,6 +306,7 @@ unsigned char* shared_memory() { return machine.blocks[machine.fiber().block].me
 void sync_block() { meet(&machine.blocks[machine.fiber().block].meeting); }
 int sync_block_or(int x) { return meet(&machine.blocks[machine.fiber().block].meeting, x); }
 void sync_warp() { meet(&machine.warps[machine.fiber().warp].meeting); }
+int sync_warp_or(int x) { return meet(&machine.warps[machine.fiber().warp].meeting, x); }
 void cluster_sync() { meet(&machine.cluster); }
 uint32_t cluster_rank() { return static_cast<uint32_t>(machine.fiber().block); }
 
@@ -361,6 +362,7 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arriv
   check_aligned(shared, global, bytes);
   machine.copies.push_back({shared, global, bytes, arrivals, machine.current});
 }
+void bulk_prefetch(const void* global, uint32_t bytes) { check_aligned(global, global, bytes); }
 void bulk_store(void* global, const void* shared, uint32_t bytes) {
   check_aligned(shared, global, bytes);
   machine.copies.push_back({global, shared, bytes, nullptr, machine.current});

@@ -66,7 +66,9 @@ const Self& self();
 unsigned char* shared_memory();
 void sync_block();
 void sync_warp();
+// Whether x is not 0 on any thread of the block, or lane of the warp.
 int sync_block_or(int x);
+int sync_warp_or(int x);
 // What the lane of that number, or that distance, of this lane's warp gave.
 uint64_t exchange(uint64_t x, int lane_mask);
 uint64_t take(uint64_t x, int lane);
@@ -85,6 +87,7 @@ struct Arrivals {
   void wait(uint32_t parity);
 };
 void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals);
+void bulk_prefetch(const void* global, uint32_t bytes);
 void bulk_store(void* global, const void* shared, uint32_t bytes);
 void wait_bulk_stores();
 inline void before_bulk_store() {}
@@ -125,6 +128,8 @@ V __shfl_xor_sync(unsigned, V x, int lane_mask) {
   return x;
 }
 
+inline int __all_sync(unsigned, int x) { return host::sync_warp_or(x == 0) == 0; }
+
 template <class V>
 V __shfl_sync(unsigned, V x, int lane) {
   static_assert(sizeof(V) <= 8);
@@ -134,6 +139,8 @@ V __shfl_sync(unsigned, V x, int lane) {
   memcpy(&x, &word, sizeof(x));
   return x;
 }
+
+inline double rsqrt(double x) { return 1 / sqrt(x); }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "unspecified launch failure";
