@@ -67,7 +67,6 @@ struct Layout {
 template <class T, bool kSoft>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kThreads / 32;
-  static constexpr int kKept = 3 * kRowLanes * kSize;  // columns of the query in registers
 
  public:
   __device__ Block(const ClusterArgs& args, unsigned char* memory)
@@ -107,14 +106,14 @@ class Block {
     rank_group<kSoft>(group_, candidates_, args_.weights);
     __syncthreads();
     if (block_ == 0) write_scores(args_, index, group_);
-    if (!wanted().any() && args_.coefficients == nullptr) {
+    if (!wanted().any() && !saves()) {
       total(sound);
       return;
     }
     set_coefficients<kSoft>(group_, candidates_, sound, group_.total[Group::kQueryInverse], args_.weights, a_, b_);
     __syncthreads();
     total(sound);
-    if (block_ == 0 && args_.coefficients != nullptr) write_coefficients();
+    if (block_ == 0 && saves()) write_coefficients();
     if (wanted().any()) {
       gradients();
       store();
@@ -142,7 +141,7 @@ class Block {
   // As Candidates::place.
   __device__ int64_t place(int c) const { return has_marks() ? place_[c] : c > 0 ? c - 1 : 0; }
   // Whether candidate c's row is one that is read; the query's (-1) is.
-  __device__ bool is_read(int c) const { return c < 0 || place(c) >= 0; }
+  __device__ bool is_read(int c) const { return !has_marks() || c < 0 || place_[c] >= 0; }
   // Candidate c's columns in shared memory; -1: the query's.
   __device__ T* row(int c) const { return tile_ + (c + 1) * columns_; }
   __device__ Row<T> scaled_row(int c) const { return {row(c), 1, scale_of(c)}; }
@@ -214,33 +213,30 @@ class Block {
 
   // Dots and squares of this block's columns, of rows as they are.
   __device__ void partial_sums() {
-    constexpr int kSteps = kKept / (kRowLanes * kSize);
-    if (width_ > kKept) {
+    if (width_ != kWholeSteps * kRowLanes * kSize) {
       partial_sums<0>([&](int, int at, float* q) { widen_all(load16(row(-1) + at), q); });
       return;
     }
-    Words kept[kSteps];
+    Words kept[kWholeSteps];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = (step * kRowLanes + row_lane()) * kSize;
-      if (at < width_) kept[step] = words_at(row(-1) + at);
+    for (int step = 0; step < kWholeSteps; ++step) {
+      kept[step] = words_at(row(-1) + (step * kRowLanes + row_lane()) * kSize);
     }
-    partial_sums<kSteps>(
+    partial_sums<kWholeSteps>(
         [&](int step, int, float* q) { widen_all(elements<T>(kept[step]), q); });
   }
   template <int kSteps, class Query>
   __device__ void partial_sums(const Query& query) {
     const bool second = (threadIdx.x & kOfSecond) != 0;
+#pragma unroll 1
     for (int first = -1; first < candidates_; first += 2 * kHalfWarps) {
-      const int one = first + half_warp(), two = one + kHalfWarps, own = second ? two : one;
-      const float2 sums = pair_sums<T, kSteps>(summed_row(one), summed_row(two), width_, query);
-      if (own < candidates_ && is_read(own)) send(own, threadIdx.x % 8, sums);
+      // The query's row in place of one that does not count: every lane takes part in the sums.
+      const int one = first + half_warp(), two = one + kHalfWarps;
+      const bool is_one = one < candidates_ && is_read(one), is_two = two < candidates_ && is_read(two);
+      const float2 sums =
+          pair_sums<T, kSteps>(row(is_one ? one : -1), row(is_two ? two : -1), width_, query);
+      if (second ? is_two : is_one) send(second ? two : one, threadIdx.x % 8, sums);
     }
-  }
-
-  // The query's in place of one that does not count: every lane takes part in the sums.
-  __device__ const T* summed_row(int c) const {
-    return row(c < candidates_ && is_read(c) ? c : -1);
   }
 
   // The same of rows at their exponents.
@@ -359,15 +355,19 @@ class Block {
     total_group(group_, candidates_, sound, group_.total[Group::kQueryInverse], args_.weights);
     if (block_ != 0 || threadIdx.x % 32 != 0) return;
     write_rewards(args_, index_, group_);
-    if (args_.coefficients != nullptr) {
+    if (saves()) {
       coefficients_of_group()[2 * candidates_] = group_.total[Group::kQuery];
     }
   }
 
+  // Whether a backward is to come, or the bank's gradient.
+  __device__ bool saves() const {
+    return args_.coefficients != nullptr && (args_.index.data != nullptr || !wanted().any());
+  }
   __device__ double* coefficients_of_group() const {
     return args_.coefficients + index_ * (2 * candidates_ + 1);
   }
-  // For a backward, and the bank's gradient: as reward_forward lays them out.
+  // As reward_forward lays them out.
   __device__ void write_coefficients() {
     double* const out = coefficients_of_group();
     for (int i = static_cast<int>(threadIdx.x); i < 2 * candidates_; i += kThreads) out[i] = a_[i];

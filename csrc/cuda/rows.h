@@ -163,7 +163,8 @@ __device__ inline float2 segment_sums(const Row<T>& row, const Row<T>& query, in
 
 // The same of two rows a half-warp, of one segment, as they are, dense and in whole vectors: on a
 // lane those of the first, or of the second where kOfSecond is set in its number. To the bit
-// `segment_sums`. `query(step, at, q)` gives the query's vector at `at`, the lane's own in that step.
+// `segment_sums`. kSteps: `columns` is so many times what the lanes take at once; 0: it is any.
+// `query(step, at, q)` gives the query's vector at `at`, where kSteps is above 0 in that step.
 constexpr unsigned kOfSecond = 8;
 template <class T, int kSteps, class Query>
 __device__ inline float2 pair_sums(const T* one, const T* two, int columns, const Query& query) {
@@ -180,14 +181,10 @@ __device__ inline float2 pair_sums(const T* one, const T* two, int columns, cons
   };
   if constexpr (kSteps > 0) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = (step * kRowLanes + row_lane()) * kSize;
-      if (at < columns) add(step, at);
-    }
+    for (int step = 0; step < kSteps; ++step) add(step, (step * kRowLanes + row_lane()) * kSize);
   } else {
-    for (int step = 0, at = row_lane() * kSize; at < columns; ++step, at += kRowLanes * kSize) {
-      add(step, at);
-    }
+#pragma unroll 2
+    for (int at = row_lane() * kSize; at < columns; at += kRowLanes * kSize) add(0, at);
   }
   // row_sum of four values, which are halved in number while the lanes are.
   const bool second = (threadIdx.x & kOfSecond) != 0, squared = (threadIdx.x & 4) != 0;
@@ -201,6 +198,9 @@ __device__ inline float2 pair_sums(const T* one, const T* two, int columns, cons
   const float other = __shfl_xor_sync(kAllLanes, sum, 4);
   return squared ? float2{other, sum} : float2{sum, other};
 }
+
+// Of half a row of 768 elements in half precision, or a quarter of 1536, and so on: without branches.
+constexpr int kWholeSteps = 3;
 
 // The same of a whole row, in segments of `columns`.
 template <class T>
@@ -221,13 +221,12 @@ __device__ inline double2 row_sums(const Row<T>& row, const Row<T>& query, int64
 template <class T>
 __device__ inline double2 pair_row_sums(const Row<T>& one, const Row<T>& two, const Row<T>& query,
                                         int64_t dim, int64_t columns) {
-  constexpr int kSteps = 4;
   double2 sum{0, 0};
   for (int64_t first = 0; first < dim; first += columns) {
     const int here = static_cast<int>(first + columns < dim ? columns : dim - first);
     const auto read = [&](int, int at, float* q) { widen_all(load16(query.data + first + at), q); };
-    const float2 part = columns <= kSteps * kRowLanes * Vector<T>::kSize
-                            ? pair_sums<T, kSteps>(one.data + first, two.data + first, here, read)
+    const float2 part = here == kWholeSteps * kRowLanes * Vector<T>::kSize
+                            ? pair_sums<T, kWholeSteps>(one.data + first, two.data + first, here, read)
                             : pair_sums<T, 0>(one.data + first, two.data + first, here, read);
     sum.x += part.x;
     sum.y += part.y;
