@@ -245,7 +245,8 @@ ElvaStatus most_clusters(void (*kernel)(Args), int cluster, int threads, size_t 
   }
   status = prepare(kernel, shared);
   if (status != ELVA_OK) return status;
-  const LaunchConfig launch(cluster, cluster, threads, shared, nullptr);
+  LaunchConfig launch(cluster, cluster, threads, shared, nullptr);
+  launch.config.numAttrs = 1;  // a cluster of one too: without it the answer is 0
   status = status_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config));
   if (status != ELVA_OK) return status;
   answers[next++ % kAnswers] = {kernel, shared, device, *clusters};

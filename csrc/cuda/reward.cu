@@ -191,8 +191,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
     const int64_t place = rows.in_bank ? rows.place(c) : c - 1;
     return c > 0 && place < 0 ? rows.at(0, 0) : rows.at(c, place);
   };
-  const auto read = [&](int64_t c, bool is_wanted) {
-    if (!is_wanted) return Vector<T>{};
+  const auto read = [&](int64_t c) {
     if constexpr (kWhole) return load16(row(c).data + at);
     return row(c).packed(at, args.dim, row(c).is_dense());
   };
@@ -211,7 +210,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   GradientColumns<T, kWhole ? kTogether : 1, true, decltype(read), decltype(write)>(
       kMostWide, (args.dim + kSize - 1) / kSize - first, a, a + candidates,
       upstream_of(args, index), memory, read, write)
-      .run(wanted.count(candidates), a + 2 * candidates);
+      .run(wanted.count(args.negatives), a + 2 * candidates);
 }
 
 template <class T>
@@ -220,7 +219,7 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
   const auto kernel =
       has_whole_rows<T>(args) ? reward_backward<T, true> : reward_backward<T, false>;
   return launch(kernel, blocks, 1, kGradientThreads,
-                gradient_shared<T>(args.negatives + 1, kMostWide), args.stream, args);
+                gradient_shared<T>(args.negatives, kMostWide), args.stream, args);
 }
 
 template <class T>

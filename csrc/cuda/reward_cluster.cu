@@ -8,7 +8,7 @@
 //   that every gradient is its own; a warp four rows, then reward_gradient.h. Blocks send each other
 //   a product and a square a row through distributed shared memory; each block ranks for itself.
 // Bytes: each input read once by bulk copies, one a row, wherever it lies; each gradient that is
-//   wanted written once, from the place where the row lay: 2 (N + 2) D elements a group, the floor.
+//   wanted written once: 2 (N + 2) D elements a group, the floor.
 // Numerics: as reward.cu, to the last bit. No atomics: the same bits on every run.
 // Limits: a group of (N + 2) D elements in 8 times 227 KB.
 // Reference: elva_kernels.reference.ranking_reward_and_grad.
@@ -22,7 +22,7 @@ namespace {
 constexpr int kThreads = kGradientThreads;
 constexpr int kMostBlocks = 8;
 constexpr size_t kMostShared = 227 << 10;
-constexpr size_t kHalfShared = 113 << 10;  // two blocks a multiprocessor: one loads, one stores
+constexpr size_t kHalfShared = 113 << 10;  // two blocks a multiprocessor: one loads, one computes
 constexpr int64_t kLongSegment = 2048;     // where no block decides
 
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -46,7 +46,7 @@ struct Layout {
     return static_cast<size_t>((candidates + 1) * columns) * sizeof(T);
   }
   __host__ __device__ size_t gradient() const {
-    return gradient_shared<T>(candidates, wide_of(columns / Vector<T>::kSize));
+    return gradient_shared<T>(candidates - 1, wide_of(columns / Vector<T>::kSize));
   }
   // A product and a square of the query and the candidates, from every block, twice.
   __host__ __device__ size_t exchange() const {
@@ -93,6 +93,7 @@ class Block {
   __device__ void open() {
     if (threadIdx.x < 3) arrivals_[threadIdx.x].init();
     if (!kSoft) group_.open(candidates_);
+    clear_exponents();
     __syncthreads();
     cluster_sync();
   }
@@ -106,28 +107,22 @@ class Block {
     rank_group<kSoft>(group_, candidates_, args_.weights);
     __syncthreads();
     if (block_ == 0) write_scores(args_, index, group_);
-    if (!wanted().any() && !saves()) {
-      total(sound);
-      return;
+    if (wanted().any() || saves()) {
+      set_coefficients<kSoft>(group_, candidates_, sound, group_.total[Group::kQueryInverse],
+                              args_.weights, a_, b_);
+      __syncthreads();
+      if (block_ == 0 && saves()) write_coefficients();
     }
-    set_coefficients<kSoft>(group_, candidates_, sound, group_.total[Group::kQueryInverse], args_.weights, a_, b_);
-    __syncthreads();
     total(sound);
-    if (block_ == 0 && saves()) write_coefficients();
     if (wanted().any()) {
       gradients();
-      store();
     } else {
-      __syncthreads();  // the next group's places go where the coefficients are
+      __syncthreads();  // what the next group writes is read no more
     }
   }
 
-  // Before the block ends: its memory must outlive the stores from it, and those of other blocks
-  // into it.
-  __device__ void close() {
-    if (threadIdx.x % 32 == 0) wait_bulk_stores();
-    cluster_sync();
-  }
+  // Before the block ends: its memory must outlive what other blocks send to it.
+  __device__ void close() { cluster_sync(); }
 
  private:
   __device__ Layout<T> layout() const { return {candidates_, columns_, blocks_}; }
@@ -159,55 +154,47 @@ class Block {
     __syncthreads();
   }
 
-  // A row by its warp's first lane, which stored the group before from there; all wait.
+  // Rows by their warp's first lane; all wait.
   __device__ void load() {
     const uint32_t bytes = row_bytes();
     if (threadIdx.x < 32) {
+      read_ = static_cast<uint32_t>(candidates_) + 1;
       if (has_marks()) {
         int read = threadIdx.x == 0 ? 1 : 0;  // the query
         for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += 32) read += is_read(c);
         read_ = static_cast<uint32_t>(warp_sum(read));
-      } else {
-        read_ = static_cast<uint32_t>(candidates_) + 1;
       }
       if (threadIdx.x == 0) arrivals_->expect(bytes * read_);
     }
-    if (threadIdx.x % 32 == 0) {
-      wait_bulk_stores();
-      if (bytes > 0) {
+    if (threadIdx.x % 32 == 0 && bytes > 0) {
+      const Candidates<T> candidates(args_, index_);
+      if (threadIdx.x == 0) {
         const T* query = group_data<T>(args_.batch, args_.query, index_);
-        const Candidates<T> candidates(args_, index_);
-        if (threadIdx.x == 0) bulk_load(row(-1), query + first(), bytes, arrivals_);
-        for (int c = warp(); c < candidates_; c += kWarps) {
-          if (is_read(c)) {
-            bulk_load(row(c), candidates.at(c, place(c)).data + first(), bytes, arrivals_);
-          }
+        bulk_load(row(-1), query + first(), bytes, arrivals_);
+        bulk_load(row(0), candidates.positive + first(), bytes, arrivals_);
+      }
+      if (has_marks()) {
+        for (int c = warp() + 1; c < candidates_; c += kWarps) {
+          if (!is_read(c)) continue;
+          bulk_load(row(c), candidates.at(c, place(c)).data + first(), bytes, arrivals_);
         }
+      } else {
+        load_negatives(candidates.negatives + first() + warp() * candidates.row_stride, bytes);
       }
     }
-    __syncwarp();
-    if (has_marks()) clear_unread();
-    if (threadIdx.x % 32 == 0) prefetch();
     __syncwarp();
     arrivals_->wait(phase_);
     phase_ ^= 1;
   }
-  // Zeros for what `gradients` takes from them; by the warp whose first lane stored from there.
-  __device__ void clear_unread() {
-    for (int c = warp(); c < candidates_; c += kWarps) {
-      if (is_read(c)) continue;
-      for (int at = static_cast<int>(threadIdx.x % 32) * kSize; at < width_; at += 32 * kSize) {
-        store16_shared(row(c) + at, Vector<T>{});
-      }
-    }
-  }
-  // The rows of this cluster's next group. Which a mask or an index leaves of them is not known yet.
-  __device__ void prefetch() const {
-    const int64_t next = index_ + all_.clusters;
-    if (next >= args_.batch.groups || width_ == 0 || has_marks()) return;
-    const Candidates<T> candidates(args_, next);
-    for (int c = warp(); c < candidates_; c += kWarps) {
-      bulk_prefetch(candidates.at(c, c > 0 ? c - 1 : 0).data + first(), row_bytes());
+  // Every kWarps-th from the warp's first. In steps: a product an address takes longer than a row.
+  __device__ void load_negatives(const T* from, uint32_t bytes) {
+    const int64_t step = kWarps * args_.negative.row_stride;
+    T* to = row(warp() + 1);
+#pragma unroll 1
+    for (int c = warp() + 1; c < candidates_; c += kWarps) {
+      bulk_load(to, from, bytes, arrivals_);
+      from += step;
+      to += kWarps * columns_;
     }
   }
 
@@ -301,31 +288,46 @@ class Block {
   __device__ bool score() {
     partial_sums();
     exchanged();
-    bool far = false;
-    for (int c = static_cast<int>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
-      const bool known = !is_read(c) || is_in_range(total(c).y);
-      exponent_[c + 1] = known ? 0 : kZero;  // until it is known
-      far = far || !known;
+    if (__syncthreads_or(set_scores()) == 0) return true;
+    rescale();
+    set_scores();
+    bool bad = false;
+    for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += kThreads) {
+      bad = bad || (place(c) != kMasked && isnan(group_.score[c]));
     }
-    if (__syncthreads_or(far) != 0) rescale();
-    const double query = inverse_of(square_of(-1));
+    const bool sound = __syncthreads_or(bad) == 0;
+    clear_exponents();
+    return sound;
+  }
+  // For groups whose rows are all in range.
+  __device__ void clear_exponents() {
+    for (int c = static_cast<int>(threadIdx.x); c <= candidates_; c += kThreads) exponent_[c] = 0;
+  }
+
+  // From the sums; whether some are of rows that are out of range as they are, or are not read.
+  __device__ bool set_scores() {
+    const double square = square_of(-1, total(-1)), query = inverse_of(square);
+    bool far = !is_in_range(square);
+    for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += kThreads) {
+      const bool read = is_read(c), live = place(c) != kMasked;
+      const double2 sums = read ? total(c) : double2{0, 0};
+      const double own = read ? inverse_of(square_of(c, sums)) : live ? nan("") : 0;
+      const int scale = scale_of(c);
+      group_.set(c, live, sums.x, query, own, scale == 0 ? own : scalbn(own, -scale));
+      far = far || (live && !(read && is_in_range(sums.y)));
+    }
     if (threadIdx.x == 0) {
       group_.total[Group::kQueryInverse] = scalbn(query, -scale_of(-1));
       group_.set_rest(candidates_);
     }
-    bool bad = false;
-    for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += kThreads) {
-      const bool read = is_read(c), live = place(c) != kMasked;
-      const double own = read ? inverse_of(square_of(c)) : live ? nan("") : 0;
-      const int scale = scale_of(c);
-      group_.set(c, live, read ? total(c).x : 0, query, own, scale == 0 ? own : scalbn(own, -scale));
-      bad = bad || (live && isnan(group_.score[c]));
-    }
-    return __syncthreads_or(bad) == 0;
+    return far;
   }
 
-  // Rows whose exponents are kZero get their own; then all sums again.
+  // Rows out of range get their exponents; then all sums again.
   __device__ void rescale() {
+    for (int c = static_cast<int>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
+      if (is_read(c) && !is_in_range(total(c).y)) exponent_[c + 1] = kZero;
+    }
     partial_magnitudes();
     exchanged();
     for (int c = static_cast<int>(threadIdx.x) - 1; c < candidates_; c += kThreads) {
@@ -343,10 +345,10 @@ class Block {
 
   __device__ int scale_of(int c) const { return elva::scale_of(exponent_[c + 1]); }
   // In units of 4^exponent.
-  __device__ double square_of(int c) const {
+  __device__ double square_of(int c, double2 sums) const {
     if (exponent_[c + 1] == kNotFinite) return nan("");
     if (exponent_[c + 1] == kZero) return 0;
-    return total(c).y;
+    return sums.y;
   }
 
   // By the last warp, which has the fewest columns.
@@ -373,7 +375,6 @@ class Block {
     for (int i = static_cast<int>(threadIdx.x); i < 2 * candidates_; i += kThreads) out[i] = a_[i];
   }
 
-  // Gradient rows in place of the rows.
   __device__ void gradients() {
     if (wanted().negatives) {
       gradients<true>();
@@ -383,40 +384,26 @@ class Block {
   }
   template <bool kNegatives>
   __device__ void gradients() {
-    const int wide = all_.wide;
-    for (int first = 0; first < width_; first += wide * kSize) {
-      T* const columns = tile_ + first + static_cast<int>(threadIdx.x) % wide * kSize;
-      const auto read = [&](int64_t c, bool) {
-        return load16(columns + (static_cast<int>(c) + 1) * columns_);
-      };
+    const int64_t dim = args_.dim;
+    for (int at = 0; at < width_; at += all_.wide * kSize) {
+      const int own = at + static_cast<int>(threadIdx.x) % all_.wide * kSize;
+      const int64_t group = index_ * dim + first() + own;
+      T* const query = static_cast<T*>(args_.grad_query) + group;
+      T* const positive = static_cast<T*>(args_.grad_positive) + group;
+      T* const negatives = static_cast<T*>(args_.grad_negative) + group +
+                           (index_ * (args_.negatives - 1) - 1) * dim;
+      const auto read = [&](int64_t c) { return load16(row(static_cast<int>(c)) + own); };
       const auto write = [&](int64_t c, const auto* gradient) {
-        store16_shared(columns + (static_cast<int>(c) + 1) * columns_, packed<T>(gradient));
+        if (c > 0) store16(negatives + c * dim, packed<T>(gradient));
+        if (c == 0 && args_.grad_positive != nullptr) store16(positive, packed<T>(gradient));
+        if (c < 0 && args_.grad_query != nullptr) store16(query, packed<T>(gradient));
       };
       GradientColumns<T, kNegatives ? kTogether : 2, kNegatives, decltype(read), decltype(write)>(
-          wide, (width_ - first) / kSize, a_, b_, group_.total[Group::kUpstream], gradient_, read,
+          all_.wide, (width_ - at) / kSize, a_, b_, group_.total[Group::kUpstream], gradient_, read,
           write)
-          .run(wanted().count(candidates_), group_.total + Group::kQuery);
+          .run(wanted().count(args_.negatives), group_.total + Group::kQuery);
     }
-  }
-
-  // A row by the lane that loads the next one there.
-  __device__ void store() {
-    before_bulk_store();
-    __syncthreads();
-    if (threadIdx.x % 32 != 0 || width_ == 0) return;
-    const uint32_t bytes = row_bytes();
-    const int64_t dim = args_.dim, own = index_ * dim + first();
-    if (threadIdx.x == 0 && wanted().query) {
-      bulk_store(static_cast<T*>(args_.grad_query) + own, row(-1), bytes);
-    }
-    if (threadIdx.x == 0 && wanted().positive) {
-      bulk_store(static_cast<T*>(args_.grad_positive) + own, row(0), bytes);
-    }
-    if (!wanted().negatives) return;
-    T* out = static_cast<T*>(args_.grad_negative) + index_ * args_.negatives * dim + first();
-    for (int c = warp(); c < candidates_; c += kWarps) {
-      if (c > 0) bulk_store(out + (c - 1) * dim, row(c), bytes);
-    }
+    if (width_ == 0) __syncthreads();  // as after gradients
   }
 
   const ClusterArgs& all_;

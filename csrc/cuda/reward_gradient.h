@@ -1,6 +1,6 @@
 // The gradients of a group from its coefficients (reward_group.h): some columns on a block of 256
-// threads, up to 64 vectors at a time; rows in 4 classes, candidate c in class c mod 4. The same to
-// the last bit whichever kernel runs it.
+// threads, up to 64 vectors at a time; negatives in 4 classes, the n-th in class n mod 4. The same
+// to the last bit whichever kernel runs it.
 #ifndef ELVA_CUDA_REWARD_GRADIENT_H_
 #define ELVA_CUDA_REWARD_GRADIENT_H_
 
@@ -19,9 +19,9 @@ __host__ __device__ inline int wide_of(int64_t vectors) {
 
 // Shared memory that gradient_columns takes: coefficients, then sums of two classes.
 template <class T>
-__host__ __device__ inline size_t gradient_shared(int64_t candidates, int wide) {
-  const size_t some = static_cast<size_t>(candidates < kGradientThreads ? candidates
-                                                                        : kGradientThreads);
+__host__ __device__ inline size_t gradient_shared(int64_t negatives, int wide) {
+  const size_t some = static_cast<size_t>(negatives < kGradientThreads ? negatives
+                                                                       : kGradientThreads);
   const size_t coefficients = some * sizeof(float2);
   const size_t sums = 2 * static_cast<size_t>(wide) * Vector<T>::kSize * sizeof(float);
   return ((coefficients > sums ? coefficients : sums) + 15) / 16 * 16;
@@ -72,8 +72,8 @@ struct Wanted {
   __host__ __device__ bool any() const { return query || positive || negatives; }
   // Candidate c's, or the query's (-1).
   __device__ bool of(int64_t c) const { return c < 0 ? query : c == 0 ? positive : negatives; }
-  // How many candidates matter to them.
-  __device__ int64_t count(int64_t candidates) const { return query || negatives ? candidates : 1; }
+  // How many negatives matter to them.
+  __device__ int64_t count(int64_t all) const { return query || negatives ? all : 0; }
 };
 
 template <class T, class V>
@@ -84,10 +84,9 @@ __device__ inline Vector<T> packed(const V* x) {
   return out;
 }
 
-// One group's gradients in a thread's vector of columns. read(c, wanted) gives those of candidate c
-// (-1: the query), zeros or anything finite where it is not wanted; write(c, gradient) takes its
-// gradient, with kNegatives of every candidate, else of the positive alone, and at last the query's;
-// kAhead rows are read at once.
+// One group's gradients in a thread's vector of columns. read(c) gives those of candidate c (-1: the
+// query); write(c, gradient) takes its gradient: with kNegatives of every negative, then of the
+// positive, and at last the query's. kAhead rows are read at once.
 template <class T, int kAhead, bool kNegatives, class Read, class Write>
 class GradientColumns {
   static constexpr int kSize = Vector<T>::kSize;
@@ -109,22 +108,22 @@ class GradientColumns {
         read_(read),
         write_(write) {}
 
-  // All threads of the block; a barrier before. `query_b` is read at the end: it may come about as
-  // late as on the threads that have no columns.
-  __device__ void run(int64_t candidates, const double* query_b) {
-    if (works_) widen_all(read_(-1, true), q_);
-    for (int64_t first = 0; first < candidates; first += kGradientThreads) {
-      const int64_t left = candidates - first;
+  // Of so many negatives. All threads of the block; a barrier before. `query_b` is read at the end:
+  // it may come about as late as on the threads that have no columns.
+  __device__ void run(int64_t negatives, const double* query_b) {
+    if (works_) widen_all(read_(-1), q_);
+    for (int64_t first = 0; first < negatives; first += kGradientThreads) {
+      const int64_t left = negatives - first;
       const int count = static_cast<int>(left < kGradientThreads ? left : kGradientThreads);
-      const bool all_fast = set_fast(first, count);
+      const bool all_fast = set_fast(first + 1, count);
       if (!works_) continue;
       if (all_fast) {
-        fast_rows(first, count);
+        fast_rows(first + 1, count);
       } else {
-        rows(first, count);
+        rows(first + 1, count);
       }
     }
-    if (!kNegatives && works_ && class_ == 0) positive();
+    if (works_ && class_ == kClasses - 1) positive();
     add_classes(query_b);
     __syncthreads();
   }
@@ -133,7 +132,7 @@ class GradientColumns {
   // Coefficients of some candidates as floats; whether those are enough for all.
   __device__ bool set_fast(int64_t first, int count) {
     const int own = static_cast<int>(threadIdx.x);
-    if (first > 0) __syncthreads();
+    if (first > 1) __syncthreads();
     bool slow = false;
     if (own < count) {
       fast_[own] = fast_coefficients(a_[first + own], b_[first + own], upstream_);
@@ -142,20 +141,7 @@ class GradientColumns {
     return __syncthreads_or(slow) == 0;
   }
 
-  __device__ void write_fast(int64_t c, float2 by, const float* x) const {
-    float gradient[kSize];
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) gradient[k] = fmaf(by.x, q_[k], by.y * x[k]);
-    write_(c, gradient);
-  }
-  __device__ void write_exact(int64_t c, double by_query, double by_row, const float* x) const {
-    double gradient[kSize];
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + by_row * x[k];
-    write_(c, gradient);
-  }
-
-  // Those of the class, without a branch but at the end.
+  // The class's share of them, without a branch but at the end.
   __device__ void fast_rows(int64_t first, int count) {
     int next = class_;
 #pragma unroll 1
@@ -176,7 +162,8 @@ class GradientColumns {
         const int i = next + (part + j) * kClasses;
         if (!kAll && i >= count) continue;
         by[j] = fast_[i];
-        rows[j] = read_(first + i, by[j].x != 0 || by[j].y != 0);
+        // By 0 the query's, which is finite, as a row that is masked need not be.
+        rows[j] = read_(by[j].x != 0 || by[j].y != 0 ? first + i : -1);
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
@@ -198,40 +185,43 @@ class GradientColumns {
       float chain[kSize] = {};
 #pragma unroll 1
       for (int i = next; i < count && i < next + kTogether * kClasses; i += kClasses) {
-        const int64_t c = first + i;
-        const float2 by = fast_[i];
-        float x[kSize] = {};
-        const bool wanted = by.x != 0 || by.y != 0;
-        if (wanted) widen_all(read_(c, true), x);
-        if (!isnan(by.x)) {
-          if (kNegatives) write_fast(c, by, x);
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by.x, x[k], chain[k]);
-        } else {
-          const double by_query = upstream_ * a_[c];
-          if (kNegatives) write_exact(c, by_query, upstream_ * b_[c], x);
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) chain[k] += static_cast<float>(by_query * x[k]);
-        }
+        any_row<kNegatives>(first + i, fast_[i], chain);
       }
       add(chain);
     }
   }
+  __device__ void positive() {
+    float chain[kSize] = {};
+    any_row<true>(0, fast_coefficients(a_[0], b_[0], upstream_), chain);
+    add(chain);
+  }
+  template <bool kWrites>
+  __device__ void any_row(int64_t c, float2 by, float* chain) const {
+    float x[kSize] = {};
+    if (by.x != 0 || by.y != 0) widen_all(read_(c), x);
+    if (!isnan(by.x)) {
+      if (kWrites) write_fast(c, by, x);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by.x, x[k], chain[k]);
+      return;
+    }
+    const double by_query = upstream_ * a_[c], by_row = upstream_ * b_[c];
+    double gradient[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + by_row * x[k];
+    if (kWrites) write_(c, gradient);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) chain[k] += static_cast<float>(by_query * x[k]);
+  }
+  __device__ void write_fast(int64_t c, float2 by, const float* x) const {
+    float gradient[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[k] = fmaf(by.x, q_[k], by.y * x[k]);
+    write_(c, gradient);
+  }
   __device__ void add(const float* chain) {
 #pragma unroll
     for (int k = 0; k < kSize; ++k) sum_[k] += chain[k];
-  }
-
-  __device__ void positive() const {
-    const float2 by = fast_coefficients(a_[0], b_[0], upstream_);
-    const bool wanted = by.x != 0 || by.y != 0;
-    float x[kSize] = {};
-    if (wanted) widen_all(read_(0, true), x);
-    if (!isnan(by.x)) {
-      write_fast(0, by, x);
-    } else {
-      write_exact(0, upstream_ * a_[0], upstream_ * b_[0], x);
-    }
   }
 
   // (0 + 2) + (1 + 3), and the query's own share.

@@ -106,6 +106,7 @@ __device__ inline double sigmoid_slope(const Group& group, int64_t i, int64_t k,
 __device__ inline double soft_rank(const Group& group, int64_t candidates, int64_t c,
                                    double temperature) {
   double place = 1;
+#pragma unroll 1
   for (int64_t other = 0; other < candidates; ++other) {
     if (other == c || !group.live[other]) continue;
     const double gap = static_cast<double>(group.value[other]) - group.value[c];
@@ -159,6 +160,7 @@ __device__ inline double slope_of(const Group& group, int64_t candidates, int64_
     if (c == group.hardest()) slope -= weights.w_margin;
   }
   if constexpr (kSoft) {
+#pragma unroll 1
     for (int64_t other = 0; other < candidates; ++other) {
       if (other == c || !group.live[other]) continue;
       slope += weights.w_rank * (group.soft[other] - group.soft[c]) *

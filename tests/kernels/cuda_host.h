@@ -87,10 +87,6 @@ struct Arrivals {
   void wait(uint32_t parity);
 };
 void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals);
-void bulk_prefetch(const void* global, uint32_t bytes);
-void bulk_store(void* global, const void* shared, uint32_t bytes);
-void wait_bulk_stores();
-inline void before_bulk_store() {}
 uint32_t cluster_rank();
 void cluster_sync();
 void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals);
