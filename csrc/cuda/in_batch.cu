@@ -539,7 +539,7 @@ extern "C" {
 ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args) {
   using namespace elva;
   return on_device(args->dtype, args->device, [args](auto element) {
-    return launch(unit_rows<decltype(element)>, blocks_of(args->count, kWarps), 1, kThreads, 0,
+    return launch(unit_rows<decltype(element)>, blocks_of(args->count, kWarps), 0, kThreads, 0,
                   args->stream, *args);
   });
 }
@@ -547,7 +547,7 @@ ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args) {
 ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args) {
   using namespace elva;
   return on_device(args->dtype, args->device, [args](auto element) {
-    return launch(unit_gradient<decltype(element)>, blocks_of(args->count, kWarps), 1, kThreads, 0,
+    return launch(unit_gradient<decltype(element)>, blocks_of(args->count, kWarps), 0, kThreads, 0,
                   args->stream, *args);
   });
 }
@@ -555,7 +555,7 @@ ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args) {
 ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
-    return launch(score_rows, args->rows, 1, kThreads, sizeof(ScoreShared), args->stream, *args);
+    return launch(score_rows, args->rows, 0, kThreads, sizeof(ScoreShared), args->stream, *args);
   });
 }
 
@@ -570,17 +570,17 @@ ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args) {
     const int64_t parts = blocks_of(args->rows, kPartRows), count = parts * args->width;
     double* sum = static_cast<double*>(args->scratch);
     const ColumnArgs all{*args, parts, sum, sum + count, reinterpret_cast<float*>(sum + 2 * count)};
-    const ElvaStatus status = launch(column_parts, blocks_of(args->width, kThreads) * parts, 1,
+    const ElvaStatus status = launch(column_parts, blocks_of(args->width, kThreads) * parts, 0,
                                      kThreads, 0, args->stream, all);
     if (status != ELVA_OK) return status;
-    return launch(column_sums, blocks_of(args->width, kColumns), 1, kColumns, 0, args->stream, all);
+    return launch(column_sums, blocks_of(args->width, kColumns), 0, kColumns, 0, args->stream, all);
   });
 }
 
 ElvaStatus elva_slope_rows_cuda(const ElvaCudaSlopeArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
-    return launch(slope_rows, args->rows, 1, kThreads, 0, args->stream, *args);
+    return launch(slope_rows, args->rows, 0, kThreads, 0, args->stream, *args);
   });
 }
 

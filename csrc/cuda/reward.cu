@@ -166,51 +166,77 @@ __host__ __device__ inline int64_t column_blocks(int64_t dim) {
   return (dim + kColumns - 1) / kColumns;
 }
 
-// kWhole: has_whole_rows.
+// The columns of a group's rows at `at`, where they lie. kWhole: has_whole_rows.
+template <class T, bool kWhole>
+class RowsInPlace {
+ public:
+  __device__ RowsInPlace(const ElvaRewardArgs& args, int64_t index, int64_t at)
+      : args_(args),
+        at_(at),
+        own_(index * args.dim + at),
+        query_{group_data<T>(args.batch, args.query, index), args.query.stride, 0},
+        rows_(args, index),
+        grad_negatives_(static_cast<T*>(args.grad_negative) + index * args.negatives * args.dim +
+                        at) {}
+
+  __device__ Vector<T> read_query() const { return read(query_); }
+  __device__ Vector<T> read_positive() const { return read(rows_.at(0, 0)); }
+  // Of what lies nowhere another one: its coefficients are NaN, and so are they by any row.
+  __device__ Vector<T> read_negative(int64_t n, bool is_wanted) const {
+    const int64_t place = !is_wanted ? -1 : rows_.in_bank ? rows_.place(n + 1) : n;
+    return read(place < 0 ? query_ : rows_.at(n + 1, place));
+  }
+  template <class V>
+  __device__ void write_query(const V* gradient) const {
+    write(static_cast<T*>(args_.grad_query) + own_, gradient, args_.grad_query != nullptr);
+  }
+  template <class V>
+  __device__ void write_positive(const V* gradient) const {
+    write(static_cast<T*>(args_.grad_positive) + own_, gradient, args_.grad_positive != nullptr);
+  }
+  template <class V>
+  __device__ void write_negative(int64_t n, const V* gradient) const {
+    write(grad_negatives_ + n * args_.dim, gradient, args_.grad_negative != nullptr);
+  }
+
+ private:
+  __device__ Vector<T> read(const Row<T>& row) const {
+    if constexpr (kWhole) return load16(row.data + at_);
+    return row.packed(at_, args_.dim, row.is_dense());
+  }
+  template <class V>
+  __device__ void write(T* out, const V* gradient, bool is_wanted) const {
+    if (!is_wanted) return;
+    const Vector<T> x = packed<T>(gradient);
+    if constexpr (kWhole) {
+      store16(out, x);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Vector<T>::kSize; ++i)
+        if (at_ + i < args_.dim) out[i] = x.at[i];
+    }
+  }
+
+  const ElvaRewardArgs& args_;
+  int64_t at_, own_;
+  Row<T> query_;
+  Candidates<T> rows_;
+  T* grad_negatives_;
+};
+
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kGradientThreads, 2)
     reward_backward(const __grid_constant__ ElvaRewardArgs args) {
-  constexpr int kSize = Vector<T>::kSize;
   ELVA_DYNAMIC_SHARED(memory);
+  constexpr int kSize = Vector<T>::kSize;
   const int64_t blocks = column_blocks<T>(args.dim), candidates = args.negatives + 1;
   const int64_t index = blockIdx.x / blocks, first = blockIdx.x % blocks * kMostWide;
-  const int64_t at = (first + threadIdx.x % kMostWide) * kSize;
   const double* a = args.coefficients + index * (2 * candidates + 1);
-  const Wanted wanted(args);
-  const auto out = [&](int64_t c) {
-    T* const rows = static_cast<T*>(c > 0   ? args.grad_negative
-                                    : c < 0 ? args.grad_query
-                                            : args.grad_positive);
-    return rows + (c > 0 ? index * args.negatives + c - 1 : index) * args.dim + at;
-  };
-  const Row<T> query{group_data<T>(args.batch, args.query, index), args.query.stride, 0};
-  const Candidates<T> rows(args, index);
-  // Of what lies nowhere another one: its coefficients are NaN, and so are they by any row.
-  const auto row = [&](int64_t c) -> Row<T> {
-    if (c < 0) return query;
-    const int64_t place = rows.in_bank ? rows.place(c) : c - 1;
-    return c > 0 && place < 0 ? rows.at(0, 0) : rows.at(c, place);
-  };
-  const auto read = [&](int64_t c) {
-    if constexpr (kWhole) return load16(row(c).data + at);
-    return row(c).packed(at, args.dim, row(c).is_dense());
-  };
-  const auto write = [&](int64_t c, const auto* gradient) {
-    if (!wanted.of(c)) return;
-    const Vector<T> x = packed<T>(gradient);
-    T* const p = out(c);
-    if constexpr (kWhole) {
-      store16(p, x);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i)
-        if (at + i < args.dim) p[i] = x.at[i];
-    }
-  };
-  GradientColumns<T, kWhole ? kTogether : 1, true, decltype(read), decltype(write)>(
+  const RowsInPlace<T, kWhole> rows(args, index, (first + threadIdx.x % kMostWide) * kSize);
+  GradientColumns<T, kWhole ? kTogether : 1, true, RowsInPlace<T, kWhole>>(
       kMostWide, (args.dim + kSize - 1) / kSize - first, a, a + candidates,
-      upstream_of(args, index), memory, read, write)
-      .run(wanted.count(args.negatives), a + 2 * candidates);
+      upstream_of(args, index), memory, rows)
+      .run(Wanted(args).count(args.negatives), a + 2 * candidates);
 }
 
 template <class T>
@@ -218,7 +244,7 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
   const int64_t blocks = args.batch.groups * column_blocks<T>(args.dim);
   const auto kernel =
       has_whole_rows<T>(args) ? reward_backward<T, true> : reward_backward<T, false>;
-  return launch(kernel, blocks, 1, kGradientThreads,
+  return launch(kernel, blocks, 0, kGradientThreads,
                 gradient_shared<T>(args.negatives, kMostWide), args.stream, args);
 }
 
@@ -230,7 +256,7 @@ ElvaStatus forward(const ElvaRewardArgs& args) {
     if (status != ELVA_UNSUPPORTED) return status;
   }
   const size_t bytes = args.scratch == nullptr ? Group::bytes(args.negatives + 1) : 0;
-  const ElvaStatus status = launch(reward_forward<T>, args.batch.groups, 1, kThreads, bytes,
+  const ElvaStatus status = launch(reward_forward<T>, args.batch.groups, 0, kThreads, bytes,
                                    args.stream, PlainArgs{args, split.columns});
   return status != ELVA_OK || !Wanted(args).any() ? status : backward<T>(args);
 }

@@ -64,6 +64,49 @@ struct Layout {
   }
 };
 
+// The columns of a group's rows at `at`, in the tile; in 32 bits as far as they go.
+template <class T>
+class HeldRows {
+ public:
+  __device__ HeldRows(const ElvaRewardArgs& args, int64_t index, const T* tile, int columns,
+                      int64_t at)
+      : args_(args),
+        tile_(tile),
+        columns_(columns),
+        dim_(static_cast<uint32_t>(args.dim)),
+        own_(index * args.dim + at),
+        grad_negatives_(static_cast<T*>(args.grad_negative) + index * args.negatives * args.dim +
+                        at) {}
+
+  __device__ Vector<T> read_query() const { return load16(tile_); }
+  __device__ Vector<T> read_positive() const { return load16(tile_ + columns_); }
+  __device__ Vector<T> read_negative(int64_t n, bool is_wanted) const {
+    return load16(tile_ + (is_wanted ? static_cast<int>(n) + 2 : 0) * columns_);
+  }
+  template <class V>
+  __device__ void write_query(const V* gradient) const {
+    if (args_.grad_query == nullptr) return;
+    store16(static_cast<T*>(args_.grad_query) + own_, packed<T>(gradient));
+  }
+  template <class V>
+  __device__ void write_positive(const V* gradient) const {
+    if (args_.grad_positive == nullptr) return;
+    store16(static_cast<T*>(args_.grad_positive) + own_, packed<T>(gradient));
+  }
+  template <class V>
+  __device__ void write_negative(int64_t n, const V* gradient) const {
+    store16(grad_negatives_ + uint64_t{static_cast<uint32_t>(n)} * dim_, packed<T>(gradient));
+  }
+
+ private:
+  const ElvaRewardArgs& args_;
+  const T* tile_;
+  int columns_;
+  uint32_t dim_;
+  int64_t own_;
+  T* grad_negatives_;
+};
+
 template <class T, bool kSoft>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kThreads / 32;
@@ -72,6 +115,7 @@ class Block {
   __device__ Block(const ClusterArgs& args, unsigned char* memory)
       : all_(args),
         args_(args.reward),
+        has_marks_(args.reward.mask.data != nullptr || args.reward.index.data != nullptr),
         candidates_(static_cast<int>(args.reward.negatives) + 1),
         block_(cluster_rank()),
         blocks_(args.blocks),
@@ -130,9 +174,7 @@ class Block {
   // The first of this block's columns.
   __device__ int64_t first() const { return static_cast<int64_t>(columns_) * block_; }
   __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
-  __device__ bool has_marks() const {
-    return args_.mask.data != nullptr || args_.index.data != nullptr;
-  }
+  __device__ bool has_marks() const { return has_marks_; }
   // As Candidates::place.
   __device__ int64_t place(int c) const { return has_marks() ? place_[c] : c > 0 ? c - 1 : 0; }
   // Whether candidate c's row is one that is read; the query's (-1) is.
@@ -219,7 +261,8 @@ class Block {
     for (int first = -1; first < candidates_; first += 2 * kHalfWarps) {
       // The query's row in place of one that does not count: every lane takes part in the sums.
       const int one = first + half_warp(), two = one + kHalfWarps;
-      const bool is_one = one < candidates_ && is_read(one), is_two = two < candidates_ && is_read(two);
+      bool is_one = one < candidates_, is_two = two < candidates_;
+      if (has_marks()) is_one = is_one && is_read(one), is_two = is_two && is_read(two);
       const float2 sums =
           pair_sums<T, kSteps>(row(is_one ? one : -1), row(is_two ? two : -1), width_, query);
       if (second ? is_two : is_one) send(second ? two : one, threadIdx.x % 8, sums);
@@ -384,23 +427,11 @@ class Block {
   }
   template <bool kNegatives>
   __device__ void gradients() {
-    const int64_t dim = args_.dim;
     for (int at = 0; at < width_; at += all_.wide * kSize) {
       const int own = at + static_cast<int>(threadIdx.x) % all_.wide * kSize;
-      const int64_t group = index_ * dim + first() + own;
-      T* const query = static_cast<T*>(args_.grad_query) + group;
-      T* const positive = static_cast<T*>(args_.grad_positive) + group;
-      T* const negatives = static_cast<T*>(args_.grad_negative) + group +
-                           (index_ * (args_.negatives - 1) - 1) * dim;
-      const auto read = [&](int64_t c) { return load16(row(static_cast<int>(c)) + own); };
-      const auto write = [&](int64_t c, const auto* gradient) {
-        if (c > 0) store16(negatives + c * dim, packed<T>(gradient));
-        if (c == 0 && args_.grad_positive != nullptr) store16(positive, packed<T>(gradient));
-        if (c < 0 && args_.grad_query != nullptr) store16(query, packed<T>(gradient));
-      };
-      GradientColumns<T, kNegatives ? kTogether : 2, kNegatives, decltype(read), decltype(write)>(
-          all_.wide, (width_ - at) / kSize, a_, b_, group_.total[Group::kUpstream], gradient_, read,
-          write)
+      const HeldRows<T> rows(args_, index_, tile_ + own, columns_, first() + own);
+      GradientColumns<T, kNegatives ? kTogether : 2, kNegatives, HeldRows<T>>(
+          all_.wide, (width_ - at) / kSize, a_, b_, group_.total[Group::kUpstream], gradient_, rows)
           .run(wanted().count(args_.negatives), group_.total + Group::kQuery);
     }
     if (width_ == 0) __syncthreads();  // as after gradients
@@ -408,6 +439,7 @@ class Block {
 
   const ClusterArgs& all_;
   const ElvaRewardArgs& args_;
+  bool has_marks_;  // of candidates that are not read
   int candidates_;
   uint32_t block_;
   int blocks_, columns_;

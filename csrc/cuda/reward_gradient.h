@@ -84,18 +84,19 @@ __device__ inline Vector<T> packed(const V* x) {
   return out;
 }
 
-// One group's gradients in a thread's vector of columns. read(c) gives those of candidate c (-1: the
-// query); write(c, gradient) takes its gradient: with kNegatives of every negative, then of the
-// positive, and at last the query's. kAhead rows are read at once.
-template <class T, int kAhead, bool kNegatives, class Read, class Write>
+// One group's gradients in a thread's vector of columns. Rows has the columns of the query, of the
+// positive and of negatives (read_query() and the like; read_negative(n, false) anything finite), and
+// takes their gradients (write_query(gradient) and the like), with kNegatives of all rows, else not
+// of the negatives; kAhead rows are read at once.
+template <class T, int kAhead, bool kNegatives, class Rows>
 class GradientColumns {
   static constexpr int kSize = Vector<T>::kSize;
 
  public:
-  // `wide` as wide_of; `columns` vectors from this pass's first on are the group's.
+  // `wide` as wide_of; `columns` vectors from this pass's first on are the group's. a, b: of the
+  // candidates, as reward_group.h.
   __device__ GradientColumns(int wide, int64_t columns, const double* a, const double* b,
-                             double upstream, unsigned char* shared, const Read& read,
-                             const Write& write)
+                             double upstream, unsigned char* shared, const Rows& rows)
       : wide_(wide),
         at_(static_cast<int>(threadIdx.x) % wide),
         class_(static_cast<int>(threadIdx.x) / wide),
@@ -105,22 +106,21 @@ class GradientColumns {
         upstream_(upstream),
         fast_(reinterpret_cast<float2*>(shared)),
         sums_(reinterpret_cast<float*>(shared)),
-        read_(read),
-        write_(write) {}
+        rows_(rows) {}
 
   // Of so many negatives. All threads of the block; a barrier before. `query_b` is read at the end:
   // it may come about as late as on the threads that have no columns.
   __device__ void run(int64_t negatives, const double* query_b) {
-    if (works_) widen_all(read_(-1), q_);
+    if (works_) widen_all(rows_.read_query(), q_);
     for (int64_t first = 0; first < negatives; first += kGradientThreads) {
       const int64_t left = negatives - first;
       const int count = static_cast<int>(left < kGradientThreads ? left : kGradientThreads);
-      const bool all_fast = set_fast(first + 1, count);
+      const bool all_fast = set_fast(first, count);
       if (!works_) continue;
       if (all_fast) {
-        fast_rows(first + 1, count);
+        fast_rows(first, count);
       } else {
-        rows(first + 1, count);
+        any_rows(first, count);
       }
     }
     if (works_ && class_ == kClasses - 1) positive();
@@ -129,13 +129,13 @@ class GradientColumns {
   }
 
  private:
-  // Coefficients of some candidates as floats; whether those are enough for all.
+  // Coefficients of some negatives as floats; whether those are enough for all.
   __device__ bool set_fast(int64_t first, int count) {
     const int own = static_cast<int>(threadIdx.x);
-    if (first > 1) __syncthreads();
+    if (first > 0) __syncthreads();
     bool slow = false;
     if (own < count) {
-      fast_[own] = fast_coefficients(a_[first + own], b_[first + own], upstream_);
+      fast_[own] = fast_coefficients(a_[1 + first + own], b_[1 + first + own], upstream_);
       slow = isnan(fast_[own].x);
     }
     return __syncthreads_or(slow) == 0;
@@ -162,8 +162,7 @@ class GradientColumns {
         const int i = next + (part + j) * kClasses;
         if (!kAll && i >= count) continue;
         by[j] = fast_[i];
-        // By 0 the query's, which is finite, as a row that is masked need not be.
-        rows[j] = read_(by[j].x != 0 || by[j].y != 0 ? first + i : -1);
+        rows[j] = rows_.read_negative(first + i, by[j].x != 0 || by[j].y != 0);
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
@@ -171,7 +170,11 @@ class GradientColumns {
         if (!kAll && i >= count) continue;
         float x[kSize];
         widen_all(rows[j], x);
-        if (kNegatives) write_fast(first + i, by[j], x);
+        if (kNegatives) {
+          float gradient[kSize];
+          form(by[j], x, gradient);
+          rows_.write_negative(first + i, gradient);
+        }
 #pragma unroll
         for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by[j].x, x[k], chain[k]);
       }
@@ -180,27 +183,37 @@ class GradientColumns {
   }
 
   // The same where some coefficients are out of the range of floats or not finite.
-  __device__ void rows(int64_t first, int count) {
+  __device__ void any_rows(int64_t first, int count) {
     for (int next = class_; next < count; next += kTogether * kClasses) {
       float chain[kSize] = {};
 #pragma unroll 1
       for (int i = next; i < count && i < next + kTogether * kClasses; i += kClasses) {
-        any_row<kNegatives>(first + i, fast_[i], chain);
+        const auto write = [&](const auto* gradient) {
+          if (kNegatives) rows_.write_negative(first + i, gradient);
+        };
+        float x[kSize] = {};
+        if (fast_[i].x != 0 || fast_[i].y != 0) {
+          widen_all(rows_.read_negative(first + i, true), x);
+        }
+        any_row(1 + first + i, fast_[i], x, chain, write);
       }
       add(chain);
     }
   }
   __device__ void positive() {
-    float chain[kSize] = {};
-    any_row<true>(0, fast_coefficients(a_[0], b_[0], upstream_), chain);
+    float chain[kSize] = {}, x[kSize];
+    widen_all(rows_.read_positive(), x);
+    const auto write = [&](const auto* gradient) { rows_.write_positive(gradient); };
+    any_row(0, fast_coefficients(a_[0], b_[0], upstream_), x, chain, write);
     add(chain);
   }
-  template <bool kWrites>
-  __device__ void any_row(int64_t c, float2 by, float* chain) const {
-    float x[kSize] = {};
-    if (by.x != 0 || by.y != 0) widen_all(read_(c), x);
+  template <class Write>
+  __device__ void any_row(int64_t c, float2 by, const float* x, float* chain,
+                          const Write& write) const {
     if (!isnan(by.x)) {
-      if (kWrites) write_fast(c, by, x);
+      float gradient[kSize];
+      form(by, x, gradient);
+      write(gradient);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by.x, x[k], chain[k]);
       return;
@@ -209,15 +222,13 @@ class GradientColumns {
     double gradient[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + by_row * x[k];
-    if (kWrites) write_(c, gradient);
+    write(gradient);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) chain[k] += static_cast<float>(by_query * x[k]);
   }
-  __device__ void write_fast(int64_t c, float2 by, const float* x) const {
-    float gradient[kSize];
+  __device__ void form(float2 by, const float* x, float* gradient) const {
 #pragma unroll
     for (int k = 0; k < kSize; ++k) gradient[k] = fmaf(by.x, q_[k], by.y * x[k]);
-    write_(c, gradient);
   }
   __device__ void add(const float* chain) {
 #pragma unroll
@@ -244,7 +255,7 @@ class GradientColumns {
     double gradient[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + sum_[k];
-    write_(-1, gradient);
+    rows_.write_query(gradient);
   }
 
   int wide_, at_, class_;
@@ -253,8 +264,7 @@ class GradientColumns {
   double upstream_;
   float2* fast_;
   float* sums_;
-  const Read& read_;
-  const Write& write_;
+  const Rows& rows_;
   float q_[kSize] = {}, sum_[kSize] = {};
 };
 

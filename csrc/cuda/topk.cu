@@ -318,11 +318,11 @@ ElvaStatus run(const ElvaTopkScoresArgs& topk) {
   TopkArgs args;
   pad<T>(topk, &args);
   constexpr size_t kShared = static_cast<size_t>(Tile<T>::kQueries) * (kPieceBytes + kPaddingBytes);
-  ElvaStatus status = launch(topk_queries<T>, args.padded_queries, 1, 32, 0, topk.stream, args);
+  ElvaStatus status = launch(topk_queries<T>, args.padded_queries, 0, 32, 0, topk.stream, args);
   if (status != ELVA_OK) return status;
-  status = launch(topk_scores<T, false>, args.blocks, 1, kThreads, kShared, topk.stream, args);
+  status = launch(topk_scores<T, false>, args.blocks, 0, kThreads, kShared, topk.stream, args);
   if (status != ELVA_OK) return status;
-  return launch(topk_scores<T, true>, args.blocks, 1, kThreads, kShared, topk.stream, args);
+  return launch(topk_scores<T, true>, args.blocks, 0, kThreads, kShared, topk.stream, args);
 }
 
 }  // namespace
