@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   GradientColumns<T, kWhole ? kTogether : 1, true, RowsInPlace<T, kWhole>>(
       kMostWide, (args.dim + kSize - 1) / kSize - first, a, a + candidates,
       upstream_of(args, index), memory, rows)
-      .run(Wanted(args).count(args.negatives), a + 2 * candidates);
+      .run(Wanted(args).count(args.negatives), a + 2 * candidates, [] {});
 }
 
 template <class T>

@@ -157,10 +157,12 @@ class Block {
       __syncthreads();
       if (block_ == 0 && saves()) write_coefficients();
     }
-    total(sound);
-    if (wanted().any()) {
-      gradients();
+    if (wanted().negatives) {
+      gradients<true>(sound);
+    } else if (wanted().any()) {
+      gradients<false>(sound);
     } else {
+      total(sound);
       __syncthreads();  // what the next group writes is read no more
     }
   }
@@ -258,7 +260,7 @@ class Block {
   __device__ void partial_sums(const Query& query) {
     const bool second = (threadIdx.x & kOfSecond) != 0;
 #pragma unroll 1
-    for (int first = -1; first < candidates_; first += 2 * kHalfWarps) {
+    for (int first = -1; first + 2 * warp() < candidates_; first += 2 * kHalfWarps) {
       // The query's row in place of one that does not count: every lane takes part in the sums.
       const int one = first + half_warp(), two = one + kHalfWarps;
       bool is_one = one < candidates_, is_two = two < candidates_;
@@ -418,21 +420,16 @@ class Block {
     for (int i = static_cast<int>(threadIdx.x); i < 2 * candidates_; i += kThreads) out[i] = a_[i];
   }
 
-  __device__ void gradients() {
-    if (wanted().negatives) {
-      gradients<true>();
-    } else {
-      gradients<false>();
-    }
-  }
   template <bool kNegatives>
-  __device__ void gradients() {
+  __device__ void gradients(bool sound) {
     for (int at = 0; at < width_; at += all_.wide * kSize) {
       const int own = at + static_cast<int>(threadIdx.x) % all_.wide * kSize;
       const HeldRows<T> rows(args_, index_, tile_ + own, columns_, first() + own);
       GradientColumns<T, kNegatives ? kTogether : 2, kNegatives, HeldRows<T>>(
           all_.wide, (width_ - at) / kSize, a_, b_, group_.total[Group::kUpstream], gradient_, rows)
-          .run(wanted().count(args_.negatives), group_.total + Group::kQuery);
+          .run(wanted().count(args_.negatives), group_.total + Group::kQuery, [&] {
+            if (at == 0) total(sound);
+          });
     }
     if (width_ == 0) __syncthreads();  // as after gradients
   }

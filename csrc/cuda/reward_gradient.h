@@ -108,14 +108,17 @@ class GradientColumns {
         sums_(reinterpret_cast<float*>(shared)),
         rows_(rows) {}
 
-  // Of so many negatives. All threads of the block; a barrier before. `query_b` is read at the end:
-  // it may come about as late as on the threads that have no columns.
-  __device__ void run(int64_t negatives, const double* query_b) {
+  // Of so many negatives. All threads of the block; a barrier before. `late` is called by all when the
+  // others need not wait for it any more: it may set *query_b, which is read at the end.
+  template <class Late>
+  __device__ void run(int64_t negatives, const double* query_b, const Late& late) {
+    if (negatives == 0) late();
     if (works_) widen_all(rows_.read_query(), q_);
     for (int64_t first = 0; first < negatives; first += kGradientThreads) {
       const int64_t left = negatives - first;
       const int count = static_cast<int>(left < kGradientThreads ? left : kGradientThreads);
       const bool all_fast = set_fast(first, count);
+      if (first == 0) late();
       if (!works_) continue;
       if (all_fast) {
         fast_rows(first, count);
