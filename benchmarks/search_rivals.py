@@ -4,6 +4,7 @@
 milliseconds as JSON.
 """
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -63,6 +64,47 @@ SEARCHES = {
     "usearch": _usearch,
     "sentence_transformers": _sentence_transformers,
 }
+
+
+def _faiss_on_a_gpu(corpus: Any, k: int) -> Callable[[Any], Any]:
+    """Its search without an index, of tensors in float16: it takes no bfloat16."""
+    import faiss
+    import faiss.contrib.torch_utils  # lets it take tensors
+
+    resources, rows = faiss.StandardGpuResources(), corpus.half()
+    resources.setDefaultNullStreamAllDevices()  # torch's own
+    score = faiss.METRIC_INNER_PRODUCT
+    return lambda query: faiss.knn_gpu(resources, query.half(), rows, k, metric=score)
+
+
+def _cuvs(corpus: Any, k: int) -> Callable[[Any], Any]:
+    """Of float16: it takes no bfloat16. A call ends when its result is there."""
+    from cuvs.neighbors import brute_force
+
+    index = brute_force.build(corpus.half(), metric="inner_product")
+    return lambda query: brute_force.search(index, query.half(), k)
+
+
+# Beside torch in its process: their module, and what takes a corpus on the GPU and gives a search.
+ON_A_GPU: dict[str, tuple[str, Callable[[Any, int], Callable[[Any], Any]]]] = {
+    "FAISS knn_gpu fp16": ("faiss", _faiss_on_a_gpu),
+    "cuVS brute force fp16": ("cuvs", _cuvs),
+}
+
+
+def absent_on_a_gpu() -> dict[str, str]:
+    """Those of `ON_A_GPU` that cannot run here, and why."""
+    import torch
+
+    reasons = {}
+    for name, (module, _) in ON_A_GPU.items():
+        if not torch.cuda.is_available():
+            reasons[name] = "its kernels need a GPU"
+        elif importlib.util.find_spec(module) is None:
+            reasons[name] = "not installed"
+        elif module == "faiss" and not hasattr(importlib.import_module(module), "knn_gpu"):
+            reasons[name] = "this FAISS is built for the CPU"
+    return reasons
 
 
 def main() -> None:

@@ -1,0 +1,169 @@
+"""The parts of a run, in the order in which they begin as soon as they may."""
+
+import sys
+from dataclasses import dataclass
+
+from benchmarks.gpu.schedule import Part
+
+# Checks by their family; the modules `prove_*` hold them.
+CHECKS = {
+    "reward": ("values", "layouts", "odd rows", "many groups", "clusters", "banks", "names"),
+    "in-batch": ("values", "positives", "wrt", "ties", "names", "repeats"),
+    "topk": ("values", "order", "copies", "repeats"),
+    "process": ("autocast", "switches", "streams"),
+}
+CHECKS["reward"] += ("repeats", "offsets")
+FIGURES = ("reward", "topk", "in_batch", "reward_paths", "host")
+FAMILIES = ("reward", "in_batch", "topk")
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+RIVALS = {  # by their part's name: who, and the group of cases that they take
+    "liger": ("liger-kernel", "in_batch"),
+    "cut-cross-entropy": ("cut-cross-entropy", "in_batch"),
+    "faiss": ("FAISS knn_gpu fp16", "topk"),
+    "cuvs": ("cuVS brute force fp16", "topk"),
+    "quack": ("quack-kernels", "in_batch"),
+    "inf-cl": ("inf-cl", "in_batch"),
+}
+DTYPES = {
+    "cuda": ("bfloat16", "float16", "float32"),
+    "triton": ("bfloat16", "float16", "float32", "float64"),
+    "cpu": ("bfloat16", "float16", "float32", "float64"),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of all this a run is to do."""
+
+    directory: str
+    backends: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    seconds: float  # a case
+    dry: bool
+
+    def module(self, name: str, part: str, *words: str) -> tuple[str, ...]:
+        """The command of a part; `words` behind the folder and its name."""
+        return (sys.executable, "-m", f"benchmarks.gpu.{name}", self.directory, part, *words)
+
+    def tool(self, what: str, part: str, *words: str) -> tuple[str, ...]:
+        command = (sys.executable, "-m", "benchmarks.gpu.tools", what, self.directory, part)
+        return (*command, *words)
+
+    def dtypes_of(self, backend: str) -> list[str]:
+        return [x for x in DTYPES[backend] if not self.dtypes or x in self.dtypes]
+
+
+def all_parts(asked: Asked) -> list[Part]:
+    """Of a run on a GPU, or of one that only tries this on the CPU."""
+    parts = [Part("facts", asked.tool("facts", "facts"), limit=40)]
+    if asked.dry:
+        return [*parts, *proofs(asked, "cpu"), *figures(asked, "cpu"), *rivals(asked, "cpu")]
+    if "cuda" in asked.backends:
+        parts.append(Part("build", asked.tool("build", "build"), limit=240, silence=240))
+        parts += [*proofs(asked, "cuda"), *figures(asked, "cuda"), *rivals(asked, "cuda")]
+        parts += looks(asked)
+    if "triton" in asked.backends:
+        parts += [*proofs(asked, "triton"), *figures(asked, "triton")]
+    return [*parts, *compiled(asked)]
+
+
+def proofs(asked: Asked, backend: str) -> list[Part]:
+    """CUDA's: a process a dtype and family. Triton's: a process a dtype and check, whose
+    compilations then run side by side. The CPU's: a process a family."""
+    dry = ("--dry-run",) if asked.dry else ()
+    needs = ("build",) if backend == "cuda" else ()
+    limit, silence = (200.0, 200.0) if backend == "triton" else (90.0, 30.0)
+    every = asked.dtypes_of(backend)
+    parts = []
+    for dtypes in [[",".join(every)]] if asked.dry else [[x] for x in every]:
+        for family, names in CHECKS.items():
+            checks = [f"{family} {name}" for name in names]
+            for chosen in [[x] for x in checks] if backend == "triton" else [checks]:
+                kind = chosen[0].replace(" ", "-") if backend == "triton" else family
+                name = f"prove-{backend}-{kind}" + ("" if asked.dry else f"-{dtypes[0]}")
+                command = asked.module("prove", name, backend, *dtypes, *chosen, *dry)
+                patient = backend == "triton"
+                parts.append(Part(name, command, limit, silence, patient=patient, needs=needs))
+        name = f"prove-{backend}-selftest" + ("" if asked.dry else f"-{dtypes[0]}")
+        command = asked.module("prove", name, backend, *dtypes, "process selftest", *dry)
+        if backend != "triton":
+            parts.append(Part(name, command, 90, 90, needs=needs))
+    if "bfloat16" in every and backend != "triton":
+        first = f"prove-{backend}-selftest" + ("" if asked.dry else "-bfloat16")
+        name = f"prove-{backend}-graphs"
+        command = asked.module("prove", name, backend, "bfloat16", "process graphs", *dry)
+        parts.append(Part(name, command, 60, needs=(*needs, first)))
+    return parts
+
+
+def figures(asked: Asked, backend: str) -> list[Part]:
+    """Alone on the device, behind the backend's proofs: Triton's, behind those of the figures'
+    dtype, for the others take minutes."""
+    needs = tuple(
+        x.name for x in proofs(asked, backend) if backend != "triton" or "bfloat16" in x.name
+    )
+    dry = ("--dry-run",) if asked.dry else ()
+    parts = []
+    for group in [FIGURES] if asked.dry else [(x,) for x in FIGURES]:
+        name = f"figures-{backend}" + ("" if asked.dry else f"-{group[0]}")
+        words = (backend, *group, "--seconds", str(asked.seconds), *dry)
+        command = asked.module("measure", name, *words)
+        parts.append(Part(name, command, limit=75, silence=40, alone=True, needs=needs))
+    return parts
+
+
+def rivals(asked: Asked, backend: str) -> list[Part]:
+    """Each in its own process, behind our figures: a crash of one is not ours."""
+    needs = tuple(x.name for x in figures(asked, backend))
+    dry = ("--dry-run",) if asked.dry else ()
+    parts = []
+    for name, (who, group) in list(RIVALS.items())[: 1 if asked.dry else None]:
+        words = (backend, group, "--who", who, "--seconds", str(asked.seconds), *dry)
+        command = asked.module("measure", f"rival-{name}", *words)
+        part = Part(f"rival-{name}", command, 45, 45, alone=True, foreign=True, needs=needs)
+        parts.append(part)
+    return parts
+
+
+def looks(asked: Asked) -> list[Part]:
+    """Into CUDA's kernels, by sanitizers side by side and then by ncu alone."""
+    needs = tuple(x.name for x in (*figures(asked, "cuda"), *rivals(asked, "cuda")))
+    parts = []
+    for tool in SANITIZERS:
+        for family in FAMILIES:
+            name = f"sanitize-{tool}-{family}"
+            command = asked.tool("sanitize", name, "--tool", tool, "--family", family)
+            parts.append(Part(name, command, 50, 50, foreign=True, needs=needs))
+    sanitizers = tuple(x.name for x in parts)
+    for family in FAMILIES:
+        name = f"ncu-{family}"
+        command = asked.tool("ncu", name, "--family", family)
+        parts.append(Part(name, command, 45, 45, alone=True, foreign=True, needs=sanitizers))
+    return parts
+
+
+def compiled(asked: Asked) -> list[Part]:
+    """torch.compile's figures: minutes of compiling, so behind everything."""
+    needs = tuple(x.name for x in (*figures(asked, "cuda"), *figures(asked, "triton")))
+    parts = []
+    for group in ("in_batch", "reward"):
+        words = ("cuda", group, "--who", "torch compile", "--seconds", str(asked.seconds))
+        command = asked.module("measure", f"compiled-{group}", *words)
+        part = Part(f"compiled-{group}", command, 90, 90, alone=True, foreign=True, needs=needs)
+        parts.append(part)
+    return parts
+
+
+def chosen(parts: list[Part], only: list[str]) -> list[Part]:
+    """Those whose name is one of `only`, or begins with it and a hyphen.
+
+    Raises:
+        ValueError: a name of `only` that chooses none.
+    """
+    for name in only:
+        if not any(x.name == name or x.name.startswith(f"{name}-") for x in parts):
+            known = ", ".join(dict.fromkeys(x.name.split("-")[0] for x in parts))
+            raise ValueError(f"--only must name parts ({known}, or one in full), got {name!r}")
+    return [
+        x for x in parts if not only or any(x.name == y or x.name.startswith(f"{y}-") for y in only)
+    ]
