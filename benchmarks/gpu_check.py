@@ -1,9 +1,9 @@
 """All that a GPU can prove, then its figures, in one short run: `python -m benchmarks.gpu_check`.
 
-Parts are processes (`benchmarks/gpu`): proofs against the reference in float64 side by side, figures
-alone on the device, then sanitizers, ncu and rivals. Each line of a result is kept in DIR at once,
-and the run ends by itself: DIR/results.jsonl, log.txt, ncu.txt, gpu-<device>.json. What is red gets
-no speed, all else does. Ends with 1 where anything is red or crashed.
+Parts are processes (`benchmarks/gpu`): proofs against the reference in float64 side by side,
+figures alone on the device, then rivals, sanitizers and ncu. Each line of a result is kept in DIR
+at once, and the run ends by itself: results.jsonl, log.txt, ncu.txt, gpu-<device>.json. What is red
+gets no speed, all else does. Ends with 1 where anything is red or crashed.
 
 `--dry-run` does all but the launches on the CPU, at small sizes. The tree's own package is meant;
 its CUDA kernels are built first where nvcc is found.
@@ -59,6 +59,9 @@ def finish(directory: Path) -> int:
     result, path = collect.keep(directory)
     print(collect.table(result))
     print(path)
+    if not result["rows"] and not any(x["verdict"] == "green" for x in result["checks"]):
+        print("gpu_check: nothing was proven and nothing measured")
+        return 1
     return int(any(map(lines.is_red, lines.read(directory))))
 
 
@@ -89,7 +92,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"gpu_check: {error}")
     if given.list:
-        sys.exit("\n".join(x.name for x in chosen))
+        print(*(x.name for x in chosen), sep="\n")
+        return
     if not given.dry_run and shutil.which("nvidia-smi") is None:
         sys.exit("gpu_check: there is no GPU; --dry-run does what can be done without one")
     jobs = given.jobs or (1 if given.dry_run else os.cpu_count() or 1)

@@ -4,7 +4,6 @@
 milliseconds as JSON.
 """
 
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -90,21 +89,6 @@ ON_A_GPU: dict[str, tuple[str, Callable[[Any, int], Callable[[Any], Any]]]] = {
     "FAISS knn_gpu fp16": ("faiss", _faiss_on_a_gpu),
     "cuVS brute force fp16": ("cuvs", _cuvs),
 }
-
-
-def absent_on_a_gpu() -> dict[str, str]:
-    """Those of `ON_A_GPU` that cannot run here, and why."""
-    import torch
-
-    reasons = {}
-    for name, (module, _) in ON_A_GPU.items():
-        if not torch.cuda.is_available():
-            reasons[name] = "its kernels need a GPU"
-        elif importlib.util.find_spec(module) is None:
-            reasons[name] = "not installed"
-        elif module == "faiss" and not hasattr(importlib.import_module(module), "knn_gpu"):
-            reasons[name] = "this FAISS is built for the CPU"
-    return reasons
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""What `benchmarks.gpu_check` runs on a GPU: its parts, each a process of its own, and their lines."""
+"""What `benchmarks.gpu_check` runs: parts, each a process of its own, and their lines."""

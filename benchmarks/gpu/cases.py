@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import elva_kernels
@@ -221,8 +220,7 @@ class Cases:
             "torch compile": self.compiled_loss(),
             **{name: loss for name, (_, loss) in in_batch_rivals.ON_A_GPU.items()},
         }
-        if hasattr(F, "linear_cross_entropy"):
-            losses["torch eager linear_cross_entropy"] = in_batch_rivals.linear_loss
+        losses["torch linear_cross_entropy"] = in_batch_rivals.linear_loss
         return self.losses(size, dim, losses, 3)
 
     def compiled_loss(self) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,7 +1,9 @@
 """The parts of a run, in the order in which they begin as soon as they may."""
 
+import importlib.util
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu.schedule import Part
 
@@ -16,14 +18,15 @@ CHECKS["reward"] += ("repeats", "offsets")
 FIGURES = ("reward", "topk", "in_batch", "reward_paths", "host")
 FAMILIES = ("reward", "in_batch", "topk")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-RIVALS = {  # by their part's name: who, and the group of cases that they take
-    "liger": ("liger-kernel", "in_batch"),
-    "cut-cross-entropy": ("cut-cross-entropy", "in_batch"),
+RIVALS = {  # by their module: who, and the group of cases that they take
+    "liger_kernel": ("liger-kernel", "in_batch"),
+    "cut_cross_entropy": ("cut-cross-entropy", "in_batch"),
     "faiss": ("FAISS knn_gpu fp16", "topk"),
     "cuvs": ("cuVS brute force fp16", "topk"),
     "quack": ("quack-kernels", "in_batch"),
-    "inf-cl": ("inf-cl", "in_batch"),
+    "inf_cl": ("inf-cl", "in_batch"),
 }
+NO_GPU = "it needs a GPU"
 DTYPES = {
     "cuda": ("bfloat16", "float16", "float32"),
     "triton": ("bfloat16", "float16", "float32", "float64"),
@@ -54,17 +57,26 @@ class Asked:
 
 
 def all_parts(asked: Asked) -> list[Part]:
-    """Of a run on a GPU, or of one that only tries this on the CPU."""
+    """Of a run on a GPU, or of one that tries all but its launches on the CPU."""
     parts = [Part("facts", asked.tool("facts", "facts"), limit=40)]
     if asked.dry:
-        return [*parts, *proofs(asked, "cpu"), *figures(asked, "cpu"), *rivals(asked, "cpu")]
+        further = (build(asked), *rivals(asked), *looks(asked), *compiled(asked))
+        parts += [*proofs(asked, "cpu"), *figures(asked, "cpu")]
+        return parts + [replace(x, reason=NO_GPU) for x in further]
     if "cuda" in asked.backends:
-        parts.append(Part("build", asked.tool("build", "build"), limit=240, silence=240))
-        parts += [*proofs(asked, "cuda"), *figures(asked, "cuda"), *rivals(asked, "cuda")]
-        parts += looks(asked)
+        parts += [build(asked), *proofs(asked, "cuda"), *figures(asked, "cuda")]
+        parts += [*rivals(asked), *looks(asked)]
     if "triton" in asked.backends:
         parts += [*proofs(asked, "triton"), *figures(asked, "triton")]
     return [*parts, *compiled(asked)]
+
+
+def build(asked: Asked) -> Part:
+    return Part("build", asked.tool("build", "build"), 240, 240, reason=no_program("nvcc"))
+
+
+def no_program(name: str) -> str | None:
+    return None if shutil.which(name) else f"no {name} here"
 
 
 def proofs(asked: Asked, backend: str) -> list[Part]:
@@ -98,47 +110,54 @@ def proofs(asked: Asked, backend: str) -> list[Part]:
 
 def figures(asked: Asked, backend: str) -> list[Part]:
     """Alone on the device, behind the backend's proofs: Triton's, behind those of the figures'
-    dtype, for the others take minutes."""
-    needs = tuple(
-        x.name for x in proofs(asked, backend) if backend != "triton" or "bfloat16" in x.name
-    )
+    dtype, for the others take minutes, and behind CUDA's sanitizers."""
+    needs = [x.name for x in proofs(asked, backend) if backend != "triton" or "bfloat" in x.name]
+    needs += [x.name for x in sanitizers(asked)] if backend == "triton" else []
     dry = ("--dry-run",) if asked.dry else ()
     parts = []
     for group in [FIGURES] if asked.dry else [(x,) for x in FIGURES]:
         name = f"figures-{backend}" + ("" if asked.dry else f"-{group[0]}")
         words = (backend, *group, "--seconds", str(asked.seconds), *dry)
         command = asked.module("measure", name, *words)
-        parts.append(Part(name, command, limit=75, silence=40, alone=True, needs=needs))
+        parts.append(Part(name, command, 75, 40, alone=True, needs=tuple(needs)))
     return parts
 
 
-def rivals(asked: Asked, backend: str) -> list[Part]:
+def rivals(asked: Asked) -> list[Part]:
     """Each in its own process, behind our figures: a crash of one is not ours."""
-    needs = tuple(x.name for x in figures(asked, backend))
-    dry = ("--dry-run",) if asked.dry else ()
+    needs = tuple(x.name for x in figures(asked, "cuda"))
     parts = []
-    for name, (who, group) in list(RIVALS.items())[: 1 if asked.dry else None]:
-        words = (backend, group, "--who", who, "--seconds", str(asked.seconds), *dry)
-        command = asked.module("measure", f"rival-{name}", *words)
-        part = Part(f"rival-{name}", command, 45, 45, alone=True, foreign=True, needs=needs)
-        parts.append(part)
+    for module, (who, group) in RIVALS.items():
+        name = f"rival-{module}"
+        words = ("cuda", group, "--who", who, "--seconds", str(asked.seconds))
+        absent = None if importlib.util.find_spec(module) else "not installed"
+        part = Part(name, asked.module("measure", name, *words), 45, 45, alone=True, foreign=True)
+        parts.append(replace(part, needs=needs, reason=absent))
     return parts
 
 
-def looks(asked: Asked) -> list[Part]:
-    """Into CUDA's kernels, by sanitizers side by side and then by ncu alone."""
-    needs = tuple(x.name for x in (*figures(asked, "cuda"), *rivals(asked, "cuda")))
-    parts = []
+def sanitizers(asked: Asked) -> list[Part]:
+    """Side by side, behind our figures and the rivals'."""
+    needs = tuple(x.name for x in (*figures(asked, "cuda"), *rivals(asked)))
+    absent, parts = no_program("compute-sanitizer"), []
     for tool in SANITIZERS:
         for family in FAMILIES:
             name = f"sanitize-{tool}-{family}"
             command = asked.tool("sanitize", name, "--tool", tool, "--family", family)
-            parts.append(Part(name, command, 50, 50, foreign=True, needs=needs))
-    sanitizers = tuple(x.name for x in parts)
+            part = Part(name, command, 50, 50, foreign=True, needs=needs, reason=absent)
+            parts.append(part)
+    return parts
+
+
+def looks(asked: Asked) -> list[Part]:
+    """Into CUDA's kernels: by sanitizers, then by ncu, alone."""
+    parts = sanitizers(asked)
+    needs, absent = tuple(x.name for x in parts), no_program("ncu")
     for family in FAMILIES:
         name = f"ncu-{family}"
         command = asked.tool("ncu", name, "--family", family)
-        parts.append(Part(name, command, 45, 45, alone=True, foreign=True, needs=sanitizers))
+        part = Part(name, command, 45, 45, alone=True, foreign=True, needs=needs, reason=absent)
+        parts.append(part)
     return parts
 
 

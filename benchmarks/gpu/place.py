@@ -27,7 +27,7 @@ class Red(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """A device, a backend, a dtype; `small` where every shape costs a compilation or a CPU works."""
+    """A device, a backend, a dtype; `small` where a shape costs a compilation, or on a CPU."""
 
     device: str
     backend: str

@@ -1,4 +1,4 @@
-"""Proofs of every op against what a process may do around it: autocast, switches, streams, graphs."""
+"""Proofs of every op inside what a process may do: autocast, switches, streams, graphs."""
 
 import functools
 from collections.abc import Callable, Iterator

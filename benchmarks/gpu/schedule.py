@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Part:
     alone: bool = False  # the others rest meanwhile
     patient: bool = False  # leaves slots and cores to others
     foreign: bool = False  # its crash is not ours
+    reason: str | None = None  # why it cannot run here at all
     needs: tuple[str, ...] = ()  # parts that have ended before, if they were asked for
 
 
@@ -43,15 +45,13 @@ class Running:
     log: Path
     started: float
     heard: float
-    begun: int  # lines "begun" of the part before this process
+    begun: set[str]  # by the part before this process
     resting_since: float | None = None
 
     def signal(self, number: int) -> None:
         """To the process and its children."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def rest(self, now: float) -> None:
         if self.resting_since is None:
@@ -110,6 +110,8 @@ class Schedule:
         now = time.monotonic()
         if any(x.part.alone for x in self.running):
             return
+        for part in [x for x in self.waiting if x.reason is not None]:
+            self.begin(part, now)
         unfinished = {x.name for x in self.waiting} | {x.part.name for x in self.running}
         ready = [x for x in self.waiting if not unfinished & set(x.needs)]
         alone = next((x for x in ready if x.alone), None)
@@ -124,8 +126,11 @@ class Schedule:
 
     def begin(self, part: Part, now: float) -> None:
         self.waiting.remove(part)
+        reason = part.reason
         if self.end - now < LEAST_SECONDS:
-            self.tell("not run", part.name, f"no time left of {self.seconds:.0f} s", part)
+            reason = f"no time left of {self.seconds:.0f} s"
+        if reason is not None:
+            self.tell("not run", part.name, reason, part)
             return
         log = self.logs / part.name
         with log.open("ab") as output:
@@ -138,11 +143,11 @@ class Schedule:
                 env=os.environ | self.environment,
             )
         started = now - self.used.get(part.name, 0.0)
-        self.running.append(Running(part, process, log, started, now, self.count_begun(part)))
+        self.running.append(Running(part, process, log, started, now, self.begun_by(part)))
 
-    def count_begun(self, part: Part) -> int:
+    def begun_by(self, part: Part) -> set[str]:
         found = lines.read(self.directory)
-        return sum(x["part"] == part.name and x["kind"] == "begun" for x in found)
+        return {x["name"] for x in found if x["part"] == part.name and x["kind"] == "begun"}
 
     def listen(self) -> None:
         """Notes who has written since the last time."""
@@ -177,7 +182,7 @@ class Schedule:
         self.running.remove(x)
         last = self.keep_log(x)
         lost = lines.unanswered(lines.read(self.directory), x.part.name)
-        further = self.count_begun(x.part) > x.begun
+        further = self.begun_by(x.part) > x.begun
         if not crashed and not lost:
             return
         reason = f"{why}: {last}" if last else why

@@ -110,9 +110,6 @@ def build(given: argparse.Namespace) -> None:
     if STAMP.exists() and STAMP.read_text() == made and loads(arch):
         tell(given, "build", "green", start)
         return
-    if shutil.which("nvcc") is None:
-        lines.write(given.directory, given.part, "not run", "build", verdict="no nvcc")
-        return
     lines.write(given.directory, given.part, "begun", "build")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -163,15 +160,11 @@ def tell(given: argparse.Namespace, name: str, verdict: str, start: float, **kno
 
 def sanitize(given: argparse.Namespace) -> None:
     title = f"compute-sanitizer {given.tool}, {given.family}, {given.backend}"
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        lines.write(given.directory, given.part, "not run", title, verdict="no compute-sanitizer")
-        return
     options = SANITIZERS[given.tool]
     if given.backend != "cuda":  # whose kernels have other names
         options = options[len(OURS) :]
     place = list(OPS).index(given.family) + 3 * list(SANITIZERS).index(given.tool)
-    command = [program, "--tool", given.tool, "--error-exitcode", str(RED), *options]
+    command = ["compute-sanitizer", "--tool", given.tool, "--error-exitcode", str(RED), *options]
     command += ["--target-processes", "application-only", "--port", str(49152 + 20 * place)]
     command += [sys.executable, "-m", "benchmarks.gpu.touch", given.backend, given.family, "small"]
     known = {"ops": OPS[given.family], "backend": given.backend}
@@ -193,14 +186,10 @@ def sanitize(given: argparse.Namespace) -> None:
 def ncu(given: argparse.Namespace) -> None:
     """One profile, read twice: as text, and a line a kernel."""
     title = f"ncu, {given.family}"
-    program = shutil.which("ncu")
-    if program is None:
-        lines.write(given.directory, given.part, "not run", title, verdict="no ncu")
-        return
     lines.write(given.directory, given.part, "begun", title)
     with tempfile.TemporaryDirectory() as folder:
         kept = str(Path(folder) / "found")
-        command = [program, "--clock-control", "none", "--target-processes", "application-only"]
+        command = ["ncu", "--clock-control", "none", "--target-processes", "application-only"]
         command += [word for section in SECTIONS for word in ("--section", section)]
         command += ["--metrics", ",".join(METRICS), "--kernel-name-base", "demangled"]
         command += ["--kernel-name", "regex:elva", "--launch-count", "30", "--export", kept]
@@ -209,7 +198,7 @@ def ncu(given: argparse.Namespace) -> None:
             [*command, "large"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         print(done.stdout)
-        read = [program, "--import", f"{kept}.ncu-rep"]
+        read = ["ncu", "--import", f"{kept}.ncu-rep"]
         if done.returncode != 0 or not Path(f"{kept}.ncu-rep").exists():
             last = done.stdout.strip().rsplit("\n", 1)[-1]
             lines.write(given.directory, given.part, "not run", title, verdict=last)
