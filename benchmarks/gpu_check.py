@@ -23,6 +23,9 @@ from benchmarks.gpu import collect, lines, parts
 from benchmarks.gpu.schedule import Part, Schedule
 
 RESERVE = 5.0  # seconds for what comes behind the parts
+MOST_JOBS = 16  # each has a context of half a gigabyte on the device
+TOOLKIT = "/usr/local/cuda/bin"  # where NVIDIA's programs lie if they are not on the PATH
+CACHES = Path(__file__).parent.parent / "build" / "gpu_check"
 
 
 def interrupted(number: int, frame: FrameType | None) -> NoReturn:
@@ -39,26 +42,24 @@ def run(chosen: list[Part], directory: Path, seconds: float, jobs: int) -> None:
         (directory / name).unlink(missing_ok=True)
     signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGTERM, interrupted)
-    caches = tempfile.mkdtemp(prefix="gpu-check-")
-    environment = {  # verdicts of self-tests and compiled kernels, of this run alone
+    environment = {  # verdicts of self-tests and compiled kernels, for the next run too
         "PYTHONUNBUFFERED": "1",
-        "XDG_CACHE_HOME": caches,
-        "TRITON_CACHE_DIR": f"{caches}/triton",
-        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),  # of many processes
+        "XDG_CACHE_HOME": str(CACHES),
+        "TRITON_CACHE_DIR": str(CACHES / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor"),
     }
     try:
         Schedule(chosen, directory, seconds - RESERVE, jobs, environment).run()
     except KeyboardInterrupt:
         print("gpu_check: interrupted", file=sys.stderr)
-    finally:
-        shutil.rmtree(caches, ignore_errors=True)
 
 
 def finish(directory: Path) -> int:
     """Keeps the result, shows it; the exit status."""
     result, path = collect.keep(directory)
     print(collect.table(result))
-    print(path)
+    print(path, collect.summary(result), sep=": ")
     if not result["rows"] and not any(x["verdict"] == "green" for x in result["checks"]):
         print("gpu_check: nothing was proven and nothing measured")
         return 1
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="names the parts and does nothing")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="only from the lines in DIR")
     given = parser.parse_args()
+    os.environ["PATH"] += os.pathsep + TOOLKIT
     if given.collect is not None:
         sys.exit(finish(given.collect))
     seconds = given.seconds or (0.02 if given.dry_run else 0.6)
@@ -96,7 +98,7 @@ def main() -> None:
         return
     if not given.dry_run and shutil.which("nvidia-smi") is None:
         sys.exit("gpu_check: there is no GPU; --dry-run does what can be done without one")
-    jobs = given.jobs or (1 if given.dry_run else os.cpu_count() or 1)
+    jobs = given.jobs or (1 if given.dry_run else min(MOST_JOBS, os.cpu_count() or 1))
     run(chosen, directory, 60 * given.minutes, jobs)
     sys.exit(finish(directory))
 

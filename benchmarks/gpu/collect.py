@@ -84,12 +84,19 @@ def keep(directory: Path) -> tuple[dict[str, Any], Path]:
     return result, report.write("gpu", result, directory)
 
 
+def red_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [x for x in result["checks"] if not x["verdict"].startswith(("green", "not run"))]
+
+
+def summary(result: dict[str, Any]) -> str:
+    green = sum(x["verdict"] == "green" for x in result["checks"])
+    return f"{green} checks green, {len(red_checks(result))} red, {len(result['rows'])} figures"
+
+
 def table(result: dict[str, Any]) -> str:
     """What is red first, then the figures."""
-    red = [x for x in result["checks"] if not x["verdict"].startswith(("green", "not run"))]
-    told = [f"RED  {x['name']}: {x['verdict']}" for x in red]
-    green = sum(x["verdict"] == "green" for x in result["checks"])
-    told.append(f"{green} checks green, {len(red)} red")
+    told = [f"RED  {x['name']}: {x['verdict']}" for x in red_checks(result)]
+    told.append(summary(result))
     for kernel in result["kernels"]:
         figures = "  ".join(f"{key} {x:.4g}" for key, x in kernel.items() if isinstance(x, float))
         told.append(f"ncu  {kernel['name']} {kernel.get('grid', '')}: {figures}")

@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 
 from benchmarks.gpu.schedule import Part
 
-# Checks by their family; the modules `prove_*` hold them.
+# Checks by the module that holds them (`prove_*`), and those of every op by what is done around it.
 CHECKS = {
     "reward": ("values", "layouts", "odd rows", "many groups", "clusters", "banks", "names"),
     "in-batch": ("values", "positives", "wrt", "ties", "names", "repeats"),
     "topk": ("values", "order", "copies", "repeats"),
-    "process": ("autocast", "switches", "streams"),
 }
 CHECKS["reward"] += ("repeats", "offsets")
+SUBJECTS = ("reward", "statistics", "info_nce", "in-batch reward", "topk")
+AROUND = ("autocast", "switches", "streams")
 FIGURES = ("reward", "topk", "in_batch", "reward_paths", "host")
 FAMILIES = ("reward", "in_batch", "topk")
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -80,31 +81,33 @@ def no_program(name: str) -> str | None:
 
 
 def proofs(asked: Asked, backend: str) -> list[Part]:
-    """CUDA's: a process a dtype and family. Triton's: a process a dtype and check, whose
-    compilations then run side by side. The CPU's: a process a family."""
+    """CUDA's: a process a dtype and module. Triton's: a process a dtype and check, whose
+    compilations then run side by side. The CPU's: a process a module."""
     dry = ("--dry-run",) if asked.dry else ()
     needs = ("build",) if backend == "cuda" else ()
-    limit, silence = (200.0, 200.0) if backend == "triton" else (90.0, 30.0)
-    every = asked.dtypes_of(backend)
+    patient = backend == "triton"
+    limit, silence = (200.0, 200.0) if patient else (90.0, 30.0)
+    groups = {x: [f"{x} {name}" for name in names] for x, names in CHECKS.items()}
+    if patient:
+        groups = {x.replace(" ", "-"): [x] for found in groups.values() for x in found}
+    around = {name: [f"{x} {name}" for x in SUBJECTS] for name in AROUND}
+    groups |= around if patient else {"around": [x for found in around.values() for x in found]}
+    groups |= {} if patient else {"selftest": [f"{x} selftest" for x in SUBJECTS]}
     parts = []
-    for dtypes in [[",".join(every)]] if asked.dry else [[x] for x in every]:
-        for family, names in CHECKS.items():
-            checks = [f"{family} {name}" for name in names]
-            for chosen in [[x] for x in checks] if backend == "triton" else [checks]:
-                kind = chosen[0].replace(" ", "-") if backend == "triton" else family
-                name = f"prove-{backend}-{kind}" + ("" if asked.dry else f"-{dtypes[0]}")
-                command = asked.module("prove", name, backend, *dtypes, *chosen, *dry)
-                patient = backend == "triton"
-                parts.append(Part(name, command, limit, silence, patient=patient, needs=needs))
-        name = f"prove-{backend}-selftest" + ("" if asked.dry else f"-{dtypes[0]}")
-        command = asked.module("prove", name, backend, *dtypes, "process selftest", *dry)
-        if backend != "triton":
-            parts.append(Part(name, command, 90, 90, needs=needs))
-    if "bfloat16" in every and backend != "triton":
-        first = f"prove-{backend}-selftest" + ("" if asked.dry else "-bfloat16")
-        name = f"prove-{backend}-graphs"
-        command = asked.module("prove", name, backend, "bfloat16", "process graphs", *dry)
-        parts.append(Part(name, command, 60, needs=(*needs, first)))
+    every = asked.dtypes_of(backend)
+    for dtypes in [",".join(every)] if asked.dry else every:
+        end = "" if asked.dry else f"-{dtypes}"
+        for kind, checks in groups.items():
+            if kind == "reward-offsets" and dtypes != "bfloat16":
+                continue  # gigabytes each, side by side
+            name = f"prove-{backend}-{kind}{end}"
+            command = asked.module("prove", name, backend, dtypes, *checks, *dry)
+            parts.append(Part(name, command, limit, silence, patient=patient, needs=needs))
+    if "bfloat16" in every and not patient:
+        first = parts[-1 if asked.dry else len(groups) - 1].name  # whose verdicts are kept
+        name, checks = f"prove-{backend}-graphs", [f"{x} graphs" for x in SUBJECTS]
+        command = asked.module("prove", name, backend, "bfloat16", *checks, *dry)
+        parts.append(Part(name, command, limit, silence, needs=(*needs, first)))
     return parts
 
 

@@ -11,17 +11,8 @@ from torch import Tensor
 
 import elva_kernels
 from benchmarks.gpu.place import WEIGHTS, Place, Red, flat, same_bits
-from elva_kernels.backends.choice import failure_of
+from elva_kernels.backends.choice import failure_of, launcher
 from elva_kernels.backends.table import BACKENDS, LAUNCHERS
-
-OPS = (
-    "ranking_reward_and_grad",
-    "rank_statistics",
-    "info_nce",
-    "info_nce_and_grad",
-    "in_batch_ranking_reward",
-    "topk",
-)
 
 
 class Case(NamedTuple):
@@ -31,7 +22,20 @@ class Case(NamedTuple):
     op: Callable[..., Any]
 
 
-def cases(place: Place, backend: str) -> dict[str, Case]:
+# The public ops that a case proves, and all launchers behind them.
+SUBJECTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "reward": (
+        ("ranking_reward_and_grad", "ranking_reward"),
+        ("ranking_reward_saved", "ranking_reward_backward"),
+    ),
+    "statistics": (("rank_statistics",), ()),
+    "info_nce": (("info_nce", "info_nce_and_grad"), ("info_nce_share",)),
+    "in-batch reward": (("in_batch_ranking_reward",), ("in_batch_ranking_reward_backward",)),
+    "topk": (("topk",), ()),
+}
+
+
+def case_of(subject: str, place: Place, backend: str) -> Case:
     small = place.small
     groups = ((4, 64), (4, 64), (4, 20, 64)) if small else ((8, 1536), (8, 1536), (8, 100, 1536))
     pair = ((16, 64), (40, 64)) if small else ((192, 768), (400, 768))
@@ -45,7 +49,7 @@ def cases(place: Place, backend: str) -> dict[str, Case]:
         "info_nce": Case(pair, bind(e.info_nce_and_grad, **both, **named)),
         "in-batch reward": Case(pair, bind(e.in_batch_ranking_reward_and_grad, head=7, **named)),
         "topk": Case(rows, bind(e.topk, k=10, **named)),
-    }
+    }[subject]
 
 
 def inputs_of(place: Place, case: Case) -> list[Tensor]:
@@ -98,80 +102,86 @@ def switched(switch: Switch) -> Iterator[None]:
         switch.write(before)
 
 
-def autocast(place: Place) -> None:
+def autocast(subject: str, place: Place) -> None:
     """The same bits inside as outside."""
-    for name, case in cases(place, place.backend).items():
-        inputs = inputs_of(place, case)
-        right = flat(case.op(*inputs))
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast(place.device, dtype):
-                same_bits(flat(case.op(*inputs)), right, f"{name} under autocast to {dtype}")
+    case = case_of(subject, place, place.backend)
+    inputs = inputs_of(place, case)
+    right = flat(case.op(*inputs))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(place.device, dtype):
+            same_bits(flat(case.op(*inputs)), right, f"under autocast to {dtype}")
 
 
-def switches(place: Place) -> None:
+def switches(subject: str, place: Place) -> None:
     """The same bits under every switch of torch's products, and the switches as they were."""
-    found = cases(place, place.backend)
-    inputs = {name: inputs_of(place, case) for name, case in found.items()}
-    right = {name: flat(case.op(*inputs[name])) for name, case in found.items()}
+    case = case_of(subject, place, place.backend)
+    inputs = inputs_of(place, case)
+    right = flat(case.op(*inputs))
     for switch in known_switches():
         with switched(switch):
-            for name, case in found.items():
-                what = f"{name} under {switch.name} = {switch.value}"
-                same_bits(flat(case.op(*inputs[name])), right[name], what)
+            found = flat(case.op(*inputs))
+        same_bits(found, right, f"under {switch.name} = {switch.value}")
 
 
-def streams(place: Place) -> None:
+def streams(subject: str, place: Place) -> None:
     """On a side stream, behind work that is slow to give the inputs."""
-    for name, case in cases(place, place.backend).items():
-        inputs = inputs_of(place, case)
-        right = flat(case.op(*inputs))
-        place.wait()
-        slow = torch.randn(4096, 4096, device=place.device)
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            late = [torch.zeros_like(x) for x in inputs]
-            for _ in range(20):
-                slow = slow @ slow / 64
-            for to, x in zip(late, inputs, strict=True):
-                to.copy_(x)
-            found = flat(case.op(*late))
-        torch.cuda.current_stream().wait_stream(side)
-        place.wait()
-        same_bits(found, right, f"{name} on a side stream")
+    case = case_of(subject, place, place.backend)
+    inputs = inputs_of(place, case)
+    right = flat(case.op(*inputs))
+    place.wait()
+    slow = torch.randn(4096, 4096, device=place.device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = [torch.zeros_like(x) for x in inputs]
+        for _ in range(20):
+            slow = slow @ slow / 64
+        for to, x in zip(late, inputs, strict=True):
+            to.copy_(x)
+        found = flat(case.op(*late))
+    torch.cuda.current_stream().wait_stream(side)
+    place.wait()
+    same_bits(found, right, "on a side stream")
 
 
-def selftest(place: Place) -> None:
-    """Every op's own self-test, by which "auto" takes the backend; its verdict is kept."""
-    for op, row in LAUNCHERS.items():
-        if place.backend in row:
-            error = failure_of(op, place.backend, torch.device(place.device), place.dtype)
-            if error is not None:
-                raise Red(f"self-test of {op}: {error}")
+def selftest(subject: str, place: Place) -> None:
+    """By which "auto" takes the backend; the verdict is kept for other processes."""
+    public, behind = SUBJECTS[subject]
+    for op in (*public, *behind):
+        error = failure_of(op, place.backend, torch.device(place.device), place.dtype)
+        if error is not None:
+            raise Red(f"{op}: {error}")
 
 
-def graphs(place: Place) -> None:
+def graphs(subject: str, place: Place) -> None:
     """By "auto", after `warm_up` in a process that finds verdicts: captured, replayed 100 times."""
     away = BACKENDS["triton"]._replace(unavailable_reason=lambda: "left out here")
-    others = {} if place.backend == "triton" else {"triton": away}
-    with mock.patch.dict(BACKENDS, others):
+    with mock.patch.dict(BACKENDS, {} if place.backend == "triton" else {"triton": away}):
         elva_kernels.warm_up(place.device)
-        for name in ("reward", "info_nce", "topk"):
-            case = cases(place, "auto")[name]
-            inputs = inputs_of(place, case)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = flat(case.op(*inputs))
-            for i in range(100):
-                for to, x in zip(inputs, inputs_of(place, case), strict=True):
-                    to.copy_(x)
-                graph.replay()
-                same_bits(captured, flat(case.op(*inputs)), f"{name}, replay {i}")
+        chosen = launcher(SUBJECTS[subject][0][0], "auto", torch.device(place.device), place.dtype)
+        if chosen is not LAUNCHERS[SUBJECTS[subject][0][0]][place.backend]:
+            raise Red(f'"auto" does not take {place.backend}')
+        case = case_of(subject, place, "auto")
+        inputs = inputs_of(place, case)
+        place.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = flat(case.op(*inputs))
+        for i in range(100):
+            for to, x in zip(inputs, inputs_of(place, case), strict=True):
+                to.copy_(x)
+            graph.replay()
+            same_bits(captured, flat(case.op(*inputs)), f"replay {i}")
 
 
 CHECKS = {
-    "process autocast": (autocast, OPS),
-    "process switches": (switches, OPS),
-    "process streams": (streams, OPS),
-    "process selftest": (selftest, OPS),
-    "process graphs": (graphs, ("ranking_reward_and_grad", "info_nce_and_grad", "topk")),
+    f"{subject} {name}": (functools.partial(check, subject), public)
+    for name, check in {
+        "autocast": autocast,
+        "switches": switches,
+        "streams": streams,
+        "selftest": selftest,
+        "graphs": graphs,
+    }.items()
+    for subject, (public, _) in SUBJECTS.items()
 }

@@ -48,19 +48,19 @@ class Running:
     begun: set[str]  # by the part before this process
     resting_since: float | None = None
 
-    def signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
         """To the process and its children."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
     def rest(self, now: float) -> None:
         if self.resting_since is None:
-            self.signal(signal.SIGSTOP)
+            self.send(signal.SIGSTOP)
             self.resting_since = now
 
     def go_on(self, now: float) -> None:
         if self.resting_since is not None:
-            self.signal(signal.SIGCONT)
+            self.send(signal.SIGCONT)
             self.started += now - self.resting_since
             self.heard += now - self.resting_since
             self.resting_since = None
@@ -116,22 +116,24 @@ class Schedule:
         ready = [x for x in self.waiting if not unfinished & set(x.needs)]
         alone = next((x for x in ready if x.alone), None)
         if alone is not None:
-            for other in self.running:
-                other.rest(now)
-            self.begin(alone, now)
+            beside = list(self.running)
+            if self.begin(alone, now):
+                for other in beside:
+                    other.rest(now)
             return
         for part in ready:
             if len(self.running) < self.jobs * (1 if part.patient else 2):
                 self.begin(part, now)
 
-    def begin(self, part: Part, now: float) -> None:
+    def begin(self, part: Part, now: float) -> bool:
+        """Whether there is a process of it now."""
         self.waiting.remove(part)
         reason = part.reason
         if self.end - now < LEAST_SECONDS:
             reason = f"no time left of {self.seconds:.0f} s"
         if reason is not None:
             self.tell("not run", part.name, reason, part)
-            return
+            return False
         log = self.logs / part.name
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -144,6 +146,7 @@ class Schedule:
             )
         started = now - self.used.get(part.name, 0.0)
         self.running.append(Running(part, process, log, started, now, self.begun_by(part)))
+        return True
 
     def begun_by(self, part: Part) -> set[str]:
         found = lines.read(self.directory)
@@ -177,9 +180,11 @@ class Schedule:
 
     def end_of(self, x: Running, why: str, crashed: bool) -> None:
         """Keeps its log; says what it has lost; lets it go on behind what it has lost."""
-        x.signal(signal.SIGKILL)
+        x.send(signal.SIGKILL)
         x.process.wait()
         self.running.remove(x)
+        passed = time.monotonic() - self.end + self.seconds
+        print(f"{passed:5.0f} s  {x.part.name} {why}", flush=True)
         last = self.keep_log(x)
         lost = lines.unanswered(lines.read(self.directory), x.part.name)
         further = self.begun_by(x.part) > x.begun
@@ -197,7 +202,7 @@ class Schedule:
     def stop(self, why: str) -> None:
         """Ends what runs and says what did not: nobody's fault."""
         for x in self.running:
-            x.signal(signal.SIGKILL)
+            x.send(signal.SIGKILL)
         for x in self.running:
             x.process.wait()
             self.keep_log(x)
