@@ -199,8 +199,8 @@ def others_fault(done: subprocess.CompletedProcess[str]) -> str | None:
     """Why a sanitizer's complaint says nothing of our kernels."""
     if "overflow of tracked" in done.stdout:
         return f"its table of barriers overflows with {' '.join(BARRIERS)}"
-    if done.returncode == RED and "elva" not in done.stdout:
-        return f"what it finds is not in our kernels: {said_by(done)}"
+    if done.returncode != 0 and "elva" not in done.stdout:
+        return f"what it says is not of our kernels: {said_by(done)}"
     return None
 
 
