@@ -38,7 +38,7 @@ template <class T, int kGroup>
 class Tile {  // by matrix instructions on 16 rows, 8 queries and 16 columns
  public:
   static constexpr int kQueries = kGroup, kSize = Vector<T>::kSize;
-  static constexpr int kPiece = (kGroup == 32 ? 1024 : 512) / static_cast<int>(sizeof(T));
+  static constexpr int kPiece = (kGroup == 32 ? 512 : 256) / static_cast<int>(sizeof(T));
 
   // `piece` of the queries, [kQueries, kPiece], from its `vector`th on.
   __device__ void add(const Vector<T>* x, const T* piece, int vector) {
@@ -123,35 +123,51 @@ struct TopkArgs {
   ElvaTopkScoresArgs topk;
   int64_t padded_dim;
   int64_t padded_queries;
-  int64_t group;   // queries a block has at a time
-  void* queries;   // [padded_queries, padded_dim], times 2^-exponent; zeros beyond
-  double2* norms;  // [padded_queries]: in units of 2^exponent, NaN where not finite; the exponent
+  int64_t group;  // queries a block has at a time
+  void* queries;  // [padded_queries, padded_dim], times 2^-exponent; zeros beyond the columns,
+                  // anything beyond the queries
+  // [padded_queries]: 1 / norm in units of 2^exponent, 0 for a zero row, NaN where not finite; the
+  // exponent.
+  double2* inverses;
 };
+
+// 0 for a zero row, NaN where not finite.
+__device__ inline double inverse_of(double norm) { return norm > 0 ? 1 / norm : norm; }
+
+// x 2^-exponent, by two powers: one may be out of range.
+template <class T>
+__device__ inline Vector<T> rescaled(const Vector<T>& x, int exponent) {
+  const float some = scalbnf(1.0f, -(exponent / 2)), rest = scalbnf(1.0f, exponent / 2 - exponent);
+  Vector<T> out;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kSize; ++i) narrow(widen(x.at[i]) * some * rest, out.at + i);
+  return out;
+}
 
 // A warp a query.
 template <class T>
 __global__ void __launch_bounds__(32, 16) topk_queries(const __grid_constant__ TopkArgs args) {
+  constexpr int kSize = Vector<T>::kSize;
+  const ElvaTopkScoresArgs& topk = args.topk;
   const int64_t q = blockIdx.x;
   T* out = static_cast<T*>(args.queries) + q * args.padded_dim;
-  double norm = 0;
-  Row<T> row{static_cast<const T*>(args.topk.query.data), args.topk.query.stride, 0};
-  if (q < args.topk.queries) {
-    row.data += q * args.topk.query.row_stride;
-    const double square = row_sums(row, row, args.topk.dim, kSegment).y;
-    norm = norm_of(&row, square, args.topk.dim, kSegment);
-  }
-  const bool there = q < args.topk.queries && !isnan(norm);
-  for (int64_t i = threadIdx.x; i < args.padded_dim; i += 32) {
-    narrow(there && i < args.topk.dim ? row[i] : 0.0f, out + i);
+  Row<T> row{static_cast<const T*>(topk.query.data) + q * topk.query.row_stride, topk.query.stride,
+             0};
+  const bool dense = row.is_dense();
+  const double square = row_sums(row, row, topk.dim, kSegment).y;
+  const double norm = norm_of(&row, square, topk.dim, kSegment);
+#pragma unroll 4
+  for (int64_t at = threadIdx.x * kSize; at < args.padded_dim; at += 32 * kSize) {
+    Vector<T> x = isnan(norm) ? Vector<T>{} : row.packed(at, topk.dim, dense);
+    if (row.exponent != 0) x = rescaled(x, row.exponent);
+    store16(out + at, x);
   }
   if (threadIdx.x > 0) return;
-  args.norms[q] = {norm, static_cast<double>(row.exponent)};
-  if (args.topk.row_factor != nullptr && q < args.topk.queries) {
-    const double inverse = norm > 0 ? 1 / norm : norm;  // 0 or NaN
-    const double factor =
-        args.topk.metric == ELVA_COSINE || !there ? inverse : scalbn(1.0, row.exponent);
-    args.topk.row_factor[q] = static_cast<float>(factor);
-  }
+  const double inverse = inverse_of(norm);
+  args.inverses[q] = {inverse, static_cast<double>(row.exponent)};
+  if (topk.row_factor == nullptr) return;
+  const bool is_product = topk.metric == ELVA_DOT && !isnan(norm);
+  topk.row_factor[q] = static_cast<float>(is_product ? scalbn(1.0, row.exponent) : inverse);
 }
 
 // Squares of rows whose products with queries near 1 are in range.
@@ -159,14 +175,14 @@ __device__ inline bool is_topk_range(double square) {
   return square >= 0x1p-100 && square <= 0x1p100;
 }
 
-__device__ inline float score_of(ElvaMetric metric, double dot, double2 query, double norm,
+__device__ inline float score_of(ElvaMetric metric, double dot, double2 query, double inverse,
                                  int exponent) {
-  if (isnan(query.x) || isnan(norm)) return -INFINITY;
+  if (isnan(query.x) || isnan(inverse)) return -INFINITY;
   if (metric == ELVA_DOT) {
-    return static_cast<float>(scalbn(dot, exponent + static_cast<int>(query.y))) + 0.0f;
+    const int both = exponent + static_cast<int>(query.y);
+    return static_cast<float>(both == 0 ? dot : scalbn(dot, both)) + 0.0f;
   }
-  if (!(query.x > 0) || !(norm > 0)) return 0;
-  const double score = dot / (query.x * norm);
+  const double score = dot * query.x * inverse;
   return static_cast<float>(score > 1 ? 1.0 : score < -1 ? -1.0 : score) + 0.0f;
 }
 
@@ -176,6 +192,12 @@ __device__ inline Row<T> corpus_row(const ElvaTopkScoresArgs& topk, int64_t row)
   const int64_t there = row < topk.rows ? row : topk.rows - 1;
   return {static_cast<const T*>(topk.corpus.data) + there * topk.corpus.row_stride,
           topk.corpus.stride, 0};
+}
+
+template <class T>
+__device__ inline bool is_dense(const ElvaTopkScoresArgs& topk) {
+  constexpr int64_t kBytes = sizeof(T);
+  return corpus_row<T>(topk, 0).is_dense() && topk.corpus.row_stride * kBytes % 16 == 0;
 }
 
 // A warp's rows, in stages of 128 bytes of each, which are on their way while others are in use.
@@ -192,8 +214,7 @@ class Ring {
         topk_(topk),
         first_row_(first_row),
         exponent_(exponent),
-        is_copied_(exponent == nullptr && corpus_row<T>(topk, first_row).is_dense() &&
-                   topk.corpus.row_stride * static_cast<int64_t>(sizeof(T)) % 16 == 0) {
+        is_copied_(exponent == nullptr && is_dense<T>(topk)) {
     for (int stage = 0; stage < kStages; ++stage) fetch(stage * kColumns);
   }
   // Before columns from `from` on are read. On all lanes, as all that follows.
@@ -222,42 +243,38 @@ class Ring {
   __device__ void fetch(int from) const {
     const int lane = static_cast<int>(threadIdx.x % 32), row = lane / kVectors,
               vector = lane % kVectors, column = from + vector * kSize;
-    const int left = static_cast<int>(topk_.dim) - column, there = left < kSize ? left : kSize;
     if (from < topk_.dim) {
       if (is_copied_) {
-        copy(place(from, row, vector), corpus_row<T>(topk_, first_row_ + row).data + column,
-             there > 0 ? there * static_cast<int>(sizeof(T)) : 0);
+        copy(place(from, row, vector), row, column);
       } else {
-#pragma unroll 1
-        for (int r = row; r < kWarpRows; r += kTogether) {
-          move(place(from, r, vector), r, column, there);
-        }
+        move(place(from, row, vector), row, column);
       }
     }
     commit_copies();
   }
-  // Of every row that is the lane's; beyond the last, one of those before it.
-  __device__ void copy(T* to, const T* from, int bytes) const {
-    const int64_t step = kTogether * topk_.corpus.row_stride;
-    int64_t row = first_row_ + static_cast<int>(threadIdx.x % 32) / kVectors;
+  // Of every row that is the lane's, `row` the first; beyond the last, one of those before it.
+  __device__ void copy(T* to, int row, int column) const {
+    const int left = static_cast<int>(topk_.dim) - column;
+    const int bytes = (left > kSize ? kSize : left > 0 ? left : 0) * static_cast<int>(sizeof(T));
+    const T* from = corpus_row<T>(topk_, first_row_ + row).data + (left > 0 ? column : 0);
+    int64_t at = first_row_ + row;
 #pragma unroll 4
     for (int i = 0; i < kWarpRows / kTogether; ++i) {
-      copy16(to, bytes > 0 ? from : topk_.corpus.data, bytes);
+      copy16(to, from, bytes);
       to += kTogether * kColumns;
-      row += kTogether;
-      if (row < topk_.rows) from += step;
+      at += kTogether;
+      if (at < topk_.rows) from += kTogether * topk_.corpus.row_stride;
     }
   }
-  // By two powers of two: one may be out of range.
-  __device__ void move(T* to, int r, int column, int there) const {
-    const int exponent = exponent_ == nullptr ? 0 : scale_of(exponent_[r]);
-    const float some = scalbnf(1.0f, -(exponent / 2)),
-                rest = scalbnf(1.0f, exponent / 2 - exponent);
-    const Row<T> row = corpus_row<T>(topk_, first_row_ + r);
+  // The same of rows that are not dense, or that are scaled.
+  __device__ void move(T* to, int row, int column) const {
+    const bool dense = is_dense<T>(topk_);
 #pragma unroll 1
-    for (int i = 0; i < kSize; ++i) {
-      const T x = i < there ? row.data[(column + i) * row.stride] : T{};
-      narrow(exponent == 0 ? widen(x) : widen(x) * some * rest, to + i);
+    for (; row < kWarpRows; row += kTogether) {
+      Vector<T> x = corpus_row<T>(topk_, first_row_ + row).packed(column, topk_.dim, dense);
+      if (exponent_ != nullptr) x = rescaled(x, scale_of(exponent_[row]));
+      store16_shared(to, x);
+      to += kTogether * kColumns;
     }
   }
 
@@ -272,7 +289,7 @@ class Ring {
 template <int kGroup>
 struct Results {
   float dot[kGroup][kBlockRows + 4];  // what a warp writes at a time lies in different banks
-  double norm[kBlockRows];
+  double inverse[kBlockRows];
 };
 
 template <class T, int kGroup>
@@ -280,7 +297,7 @@ struct Shared {
   union {
     struct {
       unsigned char ring[kWarps][kRingBytes];
-      T piece[kGroup * Tile<T, kGroup>::kPiece];  // of the queries
+      T pieces[2][kGroup * Tile<T, kGroup>::kPiece];  // of the queries, in use and next
     };
     Results<kGroup> results;
   };
@@ -300,6 +317,7 @@ class Products {
   __device__ void multiply(int64_t first_query, bool is_scaled) {
     constexpr int kSize = Vector<T>::kSize, kStep = 4 * kSize, kColumns = Ring<T>::kColumns;
     const int dim = static_cast<int>(args_.topk.dim);
+    read_queries(first_query, 0);  // they are there when the ring's first stage is
     const Ring<T> ring(shared_.ring[threadIdx.x / 32], args_.topk, first_row_,
                        is_scaled ? exponents() : nullptr);
     tile_ = Tile<T, kGroup>();
@@ -307,7 +325,10 @@ class Products {
     for (int r = 0; r < 4; ++r) square_[r] = 0;
 #pragma unroll 1
     for (int from = 0; from < dim; from += kPiece) {
-      read_queries(first_query, from);
+      ring.wait();
+      __syncthreads();  // all have this piece, and are done with the one before
+      if (from + kPiece < dim) read_queries(first_query, from + kPiece);
+      const T* piece = shared_.pieces[from / kPiece % 2];
 #pragma unroll 1
       for (int at = 0; at < kPiece && from + at < dim; at += kColumns) {
         float squares[4] = {};
@@ -323,7 +344,7 @@ class Products {
               squares[r] = fmaf(widen(x[r].at[i]), widen(x[r].at[i]), squares[r]);
             }
           }
-          tile_.add(x, shared_.piece, (at + step) / kSize);
+          tile_.add(x, piece, (at + step) / kSize);
         }
 #pragma unroll
         for (int r = 0; r < 4; ++r) square_[r] += squares[r];
@@ -338,26 +359,40 @@ class Products {
     }
   }
 
-  // Whether a row is out of the range of products as they are.
-  __device__ bool has_far_rows() const {
+  // Whether a row is out of the range of products as they are; marks those.
+  __device__ bool mark_far_rows() const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
     bool far = false;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) far = far || !is_topk_range(square_[r]);
+    for (int r = 0; r < 4; ++r) {
+      const bool own = !is_topk_range(square_[r]);
+      if (lane % 4 == 0) exponents()[lane / 4 + 8 * r] = own ? kUnread : 0;
+      far = far || own;
+    }
     return __syncthreads_or(far) != 0;
   }
+  // In the place of this thread's number. Before read_exponents.
+  __device__ void mark(bool far) const {
+    shared_.exponent[threadIdx.x] = far ? kUnread : 0;
+    __syncthreads();
+  }
 
-  __device__ void read_exponents() const {
+  // Of the marked rows; whether one of them has to be scaled.
+  __device__ bool read_exponents() const {
+    bool is_scaled = false;
 #pragma unroll 1
     for (int row = 0; row < kWarpRows; ++row) {
+      if (exponents()[row] != kUnread) continue;
       const int found = warp_exponent(corpus_row<T>(args_.topk, first_row_ + row), args_.topk.dim);
       if (threadIdx.x % 32 == 0) exponents()[row] = found;
+      is_scaled = is_scaled || scale_of(found) != 0;
     }
-    __syncthreads();
+    return __syncthreads_or(is_scaled) != 0;
   }
 
   // wanted(row): whether the scores of a row are written.
   template <class Wanted>
-  __device__ void write(int64_t first_query, bool is_scaled, const Wanted& wanted) const {
+  __device__ void write(int64_t first_query, bool has_exponents, const Wanted& wanted) const {
     Results<kGroup>& results = shared_.results;
     const int lane = static_cast<int>(threadIdx.x % 32), own = static_cast<int>(threadIdx.x);
     const int quad = own / 32 * kWarpRows + lane / 4;
@@ -365,21 +400,22 @@ class Products {
     tile_.visit([&](int r, int n, float dot) { results.dot[n][quad + 8 * r] = dot; });
     if (lane % 4 == 0) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) results.norm[quad + 8 * r] = sqrt(square_[r]);
+      for (int r = 0; r < 4; ++r) results.inverse[quad + 8 * r] = inverse_of(sqrt(square_[r]));
     }
     __syncthreads();
     const ElvaTopkScoresArgs& topk = args_.topk;
     const int64_t row = first_row_ - own / 32 * kWarpRows + own;
     if (row < topk.rows && wanted(row)) {
-      const int exponent = is_scaled ? shared_.exponent[own] : 0;
-      const double norm = exponent == kNotFinite ? nan("")
-                          : exponent == kZero    ? 0
-                                                 : results.norm[own];
+      const int exponent = has_exponents ? shared_.exponent[own] : 0;
+      const double inverse = exponent == kNotFinite ? nan("")
+                             : exponent == kZero    ? 0
+                                                    : results.inverse[own];
       float* scores = topk.scores + first_query * topk.rows + row;
 #pragma unroll 1
       for (int n = 0; n < kGroup && first_query + n < topk.queries; ++n) {
-        scores[n * topk.rows] = score_of(topk.metric, results.dot[n][own],
-                                         args_.norms[first_query + n], norm, scale_of(exponent));
+        scores[n * topk.rows] =
+            score_of(topk.metric, results.dot[n][own], args_.inverses[first_query + n], inverse,
+                     scale_of(exponent));
       }
     }
     __syncthreads();  // before the ring is filled again
@@ -387,22 +423,23 @@ class Products {
 
  private:
   static constexpr int kPiece = Tile<T, kGroup>::kPiece;
+  static constexpr int kUnread = 2 * kNotFinite;  // no row's
 
   __device__ int* exponents() const { return shared_.exponent + threadIdx.x / 32 * kWarpRows; }
 
+  // The piece from `from` on begins its way, with what is committed next.
   __device__ void read_queries(int64_t first_query, int from) const {
     constexpr int kSize = Vector<T>::kSize, kVectors = kPiece / kSize;
     const T* queries = static_cast<const T*>(args_.queries) + first_query * args_.padded_dim + from;
-    __syncthreads();  // the piece before has been read
+    T* piece = shared_.pieces[from / kPiece % 2];
+    const int64_t left = args_.topk.queries - first_query;
+    const int count = (left < kGroup ? static_cast<int>(left) : kGroup) * kVectors;
 #pragma unroll 1
-    for (int v = static_cast<int>(threadIdx.x); v < kGroup * kVectors; v += kThreads) {
+    for (int v = static_cast<int>(threadIdx.x); v < count; v += kThreads) {
       const int query = v / kVectors, vector = v % kVectors;
-      copy16(shared_.piece + query * kPiece + swizzled(query, vector) * kSize,
+      copy16(piece + query * kPiece + swizzled(query, vector) * kSize,
              queries + query * args_.padded_dim + vector * kSize);
     }
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
   }
 
   const TopkArgs& args_;
@@ -427,15 +464,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksOf<kGroup>)
   ELVA_DYNAMIC_SHARED(memory);
   const int64_t groups = args.padded_queries / kGroup, first_query = blockIdx.x % groups * kGroup;
   Products<T, kGroup> products(args, blockIdx.x / groups * kBlockRows, memory);
-  bool is_scaled = false;
+  bool is_scaled = false, has_exponents = false;
 #pragma unroll 1
   while (true) {
     products.multiply(first_query, is_scaled);
-    if (is_scaled || !products.has_far_rows()) break;
-    products.read_exponents();
-    is_scaled = true;
+    if (is_scaled || !products.mark_far_rows()) break;
+    has_exponents = true;
+    is_scaled = products.read_exponents();
+    if (!is_scaled) break;
   }
-  products.write(first_query, is_scaled, [](int64_t) { return true; });
+  products.write(first_query, has_exponents, [](int64_t) { return true; });
 }
 
 // A warp 32 rows, one after the other.
@@ -491,9 +529,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first_row = int64_t{blockIdx.x} * kBlockRows, own = first_row + threadIdx.x;
   if (__syncthreads_or(own < topk.rows && topk.column_factor[own] < 0) == 0) return;
   Products<T, kGroup> products(args, first_row, memory);
+  products.mark(own < topk.rows && topk.column_factor[own] < 0);
   products.read_exponents();
 #pragma unroll 1
-  for (int64_t first_query = 0; first_query < args.padded_queries; first_query += kGroup) {
+  for (int64_t first_query = 0; first_query < topk.queries; first_query += kGroup) {
     products.multiply(first_query, true);
     products.write(first_query, true, [&](int64_t row) { return topk.column_factor[row] < 0; });
   }
@@ -510,13 +549,13 @@ int64_t pad(const ElvaTopkScoresArgs& topk, TopkArgs* args) {
   const int64_t queries = args->padded_queries * args->padded_dim * static_cast<int64_t>(sizeof(T));
   unsigned char* scratch = static_cast<unsigned char*>(topk.scratch);
   args->queries = scratch;
-  args->norms = reinterpret_cast<double2*>(scratch + queries);
+  args->inverses = reinterpret_cast<double2*>(scratch + queries);
   return queries + args->padded_queries * static_cast<int64_t>(sizeof(double2));
 }
 
 template <class T>
 ElvaStatus launch_queries(const TopkArgs& args) {
-  return launch(topk_queries<T>, args.padded_queries, 1, 32, 0, args.topk.stream, args);
+  return launch(topk_queries<T>, args.topk.queries, 1, 32, 0, args.topk.stream, args);
 }
 
 int64_t row_blocks(const ElvaTopkScoresArgs& topk) {
