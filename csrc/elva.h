@@ -202,9 +202,10 @@ int64_t elva_topk_scratch_bytes_cuda(const ElvaTopkScoresArgs* args, int64_t* pa
 ElvaStatus elva_topk_scores_cuda(const ElvaTopkScoresArgs* args);
 
 // In half precision, where the caller multiplies: what makes scores of its products of the scratch's
-// queries and the corpus, by elva_select_cuda; `scores` is not looked at. Rows out of the range of
-// such products have a column_factor of -1; their scores elva_topk_far_cuda writes after the product,
-// of the same scratch and of the same rows or some of them.
+// queries and the corpus, by elva_select_cuda; `scores` is not looked at. Rows that are not finite,
+// or out of the range of such products, have a column_factor of -1; their scores
+// elva_topk_far_cuda writes after the product, of the same scratch and the same rows or some of
+// them. All other column factors of ELVA_DOT are 1.
 ElvaStatus elva_topk_factors_cuda(const ElvaTopkScoresArgs* args);
 ElvaStatus elva_topk_far_cuda(const ElvaTopkScoresArgs* args);
 
@@ -219,11 +220,13 @@ typedef struct {
   int64_t row_stride;
   int64_t k;            // 1 to ELVA_SELECT_MOST
   const float* scores;  // [rows, columns]; NaN is passed over
-  // null: scores as they are. Else score * column_factor * row_factor, held within -limit and limit;
-  // -inf where a factor is NaN, the score itself where column_factor is negative.
+  // null: scores as they are. Else -inf in a row whose factor is NaN, the score itself where
+  // column_factor is negative, and elsewhere score * column_factor * row_factor, held within -limit
+  // and limit.
   const float* row_factor;     // [rows]
   const float* column_factor;  // [columns]
   float limit;
+  bool unit_columns;    // column factors are 1 or negative, and there is no limit
   int64_t first_index;  // of column 0
   int64_t
       kept;  // best and index hold that many of earlier columns, 0 to k, and take part in the choice

@@ -235,6 +235,7 @@ class Part {
   // See ElvaSelectArgs.
   __device__ void scale(int64_t round, float* values) const {
     const float row = select_.row_factor[row_];
+    if (select_.unit_columns && row == 1) return;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int64_t from = column(round, v);
@@ -247,9 +248,8 @@ class Part {
         float& value = values[4 * v + i];
         const float factor = factors.at[i];
         if (factor < 0) continue;
-        value = isnan(factor) || isnan(row)
-                    ? -INFINITY
-                    : fminf(fmaxf(value * factor * row, -select_.limit), select_.limit);
+        value = isnan(row) ? -INFINITY
+                           : fminf(fmaxf(value * factor * row, -select_.limit), select_.limit);
       }
     }
   }

@@ -213,6 +213,8 @@ class Ring {
       : memory_(reinterpret_cast<T*>(memory)),
         topk_(topk),
         first_row_(first_row),
+        rows_(first_row + kWarpRows < topk.rows ? kWarpRows
+                                                : static_cast<int>(topk.rows - first_row)),
         exponent_(exponent),
         is_copied_(exponent == nullptr && is_dense<T>(topk)) {
     for (int stage = 0; stage < kStages; ++stage) fetch(stage * kColumns);
@@ -257,13 +259,12 @@ class Ring {
     const int left = static_cast<int>(topk_.dim) - column;
     const int bytes = (left > kSize ? kSize : left > 0 ? left : 0) * static_cast<int>(sizeof(T));
     const T* from = corpus_row<T>(topk_, first_row_ + row).data + (left > 0 ? column : 0);
-    int64_t at = first_row_ + row;
 #pragma unroll 4
     for (int i = 0; i < kWarpRows / kTogether; ++i) {
       copy16(to, from, bytes);
       to += kTogether * kColumns;
-      at += kTogether;
-      if (at < topk_.rows) from += kTogether * topk_.corpus.row_stride;
+      row += kTogether;
+      if (row < rows_) from += kTogether * topk_.corpus.row_stride;
     }
   }
   // The same of rows that are not dense, or that are scaled.
@@ -281,6 +282,7 @@ class Ring {
   T* memory_;
   const ElvaTopkScoresArgs& topk_;
   int64_t first_row_;
+  int rows_;  // of the corpus from there on, as far as the warp has them
   const int* exponent_;
   bool is_copied_;
 };
@@ -333,16 +335,16 @@ class Products {
       for (int at = 0; at < kPiece && from + at < dim; at += kColumns) {
         float squares[4] = {};
         ring.wait();
-#pragma unroll
+#pragma unroll sizeof(T) == 4 ? 1 : 2  // two steps of floats are more than there are registers for
         for (int step = 0; step < kColumns; step += kStep) {
           Vector<T> x[4];
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             x[r] = ring.read(from + at, r, step / kSize);
+            float own[kSize];
+            widen_all(x[r], own);
 #pragma unroll
-            for (int i = 0; i < kSize; ++i) {
-              squares[r] = fmaf(widen(x[r].at[i]), widen(x[r].at[i]), squares[r]);
-            }
+            for (int i = 0; i < kSize; ++i) squares[r] = fmaf(own[i], own[i], squares[r]);
           }
           tile_.add(x, piece, (at + step) / kSize);
         }
@@ -446,7 +448,7 @@ class Products {
   Shared<T, kGroup>& shared_;
   int64_t first_row_;  // of the warp
   Tile<T, kGroup> tile_;
-  double square_[4];
+  double square_[4] = {};
 };
 
 // Blocks whose memory a multiprocessor holds; more queries take the registers of two.
@@ -512,14 +514,14 @@ __global__ void __launch_bounds__(kThreads, 4)
     square = warp_sum(square);
     double factor = topk.metric == ELVA_COSINE ? 1 / sqrt(square) : 1.0;
     if (!is_topk_range(square)) {
-      const int exponent = warp_exponent(row, topk.dim);
-      factor = exponent == kNotFinite ? nan("") : exponent == kZero ? 0 : -1;
+      const bool is_zero = warp_exponent(row, topk.dim) == kZero;
+      factor = !is_zero ? -1 : topk.metric == ELVA_COSINE ? 0 : 1;
     }
     if (threadIdx.x % 32 == 0) topk.column_factor[i] = static_cast<float>(factor);
   }
 }
 
-// A block 256 rows: of those out of range, the scores with all queries.
+// A block 256 rows: of those out of range or not finite, the scores with all queries.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     topk_far_scores(const __grid_constant__ TopkArgs args) {
@@ -530,10 +532,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (__syncthreads_or(own < topk.rows && topk.column_factor[own] < 0) == 0) return;
   Products<T, kGroup> products(args, first_row, memory);
   products.mark(own < topk.rows && topk.column_factor[own] < 0);
-  products.read_exponents();
+  const bool is_scaled = products.read_exponents();
 #pragma unroll 1
   for (int64_t first_query = 0; first_query < topk.queries; first_query += kGroup) {
-    products.multiply(first_query, true);
+    if (is_scaled) products.multiply(first_query, true);  // else none is finite
     products.write(first_query, true, [&](int64_t row) { return topk.column_factor[row] < 0; });
   }
 }

@@ -314,16 +314,18 @@ def test_sanitized_select(kind, columns):
 
 
 def test_a_selects_factors():
-    """Those that are negative leave a score as it is; a NaN among them hides it."""
+    """A row's that is NaN hides it; a column's that is negative leaves scores as they are."""
     scores = torch.randn(5, 3001)
     row, column = torch.rand(5), torch.rand(3001)
-    column[7], column[8], row[3] = torch.nan, -1.0, torch.nan
-    right = (scores * column * row.unsqueeze(1)).clamp(-0.5, 0.5)
-    right[3], right[:, 7] = -torch.inf, -torch.inf
-    right[:, 8] = scores[:, 8]
-    for first in (0, 1):
+    row[1], row[3], column[8] = 1.0, torch.nan, -1.0
+    for first, unit_columns in itertools.product((0, 1), (False, True)):
+        limit = torch.inf if unit_columns else 0.5
+        if unit_columns:
+            column.copy_(column.sign())
+        right = (scores * column * row.unsqueeze(1)).clamp(-limit, limit)
+        right[3], right[:, 8] = -torch.inf, scores[:, 8]
         found = Best("op", torch.empty(5, 40), torch.empty(5, 40, dtype=torch.int64))
-        found.add(scores[:, first:], first, Factors(row, column[first:], 0.5))
+        found.add(scores[:, first:], first, Factors(row, column[first:], limit, unit_columns))
         expected, places = best_of(right[:, first:], 40)
         assert same_bits(found.scores, expected)
         assert torch.equal(found.index, places + first)

@@ -20,7 +20,8 @@ class Factors(NamedTuple):
 
     row: Tensor  # float32 [R]
     column: Tensor  # float32 [P]
-    limit: float  # of a score's magnitude
+    limit: float = math.inf  # of a score's magnitude
+    unit_columns: bool = False
 
 
 class Best:
@@ -43,7 +44,7 @@ class Best:
         module = launch.module()
         size = module.cuda_select_scratch_bytes(rows, columns, k)
         scratch = self.scores.new_empty(size, dtype=torch.uint8) if size else None
-        row, column, limit = factors or (None, None, math.inf)
+        row, column, limit, unit_columns = factors or (None, None, math.inf, False)
         launch.call(
             self.op,
             module.cuda_select,
@@ -56,6 +57,7 @@ class Best:
             pointer(row),
             pointer(column),
             limit,
+            unit_columns,
             first,
             min(k, self.seen),
             self.finite,

@@ -12,7 +12,8 @@ from elva_kernels.backends.cuda.select import Best, Factors, takes
 from elva_kernels.backends.gpu.topk import search
 from elva_kernels.backends.launcher import Tensors
 
-_WORKSPACE_BYTES = 256 << 20  # of scores, or of copies of rows, that a search holds at once; ours
+_WORKSPACE_BYTES = 256 << 20  # of scores that a search holds at once; ours
+_COPIED_BYTES = 512 << 20  # of rows, where they have to be copied to be multiplied; ours
 _QUERIES = 4096  # at a time, so that chunks of the corpus stay large; ours
 # Beyond it, in half precision, torch's products take less time than groups of 64 queries, although
 # the corpus is read once more for its norms; by arithmetic for an H200.
@@ -74,15 +75,19 @@ class _Search:
 
     def multiply(self, found: Best) -> None:
         """Every product has one shape, so that copies of a row tie: the last rows come again."""
-        p = len(self.corpus)
-        row, column = (self.query.new_empty(n, dtype=torch.float32) for n in (len(self.query), p))
+        q, p, step = len(self.query), len(self.corpus), self.multiplied_rows
+        row, column = (self.query.new_empty(n, dtype=torch.float32) for n in (q, p))
         self.call(launch.module().cuda_topk_factors, self.corpus, None, row, column)
-        limit = 1.0 if self.metric == "cosine" else math.inf
-        step = self.multiplied_rows
+        scaled = self.scratch.view(self.query.dtype).as_strided(
+            (q, self.query.shape[1] + self.padding), (self.padded_dim, 1)
+        )
+        kind = (1.0, False) if self.metric == "cosine" else (math.inf, True)
         for first in range(0, p, step):
             start = min(first, p - step)
-            scores = self.products_of(slice(start, start + step), column)
-            factors = Factors(row, column[first : start + step], limit)
+            rows = self.corpus[start : start + step]
+            scores = in_batch.half_product(scaled, self.dense(rows).T)
+            self.call(launch.module().cuda_topk_far, rows, scores, None, column[start:])
+            factors = Factors(row, column[first:], *kind)
             found.add(scores[:, first - start :], first, factors)
             del scores  # before the next
 
@@ -90,30 +95,24 @@ class _Search:
     def multiplied_rows(self) -> int:
         """At a time: what the workspace holds, and so that few rows are in two chunks."""
         p, dim = self.corpus.shape
-        row_bytes = max(4 * len(self.query), self.corpus.element_size() * dim)
-        most = max(_ROWS, _WORKSPACE_BYTES // row_bytes // _ROWS * _ROWS)
+        copied = _COPIED_BYTES // (self.corpus.element_size() * dim)
+        most = max(_ROWS, min(self.scanned_rows, copied) // _ROWS * _ROWS)
         chunks = -(-p // most)
         if chunks == 1 and p % _ROWS:
             chunks = 2
         return min(p, -(-p // chunks // _ROWS) * _ROWS)
 
-    def products_of(self, rows: slice, column: Tensor) -> Tensor:
-        """Of all queries; scores already where a row is out of the products' range."""
-        dense = self.dense(self.corpus[rows])
-        queries = self.scratch.view(self.query.dtype).as_strided(
-            (len(self.query), dense.shape[1]), (self.padded_dim, 1)
-        )
-        products = in_batch.half_product(queries, dense.T)
-        self.call(launch.module().cuda_topk_far, self.corpus[rows], products, None, column[rows])
-        return products
+    @property
+    def padding(self) -> int:
+        """Columns of zeros behind those of rows that are multiplied."""
+        return -self.query.shape[1] % _DEPTH
 
     def dense(self, rows: Tensor) -> Tensor:
         """Rows one after the other on 16 bytes, padded by zeros; copies where they are not."""
         n, dim = rows.shape
-        padding = -dim % _DEPTH
-        if not padding and rows.is_contiguous() and rows.data_ptr() % 16 == 0:
+        if not self.padding and rows.is_contiguous() and rows.data_ptr() % 16 == 0:
             return rows
-        copies = rows.new_zeros((n, dim + padding))
+        copies = rows.new_zeros((n, dim + self.padding))
         copies[:, :dim] = rows
         return copies
 
