@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -50,6 +51,12 @@ struct Send {
   Arrivals* arrivals;
 };
 
+struct Copy16 {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 // What __builtin_setjmp keeps. It makes no system call, as swapcontext does at each switch.
 using Place = void* [5];
 
@@ -62,6 +69,8 @@ struct Fiber {
   const uint32_t* awaited = nullptr;  // goes on when this is no longer that
   uint32_t value = 0;
   size_t block = 0, warp = 0;
+  std::vector<Copy16> copies;  // not committed
+  std::deque<std::vector<Copy16>> groups;
   bool begun = false, done = false;
 };
 
@@ -254,6 +263,9 @@ void run_cluster(size_t first_block, size_t blocks, const cudaLaunchConfig_t& co
       to_fiber(&fiber);
       after_switch(machine.scheduler_stack, nullptr, nullptr);
       left -= fiber.done ? 1 : 0;
+      if (fiber.done && !(fiber.copies.empty() && fiber.groups.empty())) {
+        fail("a thread ended before its copies");
+      }
     }
     if (!machine.copies.empty()) carry_out(machine.random() % machine.copies.size());
     deliver();
@@ -353,6 +365,26 @@ void Arrivals::expect(uint32_t bytes) {
   if (pending == 0) phase ^= 1;
 }
 void Arrivals::wait(uint32_t parity) { wait_while(&phase, parity); }
+
+// As late as they may come.
+void copy16(void* shared, const void* global, int bytes) {
+  check_aligned(shared, global, 16);
+  machine.fiber().copies.push_back({shared, global, static_cast<size_t>(bytes)});
+}
+void commit_copies() {
+  Fiber& fiber = machine.fiber();
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+void wait_copies(int pending) {
+  std::deque<std::vector<Copy16>>& groups = machine.fiber().groups;
+  for (; groups.size() > static_cast<size_t>(pending); groups.pop_front()) {
+    for (const Copy16& copy : groups.front()) {
+      memset(copy.to, 0, 16);
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
+}
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals) {
   check_aligned(shared, global, bytes);

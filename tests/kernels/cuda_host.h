@@ -86,6 +86,9 @@ struct Arrivals {
   void expect(uint32_t bytes);
   void wait(uint32_t parity);
 };
+void copy16(void* shared, const void* global, int bytes);
+void commit_copies();
+void wait_copies(int pending);
 void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals);
 uint32_t cluster_rank();
 void cluster_sync();
@@ -113,6 +116,14 @@ constexpr host::Index<&host::Self::grid_dim> gridDim{};
 inline void __syncthreads() { host::sync_block(); }
 inline int __syncthreads_or(int x) { return host::sync_block_or(x); }
 inline void __syncwarp() { host::sync_warp(); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+// A fiber does not stop within it.
+inline int atomicAdd(int* p, int x) {
+  const int before = *p;
+  *p = before + x;
+  return before;
+}
 
 template <class V>
 V __shfl_xor_sync(unsigned, V x, int lane_mask) {

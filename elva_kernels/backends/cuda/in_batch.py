@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
-from elva_kernels.backends.cuda import launch
+from elva_kernels.backends.cuda import launch, select
 from elva_kernels.backends.gpu.in_batch import GpuSteps
 from elva_kernels.backends.steps import Slopes, Units, part_of
 
@@ -65,6 +65,13 @@ class CudaSteps(GpuSteps):
             self.moment[rows].data_ptr(),
         )
         self.keep_best(scores, rows)
+
+    def keep_best(self, scores: Tensor, rows: slice) -> None:
+        if not select.takes(self.k):
+            super().keep_best(scores, rows)
+            return
+        best = select.Best(_OP, self.topk_scores[rows], self.topk_index[rows], finite=True)
+        best.add(scores[:, : len(self.candidates.norm)])
 
     def skipped_operands(self, rows: slice) -> tuple[int, int, int, int]:
         """What `cuda_score_rows` takes for the candidates that some queries skip."""
