@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads, 2) column_parts(const __grid_constan
   const int64_t part = blockIdx.x % args.parts,
                 j = blockIdx.x / args.parts * kThreads + threadIdx.x;
   if (j >= column.width) return;
-  const float inverse_temperature = static_cast<float>(inverse_of(column.temperature)),
-              limit = limit_of(column.max_score), inverse = column.candidate_inverse[j];
+  const float scale = scale_of_gaps(column.temperature), limit = limit_of(column.max_score),
+              inverse = column.candidate_inverse[j];
   const int64_t first = part * kPartRows,
                 last = first + kPartRows < column.rows ? first + kPartRows : column.rows;
   ScoreSums all;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 2) column_parts(const __grid_constan
       scores[r] = masked_score(cosine_of(scores[r], query, inverse), limit);
       highest = fmaxf(highest, scores[r]);
     }
-    all.add<kRows>(scores, highest, inverse_temperature);
+    all.add<kRows>(scores, highest, scale);
   }
   const int64_t at = part * column.width + j;
   args.peak[at] = all.peak;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kColumns) column_sums(const __grid_constant__ 
   const ElvaCudaColumnArgs& column = args.column;
   const int64_t j = int64_t{blockIdx.x} * kColumns + threadIdx.x;
   if (j >= column.width) return;
-  const float inverse_temperature = static_cast<float>(inverse_of(column.temperature));
+  const float scale = scale_of_gaps(column.temperature);
   ScoreSums all;
   if (!column.is_first) all = {column.peak[j], column.sum[j], column.moment[j]};
 #pragma unroll 1
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kColumns) column_sums(const __grid_constant__ 
     }
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      all.raise(parts[i].peak, inverse_temperature);
-      parts[i].raise(all.peak, inverse_temperature);
+      all.raise(parts[i].peak, scale);
+      parts[i].raise(all.peak, scale);
       all.sum += parts[i].sum;
       all.moment += parts[i].moment;
     }

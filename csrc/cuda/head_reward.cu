@@ -101,7 +101,7 @@ __device__ inline void write_slopes(const Head& head, int64_t i) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     head_reward(const __grid_constant__ ElvaCudaHeadRewardArgs args) {
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (i >= args.rows) return;

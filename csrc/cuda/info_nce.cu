@@ -20,7 +20,7 @@ constexpr int kReducers = 1024, kReducerWarps = kReducers / 32;  // of a block f
 
 __device__ inline int64_t own_place() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     info_nce_terms(const __grid_constant__ ElvaCudaTermsArgs args) {
   const int64_t i = own_place();
   if (i >= args.count) return;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   args.grad_temperature[i] = -share * (args.moment[at] + sum * (peak - target)) / (t * t);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     info_nce_factors(const __grid_constant__ ElvaCudaFactorsArgs args) {
   const int64_t i = own_place();
   if (i >= args.rows) return;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   args.row_factor[i] = static_cast<float>(factor);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     column_factor(const __grid_constant__ ElvaCudaColumnFactorArgs args) {
   const int64_t j = own_place();
   if (j >= args.width) return;
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kReducers)
   *args.power = kLargest + kInverses - ilogbf(usual ? largest : largest < kLeast ? kLeast : 1.0f);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     info_nce_loss(const __grid_constant__ ElvaCudaLossArgs args) {
   const int64_t i = own_place();
   if (i >= args.rows) return;

@@ -94,9 +94,18 @@ class Products {
     if (args_.keeps_scores) return row_[j];
     return masked_score(cosine_of(row_[j], query_, args_.candidate_inverse[j]), limit_);
   }
+  // The thread's masked products of rows that are not finite.
+  __device__ int unsound() const {
+    int count = 0;
+    for (int64_t j = threadIdx.x; j < args_.candidates; j += kThreads) {
+      const bool bad = isnan(query_) || isnan(args_.candidate_inverse[j]);
+      count += bad && !isnan(row_[j]);
+    }
+    return count;
+  }
   // The masked scores of the thread's products from `first` on, kept where they are to be; -inf
-  // beyond. Adds negatives that are not finite to `unsound`.
-  __device__ void read(int64_t first, float* scores, int* unsound) const {
+  // beyond.
+  __device__ void read(int64_t first, float* scores) const {
     Vector<float> products[kVectors], inverses[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -114,9 +123,7 @@ class Products {
       Vector<float> kept;
 #pragma unroll
       for (int e = 0; e < kFour; ++e) {
-        const float product = products[v].at[e];
-        const float cosine = cosine_of(product, query_, inverses[v].at[e]);
-        *unsound += isnan(cosine) && !isnan(product);
+        const float cosine = cosine_of(products[v].at[e], query_, inverses[v].at[e]);
         kept.at[e] = scores[kFour * v + e] = masked_score(cosine, limit_);
       }
       const int64_t j = place(first, v);
@@ -155,10 +162,14 @@ class Positives {
   __device__ float first_score() const {
     return args_.positives > 0 ? products_.positive_score(target_[0]) : -INFINITY;
   }
-  __device__ void write_scores() const {
+  // Whether one of the thread's is not finite.
+  __device__ bool write_scores() const {
+    bool bad = false;
     for (int64_t p = threadIdx.x; p < args_.positives; p += kThreads) {
       score_[p] = products_.positive_score(target_[p]);
+      bad = bad || isnan(score_[p]);
     }
+    return bad;
   }
   // All that are no negatives, what pads the row too. No product is NaN before it.
   __device__ void mask() const {
@@ -266,35 +277,38 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Products products(args);
   const Positives positives(args, products);
   const float first_bar = bar_of(positives.first_score());
-  positives.write_scores();
-  __syncthreads();
+  const bool some_bad = __syncthreads_or(positives.write_scores()) != 0;
   positives.mask();
   __syncthreads();
   const bool summed = args.temperature != nullptr;
-  const float inverse_temperature = summed ? static_cast<float>(inverse_of(args.temperature)) : 0;
-  Counts counts;
+  const float scale = summed ? scale_of_gaps(args.temperature) : 0;
+  float greater = 0, equal = 0;  // two instructions each; exact up to 2^24 scores of a thread
   ScoreSums sums;
   int unsound = 0;
+  if (some_bad) {  // before scores take their place
+    unsound = block_sum(products.unsound(), shared.counts);
+  }
   float best = -INFINITY;
   int64_t from = -1;  // where the thread has read its best
 #pragma unroll 1
   for (int64_t first = 0; first < args.width; first += kAtOnce * kThreads) {
     float scores[kAtOnce], highest = -INFINITY;
-    products.read(first, scores, &unsound);
+    products.read(first, scores);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      counts.add(scores[i], first_bar);
+      greater += scores[i] > first_bar ? 1.0f : 0.0f;
+      equal += scores[i] == first_bar ? 1.0f : 0.0f;
       highest = fmaxf(highest, scores[i]);
     }
     if (highest > best) best = highest, from = first;
-    if (summed) sums.add<kAtOnce>(scores, highest, inverse_temperature);
+    if (summed) sums.add<kAtOnce>(scores, highest, scale);
   }
   Hardest hardest;
   if (from >= 0) hardest = {best, products.place_of(best, from)};
   hardest = block_hardest(hardest, &shared);
-  counts.greater = block_sum(counts.greater, shared.counts);
-  counts.equal = block_sum(counts.equal, shared.counts);
-  unsound = block_sum(unsound, shared.counts);
+  Counts counts;
+  counts.greater = block_sum(static_cast<int>(greater), shared.counts);
+  counts.equal = block_sum(static_cast<int>(equal), shared.counts);
   if (threadIdx.x == 0) {
     if (args.positives > 0) positives.write_counts(0, counts, unsound);
     args.hardest_score[blockIdx.x] = hardest.score;
@@ -302,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   count_further(args, products, positives, hardest.score, unsound, shared.further);
   if (!summed) return;
-  sums.raise(hardest.score, inverse_temperature);
+  sums.raise(hardest.score, scale);
   const double sum = block_sum(sums.sum, shared.sums);
   const double moment = block_sum(sums.moment, shared.sums);
   if (threadIdx.x == 0) {

@@ -19,8 +19,7 @@ namespace elva {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 2;           // of four slopes, a thread's at a time
-constexpr int kInverseExponent = 14;  // candidates' inverses times 2^14 are near 1
+constexpr int kVectors = 2;  // of four slopes, a thread's at a time
 
 // A row of slopes on its way to memory.
 template <int kHalves>
@@ -77,11 +76,11 @@ class Slopes {
       : args_(args),
         query_(args.query_inverse[blockIdx.x]),
         limit_(limit_of(args.max_score)),
-        inverse_temperature_(static_cast<float>(inverse_of(args.temperature))),
+        scale_(scale_of_gaps(args.temperature)),
         peak_(args.row_peak[blockIdx.x]) {
-    const double scale = scalbn(static_cast<double>(query_), *args.power - kInverseExponent);
-    factor_ = static_cast<float>(args.row_factor[blockIdx.x] * scale);
-    column_scale_ = static_cast<float>(scale);
+    const double factor = scalbn(static_cast<double>(query_), *args.power);
+    factor_ = static_cast<float>(args.row_factor[blockIdx.x] * factor);
+    column_scale_ = static_cast<float>(factor);
   }
 
   __device__ void read(int64_t j, float* slopes) const {
@@ -91,7 +90,7 @@ class Slopes {
 #pragma unroll
     for (int e = 0; e < kFour; ++e) {
       scores[e] = masked_score(cosine_of(products.at[e], query_, inverses.at[e]), limit_);
-      slopes[e] = factor_ * expf((scores[e] - peak_) * inverse_temperature_);
+      slopes[e] = factor_ * power_of_two((scores[e] - peak_) * scale_);
     }
     if (args_.column_peak != nullptr) {
       const Vector<float> peaks = load16(args_.column_peak + j),
@@ -99,19 +98,18 @@ class Slopes {
 #pragma unroll
       for (int e = 0; e < kFour; ++e) {
         slopes[e] +=
-            column_scale_ * factors.at[e] * expf((scores[e] - peaks.at[e]) * inverse_temperature_);
+            column_scale_ * factors.at[e] * power_of_two((scores[e] - peaks.at[e]) * scale_);
       }
     }
 #pragma unroll
     for (int e = 0; e < kFour; ++e) {
-      constexpr float kScale = 1 << kInverseExponent;
-      slopes[e] = scores[e] > -INFINITY ? slopes[e] * (inverses.at[e] * kScale) : 0.0f;
+      slopes[e] = scores[e] > -INFINITY ? slopes[e] * inverses.at[e] : 0.0f;
     }
   }
 
  private:
   const ElvaCudaSlopeArgs& args_;
-  float query_, limit_, inverse_temperature_, peak_, factor_, column_scale_;
+  float query_, limit_, scale_, peak_, factor_, column_scale_;
 };
 
 // Slopes may lie where the products were: all that a step writes lies before what the next reads,

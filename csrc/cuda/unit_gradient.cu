@@ -17,10 +17,13 @@
 namespace elva {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kSize = 8;  // elements of a thread at a time
-constexpr int kHeld = 2;  // times
-constexpr int64_t kHeldColumns = kHeld * kThreads * kSize;
+constexpr int kMostThreads = 128;
+constexpr int kSize = 8;   // elements of a thread at a time
+constexpr int kTimes = 4;  // of a row that a block holds
+constexpr int64_t kHeldColumns = kMostThreads * kTimes * kSize;
+
+// Elements of the block's threads at a time.
+__device__ inline int64_t step() { return int64_t{blockDim.x} * kSize; }
 
 // kSize elements from `at`, zeros beyond `dim`; in vectors where rows are on 16 bytes.
 template <class T>
@@ -60,76 +63,59 @@ __device__ inline void write(T* row, int64_t at, int64_t dim, bool vectors, cons
   }
 }
 
-// A row's pairs, in order.
+// A row's pairs, in order, and the rows of the other side that they add.
+template <class X>
 class Pairs {
  public:
-  __device__ Pairs(const ElvaCudaGradientArgs& args, int64_t i) : args_(args) {
+  __device__ Pairs(const ElvaCudaGradientArgs& args, int64_t i, int power)
+      : args_(args),
+        scale_(static_cast<float>(scalbn(static_cast<double>(args.inverse[i]), power - kShift))) {
     if (args.first != nullptr) {
-      first = args.first[i];
-      last = args.first[i + 1];
+      first_ = args.first[i];
+      last_ = args.first[i + 1];
     } else {
       const int64_t each = args.target == nullptr ? 1 : args.positives, end = (i + 1) * each;
-      first = i * each < args.pairs ? i * each : args.pairs;
-      last = end < args.pairs ? end : args.pairs;
+      first_ = i * each < args.pairs ? i * each : args.pairs;
+      last_ = end < args.pairs ? end : args.pairs;
     }
   }
 
-  __device__ int64_t pair(int64_t n) const { return args_.order == nullptr ? n : args_.order[n]; }
-  // The row of the other side.
-  __device__ int64_t other(int64_t pair) const {
-    return args_.target == nullptr ? pair / args_.positives : args_.target[pair];
-  }
-  __device__ bool is_sound(int64_t other) const {
-    return other >= 0 && other < args_.others_count && !isnan(args_.others_inverse[other]);
-  }
   // Whether a query has a positive that is not finite.
   __device__ bool spoil() const {
     bool bad = false;
-    for (int64_t n = first; args_.target != nullptr && n < last; ++n) {
+    for (int64_t n = first_; args_.target != nullptr && n < last_; ++n) {
       bad = bad || (args_.target[n] != -1 && !is_sound(args_.target[n]));
     }
     return bad;
   }
-
-  int64_t first, last;
-
- private:
-  const ElvaCudaGradientArgs& args_;
-};
-
-// A row's sums with its pairs' rows.
-template <class X>
-class Sums {
- public:
-  __device__ Sums(const ElvaCudaGradientArgs& args, int64_t i, float inverse, int power)
-      : args_(args),
-        pairs_(args, i),
-        row_(args.grad_unit + i * args.dim),
-        inverse_(inverse),
-        power_(power),
-        vectors_(args.dim % kSize == 0) {}
-
-  __device__ void at(int64_t at, float* sums) const {
-    read(row_, at, args_.dim, vectors_, sums);
-    for (int64_t n = pairs_.first; n < pairs_.last; ++n) {
-      const int64_t pair = pairs_.pair(n), other = pairs_.other(pair);
-      if (!pairs_.is_sound(other)) continue;
-      const float slope =
-          scalbnf(args_.target_slope[pair] * inverse_ * args_.others_inverse[other], power_);
-      float x[kSize];
-      read(static_cast<const X*>(args_.others) + other * args_.dim, at, args_.dim, vectors_, x);
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) sums[e] = fmaf(slope, x[e], sums[e]);
+  // add(slope, row) of each.
+  template <class Add>
+  __device__ void each(const Add& add) const {
+#pragma unroll 1
+    for (int64_t n = first_; n < last_; ++n) {
+      const int64_t pair = args_.order == nullptr ? n : args_.order[n], other = other_of(pair);
+      if (!is_sound(other)) continue;
+      constexpr float kScale = 1 << kShift;
+      add(args_.target_slope[pair] * scale_ * (args_.others_inverse[other] * kScale),
+          static_cast<const X*>(args_.others) + other * args_.dim);
     }
   }
 
  private:
+  static constexpr int kShift = 14;  // inverses times 2^14 are near 1
+
+  // The row of the other side.
+  __device__ int64_t other_of(int64_t pair) const {
+    if (args_.target != nullptr) return args_.target[pair];
+    return args_.positives == 1 ? pair : pair / args_.positives;
+  }
+  __device__ bool is_sound(int64_t other) const {
+    return other >= 0 && other < args_.others_count && !isnan(args_.others_inverse[other]);
+  }
+
   const ElvaCudaGradientArgs& args_;
-  Pairs pairs_;
-  const float* row_;
-  float inverse_;
-  int power_;
-  bool vectors_;
+  float scale_;
+  int64_t first_, last_;
 };
 
 // Of a block, on every thread.
@@ -138,7 +124,7 @@ __device__ inline float block_sum(float x, float* shared) {
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
   __syncthreads();
   float sum = shared[0];
-  for (int w = 1; w < kWarps; ++w) sum += shared[w];
+  for (unsigned w = 1; w < blockDim.x / 32; ++w) sum += shared[w];
   return sum;
 }
 
@@ -163,63 +149,98 @@ struct Gradient {
   }
 };
 
-// With kHalf of rows in fp16, else in fp32.
-template <class T, bool kHalf>
-__global__ void __launch_bounds__(kThreads, 6)
-    unit_gradient(const __grid_constant__ ElvaCudaGradientArgs args) {
-  using X = std::conditional_t<kHalf, Fp16, float>;
-  ELVA_DYNAMIC_SHARED(memory);
-  const int64_t i = blockIdx.x, dim = args.dim;
-  const X* unit = static_cast<const X*>(args.unit) + i * dim;
-  T* out = static_cast<T*>(args.grad_rows) + i * dim;
-  const bool vectors = dim % kSize == 0, held = dim <= kHeldColumns;
-  const int64_t own = static_cast<int64_t>(threadIdx.x) * kSize, step = kThreads * kSize;
-  const bool spoilt = Pairs(args, i).spoil();
-  const float inverse = spoilt ? nanf("") : args.inverse[i];
-  const int power = *args.power;
-  const Sums<X> sums(args, i, inverse, power);
-  float g[kHeld][kSize], x[kHeld][kSize], product = 0;
-  if (held) {
+// A thread's kCount vectors of a row from `at`, every `step`, and of its sums with its pairs' rows.
+template <class X, int kCount>
+struct Part {
+  float x[kCount][kSize], sums[kCount][kSize];
+
+  __device__ Part(const ElvaCudaGradientArgs& args, const Pairs<X>& pairs, int64_t at,
+                  bool vectors) {
+    const int64_t row = blockIdx.x * args.dim;
+    const auto each = [&](const auto& apply) {
 #pragma unroll
-    for (int v = 0; v < kHeld; ++v) {
-      const int64_t at = own + v * step;
-      if (at >= dim) continue;
-      read(unit, at, dim, vectors, x[v]);
-      sums.at(at, g[v]);
-      product += dot(x[v], g[v]);
-    }
-  } else {
-#pragma unroll 1
-    for (int64_t at = own; at < dim; at += step) {
-      read(unit, at, dim, vectors, x[0]);
-      sums.at(at, g[0]);
-      product += dot(x[0], g[0]);
-    }
+      for (int v = 0; v < kCount; ++v) {
+        if (at + v * step() < args.dim) apply(v, at + v * step());
+      }
+    };
+    each([&](int v, int64_t here) {
+      read(static_cast<const X*>(args.unit) + row, here, args.dim, vectors, x[v]);
+      read(args.grad_unit + row, here, args.dim, vectors, sums[v]);
+    });
+    pairs.each([&](float slope, const X* other) {
+      each([&](int v, int64_t here) {
+        float y[kSize];
+        read(other, here, args.dim, vectors, y);
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sums[v][e] = fmaf(slope, y[e], sums[v][e]);
+      });
+    });
   }
-  product = block_sum(product, reinterpret_cast<float*>(memory));
-  const Gradient gradient(product * inverse * inverse, -power - args.exponent[i]);
-  if (held) {
+};
+
+// kHeld: the block holds the row, which is in whole vectors. kHalf: rows are in fp16, else fp32.
+template <class T, bool kHalf, bool kHeld>
+__device__ inline void unit_gradient_row(const ElvaCudaGradientArgs& args, float* shared) {
+  using X = std::conditional_t<kHalf, Fp16, float>;
+  using Mine = Part<X, kHeld ? kTimes : 1>;
+  const int64_t i = blockIdx.x, dim = args.dim;
+  const int64_t own = static_cast<int64_t>(threadIdx.x) * kSize;
+  const bool vectors = kHeld || dim % kSize == 0;
+  const Pairs<X> pairs(args, i, *args.power);
+  const float inverse = pairs.spoil() ? nanf("") : args.inverse[i];
+  T* out = static_cast<T*>(args.grad_rows) + i * dim;
+  const auto gradient = [&](float product) {
+    return Gradient(block_sum(product, shared) * inverse * inverse,
+                    -*args.power - args.exponent[i]);
+  };
+  if constexpr (kHeld) {
+    Mine part(args, pairs, own, vectors);
+    float product = 0;
 #pragma unroll
-    for (int v = 0; v < kHeld; ++v) {
-      const int64_t at = own + v * step;
-      if (at >= dim) continue;
-      gradient.apply(x[v], g[v]);
-      write(out, at, dim, vectors, g[v]);
+    for (int v = 0; v < kTimes; ++v) {
+      if (own + v * step() < dim) product += dot(part.x[v], part.sums[v]);
+    }
+    const Gradient finish = gradient(product);
+#pragma unroll
+    for (int v = 0; v < kTimes; ++v) {
+      if (own + v * step() >= dim) continue;
+      finish.apply(part.x[v], part.sums[v]);
+      write(out, own + v * step(), dim, vectors, part.sums[v]);
     }
   } else {
+    float product = 0;
 #pragma unroll 1
-    for (int64_t at = own; at < dim; at += step) {
-      read(unit, at, dim, vectors, x[0]);
-      sums.at(at, g[0]);
-      gradient.apply(x[0], g[0]);
-      write(out, at, dim, vectors, g[0]);
+    for (int64_t at = own; at < dim; at += step()) {
+      const Mine part(args, pairs, at, vectors);
+      product += dot(part.x[0], part.sums[0]);
+    }
+    const Gradient finish = gradient(product);
+#pragma unroll 1
+    for (int64_t at = own; at < dim; at += step()) {
+      Mine part(args, pairs, at, vectors);
+      finish.apply(part.x[0], part.sums[0]);
+      write(out, at, dim, vectors, part.sums[0]);
     }
   }
 }
 
 template <class T, bool kHalf>
+__global__ void __launch_bounds__(kMostThreads, 4)
+    unit_gradient(const __grid_constant__ ElvaCudaGradientArgs args) {
+  ELVA_DYNAMIC_SHARED(memory);
+  float* shared = reinterpret_cast<float*>(memory);
+  if (args.dim % kSize == 0 && args.dim <= kHeldColumns) {
+    unit_gradient_row<T, kHalf, true>(args, shared);
+  } else {
+    unit_gradient_row<T, kHalf, false>(args, shared);
+  }
+}
+
+template <class T, bool kHalf>
 ElvaStatus run(const ElvaCudaGradientArgs& args) {
-  return launch(unit_gradient<T, kHalf>, args.count, 1, kThreads, kWarps * sizeof(float),
+  const int64_t warps = (args.dim + 32 * kTimes * kSize - 1) / (32 * kTimes * kSize);
+  const int threads = static_cast<int>(warps < kMostThreads / 32 ? 32 * warps : kMostThreads);
+  return launch(unit_gradient<T, kHalf>, args.count, 1, threads, kMostThreads / 32 * sizeof(float),
                 args.stream, args);
 }
 

@@ -76,6 +76,7 @@ class Steps(abc.ABC):
         wrt: whether the gradients on query and candidates are wanted.
     """
 
+    masked = -math.inf  # in the place of a score that is no negative's
     reward_of_head = staticmethod(reward_of_head)
     slopes_of_head = staticmethod(slopes_of_head)
 
@@ -284,7 +285,7 @@ class Steps(abc.ABC):
         self.multiply_rows(query, scores)
         self.score_rows(scores, rows)
         if self.unpaired is not None:
-            scores.masked_fill_(some(self.unpaired, rows), -math.inf)
+            scores.masked_fill_(some(self.unpaired, rows), self.masked)
         if self.temperature is not None:
             sums = Sums(*(some(x, rows) for x in (self.hardest_score, self.total, self.moment)))
             self.set_terms(self.row_terms, rows, sums, self.row_of_pairs(len(scores)))

@@ -24,6 +24,8 @@ _ROW_PADDING = 16
 class CudaScores(GpuSteps):
     """Units have float32 inverse norms as `scale`, NaN for bad rows, and exponents as `norm`."""
 
+    masked = math.nan  # a product
+
     def __init__(self, query: Tensor, candidates: Tensor, *arguments: Any, **named: Any) -> None:
         self.place = launch.place(query)
         super().__init__(query, candidates, *arguments, **named)
