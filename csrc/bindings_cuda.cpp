@@ -1,5 +1,6 @@
 // The functions of csrc/cuda in elva_kernels._C: pointers on a device, and a stream.
 #include "bindings.h"
+#include "elva_in_batch_cuda.h"
 
 namespace elva {
 namespace {
@@ -29,13 +30,21 @@ void bind_cuda(py::module_& module) {
   module.attr("CUDA_SELECT_MOST") = static_cast<int>(ELVA_SELECT_MOST);
   module.def("cuda_select_scratch_bytes", &elva_select_scratch_bytes_cuda);
   bind(module, "cuda_select", elva_select_cuda);
-  bind(module, "cuda_matrix_product", elva_matrix_product_cuda);
-  bind(module, "cuda_unit_rows", elva_unit_rows_cuda);
-  bind(module, "cuda_unit_gradient", elva_unit_gradient_cuda);
-  bind(module, "cuda_score_rows", elva_score_rows_cuda);
   module.def("cuda_column_scratch_bytes", &elva_column_scratch_bytes_cuda);
+  bind(module, "cuda_unit_rows", elva_unit_rows_cuda);
+  bind(module, "cuda_matrix_product", elva_matrix_product_cuda);
+  bind(module, "cuda_score_rows", elva_score_rows_cuda);
   bind(module, "cuda_column_sums", elva_column_sums_cuda);
+  bind(module, "cuda_info_nce_terms", elva_info_nce_terms_cuda);
+  bind(module, "cuda_info_nce_factors", elva_info_nce_factors_cuda);
+  bind(module, "cuda_column_factor", elva_column_factor_cuda);
+  bind(module, "cuda_slope_power", elva_slope_power_cuda);
   bind(module, "cuda_slope_rows", elva_slope_rows_cuda);
+  bind(module, "cuda_spread_rows", elva_spread_rows_cuda);
+  bind(module, "cuda_unit_gradient", elva_unit_gradient_cuda);
+  bind(module, "cuda_info_nce_loss", elva_info_nce_loss_cuda);
+  bind(module, "cuda_temperature_gradient", elva_temperature_gradient_cuda);
+  bind(module, "cuda_head_reward", elva_head_reward_cuda);
 }
 
 }  // namespace elva

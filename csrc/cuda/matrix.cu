@@ -1,7 +1,7 @@
-// What: products of matrices in fp32, for the in-batch ops: scores of fp32 rows, and slopes times
+// What: products of matrices in fp32, for the in-batch ops of fp32 rows: scores, and slopes times
 //   rows; torch's would depend on what the process has set for precision.
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (8) of elva_kernels.reference.
-// In: a [M, K] in fp32, b [K, N] in fp32 or fp16, any strides; a factor of each of a's columns.
+// In: a [M, K] and b [K, N] in fp32, any strides.
 // Out: c [M, N] in fp32, or added to it.
 // Work split: a block of 256 threads a tile of 128 x 128, or of 64 x 64 where those would leave
 //   multiprocessors idle; 16 terms at a time through shared memory, the next ones on their way.
@@ -11,7 +11,7 @@
 //   element depends on its row and its column alone, not on its place or on the tile's size.
 // Limits: none.
 // Reference: elva_kernels.reference.in_batch.cosine_matrix, gradients_of_slopes.
-#include "../elva_in_batch.h"
+#include "../elva_in_batch_cuda.h"
 #include "device.h"
 
 namespace elva {
@@ -30,8 +30,8 @@ struct Terms {
   float at[kDepth * kStride];
 };
 
-// A thread's share of a tile's terms of one operand; with kScaled, and what they are multiplied by.
-template <class T, int kSide, bool kScaled>
+// A thread's share of a tile's terms of one operand.
+template <int kSide>
 class Loader {
  public:
   // The operand's element at (place, term) is data[place place_stride + term term_stride].
@@ -45,56 +45,41 @@ class Loader {
     term_step_ = along_terms ? 0 : kThreads / kSide;
     stride_ = place_step * place_stride + term_step_ * term_stride;
     advance_ = kDepth * term_stride;
-    next_ = static_cast<const T*>(data) + (first + place_) * place_stride + term_ * term_stride;
+    next_ = static_cast<const float*>(data) + (first + place_) * place_stride + term_ * term_stride;
     put_step_ = term_step_ * Terms<kSide>::kStride + place_step;
     const int64_t left = places - first - place_;
     const int64_t most = left <= 0 ? 0 : along_terms ? (left - 1) / place_step + 1 : kEach;
     here_ = static_cast<int>(most < kEach ? most : kEach);
-#pragma unroll
-    for (float& x : scale_) x = 1;
   }
 
   // The next kDepth terms, of which `left` are the matrix's; zeros beyond and outside.
   __device__ void fetch(int64_t left) {
-    const T* at = next_;
+    const float* at = next_;
     if (here_ == kEach && left >= kDepth) {
 #pragma unroll
       for (int i = 0; i < kEach; ++i, at += stride_) held_[i] = *at;
     } else {
 #pragma unroll
       for (int i = 0; i < kEach; ++i, at += stride_) {
-        held_[i] = i < here_ && term_ + i * term_step_ < left ? *at : T{};
+        held_[i] = i < here_ && term_ + i * term_step_ < left ? *at : 0.0f;
       }
     }
     next_ += advance_;
   }
 
-  // Of the terms last fetched.
-  __device__ void fetch_scale(int64_t left, const float* scale) {
-    static_assert(kScaled);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      if (term_ + i * term_step_ < left) scale_[i] = scale[term_ + i * term_step_];
-    }
-  }
-
   __device__ void put(Terms<kSide>* terms) const {
     float* at = terms->at + term_ * Terms<kSide>::kStride + place_;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i, at += put_step_) {
-      *at = widen(held_[i]);
-      if constexpr (kScaled) *at *= scale_[i];
-    }
+    for (int i = 0; i < kEach; ++i, at += put_step_) *at = held_[i];
   }
 
  private:
   static constexpr int kEach = kSide * kDepth / kThreads;
 
-  const T* next_;
+  const float* next_;
   int64_t stride_, advance_;
   int term_, place_, term_step_, put_step_, here_;
-  T held_[kEach];
-  float scale_[kScaled ? kEach : 1];
+  float held_[kEach];
 };
 
 // A thread's rows and columns of a tile, in fours: a warp's are 4 fours of rows, 8 of columns.
@@ -194,19 +179,18 @@ struct Place {
   }
 };
 
-template <class T, int kSide>
+template <int kSide>
 __global__ void __launch_bounds__(kThreads, kSide == 128 ? 1 : 2)
     matrix_product(const __grid_constant__ ElvaCudaMatrixArgs args) {
   ELVA_DYNAMIC_SHARED(memory);
   Terms<kSide>* left = reinterpret_cast<Terms<kSide>*>(memory);
   Terms<kSide>* right = left + 2;
   const Place place(args, kSide);
-  Loader<float, kSide, true> a(args.a.data, args.a.row_stride, args.a.stride, place.row, args.m);
-  Loader<T, kSide, false> b(args.b.data, args.b.stride, args.b.row_stride, place.column, args.n);
+  Loader<kSide> a(args.a.data, args.a.row_stride, args.a.stride, place.row, args.m);
+  Loader<kSide> b(args.b.data, args.b.stride, args.b.row_stride, place.column, args.n);
   const auto fetch = [&](int64_t term) {
     a.fetch(args.k - term);
     b.fetch(args.k - term);
-    if (args.a_scale != nullptr) a.fetch_scale(args.k - term, args.a_scale + term);
   };
   const auto put = [&](int64_t step) {
     a.put(left + step % 2);
@@ -230,10 +214,10 @@ __global__ void __launch_bounds__(kThreads, kSide == 128 ? 1 : 2)
   write_sums(args, place.row, place.column, total);
 }
 
-template <class T, int kSide>
+template <int kSide>
 ElvaStatus run(const ElvaCudaMatrixArgs& args) {
   const int64_t tiles = tiles_of(args.m, kSide) * tiles_of(args.n, kSide);
-  return launch(matrix_product<T, kSide>, tiles, 0, kThreads, 4 * sizeof(Terms<kSide>), args.stream,
+  return launch(matrix_product<kSide>, tiles, 0, kThreads, 4 * sizeof(Terms<kSide>), args.stream,
                 args);
 }
 
@@ -242,13 +226,8 @@ ElvaStatus run(const ElvaCudaMatrixArgs& args) {
 
 extern "C" ElvaStatus elva_matrix_product_cuda(const ElvaCudaMatrixArgs* args) {
   using namespace elva;
-  return on_device(args->b_dtype, args->device, [args](auto element) -> ElvaStatus {
-    using T = decltype(element);
-    if constexpr (is_bf16<T>) {
-      return ELVA_UNSUPPORTED;
-    } else {
-      const bool many = tiles_of(args->m, 128) * tiles_of(args->n, 128) >= kEnoughTiles;
-      return many ? run<T, 128>(*args) : run<T, 64>(*args);
-    }
+  return on_device(ELVA_FP32, args->device, [args](auto) {
+    const bool many = tiles_of(args->m, 128) * tiles_of(args->n, 128) >= kEnoughTiles;
+    return many ? run<128>(*args) : run<64>(*args);
   });
 }

@@ -395,7 +395,7 @@ ElvaStatus elva_select_cuda(const ElvaSelectArgs* select) {
   split(*select, &args);
   const bool is_scaled = select->column_factor != nullptr;
   status = launch(is_scaled ? select_parts<true> : select_parts<false>, select->rows * args.parts,
-                  1, kThreads, sizeof(Shared), select->stream, args);
+                  0, kThreads, sizeof(Shared), select->stream, args);
   if (status != ELVA_OK || args.parts == 1) return status;
   return launch(select_merged, select->rows, 0, kThreads, sizeof(Shared), select->stream, args);
 }

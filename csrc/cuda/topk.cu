@@ -557,7 +557,7 @@ int64_t pad(const ElvaTopkScoresArgs& topk, TopkArgs* args) {
 
 template <class T>
 ElvaStatus launch_queries(const TopkArgs& args) {
-  return launch(topk_queries<T>, args.topk.queries, 1, 32, 0, args.topk.stream, args);
+  return launch(topk_queries<T>, args.topk.queries, 0, 32, 0, args.topk.stream, args);
 }
 
 int64_t row_blocks(const ElvaTopkScoresArgs& topk) {
@@ -566,7 +566,7 @@ int64_t row_blocks(const ElvaTopkScoresArgs& topk) {
 
 template <class T, int kGroup>
 ElvaStatus launch_scores(const TopkArgs& args) {
-  return launch(topk_scores<T, kGroup>, row_blocks(args.topk) * (args.padded_queries / kGroup), 1,
+  return launch(topk_scores<T, kGroup>, row_blocks(args.topk) * (args.padded_queries / kGroup), 0,
                 kThreads, sizeof(Shared<T, kGroup>), args.topk.stream, args);
 }
 
@@ -586,14 +586,14 @@ ElvaStatus factors(const ElvaTopkScoresArgs& topk) {
   pad<T>(topk, &args);
   const ElvaStatus status = launch_queries<T>(args);
   if (status != ELVA_OK) return status;
-  return launch(topk_row_factors<T>, row_blocks(topk), 1, kThreads, 0, topk.stream, args);
+  return launch(topk_row_factors<T>, row_blocks(topk), 0, kThreads, 0, topk.stream, args);
 }
 
 template <class T>
 ElvaStatus far_scores(const ElvaTopkScoresArgs& topk) {
   TopkArgs args;
   pad<T>(topk, &args);
-  return launch(topk_far_scores<T>, row_blocks(topk), 1, kThreads,
+  return launch(topk_far_scores<T>, row_blocks(topk), 0, kThreads,
                 sizeof(Shared<T, kFewQueries<T>>), topk.stream, args);
 }
 

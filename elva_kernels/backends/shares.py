@@ -90,7 +90,7 @@ class _Share:
         held = None
         for rows in mine.chunks:
             held = mine.score(rows)
-            mine.column_sums(held)
+            mine.column_sums(held, rows)
         own = self.own
         for whole, part in zip(own.columns, mine.columns, strict=True):
             found = self.exchange.of_columns(part[: len(mine.candidates.rows)])

@@ -76,6 +76,7 @@ class Steps(abc.ABC):
         wrt: whether the gradients on query and candidates are wanted.
     """
 
+    masked = -math.inf  # in the place of a score that is no negative's
     reward_of_head = staticmethod(reward_of_head)
     slopes_of_head = staticmethod(slopes_of_head)
 
@@ -97,7 +98,7 @@ class Steps(abc.ABC):
         self.query, self.candidates = self.units(query), self.units(candidates)
         b, p = batch.target.shape
         m = len(candidates)
-        self.width = row_width(m, self.dtype)
+        self.width = self.width_of(m)
         self.temperature = None if temperature is None else self.exact(temperature.detach())
         self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
         self.workspace: Tensor | None = None
@@ -164,8 +165,8 @@ class Steps(abc.ABC):
         for rows in self.chunks:
             if held is None or len(self.chunks) > 1:
                 held = self.score(rows)
-            self.slope_rows(held, self.slopes(rows, weight, symmetric))
-            self.add_gradients(held, rows)
+            matrix = self.slope_rows(held, self.slopes(rows, weight, symmetric), rows)
+            self.add_gradients(matrix, rows)
         self.add_targets()
         gradients = self.gradients(dtypes)
         grad_temperature = self.temperature_gradient(weight, symmetric)
@@ -184,16 +185,10 @@ class Steps(abc.ABC):
         """
         self.wrt = wrt
         for rows in self.chunks:
-            some = slopes._replace(
-                row_peak=slopes.row_peak[rows],
-                row_factor=slopes.row_factor[rows],
-                target_slope=slopes.target_slope[rows],
-                target=slopes.target[rows],
-            )
             if held is None or len(self.chunks) > 1:
                 held = self.score(rows)
-            self.slope_rows(held, some)
-            self.add_gradients(held, rows)
+            matrix = self.slope_rows(held, slopes_of(slopes, rows), rows)
+            self.add_gradients(matrix, rows)
         self.add_targets()
         return self.gradients(dtypes)
 
@@ -211,6 +206,10 @@ class Steps(abc.ABC):
         if self.batch.padded:
             self.unpaired = (target < 0).all(1, keepdim=True)
 
+    def width_of(self, m: int) -> int:
+        """Scores in a row of m candidates."""
+        return row_width(m, self.dtype)
+
     @abc.abstractmethod
     def units(self, rows: Tensor) -> Units:
         """Of rows [R, D] of any strides."""
@@ -224,7 +223,7 @@ class Steps(abc.ABC):
         """Products become masked scores, in place; the statistics of `rows` are filled in."""
 
     @abc.abstractmethod
-    def column_sums(self, scores: Tensor) -> None:
+    def column_sums(self, scores: Tensor, rows: slice) -> None:
         """Adds masked scores of some queries to `columns`."""
 
     @abc.abstractmethod
@@ -235,10 +234,11 @@ class Steps(abc.ABC):
         """
 
     @abc.abstractmethod
-    def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
+    def slope_rows(self, scores: Tensor, slopes: Slopes, rows: slice) -> Tensor:
         """Masked scores become row_factor exp((s - row_peak) / T), in place.
 
-        And the same of the columns added, and every target_slope at its target.
+        And the same of the columns added, and every target_slope at its target. Returns what
+        `add_gradients` takes.
         """
 
     @abc.abstractmethod
@@ -280,18 +280,23 @@ class Steps(abc.ABC):
         """The masked scores of some queries, in the workspace; fills in their statistics."""
         query = part_of(self.query, rows)
         if self.workspace is None:
-            self.workspace = self.empty((len(query.rows), self.width), self.dtype)
-            if self.width > len(self.candidates.rows):
-                self.workspace[:, len(self.candidates.rows) :] = 0
+            self.workspace = self.new_workspace(len(query.rows))
         scores = self.workspace[: len(query.rows)]
         self.multiply_rows(query, scores)
         self.score_rows(scores, rows)
         if self.unpaired is not None:
-            scores.masked_fill_(some(self.unpaired, rows), -math.inf)
+            scores.masked_fill_(some(self.unpaired, rows), self.masked)
         if self.temperature is not None:
             sums = Sums(*(some(x, rows) for x in (self.hardest_score, self.total, self.moment)))
             self.set_terms(self.row_terms, rows, sums, self.row_of_pairs(len(scores)))
         return scores
+
+    def new_workspace(self, rows: int) -> Tensor:
+        """Memory for scores, no padding of which is NaN."""
+        workspace = self.empty((rows, self.width), self.dtype)
+        if self.width > len(self.candidates.rows):
+            workspace[:, len(self.candidates.rows) :] = 0
+        return workspace
 
     def row_of_pairs(self, rows: int) -> Tensor | None:
         """[R, P] the row of each pair; None where it is in order."""
@@ -306,7 +311,7 @@ class Steps(abc.ABC):
         for rows in self.chunks:
             held = self.score(rows)
             if symmetric:
-                self.column_sums(held)
+                self.column_sums(held, rows)
         if symmetric:
             self.end_columns()
         return held
@@ -448,6 +453,12 @@ def part_of(units: Units, rows: slice) -> Units:
         return units
     scale = None if units.scale is None else units.scale[rows]
     return Units(units.rows[rows], units.norm[rows], scale)
+
+
+def slopes_of(slopes: Slopes, rows: slice) -> Slopes:
+    """Of some queries."""
+    row_peak, row_factor, target_slope, target = (some(x, rows) for x in slopes[:4])
+    return Slopes(row_peak, row_factor, target_slope, target, *slopes[4:])
 
 
 def finite(peak: Tensor) -> Tensor:

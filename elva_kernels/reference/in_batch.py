@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     candidate_ids: Tensor | None = None  # [M] int64
     max_score: float | None = None
     padded: bool = True  # whether `NO_POSITIVE` may be in `target`: a GPU's is not looked at
+    diagonal: bool = False  # whether query i is known to have candidate i for its one positive
 
 
 def cosine_matrix(query: Tensor, candidates: Tensor) -> Tensor:
@@ -310,7 +311,8 @@ def _rows_of(batch: Batch, first: int, count: int) -> Batch:
     excluded = batch.excluded
     if excluded is not None:
         excluded = torch.stack([excluded[:, 0] - first, excluded[:, 1]], dim=1)
-    return batch._replace(target=batch.target[first : first + count], excluded=excluded)
+    target = batch.target[first : first + count]
+    return batch._replace(target=target, excluded=excluded, diagonal=False)
 
 
 def _logsumexp(

@@ -47,7 +47,7 @@ def batch_of(
     if candidate_ids is not None:
         candidate_ids = candidate_ids.to(torch.int64).contiguous()
     padded = target is not None and target.dim() == 2
-    return Batch(targets, excluded, candidate_ids, max_score, padded)
+    return Batch(targets, excluded, candidate_ids, max_score, padded, diagonal=target is None)
 
 
 def counted(target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from elva_kernels import doctor
-from elva_kernels.backends.cuda import in_batch, launch
+from elva_kernels.backends.cuda import launch, products
 from elva_kernels.backends.table import BACKENDS
 from tests.kernels import selections
 from tests.kernels.cases import INTERPRETED, ON_FIBERS, on_diagonal
@@ -35,14 +35,19 @@ def pytest_configure(config):
     spec.loader.exec_module(module)
     launch.module = lambda: module
     launch.place = lambda tensor: (0, 0)
-    # Exact products, rounded once: torch's on a CPU have no other dtype than their factors.
-    in_batch.half_product = lambda a, b: (a.double() @ b.double()).float()
+    products.half_product = exact_product
     BACKENDS["cuda"] = BACKENDS["cuda"]._replace(
         device_type="cpu",
         unavailable_reason=lambda: None,
         version=None,
         by_name_only=True,
     )
+
+
+def exact_product(a, b, out, *, add=False):
+    """Rounded once: torch's on a CPU have no other dtype than their factors."""
+    exact = a.double() @ b.double()
+    out.copy_(out + exact if add else exact)
 
 
 def pytest_collection_finish(session):

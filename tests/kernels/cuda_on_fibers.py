@@ -1,16 +1,23 @@
 """What the host has to show of the CUDA kernels beside the contract suite; see `test_cuda`."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from elva_kernels import BackendUnavailable, info_nce, rank_statistics, reference
-from elva_kernels.backends import choice, cuda, table
+from elva_kernels import (
+    BackendUnavailable,
+    info_nce,
+    rank_statistics,
+    reference,
+)
+from elva_kernels.backends import choice, cuda, steps, table
 from elva_kernels.backends.admission import reward as admission_reward
+from elva_kernels.backends.cuda import in_batch as cuda_in_batch
 from elva_kernels.backends.cuda import launch as cuda_launch
 from elva_kernels.backends.cuda import topk as cuda_topk
-from elva_kernels.backends.cuda.in_batch import multiply
+from elva_kernels.backends.cuda.products import float_product
 from elva_kernels.backends.cuda.select import Best, Factors
 from elva_kernels.backends.gpu.topk import best_of
 from elva_kernels.reference import Weights
@@ -23,7 +30,12 @@ from tests.kernels.cases import (
     embeddings,
     same_bits,
 )
-from tests.kernels.score_rows import ScoreRows, check_results
+from tests.kernels.score_rows import (
+    ScoreRows,
+    check_results,
+    on_fibers,
+    on_fibers_in_products,
+)
 
 # N, D: what one, two, four and eight blocks hold in half a multiprocessor's memory, and more.
 CLUSTERS = {
@@ -357,52 +369,170 @@ def test_sanitized_batch(dtype):
     assert torch.equal(found.rank, again.rank)
 
 
+@pytest.mark.parametrize("run", [on_fibers, on_fibers_in_products])
 @pytest.mark.parametrize("positives", [1, 2, 6, 300])
-def test_sanitized_score_rows(positives):
+def test_sanitized_score_rows(positives, run):
     case = ScoreRows(positives)
-    check_results(case, *case.run())
+    check_results(case, *case.run(run))
 
 
-def test_sanitized_slopes_of_positives():
-    """Each positive's is added where it stands, to nothing; those of a copy in order."""
-    rows, width, p = 2, 272, 270
-    table = torch.randn(rows, width)
-    target = torch.arange(p).repeat(rows, 1)
-    target[0, 3], target[0, 9], target[1, 5:8] = 2, -1, 200
-    target[1, 8] = -2
-    for row, own in zip(table, target, strict=True):
-        row[own[own >= 0]] = -torch.inf
-    slopes, peak, factor = torch.randn(rows, p), torch.zeros(rows), torch.randn(rows)
-    expected = torch.where(table > -torch.inf, factor.unsqueeze(1) * table.exp(), 0.0)
-    for i in range(rows):
-        for j, slope in zip(target[i], slopes[i], strict=True):
-            expected[i, j] += slope if j >= 0 else 0.0
-    one = torch.ones(1, dtype=torch.float64)
-    operands = (table, one, peak, factor, slopes, target)
-    cuda_launch.module().cuda_slope_rows(
-        0, 0, rows, width, *(x.data_ptr() for x in operands), p, 0, 0
+def test_score_rows_that_take_several_steps_of_a_block():
+    """The hardest is the first of the highest, whichever thread has it in whichever step."""
+    query = torch.ones(1, 1)
+    for places in ([0, 4099], [2051, 3], [5000, 2047, 4095], [1027, 1023], [4999]):
+        candidates = torch.full((5001, 1), -1.0)
+        candidates[places] = 1
+        found = rank_statistics(query, candidates, torch.tensor([6]), temperature=1, backend="cuda")
+        assert found.hardest_index == min(places)
+        assert found.n_greater == len(places)
+        assert found.n_equal == 5001 - 1 - len(places)
+        exact = math.log(len(places) * math.e + (5001 - len(places)) / math.e)
+        assert math.isclose(found.logsumexp, exact, rel_tol=1e-6)
+
+
+class SlopeRows:
+    """Masked products of rows in fp32, and the slopes that are made of them."""
+
+    m, width, power = 2075, 2080, 30
+
+    def __init__(self):
+        self.inverses = [torch.rand(x) / 2**15 + 2.0**-15 for x in (3, self.width)]
+        self.inverses[0][1], self.inverses[1][5] = 0, torch.nan
+        scores = torch.rand(3, self.width) * 2 - 1
+        self.masked = torch.rand(scores.shape) < 0.2
+        self.masked[:, 5], self.masked[:, self.m :] = True, True
+        scale = self.inverses[0].unsqueeze(1) * self.inverses[1]
+        self.products = torch.where(
+            self.masked, torch.nan, scores / scale.nan_to_num(1).clamp(1e-10)
+        )
+        self.peaks, self.factors = torch.ones(3), torch.tensor([0.5, 1.0, 0.3])
+        self.column_peaks, self.column_factors = torch.ones(self.width), torch.rand(self.width)
+
+    def exact(self, columns):
+        """[3, M] in float64, times both inverses and the power."""
+        scale = self.inverses[0].double().unsqueeze(1) * self.inverses[1].double()
+        scores = (self.products.double() * scale).clamp(-1, 1)
+        slopes = self.factors.double().unsqueeze(1) * (scores - 1).exp()
+        if columns:
+            slopes += self.column_factors.double() * (scores - 1).exp()
+        return torch.where(self.masked, 0.0, slopes * scale * 2.0**self.power)
+
+    def run(self, halves, columns):
+        """As they are kept, widened to float64."""
+        products, power = self.products.clone(), torch.tensor([self.power], dtype=torch.int32)
+        dtype = torch.float16 if halves else torch.float32
+        out = products.view(dtype)
+        if halves == 2:
+            out = torch.full((2, 3, self.width), torch.nan, dtype=dtype)
+        one = torch.ones(1, dtype=torch.float64)
+        operands = (products, *self.inverses)
+        second = (self.column_peaks.data_ptr(), self.column_factors.data_ptr())
+        cuda_launch.module().cuda_slope_rows(
+            *(0, 0, 3, self.width, *(x.data_ptr() for x in operands), math.inf, one.data_ptr()),
+            *(self.peaks.data_ptr(), self.factors.data_ptr(), *(second if columns else (0, 0))),
+            *(power.data_ptr(), halves, out.data_ptr(), out.stride(-2)),
+        )
+        return out.double().sum(0) if halves == 2 else out[:, : self.width].double()
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("halves", [0, 1, 2])
+def test_sanitized_slope_rows(halves, columns):
+    """Also where slopes take the products' place, in more than a step of a block."""
+    case = SlopeRows()
+    found, exact = case.run(halves, columns), case.exact(columns)
+    allowed = exact.abs() * (2.0**-11 if halves == 1 else 2e-6) + 2.0**-25
+    assert ((found - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("halves", [0, 1, 2])
+def test_sanitized_spread_rows(halves):
+    """Of negatives alone; those of none, and those beside a bad row, are left out."""
+    case, columns = SlopeRows(), 7
+    index = torch.stack([torch.randperm(case.m)[:columns] for _ in range(3)])
+    index[0, 3], index[2, 2], index[2, 4:] = -1, 5, torch.tensor([5, -1, case.m - 1])
+    index[2, 2] = 7
+    slopes, power = torch.randn(3, columns), torch.tensor([case.power], dtype=torch.int32)
+    dtype = torch.float16 if halves else torch.float32
+    out = torch.full((max(halves, 1), 3, case.width), torch.nan, dtype=dtype)
+    cuda_launch.module().cuda_spread_rows(
+        *(0, 0, 3, case.m, case.width, columns, 2, index.data_ptr(), slopes.data_ptr()),
+        *(x.data_ptr() for x in (*case.inverses, power)),
+        *(halves, out.data_ptr(), case.width),
     )
-    torch.testing.assert_close(table, expected, rtol=1e-6, atol=0)
-    own = expected[0, [2, 200]], expected[1, [200]]
-    assert torch.equal(table[0, [2, 200]], own[0])
-    assert torch.equal(table[1, [200]], own[1])
+    exact = torch.zeros(3, case.width, dtype=torch.float64)
+    for i in range(3):
+        for j, slope in zip(index[i, 2:], slopes[i, 2:], strict=True):
+            if j >= 0 and j != 5:
+                scale = case.inverses[0][i].double() * case.inverses[1][j].double()
+                exact[i, j] = slope * scale * 2.0**case.power
+    allowed = exact.abs() * (2.0**-11 if halves == 1 else 1e-6) + 2.0**-25
+    assert ((out.double().sum(0) - exact).abs() <= allowed).all()
+
+
+def loss_gradients(query, candidates, weight, backend, **options):
+    """Of sum(weight * loss) on query and candidates."""
+    leaves = [x.clone().requires_grad_() for x in (query, candidates)]
+    loss = info_nce(*leaves, reduction="none", backend=backend, **options)
+    return torch.autograd.grad(loss, leaves, weight.to(loss.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("workspace_mb", [1, 256])
+def test_slopes_of_one_half(dtype, symmetric, workspace_mb, monkeypatch):
+    """As of a large batch, in chunks too: a slope errs by 2^-11 of it, or less."""
+    monkeypatch.setattr(cuda_in_batch, "_TWO_HALVES", 0)
+    monkeypatch.setattr(steps, "_LEAST_ROWS", 1)
+    query, candidates = batch(300, 1100, 24, dtype)
+    options = {"target": torch.arange(300) % 250, "temperature": 0.1, "symmetric": symmetric}
+    options |= {"candidate_ids": torch.arange(1100) % 1000}
+    weight = torch.randn(300)
+    found = loss_gradients(query, candidates, weight, "cuda", workspace_mb=workspace_mb, **options)
+    exact = loss_gradients(query.double(), candidates.double(), weight, "reference", **options)
+    for ours, truth, rows in zip(found, exact, (query, candidates), strict=True):
+        norm = rows.double().norm(dim=1, keepdim=True)
+        allowed = 2.0**-12 * weight.abs().max() / 0.1
+        allowed = allowed + tolerances.half_ulp(truth, dtype) * norm
+        assert ((ours.double() - truth).abs() * norm <= allowed).all()
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("weight", [2.0**-90, 2.0**-10, 2.0**100])
+def test_slopes_of_any_weight(weight, halves, monkeypatch):
+    """Their power of two follows the weights', and a gradient's the rows'."""
+    monkeypatch.setattr(cuda_in_batch, "_TWO_HALVES", 0 if halves == 1 else 2**22)
+    query, candidates = batch(6, 11, 40, torch.bfloat16)
+    ones, options = torch.ones(6), {"symmetric": True}
+    expected = loss_gradients(query, candidates, ones, "cuda", **options)
+    found = loss_gradients(query, candidates, ones * weight, "cuda", **options)
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b * weight)
+    query[1] *= 2.0**20
+    candidates[2] *= 2.0**-20
+    expected[0][1] *= 2.0**-20
+    expected[1][2] *= 2.0**20
+    for a, b in zip(
+        loss_gradients(query, candidates, ones, "cuda", **options), expected, strict=True
+    ):
+        assert same_bits(a, b)
 
 
 # Beyond tiles of 64 and of 128, sums of 64 terms, and the terms that are held at a time.
 PRODUCTS = [(1, 1, 1), (3, 0, 5), (7, 15, 66), (65, 130, 64), (1300, 19, 1410)]
 
 
-def factors(m, k, n, dtype=torch.float32):
-    return torch.randn(m, k), torch.randn(k, n).to(dtype)
+def factors(m, k, n):
+    return torch.randn(m, k), torch.randn(k, n)
 
 
-def product(a, b, *, scale=None, before=None):
+def product(a, b, *, before=None):
     """By the kernel, into rows that are longer than it; what is beyond them stays."""
     (m, _), n = a.shape, b.shape[1]
     wide = torch.full((m, n + 3), 7.0)
     if before is not None:
         wide[:, :n] = before
-    multiply(a, b, wide[:, :n], scale=scale, add=before is not None)
+    float_product(a, b, wide[:, :n], add=before is not None)
     assert (wide[:, n:] == 7).all()
     return wide[:, :n]
 
@@ -414,13 +544,11 @@ def check_product(found, a, b, before=0.0):
 
 
 @pytest.mark.parametrize("sizes", PRODUCTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=lambda x: str(x)[6:])
-def test_sanitized_product(sizes, dtype):
-    a, b = factors(*sizes, dtype)
-    before, scale = torch.randn(sizes[0], sizes[2]), torch.randn(sizes[1])
+def test_sanitized_product(sizes):
+    a, b = factors(*sizes)
+    before = torch.randn(sizes[0], sizes[2])
     check_product(product(a, b), a, b)
     check_product(product(a, b, before=before), a, b, before)
-    check_product(product(a, b, scale=scale), a * scale, b)
 
 
 def test_a_products_layouts_give_the_same_bits():

@@ -9,16 +9,31 @@ from elva_kernels.backends.cuda import launch
 M, WIDTH, MAX_SCORE, TEMPERATURE = 300, 320, 0.9, 0.5
 
 
-def on_fibers(case, table, temperature, results):
-    """By the CUDA kernel's body."""
+def on_fibers(case, table, temperature, results, keeps_scores=True):
+    """By the CUDA kernel's body. Its ranks must be those of its counts."""
     rows, p = case.target.shape
-    given = (table, case.query_norm, case.norms, case.target)
-    segments = (case.skipped, case.first, case.last)
+    inverse = torch.nn.functional.pad(case.norms.float(), (0, WIDTH - M), value=torch.nan)
+    query_inverse = case.query_norm[:, 0].float()
+    given, segments = (query_inverse, inverse, case.target), (case.skipped, case.first, case.last)
+    rank = torch.full((rows, p), -7, dtype=torch.int32)
     launch.module().cuda_score_rows(
-        *(0, 0, rows, M, WIDTH, *(x.data_ptr() for x in given), p),
+        *(0, 0, rows, M, WIDTH, table.data_ptr(), keeps_scores, *(x.data_ptr() for x in given), p),
         *(*(x.data_ptr() for x in segments), 2, MAX_SCORE, temperature.data_ptr()),
-        *(x.data_ptr() for x in results),
+        *(x.data_ptr() for x in (rank, *results)),
     )
+    assert torch.equal(rank, results[0] + results[1] + (case.target != -1))
+
+
+def on_fibers_in_products(case, table, temperature, results):
+    """The same where scores are not kept: then only what is no negative's is overwritten."""
+    before = table.clone()
+    on_fibers(case, table, temperature, results, keeps_scores=False)
+    assert (table.isnan() | (table == before)).all()
+    bad = case.query_norm[:, :1].isnan() | torch.nn.functional.pad(
+        case.norms.isnan(), (0, WIDTH - M)
+    )
+    counted = ~(table.isnan() | bad | (table > MAX_SCORE))
+    table.copy_(torch.where(counted, table, -torch.inf))
 
 
 class ScoreRows:

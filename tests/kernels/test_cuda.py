@@ -29,7 +29,8 @@ SANITIZED = (
     "test_sanitized_batch",
     "test_sanitized_product",
     "test_sanitized_score_rows",
-    "test_sanitized_slopes_of_positives",
+    "test_sanitized_slope_rows",
+    "test_sanitized_spread_rows",
 )
 
 

@@ -106,7 +106,7 @@ class CpuSteps(Steps):
             _at(self.moment, rows),
         )
 
-    def column_sums(self, scores: Tensor) -> None:
+    def column_sums(self, scores: Tensor, rows: slice) -> None:
         module().column_sums(
             DTYPE_CODES[self.dtype],
             torch.get_num_threads(),
@@ -183,7 +183,7 @@ class CpuSteps(Steps):
             return super().temperature_gradient(weight, symmetric)
         return torch.dot(self.pair_weight.view(-1), self.row_terms.grad_temperature.view(-1))
 
-    def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
+    def slope_rows(self, scores: Tensor, slopes: Slopes, rows: slice) -> Tensor:
         # The largest slope of a row: rounded, it would decide the error; see `add_targets`.
         rounded = self.candidates.scale is not None
         module().slope_rows(
@@ -201,6 +201,7 @@ class CpuSteps(Steps):
             pointer(slopes.column_factor),
             self.inverse_temperature,
         )
+        return scores
 
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
         if not self.grad_units:

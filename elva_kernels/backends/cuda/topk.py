@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.boundary import DTYPE_CODES, METRIC_CODES, operand, pointer
-from elva_kernels.backends.cuda import in_batch, launch
+from elva_kernels.backends.cuda import launch, products
 from elva_kernels.backends.cuda.select import Best, Factors, takes
 from elva_kernels.backends.gpu.topk import search
 from elva_kernels.backends.launcher import Tensors
@@ -85,7 +85,8 @@ class _Search:
         for first in range(0, p, step):
             start = min(first, p - step)
             rows = self.corpus[start : start + step]
-            scores = in_batch.half_product(scaled, self.dense(rows).T)
+            scores = self.query.new_empty((q, len(rows)), dtype=torch.float32)
+            products.half_product(scaled, self.dense(rows).T, scores)
             self.call(launch.module().cuda_topk_far, rows, scores, None, column[start:])
             factors = Factors(row, column[first:], *kind)
             found.add(scores[:, first - start :], first, factors)

@@ -187,7 +187,7 @@ class TritonSteps(GpuSteps):
             )
         self.keep_best(scores, rows)
 
-    def column_sums(self, scores: Tensor) -> None:
+    def column_sums(self, scores: Tensor, rows: slice) -> None:
         from elva_kernels.backends.triton.kernels import in_batch as kernels
 
         with launch.on(self.device):
@@ -201,7 +201,7 @@ class TritonSteps(GpuSteps):
                 **options(launch.architecture_of(self.device)),
             )
 
-    def slope_rows(self, scores: Tensor, slopes: Slopes) -> None:
+    def slope_rows(self, scores: Tensor, slopes: Slopes, rows: slice) -> Tensor:
         from elva_kernels.backends.triton.kernels import in_batch as kernels
 
         with launch.on(self.device):
@@ -215,6 +215,7 @@ class TritonSteps(GpuSteps):
                 BLOCK=BLOCK,
                 **options(launch.architecture_of(self.device)),
             )
+        return scores
 
     def add_gradients(self, slopes: Tensor, rows: slice) -> None:
         query, candidates = part_of(self.query, rows), self.candidates

@@ -1,0 +1,199 @@
+"""The in-batch ops' scores by the CUDA kernels: unit rows, products, statistics, losses.
+
+Rows in half precision are kept in float16, as a power of two brings their norms near one another.
+Only their products are kept of scores: each kernel that needs scores makes them once more.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
+from elva_kernels.backends.cuda import launch, select
+from elva_kernels.backends.cuda.products import multiply
+from elva_kernels.backends.gpu.in_batch import GpuSteps
+from elva_kernels.backends.steps import Sums, Terms, Units, some
+
+OP = "in-batch op"  # for messages
+_ROW_PADDING = 16
+
+
+class CudaScores(GpuSteps):
+    """Units have float32 inverse norms as `scale`, NaN for bad rows, and exponents as `norm`."""
+
+    masked = math.nan  # a product
+
+    def __init__(self, query: Tensor, candidates: Tensor, *arguments: Any, **named: Any) -> None:
+        self.place = launch.place(query)
+        super().__init__(query, candidates, *arguments, **named)
+        self.rank = torch.empty_like(self.n_greater)
+        self.has_columns = False  # whether `columns` are sums of anything
+        self.found: Tensor | None = None  # the log-sum-exp
+
+    def width_of(self, m: int) -> int:
+        return -(-max(m, 1) // _ROW_PADDING) * _ROW_PADDING
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """A CUDA function that begins with where it runs."""
+        launch.call(OP, getattr(launch.module(), name), *self.place, *arguments)
+
+    def units(self, rows: Tensor) -> Units:
+        dtype = torch.float32 if rows.dtype == torch.float32 else torch.float16
+        units = Units(
+            self.empty((*rows.shape,), dtype),
+            self.empty((len(rows),), torch.int32),
+            self.empty((self.width_of(len(rows)),), torch.float32),
+        )
+        launch.call(
+            OP,
+            launch.module().cuda_unit_rows,
+            DTYPE_CODES[rows.dtype],
+            *self.place,
+            *rows.shape,
+            operand(rows),
+            units.rows.data_ptr(),
+            pointer(units.scale),
+            units.norm.data_ptr(),
+        )
+        return units
+
+    def exact(self, temperature: Tensor) -> Tensor:
+        return temperature.double()  # kernels make NaN of one that is not above 0
+
+    def new_workspace(self, rows: int) -> Tensor:
+        return self.empty((rows, self.width), torch.float32)
+
+    def multiply_rows(self, query: Units, scores: Tensor) -> None:
+        multiply(query.rows, self.candidates.rows.T, self.of_candidates(scores))
+
+    def of_candidates(self, matrix: Tensor) -> Tensor:
+        """Without the padding of its rows."""
+        m = len(self.candidates.rows)
+        return matrix if matrix.shape[-1] == m else matrix[..., :m]
+
+    def keep_best(self, scores: Tensor, rows: slice) -> None:
+        if not select.takes(self.k):
+            super().keep_best(scores, rows)
+            return
+        best = select.Best(OP, some(self.topk_scores, rows), some(self.topk_index, rows), finite=True)
+        best.add(self.of_candidates(scores))
+
+    def score_rows(self, scores: Tensor, rows: slice) -> None:
+        self.call(
+            "cuda_score_rows",
+            len(scores),
+            len(self.candidates.rows),
+            self.width,
+            scores.data_ptr(),
+            self.k > 0,
+            address(self.query.scale, rows),
+            pointer(self.candidates.scale),
+            address(self.batch.target, rows),
+            self.batch.target.shape[1],
+            *self.skipped_operands(rows),
+            self.max_score,
+            pointer(self.temperature),
+            address(self.rank, rows),
+            address(self.n_greater, rows),
+            address(self.n_equal, rows),
+            address(self.target_score, rows),
+            address(self.hardest_score, rows),
+            address(self.hardest_index, rows),
+            address(self.total, rows),
+            address(self.moment, rows),
+        )
+        self.keep_best(scores, rows)
+
+    @property
+    def max_score(self) -> float:
+        return math.inf if self.batch.max_score is None else self.batch.max_score
+
+    def skipped_operands(self, rows: slice) -> tuple[int, int, int, int]:
+        """What `cuda_score_rows` takes for the candidates that some queries skip."""
+        if self.skipped is None:
+            return 0, 0, 0, 0
+        index, first, last = self.skipped
+        return index.data_ptr(), address(first, rows), address(last, rows), first.shape[1]
+
+    def row_of_pairs(self, rows: int) -> Tensor | None:
+        return None  # kernels know it
+
+    def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
+        target_score = some(self.target_score, rows)
+        self.call(
+            "cuda_info_nce_terms",
+            target_score.numel(),
+            target_score.shape[1],
+            target_score.data_ptr(),
+            pointer(at),
+            *(x.data_ptr() for x in sums),
+            pointer(self.temperature),
+            *(address(x, rows) for x in terms),
+        )
+
+    @functools.cached_property
+    def columns(self) -> Sums:
+        total, moment = self.empty((2, self.width), torch.float64)
+        return Sums(self.empty((self.width,), torch.float32), total, moment)
+
+    def column_sums(self, scores: Tensor, rows: slice) -> None:
+        size = launch.module().cuda_column_scratch_bytes(*scores.shape)
+        scratch = self.empty((size,), torch.uint8)
+        self.call(
+            "cuda_column_sums",
+            len(scores),
+            self.width,
+            scores.data_ptr(),
+            address(self.query.scale, rows),
+            pointer(self.candidates.scale),
+            self.max_score,
+            pointer(self.temperature),
+            not self.has_columns,
+            *(x.data_ptr() for x in self.columns),
+            scratch.data_ptr(),
+        )
+        self.has_columns = True
+
+    def end_columns(self) -> None:
+        self.set_terms(self.column_terms, slice(None), self.columns, self.batch.target)
+
+    def ranks(self) -> Tensor:
+        return self.rank
+
+    def loss(self, symmetric: bool) -> Tensor:
+        loss = torch.empty_like(self.hardest_score)
+        self.finish(loss, symmetric)
+        return loss
+
+    def logsumexp(self) -> Tensor | None:
+        if self.temperature is not None and self.found is None:
+            self.finish(None, False)
+        return self.found
+
+    def finish(self, loss: Tensor | None, symmetric: bool) -> None:
+        """Fills in the losses, where they are wanted, and `found`, eq. 11 of the queries."""
+        self.found = torch.empty_like(self.hardest_score)
+        of_rows = None if loss is None else self.row_terms.loss
+        self.call(
+            "cuda_info_nce_loss",
+            *self.batch.target.shape,
+            self.batch.target.data_ptr(),
+            self.target_score.data_ptr(),
+            self.hardest_score.data_ptr(),
+            self.total.data_ptr(),
+            pointer(self.temperature),
+            pointer(of_rows),
+            pointer(self.column_terms.loss if symmetric else None),
+            pointer(loss),
+            self.found.data_ptr(),
+        )
+
+
+def address(x: Tensor | None, rows: slice) -> int:
+    """The address of x[rows], dense."""
+    assert x is not None
+    first = rows.start or 0
+    return x.data_ptr() + first * x.stride(0) * x.element_size() if first else x.data_ptr()
