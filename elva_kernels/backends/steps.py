@@ -35,7 +35,8 @@ class Units(NamedTuple):
     """Rows whose products are made cosines, and what gradients through them need."""
 
     rows: Tensor  # [R, D]; zeros where a row is not finite
-    norm: Tensor  # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e
+    # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e; see CudaScores.
+    norm: Tensor
     # [R or more], what makes unit rows of them, 0 for bad ones; None: they are.
     scale: Tensor | None
 
