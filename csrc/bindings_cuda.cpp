@@ -35,15 +35,12 @@ void bind_cuda(py::module_& module) {
   bind(module, "cuda_matrix_product", elva_matrix_product_cuda);
   bind(module, "cuda_score_rows", elva_score_rows_cuda);
   bind(module, "cuda_column_sums", elva_column_sums_cuda);
-  bind(module, "cuda_info_nce_terms", elva_info_nce_terms_cuda);
-  bind(module, "cuda_info_nce_factors", elva_info_nce_factors_cuda);
+  bind(module, "cuda_info_nce_pairs", elva_info_nce_pairs_cuda);
   bind(module, "cuda_column_factor", elva_column_factor_cuda);
-  bind(module, "cuda_slope_power", elva_slope_power_cuda);
+  bind(module, "cuda_info_nce_total", elva_info_nce_total_cuda);
   bind(module, "cuda_slope_rows", elva_slope_rows_cuda);
   bind(module, "cuda_spread_rows", elva_spread_rows_cuda);
   bind(module, "cuda_unit_gradient", elva_unit_gradient_cuda);
-  bind(module, "cuda_info_nce_loss", elva_info_nce_loss_cuda);
-  bind(module, "cuda_temperature_gradient", elva_temperature_gradient_cuda);
   bind(module, "cuda_head_reward", elva_head_reward_cuda);
 }
 

@@ -15,16 +15,22 @@
 extern "C" {
 #endif
 
+// Rows of both sides; zeros for one that is zero or not finite.
 typedef struct {
   ElvaDtype dtype;
   int32_t device;
   void* stream;
-  int64_t count;
   int64_t dim;
-  ElvaInput rows;     // [count, dim]
-  void* unit;         // [count, dim], rows times 2^-e; zeros for one that is zero or not finite
-  float* inverse;     // [count]
-  int32_t* exponent;  // [count]: e
+  int64_t queries;
+  ElvaInput query;          // [queries, dim]
+  void* query_unit;         // [queries, dim], the rows times 2^-e
+  float* query_inverse;     // [queries]
+  int32_t* query_exponent;  // [queries]: e
+  int64_t candidates;
+  ElvaInput candidate;
+  void* candidate_unit;
+  float* candidate_inverse;
+  int32_t* candidate_exponent;
 } ElvaCudaUnitArgs;
 
 // Masked products, rows of which score_rows has seen, are negatives' alone; NaN elsewhere. Times
@@ -74,42 +80,30 @@ typedef struct {
   void* scratch;  // elva_column_scratch_bytes_cuda, on 16 bytes
 } ElvaCudaColumnArgs;
 
-// One direction of InfoNCE, as ElvaInfoNceTermsArgs.
-typedef struct {
-  int32_t device;
-  void* stream;
-  int64_t count;              // of pairs
-  int64_t positives;          // of a query
-  const float* target_score;  // [count]
-  const int64_t* at;          // [count], where the sums of a pair are; null: at its query
-  const float* peak;
-  const double* sum;
-  const double* moment;
-  const double* temperature;
-  double* loss;  // [count], as the next three
-  double* share;
-  double* others;
-  double* grad_temperature;
-} ElvaCudaTermsArgs;
-
-// What makes slopes of the scores of one direction, as ElvaInfoNceFactorsArgs.
+// InfoNCE of queries out of sums over their negatives, and with a weight what makes slopes: as
+// ElvaInfoNceTermsArgs of one direction or both, ElvaLogSumExpArgs and ElvaInfoNceFactorsArgs.
 typedef struct {
   int32_t device;
   void* stream;
   int64_t rows;
   int64_t positives;
-  const int64_t* target;
-  const float* target_score;
-  const double* weight;
-  double weight_factor;
-  const double* share;
-  const double* others;
-  const double* more_others;  // null: 0
+  const int64_t* target;      // [rows, positives]
+  const float* target_score;  // [rows, positives]
+  const float* peak;          // [rows], of rows of scores, as the next two
+  const double* sum;
+  const double* moment;
+  const float* column_peak;  // of columns, as the next two; null: of one direction
+  const double* column_sum;
+  const double* column_moment;
   const double* temperature;
-  double* upstream;
-  float* target_slope;
-  float* row_factor;
-} ElvaCudaFactorsArgs;
+  float* logsumexp;      // [rows]
+  float* loss;           // [rows]; null: not wanted
+  const double* weight;  // [rows]; null: none of the following
+  float* target_slope;   // [rows, positives]
+  float* row_factor;     // [rows]
+  double* column_share;  // [rows, positives]: what a pair adds to its column's factor; null: no
+  double* temperature_slope;  // [rows, positives]: and to the temperature's gradient
+} ElvaCudaPairsArgs;
 
 // The pairs of a candidate: order[first[j] .. first[j + 1]); with null for both: pair j of as many
 // as there are.
@@ -118,27 +112,28 @@ typedef struct {
   void* stream;
   int64_t width;
   int64_t candidates;
-  int64_t count;              // of pairs
-  const int64_t* order;       // [count]
-  const int64_t* first;       // [candidates + 1]
-  const double* share;        // [count], times `upstream`
-  const double* upstream;     // [count]; null: 1
-  const double* temperature;  // null: 1
-  float* factor;              // [width]: the sum over a candidate's pairs; 0 for padding
+  int64_t count;         // of pairs
+  const int64_t* order;  // [count]
+  const int64_t* first;  // [candidates + 1]
+  const double* share;   // [count]
+  float* factor;         // [width]: the sum over a candidate's pairs; 0 for padding
 } ElvaCudaColumnFactorArgs;
 
-// The exponent by which slopes are kept: the largest one's is then 14.
+// What comes of all: the exponent by which slopes are kept, the largest one's being 14 then, and
+// the gradient on the temperature.
 typedef struct {
   int32_t device;
   void* stream;
   int64_t rows;
-  const double* weight;  // [rows]
-  double weight_factor;
+  const double* weight;       // [rows], times 1 / T no less than a slope of the row
   const double* temperature;  // null: 1
   int64_t columns;
   const float* column_factor;  // [columns]; null: none
-  int32_t* power;              // [1]
-} ElvaCudaPowerArgs;
+  int32_t* power;              // [1]; null: not wanted
+  int64_t pairs;
+  const double* temperature_slope;  // [pairs]
+  double* grad_temperature;         // [1]; null: not wanted
+} ElvaCudaTotalArgs;
 
 // Masked products become row_factor exp((s - row_peak) / T) + column_factor exp((s - column_peak) /
 // T), times both inverses and 2^power: 0 where a candidate is no negative.
@@ -181,58 +176,34 @@ typedef struct {
   int64_t row_stride;
 } ElvaCudaSpreadArgs;
 
-// The gradients on rows, of sums over the rows of the other side times the slopes above, to which
-// those on pairs are added first.
+// The gradients on rows of both sides, of sums over the rows of the other side times the slopes
+// above, to which those of pairs are added first. NaN for a row that is not finite, and for a query
+// with such a positive.
 typedef struct {
-  ElvaDtype dtype;  // of grad_rows
+  ElvaDtype dtype;  // of the gradients
   int32_t device;
   void* stream;
-  bool is_half;  // unit is ELVA_FP16, else ELVA_FP32
-  int64_t count;
+  bool is_half;  // rows are ELVA_FP16, else ELVA_FP32
   int64_t dim;
-  const void* unit;         // [count, dim]
-  const float* inverse;     // [count]
-  const int32_t* exponent;  // [count]
-  const float* grad_unit;   // [count, dim]
   const int32_t* power;
-  int64_t pairs;
   int64_t positives;          // of a query
-  const float* target_slope;  // [pairs]
-  const int64_t* target;      // [pairs]; null: rows are candidates, and their pairs' others queries
+  const float* target_slope;  // [queries, positives]
+  const int64_t* target;      // [queries, positives]
   const int64_t* order;       // as in ElvaCudaColumnFactorArgs
   const int64_t* first;
-  const void* others;  // [others_count, dim], as unit
-  const float* others_inverse;
-  int64_t others_count;
-  void* grad_rows;  // [count, dim]; NaN for a row not finite, and for a query with such a positive
+  int64_t queries;
+  const void* query_unit;
+  const float* query_inverse;
+  const int32_t* query_exponent;
+  const float* grad_unit_query;  // [queries, dim]
+  void* grad_query;              // [queries, dim]; null: not wanted
+  int64_t candidates;
+  const void* candidate_unit;
+  const float* candidate_inverse;
+  const int32_t* candidate_exponent;
+  const float* grad_unit_candidate;
+  void* grad_candidate;
 } ElvaCudaGradientArgs;
-
-// What a call returns beside the statistics.
-typedef struct {
-  int32_t device;
-  void* stream;
-  int64_t rows;
-  int64_t positives;
-  const int64_t* target;
-  const float* target_score;
-  const float* peak;  // [rows]
-  const double* sum;
-  const double* temperature;
-  const double* row_loss;     // [rows, positives]; null: no loss is wanted
-  const double* column_loss;  // [rows, positives]; null: of one direction
-  float* loss;                // [rows]
-  float* logsumexp;           // [rows]
-} ElvaCudaLossArgs;
-
-typedef struct {
-  int32_t device;
-  void* stream;
-  int64_t count;
-  const double* upstream;  // [count]
-  const double* row_slope;
-  const double* column_slope;  // null: of one direction
-  double* grad_temperature;    // [1]
-} ElvaCudaTemperatureArgs;
 
 // As ElvaHeadRewardArgs.
 typedef struct {
@@ -269,15 +240,12 @@ ElvaStatus elva_matrix_product_cuda(const ElvaCudaMatrixArgs* args);
 ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args);
 int64_t elva_column_scratch_bytes_cuda(int64_t rows, int64_t width);
 ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args);
-ElvaStatus elva_info_nce_terms_cuda(const ElvaCudaTermsArgs* args);
-ElvaStatus elva_info_nce_factors_cuda(const ElvaCudaFactorsArgs* args);
+ElvaStatus elva_info_nce_pairs_cuda(const ElvaCudaPairsArgs* args);
 ElvaStatus elva_column_factor_cuda(const ElvaCudaColumnFactorArgs* args);
-ElvaStatus elva_slope_power_cuda(const ElvaCudaPowerArgs* args);
+ElvaStatus elva_info_nce_total_cuda(const ElvaCudaTotalArgs* args);
 ElvaStatus elva_slope_rows_cuda(const ElvaCudaSlopeArgs* args);
 ElvaStatus elva_spread_rows_cuda(const ElvaCudaSpreadArgs* args);
 ElvaStatus elva_unit_gradient_cuda(const ElvaCudaGradientArgs* args);
-ElvaStatus elva_info_nce_loss_cuda(const ElvaCudaLossArgs* args);
-ElvaStatus elva_temperature_gradient_cuda(const ElvaCudaTemperatureArgs* args);
 ElvaStatus elva_head_reward_cuda(const ElvaCudaHeadRewardArgs* args);
 
 #ifdef __cplusplus

@@ -41,6 +41,8 @@ def statistics_within(found: Any, right: Any, what: str) -> None:
 def values(place: Place) -> None:
     """Statistics, losses and gradients of every op; copies of positives tie with them."""
     shapes = [(17, 40, 64), (65, 130, 48)] + ([] if place.small else [(256, 600, 768)])
+    if place.backend == "cuda" and not place.small:
+        shapes.append((2100, 2110, 32))  # so many scores that slopes are kept in one half
     for b, m, d in shapes:
         query, candidates = pairs(place, b, m, d)
         candidates[b : b + 5] = candidates[:5]

@@ -59,7 +59,7 @@ def far_copies(place: Place) -> None:
     if not place.small:
         more = torch.tensor([2**16 - 150, 2**17 - 150, 2**18 - 150, 2**19 - 150, 2**20 - 150])
         starts = torch.cat([starts, more, torch.tensor([10**6, rows - 300])])
-    starts = starts.to(place.device)
+    starts = starts.sort().values.to(place.device)  # of copies the lower index comes first
     for count in (1, 16, 64, 300):
         query = place.randn(count, 64)
         right = starts + torch.arange(count, device=place.device).unsqueeze(1)

@@ -63,28 +63,47 @@ __device__ inline void write(T* row, int64_t at, int64_t dim, bool vectors, cons
   }
 }
 
+// The rows of queries, or of candidates.
+template <class X>
+struct Side {
+  int64_t count;
+  const X* unit;
+  const float* inverse;
+  const int32_t* exponent;
+  const float* grad_unit;
+  void* gradient;
+
+  __device__ Side(const ElvaCudaGradientArgs& args, bool of_query)
+      : count(of_query ? args.queries : args.candidates),
+        unit(static_cast<const X*>(of_query ? args.query_unit : args.candidate_unit)),
+        inverse(of_query ? args.query_inverse : args.candidate_inverse),
+        exponent(of_query ? args.query_exponent : args.candidate_exponent),
+        grad_unit(of_query ? args.grad_unit_query : args.grad_unit_candidate),
+        gradient(of_query ? args.grad_query : args.grad_candidate) {}
+
+  __device__ bool is_sound(int64_t i) const { return i >= 0 && i < count && !isnan(inverse[i]); }
+};
+
 // A row's pairs, in order, and the rows of the other side that they add.
 template <class X>
 class Pairs {
  public:
-  __device__ Pairs(const ElvaCudaGradientArgs& args, int64_t i, int power)
+  __device__ Pairs(const ElvaCudaGradientArgs& args, bool of_query, int64_t i, float inverse)
       : args_(args),
-        scale_(static_cast<float>(scalbn(static_cast<double>(args.inverse[i]), power - kShift))) {
-    if (args.first != nullptr) {
-      first_ = args.first[i];
-      last_ = args.first[i + 1];
-    } else {
-      const int64_t each = args.target == nullptr ? 1 : args.positives, end = (i + 1) * each;
-      first_ = i * each < args.pairs ? i * each : args.pairs;
-      last_ = end < args.pairs ? end : args.pairs;
-    }
+        others_(args, !of_query),
+        of_query_(of_query),
+        scale_(static_cast<float>(scalbn(static_cast<double>(inverse), *args.power - kShift))) {
+    const int64_t all = args.queries * args.positives;
+    const bool listed = !of_query && args.first != nullptr;
+    first_ = listed ? args.first[i] : of_query ? i * args.positives : i < all ? i : all;
+    last_ = listed ? args.first[i + 1] : of_query ? first_ + args.positives : i < all ? i + 1 : all;
   }
 
   // Whether a query has a positive that is not finite.
   __device__ bool spoil() const {
     bool bad = false;
-    for (int64_t n = first_; args_.target != nullptr && n < last_; ++n) {
-      bad = bad || (args_.target[n] != -1 && !is_sound(args_.target[n]));
+    for (int64_t n = first_; of_query_ && n < last_; ++n) {
+      bad = bad || (args_.target[n] != -1 && !others_.is_sound(args_.target[n]));
     }
     return bad;
   }
@@ -93,27 +112,23 @@ class Pairs {
   __device__ void each(const Add& add) const {
 #pragma unroll 1
     for (int64_t n = first_; n < last_; ++n) {
-      const int64_t pair = args_.order == nullptr ? n : args_.order[n], other = other_of(pair);
-      if (!is_sound(other)) continue;
+      const int64_t pair = of_query_ || args_.order == nullptr ? n : args_.order[n];
+      const int64_t other = of_query_              ? args_.target[pair]
+                            : args_.positives == 1 ? pair
+                                                   : pair / args_.positives;
+      if (!others_.is_sound(other)) continue;
       constexpr float kScale = 1 << kShift;
-      add(args_.target_slope[pair] * scale_ * (args_.others_inverse[other] * kScale),
-          static_cast<const X*>(args_.others) + other * args_.dim);
+      add(args_.target_slope[pair] * scale_ * (others_.inverse[other] * kScale),
+          others_.unit + other * args_.dim);
     }
   }
 
  private:
   static constexpr int kShift = 14;  // inverses times 2^14 are near 1
 
-  // The row of the other side.
-  __device__ int64_t other_of(int64_t pair) const {
-    if (args_.target != nullptr) return args_.target[pair];
-    return args_.positives == 1 ? pair : pair / args_.positives;
-  }
-  __device__ bool is_sound(int64_t other) const {
-    return other >= 0 && other < args_.others_count && !isnan(args_.others_inverse[other]);
-  }
-
   const ElvaCudaGradientArgs& args_;
+  Side<X> others_;
+  bool of_query_;
   float scale_;
   int64_t first_, last_;
 };
@@ -154,23 +169,23 @@ template <class X, int kCount>
 struct Part {
   float x[kCount][kSize], sums[kCount][kSize];
 
-  __device__ Part(const ElvaCudaGradientArgs& args, const Pairs<X>& pairs, int64_t at,
+  // Of row i of a side.
+  __device__ Part(const Side<X>& side, const Pairs<X>& pairs, int64_t i, int64_t dim, int64_t at,
                   bool vectors) {
-    const int64_t row = blockIdx.x * args.dim;
     const auto each = [&](const auto& apply) {
 #pragma unroll
       for (int v = 0; v < kCount; ++v) {
-        if (at + v * step() < args.dim) apply(v, at + v * step());
+        if (at + v * step() < dim) apply(v, at + v * step());
       }
     };
     each([&](int v, int64_t here) {
-      read(static_cast<const X*>(args.unit) + row, here, args.dim, vectors, x[v]);
-      read(args.grad_unit + row, here, args.dim, vectors, sums[v]);
+      read(side.unit + i * dim, here, dim, vectors, x[v]);
+      read(side.grad_unit + i * dim, here, dim, vectors, sums[v]);
     });
     pairs.each([&](float slope, const X* other) {
       each([&](int v, int64_t here) {
         float y[kSize];
-        read(other, here, args.dim, vectors, y);
+        read(other, here, dim, vectors, y);
 #pragma unroll
         for (int e = 0; e < kSize; ++e) sums[v][e] = fmaf(slope, y[e], sums[v][e]);
       });
@@ -183,18 +198,21 @@ template <class T, bool kHalf, bool kHeld>
 __device__ inline void unit_gradient_row(const ElvaCudaGradientArgs& args, float* shared) {
   using X = std::conditional_t<kHalf, Fp16, float>;
   using Mine = Part<X, kHeld ? kTimes : 1>;
-  const int64_t i = blockIdx.x, dim = args.dim;
+  const int64_t queries = args.grad_query == nullptr ? 0 : args.queries, dim = args.dim;
+  const bool of_query = blockIdx.x < queries;
+  const int64_t i = of_query ? blockIdx.x : blockIdx.x - queries;
   const int64_t own = static_cast<int64_t>(threadIdx.x) * kSize;
   const bool vectors = kHeld || dim % kSize == 0;
-  const Pairs<X> pairs(args, i, *args.power);
-  const float inverse = pairs.spoil() ? nanf("") : args.inverse[i];
-  T* out = static_cast<T*>(args.grad_rows) + i * dim;
+  const Side<X> side(args, of_query);
+  const Pairs<X> pairs(args, of_query, i, side.inverse[i]);
+  const float inverse = pairs.spoil() ? nanf("") : side.inverse[i];
+  T* out = static_cast<T*>(side.gradient) + i * dim;
   const auto gradient = [&](float product) {
     return Gradient(block_sum(product, shared) * inverse * inverse,
-                    -*args.power - args.exponent[i]);
+                    -*args.power - side.exponent[i]);
   };
   if constexpr (kHeld) {
-    Mine part(args, pairs, own, vectors);
+    Mine part(side, pairs, i, dim, own, vectors);
     float product = 0;
 #pragma unroll
     for (int v = 0; v < kTimes; ++v) {
@@ -211,13 +229,13 @@ __device__ inline void unit_gradient_row(const ElvaCudaGradientArgs& args, float
     float product = 0;
 #pragma unroll 1
     for (int64_t at = own; at < dim; at += step()) {
-      const Mine part(args, pairs, at, vectors);
+      const Mine part(side, pairs, i, dim, at, vectors);
       product += dot(part.x[0], part.sums[0]);
     }
     const Gradient finish = gradient(product);
 #pragma unroll 1
     for (int64_t at = own; at < dim; at += step()) {
-      Mine part(args, pairs, at, vectors);
+      Mine part(side, pairs, i, dim, at, vectors);
       finish.apply(part.x[0], part.sums[0]);
       write(out, at, dim, vectors, part.sums[0]);
     }
@@ -225,7 +243,7 @@ __device__ inline void unit_gradient_row(const ElvaCudaGradientArgs& args, float
 }
 
 template <class T, bool kHalf>
-__global__ void __launch_bounds__(kMostThreads, 4)
+__global__ void __launch_bounds__(kMostThreads, 3)
     unit_gradient(const __grid_constant__ ElvaCudaGradientArgs args) {
   ELVA_DYNAMIC_SHARED(memory);
   float* shared = reinterpret_cast<float*>(memory);
@@ -240,7 +258,9 @@ template <class T, bool kHalf>
 ElvaStatus run(const ElvaCudaGradientArgs& args) {
   const int64_t warps = (args.dim + 32 * kTimes * kSize - 1) / (32 * kTimes * kSize);
   const int threads = static_cast<int>(warps < kMostThreads / 32 ? 32 * warps : kMostThreads);
-  return launch(unit_gradient<T, kHalf>, args.count, 1, threads, kMostThreads / 32 * sizeof(float),
+  const int64_t rows = (args.grad_query == nullptr ? 0 : args.queries) +
+                       (args.grad_candidate == nullptr ? 0 : args.candidates);
+  return launch(unit_gradient<T, kHalf>, rows, 1, threads, kMostThreads / 32 * sizeof(float),
                 args.stream, args);
 }
 

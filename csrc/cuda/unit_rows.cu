@@ -135,8 +135,17 @@ __device__ inline void put(Kept<T>* out, int64_t at, int64_t dim, const Kept<T>*
   }
 }
 
+// One side's rows, and where they are kept.
+template <class T>
+struct Side {
+  const ElvaInput& rows;
+  Kept<T>* unit;
+  float* inverse;
+  int32_t* exponent;
+};
+
 template <class T, class Source>
-__device__ inline void unit_row(const ElvaCudaUnitArgs& args, int64_t i, const Source& row) {
+__device__ inline void unit_row(const Side<T>& side, int64_t i, int64_t dim, const Source& row) {
   constexpr int kSize = Vector<T>::kSize;
   const int largest = exponent_of(largest_of<T>(row));
   const bool usual = largest != kZero && largest != kNotFinite;
@@ -149,30 +158,36 @@ __device__ inline void unit_row(const ElvaCudaUnitArgs& args, int64_t i, const S
     inverse = scalbn(1 / norm, -up);
   }
   const PowerOfTwo scaled(-exponent);
-  Kept<T>* out = static_cast<Kept<T>*>(args.unit) + i * args.dim;
+  Kept<T>* out = side.unit + i * dim;
   row.each([&](int, int64_t at, const Vector<T>& x) {
     Kept<T> kept[kSize];
 #pragma unroll
     for (int e = 0; e < kSize; ++e) narrow(usual ? scaled(widen(x.at[e])) : 0.0f, kept + e);
-    put<T>(out, at, args.dim, kept);
+    put<T>(out, at, dim, kept);
   });
   if (threadIdx.x % 32 == 0) {
-    args.inverse[i] = static_cast<float>(inverse);
-    args.exponent[i] = exponent;
+    side.inverse[i] = static_cast<float>(inverse);
+    side.exponent[i] = exponent;
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     unit_rows(const __grid_constant__ ElvaCudaUnitArgs args) {
-  const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (i >= args.count) return;
-  const Row<T> row{static_cast<const T*>(args.rows.data) + i * args.rows.row_stride,
-                   args.rows.stride, 0};
+  int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (i >= args.queries + args.candidates) return;
+  const bool of_query = i < args.queries;
+  if (!of_query) i -= args.queries;
+  const Side<T> side{of_query ? args.query : args.candidate,
+                     static_cast<Kept<T>*>(of_query ? args.query_unit : args.candidate_unit),
+                     of_query ? args.query_inverse : args.candidate_inverse,
+                     of_query ? args.query_exponent : args.candidate_exponent};
+  const Row<T> row{static_cast<const T*>(side.rows.data) + i * side.rows.row_stride,
+                   side.rows.stride, 0};
   if (row.is_dense() && args.dim % Vector<T>::kSize == 0 && args.dim <= HeldRow<T>::kColumns) {
-    unit_row<T>(args, i, HeldRow<T>(row, args.dim));
+    unit_row(side, i, args.dim, HeldRow<T>(row, args.dim));
   } else {
-    unit_row<T>(args, i, FarRow<T>(row, args.dim));
+    unit_row(side, i, args.dim, FarRow<T>(row, args.dim));
   }
 }
 
@@ -182,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 extern "C" ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args) {
   using namespace elva;
   return on_device(args->dtype, args->device, [args](auto element) {
-    const int64_t blocks = (args->count + kWarps - 1) / kWarps;
+    const int64_t blocks = (args->queries + args->candidates + kWarps - 1) / kWarps;
     return launch(unit_rows<decltype(element)>, blocks, 0, kThreads, 0, args->stream, *args);
   });
 }

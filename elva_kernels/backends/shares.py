@@ -101,12 +101,10 @@ class _Share:
     def slopes(self) -> Slopes:
         """Of its own queries, with the columns' factors from the pairs of all."""
         own, weight = self.own, self.weight[self.exchange.rows]
-        assert own.temperature is not None
         slopes = own.slopes(slice(None), weight, self.symmetric)
         if not self.symmetric:
             return slopes
-        upstream = own.upstream(weight, slice(None), True) / own.temperature
-        share = self.exchange.of_rows(upstream * own.column_terms.share)
+        share = self.exchange.of_rows(own.column_share(weight))
         return slopes._replace(column_factor=own.column_factor(self.batch.target, share))
 
     def slopes_of_all(self, mine: Steps, own: Slopes) -> Slopes:

@@ -35,7 +35,8 @@ class Units(NamedTuple):
     """Rows whose products are made cosines, and what gradients through them need."""
 
     rows: Tensor  # [R, D]; zeros where a row is not finite
-    norm: Tensor  # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e
+    # float64 [R, 2]: 1 / |row 2^-e| (0 for a zero row, NaN if not finite), and e; see CudaScores.
+    norm: Tensor
     # [R or more], what makes unit rows of them, 0 for bad ones; None: they are.
     scale: Tensor | None
 
@@ -95,7 +96,7 @@ class Steps(abc.ABC):
         self.batch = batch
         self.wrt = wrt
         self.skipped = skipped_of(batch)
-        self.query, self.candidates = self.units(query), self.units(candidates)
+        self.query, self.candidates = self.units_of_both(query, candidates)
         b, p = batch.target.shape
         m = len(candidates)
         self.width = self.width_of(m)
@@ -210,9 +211,12 @@ class Steps(abc.ABC):
         """Scores in a row of m candidates."""
         return row_width(m, self.dtype)
 
-    @abc.abstractmethod
+    def units_of_both(self, query: Tensor, candidates: Tensor) -> tuple[Units, Units]:
+        return self.units(query), self.units(candidates)
+
     def units(self, rows: Tensor) -> Units:
         """Of rows [R, D] of any strides."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def multiply_rows(self, query: Units, scores: Tensor) -> None:
@@ -226,12 +230,12 @@ class Steps(abc.ABC):
     def column_sums(self, scores: Tensor, rows: slice) -> None:
         """Adds masked scores of some queries to `columns`."""
 
-    @abc.abstractmethod
     def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
         """Eq. 11 and 13 of some queries' pairs from sums over negatives, and their derivatives.
 
         `at`: [R, P] where in `sums` a pair's are; None, where P is 1: in order.
         """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def slope_rows(self, scores: Tensor, slopes: Slopes, rows: slice) -> Tensor:
@@ -261,9 +265,9 @@ class Steps(abc.ABC):
             matrix.scatter_(1, at, matrix.gather(1, at) + slope)
         return matrix.scatter_(1, nowhere[:, positives:], slopes[:, positives:])
 
-    @abc.abstractmethod
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
         """On the rows, rounded once; NaN where the norm is."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def add_targets(self) -> None:
@@ -287,9 +291,13 @@ class Steps(abc.ABC):
         if self.unpaired is not None:
             scores.masked_fill_(some(self.unpaired, rows), self.masked)
         if self.temperature is not None:
-            sums = Sums(*(some(x, rows) for x in (self.hardest_score, self.total, self.moment)))
-            self.set_terms(self.row_terms, rows, sums, self.row_of_pairs(len(scores)))
+            self.add_terms(rows)
         return scores
+
+    def add_terms(self, rows: slice) -> None:
+        """Of queries that were just scored, in their own direction."""
+        sums = Sums(*(some(x, rows) for x in (self.hardest_score, self.total, self.moment)))
+        self.set_terms(self.row_terms, rows, sums, self.row_of_pairs(len(sums.peak)))
 
     def new_workspace(self, rows: int) -> Tensor:
         """Memory for scores, no padding of which is NaN."""
@@ -390,9 +398,14 @@ class Steps(abc.ABC):
     def column_slopes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """[width] the peaks and factors of the other direction's slopes."""
         assert self.temperature is not None
-        everyone = self.upstream(weight, slice(None), True) / self.temperature
-        share = everyone * self.column_terms.share
+        share = self.column_share(weight)
         return finite(self.columns.peak), self.column_factor(self.batch.target, share)
+
+    def column_share(self, weight: Tensor) -> Tensor:
+        """[B, P] what each pair adds to the factor of its column."""
+        assert self.temperature is not None
+        everyone = self.upstream(weight, slice(None), True) / self.temperature
+        return everyone * self.column_terms.share
 
     def column_factor(self, target: Tensor, share: Tensor) -> Tensor:
         """[width] the sum of pairs' shares [B, P] over those whose positive a column is."""

@@ -129,10 +129,11 @@ def _info_nce_and_grad(
     op = "info_nce_and_grad" if rounded else "info_nce"  # that was called: autograd scales later
     batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     if weight is None:
-        weight = torch.ones(len(query), dtype=torch.float64, device=query.device)
-        if mean:  # over those that have a positive
-            one = target is None or target.dim() == 1
-            weight /= max(1, len(query)) if one else counted(batch.target).clamp(min=1)
+        one = target is None or target.dim() == 1
+        each = 1 / max(1, len(query)) if mean and one else 1.0
+        weight = torch.full((len(query),), each, dtype=torch.float64, device=query.device)
+        if mean and not one:  # over those that have a positive
+            weight /= counted(batch.target).clamp(min=1)
     launch = launcher("info_nce_and_grad", backend, query.device, query.dtype, op)
     options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
     results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)

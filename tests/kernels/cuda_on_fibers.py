@@ -14,8 +14,10 @@ from elva_kernels import (
 )
 from elva_kernels.backends import choice, cuda, steps, table
 from elva_kernels.backends.admission import reward as admission_reward
+from elva_kernels.backends.boundary import DTYPE_CODES
 from elva_kernels.backends.cuda import in_batch as cuda_in_batch
 from elva_kernels.backends.cuda import launch as cuda_launch
+from elva_kernels.backends.cuda import products as cuda_products
 from elva_kernels.backends.cuda import topk as cuda_topk
 from elva_kernels.backends.cuda.products import float_product
 from elva_kernels.backends.cuda.select import Best, Factors
@@ -470,6 +472,60 @@ def test_sanitized_spread_rows(halves):
     assert ((out.double().sum(0) - exact).abs() <= allowed).all()
 
 
+def units_of(dtype, rows):
+    """(rows as they are kept, exponents, inverse norms) by the kernel."""
+    r, d = rows.shape
+    kept = torch.float32 if dtype == torch.float32 else torch.float16
+    unit, exponent = torch.full((r, d), torch.nan, dtype=kept), torch.zeros(r, dtype=torch.int32)
+    inverse = torch.zeros(r)
+    operands = (unit.data_ptr(), inverse.data_ptr(), exponent.data_ptr())
+    where = (rows.data_ptr(), rows.stride())
+    cuda_launch.module().cuda_unit_rows(
+        *(DTYPE_CODES[dtype], 0, 0, d, r, where, *operands, 0, where, *operands)
+    )
+    return unit, exponent, inverse
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("d", [1, 33, 1536, 2048, 2056])
+def test_rows_are_kept_near_one_norm(dtype, d):
+    """Exactly, whatever their magnitude; strides change no bit."""
+    power = 8 if dtype == torch.float16 else 120
+    rows = torch.randn(7, d)
+    rows[1:4] *= torch.tensor([2.0**-power, 2.0 ** (power - 9), 2.0**-8]).unsqueeze(1)
+    rows[4] = 0
+    rows = rows.to(dtype)
+    rows[5, d // 2], rows[6, d - 1] = torch.inf, torch.nan
+    unit, exponent, inverse = units_of(dtype, rows)
+    norm = unit[:4].double().norm(dim=1)
+    assert ((norm >= 2**14 * (1 - 1e-6)) & (norm <= 2**15 * (1 + 1e-6))).all()
+    scaled = unit[:4].double() * 2.0 ** exponent[:4].double().unsqueeze(1)
+    assert torch.equal(scaled, rows[:4].double())
+    assert ((inverse[:4].double() * norm - 1).abs() <= 1e-6).all()
+    assert (unit[4:] == 0).all()
+    assert inverse[4] == 0
+    assert inverse[5:].isnan().all()
+    wide = torch.randn(7, 2 * d + 1).to(dtype)
+    wide[:, 1::2] = rows
+    for a, b in zip(units_of(dtype, wide[:, 1::2]), (unit, exponent, inverse), strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("d", [1536, 3584, 4104])
+def test_gradients_of_long_rows(dtype, d):
+    """Of one warp and several, held and not; several positives of a query and of a candidate."""
+    query, candidates = batch(5, 9, d, dtype)
+    target = torch.tensor([[3, 1], [2, 2], [3, -1], [0, 3], [8, 4]])
+    weight, options = torch.randn(5), {"target": target, "temperature": 0.2}
+    found = loss_gradients(query, candidates, weight, "cuda", **options)
+    exact = loss_gradients(query.double(), candidates.double(), weight, "reference", **options)
+    for ours, truth, rows in zip(found, exact, (query, candidates), strict=True):
+        norm = rows.double().norm(dim=1, keepdim=True)
+        allowed = 1e-5 + tolerances.half_ulp(truth, dtype) * norm
+        assert ((ours.double() - truth).abs() * norm <= allowed).all()
+
+
 def loss_gradients(query, candidates, weight, backend, **options):
     """Of sum(weight * loss) on query and candidates."""
     leaves = [x.clone().requires_grad_() for x in (query, candidates)]
@@ -581,6 +637,21 @@ def test_long_sums_are_right(k, kind):
     a = torch.nn.functional.normalize(a + 2 * torch.randn(1, k) * (kind == "random"), dim=1)
     found = product(a, a.T)
     assert (found.double() - a.double() @ a.T.double()).abs().max() <= 1e-6
+
+
+def test_sums_in_float16_reach_no_product(monkeypatch):
+    """Where a process lets torch add up in float16, our kernel multiplies."""
+    query, candidates = batch(7, 11, 40, torch.float16)
+    weight, matmul = torch.ones(7), torch.backends.cuda.matmul
+    expected = loss_gradients(query, candidates, weight, "cuda")
+    monkeypatch.setattr(cuda_products, "half_product", None)
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
+    try:
+        found = loss_gradients(query, candidates, weight, "cuda")
+    finally:
+        matmul.allow_fp16_accumulation = before
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-10, atol=1e-5)
 
 
 def test_no_switch_of_precision_reaches_a_product():

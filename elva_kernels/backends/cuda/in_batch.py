@@ -17,7 +17,7 @@ from elva_kernels.backends.cuda.products import multiply
 from elva_kernels.backends.cuda.scores import OP, CudaScores, address
 from elva_kernels.backends.launcher import Tensors
 from elva_kernels.backends.segments import occurrences
-from elva_kernels.backends.steps import Slopes, Units, part_of, slopes_of, some
+from elva_kernels.backends.steps import Slopes, part_of, slopes_of, some
 from elva_kernels.reference import Weights
 
 # Scores up to which slopes are held in two halves, since a launch takes as long as its product.
@@ -33,50 +33,51 @@ class CudaSteps(CudaScores):
         self.halves = 0
         if query.dtype != torch.float32:
             self.halves = 1 if len(query) * self.width > _TWO_HALVES else 2
-        self.pair_weight: Tensor | None = None  # [B, P] `upstream`, once there are slopes
+        # [B, P] what each pair adds to the temperature's gradient, and that; once there are slopes.
+        self.temperature_slope: Tensor | None = None
+        self.grad_temperature: Tensor | None = None
         self.both_slopes: Slopes | None = None  # of all queries, where columns count too
         self.power: Tensor | None = None  # int32 [1], of two that slopes are kept times
 
     def slopes(self, rows: slice, weight: Tensor, symmetric: bool) -> Slopes:
         if not symmetric:
             return self.factors(rows, weight, symmetric)
-        if self.both_slopes is None:  # all terms are known
+        if self.both_slopes is None:  # all sums are known
             self.both_slopes = self.factors(slice(None), weight, symmetric)
         return slopes_of(self.both_slopes, rows)
 
     def factors(self, rows: slice, weight: Tensor, symmetric: bool) -> Slopes:
-        """As `slopes`, computed anew."""
+        """As `slopes`, computed anew; the losses too."""
         weight = weight.double().contiguous()
-        if self.pair_weight is None:
-            self.pair_weight = torch.empty_like(self.row_terms.loss)
+        if self.losses is None:
+            self.losses = torch.empty_like(self.hardest_score)
+            self.temperature_slope = self.empty((*self.batch.target.shape,), torch.float64)
         target, target_slope = some(self.batch.target, rows), some(self.target_slope, rows)
         row_factor = self.empty((len(target),), torch.float32)
-        part = 0.5 if symmetric else 1.0
-        self.call(
-            "cuda_info_nce_factors",
-            *target.shape,
-            target.data_ptr(),
-            address(self.target_score, rows),
+        columns: tuple[Tensor | None, Tensor | None] = (None, None)
+        self.finish(
+            rows,
+            symmetric,
             address(weight, rows),
-            part,
-            address(self.row_terms.share, rows),
-            address(self.row_terms.others, rows),
-            address(self.column_terms.others, rows) if symmetric else 0,
-            pointer(self.temperature),
-            address(self.pair_weight, rows),
             target_slope.data_ptr(),
             row_factor.data_ptr(),
+            self.share.data_ptr() if symmetric else 0,
+            address(self.temperature_slope, rows),
         )
-        column_peak = column_factor = None
         if symmetric:
-            column_peak = self.columns.peak
-            column_factor = self.factor_of_columns(
-                self.column_terms.share, self.pairs, self.pair_weight, self.temperature
-            )
+            columns = (self.columns.peak, self.factor_of_columns(self.share, self.pairs))
         if self.power is None:
-            self.power = self.power_of(weight, part, self.temperature, column_factor)
-        peak = some(self.hardest_score, rows)
-        return Slopes(peak, row_factor, target_slope, target, column_peak, column_factor)
+            whole = len(target) == len(self.batch.target)
+            self.add_up(weight, self.temperature, columns[1], whole)
+        return Slopes(some(self.hardest_score, rows), row_factor, target_slope, target, *columns)
+
+    @functools.cached_property
+    def share(self) -> Tensor:
+        """What each pair adds to its column's factor, once there are `slopes` of columns."""
+        return self.empty((*self.batch.target.shape,), torch.float64)
+
+    def column_share(self, weight: Tensor) -> Tensor:
+        return self.share
 
     @functools.cached_property
     def pairs(self) -> tuple[Tensor, Tensor] | None:
@@ -89,14 +90,8 @@ class CudaSteps(CudaScores):
         share = share.contiguous()
         return self.factor_of_columns(share, occurrences(target, len(self.candidates.rows)))
 
-    def factor_of_columns(
-        self,
-        share: Tensor,
-        pairs: tuple[Tensor, Tensor] | None,
-        upstream: Tensor | None = None,
-        temperature: Tensor | None = None,
-    ) -> Tensor:
-        """[width] the sum over each candidate's pairs of share [B, P] times upstream over T."""
+    def factor_of_columns(self, share: Tensor, pairs: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[width] the sum of each candidate's pairs' shares [B, P]."""
         factor = self.empty((self.width,), torch.float32)
         self.call(
             "cuda_column_factor",
@@ -105,28 +100,38 @@ class CudaSteps(CudaScores):
             share.numel(),
             *_pairs_operands(pairs),
             share.data_ptr(),
-            pointer(upstream),
-            pointer(temperature),
             factor.data_ptr(),
         )
         return factor
 
-    def power_of(
-        self, bound: Tensor, part: float, temperature: Tensor | None, column_factor: Tensor | None
-    ) -> Tensor:
-        """The power for slopes of rows up to `bound`, float64, times part over T."""
-        power = self.empty((1,), torch.int32)
+    def add_up(
+        self,
+        bound: Tensor | None,
+        temperature: Tensor | None = None,
+        column_factor: Tensor | None = None,
+        whole: bool = False,
+    ) -> None:
+        """What comes of all pairs: `power`, and `grad_temperature` where the `whole` is known.
+
+        Args:
+            bound: float64 [.], what no slope of a row is above, times T. None: no power.
+        """
+        if bound is not None:
+            self.power = self.empty((1,), torch.int32)
+        if whole:
+            self.grad_temperature = self.empty((), torch.float64)
         self.call(
-            "cuda_slope_power",
-            bound.numel(),
-            bound.data_ptr(),
-            part,
+            "cuda_info_nce_total",
+            0 if bound is None else bound.numel(),
+            pointer(bound),
             pointer(temperature),
             self.width,
             pointer(column_factor),
-            power.data_ptr(),
+            0 if bound is None else pointer(self.power),
+            self.batch.target.numel(),
+            pointer(self.temperature_slope),
+            pointer(self.grad_temperature) if whole else 0,
         )
-        return power
 
     def slope_rows(self, scores: Tensor, slopes: Slopes, rows: slice) -> Tensor:
         matrix = scores
@@ -161,7 +166,7 @@ class CudaSteps(CudaScores):
         dtypes: tuple[torch.dtype, torch.dtype],
         held: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        self.power = self.power_of(slopes.row_factor.double(), 1.0, None, slopes.column_factor)
+        self.add_up(slopes.row_factor.double(), None, slopes.column_factor)
         return super().gradients_by_slopes(slopes, wrt, dtypes, held)
 
     def gradients_of_slopes(
@@ -172,7 +177,7 @@ class CudaSteps(CudaScores):
         self.target_slope = slopes[:, :positives].contiguous()
         if slopes.numel() > 0:
             largest = torch.linalg.vector_norm(slopes, math.inf, dtype=torch.float64)
-            self.power = self.power_of(largest, 1.0, None, None)
+            self.add_up(largest)
         for rows in self.chunks:
             self.add_gradients(self.spread_slopes(index, slopes, rows), rows)
         return self.gradients(dtypes)
@@ -228,69 +233,38 @@ class CudaSteps(CudaScores):
                 torch.zeros(x.rows.shape, device=self.device) if wanted else None
                 for x, wanted in zip((self.query, self.candidates), self.wrt, strict=True)
             ]
-        of_query, of_candidates = self.grad_units
-        grad_query = grad_candidates = None
-        if of_query is not None:
-            grad_query = self.gradient_of(
-                self.query, self.candidates, self.batch.target, None, of_query, dtypes[0]
-            )
-        if of_candidates is not None:
-            grad_candidates = self.gradient_of(
-                self.candidates, self.query, None, self.pairs, of_candidates, dtypes[1]
-            )
-        return grad_query, grad_candidates
-
-    def gradient_of(
-        self,
-        units: Units,
-        others: Units,
-        target: Tensor | None,
-        pairs: tuple[Tensor, Tensor] | None,
-        grad_unit: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """On the rows of one side, the slopes of pairs added: of queries with a `target`."""
-        gradient = self.empty((*units.rows.shape,), dtype)
+        gradients = tuple(
+            None if x is None else self.empty((*x.shape,), dtype)
+            for x, dtype in zip(self.grad_units, dtypes, strict=True)
+        )
+        sides: list[int] = []
+        both = (self.query, self.candidates)
+        for units, grad_unit, out in zip(both, self.grad_units, gradients, strict=True):
+            sides += (len(units.rows), units.rows.data_ptr(), pointer(units.scale))
+            sides += (units.norm.data_ptr(), pointer(grad_unit), pointer(out))
         launch.call(
             OP,
             launch.module().cuda_unit_gradient,
-            DTYPE_CODES[dtype],
+            DTYPE_CODES[dtypes[0]],
             *self.place,
-            units.rows.dtype == torch.float16,
-            *units.rows.shape,
-            units.rows.data_ptr(),
-            pointer(units.scale),
-            units.norm.data_ptr(),
-            grad_unit.data_ptr(),
+            self.halves > 0,
+            self.query.rows.shape[1],
             pointer(self.power),
-            self.target_slope.numel(),
-            self.target_slope.shape[1],
+            self.batch.target.shape[1],
             self.target_slope.data_ptr(),
-            pointer(target),
-            *_pairs_operands(pairs),
-            others.rows.data_ptr(),
-            pointer(others.scale),
-            len(others.rows),
-            gradient.data_ptr(),
+            self.batch.target.data_ptr(),
+            *_pairs_operands(None if gradients[1] is None else self.pairs),
+            *sides,
         )
-        return gradient
-
-    def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError("`gradients` computes both")
+        return gradients[0], gradients[1]
 
     def temperature_gradient(self, weight: Tensor, symmetric: bool) -> Tensor:
-        if self.pair_weight is None:
-            return super().temperature_gradient(weight, symmetric)
-        gradient = self.empty((), torch.float64)
-        self.call(
-            "cuda_temperature_gradient",
-            self.pair_weight.numel(),
-            self.pair_weight.data_ptr(),
-            self.row_terms.grad_temperature.data_ptr(),
-            pointer(self.column_terms.grad_temperature if symmetric else None),
-            gradient.data_ptr(),
-        )
-        return gradient
+        if self.temperature_slope is None:  # no gradient on rows was wanted
+            self.factors(slice(None), weight, symmetric)
+        if self.grad_temperature is None:  # queries came in chunks, or there were none
+            self.add_up(None, whole=True)
+        assert self.grad_temperature is not None
+        return self.grad_temperature
 
     @staticmethod
     def reward_of_head(scores: Tensor, rank: Tensor, head: int, weights: Weights) -> Tensors:

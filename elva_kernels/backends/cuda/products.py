@@ -8,11 +8,14 @@ from torch import Tensor
 from elva_kernels.backends.boundary import operand
 from elva_kernels.backends.cuda import launch
 
+_SWITCHES = torch.backends.cuda.matmul
+
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out [m, n] = a [m, k] b [k, n], or += it; rows of `out` are dense."""
-    if a.dtype == torch.float32:
-        float_product(a, b, out, add=add)
+    # Sums in float16, which torch may be told to make, would overflow.
+    if a.dtype == torch.float32 or getattr(_SWITCHES, "allow_fp16_accumulation", False):
+        float_product(a.float(), b.float(), out, add=add)
     else:
         half_product(a, b, out, add=add)
 

@@ -15,7 +15,7 @@ from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
 from elva_kernels.backends.cuda import launch, select
 from elva_kernels.backends.cuda.products import multiply
 from elva_kernels.backends.gpu.in_batch import GpuSteps
-from elva_kernels.backends.steps import Sums, Terms, Units, some
+from elva_kernels.backends.steps import Sums, Units, some
 
 OP = "in-batch op"  # for messages
 _ROW_PADDING = 16
@@ -31,7 +31,9 @@ class CudaScores(GpuSteps):
         super().__init__(query, candidates, *arguments, **named)
         self.rank = torch.empty_like(self.n_greater)
         self.has_columns = False  # whether `columns` are sums of anything
-        self.found: Tensor | None = None  # the log-sum-exp
+        # Losses and eq. 11 of the queries, once `finish` has been there.
+        self.losses: Tensor | None = None
+        self.found: Tensor | None = None
 
     def width_of(self, m: int) -> int:
         return -(-max(m, 1) // _ROW_PADDING) * _ROW_PADDING
@@ -40,25 +42,27 @@ class CudaScores(GpuSteps):
         """A CUDA function that begins with where it runs."""
         launch.call(OP, getattr(launch.module(), name), *self.place, *arguments)
 
-    def units(self, rows: Tensor) -> Units:
-        dtype = torch.float32 if rows.dtype == torch.float32 else torch.float16
-        units = Units(
-            self.empty((*rows.shape,), dtype),
-            self.empty((len(rows),), torch.int32),
-            self.empty((self.width_of(len(rows)),), torch.float32),
-        )
+    def units_of_both(self, query: Tensor, candidates: Tensor) -> tuple[Units, Units]:
+        both = self.empty_units(query), self.empty_units(candidates)
+        operands: list[Any] = []
+        for rows, units in zip((query, candidates), both, strict=True):
+            operands += (len(rows), operand(rows), units.rows.data_ptr())
+            operands += (pointer(units.scale), units.norm.data_ptr())
         launch.call(
             OP,
             launch.module().cuda_unit_rows,
-            DTYPE_CODES[rows.dtype],
+            DTYPE_CODES[query.dtype],
             *self.place,
-            *rows.shape,
-            operand(rows),
-            units.rows.data_ptr(),
-            pointer(units.scale),
-            units.norm.data_ptr(),
+            query.shape[1],
+            *operands,
         )
-        return units
+        return both
+
+    def empty_units(self, rows: Tensor) -> Units:
+        r, d = rows.shape
+        dtype = torch.float32 if rows.dtype == torch.float32 else torch.float16
+        unit, exponent = self.empty((r, d), dtype), self.empty((r,), torch.int32)
+        return Units(unit, exponent, self.empty((self.width_of(r),), torch.float32))
 
     def exact(self, temperature: Tensor) -> Tensor:
         return temperature.double()  # kernels make NaN of one that is not above 0
@@ -118,21 +122,8 @@ class CudaScores(GpuSteps):
         index, first, last = self.skipped
         return index.data_ptr(), address(first, rows), address(last, rows), first.shape[1]
 
-    def row_of_pairs(self, rows: int) -> Tensor | None:
-        return None  # kernels know it
-
-    def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
-        target_score = some(self.target_score, rows)
-        self.call(
-            "cuda_info_nce_terms",
-            target_score.numel(),
-            target_score.shape[1],
-            target_score.data_ptr(),
-            pointer(at),
-            *(x.data_ptr() for x in sums),
-            pointer(self.temperature),
-            *(address(x, rows) for x in terms),
-        )
+    def add_terms(self, rows: slice) -> None:
+        """`finish` does."""
 
     @functools.cached_property
     def columns(self) -> Sums:
@@ -158,37 +149,45 @@ class CudaScores(GpuSteps):
         self.has_columns = True
 
     def end_columns(self) -> None:
-        self.set_terms(self.column_terms, slice(None), self.columns, self.batch.target)
+        """`finish` does."""
 
     def ranks(self) -> Tensor:
         return self.rank
 
     def loss(self, symmetric: bool) -> Tensor:
-        loss = torch.empty_like(self.hardest_score)
-        self.finish(loss, symmetric)
-        return loss
+        if self.losses is None:
+            self.losses = torch.empty_like(self.hardest_score)
+            self.finish(slice(None), symmetric)
+        return self.losses
 
     def logsumexp(self) -> Tensor | None:
         if self.temperature is not None and self.found is None:
-            self.finish(None, False)
+            self.finish(slice(None), False)
         return self.found
 
-    def finish(self, loss: Tensor | None, symmetric: bool) -> None:
-        """Fills in the losses, where they are wanted, and `found`, eq. 11 of the queries."""
-        self.found = torch.empty_like(self.hardest_score)
-        of_rows = None if loss is None else self.row_terms.loss
+    def finish(self, rows: slice, symmetric: bool, *slopes: int) -> None:
+        """What `cuda_info_nce_pairs` makes of the sums of some queries.
+
+        Args:
+            slopes: addresses of a weight and of what becomes of it.
+        """
+        if self.found is None:
+            self.found = torch.empty_like(self.hardest_score)
+        columns = [x.data_ptr() for x in self.columns] if symmetric else (0, 0, 0)
+        target = some(self.batch.target, rows)
         self.call(
-            "cuda_info_nce_loss",
-            *self.batch.target.shape,
-            self.batch.target.data_ptr(),
-            self.target_score.data_ptr(),
-            self.hardest_score.data_ptr(),
-            self.total.data_ptr(),
+            "cuda_info_nce_pairs",
+            *target.shape,
+            target.data_ptr(),
+            address(self.target_score, rows),
+            address(self.hardest_score, rows),
+            address(self.total, rows),
+            address(self.moment, rows),
+            *columns,
             pointer(self.temperature),
-            pointer(of_rows),
-            pointer(self.column_terms.loss if symmetric else None),
-            pointer(loss),
-            self.found.data_ptr(),
+            address(self.found, rows),
+            0 if self.losses is None else address(self.losses, rows),
+            *(slopes or (0,) * 5),
         )
 
 
