@@ -7,8 +7,8 @@
 // Work split: a cluster a group, over and over; a block some columns of all of the group's rows, so
 //   that every gradient is its own; a warp four rows, then reward_gradient.h. Blocks send each other
 //   a product and a square a row through distributed shared memory; each block ranks for itself.
-// Bytes: each input read once by bulk copies, one a row, wherever it lies; each gradient that is
-//   wanted written once: 2 (N + 2) D elements a group, the floor.
+// Bytes: each input read once by bulk copies, one a group, or a row where some are left out or named
+//   by an index; each gradient that is wanted written once: 2 (N + 2) D elements a group, the floor.
 // Numerics: as reward.cu, to the last bit. No atomics: the same bits on every run.
 // Limits: a group of (N + 2) D elements in 8 times 227 KB.
 // Reference: elva_kernels.reference.ranking_reward_and_grad.
@@ -27,12 +27,14 @@ constexpr int64_t kLongSegment = 2048;     // where no block decides
 
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-struct ClusterArgs {
+struct alignas(64) ClusterArgs {
+  RowBoxes negatives;  // where is_boxed
   ElvaRewardArgs reward;
   int64_t columns;
   int64_t clusters;
   int blocks;  // of a cluster
   int wide;    // vectors of a row whose gradients are formed at a time
+  bool is_boxed;
 };
 
 // A block's shared memory, in order.
@@ -40,7 +42,8 @@ template <class T>
 struct Layout {
   int64_t candidates, columns, blocks;
 
-  static constexpr size_t kArrivals = 32;  // of the rows, and of either half of the exchange
+  // Of the rows, and of either half of the exchange; rows come on 128 bytes after them.
+  static constexpr size_t kArrivals = 128;
   // The rows: the query's, then the candidates'.
   __host__ __device__ size_t tile() const {
     return static_cast<size_t>((candidates + 1) * columns) * sizeof(T);
@@ -208,11 +211,15 @@ class Block {
         for (int c = static_cast<int>(threadIdx.x); c < candidates_; c += 32) read += is_read(c);
         read_ = static_cast<uint32_t>(warp_sum(read));
       }
-      if (threadIdx.x == 0) arrivals_->expect(bytes * read_);
+      if (threadIdx.x == 0) arrivals_->expect(all_.is_boxed ? boxed_bytes() : bytes * read_);
     }
     if (threadIdx.x % 32 == 0 && bytes > 0) {
       const Candidates<T> candidates(args_, index_);
       if (threadIdx.x == 0) {
+        if (all_.is_boxed) {
+          const int word = static_cast<int>(first() * static_cast<int64_t>(sizeof(T)) / 4);
+          box_load(row(1), &all_.negatives, word, static_cast<int>(index_), arrivals_);
+        }
         const T* query = group_data<T>(args_.batch, args_.query, index_);
         bulk_load(row(-1), query + first(), bytes, arrivals_);
         bulk_load(row(0), candidates.positive + first(), bytes, arrivals_);
@@ -222,13 +229,19 @@ class Block {
           if (!is_read(c)) continue;
           bulk_load(row(c), candidates.at(c, place(c)).data + first(), bytes, arrivals_);
         }
-      } else {
+      } else if (!all_.is_boxed) {
         load_negatives(candidates.negatives + first() + warp() * candidates.row_stride, bytes);
       }
     }
     __syncwarp();
     arrivals_->wait(phase_);
     phase_ ^= 1;
+  }
+  // Of the query, the positive, and a box of as many columns as any block's.
+  __device__ uint32_t boxed_bytes() const {
+    if (width_ == 0) return 0;
+    const uint32_t box = static_cast<uint32_t>((candidates_ - 1) * columns_) * sizeof(T);
+    return 2 * row_bytes() + box;
   }
   // Every kWarps-th from the warp's first. In steps: a product an address takes longer than a row.
   __device__ void load_negatives(const T* from, uint32_t bytes) {
@@ -470,6 +483,22 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
+// Whether a group's negatives lie side by side, all of them to be read.
+template <class T>
+bool describe_negatives(const ElvaRewardArgs& args, int64_t columns, RowBoxes* boxes) {
+  constexpr int64_t kBytes = sizeof(T), kBoxAlignment = 128;
+  const bool is_aligned = 2 * columns * kBytes % kBoxAlignment == 0;  // behind two rows
+  if (args.mask.data != nullptr || args.index.data != nullptr || args.batch.ndim > 1 ||
+      args.negatives == 0 || !is_aligned || args.batch.groups > INT32_MAX) {
+    return false;
+  }
+  const int64_t row = args.negative.row_stride * kBytes;
+  const int64_t group =
+      args.batch.ndim == 1 ? args.negative.batch_strides[0] * kBytes : args.negatives * row;
+  return describe_boxes(boxes, args.negative.data, args.dim * kBytes / 4, args.negatives, row,
+                        args.batch.groups, group, columns * kBytes / 4);
+}
+
 }  // namespace
 
 template <class T>
@@ -494,9 +523,14 @@ ElvaStatus cluster_reward(const ElvaRewardArgs& args, const Split& split) {
   if (status != ELVA_OK) return status;
   if (clusters == 0) return ELVA_UNSUPPORTED;
   const int64_t some = clusters < args.batch.groups ? clusters : args.batch.groups;
-  return launch(kernel, some * split.blocks, split.blocks, kThreads, bytes, args.stream,
-                ClusterArgs{args, split.columns, some, split.blocks,
-                            wide_of(split.columns / Vector<T>::kSize)});
+  ClusterArgs all = {};
+  all.reward = args;
+  all.columns = split.columns;
+  all.clusters = some;
+  all.blocks = split.blocks;
+  all.wide = wide_of(split.columns / Vector<T>::kSize);
+  all.is_boxed = describe_negatives<T>(args, split.columns, &all.negatives);
+  return launch(kernel, some * split.blocks, split.blocks, kThreads, bytes, args.stream, all);
 }
 
 template Split split_of<Bf16>(int64_t, int64_t);

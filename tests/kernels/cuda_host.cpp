@@ -390,6 +390,29 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arriv
   check_aligned(shared, global, bytes);
   machine.copies.push_back({shared, global, bytes, arrivals});
 }
+bool describe_boxes(RowBoxes* boxes, const void* data, int64_t words, int64_t rows,
+                    int64_t row_stride, int64_t, int64_t group_stride, int64_t box_words) {
+  check_aligned(data, nullptr, 16);
+  if (row_stride % 16 != 0 || group_stride % 16 != 0) fail("a stride is no multiple of 16 bytes");
+  if (box_words > 256 || rows > 256) return false;
+  *boxes = {static_cast<const unsigned char*>(data), words, rows, row_stride, group_stride,
+            box_words};
+  return true;
+}
+void box_load(void* shared, const RowBoxes* boxes, int word, int group, Arrivals* arrivals) {
+  if (reinterpret_cast<uintptr_t>(shared) % 128 != 0) fail("a box is not on 128 bytes");
+  const int64_t left = boxes->words - word, there = left < boxes->box_words ? left : boxes->box_words;
+  const uint32_t bytes = static_cast<uint32_t>(there * 4),
+                 zeros = static_cast<uint32_t>(boxes->box_words * 4) - bytes;
+  auto* to = static_cast<unsigned char*>(shared);
+  for (int64_t row = 0; row < boxes->rows; ++row, to += bytes + zeros) {
+    const unsigned char* from = boxes->data + group * boxes->group_stride + row * boxes->row_stride;
+    bulk_load(to, from + word * 4, bytes, arrivals);
+    memset(to + bytes, 0, zeros);
+    if (zeros > 0) arrive(arrivals, zeros);
+  }
+}
+
 void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals) {
   if (rank >= machine.blocks.size()) fail("no such block in the cluster");
   const Block& own = machine.blocks[machine.fiber().block];

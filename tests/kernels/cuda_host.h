@@ -90,6 +90,14 @@ void copy16(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int pending);
 void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals);
+// As cluster.h.
+struct RowBoxes {
+  const unsigned char* data;
+  int64_t words, rows, row_stride, group_stride, box_words;
+};
+bool describe_boxes(RowBoxes* boxes, const void* data, int64_t words, int64_t rows,
+                    int64_t row_stride, int64_t groups, int64_t group_stride, int64_t box_words);
+void box_load(void* shared, const RowBoxes* boxes, int word, int group, Arrivals* arrivals);
 uint32_t cluster_rank();
 void cluster_sync();
 void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals);
