@@ -67,24 +67,25 @@ struct Layout {
   }
 };
 
-// The columns of a group's rows at `at`, in the tile; in 32 bits as far as they go.
-template <class T>
+// The columns of a group's rows at `at`, in the tile. Offsets are 32 bits of bytes: a group fits.
+// kMarks: some rows may not have been read.
+template <class T, bool kMarks>
 class HeldRows {
  public:
   __device__ HeldRows(const ElvaRewardArgs& args, int64_t index, const T* tile, int columns,
                       int64_t at)
       : args_(args),
-        tile_(tile),
-        columns_(columns),
-        dim_(static_cast<uint32_t>(args.dim)),
+        tile_(reinterpret_cast<const unsigned char*>(tile)),
+        row_bytes_(static_cast<uint32_t>(columns) * sizeof(T)),
+        grad_row_bytes_(static_cast<uint32_t>(args.dim) * sizeof(T)),
         own_(index * args.dim + at),
-        grad_negatives_(static_cast<T*>(args.grad_negative) + index * args.negatives * args.dim +
-                        at) {}
+        grad_negatives_(static_cast<unsigned char*>(args.grad_negative) +
+                        (index * args.negatives * args.dim + at) * sizeof(T)) {}
 
-  __device__ Vector<T> read_query() const { return load16(tile_); }
-  __device__ Vector<T> read_positive() const { return load16(tile_ + columns_); }
+  __device__ Vector<T> read_query() const { return read(0); }
+  __device__ Vector<T> read_positive() const { return read(1); }
   __device__ Vector<T> read_negative(int64_t n, bool is_wanted) const {
-    return load16(tile_ + (is_wanted ? static_cast<int>(n) + 2 : 0) * columns_);
+    return read(!kMarks || is_wanted ? static_cast<uint32_t>(n) + 2 : 0);
   }
   template <class V>
   __device__ void write_query(const V* gradient) const {
@@ -98,16 +99,21 @@ class HeldRows {
   }
   template <class V>
   __device__ void write_negative(int64_t n, const V* gradient) const {
-    store16(grad_negatives_ + uint64_t{static_cast<uint32_t>(n)} * dim_, packed<T>(gradient));
+    unsigned char* const to =
+        grad_negatives_ + uint64_t{static_cast<uint32_t>(n)} * grad_row_bytes_;
+    store16(reinterpret_cast<T*>(to), packed<T>(gradient));
   }
 
  private:
+  __device__ Vector<T> read(uint32_t row) const {
+    return load16(reinterpret_cast<const T*>(tile_ + row * row_bytes_));
+  }
+
   const ElvaRewardArgs& args_;
-  const T* tile_;
-  int columns_;
-  uint32_t dim_;
+  const unsigned char* tile_;
+  uint32_t row_bytes_, grad_row_bytes_;
   int64_t own_;
-  T* grad_negatives_;
+  unsigned char* grad_negatives_;
 };
 
 template <class T, bool kSoft>
@@ -160,10 +166,12 @@ class Block {
       __syncthreads();
       if (block_ == 0 && saves()) write_coefficients();
     }
-    if (wanted().negatives) {
-      gradients<true>(sound);
+    if (wanted().negatives && !has_marks()) {
+      gradients<true, false>(sound);
+    } else if (wanted().negatives) {
+      gradients<true, true>(sound);
     } else if (wanted().any()) {
-      gradients<false>(sound);
+      gradients<false, true>(sound);
     } else {
       total(sound);
       __syncthreads();  // what the next group writes is read no more
@@ -433,12 +441,13 @@ class Block {
     for (int i = static_cast<int>(threadIdx.x); i < 2 * candidates_; i += kThreads) out[i] = a_[i];
   }
 
-  template <bool kNegatives>
+  template <bool kNegatives, bool kMarks>
   __device__ void gradients(bool sound) {
+    using Rows = HeldRows<T, kMarks>;
     for (int at = 0; at < width_; at += all_.wide * kSize) {
       const int own = at + static_cast<int>(threadIdx.x) % all_.wide * kSize;
-      const HeldRows<T> rows(args_, index_, tile_ + own, columns_, first() + own);
-      GradientColumns<T, kNegatives ? kTogether : 2, kNegatives, HeldRows<T>>(
+      const Rows rows(args_, index_, tile_ + own, columns_, first() + own);
+      GradientColumns<T, kNegatives ? kTogether : 2, kNegatives, Rows>(
           all_.wide, (width_ - at) / kSize, a_, b_, group_.total[Group::kUpstream], gradient_, rows)
           .run(wanted().count(args_.negatives), group_.total + Group::kQuery, [&] {
             if (at == 0) total(sound);
