@@ -12,7 +12,7 @@
 // Numerics: products exact, sums in fp32 over the columns in one order whatever Q and P are;
 //   squares by 64 in fp32, then in double; blocks with rows out of range once more, those rows
 //   scaled by a power of two. No atomics: the same bits on every run.
-// Limits: none; factors in half precision alone.
+// Limits: D < 2^30; factors in half precision alone.
 // Reference: elva_kernels.reference.topk.
 #include "copies.h"
 #include "multiply.h"
@@ -552,6 +552,7 @@ int64_t pad(const ElvaTopkScoresArgs& topk, TopkArgs* args) {
 
 template <class T>
 ElvaStatus launch_queries(const TopkArgs& args) {
+  if (args.topk.dim >= int64_t{1} << 30) return ELVA_UNSUPPORTED;  // columns are ints
   return launch(topk_queries<T>, args.topk.queries, 1, 32, 0, args.topk.stream, args);
 }
 
