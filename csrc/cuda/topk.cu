@@ -334,7 +334,7 @@ class Products {
       for (int at = 0; at < kPiece && from + at < dim; at += kColumns) {
         float squares[4] = {};
         ring.wait();
-#pragma unroll sizeof(T) == 4 || kGroup> 32 ? 1 : 2  // as many as there are registers for
+#pragma unroll kSteps
         for (int step = 0; step < kColumns; step += kStep) {
           Vector<T> x[4];
 #pragma unroll
@@ -373,6 +373,7 @@ class Products {
     for (int row = 0; row < kWarpRows; ++row) {
       if (exponents()[row] != kUnread) continue;
       const int found = warp_exponent(corpus_row<T>(args_.topk, first_row_ + row), args_.topk.dim);
+      __syncwarp();  // all have seen the mark
       if (threadIdx.x % 32 == 0) exponents()[row] = found;
       is_scaled = is_scaled || scale_of(found) != 0;
     }
@@ -410,6 +411,8 @@ class Products {
  private:
   static constexpr int kPiece = Tile<T, kGroup>::kPiece;
   static constexpr int kUnread = 2 * kNotFinite;  // no row's
+  static constexpr int kSteps =
+      sizeof(T) == 4 || kGroup > 32 ? 1 : 2;  // that registers suffice for
 
   // Of the warp's rows that whose square the lane has: one of the four that it multiplies.
   __device__ static int own_row() { return threadIdx.x % 32 / 4 + threadIdx.x % 4 * 8; }
