@@ -228,12 +228,11 @@ typedef struct {
   float limit;
   bool unit_columns;    // column factors are 1 or negative, and there is no limit
   int64_t first_index;  // of column 0
-  int64_t
-      kept;  // best and index hold that many of earlier columns, 0 to k, and take part in the choice
-  bool finite;     // index is -1 where the score is -inf
-  void* scratch;   // elva_select_scratch_bytes_cuda
-  float* best;     // [rows, k]; -inf behind the last column
-  int64_t* index;  // [rows, k]; -1 behind the last column
+  int64_t kept;         // 0 to k: as many of earlier columns are in best and index, to choose among
+  bool finite;          // index is -1 where the score is -inf
+  void* scratch;        // elva_select_scratch_bytes_cuda
+  float* best;          // [rows, k]; -inf behind the last column
+  int64_t* index;       // [rows, k]; -1 behind the last column
 } ElvaSelectArgs;
 
 int64_t elva_select_scratch_bytes_cuda(int64_t rows, int64_t columns, int64_t k);

@@ -12,7 +12,7 @@
 // Numerics: products exact, sums in fp32 over the columns in one order whatever Q and P are;
 //   squares by 64 in fp32, then in double; blocks with rows out of range once more, those rows
 //   scaled by a power of two. No atomics: the same bits on every run.
-// Limits: none; factors in half precision alone.
+// Limits: D < 2^30; factors in half precision alone.
 // Reference: elva_kernels.reference.topk.
 #include "copies.h"
 #include "multiply.h"
@@ -259,7 +259,7 @@ class Ring {
     const int left = static_cast<int>(topk_.dim) - column;
     const int bytes = (left > kSize ? kSize : left > 0 ? left : 0) * static_cast<int>(sizeof(T));
     const T* from = corpus_row<T>(topk_, first_row_ + row).data + (left > 0 ? column : 0);
-#pragma unroll 4
+#pragma unroll 1
     for (int i = 0; i < kWarpRows / kTogether; ++i) {
       copy16(to, from, bytes);
       to += kTogether * kColumns;
@@ -323,8 +323,7 @@ class Products {
     const Ring<T> ring(shared_.ring[threadIdx.x / 32], args_.topk, first_row_,
                        is_scaled ? exponents() : nullptr);
     tile_ = Tile<T, kGroup>();
-#pragma unroll
-    for (int r = 0; r < 4; ++r) square_[r] = 0;
+    square_ = 0;
 #pragma unroll 1
     for (int from = 0; from < dim; from += kPiece) {
       ring.wait();
@@ -335,7 +334,7 @@ class Products {
       for (int at = 0; at < kPiece && from + at < dim; at += kColumns) {
         float squares[4] = {};
         ring.wait();
-#pragma unroll sizeof(T) == 4 ? 1 : 2  // two steps of floats are more than there are registers for
+#pragma unroll kSteps
         for (int step = 0; step < kColumns; step += kStep) {
           Vector<T> x[4];
 #pragma unroll
@@ -348,29 +347,17 @@ class Products {
           }
           tile_.add(x, piece, (at + step) / kSize);
         }
-#pragma unroll
-        for (int r = 0; r < 4; ++r) square_[r] += squares[r];
+        square_ += own_sum(squares);
         ring.fetch_after(from + at);
       }
     }
     wait_copies<0>();
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      square_[r] += __shfl_xor_sync(kAllLanes, square_[r], 1);
-      square_[r] += __shfl_xor_sync(kAllLanes, square_[r], 2);
-    }
   }
 
   // Whether a row is out of the range of products as they are; marks those.
   __device__ bool mark_far_rows() const {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    bool far = false;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const bool own = !is_topk_range(square_[r]);
-      if (lane % 4 == 0) exponents()[lane / 4 + 8 * r] = own ? kUnread : 0;
-      far = far || own;
-    }
+    const bool far = !is_topk_range(square_);
+    exponents()[own_row()] = far ? kUnread : 0;
     return __syncthreads_or(far) != 0;
   }
   // In the place of this thread's number. Before read_exponents.
@@ -386,6 +373,7 @@ class Products {
     for (int row = 0; row < kWarpRows; ++row) {
       if (exponents()[row] != kUnread) continue;
       const int found = row_exponent(corpus_row<T>(args_.topk, first_row_ + row), args_.topk.dim);
+      __syncwarp();  // all have seen the mark
       if (threadIdx.x % 32 == 0) exponents()[row] = found;
       is_scaled = is_scaled || scale_of(found) != 0;
     }
@@ -400,10 +388,7 @@ class Products {
     const int quad = own / 32 * kWarpRows + lane / 4;
     __syncthreads();  // the ring and the piece have been read
     tile_.visit([&](int r, int n, float dot) { results.dot[n][quad + 8 * r] = dot; });
-    if (lane % 4 == 0) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) results.inverse[quad + 8 * r] = inverse_of(sqrt(square_[r]));
-    }
+    results.inverse[own / 32 * kWarpRows + own_row()] = inverse_of(sqrt(square_));
     __syncthreads();
     const ElvaTopkScoresArgs& topk = args_.topk;
     const int64_t row = first_row_ - own / 32 * kWarpRows + own;
@@ -426,7 +411,23 @@ class Products {
  private:
   static constexpr int kPiece = Tile<T, kGroup>::kPiece;
   static constexpr int kUnread = 2 * kNotFinite;  // no row's
+  static constexpr int kSteps =
+      sizeof(T) == 4 || kGroup > 32 ? 1 : 2;  // that registers suffice for
 
+  // Of the warp's rows that whose square the lane has: one of the four that it multiplies.
+  __device__ static int own_row() { return threadIdx.x % 32 / 4 + threadIdx.x % 4 * 8; }
+  // Four lanes' sums of their four rows: each has that of one.
+  __device__ static float own_sum(const float* rows) {
+    const bool odd = threadIdx.x % 2 != 0, high = threadIdx.x % 4 >= 2;
+    float pair[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float kept = odd ? rows[2 * i + 1] : rows[2 * i],
+                  given = odd ? rows[2 * i] : rows[2 * i + 1];
+      pair[i] = kept + __shfl_xor_sync(kAllLanes, given, 1);
+    }
+    return (high ? pair[1] : pair[0]) + __shfl_xor_sync(kAllLanes, high ? pair[0] : pair[1], 2);
+  }
   __device__ int* exponents() const { return shared_.exponent + threadIdx.x / 32 * kWarpRows; }
 
   // The piece from `from` on begins its way, with what is committed next.
@@ -448,20 +449,17 @@ class Products {
   Shared<T, kGroup>& shared_;
   int64_t first_row_;  // of the warp
   Tile<T, kGroup> tile_;
-  double square_[4] = {};
+  double square_ = 0;
 };
 
-// Blocks whose memory a multiprocessor holds; more queries take the registers of two.
+// Blocks whose memory a multiprocessor holds.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr int kBlocks = 1;
 #else
 constexpr int kBlocks = 2;
 #endif
-template <int kGroup>
-constexpr int kBlocksOf = kGroup > 32 ? 1 : kBlocks;
-
 template <class T, int kGroup>
-__global__ void __launch_bounds__(kThreads, kBlocksOf<kGroup>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     topk_scores(const __grid_constant__ TopkArgs args) {
   ELVA_DYNAMIC_SHARED(memory);
   const int64_t groups = args.padded_queries / kGroup, first_query = blockIdx.x % groups * kGroup;
@@ -557,6 +555,7 @@ int64_t pad(const ElvaTopkScoresArgs& topk, TopkArgs* args) {
 
 template <class T>
 ElvaStatus launch_queries(const TopkArgs& args) {
+  if (args.topk.dim >= int64_t{1} << 30) return ELVA_UNSUPPORTED;  // columns are ints
   return launch(topk_queries<T>, args.topk.queries, 0, 32, 0, args.topk.stream, args);
 }
 

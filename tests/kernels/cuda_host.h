@@ -1,7 +1,8 @@
 // Runs the bodies of CUDA kernels on the host, for tests: a fiber a thread, one cluster of blocks
 // after another, in an order that a test chooses. Blocks have shared memory of exactly the size
-// they asked for, full of NaN at first. Bulk copies happen late and in any order; the sanitizers
-// see all accesses. What it does not show: memory ordering between fences, and timing.
+// they asked for, full of NaN at first. Bulk copies happen late and in any order, those of 16 bytes
+// when they are waited for; the sanitizers see all accesses. What it does not show: memory ordering
+// between fences, and timing.
 #ifndef ELVA_TESTS_CUDA_HOST_H_
 #define ELVA_TESTS_CUDA_HOST_H_
 

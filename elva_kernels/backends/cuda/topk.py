@@ -113,8 +113,8 @@ class _Search:
         n, dim = rows.shape
         if not self.padding and rows.is_contiguous() and rows.data_ptr() % 16 == 0:
             return rows
-        copies = rows.new_zeros((n, dim + self.padding))
-        copies[:, :dim] = rows
+        copies = rows.new_empty((n, dim + self.padding))
+        copies[:, :dim], copies[:, dim:] = rows, 0
         return copies
 
     def call(self, function: Callable[..., None], rows: Tensor, *results: Tensor | None) -> None:
