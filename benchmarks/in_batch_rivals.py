@@ -103,11 +103,20 @@ def cut_cross_entropy_loss(query: Tensor, candidates: Tensor) -> Tensor:
     return linear_cross_entropy(*_unit_pair(query, candidates))
 
 
-# Their kernels are Triton's: the name of the package, of its module, the loss.
+def quack_loss(query: Tensor, candidates: Tensor) -> Tensor:
+    """Its cross entropy alone: the product is torch's, its scores in the inputs' dtype."""
+    from quack.cross_entropy import cross_entropy
+
+    rows, weight, own = _unit_pair(query, candidates)
+    return cross_entropy(rows @ weight.T, own, reduction="mean")
+
+
+# Their kernels need a GPU: the name of the package, of its module, the loss.
 ON_A_GPU: dict[str, tuple[str, Loss]] = {
-    "inf-cl": ("inf_cl", inf_cl_loss),
     "liger-kernel": ("liger_kernel", liger_loss),
     "cut-cross-entropy": ("cut_cross_entropy", cut_cross_entropy_loss),
+    "inf-cl": ("inf_cl", inf_cl_loss),
+    "quack-kernels": ("quack", quack_loss),
 }
 
 

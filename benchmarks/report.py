@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What a figure depends on besides the code."""
+    import torch  # here: a process that reads what others have measured needs none
+
     import elva_kernels
 
     native = elva_kernels.doctor().native
@@ -46,11 +46,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
-    """Keeps `result` as results/<name>-<device>.json, behind it a CPU level that was forced."""
+def write(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
+    """Keeps `result` as <name>-<device>.json, behind it a CPU level that was forced."""
     what = f"{result['machine']['device']} {os.environ.get('ELVA_KERNELS_CPU_LEVEL', '')}"
     words = "".join(c if c.isalnum() else " " for c in what.lower()).split()
-    path = RESULTS / f"{'-'.join([name, *words])}.json"
+    path = directory / f"{'-'.join([name, *words])}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
@@ -94,6 +94,8 @@ COLUMNS = {
         ("TFLOP/s", "tflops", ".0f"),
         ("of floor", "of_floor", ".0%"),
         ("x eager", "times_eager", ".2f"),
+        ("host us", "host_us", ".0f"),
+        ("MB extra", "extra_mb", ".1f"),
     ),
     "scores": (
         *TIMES,

@@ -65,6 +65,32 @@ SEARCHES = {
 }
 
 
+def _faiss_on_a_gpu(corpus: Any, k: int) -> Callable[[Any], Any]:
+    """Its search without an index, of tensors in float16: it takes no bfloat16."""
+    import faiss
+    import faiss.contrib.torch_utils  # lets it take tensors
+
+    resources, rows = faiss.StandardGpuResources(), corpus.half()
+    resources.setDefaultNullStreamAllDevices()  # torch's own
+    score = faiss.METRIC_INNER_PRODUCT
+    return lambda query: faiss.knn_gpu(resources, query.half(), rows, k, metric=score)
+
+
+def _cuvs(corpus: Any, k: int) -> Callable[[Any], Any]:
+    """Of float16: it takes no bfloat16. A call ends when its result is there."""
+    from cuvs.neighbors import brute_force
+
+    index = brute_force.build(corpus.half(), metric="inner_product")
+    return lambda query: brute_force.search(index, query.half(), k)
+
+
+# Beside torch in its process: their module, and what takes a corpus on the GPU and gives a search.
+ON_A_GPU: dict[str, tuple[str, Callable[[Any, int], Callable[[Any], Any]]]] = {
+    "FAISS knn_gpu fp16": ("faiss", _faiss_on_a_gpu),
+    "cuVS brute force fp16": ("cuvs", _cuvs),
+}
+
+
 def main() -> None:
     package, *sizes, seconds = sys.argv[1:]
     n_queries, n_rows, dim, k, threads = map(int, sizes)

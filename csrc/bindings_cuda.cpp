@@ -5,13 +5,15 @@
 namespace elva {
 namespace {
 
-int64_t topk_scratch_bytes(int dtype, int64_t queries, int64_t rows, int64_t dim) {
+// Bytes, and the elements from one of its queries to the next.
+py::tuple topk_scratch(int dtype, int64_t queries, int64_t dim) {
   ElvaTopkScoresArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.queries = queries;
-  args.rows = rows;
   args.dim = dim;
-  return elva_topk_scratch_bytes_cuda(&args);
+  int64_t padded_dim = 0;
+  const int64_t bytes = elva_topk_scratch_bytes_cuda(&args, &padded_dim);
+  return py::make_tuple(bytes, padded_dim);
 }
 
 }  // namespace
@@ -21,8 +23,13 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_reward_forward", &reward_forward<elva_reward_forward_cuda>);
   module.def("cuda_reward_backward", &reward_backward<elva_reward_backward_cuda>);
   module.def("cuda_bank_gradient", &bank_gradient<elva_bank_gradient_cuda>);
-  module.def("cuda_topk_scratch_bytes", &topk_scratch_bytes);
+  module.def("cuda_topk_scratch", &topk_scratch);
   bind(module, "cuda_topk_scores", elva_topk_scores_cuda);
+  bind(module, "cuda_topk_factors", elva_topk_factors_cuda);
+  bind(module, "cuda_topk_far", elva_topk_far_cuda);
+  module.attr("CUDA_SELECT_MOST") = static_cast<int>(ELVA_SELECT_MOST);
+  module.def("cuda_select_scratch_bytes", &elva_select_scratch_bytes_cuda);
+  bind(module, "cuda_select", elva_select_cuda);
   module.def("cuda_column_scratch_bytes", &elva_column_scratch_bytes_cuda);
   bind(module, "cuda_unit_rows", elva_unit_rows_cuda);
   bind(module, "cuda_matrix_product", elva_matrix_product_cuda);

@@ -177,8 +177,8 @@ typedef struct {
 
 ElvaStatus elva_topk_cpu(const ElvaTopkArgs* args);
 
-// Scores of all corpus rows for each query, of which a caller takes the best; on a GPU alone, and
-// not for ELVA_FP64.
+// Scores of all corpus rows for each query, of which elva_select_cuda takes the best; on a GPU
+// alone, and not for ELVA_FP64.
 typedef struct {
   ElvaDtype dtype;
   int32_t device;
@@ -191,10 +191,53 @@ typedef struct {
   ElvaInput corpus;  // [rows, dim]
   void* scratch;     // elva_topk_scratch_bytes_cuda, on 16 bytes
   float* scores;     // [queries, rows]; -inf where the row or the query is not finite
+  // Where the caller multiplies; see elva_topk_factors_cuda.
+  float* row_factor;     // [queries]
+  float* column_factor;  // [rows]
 } ElvaTopkScoresArgs;
 
-int64_t elva_topk_scratch_bytes_cuda(const ElvaTopkScoresArgs* args);
+// The scratch begins with the queries as they are multiplied, [queries, padded_dim] in dtype, zeros
+// where one is not finite.
+int64_t elva_topk_scratch_bytes_cuda(const ElvaTopkScoresArgs* args, int64_t* padded_dim);
 ElvaStatus elva_topk_scores_cuda(const ElvaTopkScoresArgs* args);
+
+// In half precision, where the caller multiplies: what makes scores of its products of the scratch's
+// queries and the corpus, by elva_select_cuda; `scores` is not looked at. Rows that are not finite,
+// or out of the range of such products, have a column_factor of -1; their scores
+// elva_topk_far_cuda writes after the product, of the same scratch and the same rows or some of
+// them. All other column factors of ELVA_DOT are 1.
+ElvaStatus elva_topk_factors_cuda(const ElvaTopkScoresArgs* args);
+ElvaStatus elva_topk_far_cuda(const ElvaTopkScoresArgs* args);
+
+enum { ELVA_SELECT_MOST = 256 };
+
+// The k first of each row of scores: score descending, then index ascending; on a GPU alone.
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  int64_t k;            // 1 to ELVA_SELECT_MOST
+  const float* scores;  // [rows, columns]; NaN is passed over
+  // null: scores as they are. Else -inf in a row whose factor is NaN, the score itself where
+  // column_factor is negative, and elsewhere score * column_factor * row_factor, held within -limit
+  // and limit.
+  const float* row_factor;     // [rows]
+  const float* column_factor;  // [columns]
+  float limit;
+  bool unit_columns;    // column factors are 1 or negative, and there is no limit
+  int64_t first_index;  // of column 0
+  int64_t
+      kept;  // best and index hold that many of earlier columns, 0 to k, and take part in the choice
+  bool finite;     // index is -1 where the score is -inf
+  void* scratch;   // elva_select_scratch_bytes_cuda
+  float* best;     // [rows, k]; -inf behind the last column
+  int64_t* index;  // [rows, k]; -1 behind the last column
+} ElvaSelectArgs;
+
+int64_t elva_select_scratch_bytes_cuda(int64_t rows, int64_t columns, int64_t k);
+ElvaStatus elva_select_cuda(const ElvaSelectArgs* args);
 
 // Memory of a large result. A released block is kept for the next result of about its size.
 typedef struct {

@@ -15,8 +15,8 @@ from elva_kernels.backends.table import BACKENDS, LAUNCHERS
 def warm_up(device: torch.device | str) -> "Report":
     """Prove and compile, now, every backend that "auto" may take on `device`; then `doctor()`.
 
-    Each op is run in each dtype against the reference, unless a verdict on it is known. Call it
-    before a CUDA graph capture, which can run no self-test.
+    Each op is run in each dtype against the reference, once a process even where a verdict is kept:
+    what runs is compiled and loaded. Call it before a CUDA graph capture, which can do neither.
     """
     place = torch.device(device)
     for op, row in LAUNCHERS.items():
@@ -24,7 +24,7 @@ def warm_up(device: torch.device | str) -> "Report":
             for dtype in verdicts.DTYPES:
                 usable = obstacle_to(op, name, place.type, dtype) is None
                 if usable and not BACKENDS[name].by_name_only:
-                    failure_of(op, name, place, dtype)
+                    failure_of(op, name, place, dtype, here=True)
     return doctor()
 
 

@@ -21,7 +21,8 @@ def topk(
     With the score ``s = q . c / (|q| |c|)`` ("cosine") or ``s = q . c`` ("dot"), rows come by score
     descending, then by index ascending: a total order, so that copies of a row come in the order
     in which the corpus holds them, on every backend and any number of threads. A score's bits
-    depend on its query and its row alone.
+    depend on its query and its row alone; but on "cuda" in half precision, where torch multiplies
+    more than 128 queries, also on how many queries and rows there are.
 
     Args:
         query: [Q, D], bfloat16, float16, float32 or float64, of any strides; Q may be 0.

@@ -50,21 +50,6 @@ __device__ inline void bulk_load(void* shared, const void* global, uint32_t byte
       "l"(global), "r"(bytes), "r"(shared_address(&arrivals->word))
       : "memory");
 }
-__device__ inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-               "r"(shared_address(shared)), "r"(bytes)
-               : "memory");
-}
-// By a thread that has written shared memory, before a barrier that the storing thread passes.
-__device__ inline void before_bulk_store() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// By the storing thread: until its stores have read shared memory.
-__device__ inline void wait_bulk_stores() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -95,13 +80,10 @@ __device__ inline void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals
 #else
 
 using host::Arrivals;
-using host::before_bulk_store;
 using host::bulk_load;
-using host::bulk_store;
 using host::cluster_rank;
 using host::cluster_send;
 using host::cluster_sync;
-using host::wait_bulk_stores;
 
 #endif
 

@@ -105,10 +105,10 @@ ElvaStatus elva_column_sums_cuda(const ElvaCudaColumnArgs* args) {
     const int64_t parts = blocks_of(args->rows, kPartRows), count = parts * args->width;
     double* sum = static_cast<double*>(args->scratch);
     const Args all{*args, parts, sum, sum + count, reinterpret_cast<float*>(sum + 2 * count)};
-    const ElvaStatus status = launch(column_parts, blocks_of(args->width, kThreads) * parts, 1,
+    const ElvaStatus status = launch(column_parts, blocks_of(args->width, kThreads) * parts, 0,
                                      kThreads, 0, args->stream, all);
     if (status != ELVA_OK) return status;
-    return launch(column_sums, blocks_of(args->width, kColumns), 1, kColumns, 0, args->stream, all);
+    return launch(column_sums, blocks_of(args->width, kColumns), 0, kColumns, 0, args->stream, all);
   });
 }
 

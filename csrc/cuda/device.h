@@ -128,6 +128,7 @@ template <class T>
 __device__ inline const T* group_data(const ElvaBatch& batch, const ElvaInput& input,
                                       int64_t group) {
   int64_t offset = 0;
+#pragma unroll 1  // divisions are long, and mostly there is one dimension
   for (int32_t i = batch.ndim - 1; i > 0; --i) {
     offset += group % batch.sizes[i] * input.batch_strides[i];
     group /= batch.sizes[i];
@@ -202,6 +203,7 @@ ElvaStatus prepare(void (*kernel)(Args), size_t shared) {
                                         static_cast<int>(shared)));
 }
 
+// Of blocks in clusters, of one block too; 0: of a kernel that knows no clusters.
 struct LaunchConfig {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attribute = {};
@@ -215,7 +217,7 @@ struct LaunchConfig {
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
+    config.numAttrs = cluster > 0 ? 1 : 0;
   }
   LaunchConfig(const LaunchConfig&) = delete;
   LaunchConfig& operator=(const LaunchConfig&) = delete;
@@ -252,7 +254,8 @@ ElvaStatus most_clusters(void (*kernel)(Args), int cluster, int threads, size_t 
   return ELVA_OK;
 }
 
-// `kernel` on `blocks` blocks in clusters of `cluster`, each with `shared` bytes of memory.
+// `kernel` on `blocks` blocks in clusters of `cluster` (as LaunchConfig), each with `shared` bytes of
+// memory.
 template <class Args>
 ElvaStatus launch(void (*kernel)(Args), int64_t blocks, int cluster, int threads, size_t shared,
                   void* stream, const Args& args) {

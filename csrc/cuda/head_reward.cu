@@ -119,6 +119,6 @@ __global__ void __launch_bounds__(kThreads, 4)
 extern "C" ElvaStatus elva_head_reward_cuda(const ElvaCudaHeadRewardArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
-    return launch(head_reward, blocks_of(args->rows, kWarps), 1, kThreads, 0, args->stream, *args);
+    return launch(head_reward, blocks_of(args->rows, kWarps), 0, kThreads, 0, args->stream, *args);
   });
 }

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kReducers)
 template <class Args>
 ElvaStatus launch_each(void (*kernel)(Args), int64_t count, const Args& args) {
   return on_device(ELVA_FP32, args.device, [&](auto) {
-    return launch(kernel, blocks_of(count, kThreads), 1, kThreads, 0, args.stream, args);
+    return launch(kernel, blocks_of(count, kThreads), 0, kThreads, 0, args.stream, args);
   });
 }
 

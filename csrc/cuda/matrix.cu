@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kSide == 128 ? 1 : 2)
 template <int kSide>
 ElvaStatus run(const ElvaCudaMatrixArgs& args) {
   const int64_t tiles = tiles_of(args.m, kSide) * tiles_of(args.n, kSide);
-  return launch(matrix_product<kSide>, tiles, 1, kThreads, 4 * sizeof(Terms<kSide>), args.stream,
+  return launch(matrix_product<kSide>, tiles, 0, kThreads, 4 * sizeof(Terms<kSide>), args.stream,
                 args);
 }
 

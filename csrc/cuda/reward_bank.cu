@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T>
 ElvaStatus launch_bank_gradient(const ElvaBankGradientArgs& args) {
   const int64_t pieces = args.bank_rows * pieces_of<T>(args.dim);
-  return launch(reward_bank_gradient<T>, (pieces + kWarps - 1) / kWarps, 1, kThreads, 0,
+  return launch(reward_bank_gradient<T>, (pieces + kWarps - 1) / kWarps, 0, kThreads, 0,
                 args.stream, args);
 }
 

@@ -1,4 +1,4 @@
-// Value and gradient of the grouped reward with each group in the shared memory of a cluster.
+// The grouped reward with each group in the shared memory of a cluster.
 #ifndef ELVA_CUDA_REWARD_CLUSTER_H_
 #define ELVA_CUDA_REWARD_CLUSTER_H_
 

@@ -1,6 +1,6 @@
 // The gradients of a group from its coefficients (reward_group.h): some columns on a block of 256
-// threads, 64 vectors wide; rows in 4 classes, candidate c in class c mod 4. The same to the last
-// bit whichever kernel runs it.
+// threads, up to 64 vectors at a time; negatives in 4 classes, the n-th in class n mod 4. The same
+// to the last bit whichever kernel runs it.
 #ifndef ELVA_CUDA_REWARD_GRADIENT_H_
 #define ELVA_CUDA_REWARD_GRADIENT_H_
 
@@ -8,10 +8,24 @@
 
 namespace elva {
 
-constexpr int kWide = 64, kClasses = 4, kGradientThreads = kWide * kClasses;
+constexpr int kMostWide = 64, kClasses = 4, kGradientThreads = kMostWide * kClasses;
+constexpr int kTogether = 4;  // rows of a class whose products are summed first
 
-// Shared memory that gradient_columns takes.
-constexpr size_t kGradientShared = kGradientThreads * sizeof(float2);
+// How many vectors of a row are taken at a time, where it has `vectors`.
+__host__ __device__ inline int wide_of(int64_t vectors) {
+  const int64_t passes = (vectors + kMostWide - 1) / kMostWide;
+  return passes == 0 ? 1 : static_cast<int>((vectors + passes - 1) / passes);
+}
+
+// Shared memory that gradient_columns takes: coefficients, then sums of two classes.
+template <class T>
+__host__ __device__ inline size_t gradient_shared(int64_t negatives, int wide) {
+  const size_t some = static_cast<size_t>(negatives < kGradientThreads ? negatives
+                                                                       : kGradientThreads);
+  const size_t coefficients = some * sizeof(float2);
+  const size_t sums = 2 * static_cast<size_t>(wide) * Vector<T>::kSize * sizeof(float);
+  return ((coefficients > sums ? coefficients : sums) + 15) / 16 * 16;
+}
 
 // All rows dense and on 16 bytes, in and out.
 template <class T>
@@ -58,126 +72,9 @@ struct Wanted {
   __host__ __device__ bool any() const { return query || positive || negatives; }
   // Candidate c's, or the query's (-1).
   __device__ bool of(int64_t c) const { return c < 0 ? query : c == 0 ? positive : negatives; }
-  // How many candidates matter to them.
-  __device__ int64_t count(int64_t candidates) const { return query || negatives ? candidates : 1; }
+  // How many negatives matter to them.
+  __device__ int64_t count(int64_t all) const { return query || negatives ? all : 0; }
 };
-
-// For the thread's vector of columns: read(c) gives those of candidate c, write(c, gradient) takes
-// its gradient, with kNegatives of every one, else of the positive alone, and at last that of the
-// query (c = -1); kAhead rows are read at once. `works` where the thread has such a vector; `shared`
-// is kGradientShared bytes. All threads of the block; a barrier before.
-template <class T, int kAhead, bool kNegatives, class Read, class Write>
-__device__ inline void gradient_columns(int64_t candidates, const double* a, const double* b,
-                                        double query_b, double upstream, bool works,
-                                        unsigned char* shared, const Read& read,
-                                        const Write& write) {
-  constexpr int kSize = Vector<T>::kSize;
-  static_assert(kWide * kSize * sizeof(float) <= kGradientShared);
-  const int own = static_cast<int>(threadIdx.x), at = own % kWide, row_class = own / kWide;
-  float2* fast = reinterpret_cast<float2*>(shared);
-  float q[kSize] = {}, sum[kSize] = {}, chain[kSize] = {};
-  int terms = 0;
-  if (works) widen_all(read(-1), q);
-  const auto write_zeros = [&](int64_t c) {
-    const float gradient[kSize] = {};
-    write(c, gradient);
-  };
-  const auto write_fast = [&](int64_t c, float2 by, const float* x) {
-    float gradient[kSize];
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) gradient[k] = fmaf(by.x, q[k], by.y * x[k]);
-    write(c, gradient);
-  };
-  const auto write_exact = [&](int64_t c, double by_query, double by_row, const float* x) {
-    float own[kSize];  // q once more: as doubles it would wait in registers for all rows
-    double gradient[kSize];
-    widen_all(read(-1), own);
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * own[k] + by_row * x[k];
-    write(c, gradient);
-  };
-  for (int64_t first = 0; first < candidates; first += kGradientThreads) {
-    if (first > 0) __syncthreads();
-    if (first + own < candidates) {
-      fast[own] = fast_coefficients(a[first + own], b[first + own], upstream);
-    }
-    __syncthreads();
-    const int count = static_cast<int>(candidates - first < kGradientThreads ? candidates - first
-                                                                             : kGradientThreads);
-    for (int next = works ? row_class : count; next < count; next += kAhead * kClasses) {
-      Vector<T> rows[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int i = next + j * kClasses;
-        if (i < count && (fast[i].x != 0 || fast[i].y != 0)) rows[j] = read(first + i);
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int i = next + j * kClasses;
-        if (i >= count) break;
-        const int64_t c = first + i;
-        const float2 by = fast[i];
-        if (by.x == 0 && by.y == 0) {
-          if (kNegatives) write_zeros(c);
-          continue;
-        }
-        float x[kSize];
-        widen_all(rows[j], x);
-        if (!isnan(by.x)) {
-          if (kNegatives) write_fast(c, by, x);
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by.x, x[k], chain[k]);
-        } else {
-          const double by_query = upstream * a[c];
-          if (kNegatives) write_exact(c, by_query, upstream * b[c], x);
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) chain[k] += static_cast<float>(by_query * x[k]);
-        }
-        if (++terms == 16) {
-          terms = 0;
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            sum[k] += chain[k];
-            chain[k] = 0;
-          }
-        }
-      }
-    }
-  }
-  if (!kNegatives && works && row_class == 0) {  // the positive
-    const float2 by = fast_coefficients(a[0], b[0], upstream);
-    float x[kSize];
-    widen_all(read(0), x);
-    if (by.x == 0 && by.y == 0) {
-      write_zeros(0);
-    } else if (!isnan(by.x)) {
-      write_fast(0, by, x);
-    } else {
-      write_exact(0, upstream * a[0], upstream * b[0], x);
-    }
-  }
-  // Class by class into the first, in double.
-  float* sums = reinterpret_cast<float*>(shared);
-  double gradient[kSize];
-#pragma unroll
-  for (int k = 0; k < kSize; ++k) {
-    gradient[k] = upstream * query_b * q[k] + (sum[k] + chain[k]);
-  }
-  for (int turn = 1; turn < kClasses; ++turn) {
-    __syncthreads();
-    if (works && row_class == turn) {
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) sums[k * kWide + at] = sum[k] + chain[k];
-    }
-    __syncthreads();
-    if (row_class == 0) {
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) gradient[k] += sums[k * kWide + at];
-    }
-  }
-  if (works && row_class == 0) write(-1, gradient);
-  __syncthreads();
-}
 
 template <class T, class V>
 __device__ inline Vector<T> packed(const V* x) {
@@ -187,8 +84,195 @@ __device__ inline Vector<T> packed(const V* x) {
   return out;
 }
 
+// One group's gradients in a thread's vector of columns. Rows has the columns of the query, of the
+// positive and of negatives (read_query() and the like; read_negative(n, false) anything finite), and
+// takes their gradients (write_query(gradient) and the like), with kNegatives of all rows, else not
+// of the negatives; kAhead rows are read at once.
+template <class T, int kAhead, bool kNegatives, class Rows>
+class GradientColumns {
+  static constexpr int kSize = Vector<T>::kSize;
+
+ public:
+  // `wide` as wide_of; `columns` vectors from this pass's first on are the group's. a, b: of the
+  // candidates, as reward_group.h.
+  __device__ GradientColumns(int wide, int64_t columns, const double* a, const double* b,
+                             double upstream, unsigned char* shared, const Rows& rows)
+      : wide_(wide),
+        at_(static_cast<int>(threadIdx.x) % wide),
+        class_(static_cast<int>(threadIdx.x) / wide),
+        works_(class_ < kClasses && at_ < columns),
+        a_(a),
+        b_(b),
+        upstream_(upstream),
+        fast_(reinterpret_cast<float2*>(shared)),
+        sums_(reinterpret_cast<float*>(shared)),
+        rows_(rows) {}
+
+  // Of so many negatives. All threads of the block; a barrier before. `late` is called by all when the
+  // others need not wait for it any more: it may set *query_b, which is read at the end.
+  template <class Late>
+  __device__ void run(int64_t negatives, const double* query_b, const Late& late) {
+    if (negatives == 0) late();
+    if (works_) widen_all(rows_.read_query(), q_);
+    for (int64_t first = 0; first < negatives; first += kGradientThreads) {
+      const int64_t left = negatives - first;
+      const int count = static_cast<int>(left < kGradientThreads ? left : kGradientThreads);
+      const bool all_fast = set_fast(first, count);
+      if (first == 0) late();
+      if (!works_) continue;
+      if (all_fast) {
+        fast_rows(first, count);
+      } else {
+        any_rows(first, count);
+      }
+    }
+    if (works_ && class_ == kClasses - 1) positive();
+    add_classes(query_b);
+    __syncthreads();
+  }
+
+ private:
+  // Coefficients of some negatives as floats; whether those are enough for all.
+  __device__ bool set_fast(int64_t first, int count) {
+    const int own = static_cast<int>(threadIdx.x);
+    if (first > 0) __syncthreads();
+    bool slow = false;
+    if (own < count) {
+      fast_[own] = fast_coefficients(a_[1 + first + own], b_[1 + first + own], upstream_);
+      slow = isnan(fast_[own].x);
+    }
+    return __syncthreads_or(slow) == 0;
+  }
+
+  // The class's share of them, without a branch but at the end.
+  __device__ void fast_rows(int64_t first, int count) {
+    int next = class_;
+#pragma unroll 1
+    for (; next + (kTogether - 1) * kClasses < count; next += kTogether * kClasses) {
+      together<true>(first, next, count);
+    }
+    if (next < count) together<false>(first, next, count);
+  }
+  template <bool kAll>
+  __device__ void together(int64_t first, int next, int count) {
+    float chain[kSize] = {};
+#pragma unroll
+    for (int part = 0; part < kTogether; part += kAhead) {
+      Vector<T> rows[kAhead];
+      float2 by[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = next + (part + j) * kClasses;
+        if (!kAll && i >= count) continue;
+        by[j] = fast_[i];
+        rows[j] = rows_.read_negative(first + i, by[j].x != 0 || by[j].y != 0);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = next + (part + j) * kClasses;
+        if (!kAll && i >= count) continue;
+        float x[kSize];
+        widen_all(rows[j], x);
+        if (kNegatives) {
+          float gradient[kSize];
+          form(by[j], x, gradient);
+          rows_.write_negative(first + i, gradient);
+        }
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by[j].x, x[k], chain[k]);
+      }
+    }
+    add(chain);
+  }
+
+  // The same where some coefficients are out of the range of floats or not finite.
+  __device__ void any_rows(int64_t first, int count) {
+    for (int next = class_; next < count; next += kTogether * kClasses) {
+      float chain[kSize] = {};
+#pragma unroll 1
+      for (int i = next; i < count && i < next + kTogether * kClasses; i += kClasses) {
+        const auto write = [&](const auto* gradient) {
+          if (kNegatives) rows_.write_negative(first + i, gradient);
+        };
+        float x[kSize] = {};
+        if (fast_[i].x != 0 || fast_[i].y != 0) {
+          widen_all(rows_.read_negative(first + i, true), x);
+        }
+        any_row(1 + first + i, fast_[i], x, chain, write);
+      }
+      add(chain);
+    }
+  }
+  __device__ void positive() {
+    float chain[kSize] = {}, x[kSize];
+    widen_all(rows_.read_positive(), x);
+    const auto write = [&](const auto* gradient) { rows_.write_positive(gradient); };
+    any_row(0, fast_coefficients(a_[0], b_[0], upstream_), x, chain, write);
+    add(chain);
+  }
+  template <class Write>
+  __device__ void any_row(int64_t c, float2 by, const float* x, float* chain,
+                          const Write& write) const {
+    if (!isnan(by.x)) {
+      float gradient[kSize];
+      form(by, x, gradient);
+      write(gradient);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) chain[k] = fmaf(by.x, x[k], chain[k]);
+      return;
+    }
+    const double by_query = upstream_ * a_[c], by_row = upstream_ * b_[c];
+    double gradient[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + by_row * x[k];
+    write(gradient);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) chain[k] += static_cast<float>(by_query * x[k]);
+  }
+  __device__ void form(float2 by, const float* x, float* gradient) const {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[k] = fmaf(by.x, q_[k], by.y * x[k]);
+  }
+  __device__ void add(const float* chain) {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) sum_[k] += chain[k];
+  }
+
+  // (0 + 2) + (1 + 3), and the query's own share.
+  __device__ void add_classes(const double* query_b) {
+    for (int half = kClasses / 2; half > 0; half /= 2) {
+      __syncthreads();
+      float* const theirs = sums_ + (class_ % half * wide_ + at_);
+      if (works_ && class_ >= half && class_ < 2 * half) {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) theirs[k * 2 * wide_] = sum_[k];
+      }
+      __syncthreads();
+      if (works_ && class_ < half) {
+#pragma unroll
+        for (int k = 0; k < kSize; ++k) sum_[k] += theirs[k * 2 * wide_];
+      }
+    }
+    if (!works_ || class_ != 0) return;
+    const double by_query = upstream_ * *query_b;
+    double gradient[kSize];
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + sum_[k];
+    rows_.write_query(gradient);
+  }
+
+  int wide_, at_, class_;
+  bool works_;
+  const double *a_, *b_;
+  double upstream_;
+  float2* fast_;
+  float* sums_;
+  const Rows& rows_;
+  float q_[kSize] = {}, sum_[kSize] = {};
+};
+
 template <class Args>
-__device__ inline double upstream_of(const Args& args, int64_t group) {
+__device__ inline float upstream_of(const Args& args, int64_t group) {
   if (args.upstream.data == nullptr) return 1;
   return *group_data<float>(args.batch, args.upstream, group);
 }

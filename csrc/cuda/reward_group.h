@@ -20,56 +20,78 @@ __device__ inline bool is_in_range(double square) {
   return square >= kSmallestSquare && square <= kLargestSquare;
 }
 
-// What a block knows of its group, in shared memory or in memory of its own.
+// What a block knows of its group, in shared memory or in memory of its own on 16 bytes.
 struct Group {
-  uint64_t* key;
-  double* score;   // before clamping; NaN where not finite
-  double* norm;    // of the row, in true units; 0 for a zero row
-  double* weight;  // d R_rank / d score at fixed ranks
-  double* soft;    // d R_rank / d soft rank
-  float* value;    // the clamped score
+  enum { kRankReward, kMarginReward, kQuery, kQueryInverse, kUpstream, kTotals };
+  double* total;    // [kTotals]: of total_group, and what its block keeps of the group
+  int* top;         // [2], the candidates of ranks 1 and 2; 0 where there is none
+  uint64_t* key;    // greater comes first; 0 for masked ones and beyond the last
+  double* pull;     // slope times score; in the memory of the keys, once there are ranks
+  double* score;    // before clamping; NaN where not finite
+  double* inverse;  // 1 / |row|, in true units; 0 for a zero row
+  double* weight;   // d R_rank / d score at fixed ranks
+  double* soft;     // d R_rank / d soft rank, or
+  double* log_of;   //   ln (i + 1), where ranks are integers
+  float* value;     // the clamped score
   int* rank;
   bool* live;
-  double* total;  // [kTotals]
 
-  enum { kRankReward, kMarginReward, kQuery, kSound, kHardest, kTotals };
+  static constexpr size_t kHead = 48;
   static constexpr size_t kBytesPerCandidate =
       sizeof(uint64_t) + 4 * sizeof(double) + sizeof(float) + sizeof(int) + sizeof(bool);
 
+  __host__ __device__ static int64_t keys(int64_t candidates) { return (candidates + 3) / 4 * 4; }
   __host__ __device__ static size_t bytes(int64_t candidates) {
-    return (kTotals * sizeof(double) + static_cast<size_t>(candidates) * kBytesPerCandidate + 15) /
-           16 * 16;
+    return (kHead + static_cast<size_t>(keys(candidates)) * kBytesPerCandidate + 15) / 16 * 16;
   }
 
-  // `memory` on 8 bytes.
   __device__ Group(unsigned char* memory, int64_t candidates) {
+    const int64_t room = keys(candidates);
     total = reinterpret_cast<double*>(memory);
-    key = reinterpret_cast<uint64_t*>(total + kTotals);
-    score = reinterpret_cast<double*>(key + candidates);
-    norm = score + candidates;
-    weight = norm + candidates;
-    soft = weight + candidates;
-    value = reinterpret_cast<float*>(soft + candidates);
-    rank = reinterpret_cast<int*>(value + candidates);
-    live = reinterpret_cast<bool*>(rank + candidates);
+    top = reinterpret_cast<int*>(total + kTotals);
+    key = reinterpret_cast<uint64_t*>(memory + kHead);
+    pull = reinterpret_cast<double*>(key);
+    score = reinterpret_cast<double*>(key + room);
+    inverse = score + room;
+    weight = inverse + room;
+    soft = log_of = weight + room;
+    value = reinterpret_cast<float*>(soft + room);
+    rank = reinterpret_cast<int*>(value + room);
+    live = reinterpret_cast<bool*>(rank + room);
   }
 
-  // A candidate's own facts, from one thread. dot and norms in any common units of the rows.
-  __device__ void set(int64_t c, bool is_live, double dot, double query_norm, double own_norm,
-                      double true_norm) const {
-    double s = 0;
-    if (isnan(own_norm) || isnan(query_norm)) {
-      s = nan("");
-    } else if (own_norm > 0 && query_norm > 0) {
-      s = dot / (query_norm * own_norm);
+  // Before any group whose ranks are integers: what they all read. All threads; a barrier after.
+  __device__ void open(int64_t candidates) const {
+    for (int64_t c = threadIdx.x; c < candidates; c += blockDim.x) {
+      log_of[c] = log(static_cast<double>(c + 1));
     }
+  }
+
+  // A candidate's own facts, from one thread. `dot` and the inverse norms in any common units of the
+  // rows; 0 for a zero row, NaN for one that is not finite.
+  __device__ void set(int64_t c, bool is_live, double dot, double query_inverse, double own_inverse,
+                      double true_inverse) const {
+    const double s = dot * (query_inverse * own_inverse);
     live[c] = is_live;
     score[c] = s;
-    norm[c] = true_norm;
+    inverse[c] = true_inverse;
     value[c] = static_cast<float>(s > 1 ? 1.0 : s < -1 ? -1.0 : s);
-    key[c] = is_live ? rank_key<float>(value[c], static_cast<uint32_t>(c)) : 0;  // behind all
+    key[c] = is_live ? rank_key<float>(value[c], static_cast<uint32_t>(c)) : 0;
+  }
+  // What `set` leaves, from one thread of those that set all.
+  __device__ void set_rest(int64_t candidates) const {
+    top[0] = top[1] = 0;
+    for (int64_t c = candidates; c < keys(candidates); ++c) key[c] = 0;
+  }
+
+  __device__ int hardest() const { return top[0] == 0 ? top[1] : top[0]; }
+  __device__ double margin_reward(double margin) const {
+    return hardest() == 0 ? 0 : margin_hinge(value[0], value[hardest()], margin);
   }
 };
+
+// 1 / |row| of its square; 0 for a zero row, and NaN stays.
+__device__ inline double inverse_of(double square) { return square > 0 ? rsqrt(square) : square; }
 
 __device__ inline double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
@@ -80,75 +102,65 @@ __device__ inline double sigmoid_slope(const Group& group, int64_t i, int64_t k,
   return s * (1 - s) / temperature;
 }
 
-// Ranks, and what they weigh. All threads; `set` and a barrier before.
-__device__ inline void rank_group(const Group& group, int64_t candidates,
-                                  const ElvaRewardWeights& weights) {
-  const double temperature = weights.rank_temperature;
-  for (int64_t c = threadIdx.x; c < candidates; c += blockDim.x) {
-    if (!group.live[c]) {
-      group.weight[c] = group.soft[c] = 0;
-      continue;
-    }
-    int rank = 1;
-    const uint64_t own = group.key[c];
-    for (int64_t other = 0; other < candidates; ++other) {
-      rank += group.key[other] > own ? 1 : 0;
-    }
-    double place = rank;
-    if (temperature > 0) {
-      place = 1;
-      for (int64_t other = 0; other < candidates; ++other) {
-        if (other == c || !group.live[other]) continue;
-        const double gap = static_cast<double>(group.value[other]) - group.value[c];
-        place += sigmoid(gap / temperature);
-      }
-    }
-    group.rank[c] = rank;
-    group.weight[c] = rank_weight(c == 0, log(place), weights.rank_penalty);
-    if (temperature > 0) {
-      group.soft[c] = group.value[c] * rank_weight_slope(c == 0, place, weights.rank_penalty);
-    }
+// Of candidate c: 1 + the sigmoids of all others.
+__device__ inline double soft_rank(const Group& group, int64_t candidates, int64_t c,
+                                   double temperature) {
+  double place = 1;
+#pragma unroll 1
+  for (int64_t other = 0; other < candidates; ++other) {
+    if (other == c || !group.live[other]) continue;
+    const double gap = static_cast<double>(group.value[other]) - group.value[c];
+    place += sigmoid(gap / temperature);
   }
+  return place;
 }
 
-// Rewards into `total`. The first warp; a barrier before and after.
-__device__ inline void total_group(const Group& group, int64_t candidates,
-                                   const ElvaRewardWeights& weights) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int hardest_rank = group.rank[0] == 1 ? 2 : 1;
-  double reward = 0, bad = 0, hardest = 0;
-  for (int64_t c = lane; c < candidates; c += 32) {
-    if (!group.live[c]) continue;
-    reward += group.weight[c] * group.value[c];
-    bad += isfinite(group.value[c]) ? 0 : 1;
-    if (c > 0 && group.rank[c] == hardest_rank) hardest += static_cast<double>(c);  // one does
+// Ranks, two threads a candidate, and what they weigh. kSoft: the temperature of ranks is above 0.
+// All threads; `set` and a barrier before.
+template <bool kSoft>
+__device__ inline void rank_group(const Group& group, int64_t candidates,
+                                  const ElvaRewardWeights& weights) {
+  const bool first = threadIdx.x % 2 == 0;
+  for (int64_t at = 0; at < candidates; at += blockDim.x / 2) {
+    const int64_t c = at + threadIdx.x / 2;
+    const uint64_t own = c < candidates ? group.key[c] : 0;
+    int before = 0;
+#pragma unroll 4
+    for (int64_t other = first ? 0 : 2; other < candidates; other += 4) {
+      const Vector<uint64_t> two = load16(group.key + other);
+      before += two.at[0] > own ? 1 : 0;
+      before += two.at[1] > own ? 1 : 0;
+    }
+    before += __shfl_xor_sync(kAllLanes, before, 1);
+    if (!first || c >= candidates) continue;
+    if (!group.live[c]) {
+      group.weight[c] = 0;
+      if (kSoft) group.soft[c] = 0;
+      continue;
+    }
+    group.rank[c] = before + 1;
+    if (before < 2) group.top[before] = static_cast<int>(c);
+    if constexpr (kSoft) {
+      const double place = soft_rank(group, candidates, c, weights.rank_temperature);
+      group.weight[c] = rank_weight(c == 0, log(place), weights.rank_penalty);
+      group.soft[c] = group.value[c] * rank_weight_slope(c == 0, place, weights.rank_penalty);
+    } else {
+      group.weight[c] = rank_weight(c == 0, group.log_of[before], weights.rank_penalty);
+    }
   }
-  reward = warp_sum(reward);
-  bad = warp_sum(bad);
-  hardest = warp_sum(hardest);
-  if (lane != 0) return;
-  double margin = 0;
-  if (hardest > 0) {
-    margin =
-        margin_hinge(group.value[0], group.value[static_cast<int64_t>(hardest)], weights.margin);
-  }
-  if (bad > 0) reward = margin = nan("");
-  group.total[Group::kRankReward] = reward;
-  group.total[Group::kMarginReward] = margin;
-  group.total[Group::kSound] = bad > 0 ? 0 : 1;
-  group.total[Group::kHardest] = hardest;
 }
 
 // The whole d reward / d score of a candidate.
+template <bool kSoft>
 __device__ inline double slope_of(const Group& group, int64_t candidates, int64_t c,
                                   const ElvaRewardWeights& weights) {
-  if (group.total[Group::kSound] == 0) return nan("");
   double slope = weights.w_rank * group.weight[c];
-  if (group.total[Group::kMarginReward] > 0) {
+  if (group.margin_reward(weights.margin) > 0) {
     if (c == 0) slope += weights.w_margin;
-    if (c == static_cast<int64_t>(group.total[Group::kHardest])) slope -= weights.w_margin;
+    if (c == group.hardest()) slope -= weights.w_margin;
   }
-  if (weights.rank_temperature > 0) {
+  if constexpr (kSoft) {
+#pragma unroll 1
     for (int64_t other = 0; other < candidates; ++other) {
       if (other == c || !group.live[other]) continue;
       slope += weights.w_rank * (group.soft[other] - group.soft[c]) *
@@ -158,49 +170,61 @@ __device__ inline double slope_of(const Group& group, int64_t candidates, int64_
   return slope;
 }
 
-// Coefficients of the rows for an upstream gradient of 1, into `a` and `b` [candidates]. All
-// threads; total_group and a barrier before.
-__device__ inline void set_coefficients(const Group& group, int64_t candidates, double query_norm,
-                                        const ElvaRewardWeights& weights, double* a, double* b) {
+// Coefficients of the rows for an upstream gradient of 1, into `a` and `b` [candidates]; NaN where
+// the group is not sound. All threads; rank_group and a barrier before.
+template <bool kSoft>
+__device__ inline void set_coefficients(const Group& group, int64_t candidates, bool sound,
+                                        double query_inverse, const ElvaRewardWeights& weights,
+                                        double* a, double* b) {
   for (int64_t c = threadIdx.x; c < candidates; c += blockDim.x) {
-    const double slope = group.live[c] ? slope_of(group, candidates, c, weights) : 0;
-    const double norm = group.norm[c];
-    const bool counts = group.live[c] && norm > 0 && query_norm > 0;
-    a[c] = counts ? slope / (query_norm * norm) : 0;
-    b[c] = counts ? -slope * group.score[c] / (norm * norm) : 0;
-    if (group.live[c] && isnan(slope)) a[c] = b[c] = slope;
-  }
-}
-
-// The query's own coefficient into `total[kQuery]`, from those of the rows: sum of a c + b q, where
-// b = -sum of slope s / |q|^2, and slope s = -b_c |c|^2. The first warp; barriers around.
-__device__ inline void total_query(const Group& group, int64_t candidates, double query_norm,
-                                   const double* b) {
-  double sum = 0;
-  for (int64_t c = static_cast<int64_t>(threadIdx.x % 32); c < candidates; c += 32) {
-    if (!group.live[c]) continue;
-    if (isnan(b[c])) {
-      sum += b[c];
-    } else if (group.norm[c] > 0) {
-      sum += b[c] * group.norm[c] * group.norm[c];
+    const double inverse = group.inverse[c], both = query_inverse * inverse;
+    double slope = 0;
+    if (group.live[c] && !sound) {
+      slope = nan("");
+    } else if (group.live[c] && both > 0) {
+      slope = slope_of<kSoft>(group, candidates, c, weights);
     }
-  }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) {
-    group.total[Group::kQuery] = isnan(sum)       ? sum
-                                 : query_norm > 0 ? sum / (query_norm * query_norm)
-                                                  : 0;
+    const double pull = slope * group.score[c];
+    group.pull[c] = slope == 0 ? 0 : pull;
+    a[c] = slope == 0 ? 0 : slope * both;
+    b[c] = slope == 0 ? 0 : -pull * inverse * inverse;
+    if (isnan(slope)) a[c] = b[c] = group.pull[c] = slope;
   }
 }
 
-// What the caller gets of a group but its gradients. All threads.
-__device__ inline void write_group(const ElvaRewardArgs& args, int64_t index, const Group& group) {
+// Rewards, and the query's own coefficient: the sum of a c + b q, where b = -sum of pulls / |q|^2.
+// One warp; set_coefficients and a barrier before.
+__device__ inline void total_group(const Group& group, int64_t candidates, bool sound,
+                                   double query_inverse, const ElvaRewardWeights& weights) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  double reward = 0, pull = 0;
+  for (int64_t c = lane; c < candidates; c += 32) {
+    if (!group.live[c]) continue;
+    reward += group.weight[c] * group.value[c];
+    pull += group.pull[c];
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    reward += __shfl_xor_sync(kAllLanes, reward, offset);
+    pull += __shfl_xor_sync(kAllLanes, pull, offset);
+  }
+  if (lane != 0) return;
+  group.total[Group::kRankReward] = sound ? reward : nan("");
+  group.total[Group::kMarginReward] = sound ? group.margin_reward(weights.margin) : nan("");
+  group.total[Group::kQuery] = -pull * query_inverse * query_inverse;
+}
+
+// What the caller gets of the candidates. All threads; rank_group and a barrier before.
+__device__ inline void write_scores(const ElvaRewardArgs& args, int64_t index, const Group& group) {
   const int64_t candidates = args.negatives + 1;
   float* scores = static_cast<float*>(args.scores) + index * candidates;
   for (int64_t c = threadIdx.x; c < candidates; c += blockDim.x) {
     scores[c] = group.live[c] ? group.value[c] : -INFINITY;
   }
-  if (threadIdx.x != 0) return;
+}
+
+// And of the group. One thread, that of total_group's first lane.
+__device__ inline void write_rewards(const ElvaRewardArgs& args, int64_t index,
+                                     const Group& group) {
   const double margin = group.total[Group::kMarginReward], rank = group.total[Group::kRankReward];
   static_cast<float*>(args.margin_reward)[index] = static_cast<float>(margin);
   static_cast<float*>(args.rank_reward)[index] = static_cast<float>(rank);

@@ -1,7 +1,8 @@
-// Rows of a group as they lie in the caller's memory, and their dots and norms by a warp.
+// Rows of a group as they lie in the caller's memory, and their dots and norms by half-warps: a warp
+// sums two rows at a time, one in each half, or one in both.
 //
 // A row's sums are the same to the last bit whatever kernel, layout or scale it is read by: columns
-// come in segments, each summed in float by 32 lanes of 4 chains and a tree; the segments are added
+// come in segments, each summed in float by 16 lanes of 4 chains and a tree; the segments are added
 // in double, in order. A segment is what a block of a cluster holds (split_of).
 #ifndef ELVA_CUDA_ROWS_H_
 #define ELVA_CUDA_ROWS_H_
@@ -127,31 +128,47 @@ __device__ inline void add_products(const float* x, const float* q, float* dots,
   }
 }
 
+constexpr int kRowLanes = 16;
+__device__ inline int row_lane() { return static_cast<int>(threadIdx.x % kRowLanes); }
+
+// Of a half-warp's values, on each of its lanes, by a tree.
+__device__ inline float row_sum(float x) {
+  for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kAllLanes, x, offset);
+  }
+  return x;
+}
+__device__ inline float row_max(float x) {
+  for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
+  }
+  return x;
+}
+__device__ inline float sum_of_chains(const float* x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
 // (row . query, row . row) over the columns [first, last) of one segment, on every lane.
 template <class T>
 __device__ inline float2 segment_sums(const Row<T>& row, const Row<T>& query, int64_t first,
                                       int64_t last, bool dense) {
   constexpr int kSize = Vector<T>::kSize;
   float dots[4] = {}, squares[4] = {};
-  for (int64_t at = first + static_cast<int64_t>(threadIdx.x % 32) * kSize; at < last;
-       at += 32 * kSize) {
+  for (int64_t at = first + row_lane() * kSize; at < last; at += kRowLanes * kSize) {
     float x[kSize], q[kSize];
     row.read(at, last, dense, x);
     query.read(at, last, dense, q);
     add_products<T>(x, q, dots, squares);
   }
-  return {warp_sum((dots[0] + dots[1]) + (dots[2] + dots[3])),
-          warp_sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+  return {row_sum(sum_of_chains(dots)), row_sum(sum_of_chains(squares))};
 }
 
-// The same of two rows of one segment as they are, dense and in whole vectors: on a lane those of
-// the first, or of the second where kOfSecond is set in its number. To the bit `segment_sums`.
-// `query(step, at, q)` gives the query's vector at `at`, the lane's own in that step.
+// The same of two rows a half-warp, of one segment, as they are, dense and in whole vectors: on a
+// lane those of the first, or of the second where kOfSecond is set in its number. To the bit
+// `segment_sums`. kSteps: `columns` is so many times what the lanes take at once; 0: it is any.
+// `query(step, at, q)` gives the query's vector at `at`, where kSteps is above 0 in that step.
 constexpr unsigned kOfSecond = 8;
 template <class T, int kSteps, class Query>
 __device__ inline float2 pair_sums(const T* one, const T* two, int columns, const Query& query) {
   constexpr int kSize = Vector<T>::kSize;
-  const int lane = static_cast<int>(threadIdx.x % 32);
   float dots[2][4] = {}, squares[2][4] = {};
   const auto add = [&](int step, int at) {
     float x[kSize], q[kSize];
@@ -164,26 +181,26 @@ __device__ inline float2 pair_sums(const T* one, const T* two, int columns, cons
   };
   if constexpr (kSteps > 0) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int at = (step * 32 + lane) * kSize;
-      if (at < columns) add(step, at);
-    }
+    for (int step = 0; step < kSteps; ++step) add(step, (step * kRowLanes + row_lane()) * kSize);
   } else {
-    for (int step = 0, at = lane * kSize; at < columns; ++step, at += 32 * kSize) add(step, at);
+#pragma unroll 2
+    for (int at = row_lane() * kSize; at < columns; at += kRowLanes * kSize) add(0, at);
   }
-  const auto chains = [](const float* x) { return (x[0] + x[1]) + (x[2] + x[3]); };
-  // warp_sum of four values, which are halved in number while the lanes are.
-  const bool high = (lane & 16) != 0, second = (lane & kOfSecond) != 0;
+  // row_sum of four values, which are halved in number while the lanes are.
+  const bool second = (threadIdx.x & kOfSecond) != 0, squared = (threadIdx.x & 4) != 0;
   const auto half = [](bool upper, float a, float b, int offset) {
     return (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, offset);
   };
-  const float first_row = half(high, chains(dots[0]), chains(squares[0]), 16);
-  const float second_row = half(high, chains(dots[1]), chains(squares[1]), 16);
-  float sum = half(second, first_row, second_row, kOfSecond);
-  for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-  const float other = __shfl_xor_sync(kAllLanes, sum, 16);
-  return high ? float2{other, sum} : float2{sum, other};
+  const float dot = half(second, sum_of_chains(dots[0]), sum_of_chains(dots[1]), kOfSecond);
+  const float square = half(second, sum_of_chains(squares[0]), sum_of_chains(squares[1]), kOfSecond);
+  float sum = half(squared, dot, square, 4);
+  for (int offset = 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  const float other = __shfl_xor_sync(kAllLanes, sum, 4);
+  return squared ? float2{other, sum} : float2{sum, other};
 }
+
+// Of half a row of 768 elements in half precision, or a quarter of 1536, and so on: without branches.
+constexpr int kWholeSteps = 3;
 
 // The same of a whole row, in segments of `columns`.
 template <class T>
@@ -204,13 +221,12 @@ __device__ inline double2 row_sums(const Row<T>& row, const Row<T>& query, int64
 template <class T>
 __device__ inline double2 pair_row_sums(const Row<T>& one, const Row<T>& two, const Row<T>& query,
                                         int64_t dim, int64_t columns) {
-  constexpr int kSteps = 2;
   double2 sum{0, 0};
   for (int64_t first = 0; first < dim; first += columns) {
     const int here = static_cast<int>(first + columns < dim ? columns : dim - first);
     const auto read = [&](int, int at, float* q) { widen_all(load16(query.data + first + at), q); };
-    const float2 part = columns <= kSteps * 32 * Vector<T>::kSize
-                            ? pair_sums<T, kSteps>(one.data + first, two.data + first, here, read)
+    const float2 part = here == kWholeSteps * kRowLanes * Vector<T>::kSize
+                            ? pair_sums<T, kWholeSteps>(one.data + first, two.data + first, here, read)
                             : pair_sums<T, 0>(one.data + first, two.data + first, here, read);
     sum.x += part.x;
     sum.y += part.y;
@@ -227,28 +243,36 @@ __device__ inline int exponent_of(float largest) {
 __device__ inline float magnitude_of(float x) { return isnan(x) ? INFINITY : fabsf(x); }
 
 template <class T>
-__device__ inline int warp_exponent(const Row<T>& row, int64_t dim) {
+__device__ inline int row_exponent(const Row<T>& row, int64_t dim) {
   float largest = 0;
-  for (int64_t i = threadIdx.x % 32; i < dim; i += 32) {
+  for (int64_t i = row_lane(); i < dim; i += kRowLanes) {
     largest = fmaxf(largest, magnitude_of(row[i]));
   }
-  return exponent_of(warp_max(largest));
+  return exponent_of(row_max(largest));
 }
 // 0 also where there is none.
 __device__ inline int scale_of(int exponent) {
   return exponent == kZero || exponent == kNotFinite ? 0 : exponent;
 }
 
-// The row's norm in units of 2^exponent, which is set; 0 for a zero row, NaN for one not finite.
-// `square` of the row as it is.
+// The row's square in units of 4^exponent, which is set; 0 for a zero row, NaN for one not finite.
+// `square` of the row as it is. All lanes of the warp.
+template <class T>
+__device__ inline double scaled_square(Row<T>* row, double square, int64_t dim, int64_t columns) {
+  const bool fine = is_in_range(square);
+  if (__all_sync(kAllLanes, fine)) return square;
+  const int exponent = row_exponent(*row, dim);
+  const Row<T> scaled{row->data, row->stride, scale_of(exponent)};
+  const double again = row_sums(scaled, scaled, dim, columns).y;
+  if (fine) return square;
+  row->exponent = scaled.exponent;
+  return exponent == kNotFinite ? nan("") : exponent == kZero ? 0 : again;
+}
+
+// Its norm in those units.
 template <class T>
 __device__ inline double norm_of(Row<T>* row, double square, int64_t dim, int64_t columns) {
-  if (is_in_range(square)) return sqrt(square);
-  const int exponent = warp_exponent(*row, dim);
-  if (exponent == kNotFinite) return nan("");
-  if (exponent == kZero) return 0;
-  row->exponent = exponent;
-  return sqrt(row_sums(*row, *row, dim, columns).y);
+  return sqrt(scaled_square(row, square, dim, columns));
 }
 
 }  // namespace elva

@@ -331,6 +331,6 @@ __global__ void __launch_bounds__(kThreads, 4)
 extern "C" ElvaStatus elva_score_rows_cuda(const ElvaCudaScoreArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
-    return launch(score_rows, args->rows, 1, kThreads, sizeof(Shared), args->stream, *args);
+    return launch(score_rows, args->rows, 0, kThreads, sizeof(Shared), args->stream, *args);
   });
 }

@@ -166,7 +166,7 @@ ElvaStatus elva_slope_rows_cuda(const ElvaCudaSlopeArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
     void (*const kernels[])(ElvaCudaSlopeArgs) = {slope_rows<0>, slope_rows<1>, slope_rows<2>};
-    return launch(kernels[args->halves], args->rows, 1, kThreads, 0, args->stream, *args);
+    return launch(kernels[args->halves], args->rows, 0, kThreads, 0, args->stream, *args);
   });
 }
 
@@ -174,7 +174,7 @@ ElvaStatus elva_spread_rows_cuda(const ElvaCudaSpreadArgs* args) {
   using namespace elva;
   return on_device(ELVA_FP32, args->device, [args](auto) {
     void (*const kernels[])(ElvaCudaSpreadArgs) = {spread_rows<0>, spread_rows<1>, spread_rows<2>};
-    return launch(kernels[args->halves], args->rows, 1, kThreads, 0, args->stream, *args);
+    return launch(kernels[args->halves], args->rows, 0, kThreads, 0, args->stream, *args);
   });
 }
 

@@ -198,6 +198,6 @@ extern "C" ElvaStatus elva_unit_rows_cuda(const ElvaCudaUnitArgs* args) {
   using namespace elva;
   return on_device(args->dtype, args->device, [args](auto element) {
     const int64_t blocks = (args->queries + args->candidates + kWarps - 1) / kWarps;
-    return launch(unit_rows<decltype(element)>, blocks, 1, kThreads, 0, args->stream, *args);
+    return launch(unit_rows<decltype(element)>, blocks, 0, kThreads, 0, args->stream, *args);
   });
 }

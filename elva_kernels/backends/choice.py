@@ -42,14 +42,19 @@ def launcher(
     return LAUNCHERS[op][backend]
 
 
-def failure_of(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What a backend's self-test found wrong, in a sentence; None where it passed or needs none."""
+def failure_of(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, *, here: bool = False
+) -> str | None:
+    """What a backend's self-test found wrong, in a sentence; None where it passed or needs none.
+
+    here: the test is run unless this process has run it, whatever verdict is kept.
+    """
     backend = BACKENDS[name]
     if backend.version is None:
         return None
     subject = verdicts.Subject(op, name, backend.version(), dtype, str(device))
     try:
-        return verdicts.verdict(subject, lambda name_of_op: LAUNCHERS[name_of_op][name])
+        return verdicts.verdict(subject, lambda name_of_op: LAUNCHERS[name_of_op][name], here=here)
     except verdicts.Capturing as error:
         raise BackendUnavailable(str(error)) from None
 

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -41,14 +42,19 @@ struct Copy {
   void* to;
   const void* from;
   uint32_t bytes;
-  Arrivals* arrivals;  // null: a store
-  size_t owner;
+  Arrivals* arrivals;
 };
 
 struct Send {
   void* to;
   float2 value;
   Arrivals* arrivals;
+};
+
+struct Copy16 {
+  void* to;
+  const void* from;
+  size_t bytes;
 };
 
 // What __builtin_setjmp keeps. It makes no system call, as swapcontext does at each switch.
@@ -63,6 +69,8 @@ struct Fiber {
   const uint32_t* awaited = nullptr;  // goes on when this is no longer that
   uint32_t value = 0;
   size_t block = 0, warp = 0;
+  std::vector<Copy16> copies;  // not committed
+  std::deque<std::vector<Copy16>> groups;
   bool begun = false, done = false;
 };
 
@@ -167,7 +175,7 @@ void carry_out(size_t i) {
   const Copy copy = machine.copies[i];
   machine.copies.erase(machine.copies.begin() + static_cast<ptrdiff_t>(i));
   memcpy(copy.to, copy.from, copy.bytes);
-  if (copy.arrivals != nullptr) arrive(copy.arrivals, copy.bytes);
+  arrive(copy.arrivals, copy.bytes);
   machine.progress = true;
 }
 
@@ -255,15 +263,15 @@ void run_cluster(size_t first_block, size_t blocks, const cudaLaunchConfig_t& co
       to_fiber(&fiber);
       after_switch(machine.scheduler_stack, nullptr, nullptr);
       left -= fiber.done ? 1 : 0;
+      if (fiber.done && !(fiber.copies.empty() && fiber.groups.empty())) {
+        fail("a thread ended before its copies");
+      }
     }
     if (!machine.copies.empty()) carry_out(machine.random() % machine.copies.size());
     deliver();
     if (!machine.progress) fail("threads wait for one another for ever");
   }
-  for (const Copy& copy : machine.copies) {
-    if (copy.arrivals != nullptr) fail("a block ended before its loads");
-    fail("a block ended before its stores");
-  }
+  if (!machine.copies.empty()) fail("a block ended before its loads");
   if (!machine.sends.empty()) fail("a block ended before what was sent to it arrived");
 }
 
@@ -306,6 +314,7 @@ unsigned char* shared_memory() { return machine.blocks[machine.fiber().block].me
 void sync_block() { meet(&machine.blocks[machine.fiber().block].meeting); }
 int sync_block_or(int x) { return meet(&machine.blocks[machine.fiber().block].meeting, x); }
 void sync_warp() { meet(&machine.warps[machine.fiber().warp].meeting); }
+int sync_warp_or(int x) { return meet(&machine.warps[machine.fiber().warp].meeting, x); }
 void cluster_sync() { meet(&machine.cluster); }
 uint32_t cluster_rank() { return static_cast<uint32_t>(machine.fiber().block); }
 
@@ -357,24 +366,30 @@ void Arrivals::expect(uint32_t bytes) {
 }
 void Arrivals::wait(uint32_t parity) { wait_while(&phase, parity); }
 
-void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals) {
-  check_aligned(shared, global, bytes);
-  machine.copies.push_back({shared, global, bytes, arrivals, machine.current});
+// As late as they may come.
+void copy16(void* shared, const void* global, int bytes) {
+  check_aligned(shared, global, 16);
+  machine.fiber().copies.push_back({shared, global, static_cast<size_t>(bytes)});
 }
-void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  check_aligned(shared, global, bytes);
-  machine.copies.push_back({global, shared, bytes, nullptr, machine.current});
+void commit_copies() {
+  Fiber& fiber = machine.fiber();
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
 }
-void wait_bulk_stores() {
-  for (size_t i = 0; i < machine.copies.size();) {
-    if (machine.copies[i].arrivals == nullptr && machine.copies[i].owner == machine.current) {
-      carry_out(i);
-    } else {
-      ++i;
+void wait_copies(int pending) {
+  std::deque<std::vector<Copy16>>& groups = machine.fiber().groups;
+  for (; groups.size() > static_cast<size_t>(pending); groups.pop_front()) {
+    for (const Copy16& copy : groups.front()) {
+      memset(copy.to, 0, 16);
+      memcpy(copy.to, copy.from, copy.bytes);
     }
   }
 }
 
+void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals) {
+  check_aligned(shared, global, bytes);
+  machine.copies.push_back({shared, global, bytes, arrivals});
+}
 void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals) {
   if (rank >= machine.blocks.size()) fail("no such block in the cluster");
   const Block& own = machine.blocks[machine.fiber().block];

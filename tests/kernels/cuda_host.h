@@ -66,7 +66,9 @@ const Self& self();
 unsigned char* shared_memory();
 void sync_block();
 void sync_warp();
+// Whether x is not 0 on any thread of the block, or lane of the warp.
 int sync_block_or(int x);
+int sync_warp_or(int x);
 // What the lane of that number, or that distance, of this lane's warp gave.
 uint64_t exchange(uint64_t x, int lane_mask);
 uint64_t take(uint64_t x, int lane);
@@ -84,10 +86,10 @@ struct Arrivals {
   void expect(uint32_t bytes);
   void wait(uint32_t parity);
 };
+void copy16(void* shared, const void* global, int bytes);
+void commit_copies();
+void wait_copies(int pending);
 void bulk_load(void* shared, const void* global, uint32_t bytes, Arrivals* arrivals);
-void bulk_store(void* global, const void* shared, uint32_t bytes);
-void wait_bulk_stores();
-inline void before_bulk_store() {}
 uint32_t cluster_rank();
 void cluster_sync();
 void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals);
@@ -114,6 +116,14 @@ constexpr host::Index<&host::Self::grid_dim> gridDim{};
 inline void __syncthreads() { host::sync_block(); }
 inline int __syncthreads_or(int x) { return host::sync_block_or(x); }
 inline void __syncwarp() { host::sync_warp(); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+// A fiber does not stop within it.
+inline int atomicAdd(int* p, int x) {
+  const int before = *p;
+  *p = before + x;
+  return before;
+}
 
 template <class V>
 V __shfl_xor_sync(unsigned, V x, int lane_mask) {
@@ -125,6 +135,8 @@ V __shfl_xor_sync(unsigned, V x, int lane_mask) {
   return x;
 }
 
+inline int __all_sync(unsigned, int x) { return host::sync_warp_or(x == 0) == 0; }
+
 template <class V>
 V __shfl_sync(unsigned, V x, int lane) {
   static_assert(sizeof(V) <= 8);
@@ -134,6 +146,8 @@ V __shfl_sync(unsigned, V x, int lane) {
   memcpy(&x, &word, sizeof(x));
   return x;
 }
+
+inline double rsqrt(double x) { return 1 / sqrt(x); }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "unspecified launch failure";

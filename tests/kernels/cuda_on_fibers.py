@@ -18,7 +18,10 @@ from elva_kernels.backends.boundary import DTYPE_CODES
 from elva_kernels.backends.cuda import in_batch as cuda_in_batch
 from elva_kernels.backends.cuda import launch as cuda_launch
 from elva_kernels.backends.cuda import products as cuda_products
+from elva_kernels.backends.cuda import topk as cuda_topk
 from elva_kernels.backends.cuda.products import float_product
+from elva_kernels.backends.cuda.select import Best, Factors
+from elva_kernels.backends.gpu.topk import best_of
 from elva_kernels.reference import Weights
 from tests import tolerances
 from tests.kernels.cases import (
@@ -221,6 +224,125 @@ def test_sanitized_search(shape, dtype):
         allowed = 1e-5 * (1.0 if metric == "cosine" else norms.gather(1, index))
         same = scores.double() == right.scores  # -inf is
         assert (same | ((scores.double() - right.scores).abs() <= allowed)).all()
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    """Three queries are many, and chunks have 192 rows and 64 queries at most."""
+    monkeypatch.setattr(cuda_topk, "_SCAN_QUERIES", 2)
+    monkeypatch.setattr(cuda_topk, "_WORKSPACE_BYTES", 4 * 200 * 35)
+    monkeypatch.setattr(cuda_topk, "_QUERIES", 35)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 70, 33), (40, 430, 72)], ids=str)
+def test_sanitized_search_by_products(shape, dtype, few_at_a_time):
+    """Chunks that overlap, rows far out, zero and not finite; copies tie across all chunks."""
+    q, p, d = shape
+    query, corpus = torch.randn(q, d).to(dtype), torch.randn(p, d).to(dtype)
+    if p > 1:
+        corpus[::23] = corpus[5]
+        corpus[1::29] = corpus[1] * 2.0 ** (-12 if dtype == torch.float16 else -70)
+        corpus[p // 2, 0], corpus[p // 3 + 1, 1], corpus[p - 4] = torch.nan, -torch.inf, 0
+        corpus[2] = corpus[6] if dtype == torch.float16 else corpus[6] * 2.0**60
+        query[1, 0] = torch.inf
+        query[2] *= 2.0 ** (-12 if dtype == torch.float16 else -50)
+    for metric, k in itertools.product(("cosine", "dot"), (1, 10, 90)):
+        scores, index = LAUNCHERS["topk"](query, corpus, k, metric=metric)
+        k = min(k, p)
+        right = reference.topk(query.double(), corpus.double(), k, metric=metric)
+        norms = query.double().norm(dim=1, keepdim=True) * corpus.double().norm(dim=1)
+        error = (scores.double() - right.scores).abs()
+        allowed = 1e-5 * (1.0 if metric == "cosine" else norms.gather(1, index))
+        assert ((scores.double() == right.scores) | (error <= allowed)).all()  # -inf is
+        apart = torch.full((q, k), True)
+        apart[:, :-1] &= right.scores.diff(dim=1) < -allowed_gap(right.scores)[:, 1:]
+        apart[:, 1:] &= right.scores.diff(dim=1) < -allowed_gap(right.scores)[:, 1:]
+        apart[:, -1] = False  # the next one is not known
+        assert torch.equal(index[apart], right.index[apart])
+        copies = (index.unsqueeze(2) == torch.arange(0, p, 23)).any(2)
+        for own, places, many in zip(scores, index, copies, strict=True):
+            assert (places[many].diff() > 0).all()
+            assert len(own[many].unique()) <= 1
+
+
+def allowed_gap(scores):
+    return 1e-4 * scores.abs().nan_to_num(posinf=0.0, neginf=0.0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_layouts_of_a_search_by_products_give_the_same_bits(metric, few_at_a_time):
+    query, corpus = torch.randn(9, 40).bfloat16(), torch.randn(300, 40).bfloat16()
+    right = LAUNCHERS["topk"](query, corpus, 50, metric=metric)
+    wide = torch.zeros(300, 47, dtype=torch.bfloat16)
+    wide[:, 3:43] = corpus
+    for other in (
+        wide[:, 3:43],
+        corpus.T.contiguous().T,
+        torch.cat([query[0, :3], corpus.flatten()])[3:].view(300, 40),
+    ):
+        found = LAUNCHERS["topk"](query, other, 50, metric=metric)
+        assert all(same_bits(a, b) for a, b in zip(found, right, strict=True))
+
+
+def scores_of(kind, rows, columns):
+    scores = torch.randn(rows, columns)
+    if kind == "few values":
+        return scores.round()  # of which some are -0
+    if kind == "equal":
+        return torch.zeros(rows, columns)
+    if kind == "infinite":
+        scores[torch.rand(rows, columns) < 0.7] = -torch.inf
+        scores[torch.rand(rows, columns) < 0.02] = torch.inf
+        return scores
+    return {"drawn": scores, "rising": scores.sort(1)[0], "falling": scores.sort(1)[0].flip(1)}[
+        kind
+    ]
+
+
+@pytest.mark.parametrize("kind", ["drawn", "few values", "equal", "infinite", "rising", "falling"])
+@pytest.mark.parametrize("columns", [1, 7, 1024, 5003, 40001])
+def test_sanitized_select(kind, columns):
+    """As `best_of`, to the bit: rows that begin anywhere on 16 bytes, in one part and in many."""
+    rows = 3 if columns < 10000 else 1
+    table = torch.full((rows, columns + 5), torch.inf)
+    for offset, k in itertools.product((0, 1, 3), (1, 10, 100, 256)):
+        scores = table[:, offset : offset + columns]
+        scores.copy_(scores_of(kind, rows, columns))
+        kept = min(k, columns)
+        expected, places = best_of(scores, kept)
+        found = Best("op", torch.empty(rows, kept), torch.empty(rows, kept, dtype=torch.int64))
+        found.add(scores, 11)
+        assert same_bits(found.scores, expected)
+        assert torch.equal(found.index, places + 11)
+        # The same in chunks, of which some are smaller than k, and without places for -inf.
+        found = Best("op", found.scores, found.index, finite=True)
+        step = max(1, columns // 3)
+        for first in range(0, columns, step):
+            found.add(scores[:, first : first + step], first)
+        assert same_bits(found.scores, expected)
+        assert torch.equal(found.index, torch.where(expected > -torch.inf, places, -1))
+
+
+def test_a_selects_factors():
+    """A row's that is NaN hides it; a column's that is negative leaves scores as they are."""
+    scores = torch.randn(5, 3001)
+    row, column = torch.rand(5), torch.rand(3001)
+    row[1], row[3], column[8] = 1.0, torch.nan, -1.0
+    for first, unit_columns in itertools.product((0, 1), (False, True)):
+        limit = torch.inf if unit_columns else 0.5
+        if unit_columns:
+            column.copy_(column.sign())
+        right = (scores * column * row.unsqueeze(1)).clamp(-limit, limit)
+        right[3], right[:, 8] = -torch.inf, scores[:, 8]
+        found = Best("op", torch.empty(5, 40), torch.empty(5, 40, dtype=torch.int64))
+        found.add(scores[:, first:], first, Factors(row, column[first:], limit, unit_columns))
+        expected, places = best_of(right[:, first:], 40)
+        assert same_bits(found.scores, expected)
+        assert torch.equal(found.index, places + first)
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])

@@ -38,6 +38,7 @@ class Machine:
         """As a new process would find it."""
         choice.launcher.cache_clear()
         self.patch.setattr(verdicts, "_verdicts", {})
+        self.patch.setattr(verdicts, "_tried", set())
 
     def install(self, make, version="1"):
         probe = Backend("cpu", lambda: None, version=lambda: version)
@@ -177,6 +178,20 @@ def test_warm_up_tests_every_op_in_every_dtype(machine):
     told = [text for text in report.selftests if " probe " in text]
     assert len(told) == len(verdicts.TRIALS) * len(verdicts.DTYPES)
     assert set(report.selftests.values()) == {None}
+
+
+def test_warm_up_runs_what_a_verdict_is_kept_on_once_a_process(machine):
+    """So that nothing is compiled or loaded inside the capture after it."""
+    machine.install(right)
+    warm_up(CPU)
+    first = machine.calls
+    warm_up(CPU)
+    assert machine.calls == first > 0
+    machine.restart()
+    assert taken() == "probe"
+    assert machine.calls == first
+    warm_up(CPU)
+    assert machine.calls == 2 * first
 
 
 def test_a_cache_that_cannot_be_written_or_read_costs_a_test_and_nothing_else(machine, tmp_path):

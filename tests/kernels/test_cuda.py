@@ -24,6 +24,8 @@ SANITIZED = (
     "test_sanitized",
     "test_sanitized_bank",
     "test_sanitized_search",
+    "test_sanitized_search_by_products",
+    "test_sanitized_select",
     "test_sanitized_batch",
     "test_sanitized_product",
     "test_sanitized_score_rows",

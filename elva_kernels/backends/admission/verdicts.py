@@ -54,14 +54,16 @@ class Subject(NamedTuple):
 
 # Key -> (facts, error or None), as far as this process has asked.
 _verdicts: dict[str, tuple[dict[str, str], str | None]] = {}
+_tried: set[str] = set()  # the keys of what this process has run itself
 
 
-def verdict(subject: Subject, launchers: Launchers) -> str | None:
+def verdict(subject: Subject, launchers: Launchers, *, here: bool = False) -> str | None:
     """None where the subject computes what the reference does, else one sentence of what is wrong.
 
     Args:
         subject: its op must be one of `TRIALS`; one that is not has no verdict but this sentence.
         launchers: the backend's launcher of any op.
+        here: run the self-test unless this process has, whatever is kept: it compiles and loads.
 
     Raises:
         Capturing: a self-test would have to run inside a CUDA graph capture.
@@ -72,8 +74,8 @@ def verdict(subject: Subject, launchers: Launchers) -> str | None:
         return f"{subject.op} has no self-test"
     facts = subject.facts()
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    if key not in _verdicts:
-        kept = _read(_directory() / f"{key}.json")
+    if key not in (_tried if here else _verdicts):
+        kept = None if here else _read(_directory() / f"{key}.json")
         error = kept[1] if kept else _try(subject, launchers, key, facts)
         _verdicts[key] = facts, error
         if error is not None:
@@ -105,6 +107,7 @@ def _try(subject: Subject, launchers: Launchers, key: str, facts: dict[str, str]
             f"a CUDA graph, got no verdict for {facts['dtype']}; call "
             f"elva_kernels.warm_up({subject.device!r}) before the capture"
         )
+    _tried.add(key)
     try:
         with torch.inference_mode(False), torch.no_grad():
             for soft in (False, True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
-from elva_kernels.backends.cuda import launch
+from elva_kernels.backends.cuda import launch, select
 from elva_kernels.backends.cuda.products import multiply
 from elva_kernels.backends.gpu.in_batch import GpuSteps
 from elva_kernels.backends.steps import Sums, Units, some
@@ -77,6 +77,13 @@ class CudaScores(GpuSteps):
         """Without the padding of its rows."""
         m = len(self.candidates.rows)
         return matrix if matrix.shape[-1] == m else matrix[..., :m]
+
+    def keep_best(self, scores: Tensor, rows: slice) -> None:
+        if not select.takes(self.k):
+            super().keep_best(scores, rows)
+            return
+        best = select.Best(OP, some(self.topk_scores, rows), some(self.topk_index, rows), finite=True)
+        best.add(self.of_candidates(scores))
 
     def score_rows(self, scores: Tensor, rows: slice) -> None:
         self.call(

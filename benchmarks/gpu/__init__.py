@@ -1,0 +1,1 @@
+"""What `benchmarks.gpu_check` runs: parts, each a process of its own, and their lines."""
