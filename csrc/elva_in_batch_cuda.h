@@ -1,11 +1,11 @@
 // The C API of the in-batch ops' steps on a GPU, where torch multiplies rows in half precision; not
 // for ELVA_FP64. Pointers are the device's. Rules, types and statuses: elva.h.
 //
-// Rows of embeddings are kept as a power of two brings their norm into [2^14, 2^15): those of
-// ELVA_BF16 and ELVA_FP16 as ELVA_FP16, those of ELVA_FP32 as they are. So no score depends on it,
-// and slopes fit 16 bits. "Inverse" is the inverse of such a norm: 0 for a zero row, NaN for one
-// that is not finite. Rows of scores have `width` elements, a multiple of 16. A temperature that is
-// not above 0 makes NaN.
+// Rows of embeddings are kept times the power of two that brings their norm into [2^14, 2^15), in
+// ELVA_FP16 those of ELVA_BF16 and ELVA_FP16, in ELVA_FP32 those of ELVA_FP32: no score depends on
+// that, and slopes between them fit 16 bits. "Inverse" is the inverse of such a norm, 0 for a zero
+// row, NaN for one that is not finite. Rows of scores have `width` elements, a multiple of 16. A
+// temperature that is not above 0 makes NaN.
 #ifndef ELVA_IN_BATCH_CUDA_H_
 #define ELVA_IN_BATCH_CUDA_H_
 
@@ -44,7 +44,7 @@ typedef struct {
   float* products;                 // [rows, width] of `unit` rows; becomes masked products
   bool keeps_scores;               // masked scores instead, -inf elsewhere
   const float* query_inverse;      // [rows]
-  const float* candidate_inverse;  // [width], read up to candidates
+  const float* candidate_inverse;  // [width], anything behind the candidates
   const int64_t* target;  // [rows, positives]: a candidate; -1: none; -2: one that does not exist
   int64_t positives;
   const int64_t* skipped;  // candidates that are no negatives, beside the positives; null: none

@@ -20,8 +20,8 @@ from elva_kernels.backends.segments import occurrences
 from elva_kernels.backends.steps import Slopes, part_of, slopes_of, some
 from elva_kernels.reference import Weights
 
-# Scores up to which slopes are held in two halves, since a launch takes as long as its product.
-# Beyond, a slope errs by 2^-12 of itself. Ours.
+# Scores up to which InfoNCE's slopes are held in two halves, since a launch takes as long as its
+# product. Beyond, a negative's errs by 2^-12 of itself. Ours.
 _TWO_HALVES = 2**22
 
 
@@ -172,6 +172,8 @@ class CudaSteps(CudaScores):
     def gradients_of_slopes(
         self, index: Tensor, slopes: Tensor, dtypes: tuple[torch.dtype, torch.dtype]
     ) -> tuple[Tensor | None, Tensor | None]:
+        if self.halves:  # a query's hardest negative has a slope as large as its positive
+            self.halves = 2
         positives = self.batch.target.shape[1]
         index, slopes = index.contiguous(), slopes.contiguous()
         self.target_slope = slopes[:, :positives].contiguous()
