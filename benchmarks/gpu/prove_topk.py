@@ -11,13 +11,14 @@ from benchmarks.gpu.prove_reward import repeat
 
 
 def values(place: Place) -> None:
-    """Scores of random rows, a tie, a row with NaN, both metrics."""
+    """Scores of random rows, a tie, a row with NaN and one out of range, both metrics."""
     rows = 3000 if place.small else 50_000
     corpus = place.randn(rows, 96)
     corpus[7] = corpus[rows - 1]
     corpus[11, 0] = math.nan
+    corpus[13] *= 2.0 ** (-12 if place.dtype == torch.float16 else -70)
     exact = corpus.double().cpu()
-    for count in (1, 5, 33, 100):
+    for count in (1, 5, 33, 200):
         query = corpus[7:8].expand(count, -1) + place.randn(count, 96)
         for metric in ("cosine", "dot"):
             found = elva_kernels.topk(query, corpus, 20, metric=metric, backend=place.backend)
