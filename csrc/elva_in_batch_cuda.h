@@ -24,7 +24,7 @@ typedef struct {
   int64_t queries;
   ElvaInput query;          // [queries, dim]
   void* query_unit;         // [queries, dim], the rows times 2^-e
-  float* query_inverse;     // [queries]
+  float* query_inverse;     // [queries], and zeros up to a multiple of 16, as the candidates'
   int32_t* query_exponent;  // [queries]: e
   int64_t candidates;
   ElvaInput candidate;
@@ -44,7 +44,7 @@ typedef struct {
   float* products;                 // [rows, width] of `unit` rows; becomes masked products
   bool keeps_scores;               // masked scores instead, -inf elsewhere
   const float* query_inverse;      // [rows]
-  const float* candidate_inverse;  // [width], anything behind the candidates
+  const float* candidate_inverse;  // [width], 0 behind the candidates
   const int64_t* target;  // [rows, positives]: a candidate; -1: none; -2: one that does not exist
   int64_t positives;
   const int64_t* skipped;  // candidates that are no negatives, beside the positives; null: none

@@ -119,6 +119,7 @@ class HeldRows {
 template <class T, bool kSoft>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kThreads / 32;
+  static constexpr int kAhead = sizeof(T) == 2 ? kTogether : 2;  // four of fp32 spill
 
  public:
   __device__ Block(const ClusterArgs& args, unsigned char* memory)
@@ -320,17 +321,25 @@ class Block {
   __device__ void send(int c, unsigned to, float2 x) {
     if (to >= static_cast<unsigned>(blocks_)) return;
     float2* half = exchange_ + turn_ * blocks_ * (candidates_ + 1);
-    cluster_send(half + static_cast<int>(block_) * (candidates_ + 1) + c + 1, to, x,
-                 arrivals_ + 1 + turn_);
+    float2* const own = half + static_cast<int>(block_) * (candidates_ + 1) + c + 1;
+    if (blocks_ == 1) {
+      *own = x;
+    } else {
+      cluster_send(own, to, x, arrivals_ + 1 + turn_);
+    }
   }
   // Until every block has sent every row that is read.
   __device__ void exchanged() {
     Arrivals* const half = arrivals_ + 1 + turn_;
-    if (threadIdx.x == 0) {
-      half->expect(read_ * static_cast<uint32_t>(blocks_) * static_cast<uint32_t>(sizeof(float2)));
+    if (blocks_ == 1) {
+      __syncthreads();
+    } else {
+      if (threadIdx.x == 0) {
+        half->expect(read_ * static_cast<uint32_t>(blocks_) * sizeof(float2));
+      }
+      half->wait(exchange_phase_ >> turn_ & 1);
+      exchange_phase_ ^= 1u << turn_;
     }
-    half->wait(exchange_phase_ >> turn_ & 1);
-    exchange_phase_ ^= 1u << turn_;
     turn_ ^= 1;
   }
   // What block `from` sent of row c.
@@ -447,7 +456,7 @@ class Block {
     for (int at = 0; at < width_; at += all_.wide * kSize) {
       const int own = at + static_cast<int>(threadIdx.x) % all_.wide * kSize;
       const Rows rows(args_, index_, tile_ + own, columns_, first() + own);
-      GradientColumns<T, kNegatives ? kTogether : 2, kNegatives, Rows>(
+      GradientColumns<T, kNegatives ? kAhead : 2, kNegatives, Rows>(
           all_.wide, (width_ - at) / kSize, a_, b_, group_.total[Group::kUpstream], gradient_, rows)
           .run(wanted().count(args_.negatives), group_.total + Group::kQuery, [&] {
             if (at == 0) total(sound);

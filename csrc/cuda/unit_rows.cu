@@ -135,10 +135,13 @@ __device__ inline void put(Kept<T>* out, int64_t at, int64_t dim, const Kept<T>*
   }
 }
 
+constexpr int64_t kPadding = 16;  // inverses come in as many as a multiple of this; 0 behind all
+
 // One side's rows, and where they are kept.
 template <class T>
 struct Side {
   const ElvaInput& rows;
+  int64_t count;
   Kept<T>* unit;
   float* inverse;
   int32_t* exponent;
@@ -169,6 +172,10 @@ __device__ inline void unit_row(const Side<T>& side, int64_t i, int64_t dim, con
     side.inverse[i] = static_cast<float>(inverse);
     side.exponent[i] = exponent;
   }
+  const int64_t behind = side.count + threadIdx.x % 32;
+  if (i + 1 == side.count && behind < (side.count + kPadding - 1) / kPadding * kPadding) {
+    side.inverse[behind] = 0;
+  }
 }
 
 template <class T>
@@ -179,6 +186,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool of_query = i < args.queries;
   if (!of_query) i -= args.queries;
   const Side<T> side{of_query ? args.query : args.candidate,
+                     of_query ? args.queries : args.candidates,
                      static_cast<Kept<T>*>(of_query ? args.query_unit : args.candidate_unit),
                      of_query ? args.query_inverse : args.candidate_inverse,
                      of_query ? args.query_exponent : args.candidate_exponent};
