@@ -1,7 +1,9 @@
 """Builds elva_kernels._C from csrc through ninja: the CPU always, CUDA when nvcc is found.
 
-ELVA_KERNELS_CUDA=0|1 decides about CUDA, ELVA_KERNELS_CUDA_ARCHS="80 90a" names architectures; CXX,
-CXXFLAGS and LDFLAGS are honoured. Without a C++ compiler it installs no _C, and doctor() says so.
+ELVA_KERNELS_CUDA=0|1 decides about CUDA, ELVA_KERNELS_CUDA_ARCHS="80 90a" names architectures; where
+there is an NVIDIA GPU its own alone is built for, else all. CXX, CXXFLAGS and LDFLAGS are honoured;
+ELVA_KERNELS_WERROR=1 makes errors of nvcc's warnings. Without a C++ compiler it installs no _C, and
+doctor() says so.
 """
 
 import os
@@ -22,13 +24,14 @@ LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/levels.h -> flags of that level's *_s
 if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16"}
     LEVELS[4] = LEVELS[3]  # its tiles are in assembler
-CUDA_ARCHS = ("80", "90a", "100", "120")  # as far as nvcc knows them
+# By a compute capability's first number; as far as nvcc knows them.
+CUDA_ARCHS = {"8": "80", "9": "90a", "10": "100", "12": "120"}
 # gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
   -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -isystem {python} -isystem {pybind11} {CXXFLAGS}
-nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills,-Werror $
-  -Werror all-warnings --threads 0 {gencode}
+nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills{strict} $
+  --threads 0 {gencode}
 rule cxx
   command = {cxx} -MMD -MF $out.d $cxxflags $extra -c $in -o $out
   depfile = $out.d
@@ -68,10 +71,21 @@ def cuda_compiler() -> tuple[str, list[str]]:
     if named:
         return nvcc, named.split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    archs = [x for x in CUDA_ARCHS if f"sm_{x.rstrip('a')}" in known]
+    wanted = archs_of_gpus() or CUDA_ARCHS.values()
+    archs = [x for x in wanted if f"sm_{x.rstrip('a')}" in known]
     if not archs:
         print(f"elva_kernels: {nvcc} knows no architecture of ours: CPU only", file=sys.stderr)
     return (nvcc, archs) if archs else ("", [])
+
+
+def archs_of_gpus() -> list[str]:
+    """Of the GPUs of this machine, as far as there are kernels for them."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return []
+    told = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    numbers = {capability.split(".")[0] for capability in told}
+    return [arch for number, arch in CUDA_ARCHS.items() if number in numbers]
 
 
 class NinjaBuild(build_ext):
@@ -89,6 +103,8 @@ class NinjaBuild(build_ext):
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         values["link"] = f"{nvcc} -cudart static {gencode}" if nvcc else f"{cxx} -pthread"
         values["gencode"] = gencode
+        strict = os.environ.get("ELVA_KERNELS_WERROR") == "1"
+        values["strict"] = ",-Werror -Werror all-warnings" if strict else ""
         steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
         levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):

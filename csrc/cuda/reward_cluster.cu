@@ -20,6 +20,11 @@ namespace elva {
 namespace {
 
 constexpr int kThreads = kGradientThreads;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocksAtOnce = 1;  // its memory holds no two large ones, and registers spill
+#else
+constexpr int kBlocksAtOnce = 2;
+#endif
 constexpr int kMostBlocks = 8;
 constexpr size_t kMostShared = 227 << 10;
 constexpr size_t kHalfShared = 113 << 10;  // two blocks a multiprocessor: one loads, one computes
@@ -27,7 +32,7 @@ constexpr int64_t kLongSegment = 2048;     // where no block decides
 
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-struct alignas(64) ClusterArgs {
+struct ClusterArgs {
   RowBoxes negatives;  // where is_boxed
   ElvaRewardArgs reward;
   int64_t columns;
@@ -323,7 +328,7 @@ class Block {
     float2* half = exchange_ + turn_ * blocks_ * (candidates_ + 1);
     float2* const own = half + static_cast<int>(block_) * (candidates_ + 1) + c + 1;
     if (blocks_ == 1) {
-      *own = x;
+      own->x = x.x, own->y = x.y;
     } else {
       cluster_send(own, to, x, arrivals_ + 1 + turn_);
     }
@@ -487,7 +492,7 @@ class Block {
 };
 
 template <class T, bool kSoft>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     reward_clusters(const __grid_constant__ ClusterArgs args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   ELVA_DYNAMIC_SHARED(memory);
