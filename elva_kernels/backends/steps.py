@@ -98,7 +98,7 @@ class Steps(abc.ABC):
         self.skipped = skipped_of(batch)
         self.query, self.candidates = self.units_of_both(query, candidates)
         b, p = batch.target.shape
-        m = len(candidates)
+        self.n_candidates = m = candidates.shape[0]
         self.width = self.width_of(m)
         self.temperature = None if temperature is None else self.exact(temperature.detach())
         self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
@@ -111,9 +111,16 @@ class Steps(abc.ABC):
         self.hardest_index = self.empty((b,), torch.int64)
         self.topk_scores = self.empty((b, self.k), self.dtype)
         self.topk_index = self.empty((b, self.k), torch.int64)
-        self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
         self.grad_units: list[Tensor | None] = []
         self.unpaired: Tensor | None = None  # bool [B, 1]: see `leave_out_unpaired`
+
+    @functools.cached_property
+    def total(self) -> Tensor:
+        return self.empty((self.batch.target.shape[0],), torch.float64)
+
+    @functools.cached_property
+    def moment(self) -> Tensor:
+        return torch.empty_like(self.total)
 
     @functools.cached_property
     def target_slope(self) -> Tensor:
@@ -275,7 +282,7 @@ class Steps(abc.ABC):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for a result."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(*shape, dtype=dtype, device=self.device)  # a tuple is parsed slowly
 
     def full(self, size: int, value: float) -> Tensor:
         return torch.full((size,), value, dtype=self.dtype, device=self.device)
@@ -283,9 +290,10 @@ class Steps(abc.ABC):
     def score(self, rows: slice) -> Tensor:
         """The masked scores of some queries, in the workspace; fills in their statistics."""
         query = part_of(self.query, rows)
+        count = query.rows.shape[0]
         if self.workspace is None:
-            self.workspace = self.new_workspace(len(query.rows))
-        scores = self.workspace[: len(query.rows)]
+            self.workspace = self.new_workspace(count)
+        scores = some(self.workspace, slice(count))
         self.multiply_rows(query, scores)
         self.score_rows(scores, rows)
         if self.unpaired is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elva_kernels.backends.boundary import empty_on_cpu, in_default_float_mode
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Tensors
+from elva_kernels.backends.launcher import Gradients, Tensors
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered.batch import (
     batch_of,
@@ -274,6 +274,7 @@ info_nce = _OPS.info_nce.default
 info_nce_and_grad = _OPS.info_nce_and_grad.default
 
 _N_TENSORS = 6  # of what `info_nce` takes
+_OF_TEMPERATURE = 2 + _N_TENSORS - 1  # where it is among the inputs of `_InfoNCE`
 
 
 @in_default_float_mode
@@ -321,11 +322,11 @@ _scaled_once = in_reverse(_ScaledOnce, _ScaledOnce.backward)
 
 
 @in_default_float_mode
-def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
-    """Of three inputs and their gradients: these times a scalar, rounded once."""
+def _scaled(wrt: Sequence[bool], scale: Tensor, *tensors: Tensor) -> Gradients:
+    """Of three inputs and their gradients: those in `wrt` times a scalar, rounded once."""
     return tuple(
-        _product(gradient, scale.to(gradient.dtype), x.dtype)
-        for x, gradient in zip(tensors[:3], tensors[3:], strict=True)
+        _product(gradient, scale.to(gradient.dtype), x.dtype) if is_wanted else None
+        for x, gradient, is_wanted in zip(tensors[:3], tensors[3:], wrt, strict=True)
     )
 
 
@@ -407,15 +408,16 @@ class _InfoNCE(torch.autograd.Function):
         upstream = grads[0]
         if upstream is None:
             return no_gradients(ctx)
+        wrt = (*ctx.wrt, ctx.needs_input_grad[_OF_TEMPERATURE])
         if ctx.reduction == "none":
             op = _OPS.info_nce_backward.default
             gradients = gradient_op(op, *ctx.saved_tensors, *ctx.rest, upstream, ctx.wrt)
         else:
             # `_scaled` writes where it is told to, which a batch cannot.
             in_place = not (torch.is_grad_enabled() or _is_batched(upstream))
-            scaled = _scaled if in_place else _scaled_once
+            scaled = functools.partial(_scaled, wrt) if in_place else _scaled_once
             gradients = scaled(upstream, *ctx.saved_tensors)
-        grad_query, grad_candidates, grad_temperature = wanted(gradients, (*ctx.wrt, True))
+        grad_query, grad_candidates, grad_temperature = wanted(gradients, wrt)
         nothing = (None for _ in ctx.rest)
         of_tensors = (grad_query, grad_candidates, None, None, None, grad_temperature)
         return None, None, *of_tensors, *nothing
