@@ -91,7 +91,7 @@ def in_reverse(
     name, jvp = function.__name__, {"jvp": staticmethod(refuse)}
     in_forward_mode = cast(Any, type(name, (function,), jvp))
     # Behind `function.apply`, which looks at the signature of `forward` each time, in 20 us.
-    apply_positional = super(torch.autograd.Function, function).apply
+    apply_positional = cast(Any, super(torch.autograd.Function, function)).apply
 
     def apply(*arguments: Any) -> Any:
         is_compiling = torch.compiler.is_compiling()
