@@ -83,11 +83,12 @@ def _in_batch_ranking_reward_backward(
     weights: Sequence[float],
     wrt: Sequence[bool],
     backend: str,
+    diagonal: bool = False,
 ) -> Tensors:
     op = "in_batch_ranking_reward_backward"
     launch = launcher(op, backend, query.device, query.dtype)
     head_of = (index, scores, per_positive(rank), grad_reward, head, Weights(*weights))
-    return present(launch(query, candidates, *head_of, tuple(wrt)), query)
+    return present(launch(query, candidates, *head_of, tuple(wrt), diagonal=diagonal), query)
 
 
 def _info_nce(
@@ -194,7 +195,7 @@ def _like_gradients(
 
 
 def _trace_reward_backward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
-    return _like_gradients((query, candidates), rest[-2])
+    return _like_gradients((query, candidates), rest[6])
 
 
 def _trace_nce(query: Tensor, candidates: Tensor, target: Tensor | None, *_: Any) -> Tensors:
@@ -244,8 +245,8 @@ register(
         ),
         "in_batch_ranking_reward_backward": Registered(
             "(Tensor query, Tensor candidates, Tensor index, Tensor scores, Tensor rank, Tensor "
-            "grad_reward, int head, float[] weights, bool[] wrt, str backend) -> "
-            f"({_GRADIENTS})",
+            "grad_reward, int head, float[] weights, bool[] wrt, str backend, "
+            f"bool diagonal=False) -> ({_GRADIENTS})",
             _in_batch_ranking_reward_backward,
             _trace_reward_backward,
         ),
@@ -354,7 +355,8 @@ class _InBatchRankingReward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.wrt, query, candidates, *_ = inputs
+        ctx.wrt, query, candidates, target, *_ = inputs
+        ctx.diagonal = target is None
         rank, scores, index = output[3:]
         ctx.save_for_backward(query, candidates, index, scores, rank)
         *ctx.rest, _op, ctx.backend = inputs[7:]
@@ -370,7 +372,7 @@ class _InBatchRankingReward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if grads[0] is None:
             return no_gradients(ctx)
-        more = (*ctx.rest, ctx.wrt, ctx.backend)
+        more = (*ctx.rest, ctx.wrt, ctx.backend, ctx.diagonal)
         op = in_batch_ranking_reward_backward
         gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *more)
         return None, *wanted(gradients, ctx.wrt), *(None for _ in range(ctx.n_inputs - 3))
