@@ -75,6 +75,7 @@ class Steps(abc.ABC):
     Args:
         query, candidates, batch, k, temperature, workspace_mb: as a launcher's.
         wrt: whether the gradients on query and candidates are wanted.
+        scored: whether anything is to be scored, and has statistics.
     """
 
     masked = -math.inf  # in the place of a score that is no negative's
@@ -90,6 +91,8 @@ class Steps(abc.ABC):
         temperature: Tensor | None = None,
         workspace_mb: int = _WORKSPACE_MB,
         wrt: tuple[bool, bool] = (True, True),
+        *,
+        scored: bool = True,
     ) -> None:
         self.dtype = compute_dtype(query.dtype)
         self.device = query.device
@@ -97,22 +100,26 @@ class Steps(abc.ABC):
         self.wrt = wrt
         self.skipped = skipped_of(batch)
         self.query, self.candidates = self.units_of_both(query, candidates)
-        b, p = batch.target.shape
         self.n_candidates = m = candidates.shape[0]
         self.width = self.width_of(m)
         self.temperature = None if temperature is None else self.exact(temperature.detach())
-        self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
+        self.chunks = _chunks(batch.target.shape[0], self.width * self.dtype.itemsize, workspace_mb)
         self.workspace: Tensor | None = None
         self.k = min(k, m)
+        if scored:
+            self.new_statistics()
+        self.grad_units: list[Tensor | None] = []
+        self.unpaired: Tensor | None = None  # bool [B, 1]: see `leave_out_unpaired`
 
+    def new_statistics(self) -> None:
+        """Memory for what `score` fills in."""
+        b, p = self.batch.target.shape
         self.n_greater, self.n_equal = (self.empty((b, p), torch.int32) for _ in range(2))
         self.target_score = self.empty((b, p), self.dtype)
         self.hardest_score = self.empty((b,), self.dtype)
         self.hardest_index = self.empty((b,), torch.int64)
         self.topk_scores = self.empty((b, self.k), self.dtype)
         self.topk_index = self.empty((b, self.k), torch.int64)
-        self.grad_units: list[Tensor | None] = []
-        self.unpaired: Tensor | None = None  # bool [B, 1]: see `leave_out_unpaired`
 
     @functools.cached_property
     def total(self) -> Tensor:
@@ -459,7 +466,7 @@ class Steps(abc.ABC):
         bad = torch.nn.functional.pad(candidates, (0, 2), value=True)  # there may be none
         target = self.batch.target
         bad = bad[torch.where(target < 0, len(candidates), target)] | query.unsqueeze(1)
-        self.target_score.copy_(torch.where(bad & (target != NO_POSITIVE), math.nan, 0.0))
+        self.target_score = torch.where(bad & (target != NO_POSITIVE), math.nan, 0.0)
 
 
 def some(x: Tensor, rows: slice) -> Tensor:

@@ -29,11 +29,14 @@ class CudaScores(GpuSteps):
     def __init__(self, query: Tensor, candidates: Tensor, *arguments: Any, **named: Any) -> None:
         self.place = launch.place(query)
         super().__init__(query, candidates, *arguments, **named)
-        self.rank = torch.empty_like(self.n_greater)
         self.has_columns = False  # whether `columns` are sums of anything
         # Losses and eq. 11 of the queries, once `finish` has been there.
         self.losses: Tensor | None = None
         self.found: Tensor | None = None
+
+    def new_statistics(self) -> None:
+        super().new_statistics()
+        self.rank = torch.empty_like(self.n_greater)
 
     def width_of(self, m: int) -> int:
         return -(-max(m, 1) // _ROW_PADDING) * _ROW_PADDING
