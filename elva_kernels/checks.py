@@ -193,6 +193,8 @@ def batch(
     if flag(op, "check_finite", check_finite):
         for name, rows in (("query", query), ("candidates", candidates)):
             _finite(op, name, torch.isfinite(rows).all(-1), "rows")
+    if given.max_score is None:
+        return given
     return given._replace(max_score=max_score(op, given.max_score))
 
 
@@ -228,7 +230,9 @@ def _group(op: str, group: Any, given: Given) -> None:
 
 def wrt(op: str, value: Sequence[str], names: Sequence[str]) -> tuple[bool, ...]:
     """Which of the gradients called `names` are asked for."""
-    if isinstance(value, str) or not isinstance(value, Sequence | Set):
+    if type(value) is not tuple and (
+        isinstance(value, str) or not isinstance(value, Sequence | Set)
+    ):
         todo = f"use {(value,)!r}" if isinstance(value, str) else ""
         _refuse(TypeError, op, "wrt", "be a tuple of names", _typed(value), todo)
     for name in value:

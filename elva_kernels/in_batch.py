@@ -295,6 +295,7 @@ def in_batch_ranking_reward_and_grad(
         weights,
         asked,
         backend,
+        target is None,
     )
     grad_query, grad_candidates = wanted(gradients, asked)
     return result, grad_query, grad_candidates

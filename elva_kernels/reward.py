@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from elva_kernels import checks
@@ -174,10 +173,12 @@ def ranking_reward_and_grad(
         weight = checks.upstream(op, weight, query, positive, negatives, mask, index)
     if checks.flag(op, "check_finite", check_finite):
         checks.finite_rows(op, query, positive, negatives, mask, index)
-    with torch.no_grad():
-        results = registered.ranking_reward_and_grad(
-            query, positive, negatives, mask, index, weight, weights, wanted, backend
-        )
+    inputs = (query, positive, negatives)
+    if is_watched(*inputs):
+        inputs = (query.detach(), positive.detach(), negatives.detach())
+    results = registered.ranking_reward_and_grad(
+        *inputs, mask, index, weight, weights, wanted, backend
+    )
     grads = (x if kept else None for x, kept in zip(results[5:], wanted, strict=True))
     grad_query, grad_positive, grad_negatives = grads
     return RankingReward(*results[:5]), grad_query, grad_positive, grad_negatives

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 METRIC_CODES = {"dot": 0, "cosine": 1}
 SCALE_CODES = {"std": 0, "batch": 1, "none": 2}
+_CPU = torch.device("cpu")
 # The memory of larger gradients is kept for the next (csrc/cpu/kept_memory.cpp).
 _LARGE_BYTES = 1 << 20
 
@@ -97,10 +98,11 @@ def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on the CPU."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+    """Uninitialised memory."""
     # Sizes as separate arguments: torch parses a Size in twice the time it takes to allocate.
-    return torch.empty(*shape, dtype=dtype) if shape else torch.empty((), dtype=dtype)
+    sizes = shape or ((),)
+    return torch.empty(*sizes, dtype=dtype, device=device)
 
 
 def empty_kept(shape: torch.Size, dtype: torch.dtype) -> Tensor:

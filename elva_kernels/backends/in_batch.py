@@ -46,11 +46,14 @@ def in_batch_ranking_reward_backward(
     head: int,
     weights: Weights,
     wrt: tuple[bool, bool],
+    *,
+    diagonal: bool = False,
 ) -> Gradients:
     slopes = steps.slopes_of_head(scores, rank, head, grad_reward, weights)
-    batch = Batch(index[:, : rank.shape[1]].contiguous())
+    batch = Batch(index[:, : rank.shape[1]].contiguous(), diagonal=diagonal)
     dtypes = (query.dtype, candidates.dtype)
-    return steps(query, candidates, batch, wrt=wrt).gradients_of_slopes(index, slopes, dtypes)
+    call = steps(query, candidates, batch, wrt=wrt, scored=False)
+    return call.gradients_of_slopes(index, slopes, dtypes)
 
 
 def info_nce(

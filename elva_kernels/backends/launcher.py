@@ -21,7 +21,8 @@ read where they lie and never written. Results are contiguous and have no graph.
                               `reference.RankStatistics`; logsumexp is [0] without a temperature
     in_batch_ranking_reward   (query, candidates, batch, head, weights) -> the values, index
     in_batch_ranking_reward_backward  (query, candidates, index, scores, rank, grad_reward, head,
-                              weights, wrt) -> grad_query, grad_candidates
+                              weights, wrt, *, diagonal) -> grad_query, grad_candidates;
+                              diagonal: query i has the positive i and no other
     info_nce                  (query, candidates, batch, temperature, *, symmetric, workspace_mb)
                               -> loss, the statistics
     info_nce_and_grad         (query, candidates, batch, temperature, weight, *, symmetric,

@@ -113,6 +113,8 @@ def in_batch_ranking_reward_backward(
     head: int,
     weights: Weights,
     wrt: tuple[bool, bool],
+    *,
+    diagonal: bool = False,
 ) -> Gradients:
     slopes = slopes_of_head(scores, rank, head, grad_reward, weights)
     positives = rank.shape[1]

@@ -75,6 +75,7 @@ class Steps(abc.ABC):
     Args:
         query, candidates, batch, k, temperature, workspace_mb: as a launcher's.
         wrt: whether the gradients on query and candidates are wanted.
+        scored: whether anything is to be scored, and has statistics.
     """
 
     masked = -math.inf  # in the place of a score that is no negative's
@@ -90,6 +91,8 @@ class Steps(abc.ABC):
         temperature: Tensor | None = None,
         workspace_mb: int = _WORKSPACE_MB,
         wrt: tuple[bool, bool] = (True, True),
+        *,
+        scored: bool = True,
     ) -> None:
         self.dtype = compute_dtype(query.dtype)
         self.device = query.device
@@ -97,23 +100,34 @@ class Steps(abc.ABC):
         self.wrt = wrt
         self.skipped = skipped_of(batch)
         self.query, self.candidates = self.units_of_both(query, candidates)
-        b, p = batch.target.shape
-        m = len(candidates)
+        self.n_candidates = m = candidates.shape[0]
         self.width = self.width_of(m)
         self.temperature = None if temperature is None else self.exact(temperature.detach())
-        self.chunks = _chunks(b, self.width * self.dtype.itemsize, workspace_mb)
+        self.chunks = _chunks(batch.target.shape[0], self.width * self.dtype.itemsize, workspace_mb)
         self.workspace: Tensor | None = None
         self.k = min(k, m)
+        if scored:
+            self.new_statistics()
+        self.grad_units: list[Tensor | None] = []
+        self.unpaired: Tensor | None = None  # bool [B, 1]: see `leave_out_unpaired`
 
+    def new_statistics(self) -> None:
+        """Memory for what `score` fills in."""
+        b, p = self.batch.target.shape
         self.n_greater, self.n_equal = (self.empty((b, p), torch.int32) for _ in range(2))
         self.target_score = self.empty((b, p), self.dtype)
         self.hardest_score = self.empty((b,), self.dtype)
         self.hardest_index = self.empty((b,), torch.int64)
         self.topk_scores = self.empty((b, self.k), self.dtype)
         self.topk_index = self.empty((b, self.k), torch.int64)
-        self.total, self.moment = (self.empty((b,), torch.float64) for _ in range(2))
-        self.grad_units: list[Tensor | None] = []
-        self.unpaired: Tensor | None = None  # bool [B, 1]: see `leave_out_unpaired`
+
+    @functools.cached_property
+    def total(self) -> Tensor:
+        return self.empty((self.batch.target.shape[0],), torch.float64)
+
+    @functools.cached_property
+    def moment(self) -> Tensor:
+        return torch.empty_like(self.total)
 
     @functools.cached_property
     def target_slope(self) -> Tensor:
@@ -275,7 +289,7 @@ class Steps(abc.ABC):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for a result."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(*shape, dtype=dtype, device=self.device)  # a tuple is parsed slowly
 
     def full(self, size: int, value: float) -> Tensor:
         return torch.full((size,), value, dtype=self.dtype, device=self.device)
@@ -283,9 +297,10 @@ class Steps(abc.ABC):
     def score(self, rows: slice) -> Tensor:
         """The masked scores of some queries, in the workspace; fills in their statistics."""
         query = part_of(self.query, rows)
+        count = query.rows.shape[0]
         if self.workspace is None:
-            self.workspace = self.new_workspace(len(query.rows))
-        scores = self.workspace[: len(query.rows)]
+            self.workspace = self.new_workspace(count)
+        scores = some(self.workspace, slice(count))
         self.multiply_rows(query, scores)
         self.score_rows(scores, rows)
         if self.unpaired is not None:
@@ -451,7 +466,7 @@ class Steps(abc.ABC):
         bad = torch.nn.functional.pad(candidates, (0, 2), value=True)  # there may be none
         target = self.batch.target
         bad = bad[torch.where(target < 0, len(candidates), target)] | query.unsqueeze(1)
-        self.target_score.copy_(torch.where(bad & (target != NO_POSITIVE), math.nan, 0.0))
+        self.target_score = torch.where(bad & (target != NO_POSITIVE), math.nan, 0.0)
 
 
 def some(x: Tensor, rows: slice) -> Tensor:

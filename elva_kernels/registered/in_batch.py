@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elva_kernels.backends.boundary import empty_on_cpu, in_default_float_mode
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Tensors
+from elva_kernels.backends.launcher import Gradients, Tensors
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered.batch import (
     batch_of,
@@ -83,11 +83,12 @@ def _in_batch_ranking_reward_backward(
     weights: Sequence[float],
     wrt: Sequence[bool],
     backend: str,
+    diagonal: bool = False,
 ) -> Tensors:
     op = "in_batch_ranking_reward_backward"
     launch = launcher(op, backend, query.device, query.dtype)
     head_of = (index, scores, per_positive(rank), grad_reward, head, Weights(*weights))
-    return present(launch(query, candidates, *head_of, tuple(wrt)), query)
+    return present(launch(query, candidates, *head_of, tuple(wrt), diagonal=diagonal), query)
 
 
 def _info_nce(
@@ -194,7 +195,7 @@ def _like_gradients(
 
 
 def _trace_reward_backward(query: Tensor, candidates: Tensor, *rest: Any) -> Tensors:
-    return _like_gradients((query, candidates), rest[-2])
+    return _like_gradients((query, candidates), rest[6])
 
 
 def _trace_nce(query: Tensor, candidates: Tensor, target: Tensor | None, *_: Any) -> Tensors:
@@ -244,8 +245,8 @@ register(
         ),
         "in_batch_ranking_reward_backward": Registered(
             "(Tensor query, Tensor candidates, Tensor index, Tensor scores, Tensor rank, Tensor "
-            "grad_reward, int head, float[] weights, bool[] wrt, str backend) -> "
-            f"({_GRADIENTS})",
+            "grad_reward, int head, float[] weights, bool[] wrt, str backend, "
+            f"bool diagonal=False) -> ({_GRADIENTS})",
             _in_batch_ranking_reward_backward,
             _trace_reward_backward,
         ),
@@ -274,6 +275,7 @@ info_nce = _OPS.info_nce.default
 info_nce_and_grad = _OPS.info_nce_and_grad.default
 
 _N_TENSORS = 6  # of what `info_nce` takes
+_OF_TEMPERATURE = 2 + _N_TENSORS - 1  # where it is among the inputs of `_InfoNCE`
 
 
 @in_default_float_mode
@@ -321,11 +323,11 @@ _scaled_once = in_reverse(_ScaledOnce, _ScaledOnce.backward)
 
 
 @in_default_float_mode
-def _scaled(scale: Tensor, *tensors: Tensor) -> Tensors:
-    """Of three inputs and their gradients: these times a scalar, rounded once."""
+def _scaled(wrt: Sequence[bool], scale: Tensor, *tensors: Tensor) -> Gradients:
+    """Of three inputs and their gradients: those in `wrt` times a scalar, rounded once."""
     return tuple(
-        _product(gradient, scale.to(gradient.dtype), x.dtype)
-        for x, gradient in zip(tensors[:3], tensors[3:], strict=True)
+        _product(gradient, scale.to(gradient.dtype), x.dtype) if is_wanted else None
+        for x, gradient, is_wanted in zip(tensors[:3], tensors[3:], wrt, strict=True)
     )
 
 
@@ -353,7 +355,8 @@ class _InBatchRankingReward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.wrt, query, candidates, *_ = inputs
+        ctx.wrt, query, candidates, target, *_ = inputs
+        ctx.diagonal = target is None
         rank, scores, index = output[3:]
         ctx.save_for_backward(query, candidates, index, scores, rank)
         *ctx.rest, _op, ctx.backend = inputs[7:]
@@ -369,7 +372,7 @@ class _InBatchRankingReward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if grads[0] is None:
             return no_gradients(ctx)
-        more = (*ctx.rest, ctx.wrt, ctx.backend)
+        more = (*ctx.rest, ctx.wrt, ctx.backend, ctx.diagonal)
         op = in_batch_ranking_reward_backward
         gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *more)
         return None, *wanted(gradients, ctx.wrt), *(None for _ in range(ctx.n_inputs - 3))
@@ -407,15 +410,16 @@ class _InfoNCE(torch.autograd.Function):
         upstream = grads[0]
         if upstream is None:
             return no_gradients(ctx)
+        wrt = (*ctx.wrt, ctx.needs_input_grad[_OF_TEMPERATURE])
         if ctx.reduction == "none":
             op = _OPS.info_nce_backward.default
             gradients = gradient_op(op, *ctx.saved_tensors, *ctx.rest, upstream, ctx.wrt)
         else:
             # `_scaled` writes where it is told to, which a batch cannot.
             in_place = not (torch.is_grad_enabled() or _is_batched(upstream))
-            scaled = _scaled if in_place else _scaled_once
+            scaled = functools.partial(_scaled, wrt) if in_place else _scaled_once
             gradients = scaled(upstream, *ctx.saved_tensors)
-        grad_query, grad_candidates, grad_temperature = wanted(gradients, (*ctx.wrt, True))
+        grad_query, grad_candidates, grad_temperature = wanted(gradients, wrt)
         nothing = (None for _ in ctx.rest)
         of_tensors = (grad_query, grad_candidates, None, None, None, grad_temperature)
         return None, None, *of_tensors, *nothing

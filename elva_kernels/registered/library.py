@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from elva_kernels.backends.boundary import in_default_float_mode
@@ -89,9 +90,12 @@ def in_reverse(
     """
     name, jvp = function.__name__, {"jvp": staticmethod(refuse)}
     in_forward_mode = cast(Any, type(name, (function,), jvp))
+    # Behind `function.apply`, which looks at the signature of `forward` each time, in 20 us.
+    apply_positional = cast(Any, super(torch.autograd.Function, function)).apply
 
     def apply(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:
             if torch._C._are_functorch_transforms_active():
                 _refuse_compiled_transform()
             # Inside a transform that is not: torch takes our `*arguments` for a context's place.
@@ -99,7 +103,9 @@ def in_reverse(
                 return function.forward(*arguments)
         if forward_ad._current_level >= 0:
             return in_forward_mode.apply(*arguments)
-        return function.apply(*arguments)
+        if is_compiling or torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return apply_positional(*unwrap_dead_wrappers(arguments))
 
     return apply
 

@@ -134,10 +134,13 @@ def _ranking_reward_and_grad(
 
 def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
     """Gradients in the shapes of the inputs; [0] for one that is not wanted, as ops return it."""
-    return tuple(
-        x.new_empty(0) if gradient is None else gradient.view(x.shape)
-        for gradient, x in zip(gradients, inputs, strict=True)
-    )
+    found = list(gradients)
+    for i, (gradient, x) in enumerate(zip(gradients, inputs, strict=True)):
+        if gradient is None:
+            found[i] = x.new_empty(0)
+        elif gradient.shape != x.shape:
+            found[i] = gradient.view(x.shape)
+    return tuple(found)
 
 
 def _reward_from_scores(

@@ -32,9 +32,12 @@ class CpuSteps(Steps):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.rank = torch.empty_like(self.n_greater)
         self.allowed: list[float] = []  # of the gradients on query and candidates: see `_allowed`
         self.pair_weight: Tensor | None = None  # [B, P] `upstream`, once there are slopes
+
+    def new_statistics(self) -> None:
+        super().new_statistics()
+        self.rank = torch.empty_like(self.n_greater)
 
     def units(self, rows: Tensor) -> Units:
         raw = rows.dtype == torch.bfloat16 and module().multiplies_bf16()

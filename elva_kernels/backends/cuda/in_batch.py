@@ -32,7 +32,7 @@ class CudaSteps(CudaScores):
         super().__init__(query, *arguments, **named)
         self.halves = 0
         if query.dtype != torch.float32:
-            self.halves = 1 if len(query) * self.width > _TWO_HALVES else 2
+            self.halves = 1 if query.shape[0] * self.width > _TWO_HALVES else 2
         # [B, P] what each pair adds to the temperature's gradient, and that; once there are slopes.
         self.temperature_slope: Tensor | None = None
         self.grad_temperature: Tensor | None = None
@@ -51,9 +51,9 @@ class CudaSteps(CudaScores):
         weight = weight.double().contiguous()
         if self.losses is None:
             self.losses = torch.empty_like(self.hardest_score)
-            self.temperature_slope = self.empty((*self.batch.target.shape,), torch.float64)
+            self.temperature_slope = self.empty(self.batch.target.shape, torch.float64)
         target, target_slope = some(self.batch.target, rows), some(self.target_slope, rows)
-        row_factor = self.empty((len(target),), torch.float32)
+        row_factor = self.empty((target.shape[0],), torch.float32)
         columns: tuple[Tensor | None, Tensor | None] = (None, None)
         self.finish(
             rows,
@@ -67,14 +67,14 @@ class CudaSteps(CudaScores):
         if symmetric:
             columns = (self.columns.peak, self.factor_of_columns(self.share, self.pairs))
         if self.power is None:
-            whole = len(target) == len(self.batch.target)
+            whole = target is self.batch.target
             self.add_up(weight, self.temperature, columns[1], whole)
         return Slopes(some(self.hardest_score, rows), row_factor, target_slope, target, *columns)
 
     @functools.cached_property
     def share(self) -> Tensor:
         """What each pair adds to its column's factor, once there are `slopes` of columns."""
-        return self.empty((*self.batch.target.shape,), torch.float64)
+        return self.empty(self.batch.target.shape, torch.float64)
 
     def column_share(self, weight: Tensor) -> Tensor:
         return self.share
@@ -84,11 +84,11 @@ class CudaSteps(CudaScores):
         """Each candidate's, as `occurrences` gives them; None where pair i is candidate i's."""
         if self.batch.diagonal:
             return None
-        return occurrences(self.batch.target, len(self.candidates.rows))
+        return occurrences(self.batch.target, self.n_candidates)
 
     def column_factor(self, target: Tensor, share: Tensor) -> Tensor:
         share = share.contiguous()
-        return self.factor_of_columns(share, occurrences(target, len(self.candidates.rows)))
+        return self.factor_of_columns(share, occurrences(target, self.n_candidates))
 
     def factor_of_columns(self, share: Tensor, pairs: tuple[Tensor, Tensor] | None) -> Tensor:
         """[width] the sum of each candidate's pairs' shares [B, P]."""
@@ -96,7 +96,7 @@ class CudaSteps(CudaScores):
         self.call(
             "cuda_column_factor",
             self.width,
-            len(self.candidates.rows),
+            self.n_candidates,
             share.numel(),
             *_pairs_operands(pairs),
             share.data_ptr(),
@@ -119,7 +119,7 @@ class CudaSteps(CudaScores):
         if bound is not None:
             self.power = self.empty((1,), torch.int32)
         if whole:
-            self.grad_temperature = self.empty((), torch.float64)
+            self.grad_temperature = torch.empty((), dtype=torch.float64, device=self.device)
         self.call(
             "cuda_info_nce_total",
             0 if bound is None else bound.numel(),
@@ -141,7 +141,7 @@ class CudaSteps(CudaScores):
             matrix = self.empty((2, *scores.shape), torch.float16)
         self.call(
             "cuda_slope_rows",
-            len(scores),
+            scores.shape[0],
             self.width,
             scores.data_ptr(),
             address(self.query.scale, rows),
@@ -192,7 +192,7 @@ class CudaSteps(CudaScores):
         self.call(
             "cuda_spread_rows",
             count,
-            len(self.candidates.rows),
+            self.n_candidates,
             self.width,
             index.shape[1],
             self.batch.target.shape[1],
@@ -211,7 +211,7 @@ class CudaSteps(CudaScores):
         query, candidates = part_of(self.query, rows), self.candidates
         if not self.grad_units:
             self.grad_units = [
-                self.empty((*x.rows.shape,), torch.float32) if wanted else None
+                self.empty(x.rows.shape, torch.float32) if wanted else None
                 for x, wanted in zip((self.query, candidates), self.wrt, strict=True)
             ]
         of_query, of_candidates = self.grad_units
@@ -236,13 +236,13 @@ class CudaSteps(CudaScores):
                 for x, wanted in zip((self.query, self.candidates), self.wrt, strict=True)
             ]
         gradients = tuple(
-            None if x is None else self.empty((*x.shape,), dtype)
+            None if x is None else self.empty(x.shape, dtype)
             for x, dtype in zip(self.grad_units, dtypes, strict=True)
         )
         sides: list[int] = []
         both = (self.query, self.candidates)
         for units, grad_unit, out in zip(both, self.grad_units, gradients, strict=True):
-            sides += (len(units.rows), units.rows.data_ptr(), pointer(units.scale))
+            sides += (units.rows.shape[0], units.rows.data_ptr(), pointer(units.scale))
             sides += (units.norm.data_ptr(), pointer(grad_unit), pointer(out))
         launch.call(
             OP,

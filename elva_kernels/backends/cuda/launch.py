@@ -17,7 +17,8 @@ def module() -> Any:
 def place(tensor: Tensor) -> tuple[int, int]:
     """The device of a tensor and its current stream."""
     index = tensor.get_device()
-    return index, torch.cuda.current_stream(index).cuda_stream
+    # What `torch.cuda.current_stream` asks before it makes an object of it.
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def call(op: str, function: Callable[..., None], *arguments: Any) -> None:

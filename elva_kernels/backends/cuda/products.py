@@ -8,13 +8,14 @@ from torch import Tensor
 from elva_kernels.backends.boundary import operand
 from elva_kernels.backends.cuda import launch
 
-_SWITCHES = torch.backends.cuda.matmul
+# What `torch.backends.cuda.matmul.allow_fp16_accumulation` looks up; not in every torch.
+_sums_in_float16 = getattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: False)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out [m, n] = a [m, k] b [k, n], or += it; rows of `out` are dense."""
     # Sums in float16, which torch may be told to make, would overflow.
-    if a.dtype == torch.float32 or getattr(_SWITCHES, "allow_fp16_accumulation", False):
+    if a.dtype == torch.float32 or _sums_in_float16():
         float_product(a.float(), b.float(), out, add=add)
     else:
         half_product(a, b, out, add=add)

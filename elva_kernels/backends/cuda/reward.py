@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elva_kernels.backends.boundary import DTYPE_CODES, operand, pointer
+from elva_kernels.backends.boundary import DTYPE_CODES, empty, operand, pointer
 from elva_kernels.backends.cuda import launch
 from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
 from elva_kernels.backends.segments import occurrences
@@ -100,7 +100,7 @@ def _bank_gradient(
 ) -> Tensor:
     """The gradient of sum(upstream * reward) on the bank, from what a forward saved."""
     order, first = occurrences(index, len(bank))
-    gradient = bank.new_empty(bank.shape)
+    gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
     launch.call(
         _OP,
         launch.module().cuda_bank_gradient,
@@ -127,13 +127,13 @@ def _forward(
     gradients: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensors:
     leading, n, *rest = _sizes(query, negatives, index)
-    reward, margin_reward, rank_reward = (
-        query.new_empty(leading, dtype=torch.float32) for _ in range(3)
+    device = query.device
+    values = (
+        *(empty(leading, torch.float32, device) for _ in range(3)),
+        empty(leading, torch.int32, device),
+        empty((*leading, n + 1), torch.float32, device),
     )
-    rank = query.new_empty(leading, dtype=torch.int32)
-    scores = query.new_empty((*leading, n + 1), dtype=torch.float32)
-    values = (reward, margin_reward, rank_reward, rank, scores)
-    size = launch.module().cuda_reward_scratch_bytes(reward.numel(), n)
+    size = launch.module().cuda_reward_scratch_bytes(values[0].numel(), n)
     scratch = query.new_empty(size, dtype=torch.uint8) if size else None
     launch.call(
         _OP,
@@ -167,7 +167,7 @@ def _sizes(query: Tensor, negatives: Tensor, index: Tensor | None) -> tuple[Any,
 
 def _empty_saved(query: Tensor, negatives: Tensor, index: Tensor | None) -> Tensor:
     leading, n, *_ = _sizes(query, negatives, index)
-    return query.new_empty(saved_shape((*leading, n + 1)), dtype=torch.float64)
+    return empty(saved_shape((*leading, n + 1)), torch.float64, query.device)
 
 
 def _empty_gradients(
@@ -175,4 +175,5 @@ def _empty_gradients(
 ) -> list[Tensor | None]:
     """Those that the forward and the backward write: a bank's is made of what they save."""
     written = zip((query, positive, negatives), (*wrt[:2], wrt[2] and index is None), strict=True)
-    return [x.new_empty(x.shape) if wanted else None for x, wanted in written]
+    dense = torch.contiguous_format
+    return [torch.empty_like(x, memory_format=dense) if wanted else None for x, wanted in written]

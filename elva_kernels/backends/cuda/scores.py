@@ -29,11 +29,14 @@ class CudaScores(GpuSteps):
     def __init__(self, query: Tensor, candidates: Tensor, *arguments: Any, **named: Any) -> None:
         self.place = launch.place(query)
         super().__init__(query, candidates, *arguments, **named)
-        self.rank = torch.empty_like(self.n_greater)
         self.has_columns = False  # whether `columns` are sums of anything
         # Losses and eq. 11 of the queries, once `finish` has been there.
         self.losses: Tensor | None = None
         self.found: Tensor | None = None
+
+    def new_statistics(self) -> None:
+        super().new_statistics()
+        self.rank = torch.empty_like(self.n_greater)
 
     def width_of(self, m: int) -> int:
         return -(-max(m, 1) // _ROW_PADDING) * _ROW_PADDING
@@ -46,7 +49,7 @@ class CudaScores(GpuSteps):
         both = self.empty_units(query), self.empty_units(candidates)
         operands: list[Any] = []
         for rows, units in zip((query, candidates), both, strict=True):
-            operands += (len(rows), operand(rows), units.rows.data_ptr())
+            operands += (rows.shape[0], operand(rows), units.rows.data_ptr())
             operands += (pointer(units.scale), units.norm.data_ptr())
         launch.call(
             OP,
@@ -75,21 +78,26 @@ class CudaScores(GpuSteps):
 
     def of_candidates(self, matrix: Tensor) -> Tensor:
         """Without the padding of its rows."""
-        m = len(self.candidates.rows)
+        m = self.n_candidates
         return matrix if matrix.shape[-1] == m else matrix[..., :m]
 
     def keep_best(self, scores: Tensor, rows: slice) -> None:
         if not select.takes(self.k):
             super().keep_best(scores, rows)
             return
-        best = select.Best(OP, some(self.topk_scores, rows), some(self.topk_index, rows), finite=True)
+        best = select.Best(
+            OP, some(self.topk_scores, rows), some(self.topk_index, rows), finite=True
+        )
         best.add(self.of_candidates(scores))
 
     def score_rows(self, scores: Tensor, rows: slice) -> None:
+        sums = (0, 0)
+        if self.temperature is not None:
+            sums = (address(self.total, rows), address(self.moment, rows))
         self.call(
             "cuda_score_rows",
-            len(scores),
-            len(self.candidates.rows),
+            scores.shape[0],
+            self.n_candidates,
             self.width,
             scores.data_ptr(),
             self.k > 0,
@@ -106,8 +114,7 @@ class CudaScores(GpuSteps):
             address(self.target_score, rows),
             address(self.hardest_score, rows),
             address(self.hardest_index, rows),
-            address(self.total, rows),
-            address(self.moment, rows),
+            *sums,
         )
         self.keep_best(scores, rows)
 
@@ -127,7 +134,7 @@ class CudaScores(GpuSteps):
 
     @functools.cached_property
     def columns(self) -> Sums:
-        total, moment = self.empty((2, self.width), torch.float64)
+        total, moment = (self.empty((self.width,), torch.float64) for _ in range(2))
         return Sums(self.empty((self.width,), torch.float32), total, moment)
 
     def column_sums(self, scores: Tensor, rows: slice) -> None:
@@ -135,7 +142,7 @@ class CudaScores(GpuSteps):
         scratch = self.empty((size,), torch.uint8)
         self.call(
             "cuda_column_sums",
-            len(scores),
+            scores.shape[0],
             self.width,
             scores.data_ptr(),
             address(self.query.scale, rows),

@@ -15,7 +15,7 @@ class GpuSteps(Steps):
     def keep_best(self, scores: Tensor, rows: slice) -> None:
         """The k hardest negatives, of masked scores."""
         if self.k > 0:
-            best, index = best_of(scores[:, : len(self.candidates.norm)], self.k)
+            best, index = best_of(scores[:, : self.n_candidates], self.k)
             self.topk_scores[rows] = best
             self.topk_index[rows] = torch.where(best > -math.inf, index, -1)
 
