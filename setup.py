@@ -1,9 +1,9 @@
 """Builds elva_kernels._C from csrc through ninja: the CPU always, CUDA when nvcc is found.
 
-ELVA_KERNELS_CUDA=0|1 decides about CUDA, ELVA_KERNELS_CUDA_ARCHS="80 90a" names architectures; where
-there is an NVIDIA GPU its own alone is built for, else all. CXX, CXXFLAGS and LDFLAGS are honoured;
-ELVA_KERNELS_WERROR=1 makes errors of nvcc's warnings. Without a C++ compiler it installs no _C, and
-doctor() says so.
+ELVA_KERNELS_CUDA=0|1 decides about CUDA, ELVA_KERNELS_CUDA_ARCHS="80 90a" names architectures:
+without it those of the machine's GPUs, or all where it has none. CXX, CXXFLAGS and LDFLAGS are
+honoured; ELVA_KERNELS_WERROR=1 makes errors of nvcc's warnings. Without a C++ compiler it installs
+no _C, and doctor() says so.
 """
 
 import os

@@ -28,8 +28,8 @@ inline bool describe_boxes(RowBoxes* boxes, const void* data, int64_t words, int
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
 #if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &status);
 #else
     const cudaError_t error =
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
@@ -91,7 +91,7 @@ __device__ inline void bulk_load(void* shared, const void* global, uint32_t byte
           "r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(&arrivals->word))
       : "memory");
-}// On sm_120 a copy to another block's memory is a call, which takes a stack.
+}  // On sm_120 a copy to another block's memory is a call, which takes a stack.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 #define ELVA_OWN_SHARED "shared::cta"
 #else
@@ -101,11 +101,11 @@ __device__ inline void bulk_load(void* shared, const void* global, uint32_t byte
 // The box of a group from `word` on, to `shared` on 128 bytes.
 __device__ inline void box_load(void* shared, const RowBoxes* boxes, int word, int group,
                                 Arrivals* arrivals) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d." ELVA_OWN_SHARED ".global.mbarrier::complete_tx::bytes [%0], "
-      "[%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(shared)),
-      "l"(boxes), "r"(word), "r"(0), "r"(group), "r"(shared_address(&arrivals->word))
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.3d." ELVA_OWN_SHARED
+               ".global.mbarrier::complete_tx::bytes [%0], "
+               "[%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(shared)),
+               "l"(boxes), "r"(word), "r"(0), "r"(group), "r"(shared_address(&arrivals->word))
+               : "memory");
 }
 
 __device__ inline uint32_t cluster_rank() {

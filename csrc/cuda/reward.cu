@@ -82,8 +82,8 @@ class Scorer {
   __device__ bool pair(int64_t c, int64_t next, bool* sound) const {
     const int64_t place_one = place(c), place_two = place(next);
     const bool read = place_one >= 0 && place_two >= 0;
-    const bool dense = whole_ && query_.exponent == 0 && read && rows_.at(c, place_one).is_dense() &&
-                       rows_.at(next, place_two).is_dense();
+    const bool dense = whole_ && query_.exponent == 0 && read &&
+                       rows_.at(c, place_one).is_dense() && rows_.at(next, place_two).is_dense();
     if (!__all_sync(kAllLanes, dense)) return false;
     const double2 sums =
         pair_row_sums(rows_.at(c, place_one), rows_.at(next, place_two), query_, dim_, columns_);
@@ -244,8 +244,8 @@ ElvaStatus backward(const ElvaRewardArgs& args) {
   const int64_t blocks = args.batch.groups * column_blocks<T>(args.dim);
   const auto kernel =
       has_whole_rows<T>(args) ? reward_backward<T, true> : reward_backward<T, false>;
-  return launch(kernel, blocks, 0, kGradientThreads,
-                gradient_shared<T>(args.negatives, kMostWide), args.stream, args);
+  return launch(kernel, blocks, 0, kGradientThreads, gradient_shared<T>(args.negatives, kMostWide),
+                args.stream, args);
 }
 
 template <class T>

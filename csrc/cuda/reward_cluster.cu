@@ -538,8 +538,8 @@ template <class T>
 ElvaStatus cluster_reward(const ElvaRewardArgs& args, const Split& split) {
   if (args.batch.groups == 0) return ELVA_OK;
   if (!has_clusters() || !has_whole_rows<T>(args)) return ELVA_UNSUPPORTED;
-  const auto kernel = args.weights.rank_temperature > 0 ? reward_clusters<T, true>
-                                                        : reward_clusters<T, false>;
+  const auto kernel =
+      args.weights.rank_temperature > 0 ? reward_clusters<T, true> : reward_clusters<T, false>;
   const size_t bytes = Layout<T>{args.negatives + 1, split.columns, split.blocks}.bytes();
   int clusters = 0;
   const ElvaStatus status = most_clusters(kernel, split.blocks, kThreads, bytes, &clusters);

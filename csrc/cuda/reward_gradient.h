@@ -20,8 +20,8 @@ __host__ __device__ inline int wide_of(int64_t vectors) {
 // Shared memory that gradient_columns takes: coefficients, then sums of two classes.
 template <class T>
 __host__ __device__ inline size_t gradient_shared(int64_t negatives, int wide) {
-  const size_t some = static_cast<size_t>(negatives < kGradientThreads ? negatives
-                                                                       : kGradientThreads);
+  const size_t some =
+      static_cast<size_t>(negatives < kGradientThreads ? negatives : kGradientThreads);
   const size_t coefficients = some * sizeof(float2);
   const size_t sums = 2 * static_cast<size_t>(wide) * Vector<T>::kSize * sizeof(float);
   return ((coefficients > sums ? coefficients : sums) + 15) / 16 * 16;

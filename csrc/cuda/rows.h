@@ -192,7 +192,8 @@ __device__ inline float2 pair_sums(const T* one, const T* two, int columns, cons
     return (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, offset);
   };
   const float dot = half(second, sum_of_chains(dots[0]), sum_of_chains(dots[1]), kOfSecond);
-  const float square = half(second, sum_of_chains(squares[0]), sum_of_chains(squares[1]), kOfSecond);
+  const float square =
+      half(second, sum_of_chains(squares[0]), sum_of_chains(squares[1]), kOfSecond);
   float sum = half(squared, dot, square, 4);
   for (int offset = 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   const float other = __shfl_xor_sync(kAllLanes, sum, 4);
@@ -225,9 +226,10 @@ __device__ inline double2 pair_row_sums(const Row<T>& one, const Row<T>& two, co
   for (int64_t first = 0; first < dim; first += columns) {
     const int here = static_cast<int>(first + columns < dim ? columns : dim - first);
     const auto read = [&](int, int at, float* q) { widen_all(load16(query.data + first + at), q); };
-    const float2 part = here == kWholeSteps * kRowLanes * Vector<T>::kSize
-                            ? pair_sums<T, kWholeSteps>(one.data + first, two.data + first, here, read)
-                            : pair_sums<T, 0>(one.data + first, two.data + first, here, read);
+    const float2 part =
+        here == kWholeSteps * kRowLanes * Vector<T>::kSize
+            ? pair_sums<T, kWholeSteps>(one.data + first, two.data + first, here, read)
+            : pair_sums<T, 0>(one.data + first, two.data + first, here, read);
     sum.x += part.x;
     sum.y += part.y;
   }

@@ -395,13 +395,14 @@ bool describe_boxes(RowBoxes* boxes, const void* data, int64_t words, int64_t ro
   check_aligned(data, nullptr, 16);
   if (row_stride % 16 != 0 || group_stride % 16 != 0) fail("a stride is no multiple of 16 bytes");
   if (box_words > 256 || rows > 256) return false;
-  *boxes = {static_cast<const unsigned char*>(data), words, rows, row_stride, group_stride,
-            box_words};
+  *boxes = {
+      static_cast<const unsigned char*>(data), words, rows, row_stride, group_stride, box_words};
   return true;
 }
 void box_load(void* shared, const RowBoxes* boxes, int word, int group, Arrivals* arrivals) {
   if (reinterpret_cast<uintptr_t>(shared) % 128 != 0) fail("a box is not on 128 bytes");
-  const int64_t left = boxes->words - word, there = left < boxes->box_words ? left : boxes->box_words;
+  const int64_t left = boxes->words - word,
+                there = left < boxes->box_words ? left : boxes->box_words;
   const uint32_t bytes = static_cast<uint32_t>(there * 4),
                  zeros = static_cast<uint32_t>(boxes->box_words * 4) - bytes;
   auto* to = static_cast<unsigned char*>(shared);
