@@ -8,14 +8,15 @@ from torch import Tensor
 from elva_kernels.backends.boundary import operand
 from elva_kernels.backends.cuda import launch
 
-# What `torch.backends.cuda.matmul.allow_fp16_accumulation` looks up; not in every torch.
-_sums_in_float16 = getattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: False)
+# What `torch.backends.cuda.matmul.allow_fp16_accumulation` looks up; not in every torch. Where it is
+# set, torch refuses products of float16 in float32.
+sums_in_float16 = getattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: False)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """out [m, n] = a [m, k] b [k, n], or += it; rows of `out` are dense."""
     # Sums in float16, which torch may be told to make, would overflow.
-    if a.dtype == torch.float32 or _sums_in_float16():
+    if a.dtype == torch.float32 or sums_in_float16():
         float_product(a.float(), b.float(), out, add=add)
     else:
         half_product(a, b, out, add=add)

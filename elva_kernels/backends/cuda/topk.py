@@ -52,7 +52,8 @@ class _Search:
         self.scratch = query.new_empty(size, dtype=torch.uint8)
 
     def into(self, found: Best) -> None:
-        if self.query.dtype != torch.float32 and len(self.query) > _SCAN_QUERIES:
+        many = len(self.query) > _SCAN_QUERIES and self.query.dtype != torch.float32
+        if many and not products.sums_in_float16():
             self.multiply(found)
         else:
             self.scan(found)
