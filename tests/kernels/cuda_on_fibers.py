@@ -477,13 +477,14 @@ def units_of(dtype, rows):
     r, d = rows.shape
     kept = torch.float32 if dtype == torch.float32 else torch.float16
     unit, exponent = torch.full((r, d), torch.nan, dtype=kept), torch.zeros(r, dtype=torch.int32)
-    inverse = torch.zeros(r)
+    inverse = torch.full((-(-r // 16) * 16,), torch.nan)  # padded
     operands = (unit.data_ptr(), inverse.data_ptr(), exponent.data_ptr())
     where = (rows.data_ptr(), rows.stride())
     cuda_launch.module().cuda_unit_rows(
         *(DTYPE_CODES[dtype], 0, 0, d, r, where, *operands, 0, where, *operands)
     )
-    return unit, exponent, inverse
+    assert (inverse[r:] == 0).all()
+    return unit, exponent, inverse[:r]
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
