@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(32, 16) topk_queries(const __grid_constant__ T
     store16(out + at, x);
   }
   if (threadIdx.x > 0) return;
-  const double inverse = inverse_of(norm);
+  const double inverse = inverse_norm(norm);
   args.inverses[q] = {inverse, static_cast<double>(row.exponent)};
   if (topk.row_factor == nullptr) return;
   const bool is_product = topk.metric == ELVA_DOT && !isnan(norm);

@@ -120,7 +120,7 @@ struct TopkArgs {
 };
 
 // 0 for a zero row, NaN where not finite.
-__device__ inline double inverse_of(double norm) { return norm > 0 ? 1 / norm : norm; }
+__device__ inline double inverse_norm(double norm) { return norm > 0 ? 1 / norm : norm; }
 
 // x 2^-exponent, by two powers: one may be out of range.
 template <class T>
@@ -350,7 +350,7 @@ class Products {
     const int quad = own / 32 * kWarpRows + lane / 4;
     __syncthreads();  // the ring and the piece have been read
     tile_.visit([&](int r, int n, float dot) { results.dot[n][quad + 8 * r] = dot; });
-    results.inverse[own / 32 * kWarpRows + own_row()] = inverse_of(sqrt(square_));
+    results.inverse[own / 32 * kWarpRows + own_row()] = inverse_norm(sqrt(square_));
     __syncthreads();
     const ElvaTopkScoresArgs& topk = args_.topk;
     const int64_t row = first_row_ - own / 32 * kWarpRows + own;
