@@ -30,27 +30,34 @@ def test_takes_no_more_than_it_took(target, name, aligned, row):
     triton = importlib.import_module("triton")
     table = json.loads(triton_resources.TABLE.read_text())
     taken = resources(compile_variant(name, aligned, target), target)
-    committed = table[target][row]
-    assert taken["spilled_bytes"] <= committed["spilled_bytes"]
-    if triton.__version__ == table["triton"]:  # another compiler has its own figures
+    assert taken["spilled_bytes"] == 0
+    part = table.get(triton.__version__, {})
+    if target in part:  # another compiler has its own figures
         for what in ("registers", "shared_bytes"):
-            assert taken[what] <= 1.1 * committed[what], what
+            assert taken[what] <= 1.1 * part[target][row][what], what
 
 
 def test_the_table_is_complete_and_shows_no_spill():
     table = json.loads(triton_resources.TABLE.read_text())
     rows = [row for *_, row in variant_names()]
-    assert list(table) == ["triton", *TARGETS]
-    for target in TARGETS:
-        assert list(table[target]) == rows
-        spilling = [row for row in rows if table[target][row]["spilled_bytes"]]
-        assert not spilling, target
+    assert list(table["3.9.0"]) == list(TARGETS)
+    assert "sm_90" in table["3.6.0"]  # torch 2.11's
+    for version, part in table.items():
+        for target, figures in part.items():
+            assert list(figures) == rows, (version, target)
+            spilling = [row for row in rows if figures[row]["spilled_bytes"]]
+            assert not spilling, (version, target)
 
 
 def test_compiled_arithmetic_is_what_the_numerics_rest_on():
-    """No flush to zero, no fusion in float32, barriers over all memory, loads that see stores."""
+    """No flush to zero or fusion in float32, barriers over all memory, loads that see stores.
+
+    And rows 16 bytes at a time.
+    """
     compiled = compile_variant("value_and_grad-bf16", True, "sm_90")
-    assert compiled.asm["ttgir"].count("ttg.barrier all") == 3
+    assert len(re.findall(r"ttg\.barrier all|gpu\.barrier", compiled.asm["ttgir"])) == 3
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
+    assert "st.global.v4.b32" in compiled.asm["ptx"]
     assert "ld.global.nc" not in compiled.asm["ptx"]
     assert not re.search(r"(add|sub|mul|fma)\S*\.ftz", compiled.asm["ptx"])
     assert not re.search(r"fma\.rn\.f32", compiled.asm["ptx"])

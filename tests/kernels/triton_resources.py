@@ -1,14 +1,15 @@
 """Triton kernels compiled ahead of time, and what each takes: registers, spills, shared memory.
 
-Needs no GPU and no driver. `python -m tests.kernels.triton_resources` rewrites the committed table
-(triton_resources.json), which `test_triton_compile` holds the kernels to.
+Needs no GPU and no driver. `python -m tests.kernels.triton_resources [target ...]` rewrites the
+installed Triton's part of the committed table (triton_resources.json: version, target, variant),
+which `test_triton_compile` holds the kernels to.
 """
 
 import importlib
-import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -170,15 +171,16 @@ def _compile_batch(name, aligned, target):
         importlib.import_module(f"elva_kernels.backends.triton.kernels.{module}"), kernel
     )
     signature, fixed, attributes = {}, {}, {}
-    for at, argument in enumerate(inspect.signature(kernel.fn).parameters):
-        given = types[argument]
+    for at, argument in enumerate(kernel.params):
+        given = types[argument.name]
         kind, _, note = given.partition(" ") if isinstance(given, str) else ("", "", "")
-        if not kind or (note == "1" and aligned):
-            signature[argument] = "constexpr"
+        one = note == "1" and aligned and not argument.do_not_specialize
+        if not kind or one:
+            signature[argument.name] = "constexpr"
             fixed[(at,)] = 1 if kind else given
             continue
-        signature[argument] = kind
-        if aligned and (note == "16" or kind.startswith("*")):
+        signature[argument.name] = kind
+        if aligned and (note == "16" or kind.startswith("*")) and _is_aligned(argument):
             attributes[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[target][0]), options=options)
@@ -207,10 +209,10 @@ def compile_variant(name, aligned, target):
     module = from_scores if family.startswith("scores") else reward
     kernel = getattr(module, f"{family}_kernel")
     gpu, architecture = TARGETS[target]
-    sizes = launch.blocks(architecture, DIM, dtype)
+    sizes = launch.blocks(architecture, DIM, dtype, lean=aligned and not soft)
     if module is from_scores:
         sizes = launch.rank_blocks(architecture)
-    constants = {"SOFT": soft, "SAME": aligned, "ROWS": sizes.rows, "RANKS": launch.RANKS}
+    constants = {"SOFT": soft, "WIDE": aligned, "ROWS": sizes.rows, "RANKS": launch.RANKS}
     constants |= {"BLOCK": sizes.columns, "SPAN": launch.SPAN * sizes.columns}
     absent = {x for part in left_out for x in LEFT_OUT.get(part, (part,))}
     masks = "i64" if name.endswith("-bank") else "i1"
@@ -220,11 +222,17 @@ def compile_variant(name, aligned, target):
     return triton.compile(source, target=GPUTarget(*gpu), options=sizes.options())
 
 
+def _is_aligned(argument):
+    """Whether a call with an aligned tensor or size is compiled for it."""
+    return not (argument.do_not_specialize or argument.do_not_specialize_on_alignment)
+
+
 def _specialise(kernel, dtype, aligned, absent, constants, masks):
     """Signature, constants and attributes, as a call with such arguments would have them."""
     value = "fp64" if dtype == torch.float64 else "fp32"
     signature, fixed, attributes = {}, {}, {}
-    for at, name in enumerate(inspect.signature(kernel.fn).parameters):
+    for at, argument in enumerate(kernel.params):
+        name = argument.name
         if name in absent or name in constants:
             signature[name], fixed[(at,)] = "constexpr", constants.get(name)
         elif name.endswith("_strides"):
@@ -235,9 +243,11 @@ def _specialise(kernel, dtype, aligned, absent, constants, masks):
                 attributes |= {(at, i): [["tt.divisibility", 16]] for i in (0, 1, 3)}
         elif name in WEIGHTS:
             signature[name] = "fp64"
+        elif name.endswith(("_outer", "_inner", "_step")):
+            signature[name] = "i64"
         elif name in ("candidates", "dim", "bank_rows", "inner"):
             signature[name] = "i32"
-            if aligned and name == "dim":
+            if aligned and _is_aligned(argument):
                 attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             kind = {"mask": masks, "rank": "i32"}.get(name, NAMES[dtype])
@@ -246,7 +256,7 @@ def _specialise(kernel, dtype, aligned, absent, constants, masks):
             elif name in VALUES or (name == "scores" and kernel.__name__ == "reward_kernel"):
                 kind = value
             signature[name] = f"*{kind}"
-            if aligned:
+            if aligned and _is_aligned(argument):
                 attributes[(at,)] = [["tt.divisibility", 16]]
     return signature, fixed, attributes
 
@@ -280,15 +290,17 @@ def variant_names():
             yield name, aligned, f"{name}-{'aligned' if aligned else 'unaligned'}"
 
 
-def main():
-    """Compile everything, some minutes, and write the table."""
-    table = {"triton": importlib.import_module("triton").__version__}
-    for target in TARGETS:
-        table[target] = {
+def main(targets):
+    """Compile everything, minutes a target, and write the installed Triton's part of the table."""
+    table, version = json.loads(TABLE.read_text()), importlib.import_module("triton").__version__
+    part = table.setdefault(version, {})
+    for target in targets or TARGETS:
+        part[target] = {
             row: resources(compile_variant(name, aligned, target), target)
             for name, aligned, row in variant_names()
         }
-    text = json.dumps(table, indent=1)
+    table[version] = {target: part[target] for target in TARGETS if target in part}
+    text = json.dumps(dict(sorted(table.items())), indent=1)
     TABLE.write_text(re.sub(r"{\s+(\"registers[^}]*?)\s+}", _one_line, text) + "\n")
 
 
@@ -297,4 +309,4 @@ def _one_line(found):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

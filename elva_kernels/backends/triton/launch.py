@@ -26,11 +26,12 @@ class Blocks(NamedTuple):
         return {"num_warps": self.num_warps, "enable_fp_fusion": False} | capped
 
 
-# Architecture -> by D, the first row whose D is not exceeded. `columns` decides the order of sums,
-# so it is the same everywhere; the rest only decides speed. Sized by what the compiler reports
-# (tests/kernels/triton_resources.json) and the bytes in flight, not yet timed on a GPU. Left to
-# itself NVIDIA's compiler spills a few bytes to fit one more program; hence a number of registers
-# that leaves room for two programs where both fit (sm_90 on), else for one.
+# Architecture -> by D, the first row whose D is not exceeded. `columns`, and of the query's gradient
+# `rows`, decide the order of sums, so they are the same everywhere; the rest only decides speed.
+# Sized by what Triton 3.6 and 3.9 report (tests/kernels/triton_resources.json) and the bytes in
+# flight, not yet timed on a GPU. Left to itself NVIDIA's compiler spills a few bytes to fit one more
+# program; hence a number of registers that leaves room for two where both fit (sm_90 on, `lean`),
+# else for one.
 _LARGEST = 2**63
 _BLOCKS = {
     "sm_80": ((32, Blocks(32, 32, 4, 255)), (_LARGEST, Blocks(16, 128, 8, 255))),
@@ -42,10 +43,13 @@ RANKS = 32  # candidates compared with as many at a time
 BANK_PROGRAMS = 2**15  # of a bank's gradient: of more rows than that, each is one program's. Ours
 
 
-def blocks(architecture: str, dim: int, dtype: torch.dtype) -> Blocks:
-    """The tile for embeddings of size `dim`; float64 takes half the rows, wide types registers."""
+def blocks(architecture: str, dim: int, dtype: torch.dtype, *, lean: bool) -> Blocks:
+    """The tile for embeddings of size `dim`; float64 takes half the rows.
+
+    lean: wide loads and hard ranks; else, and for wide types, a thread needs more registers.
+    """
     found = next(sizes for most, sizes in _BLOCKS[architecture] if dim <= most)
-    if dtype.itemsize == 2:
+    if dtype.itemsize == 2 and lean:
         return found
     rows = found.rows // 2 if dtype == torch.float64 else found.rows
     return found._replace(rows=rows, registers=found.registers and 255)
@@ -106,6 +110,13 @@ def parts(
         for x in tensors
     ]
     yield list(tensors), (inner, outer * inner), strides
+
+
+def is_wide(rows: Tensor) -> bool:
+    """Whether rows [*, D] are dense and can be read, and their like written, 16 bytes at a time."""
+    steps = (rows.shape[-1], *rows.stride()[:-1])
+    aligned = all(step * rows.element_size() % 16 == 0 for step in steps)
+    return aligned and rows.stride(-1) == 1 and rows.data_ptr() % 16 == 0
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

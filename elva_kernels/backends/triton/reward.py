@@ -94,8 +94,10 @@ def ranking_reward_backward(
                 groups.dim,
                 groups.bank_rows,
                 inner,
-                *strides[:5],
-                SAME=groups.steps_alike,
+                *strides[:3],
+                *strides[3][:3],
+                *strides[4][:2],
+                WIDE=groups.are_wide,
                 ROWS=sizes.rows,
                 BLOCK=sizes.columns,
                 **sizes.options(),
@@ -118,7 +120,8 @@ def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) ->
                 *part,
                 scores.shape[-1],
                 inner,
-                *strides[:2],
+                *strides[0],
+                *strides[1][:3],
                 **_scalars(weights),
                 BLOCK=sizes.rows,
                 **sizes.options(),
@@ -143,7 +146,9 @@ def reward_from_scores_backward(
                 *part,
                 candidates,
                 inner,
-                *strides[:3],
+                *strides[0],
+                *strides[1][:3],
+                *strides[2],
                 **_scalars(weights),
                 BLOCK=sizes.rows,
                 **sizes.options(),
@@ -178,8 +183,9 @@ class _Groups(NamedTuple):
         return None if self.row_index is None else len(self.negatives)
 
     @property
-    def steps_alike(self) -> bool:
-        return self.positive.stride(-1) == self.negatives.stride(-1)
+    def are_wide(self) -> bool:
+        """Whether candidates are dense rows, and each begins at a multiple of 16 bytes."""
+        return all(launch.is_wide(x) for x in (self.positive, self.negatives))
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """As the kernels take them: a bank is every group's, and its index says what is masked."""
@@ -188,9 +194,10 @@ class _Groups(NamedTuple):
         bank = self.negatives.expand(*self.leading, *self.negatives.shape)
         return self.query, self.positive, bank, self.row_index
 
-    def blocks(self) -> launch.Blocks:
+    def blocks(self, *, soft: bool = False) -> launch.Blocks:
         architecture = launch.architecture_of(self.query.device)
-        return launch.blocks(architecture, self.dim, self.query.dtype)
+        lean = self.are_wide and not soft
+        return launch.blocks(architecture, self.dim, self.query.dtype, lean=lean)
 
     def empty_saved(self) -> Tensor:
         shape = saved_shape((*self.leading, self.n + 1))
@@ -220,7 +227,7 @@ def _reward(
     scratch = None
     if saved is not None:
         scratch = launch.empty((*groups.leading, 4 * candidates), torch.float64, device)
-    sizes = groups.blocks()
+    sizes = groups.blocks(soft=weights.rank_temperature > 0)
     tensors = (*groups.tensors(), upstream, *values, scratch, saved, *gradients)
     for part, (inner, programs), strides in launch.parts(groups.leading, tensors):
         with launch.on(device):
@@ -230,9 +237,11 @@ def _reward(
                 groups.dim,
                 groups.bank_rows,
                 inner,
-                *strides[:5],
+                *strides[:3],
+                *strides[3][:3],
+                *strides[4][:2],
                 **_scalars(weights),
-                SAME=groups.steps_alike,
+                WIDE=groups.are_wide,
                 ROWS=sizes.rows,
                 BLOCK=sizes.columns,
                 SPAN=launch.SPAN * sizes.columns,

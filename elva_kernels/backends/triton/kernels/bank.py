@@ -45,7 +45,10 @@ def load_places(order, saved, upstream, upstream_step, place, end, negatives):
     return group, a, b, k, query_k
 
 
-@triton.jit(do_not_specialize=["negatives", "across"])
+@triton.jit(
+    do_not_specialize=["negatives", "across", "upstream_step"],
+    do_not_specialize_on_alignment=["upstream", "saved", "order", "first"],
+)
 def bank_gradient_kernel(
     query, bank, upstream, saved, order, first, gradients, negatives, dim, across,
     query_stride, query_step, bank_stride, bank_step, upstream_step,

@@ -17,6 +17,12 @@ import triton.language as tl
 
 from elva_kernels.backends.triton.kernels.ranks import live_candidates, load_slope, settle
 
+# No load's width depends on these: a kernel is not compiled anew for them, which takes seconds.
+SIZES = ["candidates", "inner", "score_outer", "score_inner", "score_step"]
+SIZES += ["mask_outer", "mask_inner", "mask_step", "upstream_outer", "upstream_inner"]
+TENSORS = ["scores", "mask", "upstream", "reward", "margin_reward", "rank_reward", "rank"]
+TENSORS += ["live_scores", "slopes", "grad_scores"]
+
 
 @triton.jit
 def lead(group, inner, strides):
@@ -24,56 +30,57 @@ def lead(group, inner, strides):
     return (group // inner) * strides[0] + (group % inner) * strides[1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def scores_kernel(
     scores, mask, reward, margin_reward, rank_reward, rank, live_scores,
-    candidates, inner, score_strides, mask_strides,
+    candidates, inner, score_outer, score_inner, score_step, mask_outer, mask_inner, mask_step,
     margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
     inverse_temperature: tl.float64, SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The rewards."""
     VALUE: tl.constexpr = live_scores.dtype.element_ty
     group = tl.program_id(0).to(tl.int64)
-    scores += lead(group, inner, score_strides)
+    scores += lead(group, inner, (score_outer, score_inner))
     if mask is not None:
-        mask += lead(group, inner, mask_strides)
+        mask += lead(group, inner, (mask_outer, mask_inner))
     settle(
-        scores, score_strides[2], mask, mask_strides[2], None, candidates, reward + group,
+        scores, score_step, mask, mask_step, None, candidates, reward + group,
         margin_reward + group, rank_reward + group, rank + group, margin, rank_penalty, w_margin,
         w_rank, inverse_temperature, SOFT, BLOCK,
     )  # fmt: skip
     for start in range(0, candidates, BLOCK):
         index = start + tl.arange(0, BLOCK).to(tl.int64)
-        live = live_candidates(mask, mask_strides[2], index, candidates)
-        score = tl.load(scores + index * score_strides[2], mask=live, other=float("-inf")).to(VALUE)
+        live = live_candidates(mask, mask_step, index, candidates)
+        score = tl.load(scores + index * score_step, mask=live, other=float("-inf")).to(VALUE)
         tl.store(live_scores + group * candidates + index, score, mask=index < candidates)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def scores_gradient_kernel(
     scores, mask, upstream, slopes, grad_scores,
-    candidates, inner, score_strides, mask_strides, upstream_strides,
+    candidates, inner, score_outer, score_inner, score_step, mask_outer, mask_inner, mask_step,
+    upstream_outer, upstream_inner,
     margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
     inverse_temperature: tl.float64, SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient; `slopes` is scratch, float64 [*, 2, C]."""
     group = tl.program_id(0).to(tl.int64)
-    scores += lead(group, inner, score_strides)
+    scores += lead(group, inner, (score_outer, score_inner))
     if mask is not None:
-        mask += lead(group, inner, mask_strides)
-    weight = tl.load(upstream + lead(group, inner, upstream_strides)).to(tl.float64)
+        mask += lead(group, inner, (mask_outer, mask_inner))
+    weight = tl.load(upstream + lead(group, inner, (upstream_outer, upstream_inner))).to(tl.float64)
     slopes += group * candidates * 2
     settle(
-        scores, score_strides[2], mask, mask_strides[2], slopes, candidates, None, None, None, None,
+        scores, score_step, mask, mask_step, slopes, candidates, None, None, None, None,
         margin, rank_penalty, w_margin, w_rank, inverse_temperature, SOFT, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()
     for start in range(0, candidates, BLOCK):
         index, slope = load_slope(
-            scores, score_strides[2], mask, mask_strides[2], slopes, start, candidates,
+            scores, score_step, mask, mask_step, slopes, start, candidates,
             inverse_temperature, SOFT, BLOCK,
         )  # fmt: skip
-        live = live_candidates(mask, mask_strides[2], index, candidates)
+        live = live_candidates(mask, mask_step, index, candidates)
         out = grad_scores + group * candidates + index
         gradient = tl.where(live, weight * slope, 0.0)
         if grad_scores.dtype.element_ty != tl.float64:

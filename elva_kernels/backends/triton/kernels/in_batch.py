@@ -22,6 +22,14 @@ import triton.language as tl
 
 from elva_kernels.backends.triton.kernels.ranks import block_sum
 
+# A thread loads an element at a time, so no width depends on these: a kernel is not compiled anew
+# for them.
+SIZES = ["candidates", "width", "rows", "positives", "segments"]
+TENSORS = ["scores", "query_norms", "candidate_norms", "target", "temperature", "total", "moment"]
+TENSORS += ["skipped", "skipped_first", "skipped_last", "n_greater", "n_equal", "target_score"]
+TENSORS += ["hardest_score", "hardest_index", "peak", "row_peak", "row_factor", "target_slope"]
+TENSORS += ["column_peak", "column_factor"]
+
 
 @triton.jit
 def inverse_of(temperature, dtype: tl.constexpr):
@@ -114,7 +122,7 @@ def count_further(
         tl.store(n_equal + which, tl.where(own == own, equal, unsound), mask=there)
 
 
-@triton.jit(do_not_specialize=["positives", "segments"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def score_rows_kernel(
     scores, query_norms, candidate_norms, target, skipped, skipped_first, skipped_last,
     max_score: tl.float64,
@@ -207,7 +215,7 @@ def score_rows_kernel(
         tl.store(moment + row, moments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def column_sums_kernel(
     scores, peak, total, moment, temperature, rows, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +267,7 @@ def add_target_slopes(
     return slope
 
 
-@triton.jit(do_not_specialize=["positives"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def slope_rows_kernel(
     scores, row_peak, row_factor, target_slope, target, column_peak, column_factor, temperature,
     width, positives, ONE: tl.constexpr, BLOCK: tl.constexpr,

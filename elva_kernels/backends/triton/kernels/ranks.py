@@ -22,8 +22,7 @@ def tree_sum(x):
     """Sum over the last axis of [rows, 2^k]: neighbours first. `tl.sum` leaves the order open."""
     for _ in tl.static_range(16):
         if x.shape[1] > 1:
-            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-            x = even + odd
+            x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), axis=2)  # of two
     return tl.reshape(x, [x.shape[0]])
 
 

@@ -32,11 +32,20 @@ from elva_kernels.backends.triton.kernels.ranks import (
 )
 from elva_kernels.backends.triton.kernels.rows import exponents, in_range, power
 
+# What no load's width depends on: a kernel is not compiled anew for it, which takes seconds.
+SIZES = ["candidates", "bank_rows", "inner", "mask_outer", "mask_inner", "mask_step"]
+SIZES += ["upstream_outer", "upstream_inner"]
+VALUES = ["mask", "upstream", "reward", "margin_reward", "rank_reward", "rank", "scores"]
+VALUES += ["scratch", "saved"]
+
 
 @triton.jit
-def row_pointers(positive, negatives, row_stride, index):
+def row_pointers(positive, negatives, row_stride, index, WIDE: tl.constexpr):
     """Where the rows `index` begin: the positive's, or a negative's."""
-    return tl.where(index == 0, positive, negatives + (index - 1) * row_stride)
+    rows = tl.where(index == 0, positive, negatives + (index - 1) * row_stride)
+    if WIDE:  # Triton 3.9 does not see through the choice, and would load element by element
+        rows = tl.multiple_of(rows, [16])
+    return rows
 
 
 @triton.jit
@@ -53,10 +62,10 @@ def places(mask, mask_step, index, live, bank_rows):
 
 
 @triton.jit
-def row_steps(positive_step, negative_step, index, SAME: tl.constexpr):
-    """From one element of a row to its next. One number where it can be: loads stay wide."""
+def row_steps(positive_step, negative_step, index, WIDE: tl.constexpr):
+    """From one element of a row to its next. One number, 1, where loads are wide."""
     steps = negative_step
-    if not SAME:
+    if not WIDE:
         steps = tl.where(index == 0, positive_step, negative_step)[:, None]
     return steps
 
@@ -128,7 +137,7 @@ def unpack(packed):
 @triton.jit
 def score_group(
     query, query_step, positive, positive_step, negatives, negative_step, row_stride, bank_rows,
-    mask, mask_step, scores, norms, candidates, dim, SAME: tl.constexpr, dtype: tl.constexpr,
+    mask, mask_step, scores, norms, candidates, dim, WIDE: tl.constexpr, dtype: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Stores a group's scores, and in `norms` [2, C], if given, norms with k and unclamped scores.
@@ -148,8 +157,8 @@ def score_group(
         inside = index < candidates
         live = live_candidates(mask, mask_step, index, candidates)
         there, place = places(mask, mask_step, index, live, bank_rows)
-        rows = row_pointers(positive, negatives, row_stride, place)
-        row_step = row_steps(positive_step, negative_step, index, SAME)
+        rows = row_pointers(positive, negatives, row_stride, place, WIDE)
+        row_step = row_steps(positive_step, negative_step, index, WIDE)
         dot, norm, k = measure(
             query, query_step, query_k, rows, row_step, there, dim, dtype, ROWS, BLOCK, SPAN
         )
@@ -201,7 +210,7 @@ def keep_coefficients(
 
 
 @triton.jit
-def wanted_rows(grad_positive, grad_negatives, dim, index, listed):
+def wanted_rows(grad_positive, grad_negatives, dim, index, listed, WIDE: tl.constexpr):
     """Where the candidates' gradients go, and those of `listed` that are wanted."""
     wanted = listed
     at = index
@@ -213,7 +222,7 @@ def wanted_rows(grad_positive, grad_negatives, dim, index, listed):
         wanted = listed & (index > 0)
         at = grad_negatives + (index - 1) * dim
     else:
-        at = row_pointers(grad_positive, grad_negatives, dim, index)
+        at = row_pointers(grad_positive, grad_negatives, dim, index, WIDE)
     return at, wanted
 
 
@@ -221,7 +230,7 @@ def wanted_rows(grad_positive, grad_negatives, dim, index, listed):
 def gradient_rows(
     query, query_step, positive, positive_step, negatives, negative_step, row_stride, bank_rows,
     mask, mask_step, saved, weight, grad_query, grad_positive, grad_negatives, candidates, dim,
-    SAME: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes a group's gradients from its `saved`, those of which the pointer is not None.
 
@@ -246,8 +255,8 @@ def gradient_rows(
             readable = there[:, None] & inside[None, :]
             packed = tl.load(saved + index, mask=listed, other=0.0).to(tl.float64)
             a, k = unpack(packed)
-            rows = row_pointers(positive, negatives, row_stride, place)
-            row_step = row_steps(positive_step, negative_step, index, SAME)
+            rows = row_pointers(positive, negatives, row_stride, place, WIDE)
+            row_step = row_steps(positive_step, negative_step, index, WIDE)
             at = rows[:, None] + column[None, :] * row_step
             c = tl.load(at, mask=readable, other=0.0).to(dtype)
             scale = power(k, dtype)
@@ -257,7 +266,7 @@ def gradient_rows(
                 out = (scale.to(tl.float64) * weight).to(dtype)
                 own = b.to(dtype)[:, None] * c
                 gradient = (a.to(dtype)[:, None] * q[None, :] + own) * out[:, None]
-                into, wanted = wanted_rows(grad_positive, grad_negatives, dim, index, listed)
+                into, wanted = wanted_rows(grad_positive, grad_negatives, dim, index, listed, WIDE)
                 tl.store(
                     into[:, None] + column[None, :],
                     tl.where(live[:, None], gradient, 0.0),
@@ -274,8 +283,8 @@ def gradient_rows(
 def group_gradients(
     query, positive, negatives, bank_rows, mask, saved, weight,
     grad_query, grad_positive, grad_negatives, candidates, dim, group,
-    query_strides, positive_strides, negative_strides, mask_strides,
-    SAME: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    query_strides, positive_strides, negative_strides, mask_step,
+    WIDE: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`gradient_rows` of a group's inputs, into its part of each gradient."""
     if grad_query is not None:
@@ -286,20 +295,21 @@ def group_gradients(
         grad_negatives += group * (candidates - 1) * dim
     gradient_rows(
         query, query_strides[2], positive, positive_strides[2], negatives, negative_strides[2],
-        negative_strides[3], bank_rows, mask, mask_strides[2], saved, weight,
-        grad_query, grad_positive, grad_negatives, candidates, dim, SAME, dtype, ROWS, BLOCK,
+        negative_strides[3], bank_rows, mask, mask_step, saved, weight,
+        grad_query, grad_positive, grad_negatives, candidates, dim, WIDE, dtype, ROWS, BLOCK,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["bank_rows"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=VALUES)
 def reward_kernel(
     query, positive, negatives, mask, upstream,
     reward, margin_reward, rank_reward, rank, scores, scratch, saved,
     grad_query, grad_positive, grad_negatives,
     candidates, dim, bank_rows, inner,
-    query_strides, positive_strides, negative_strides, mask_strides, upstream_strides,
+    query_strides, positive_strides, negative_strides,
+    mask_outer, mask_inner, mask_step, upstream_outer, upstream_inner,
     margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
-    inverse_temperature: tl.float64, SOFT: tl.constexpr, SAME: tl.constexpr,
+    inverse_temperature: tl.float64, SOFT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Values; given `scratch` [*, 4, C] and `saved` coefficients; given their memory gradients."""
@@ -309,7 +319,7 @@ def reward_kernel(
     positive += lead(group, inner, positive_strides)
     negatives += lead(group, inner, negative_strides)
     if mask is not None:
-        mask += lead(group, inner, mask_strides)
+        mask += lead(group, inner, (mask_outer, mask_inner))
     scores += group * candidates
     slopes = None
     norms = None
@@ -319,40 +329,42 @@ def reward_kernel(
         saved += group * (candidates * 2 + 1)
     query_packed = score_group(
         query, query_strides[2], positive, positive_strides[2], negatives, negative_strides[2],
-        negative_strides[3], bank_rows, mask, mask_strides[2], scores, norms, candidates, dim, SAME,
+        negative_strides[3], bank_rows, mask, mask_step, scores, norms, candidates, dim, WIDE,
         dtype, ROWS, BLOCK, SPAN,
     )  # fmt: skip
     tl.debug_barrier()
     settle(
-        scores, 1, mask, mask_strides[2], slopes, candidates, reward + group,
+        scores, 1, mask, mask_step, slopes, candidates, reward + group,
         margin_reward + group, rank_reward + group, rank + group,
         margin, rank_penalty, w_margin, w_rank, inverse_temperature, SOFT, RANKS,
     )  # fmt: skip
     if saved is not None:
         tl.debug_barrier()
         keep_coefficients(
-            scores, mask, mask_strides[2], norms, slopes, saved, query_packed, candidates,
+            scores, mask, mask_step, norms, slopes, saved, query_packed, candidates,
             inverse_temperature, SOFT, RANKS,
         )  # fmt: skip
     if (grad_query is not None) or (grad_positive is not None) or (grad_negatives is not None):
         weight = tl.full([], 1, tl.float64)
         if upstream is not None:
-            weight = tl.load(upstream + lead(group, inner, upstream_strides)).to(tl.float64)
+            upstream += lead(group, inner, (upstream_outer, upstream_inner))
+            weight = tl.load(upstream).to(tl.float64)
         tl.debug_barrier()
         group_gradients(
             query, positive, negatives, bank_rows, mask, saved, weight,
             grad_query, grad_positive, grad_negatives, candidates, dim, group,
-            query_strides, positive_strides, negative_strides, mask_strides,
-            SAME, dtype, ROWS, BLOCK,
+            query_strides, positive_strides, negative_strides, mask_step,
+            WIDE, dtype, ROWS, BLOCK,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["bank_rows"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=VALUES)
 def gradient_kernel(
     query, positive, negatives, mask, saved, upstream, grad_query, grad_positive, grad_negatives,
     candidates, dim, bank_rows, inner,
-    query_strides, positive_strides, negative_strides, mask_strides, upstream_strides,
-    SAME: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    query_strides, positive_strides, negative_strides,
+    mask_outer, mask_inner, mask_step, upstream_outer, upstream_inner,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients, from what `reward_kernel` saved for the same inputs."""
     dtype: tl.constexpr = tl.float64 if query.dtype.element_ty == tl.float64 else tl.float32
@@ -361,12 +373,12 @@ def gradient_kernel(
     positive += lead(group, inner, positive_strides)
     negatives += lead(group, inner, negative_strides)
     if mask is not None:
-        mask += lead(group, inner, mask_strides)
+        mask += lead(group, inner, (mask_outer, mask_inner))
     saved += group * (candidates * 2 + 1)
-    weight = tl.load(upstream + lead(group, inner, upstream_strides)).to(tl.float64)
+    weight = tl.load(upstream + lead(group, inner, (upstream_outer, upstream_inner))).to(tl.float64)
     group_gradients(
         query, positive, negatives, bank_rows, mask, saved, weight,
         grad_query, grad_positive, grad_negatives, candidates, dim, group,
-        query_strides, positive_strides, negative_strides, mask_strides,
-        SAME, dtype, ROWS, BLOCK,
+        query_strides, positive_strides, negative_strides, mask_step,
+        WIDE, dtype, ROWS, BLOCK,
     )  # fmt: skip

@@ -78,7 +78,7 @@ def square_of(rows, step, dim, k, dtype: tl.constexpr, BLOCK: tl.constexpr):
     return square
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms"])
 def units_kernel(
     rows, units, norms, dim, row_stride, step,
     SCALED: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
@@ -104,7 +104,7 @@ def units_kernel(
         tl.store(units + row * dim + column, x, mask=column < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["norms"])
 def unit_gradient_kernel(
     units, grad_units, norms, gradients, dim, dtype: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

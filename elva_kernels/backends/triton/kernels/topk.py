@@ -16,7 +16,10 @@ import triton.language as tl
 from elva_kernels.backends.triton.kernels.in_batch import clamped
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["scores", "query_norms", "row_norms"],
+)
 def finish_scores_kernel(
     scores, query_norms, row_norms, rows, COSINE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
