@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     square = warp_sum(square);
     double factor = topk.metric == ELVA_COSINE ? 1 / sqrt(square) : 1.0;
     if (!is_topk_range(square)) {
-      const bool is_zero = row_exponent(row, topk.dim) == kZero;
+      const bool is_zero = warp_exponent(row, topk.dim) == kZero;
       factor = !is_zero ? -1 : topk.metric == ELVA_COSINE ? 0 : 1;
     }
     if (threadIdx.x % 32 == 0) topk.column_factor[i] = static_cast<float>(factor);

@@ -119,6 +119,16 @@ struct TopkArgs {
   double2* inverses;
 };
 
+// As row_exponent, by all lanes of a warp.
+template <class T>
+__device__ inline int warp_exponent(const Row<T>& row, int64_t dim) {
+  float largest = 0;
+  for (int64_t i = threadIdx.x % 32; i < dim; i += 32) {
+    largest = fmaxf(largest, magnitude_of(row[i]));
+  }
+  return exponent_of(warp_max(largest));
+}
+
 // 0 for a zero row, NaN where not finite.
 __device__ inline double inverse_norm(double norm) { return norm > 0 ? 1 / norm : norm; }
 
@@ -334,7 +344,7 @@ class Products {
 #pragma unroll 1
     for (int row = 0; row < kWarpRows; ++row) {
       if (exponents()[row] != kUnread) continue;
-      const int found = row_exponent(corpus_row<T>(args_.topk, first_row_ + row), args_.topk.dim);
+      const int found = warp_exponent(corpus_row<T>(args_.topk, first_row_ + row), args_.topk.dim);
       __syncwarp();  // all have seen the mark
       if (threadIdx.x % 32 == 0) exponents()[row] = found;
       is_scaled = is_scaled || scale_of(found) != 0;
