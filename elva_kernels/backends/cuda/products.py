@@ -8,8 +8,8 @@ from torch import Tensor
 from elva_kernels.backends.boundary import operand
 from elva_kernels.backends.cuda import launch
 
-# What `torch.backends.cuda.matmul.allow_fp16_accumulation` looks up; not in every torch. Where it is
-# set, torch refuses products of float16 in float32.
+# What `torch.backends.cuda.matmul.allow_fp16_accumulation` looks up; not in every torch. Where it
+# is set, torch refuses products of float16 in float32.
 sums_in_float16 = getattr(torch._C, "_get_cublas_allow_fp16_accumulation", lambda: False)
 
 

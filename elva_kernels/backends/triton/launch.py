@@ -26,12 +26,11 @@ class Blocks(NamedTuple):
         return {"num_warps": self.num_warps, "enable_fp_fusion": False} | capped
 
 
-# Architecture -> by D, the first row whose D is not exceeded. `columns`, and of the query's gradient
-# `rows`, decide the order of sums, so they are the same everywhere; the rest only decides speed.
-# Sized by what Triton 3.6 and 3.9 report (tests/kernels/triton_resources.json) and the bytes in
-# flight, not yet timed on a GPU. Left to itself NVIDIA's compiler spills a few bytes to fit one more
-# program; hence a number of registers that leaves room for two where both fit (sm_90 on, `lean`),
-# else for one.
+# Architecture -> by D, the first row whose D is not exceeded. `columns`, and of the query's
+# gradient `rows`, decide the order of sums, so they are the same everywhere; the rest only decides
+# speed. Sized by what Triton 3.6 and 3.9 report (tests/kernels/triton_resources.json) and the bytes
+# in flight. Left to itself NVIDIA's compiler spills a few bytes to fit one more program; hence a
+# number of registers that leaves room for two where both fit (sm_90 on, `lean`), else for one.
 _LARGEST = 2**63
 _BLOCKS = {
     "sm_80": ((32, Blocks(32, 32, 4, 255)), (_LARGEST, Blocks(16, 128, 8, 255))),
