@@ -154,6 +154,20 @@ def test_wanted_gradients_of_every_cluster_keep_their_bits(indexed, capability, 
                 assert same_bits(a, b) if wanted else a is None
 
 
+@pytest.mark.parametrize("shape", CLUSTERS)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
+def test_negatives_side_by_side_are_those_under_a_full_mask(shape, dtype):
+    """To the bit: they come in one box, the others a row at a time; five groups on two clusters."""
+    n, d = CLUSTERS[shape]
+    inputs = embeddings((5,), n, d, dtype)
+    full = torch.ones(5, n, dtype=torch.bool)
+    boxed = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    by_rows = launch("ranking_reward_and_grad", *inputs, full, None, **OPEN_HINGE)
+    for a, b in zip(boxed, by_rows, strict=True):
+        assert same_bits(a, b)
+    check(boxed, inputs, full, None, **OPEN_HINGE)
+
+
 @pytest.mark.parametrize("capability", ["8", "9"])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
