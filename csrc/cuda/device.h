@@ -223,7 +223,12 @@ struct LaunchConfig {
   LaunchConfig& operator=(const LaunchConfig&) = delete;
 };
 
-// How many clusters the device in use runs at a time. Asking takes longer than a launch, so each
+// Of a block, on the device in use.
+inline cudaError_t most_shared(int device, int* bytes) {
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+// How many clusters the device in use runs at a time; 0 where a block has less memory. Asking takes longer than a launch, so each
 // thread remembers some answers.
 template <class Args>
 ElvaStatus most_clusters(void (*kernel)(Args), int cluster, int threads, size_t shared,
@@ -231,7 +236,7 @@ ElvaStatus most_clusters(void (*kernel)(Args), int cluster, int threads, size_t 
   struct Answer {
     void (*kernel)(Args);
     size_t shared;
-    int device, clusters;
+    int device, cluster, clusters;
   };
   constexpr int kAnswers = 16;
   static thread_local Answer answers[kAnswers] = {};
@@ -240,17 +245,24 @@ ElvaStatus most_clusters(void (*kernel)(Args), int cluster, int threads, size_t 
   ElvaStatus status = status_of(cudaGetDevice(&device));
   if (status != ELVA_OK) return status;
   for (const Answer& answer : answers) {
-    if (answer.kernel == kernel && answer.shared == shared && answer.device == device) {
+    if (answer.kernel == kernel && answer.shared == shared && answer.device == device &&
+        answer.cluster == cluster) {
       *clusters = answer.clusters;
       return ELVA_OK;
     }
   }
-  status = prepare(kernel, shared);
+  int most = 0;
+  status = status_of(most_shared(device, &most));
   if (status != ELVA_OK) return status;
-  const LaunchConfig launch(cluster, cluster, threads, shared, nullptr);
-  status = status_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config));
-  if (status != ELVA_OK) return status;
-  answers[next++ % kAnswers] = {kernel, shared, device, *clusters};
+  *clusters = 0;
+  if (shared <= static_cast<size_t>(most)) {
+    status = prepare(kernel, shared);
+    if (status != ELVA_OK) return status;
+    const LaunchConfig launch(cluster, cluster, threads, shared, nullptr);
+    status = status_of(cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config));
+    if (status != ELVA_OK) return status;
+  }
+  answers[next++ % kAnswers] = {kernel, shared, device, cluster, *clusters};
   return ELVA_OK;
 }
 

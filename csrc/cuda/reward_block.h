@@ -9,6 +9,13 @@
 
 namespace elva {
 
+// Whether four rows of halves at a time spill too.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kIsTight = true;
+#else
+constexpr bool kIsTight = false;
+#endif
+
 struct ClusterArgs {
   RowBoxes negatives;  // where is_boxed
   ElvaRewardArgs reward;
@@ -101,7 +108,7 @@ class HeldRows {
 template <class T, bool kSoft>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kGradientThreads / 32;
-  static constexpr int kAhead = sizeof(T) == 2 ? kTogether : 2;  // four of fp32 spill
+  static constexpr int kAhead = sizeof(T) == 2 && !kIsTight ? kTogether : 2;  // four of fp32 spill
 
  public:
   __device__ Block(const ClusterArgs& args, unsigned char* memory)

@@ -19,11 +19,6 @@ namespace elva {
 namespace {
 
 constexpr int kThreads = kGradientThreads;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kBlocksAtOnce = 1;  // its memory holds no two large ones, and registers spill
-#else
-constexpr int kBlocksAtOnce = 2;
-#endif
 constexpr int kMostBlocks = 8;
 constexpr size_t kMostShared = 227 << 10;
 constexpr size_t kHalfShared = 113 << 10;  // two blocks a multiprocessor: one loads, one computes
@@ -32,7 +27,7 @@ constexpr int64_t kLongSegment = 2048;     // where no block decides
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 template <class T, bool kSoft>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kThreads, 2)
     reward_clusters(const __grid_constant__ ClusterArgs args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   ELVA_DYNAMIC_SHARED(memory);

@@ -1,5 +1,6 @@
 // The fibers of cuda_host.h. ELVA_HOST_ORDER: forwards, reversed, or the seed of a shuffle.
-// ELVA_HOST_CAPABILITY: the compute capability's first number. ELVA_HOST_FAIL=1: launches fail.
+// ELVA_HOST_CAPABILITY: the compute capability's first number. ELVA_HOST_SHARED_KB: what a block may
+// have. ELVA_HOST_FAIL=1: launches fail.
 #include "cuda_host.h"
 
 #include <ucontext.h>
@@ -429,6 +430,11 @@ void cluster_send(float2* p, uint32_t rank, float2 x, Arrivals* arrivals) {
 int capability() {
   const char* wish = getenv("ELVA_HOST_CAPABILITY");
   return wish == nullptr ? 9 : atoi(wish);
+}
+
+int most_shared() {
+  const char* wish = getenv("ELVA_HOST_SHARED_KB");
+  return (wish == nullptr ? 227 : atoi(wish)) << 10;
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& body) {

@@ -36,7 +36,11 @@ struct dim3 {
 struct Stream;
 using cudaStream_t = Stream*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
-enum { cudaDevAttrComputeCapabilityMajor, cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaFuncAttributeMaxDynamicSharedMemorySize
+};
 enum { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
   int id;
@@ -76,6 +80,7 @@ uint64_t take(uint64_t x, int lane);
 // As the matrix instruction: see multiply.h.
 void multiply_add(float* sum, const uint32_t* a, const uint32_t* b, bool bf16);
 int capability();
+int most_shared();  // bytes of a block
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& body);
 
 // A barrier on which one thread arrives, with the number of bytes to wait for.
@@ -166,13 +171,14 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = host::capability();
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  const bool of_memory = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  *value = of_memory ? host::most_shared() : host::capability();
   return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, int, int bytes) {
-  return bytes <= (227 << 10) ? cudaSuccess : cudaErrorLaunchFailure;
+  return bytes <= host::most_shared() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {

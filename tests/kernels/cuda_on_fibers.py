@@ -155,6 +155,17 @@ def test_wanted_gradients_of_every_cluster_keep_their_bits(indexed, capability, 
 
 
 @pytest.mark.parametrize("shape", CLUSTERS)
+def test_less_memory_changes_no_bit(shape, monkeypatch):
+    """A GPU whose blocks have 99 KB takes two passes where a cluster's would need more."""
+    inputs = embeddings((3,), *CLUSTERS[shape], torch.bfloat16)
+    expected = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    monkeypatch.setenv("ELVA_HOST_SHARED_KB", "99")
+    found = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("shape", CLUSTERS)
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
 def test_negatives_side_by_side_are_those_under_a_full_mask(shape, dtype):
     """To the bit: they come in one box, the others a row at a time; five groups on two clusters."""
