@@ -86,7 +86,7 @@ def proofs(asked: Asked, backend: str) -> list[Part]:
     dry = ("--dry-run",) if asked.dry else ()
     needs = ("build",) if backend == "cuda" else ()
     patient = backend == "triton"
-    limit, silence = (200.0, 200.0) if patient else (90.0, 30.0)
+    limit, silence = (200.0, 200.0) if patient else (120.0, 75.0)
     groups = {x: [f"{x} {name}" for name in names] for x, names in CHECKS.items()}
     if patient:
         groups = {x.replace(" ", "-"): [x] for found in groups.values() for x in found}
