@@ -67,14 +67,17 @@ def cuda_compiler() -> tuple[str, list[str]]:
             sys.exit("ELVA_KERNELS_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
         print("elva_kernels: no nvcc in use, building for the CPU only", file=sys.stderr)
         return "", []
-    named = os.environ.get("ELVA_KERNELS_CUDA_ARCHS")
+    named = os.environ.get("ELVA_KERNELS_CUDA_ARCHS", "").split()
     if named:
-        return nvcc, named.split()
+        return nvcc, named
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    wanted = archs_of_gpus() or CUDA_ARCHS.values()
+    wanted = archs_of_gpus() or list(CUDA_ARCHS.values())
     archs = [x for x in wanted if f"sm_{x.rstrip('a')}" in known]
     if not archs:
-        print(f"elva_kernels: {nvcc} knows no architecture of ours: CPU only", file=sys.stderr)
+        lacks = f"{nvcc} knows none of sm_{', sm_'.join(wanted)}; install a newer CUDA toolkit"
+        if wish == "1":
+            sys.exit(f"ELVA_KERNELS_CUDA=1 needs an architecture: {lacks}")
+        print(f"elva_kernels: {lacks}: CPU only", file=sys.stderr)
     return (nvcc, archs) if archs else ("", [])
 
 
@@ -83,7 +86,10 @@ def archs_of_gpus() -> list[str]:
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return []
-    told = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
+    except subprocess.TimeoutExpired:
+        return []
     numbers = {capability.split(".")[0] for capability in told}
     return [arch for number, arch in CUDA_ARCHS.items() if number in numbers]
 

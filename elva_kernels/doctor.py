@@ -15,8 +15,9 @@ from elva_kernels.backends.table import BACKENDS, LAUNCHERS
 def warm_up(device: torch.device | str) -> "Report":
     """Prove and compile, now, every backend that "auto" may take on `device`; then `doctor()`.
 
-    Each op is run in each dtype against the reference, once a process even where a verdict is kept:
-    what runs is compiled and loaded. Call it before a CUDA graph capture, which can do neither.
+    Each op is run in each dtype against the reference, once a process and device even where a
+    verdict is kept: what runs is compiled and loaded. Call it before a CUDA graph capture, which
+    can do neither. ELVA_KERNELS_SELFTEST=0 runs nothing here either.
     """
     place = torch.device(device)
     for op, row in LAUNCHERS.items():

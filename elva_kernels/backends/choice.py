@@ -53,6 +53,8 @@ def failure_of(
     if backend.version is None:
         return None
     subject = verdicts.Subject(op, name, backend.version(), dtype, str(device))
+    if here:
+        launcher.cache_clear()  # it may choose by a verdict that this one overturns
     try:
         return verdicts.verdict(subject, lambda name_of_op: LAUNCHERS[name_of_op][name], here=here)
     except verdicts.Capturing as error:

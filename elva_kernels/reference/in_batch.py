@@ -335,9 +335,9 @@ def _logsumexp(
 
 
 def _positive(temperature: Tensor) -> Tensor:
-    """The temperature in float64; NaN where it is not above 0."""
+    """The temperature in float64; NaN where it is not above 0, and so is its gradient."""
     temperature = temperature.double()
-    return torch.where(temperature > 0, temperature, torch.nan)
+    return temperature * torch.where(temperature > 0, 1.0, torch.nan).double()
 
 
 def _first_column(values: Tensor, otherwise: float) -> Tensor:

@@ -194,6 +194,43 @@ def test_warm_up_runs_what_a_verdict_is_kept_on_once_a_process(machine):
     assert machine.calls == 2 * first
 
 
+def test_a_crash_in_warm_up_leaves_what_was_known(machine):
+    machine.install(right)
+    assert taken() == "probe"
+    machine.restart()
+    assert taken() == "probe"  # by the verdict that is kept
+    machine.install(broken)
+    with pytest.warns(RuntimeWarning, match="it raised RuntimeError"):
+        warm_up(CPU)
+    assert taken() == "probe"
+    assert "probe" in str(doctor())
+
+
+def test_an_interrupted_warm_up_begins_again(machine, monkeypatch):
+    machine.install(right)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(verdicts.TRIALS, "ranking_reward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            warm_up(CPU)
+    warm_up(CPU)
+    assert machine.calls > 0
+
+
+def test_what_warm_up_overturns_is_chosen_no_more(machine):
+    machine.install(right)
+    assert taken() == "probe"
+    machine.restart()
+    assert taken() == "probe"  # by the verdict that is kept
+    machine.install(wrong)
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        warm_up(CPU)
+    assert taken() != "probe"
+
+
 def test_a_cache_that_cannot_be_written_or_read_costs_a_test_and_nothing_else(machine, tmp_path):
     (tmp_path / "elva_kernels").write_text("a file where the directory would be")
     machine.install(right)

@@ -193,3 +193,20 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=text):
             InfoNCELoss(**change)
+
+
+@pytest.mark.parametrize("temperature", [math.inf, 0.0, -1.0, math.nan])
+def test_temperatures_of_every_kind(temperature):
+    """A tensor's value is not looked at: beyond all it is uniform, not above 0 it is NaN."""
+    query, candidates = torch.randn(4, 5), torch.randn(6, 5)
+    for backend in ("cpu", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (query, candidates)]
+        leaves.append(torch.tensor(temperature, dtype=torch.float64, requires_grad=True))
+        loss = info_nce(*leaves[:2], temperature=leaves[2], backend=backend)
+        gradients = torch.autograd.grad(loss, leaves)
+        if math.isinf(temperature):
+            assert loss.item() == pytest.approx(math.log(6), rel=1e-6)
+            assert not any(x.any() for x in gradients)
+        else:
+            assert loss.isnan()
+            assert all(x.isnan().all() for x in gradients)

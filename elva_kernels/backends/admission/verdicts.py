@@ -54,7 +54,7 @@ class Subject(NamedTuple):
 
 # Key -> (facts, error or None), as far as this process has asked.
 _verdicts: dict[str, tuple[dict[str, str], str | None]] = {}
-_tried: set[str] = set()  # the keys of what this process has run itself
+_tried: set[tuple[str, torch.device]] = set()  # what this process has run itself, and where
 
 
 def verdict(subject: Subject, launchers: Launchers, *, here: bool = False) -> str | None:
@@ -74,10 +74,17 @@ def verdict(subject: Subject, launchers: Launchers, *, here: bool = False) -> st
         return f"{subject.op} has no self-test"
     facts = subject.facts()
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    if key not in (_tried if here else _verdicts):
-        kept = None if here else _read(_directory() / f"{key}.json")
-        error = kept[1] if kept else _try(subject, launchers, key, facts)
-        _verdicts[key] = facts, error
+    place = key, _resolved(torch.device(subject.device))
+    due = here and place not in _tried
+    if due or key not in _verdicts:
+        path = _directory() / f"{key}.json"
+        kept = None if due else _read(path)
+        error, is_crash = (kept[1], False) if kept else _try(subject, launchers, key, facts)
+        known = _verdicts.get(key) or _read(path)
+        # What was known outlives a crash, which may have been a lack of memory.
+        _verdicts[key] = known if is_crash and known else (facts, error)
+        if not kept:
+            _tried.add(place)
         if error is not None:
             warnings.warn(
                 f"{subject.op}: backend {subject.backend} is passed over for {facts['dtype']} on "
@@ -99,7 +106,10 @@ def known(versions: Iterable[str]) -> dict[str, str | None]:
     }
 
 
-def _try(subject: Subject, launchers: Launchers, key: str, facts: dict[str, str]) -> str | None:
+def _try(
+    subject: Subject, launchers: Launchers, key: str, facts: dict[str, str]
+) -> tuple[str | None, bool]:
+    """What is wrong, and whether it is a crash."""
     device = torch.device(subject.device)
     if _is_captured(device):
         raise Capturing(
@@ -107,19 +117,25 @@ def _try(subject: Subject, launchers: Launchers, key: str, facts: dict[str, str]
             f"a CUDA graph, got no verdict for {facts['dtype']}; call "
             f"elva_kernels.warm_up({subject.device!r}) before the capture"
         )
-    _tried.add(key)
     try:
         with torch.inference_mode(False), torch.no_grad():
             for soft in (False, True):
                 TRIALS[subject.op](launchers, subject.dtype, device, soft)
     except Wrong as error:
         _remember(key, facts, str(error))
-        return str(error)
+        return str(error), False
     except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver may raise
         text = " ".join(str(error).split())
-        return f"it raised {type(error).__name__}: {text[:300]}"
+        return f"it raised {type(error).__name__}: {text[:300]}", True
     _remember(key, facts, None)
-    return None
+    return None, False
+
+
+def _resolved(device: torch.device) -> torch.device:
+    """With its number: kernels are loaded on each GPU."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _is_captured(device: torch.device) -> bool:

@@ -128,7 +128,7 @@ class CpuSteps(Steps):
             target_score.data_ptr(),
             pointer(at),
             *(x.data_ptr() for x in sums),
-            1 / self.inverse_temperature,
+            self.positive_temperature,
             *(_at(x, rows) for x in terms),
         )
 
@@ -148,7 +148,7 @@ class CpuSteps(Steps):
             self.target_score.data_ptr(),
             self.hardest_score.data_ptr(),
             self.total.data_ptr(),
-            1 / self.inverse_temperature,
+            self.positive_temperature,
             found.data_ptr(),
         )
         return found
@@ -170,7 +170,7 @@ class CpuSteps(Steps):
             _at(self.row_terms.others, rows),
             _at(self.column_terms.others, rows) if symmetric else 0,
             _at(self.hardest_score, rows),
-            1 / self.inverse_temperature,
+            self.positive_temperature,
             _at(self.pair_weight, rows),
             target_slope.data_ptr(),
             row_factor.data_ptr(),
@@ -320,10 +320,14 @@ class CpuSteps(Steps):
         )
 
     @functools.cached_property
-    def inverse_temperature(self) -> float:
-        """1 / T; NaN where there is none above 0."""
+    def positive_temperature(self) -> float:
+        """NaN where there is none above 0."""
         temperature = math.nan if self.temperature is None else float(self.temperature)
-        return 1 / temperature if temperature > 0 else math.nan
+        return temperature if temperature > 0 else math.nan
+
+    @property
+    def inverse_temperature(self) -> float:
+        return 1 / self.positive_temperature
 
 
 def _at(x: Tensor, rows: slice) -> int:

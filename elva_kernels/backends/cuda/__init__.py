@@ -27,7 +27,21 @@ def unavailable_reason() -> str | None:
     if capability < _LEAST_CAPABILITY:
         found = ".".join(map(str, capability))
         return f"cuda kernels need a GPU of compute capability 8.0 or later, this one has {found}"
+    if not any(_runs_on(arch, capability) for arch in facts["cuda_archs"]):
+        return (
+            f"elva_kernels._C was built for sm_{', sm_'.join(facts['cuda_archs'])}, this GPU has "
+            f"{'.'.join(map(str, capability))}; run pip install again on this machine"
+        )
     return None
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether what is compiled for `arch`, like "80" or "90a", runs there: code, not PTX."""
+    major, minor = divmod(int(arch.rstrip("af")), 10)
+    is_exact = arch.endswith("a")
+    return major == capability[0] and (
+        minor == capability[1] if is_exact else minor <= capability[1]
+    )
 
 
 def version() -> str:
