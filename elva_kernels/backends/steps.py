@@ -229,7 +229,7 @@ class Steps(abc.ABC):
         return self.units(query), self.units(candidates)
 
     def units(self, rows: Tensor) -> Units:
-        """Of rows [R, D] of any strides."""
+        """Of rows [R, D] of any strides; for a backend that takes one side at a time."""
         raise NotImplementedError
 
     @abc.abstractmethod
@@ -244,12 +244,12 @@ class Steps(abc.ABC):
     def column_sums(self, scores: Tensor, rows: slice) -> None:
         """Adds masked scores of some queries to `columns`."""
 
+    @abc.abstractmethod
     def set_terms(self, terms: Terms, rows: slice, sums: Sums, at: Tensor | None = None) -> None:
         """Eq. 11 and 13 of some queries' pairs from sums over negatives, and their derivatives.
 
         `at`: [R, P] where in `sums` a pair's are; None, where P is 1: in order.
         """
-        raise NotImplementedError
 
     @abc.abstractmethod
     def slope_rows(self, scores: Tensor, slopes: Slopes, rows: slice) -> Tensor:
@@ -280,7 +280,7 @@ class Steps(abc.ABC):
         return matrix.scatter_(1, nowhere[:, positives:], slopes[:, positives:])
 
     def gradient(self, units: Units, grad_unit: Tensor, dtype: torch.dtype) -> Tensor:
-        """On the rows, rounded once; NaN where the norm is."""
+        """On the rows, rounded once, NaN where the norm is; for a backend as that of `units`."""
         raise NotImplementedError
 
     @abc.abstractmethod

@@ -7,6 +7,7 @@ import torch
 
 from elva_kernels import BackendUnavailable, available_backends, doctor, ranking_reward
 from elva_kernels.backends import choice
+from elva_kernels.backends.cuda import _runs_on
 from elva_kernels.backends.table import BACKENDS, LAUNCHERS
 
 
@@ -45,3 +46,20 @@ def test_every_op_has_a_reference_and_only_known_backends():
     for op, row in LAUNCHERS.items():
         assert "reference" in row, op
         assert set(row) <= set(BACKENDS), op
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "runs"),
+    [
+        ("80", (8, 0), True),
+        ("80", (8, 9), True),
+        ("80", (9, 0), False),
+        ("90a", (9, 0), True),
+        ("100", (10, 3), True),
+        ("100", (9, 0), False),
+        ("120", (12, 1), True),
+        ("121a", (12, 0), False),
+    ],
+)
+def test_which_gpus_run_what_is_compiled(arch, capability, runs):
+    assert _runs_on(arch, capability) == runs
