@@ -28,6 +28,7 @@ class Reporter(Protocol):
 
     def start(self, what: str, total: int | None, unit: str = "steps") -> None: ...
     def advance(self, done: int, values: dict[str, float] | None = None) -> None: ...
+    def say(self, line: str) -> None: ...
     def finish(self, line: str) -> None: ...
 
 
@@ -36,6 +37,7 @@ class Silent:
 
     def start(self, what: str, total: int | None, unit: str = "steps") -> None: ...
     def advance(self, done: int, values: dict[str, float] | None = None) -> None: ...
+    def say(self, line: str) -> None: ...
     def finish(self, line: str) -> None: ...
 
 
@@ -86,8 +88,13 @@ class Bars:
         for task in self._progress.task_ids:
             self._progress.update(task, completed=done, values=text)
 
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
     def finish(self, line: str) -> None:
+        """End the bar, with a line or, for an empty one, without."""
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         if line:
-            self.console.print(line, markup=False, soft_wrap=True)
+            self.say(line)

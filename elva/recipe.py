@@ -35,7 +35,7 @@ from elva.settings import (
     shown,
 )
 
-TASKS = ("t2i", "t2t", "t2it", "i2t", "i2i", "it2t", "it2i", "it2it")
+TASKS = ("t2i", "t2t", "t2it", "i2t", "i2i", "i2it", "it2t", "it2i", "it2it")
 Task = Annotated[str, Rule(f"be one of {', '.join(TASKS)}", TASKS.__contains__)]
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -46,9 +46,43 @@ Schedule = Literal[
 COLDEST = 1e-6  # elva_kernels' least temperature
 
 
+OURS = {
+    "per_device_train_batch_size": "stages.N.batch_size",
+    "gradient_accumulation_steps": "stages.N.micro_batch_size",
+    "max_steps": "stages.N.steps",
+    "num_train_epochs": "stages.N.epochs",
+    "learning_rate": "stages.N.learning_rate",
+    "lr_scheduler_type": "stages.N.schedule",
+    "warmup_steps": "stages.N.warmup_ratio",
+    "warmup_ratio": "stages.N.warmup_ratio",
+    "weight_decay": "stages.N.weight_decay",
+    "max_grad_norm": "stages.N.max_grad_norm",
+    "seed": "seed",
+    "data_seed": "seed",
+    "output_dir": "--output",
+    "save_strategy": "save_seconds",
+    "save_steps": "save_seconds",
+    "eval_strategy": "evaluate",
+    "train_sampling_strategy": "stages.N.hard_batches",
+    "auto_find_batch_size": "stages.N.micro_batch_size",
+    "dataloader_drop_last": "stages.N.batch_size",
+    "remove_unused_columns": "stages.N.data",
+    "fp16": "trainer.bf16",
+    "fsdp": None,
+    "deepspeed": None,
+    "parallelism_config": None,
+}
+"""transformers' arguments that say what a field of the recipe says already, with that field, or
+that need several processes; a second word for either would be ignored, or train something else."""
+
+
+def _says_it_once(values: Mapping[str, Any]) -> bool:
+    return not set(values) & set(OURS)
+
+
 def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
     """Whether TrainingArguments takes them; transformers is imported only where there are any."""
-    if not values:
+    if not values or not _says_it_once(values):
         return True
     from transformers import TrainingArguments
 
@@ -66,11 +100,17 @@ RankTemperature = Annotated[
     float,
     Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
 ]
+Fraction = Annotated[float, Rule("be over 0 and at most 1", lambda s: 0 < s <= 1)]
 Shares = Annotated[
     Mapping[Task, Weight], Rule("have a share over 0", lambda s: not s or any(s.values()))
 ]
 TrainerArguments = Annotated[
     Mapping[Name, Plain],
+    Rule(
+        "not hold what other fields say: "
+        + ", ".join(f"{name} ({field})" if field else name for name, field in OURS.items()),
+        _says_it_once,
+    ),
     Rule("be arguments of transformers' TrainingArguments", _are_trainer_arguments),
 ]
 
@@ -139,21 +179,48 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class NegativeConfig:
+    """Whom a query's positives are told from, beside the rest of its batch.
+
+    A query's own negatives are max(given, mined + random): given ones first, then mined ones, and
+    random ones for what is left. InfoNCE takes them as further columns, a ranking stage as its
+    candidates (paper, sec. 3.4: 50 mined and 50 at random).
+    """
+
+    given: Whole = 1  # of its neg_cand_list, which the data or `elva mine` wrote; drawn anew a step
+    mined: Whole = 0  # the hardest of the pool, by the model's own embeddings at the stage's start
+    random: Whole = 0  # drawn from the whole pool
+    in_batch: bool = True  # the answers of the batch's other queries
+
+    @property
+    def count(self) -> int:
+        """A query's own, at most."""
+        return max(self.given, self.mined + self.random)
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage: how much of which loss, on which data, for how long.
 
-    loss = lm * L_lm + infonce * L_infonce + pathwise * L_pathwise + policy * (L_policy + beta * KL)
+    loss = lm * L_lm + ret * L_ret + infonce * L_infonce + pathwise * L_pathwise
+           + policy * (L_policy + beta * KL)
     """
 
     # what is optimised
     lm: Weight = 0.0  # next token of the caption, on tokens whose prefix is still the caption's
+    ret: Weight = 0.0  # next token where a summary ends: [RET], in place of the chat's end
     infonce: Weight = 0.0  # in-batch contrastive loss on the [RET] embeddings
     pathwise: Weight = 0.0  # the reward differentiated through the [RET] embeddings
     policy: Weight = 0.0  # GRPO: clipped policy gradient on the summaries' tokens (paper, sec. 3.4)
     # data
     data: Text = "emoji"  # "emoji" or a directory in M-BEIR's layout
     tasks: Shares = field(default_factory=dict)
-    """Task -> share of the batches; empty: all that the data has."""
+    """Task -> share of the batches; empty: a pass over all that the data has."""
+    share: Fraction = 1.0  # of each dataset's queries, drawn by the seed (the paper's stage 3: 1 %)
+    positives: Literal["one", "all"] = "one"
+    """Of several right answers one, drawn anew each step, or all; the others are no negatives."""
+    negatives: NegativeConfig = NegativeConfig()
+    batches: Literal["task", "mixed"] = "task"  # queries of one task a step, or of all
     instances: Count | None = None  # size of the training set, for --dry-run before it is at hand
     hard_batches: bool = False  # fill batches with a query's mined neighbours
     # length and optimiser
@@ -170,19 +237,17 @@ class StageConfig:
     lora: LoraSettings = LoraSettings()
     # contrastive
     temperature: Annotated[float, at_least(COLDEST)] = 0.05
+    learn_temperature: bool = False  # from there on, as CLIP does
+    symmetric: bool = False  # half of the loss from candidates to queries; the paper's is one-way
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
     num_generations: Count = 1
     sampling_temperature: Positive = 1.0
     max_completion_length: Whole = 16
     rollout_candidates: Literal["all", "query_positive", "query"] = "query_positive"
-    # ranking
-    rank_against: Literal["pool", "batch"] = "pool"
-    """The paper's mined negatives, or the batch's other candidates, whose embeddings are fresh."""
-    hard_negatives: Whole = 50
-    random_negatives: Whole = 50
+    # ranking and mining
     max_score: Number = 0.99  # a candidate more similar than this is not a negative (sec. 3.4)
-    refresh_steps: Count | None = None  # embed the pool and mine again every so many steps
+    refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
     # grpo, after TRL's names
     beta: Weight = 0.2
@@ -190,15 +255,30 @@ class StageConfig:
     num_iterations: Count = 1
     scale_rewards: Literal["std", "batch", "none"] = "std"
 
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Fields that would train something else than they say."""
+        negatives = self.negatives
+        if self.completions == "gold" and self.policy > 0:
+            yield "completions", "be sampled where policy is over 0"
+        if self.completions == "gold" and self.num_generations > 1:
+            yield "num_generations", "be 1 where completions are gold"
+        if self.infonce > 0 and not negatives.in_batch:
+            yield "negatives.in_batch", "be true where infonce is over 0"
+        if self.ranks and not (negatives.in_batch or negatives.count):
+            yield "negatives", "leave something to rank against"
+
     @property
     def ranks(self) -> bool:
         """Whether this stage's loss looks at rewards."""
         return self.pathwise > 0 or self.policy > 0
 
     @property
-    def mines(self) -> bool:
-        """Whether it ranks against negatives mined from the pool."""
-        return self.ranks and self.rank_against == "pool"
+    def banks(self) -> bool:
+        """Whether candidates are embedded greedily and kept, instead of rolled out each step."""
+        drawn = self.negatives.mined + self.negatives.random > 0
+        return self.rollout_candidates == "query" or (
+            self.rollout_candidates == "query_positive" and drawn
+        )
 
     @property
     def embeds(self) -> bool:
@@ -231,19 +311,25 @@ class Recipe:
             yield f"controls.{both[0]}", "have a name that no stage has"
 
     def idle(self) -> Iterator[tuple[str, str]]:
-        """Stages that cannot be trained: without an end or without a loss."""
+        """Stages that cannot be trained, or not as they say."""
         for name, stage in self.stages.items():
             if stage.steps is None and stage.epochs is None:
                 yield f"stages.{name}", "have steps or epochs"
         for kind in ("stages", "controls"):
             for name, stage in getattr(self, kind).items():
-                if not (stage.lm or stage.embeds):
-                    yield f"{kind}.{name}", "have lm, infonce, pathwise or policy over 0"
+                if not (stage.lm or stage.ret or stage.embeds):
+                    yield f"{kind}.{name}", "have lm, ret, infonce, pathwise or policy over 0"
+                for field_name, rule in stage.contradictions():
+                    yield f"{kind}.{name}.{field_name}", rule
 
 
 # -- the recipes -----------------------------------------------------------------------------------
 
 _RETRIEVAL = {"t2i": 0.5, "i2t": 0.3, "it2i": 0.2}
+
+_IN_BATCH = NegativeConfig(given=0)
+_MINED = NegativeConfig(given=100, mined=50, random=50, in_batch=False)
+"""Paper, sec. 3.4; where `elva mine` has written them, the data's."""
 
 _STAGE_2 = StageConfig(
     lm=2.0,  # what limits a model of this size is reading its pictures
@@ -253,6 +339,8 @@ _STAGE_2 = StageConfig(
     batch_size=64,
     learning_rate=5e-4,
     train_vision=True,
+    symmetric=True,
+    negatives=_IN_BATCH,
 )
 
 _STAGE_3 = replace(
@@ -263,7 +351,6 @@ _STAGE_3 = replace(
     steps=80,
     learning_rate=2e-4,
     train_vision=False,
-    rank_against="batch",
     max_score=1.0,  # names are unique here: no candidate is a false negative
     reward=RewardConfig(w_margin=0.0, w_rank=1.0, rank_temperature=0.03),
 )
@@ -281,7 +368,15 @@ _EMOJI = Recipe(
             weight_decay=0.7,
             train_vision=True,
         ),
-        "1": StageConfig(lm=0.5, infonce=1.0, tasks={"t2t": 1.0}, steps=25, learning_rate=5e-4),
+        "1": StageConfig(
+            lm=0.5,
+            infonce=1.0,
+            tasks={"t2t": 1.0},
+            steps=25,
+            learning_rate=5e-4,
+            symmetric=True,
+            negatives=_IN_BATCH,
+        ),
         "2": _STAGE_2,
         "3": _STAGE_3,
     },
@@ -294,7 +389,7 @@ _EMOJI = Recipe(
             infonce=0.0,
             pathwise=0.0,
             policy=1.0,
-            rank_against="pool",
+            negatives=replace(_MINED, given=0),
             num_generations=8,
             batch_size=16,
             reward=RewardConfig(),
@@ -307,7 +402,8 @@ that starts from random weights must first learn to see and to write; Qwen2-VL a
 
 def _paper(name: str, model: ModelConfig) -> Recipe:
     """Liu et al., ELVA, arXiv:2606.20280, sec. 4.1. LoRA ranks and temperature: LamRA's, which the
-    paper builds on; batch sizes are over all devices."""
+    paper builds on; batch sizes are over all devices. `ret` is ours: no released model knows [RET],
+    and the paper does not say how it is learnt."""
     prompt = "Analyse the input, summarise it, and end with [RET]."
     common = StageConfig(
         max_completion_length=128,
@@ -320,19 +416,20 @@ def _paper(name: str, model: ModelConfig) -> Recipe:
         model=replace(model, summary_prompt=prompt),
         stages={
             "1": replace(
-                common, infonce=1.0, data="data/nli", tasks={"t2t": 1.0}, epochs=2,
+                common, infonce=1.0, ret=1.0, data="data/nli", tasks={"t2t": 1.0}, epochs=2,
                 batch_size=576, learning_rate=4e-5, lora=LoraSettings(64, 128),
             ),
             "2": replace(
-                common, infonce=1.0, data="data/M-BEIR", instances=1_100_000, epochs=1,
+                common, infonce=1.0, ret=1.0, data="data/M-BEIR", instances=1_100_000, epochs=1,
                 batch_size=960, learning_rate=1e-4,
             ),
             "3": replace(
-                common, policy=1.0, data="data/M-BEIR-1pct", instances=11_000, epochs=1,
-                batch_size=8, learning_rate=1e-6, num_generations=8, beta=0.2,
+                common, policy=1.0, data="data/M-BEIR", share=0.01, instances=11_000, epochs=1,
+                batch_size=8, learning_rate=1e-6, num_generations=8, beta=0.2, negatives=_MINED,
             ),
         },
         save_seconds=1800.0,
+        evaluate_limit=200,
         trainer={"bf16": True},
     )  # fmt: skip
 
@@ -370,8 +467,19 @@ RECIPES: dict[str, Recipe] = {
 # -- resolving -------------------------------------------------------------------------------------
 
 
-def resolve(name: str, file: Path | None = None, assignments: Iterable[str] = ()) -> Recipe:
+def resolve(
+    name: str,
+    file: Path | None = None,
+    assignments: Iterable[str] = (),
+    *,
+    model: str | None = None,
+    data: str | None = None,
+) -> Recipe:
     """A named recipe, changed by a YAML file and then by `a.b=c` assignments.
+
+    Args:
+        model: its `model.path`.
+        data: the data of every stage and control; an assignment may change one again.
 
     Raises:
         UserError: unknown recipe, unreadable file, unknown key, or a value against its field's
@@ -385,6 +493,14 @@ def resolve(name: str, file: Path | None = None, assignments: Iterable[str] = ()
         if not isinstance(changes, Mapping):
             raise UserError(f"{file}:1: must be a mapping of recipe fields, got {shown(changes)}")
         recipe = build(Recipe, _merge(recipe, changes), places)
+    if model is not None:
+        recipe = build(Recipe, _merge(recipe, {"model": {"path": model}}), places)
+    if data is not None:
+        given = {
+            kind: {name: {"data": data} for name in getattr(recipe, kind)}
+            for kind in ("stages", "controls")
+        }
+        recipe = build(Recipe, _merge(recipe, given), places)
     for text in assignments:
         path, separator, value = text.partition("=")
         if not separator or not path:

@@ -11,11 +11,13 @@ control-infonce/...         the same, for what stage 3 is compared with
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,9 @@ from elva.data import emoji
 from elva.errors import RunError
 from elva.files import PARTIAL, is_whole, write_text
 from elva.recipe import Recipe, read_recipe, to_dict
+
+LOCK = ".lock"
+"""Held by the process that trains."""
 
 
 class Run:
@@ -64,6 +69,23 @@ class Run:
                 f"{directory}: must hold a run, got no recipe.yaml; start one with elva train"
             )
         return cls(directory, read_recipe(file))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training it at the same time; the lock ends with the process.
+
+        Raises:
+            RunError: one is at work.
+        """
+        with open(self.directory / LOCK, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"{self.directory}: must be trained by one process, got a second; wait for the "
+                    "first or choose another --output"
+                ) from None
+            yield
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -112,13 +134,7 @@ class Run:
 
     def source(self, data: str) -> Path:
         """Where a stage's data lies: the embedded corpus, built on first use, or a directory."""
-        if data == "emoji":
-            return emoji.cached(self.recipe.model.scratch.image_size)
-        if not Path(data).is_dir():
-            raise RunError(
-                f"{data}: must be a directory in M-BEIR's layout; see elva data emoji --help"
-            )
-        return Path(data)
+        return source_of(self.recipe, data)
 
     def read(self, name: str, file: str) -> dict[str, Any]:
         data: dict[str, Any] = json.loads((self.stage(name) / file).read_text(encoding="utf-8"))
@@ -159,6 +175,17 @@ class Run:
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def source_of(recipe: Recipe, data: str) -> Path:
+    """Where a stage's data lies: the embedded corpus, built on first use, or a directory."""
+    if data == "emoji":
+        return emoji.cached(recipe.model.scratch.image_size)
+    if not Path(data).is_dir():
+        raise RunError(
+            f"{data}: must be a directory in M-BEIR's layout; see elva data emoji --help"
+        )
+    return Path(data)
 
 
 def _dated(parent: Path, name: str) -> Path:

@@ -11,12 +11,16 @@ import typer
 from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from elva.recipe import Recipe
     from elva.run import Run
 
 
 EXAMPLES = (
     "Examples:  elva train   |   elva train --seed 1 --output runs/one   |   "
     "elva train --output runs/one --resume   |   elva train --recipe elva-2b --dry-run   |   "
+    "elva train --recipe elva-2b --model Qwen2-VL-2B-Instruct --data data/M-BEIR   |   "
     "elva train --stages 3 --from runs/one --set stages.3.learning_rate=1e-4"
 )
 
@@ -25,6 +29,12 @@ def train(
     recipe: Annotated[
         str, typer.Option(help="Recipe to train: emoji, smoke, elva-2b or elva-7b.")
     ] = "emoji",
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint to start from: a directory or a hub name.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data of every stage: a directory in M-BEIR's layout.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Run directory; a fresh dated one under runs/ by default.")
     ] = None,
@@ -67,12 +77,18 @@ def train(
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
         wanted = None if stages is None else stages.split(",")
+        given = {"model": model, "data": data}
         if dry_run:
             from elva.training.estimate import describe
 
-            resolved = resolve(recipe, config, changes)
+            resolved = resolve(recipe, config, changes, **given)
             chosen(resolved, wanted)
-            _print_plan(describe(resolved, limit), as_json)
+            quiet_libraries()
+            from elva.training.readiness import check
+
+            ready = check(resolved, controls=controls, whole=False)
+            plan = describe(resolved, limit, ready.stages)
+            _print_plan({**plan, "missing": ready.missing}, as_json)
             return
         quiet_libraries()
         from elva.commands.train import train as run_stages
@@ -80,7 +96,10 @@ def train(
         from elva.run import Run
 
         began = None if start_from is None else Run.open(start_from)
-        run = _run_to_train(Run, recipe, output, config, changes, resume, wanted, began)
+        run = _run_to_train(
+            Run, lambda: resolve(recipe, config, changes, **given), output, resume, wanted, began,
+            controls, changed=bool(config is not None or changes or model or data),
+        )  # fmt: skip
         console = err if as_json else out
         console.print(f"run directory: {run.directory}", soft_wrap=True)
         with Bars(console) as bars:
@@ -99,31 +118,31 @@ def train(
 
 def _run_to_train(
     kind: type[Run],
-    recipe: str,
+    resolved: Callable[[], Recipe],
     output: Path | None,
-    config: Path | None,
-    changes: list[str],
     resume: bool,
     stages: list[str] | None,
     start_from: Run | None,
+    controls: bool,
+    *,
+    changed: bool,
 ) -> Run:
-    from elva.commands.train import check
     from elva.errors import UserError
-    from elva.recipe import resolve
+    from elva.training.readiness import check
 
     if not resume:
-        resolved = resolve(recipe, config, changes)
-        check(resolved, stages, start_from)
-        return kind.create(output, resolved)
+        recipe = resolved()
+        check(recipe, stages, start_from, controls=controls, output=output or Path("runs"))
+        return kind.create(output, recipe)
     if output is None:
         raise UserError("train: --resume must name the run; pass --output RUN too")
-    if config is not None or changes:
+    if changed:
         raise UserError(
-            "train: --resume goes on with the run's own recipe, got --config, --set or --seed; "
-            "leave them out or start a new run"
+            "train: --resume goes on with the run's own recipe, got --config, --set, --seed, "
+            "--model or --data; leave them out or start a new run"
         )
     run = kind.open(output)
-    check(run.recipe, stages, start_from or run)
+    check(run.recipe, stages, start_from or run, controls=controls, output=output)
     return run
 
 

@@ -1,11 +1,8 @@
 """`elva train`: every stage of a recipe, each from the files of the one before."""
 
-import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -17,50 +14,16 @@ from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
 from elva.model.retriever import Retriever, create
 from elva.progress import Reporter
-from elva.recipe import Recipe, StageConfig, chosen
+from elva.recipe import StageConfig, chosen
 from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.loop import Length
+from elva.training.plan import steps_an_epoch
+from elva.training.readiness import notices, refuse_start
 from elva.training.stage import StageTrainer
-
-HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
 CLOCKED_STEPS = 20
 """A control that runs for another stage's wall time may take at most this many times its steps."""
-
-
-def check(
-    recipe: Recipe, stages: Sequence[str] | None = None, start_from: Run | None = None
-) -> None:
-    """Refuse what cannot be trained here, before a run directory is made for it.
-
-    Args:
-        start_from: a run that may hold what the first of `stages` starts from.
-
-    Raises:
-        UserError: several processes, an unknown stage or one that has nothing to start from, data
-            or a model that is not there.
-    """
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise RunError(
-            f"train: the number of processes must be 1, got {processes}; "
-            "training on several is not supported yet"
-        )
-    names = chosen(recipe, stages)
-    if names and start_from is None and (place := list(recipe.stages).index(names[0])):
-        _refuse_start(names[0], list(recipe.stages)[place - 1])
-    for name in names:
-        data = recipe.stages[name].data
-        if data != "emoji" and not Path(data).is_dir():
-            raise RunError(
-                f"recipe: stages.{name}.data must be emoji or a directory in M-BEIR's layout, "
-                f"got {data!r}; see elva data --help"
-            )
-    model = recipe.model.path
-    if model is not None and not Path(model).is_dir() and not re.fullmatch(HUB_NAME, model):
-        raise RunError(
-            f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
-        )
 
 
 def train(
@@ -80,7 +43,18 @@ def train(
         limit: at most this many steps a stage.
         controls: also train what the last stage is compared with.
     """
-    names = chosen(run.recipe, stages)
+    with run.locked():
+        _train(run, reporter, chosen(run.recipe, stages), start_from, limit, controls)
+
+
+def _train(
+    run: Run,
+    reporter: Reporter,
+    names: Sequence[str],
+    start_from: Run | None,
+    limit: int | None,
+    controls: bool,
+) -> None:
     tokenised = _Tokenised()
     for name in names:
         beginning = _beginning(run, name, start_from)
@@ -106,13 +80,6 @@ class _Tokenised:
         return retriever
 
 
-def _refuse_start(name: str, previous: str) -> NoReturn:
-    raise RunError(
-        f"train: stage {name} starts from stage {previous}, which is not trained; "
-        "train it too or pass --from RUN"
-    )
-
-
 def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
     """The checkpoint (or hub name) a stage starts from."""
     order = list(run.recipe.stages)
@@ -125,7 +92,7 @@ def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
             raise RunError(f"{start_from.directory}: must hold a trained stage to start from")
         return start_from.model(last)
     if previous is not None:
-        _refuse_start(name, previous)
+        refuse_start(name, previous)
     if run.recipe.model.path is not None:
         return Path(run.recipe.model.path)
     _create(run)
@@ -167,9 +134,11 @@ def _train_stage(
             retriever.add_lora(stage.lora)
         retriever.freeze_vision(not stage.train_vision)
         retriever.plain.train()
-        examples = Examples(load(run.source(stage.data), split="train"), stage.tasks)
+        examples = Examples(load(run.source(stage.data), split="train"), stage, run.recipe.seed)
         length = stage_length(stage, examples, limit, budget)
         reporter.start(title, length.steps if length.seconds is None else None)
+        for line in notices(stage, examples):
+            reporter.say(f"{title}: {line}")
         trainer = StageTrainer(
             retriever,
             stage,
@@ -180,6 +149,7 @@ def _train_stage(
             save_seconds=run.recipe.save_seconds,
             extra=run.recipe.trainer,
             on_step=lambda step, values: _on_step(run, name, reporter, step, values),
+            say=reporter.say,
         )
         resume = checkpoint.newest(run.stage(name))
         steps = int(resume.name.removeprefix(checkpoint.PREFIX)) if resume else 0
@@ -187,7 +157,7 @@ def _train_stage(
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         _finish(run, name, trainer)
         reporter.finish(_line(run, name, title))
-    if not (run.stage(name) / "evaluation.json").is_file():
+    if run.recipe.evaluate and not (run.stage(name) / "evaluation.json").is_file():
         evaluate_stage(run, name, reporter, retriever=tokenised.load(run.model(name), None))
 
 
@@ -197,8 +167,7 @@ def stage_length(
     """Steps of a stage: its own, or by epochs over its data, or another stage's wall time."""
     steps = stage.steps
     if steps is None and stage.epochs is not None:
-        count = sum(len(q) for q in examples.queries.values())
-        steps = max(1, round(stage.epochs * count / stage.batch_size))
+        steps = max(1, round(stage.epochs * steps_an_epoch(stage, examples)))
     if steps is None:
         if budget is None:
             raise RunError("train: a stage must have steps or epochs; set stages.N.steps")
@@ -213,7 +182,9 @@ def _on_step(run: Run, name: str, reporter: Reporter, step: int, values: dict[st
 
 def _finish(run: Run, name: str, trainer: StageTrainer) -> None:
     """The stage's model as an ordinary checkpoint, then the note that it is done."""
-    run.write(name, "stage.json", {"steps": trainer.state.global_step, "seconds": trainer.elapsed})
+    trainer.refuse_broken_weights()
+    done = {"steps": trainer.state.global_step, "seconds": trainer.elapsed}
+    run.write(name, "stage.json", {**done, "flags": trainer.guards.said})
     shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
     write_directory(run.model(name), trainer.retriever.save)
     checkpoint.prune(run.stage(name), keep=0)

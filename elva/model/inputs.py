@@ -8,15 +8,16 @@ The tokenizer and the image processor of a checkpoint do not change from stage t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from elva.data import Item, Query
@@ -25,6 +26,13 @@ RET = "[RET]"
 """The token whose hidden state is the embedding."""
 
 IMAGE_PAD = "<|image_pad|>"
+
+CHAT_END = "<|im_end|>"
+"""Ends an answer of Qwen's chat models: to the sampler one token with [RET], which takes its
+place."""
+
+WORDS_HERE = "\ue000"
+"""Where the chat template puts what is asked; a character for private use."""
 
 PROMPTS_KEPT = 100_000
 """Tokenised prompts kept at a time; about 1 KB each."""
@@ -61,23 +69,45 @@ class PromptBatch:
 
 
 class Inputs:
-    """Tokenizer, image processor and chat template of a checkpoint, and what they have made so
-    far."""
+    """Tokenizer, image processor and chat template of a checkpoint, what a summary may be written
+    in, and what was made so far."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         image_processor: Qwen2VLImageProcessorPil,
         summary_prompt: str,
+        *,
+        vocabulary: int | None = None,
+        reserved_ids: Iterable[int] = (),
+        end_ids: Iterable[int] = (),
     ) -> None:
+        """
+        Args:
+            vocabulary: rows of the model's head; those beyond the tokenizer's own are no tokens.
+            reserved_ids: further ids that a summary may not hold: the config's picture tokens.
+            end_ids: further ids that end an answer: the generation config's.
+        """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.summary_prompt = summary_prompt
-        if tokenizer.convert_tokens_to_ids(RET) in (None, tokenizer.unk_token_id):
-            tokenizer.add_special_tokens({"additional_special_tokens": [RET]})
-        self.ret_id = token_id(tokenizer, RET)
         self.image_id = token_id(tokenizer, IMAGE_PAD)
+        self.ret_is_new = RET not in tokenizer.get_vocab()
+        if self.ret_is_new:
+            # Never `add_special_tokens`: it replaces the list of those that there are.
+            tokenizer.add_tokens([AddedToken(RET, special=True, normalized=False)], True)
+        self.ret_id = token_id(tokenizer, RET)
+        ends = [tokenizer.get_vocab().get(CHAT_END), tokenizer.eos_token_id, *end_ids]
+        known_ends = dict.fromkeys(i for i in ends if i is not None and i != self.ret_id)
+        self.end_ids = list(known_ends)  # the chat's own first
+        known = tokenizer.added_tokens_decoder
+        special = {*tokenizer.all_special_ids, *(i for i, t in known.items() if t.special)}
+        unknown = set(range(vocabulary or 0)) - set(tokenizer.get_vocab().values())
+        banned = special | unknown | set(reserved_ids)
+        self.banned_ids = sorted(banned - {self.ret_id, *self.end_ids})
+        self._special = {int(i) for i in special | set(reserved_ids)}
         self._prompts: dict[tuple[str | None, str | None], Prompt] = {}
+        self._frames: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
         self._pictures: dict[str, Item] = {}
         self._patches: dict[str, tuple[Tensor, Tensor]] = {}
         self._patches_bytes = 0
@@ -90,21 +120,25 @@ class Inputs:
         The image processor is the PIL one on every machine: torchvision resizes to slightly
         different pixels, and an index must not depend on what else is installed.
         """
+        config = AutoConfig.from_pretrained(path)
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        reserved = [getattr(config, name, None) for name in names]
+        try:
+            ends = GenerationConfig.from_pretrained(path).eos_token_id
+        except OSError:  # a checkpoint without one: the tokenizer's alone
+            ends = None
         return cls(
             AutoTokenizer.from_pretrained(path),
             Qwen2VLImageProcessorPil.from_pretrained(path),
             summary_prompt,
+            vocabulary=config.get_text_config().vocab_size,
+            reserved_ids=[i for i in reserved if i is not None],
+            end_ids=[ends] if isinstance(ends, int) else ends or (),
         )
 
     def save(self, path: Path) -> None:
         self.tokenizer.save_pretrained(path)
         self.image_processor.save_pretrained(path)
-
-    @property
-    def banned_ids(self) -> list[int]:
-        """Special tokens a summary may not contain: all but [RET] (no placeholder, no end of
-        turn)."""
-        return sorted(set(self.tokenizer.all_special_ids) - {self.ret_id})
 
     def prompt(self, item: Item) -> Prompt:
         """Tokenise an item once: [picture] [instruction + text] [summary prompt], in the chat
@@ -121,22 +155,40 @@ class Inputs:
         return self._prompts[key]
 
     def _tokenise(self, image: str | None, text: str | None) -> Prompt:
-        content: list[Any] = [{"type": "image"}] if image is not None else []
-        asked = " ".join(t for t in (text, self.summary_prompt) if t)
-        if asked:
-            content.append({"type": "text", "text": asked})
-        messages: Any = [{"role": "user", "content": content}]
-        rendered = str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        before, after = self._frame(image is not None, bool(text or self.summary_prompt))
         grid = None
         if image is not None:
             merge = self.image_processor.merge_size
             _, height, width = self.patches(image)[1].tolist()
             grid = (height // merge, width // merge)
-            rendered = rendered.replace(IMAGE_PAD, IMAGE_PAD * (grid[0] * grid[1]), 1)
-        ids = torch.tensor(self.tokenizer(rendered, add_special_tokens=False).input_ids)
+            place = before.index(self.image_id)
+            before = [*before[:place], *[self.image_id] * (grid[0] * grid[1]), *before[place + 1 :]]
+        said = self.text_ids(text) if text else []
+        asked = " " * bool(text) + self.summary_prompt if self.summary_prompt else ""
+        ids = torch.tensor([*before, *said, *self._ids(asked), *after])
         return Prompt(ids, mrope_positions(ids == self.image_id, grid), image)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of somebody's words: what looks like a special token in them is words too."""
+        ids = self._ids(text, split_special_tokens=True)
+        return [i for i in ids if i not in self._special]  # of a tokenizer that splits none
+
+    def _frame(self, picture: bool, words: bool) -> tuple[list[int], list[int]]:
+        """The chat template's tokens before and after what is asked."""
+        key = (picture, words)
+        if key not in self._frames:
+            content: list[Any] = [{"type": "image"}] if picture else []
+            content += [{"type": "text", "text": WORDS_HERE}] if words else []
+            chat: Any = [{"role": "user", "content": content}]
+            rendered = self.tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True
+            )
+            before, _, after = str(rendered).partition(WORDS_HERE)
+            self._frames[key] = self._ids(before), self._ids(after)
+        return self._frames[key]
+
+    def _ids(self, text: str, **how: Any) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, **how).input_ids) if text else []
 
     def patches(self, image: str) -> tuple[Tensor, Tensor]:
         """Pixel patches [P, 3 * t * p * p] and grid (t, h, w) of a picture that was prompted."""

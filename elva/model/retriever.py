@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from elva.data import Item
 from elva.model.inputs import RET, Inputs, PromptBatch, token_id
 from elva.recipe import LoraSettings, ScratchModel
 
@@ -79,7 +80,9 @@ class Retriever:
             inputs = Inputs.load(path, summary_prompt)
         model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype="auto")
         if len(inputs.tokenizer) > model.lm_head.out_features:
-            model.resize_token_embeddings(len(inputs.tokenizer))
+            model.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
+        if inputs.ret_is_new and not (Path(path) / PROMPT_FILE).is_file():
+            _begin_as_chat_end(model, inputs)
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one process a GPU
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
@@ -100,15 +103,25 @@ class Retriever:
         return copy.deepcopy(self.model).merge_and_unload()
 
     def add_lora(self, settings: LoraSettings) -> None:
-        """Put a fresh adapter on the language model; the row of [RET] is trained beside it."""
+        """Put a fresh adapter on the language model; the rows of [RET] are trained beside it, that
+        of the head too where it has rows of its own."""
+        row = [self.inputs.ret_id]
+        tied = self.plain.lm_head.weight is self.plain.get_input_embeddings().weight
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=0.0,
             target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-            trainable_token_indices=[self.inputs.ret_id],
+            trainable_token_indices={"embed_tokens": row} | ({} if tied else {"lm_head": row}),
         )
         self.model = get_peft_model(self.plain, config)
+
+    def train_in_fp32(self) -> None:
+        """Keep what is trained in fp32, whatever the checkpoint's dtype: bf16 swallows updates
+        smaller than 1/256 of a weight."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     @property
     def plain(self) -> Qwen2VLForConditionalGeneration:
@@ -145,23 +158,28 @@ class Retriever:
             features.update(zip(chunk, out.pooler_output, strict=True))
         return features
 
-    def remember(self, images: Iterable[str]) -> None:
-        """Compute a frozen tower's features now and keep them, if all of them fit.
+    def remember(self, items: Iterable[Item], *, at_most: int | None = None) -> None:
+        """Compute a frozen tower's features of some items' pictures now and keep them, if all fit.
 
         All or none: a cache that fills as it goes would make the bits of a feature depend on which
         pictures happened to share its batch, and a resumed run differ from the one that was not
         killed.
+
+        Args:
+            at_most: pictures that there can be, where it is known: what cannot fit is not read.
         """
-        if self.train_vision:
+        least = self.embedding_size * 4  # bytes of a picture of one token
+        if self.train_vision or (at_most or 0) * least > FEATURES_KEPT_MB << 20:
             return
-        wanted = [i for i in dict.fromkeys(images) if i not in self._features]
+        images = dict.fromkeys(prompt.image for prompt in map(self.inputs.prompt, items))
+        wanted = [i for i in images if i is not None and i not in self._features]
         if not wanted:
             return
         merged = (
             int(self.inputs.patches(wanted[0])[1].prod())
             // self.inputs.image_processor.merge_size**2
         )
-        if len(wanted) * merged * self.embedding_size * 4 > FEATURES_KEPT_MB << 20:
+        if len(wanted) * merged * least > FEATURES_KEPT_MB << 20:
             return
         with torch.no_grad():
             self._features.update((k, f.clone()) for k, f in self.image_features(wanted).items())
@@ -271,6 +289,14 @@ def create(
         image_std=[spec.image_std] * 3,
     )
     Retriever(model, Inputs(tokenizer, processor, summary_prompt)).save(path)
+
+
+def _begin_as_chat_end(model: Qwen2VLForConditionalGeneration, inputs: Inputs) -> None:
+    """Give a new [RET] the rows of the token that it takes the place of: a model that can end an
+    answer can then write it from the first step. Ours; the paper does not say."""
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.lm_head.weight):
+            table[inputs.ret_id] = table[inputs.end_ids[0]]
 
 
 def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from elva.data import Item
-from elva.model.inputs import Prompt, PromptBatch
+from elva.model.inputs import Inputs, Prompt, PromptBatch
 from elva.model.retriever import Retriever
 
 Reading = Literal["at_ret", "before_ret"]
@@ -60,18 +60,28 @@ class Rollouts:
         )
 
 
-def token_log_probs(
-    logits: Tensor, tokens: Tensor, temperature: float, banned: Sequence[int]
-) -> Tensor:
-    """log pi(token) [..., ] of logits [..., V]: the distribution that `sample` draws from."""
-    return _distribution(logits, temperature, banned).gather(-1, tokens[..., None])[..., 0]
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float, inputs: Inputs) -> Tensor:
+    """log pi(token) [...] of logits [..., V]: the distribution that `sample` draws from.
 
-
-def _distribution(logits: Tensor, temperature: float, banned: Sequence[int]) -> Tensor:
+    To end is one action: [RET] has the probability of itself and of the chat's ends together, none
+    of which is ever written.
+    """
     scaled = logits.float() / temperature
-    blocked = torch.zeros(scaled.shape[-1], dtype=torch.bool, device=scaled.device)
-    blocked[list(banned)] = True
-    return scaled.masked_fill(blocked, float("-inf")).log_softmax(-1)
+    banned = torch.tensor(inputs.banned_ids, dtype=torch.int64, device=scaled.device)
+    drawn = scaled.gather(-1, tokens[..., None])[..., 0]
+    ends = scaled[..., [inputs.ret_id, *inputs.end_ids]].logsumexp(-1)
+    total = scaled.index_fill(-1, banned, float("-inf")).logsumexp(-1)
+    return torch.where(tokens == inputs.ret_id, ends, drawn) - total
+
+
+def _distribution(logits: Tensor, temperature: float, inputs: Inputs) -> Tensor:
+    """The same of every token, [..., V]; -inf for what is never written."""
+    scaled = logits.float() / temperature
+    ends = scaled[..., [inputs.ret_id, *inputs.end_ids]].logsumexp(-1)
+    never = torch.tensor([*inputs.banned_ids, *inputs.end_ids], device=scaled.device)
+    scaled.index_fill_(-1, never, float("-inf"))
+    scaled[..., inputs.ret_id] = ends
+    return scaled.log_softmax(-1)
 
 
 @torch.no_grad()
@@ -84,7 +94,7 @@ def sample(
     temperature: float = 1.0,
     read: Reading = "at_ret",
 ) -> Rollouts:
-    """Sample G summaries a prompt, each ended by [RET].
+    """Sample G summaries a prompt, each ended by [RET], where the model ends its answer.
 
     Args:
         draws: [len(prompts), G, max_completion_length] uniform numbers, one a token; None decodes
@@ -121,7 +131,6 @@ class _Decoder:
     ) -> None:
         self.read = read
         self.retriever, self.temperature = retriever, temperature
-        self.banned = retriever.inputs.banned_ids
         language = retriever.plain.model.language_model
         self.cache = DynamicCache(config=language.config)
         out = language(
@@ -150,7 +159,7 @@ class _Decoder:
     def step(self, uniform: Tensor | None) -> None:
         """Draw one token for every live row and feed it back."""
         logp = _distribution(
-            self.retriever.plain.lm_head(self.hidden), self.temperature, self.banned
+            self.retriever.plain.lm_head(self.hidden), self.temperature, self.retriever.inputs
         )
         if uniform is None:
             token = logp.argmax(-1)

@@ -1,5 +1,6 @@
 """`elva train --dry-run`: the resolved recipe, its steps, and what memory it will take."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
@@ -9,20 +10,42 @@ _PROMPT_TOKENS = 256  # of a prompt with a picture, where no picture has been se
 _QWEN_VOCABULARY = 151_936
 
 
-def describe(recipe: Recipe, limit: int | None = None) -> dict[str, Any]:
-    """Plain data: the recipe itself, and for every stage its steps and a memory estimate in MB."""
+def describe(
+    recipe: Recipe, limit: int | None = None, found: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Plain data: the recipe itself, and for every stage its steps and a memory estimate in MB.
+
+    Args:
+        found: of a stage whose data are at hand, what they hold (`readiness.Ready.stages`).
+    """
+    found = found or {}
     width = 2 if recipe.trainer.get("bf16") else _BYTES
     parameters = count_parameters(recipe.model)
     stages = {
         name: {
-            "steps": _steps(stage, limit),
+            "steps": _steps(stage, limit, found.get(name, {}).get("steps_an_epoch")),
             "sequences_a_step": _sequences(stage),
             "memory_mb": _megabytes(_states(stage, parameters, width)),
             "activations_mb": _megabytes(_activations(stage, recipe.model, width)),
+            **({"data": dict(found[name])} if name in found else {}),
         }
         for name, stage in recipe.stages.items()
     }
     return {"recipe": to_dict(recipe), "parameters": parameters, "plan": stages}
+
+
+def state_bytes(stage: StageConfig | None, recipe: Recipe) -> float | None:
+    """Bytes on disk of what a stage trains, with Adam's moments; of the model for None."""
+    parameters = count_parameters(recipe.model)
+    if parameters is None:
+        return None
+    if stage is None:
+        return float(parameters * (2 if recipe.trainer.get("bf16") else _BYTES))
+    return 3 * _BYTES * parameters * _trained_share(stage)
+
+
+def _trained_share(stage: StageConfig) -> float:
+    return 1.0 if stage.lora.rank == 0 else 0.02  # an adapter of rank 64-128 on every projection
 
 
 def count_parameters(model: ModelConfig) -> int | None:
@@ -36,8 +59,10 @@ def count_parameters(model: ModelConfig) -> int | None:
     return text + s.vocabulary * s.hidden_size + vision + merged * (merged + s.hidden_size)
 
 
-def _steps(stage: StageConfig, limit: int | None) -> int | str:
+def _steps(stage: StageConfig, limit: int | None, an_epoch: int | None) -> int | str:
     steps = stage.steps
+    if steps is None and stage.epochs is not None and an_epoch is not None:
+        steps = max(1, round(stage.epochs * an_epoch))
     if steps is None and stage.epochs is not None and stage.instances is not None:
         steps = max(1, round(stage.epochs * stage.instances / stage.batch_size))
     if steps is None:
@@ -48,9 +73,9 @@ def _steps(stage: StageConfig, limit: int | None) -> int | str:
 def _sequences(stage: StageConfig) -> int:
     """Rollouts a step: G of each query, its positive, and its negatives where they are rolled
     out."""
-    rolled = 2
-    if stage.mines and stage.rollout_candidates == "all":
-        rolled += stage.hard_negatives + stage.random_negatives
+    rolled = 1 if stage.rollout_candidates == "query" or not stage.embeds else 2
+    if stage.embeds and not stage.banks:
+        rolled += stage.negatives.count
     return stage.batch_size * rolled * stage.num_generations
 
 
@@ -59,7 +84,7 @@ def _states(stage: StageConfig, parameters: int | None, width: int) -> float | N
     reference."""
     if parameters is None:
         return None
-    share = 1.0 if stage.lora.rank == 0 else 0.02  # an adapter of rank 64-128 on every projection
+    share = _trained_share(stage)
     copies = 1.0 + 3 * share
     if stage.policy > 0 and stage.beta > 0 and stage.lora.rank == 0:
         copies += 1.0

@@ -1,108 +1,146 @@
-"""What a stage trains on: its queries and pools by task, and which of them each step takes.
+"""What a stage trains on: its queries, and the candidates that they are told from.
 
-Data order is a pure function of (seed, step), so a resumed run sees what the unkilled one would
-have.
+Nothing here is a list of all rows: queries and pools stay the mapped tables that the data room
+reads, and are named by their row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from elva.data import Dataset, Item, Query
-from elva.draws import permutation, uniforms
+from elva.data import Dataset, Item, Pool, Query
+from elva.data.subset import subset_rows
 from elva.errors import UserError
 from elva.recipe import StageConfig
 
 
-class Examples:
-    """A training set by task, with the caption that each of its items should be summarised by.
+class Candidates:
+    """The pools of several tasks as one numbering: row -> `Item`.
 
     Args:
-        tasks: task -> share of the batches; empty takes all that the data has, by their size.
+        pools: task -> pool; tasks may share one.
     """
 
-    def __init__(self, dataset: Dataset, tasks: Mapping[str, float]) -> None:
-        self.queries: dict[str, list[Query]] = {task: [] for task in tasks}
-        for query in dataset.queries:
-            if not tasks or query.task in tasks:
-                self.queries.setdefault(query.task, []).append(query)
-        empty = [task for task, found in self.queries.items() if not found]
-        if empty or not self.queries:
+    def __init__(self, pools: Mapping[str, Pool]) -> None:
+        distinct = list({id(pool): pool for pool in pools.values()}.values())
+        starts = np.cumsum([0, *map(len, distinct)])
+        self._pools, self._starts = distinct, starts
+        place = {id(pool): i for i, pool in enumerate(distinct)}
+        self._place = {task: place[id(pool)] for task, pool in pools.items()}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> Item:
+        place = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._pools[place][int(row - self._starts[place])]
+
+    def span(self, task: str) -> tuple[int, int]:
+        """First row and one beyond the last of a task's pool."""
+        place = self._place[task]
+        return int(self._starts[place]), int(self._starts[place + 1])
+
+    def row(self, task: str, id: str) -> int:
+        """The row of an id in a task's pool."""
+        place = self._place[task]
+        return int(self._starts[place]) + self._pools[place].row(id)
+
+    def identities(self, rows: np.ndarray) -> np.ndarray:
+        """One number a row, [n] int64: equal ones are the same answer, whatever it is called."""
+        found = np.empty(len(rows), np.int64)
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        for place in np.unique(places).tolist():
+            some = places == place
+            found[some] = self._pools[place].identities(rows[some] - self._starts[place])
+        return found
+
+    @property
+    def pictures(self) -> int:
+        """How many have one."""
+        return sum(len(pool) - pool.table["image"].null_count for pool in self._pools)
+
+
+class Examples:
+    """The training queries of a stage, by row, with their right answers and given negatives.
+
+    Args:
+        dataset: a split.
+        stage: its tasks and share of the data; a query of which no right answer is in the pool
+            trains nothing and is left out.
+        seed: of the share.
+    """
+
+    def __init__(self, dataset: Dataset, stage: StageConfig, seed: int = 0) -> None:
+        queries, tasks = dataset.queries, stage.tasks
+        answered = queries.listed("positives") > 0
+        drawn = np.zeros(len(queries), bool)
+        drawn[subset_rows(queries, share=stage.share, per="dataset", seed=seed)] = True
+        rows = {
+            task: found[(answered & drawn)[found]]
+            for task in tasks or queries.tasks()
+            for found in [queries.rows_of(task)]
+        }
+        empty = [task for task, found in rows.items() if not len(found)]
+        if not tasks:
+            rows = {task: found for task, found in rows.items() if len(found)}
+        if (tasks and empty) or not rows:
+            there = ", ".join(queries.tasks()) or "none"
             raise UserError(
-                f"train: tasks must have training queries, got none for {', '.join(empty) or 'any'}"
+                f"train: {dataset.root} must have {dataset.split} queries of {', '.join(empty)}, "
+                f"got {there}; set the stage's tasks or data"
             )
-        self.shares = dict(tasks) or {task: float(len(q)) for task, q in self.queries.items()}
-        self.pools = {task: dataset.pool(task) for task in self.queries}
-        self._names: dict[str, str] = {}  # picture -> the text that the data says it shows
-        for query in dataset.queries:
-            if query.task == "t2i" and query.text:
-                self._names.update((p, query.text) for p in query.positives)
+        self.queries, self.rows = queries, rows
+        self.shares = dict(tasks) or {task: float(len(found)) for task, found in rows.items()}
+        self.candidates = Candidates({task: dataset.pool(task) for task in rows})
+        self.captions = Captions(dataset) if stage.lm > 0 or stage.completions == "gold" else None
+        self.unanswered = int((~answered).sum())
 
-    def positive(self, query: Query) -> Item:
-        pool = self.pools[query.task]
-        return pool[pool.row(query.positives[0])]
+    def __len__(self) -> int:
+        return sum(map(len, self.rows.values()))
 
-    def positive_rows(self, query: Query) -> list[int]:
-        pool = self.pools[query.task]
-        return [pool.row(p) for p in query.positives]
+    def query(self, row: int) -> Query:
+        """The query of a row."""
+        return self.queries[int(row)]
 
-    def caption(self, candidate: Item) -> str | None:
-        """What a candidate says or shows; a query is summarised by what its positive says or
-        shows."""
-        text = candidate.text or self._names.get(candidate.id)
-        return None if text is None else text.removesuffix(".")  # M-BEIR's full stop says nothing
+    def right(self, query: Query) -> list[int]:
+        """Rows of its right answers in `candidates`, those that the pool holds."""
+        return [self.candidates.row(query.task, id) for id in query.positives]
+
+    def given(self, query: Query) -> list[int]:
+        """Rows of the negatives that the data names."""
+        return [self.candidates.row(query.task, id) for id in query.negatives]
+
+    @property
+    def negatives(self) -> int:
+        """How many of the queries name negatives."""
+        named = self.queries.listed("negatives") > 0
+        return sum(int(named[found].sum()) for found in self.rows.values())
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of queries and candidates, those that several share counted several times."""
+        asked = np.isin(np.concatenate(list(self.rows.values())), self.queries.pictured)
+        return self.candidates.pictures + int(asked.sum())
 
     def items(self) -> Iterator[Item]:
         """Every query and candidate, in a fixed order."""
-        for task, queries in self.queries.items():
-            yield from queries
-            yield from (self.pools[task][i] for i in range(len(self.pools[task])))
+        for found in self.rows.values():
+            yield from (self.query(row) for row in found.tolist())
+        yield from (self.candidates[row] for row in range(len(self.candidates)))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step's data."""
+class Captions:
+    """What the items of a data set say or show, in words: a summary to learn from."""
 
-    step: int
-    task: str
-    rows: list[int]  # of Examples.queries[task]
+    def __init__(self, dataset: Dataset) -> None:
+        self._names: dict[str, str] = {}  # picture -> the text that the data says it shows
+        for row in dataset.queries.rows_of("t2i").tolist():
+            query = dataset.queries[row]
+            if query.text:
+                self._names.update((id, query.text) for id in query.positives)
 
-
-def plan(
-    stage: StageConfig,
-    examples: Examples,
-    steps: int,
-    seed: Sequence[int | str],
-    neighbours: Mapping[str, list[list[int]]] | None = None,
-) -> list[Batch]:
-    """Which queries each step trains on: a pure function of its arguments.
-
-    With `neighbours` (queries whose answers a query confuses with its own) a batch is made of a few
-    seeds and their neighbours, so that the in-batch negatives are hard.
-    """
-    tasks = list(examples.shares)
-    shares = torch.tensor([examples.shares[t] for t in tasks], dtype=torch.float64)
-    edges = (shares / shares.sum()).cumsum(0)
-    drawn = torch.searchsorted(edges, uniforms((*seed, "task"), (steps,))).clamp_(
-        max=len(tasks) - 1
-    )
-    streams = {t: _forever(len(examples.queries[t]), (*seed, "order", t)) for t in tasks}
-    batches = []
-    for step in range(steps):
-        task = tasks[int(drawn[step])]
-        size = min(stage.batch_size, len(examples.queries[task]))
-        rows: dict[int, None] = {}
-        while len(rows) < size:
-            row = next(streams[task])
-            group = [row, *(neighbours[task][row][:7] if neighbours else [])]
-            rows.update(dict.fromkeys(group))
-        batches.append(Batch(step, task, list(rows)[:size]))
-    return batches
-
-
-def _forever(count: int, seed: Sequence[int | str]) -> Iterator[int]:
-    epoch = 0
-    while True:
-        yield from permutation((*seed, epoch), count)
-        epoch += 1
+    def of(self, candidates: Sequence[Item]) -> list[str | None]:
+        """A caption each; None where the data has no words for it."""
+        found = [item.text or self._names.get(item.id) for item in candidates]
+        return [None if text is None else text.removesuffix(".") for text in found]
+        # M-BEIR's full stop says nothing

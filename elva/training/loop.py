@@ -5,7 +5,8 @@ What a step computes is its subclass's matter (`stage`).
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from elva import checkpoint
-from elva.errors import UserError
 from elva.recipe import StageConfig
-from elva.training.examples import Batch
+from elva.training.guards import refuse_broken_weights
+from elva.training.plan import Batch
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class ResumableTrainer(Trainer):
         self.length, self.directory = length, directory
         self.warmup_ratio, self.save_every = stage.warmup_ratio, stage.num_iterations
         self.started, self.elapsed_before = started, 0.0
+        self.log_temperature: Tensor | None = None
+        if stage.learn_temperature:
+            start = torch.tensor(math.log(stage.temperature), device=model.device)
+            self.log_temperature = torch.nn.Parameter(start)
         self._steps = _Steps(batches[: length.steps])
         super().__init__(
             model=model,
@@ -90,16 +95,40 @@ class ResumableTrainer(Trainer):
         """In the plan's order."""
         return SequentialSampler(self._steps)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Everything that may train, by name: the model's, and a temperature that is learnt."""
+        found: dict[str, Tensor] = dict(self.model.named_parameters())
+        if self.log_temperature is not None:
+            found["log_temperature"] = self.log_temperature
+        return found
+
+    def trained(self) -> dict[str, Tensor]:
+        """What of it does train."""
+        return {n: p for n, p in self.parameters().items() if p.requires_grad}
+
+    def create_optimizer(self, *given: Any) -> Any:
+        """Trainer's own, and a group for the temperature."""
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(*given)
+        if self.log_temperature is not None and not made:
+            optimizer.add_param_group({"params": [self.log_temperature], "weight_decay": 0.0})
+        return optimizer
+
     def save(self) -> None:
-        """Write everything that the next step depends on: weights, moments, counters."""
+        """Write everything that the next step depends on: weights, moments, counters.
+
+        Raises:
+            RunError: a weight is NaN or infinite; the checkpoints before it stay.
+        """
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        names: dict[Any, str] = {p: n for n, p in self.model.named_parameters()}
+        weights = self.trained()
+        refuse_broken_weights(self.directory.name.replace("-", " ", 1), weights)
+        names: dict[Any, str] = {p: n for n, p in self.parameters().items()}
         moments = {
             f"{names[p]}|{key}": value
             for p, entry in optimizer.state.items()
             for key, value in entry.items()
         }
-        weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         groups = {"weights": weights, "optimizer": moments, **self.further_state()}
         checkpoint.save(
             self.directory,
@@ -112,7 +141,7 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         tensors, state = checkpoint.load(Path(resume_from_checkpoint))
-        parameters = dict(self.model.named_parameters())
+        parameters = self.parameters()
         with torch.no_grad():
             for name, value in tensors["weights"].items():
                 parameters[name].copy_(value)
@@ -123,7 +152,7 @@ class ResumableTrainer(Trainer):
         if resume_from_checkpoint is None:
             return
         tensors, _ = checkpoint.load(Path(resume_from_checkpoint))
-        parameters = dict(self.model.named_parameters())
+        parameters = self.parameters()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         for name, value in tensors["optimizer"].items():
             parameter, key = name.rsplit("|", 1)
@@ -160,6 +189,14 @@ class ResumableTrainer(Trainer):
         return 0
 
 
+def autocast(
+    device: torch.device, extra: Mapping[str, Any]
+) -> Callable[[], AbstractContextManager[Any]]:
+    """The arithmetic of a stage's every forward: bf16 where its recipe's trainer asks for it."""
+    bf16 = bool(extra.get("bf16"))
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def _arguments(
     stage: StageConfig, steps: int, directory: Path, extra: Mapping[str, Any]
 ) -> TrainingArguments:
@@ -180,13 +217,7 @@ def _arguments(
         "dataloader_pin_memory": False,
         "use_cpu": not torch.cuda.is_available(),
     }
-    arguments = TrainingArguments(**{**settings, **extra})
-    if arguments.world_size > 1:
-        raise UserError(
-            f"train: the number of processes must be 1, got {arguments.world_size}; "
-            "training on several is not supported yet"
-        )
-    return arguments
+    return TrainingArguments(**{**settings, **extra})
 
 
 class _Clock(TrainerCallback):

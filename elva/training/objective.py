@@ -1,27 +1,12 @@
-"""The losses of every stage, as functions of tensors.
+"""The losses of every stage on tokens, as functions of tensors.
 
-Liu et al., ELVA, arXiv:2606.20280, sec. 3.2 (InfoNCE) and 3.4 (rewards, GRPO); Shao et al.,
-DeepSeekMath, arXiv:2402.03300 (clipped policy gradient, k3 KL). The rewards themselves are
-`elva_kernels.ranking_reward`.
+Shao et al., DeepSeekMath, arXiv:2402.03300 (clipped policy gradient, k3 KL); Liu et al., ELVA,
+arXiv:2606.20280, sec. 3.4. Those on embeddings are in `ranking`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def info_nce(query: Tensor, candidates: Tensor, excluded: Tensor, temperature: float) -> Tensor:
-    """InfoNCE in both directions, query i against candidate i, cosine / temperature. Scalar.
-
-    Args:
-        query, candidates: [B, D] and [B, D].
-        excluded: [B, B] bool, True where candidate j is another positive of query i and so no
-        negative.
-    """
-    scores = F.normalize(query, dim=-1) @ F.normalize(candidates, dim=-1).T / temperature
-    scores = scores.masked_fill(excluded, float("-inf"))
-    target = torch.arange(len(query), device=query.device)
-    return 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
 
 
 def caption_targets(written: Tensor, caption: Tensor) -> Tensor:
@@ -40,6 +25,17 @@ def caption_targets(written: Tensor, caption: Tensor) -> Tensor:
     same = (written == caption).long().cumprod(1)
     on_track = torch.cat([torch.ones_like(same[:, :1]), same[:, :-1]], 1).bool()
     return caption.masked_fill(~on_track, -100)
+
+
+def end_targets(mask: Tensor, ret_id: int) -> Tensor:
+    """[RET] at the last token of every summary, [R, T], -100 elsewhere: what the model would say
+    there is the chat's end, of which [RET] takes the place.
+
+    Args:
+        mask: [R, T], True where a token is real.
+    """
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))
+    return torch.where(last, ret_id, -100)
 
 
 def policy_loss(

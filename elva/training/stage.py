@@ -2,11 +2,14 @@
 
 Every stage is the same four steps, with its own weights (`StageConfig`):
 
-1. rollout: summaries of the batch's queries and candidates -> tokens, log-probs, embeddings;
+1. rollout: summaries of the batch's queries and candidates -> tokens and embeddings;
 2. embeddings: InfoNCE and the ranking reward, with their gradients on the [RET] embeddings;
 3. tokens: advantages of the rewards (GRPO), KL to the model the stage started from, captions;
 4. backward in micro-batches: the forward with gradient, to which step 2's gradients are handed as
    sum(embedding * gradient), so that memory does not grow with the number of candidates.
+
+Sampler, reference and learner compute under one autocast. The old log-probabilities are those of
+the learner's own first forward, so the first ratio is exactly 1.
 """
 
 import copy
@@ -28,29 +31,34 @@ from elva.data import Item
 from elva.draws import uniforms
 from elva.model.inputs import Prompt, PromptBatch
 from elva.model.retriever import Retriever
-from elva.model.rollout import Rollouts, batches_by_length, sample, token_log_probs
+from elva.model.rollout import Rollouts, batches_by_length, encode, sample, token_log_probs
 from elva.recipe import StageConfig
-from elva.training import objective
-from elva.training.examples import Batch, Examples, plan
-from elva.training.loop import Length, ResumableTrainer
+from elva.training import objective, ranking
+from elva.training.comparison import Comparison, compare
+from elva.training.examples import Examples
+from elva.training.guards import Guards, refuse_broken_weights
+from elva.training.loop import Length, ResumableTrainer, autocast
 from elva.training.negatives import Negatives
+from elva.training.plan import Batch, plan
 
 
 @dataclass
 class _Rolled:
     """A batch after its rollouts.
 
-    Prompts are queries [B], then positives [B] where the stage embeds, then negatives [B * N] where
-    they are rolled out.
+    Prompts are queries [B], then, where the stage embeds, the candidates that are rolled out.
     """
 
     batch: Batch
+    comparison: Comparison
     prompts: list[Prompt]
     rollouts: Rollouts  # len(prompts) * G rows
     captions: Tensor | None  # [len(prompts), S], -100 padded
-    excluded: Tensor  # [B, B] bool: in-batch candidates that are also right
-    negatives: Tensor | None  # [B, N, D] from the bank, where negatives are not rolled out
-    count: int  # B
+    bank: Tensor | None  # [K, D], the candidates that are not rolled out
+
+    @property
+    def count(self) -> int:
+        return len(self.comparison.queries)
 
 
 class StageTrainer(ResumableTrainer):
@@ -68,29 +76,32 @@ class StageTrainer(ResumableTrainer):
         save_seconds: float,
         extra: Mapping[str, Any],
         on_step: Callable[[int, dict[str, float]], None],
+        say: Callable[[str], None],
     ) -> None:
+        """`say` takes what a person should know of the stage, a line each."""
         started = time.perf_counter()
         self.retriever, self.stage, self.examples = retriever, stage, examples
         self.seed, self.on_step = tuple(seed), on_step
+        self.guards = Guards(f"stage {directory.name.partition('-')[2]}", stage, say)
+        self.arithmetic = autocast(retriever.device, extra)
+        retriever.train_in_fp32()
         self.reference = _frozen_copy(retriever) if stage.policy > 0 and stage.beta > 0 else None
-        retriever.remember(
-            p.image for p in map(retriever.inputs.prompt, examples.items()) if p.image is not None
-        )
-        self.negatives: Negatives | None = None
-        if stage.mines or stage.hard_batches:
-            self.negatives = Negatives(stage, examples, retriever, self.seed)
+        retriever.remember(examples.items(), at_most=examples.pictures)
+        self.negatives = Negatives(stage, examples, self.seed, self._embed)
+        neighbours = None
+        if stage.hard_batches:
+            self.negatives.mine()
+            neighbours = self.negatives.neighbours()
         self._last: _Rolled | None = None
-        batches = plan(
-            stage,
-            examples,
-            -(-length.steps // stage.num_iterations),
-            self.seed,
-            self.negatives.neighbours() if self.negatives and stage.hard_batches else None,
-        )
+        steps = -(-length.steps // stage.num_iterations)
         super().__init__(
             retriever.model,
             stage,
-            [batch for batch in batches for _ in range(stage.num_iterations)],
+            [
+                batch
+                for batch in plan(stage, examples, steps, self.seed, neighbours)
+                for _ in range(stage.num_iterations)
+            ],
             length,
             started=started,
             directory=directory,
@@ -99,11 +110,11 @@ class StageTrainer(ResumableTrainer):
         )
 
     def further_state(self) -> dict[str, dict[str, Tensor]]:
-        return {} if self.negatives is None else {"mined": self.negatives.state()}
+        state = self.negatives.state()
+        return {"mined": state} if state else {}
 
     def restore_further(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if self.negatives is not None:
-            self.negatives.restore(tensors["mined"])
+        self.negatives.restore(tensors.get("mined", {}), self.retriever.device)
 
     # -- the four steps ----------------------------------------------------------------------------
 
@@ -112,65 +123,53 @@ class StageTrainer(ResumableTrainer):
     ) -> Tensor:
         batch: Batch = inputs["batch"]
         first = self._last is None or self._last.batch.step != batch.step
-        if first:
-            every = self.stage.refresh_steps if self.stage.mines else None
-            if self.negatives and every and batch.step and batch.step % every == 0:
-                self.negatives.mine()
+        if self._last is None or self._last.batch.step != batch.step:
+            self.negatives.prepare(batch.step)
             self._last = self._roll(batch)
         elif self.stage.embeds:
-            self._last.rollouts.embeddings = self._current_embeddings(self._last)
+            self._last.rollouts.embeddings = self._current_embeddings(
+                self._last.prompts, self._last.rollouts
+            )
         gradient, advantages, metrics = self._score(self._last)
-        metrics.update(self._backward(self._last, gradient, advantages))
+        metrics.update(self._backward(self._last, gradient, advantages, first))
         stage = self.stage
-        weights = {"lm": stage.lm, "infonce": stage.infonce, "policy": stage.policy}
+        weights = {
+            "lm": stage.lm, "ret": stage.ret, "infonce": stage.infonce, "policy": stage.policy
+        }  # fmt: skip
         metrics["loss"] = sum(w * metrics[name] for name, w in weights.items() if name in metrics)
         metrics["loss"] -= stage.pathwise * metrics.get("reward", 0.0)
         self.on_step(self.state.global_step + 1, metrics)
+        self.guards.watch(self.state.global_step + 1, metrics)
         return torch.tensor(metrics["loss"], device=self.args.device)
 
     def _roll(self, batch: Batch) -> _Rolled:
-        stage, pool = self.stage, self.examples.pools[batch.task]
-        queries = [self.examples.queries[batch.task][r] for r in batch.rows]
-        positives = [self.examples.positive(q) for q in queries]
-        items: list[Item] = [*queries]
-        captions = [self.examples.caption(p) for p in positives]
+        stage, examples = self.stage, self.examples
+        own, sources = self.negatives.of(batch)
+        found = compare(stage, examples, batch, own, sources, self.seed)
+        answers = [examples.candidates[found.candidates[places[0]]] for places in found.target]
+        items: list[Item] = [*found.queries]
+        shown = [*answers]
+        bank = None
         if stage.embeds:
-            items += positives
-            captions *= 2
-        right = [set(self.examples.positive_rows(q)) for q in queries]
-        excluded = torch.tensor(
-            [[i != j and pool.row(p.id) in right[i] for j, p in enumerate(positives)]
-             for i in range(len(queries))]
-        )  # fmt: skip
-        negatives = None
-        if stage.mines:
-            assert self.negatives is not None
-            rows = self.negatives.rows(batch)
-            if stage.rollout_candidates == "all":
-                chosen = [pool[int(i)] for i in rows.flatten()]
-                items += chosen
-                captions += [self.examples.caption(c) for c in chosen]
-            else:
-                negatives = self.negatives.banks[batch.task][rows]
+            rolled = [examples.candidates[row] for row in found.candidates[: found.rolled].tolist()]
+            items += rolled
+            shown += rolled
+            if found.rolled < len(found.candidates):
+                assert self.negatives.bank is not None
+                rows = torch.from_numpy(found.candidates[found.rolled :])
+                bank = self.negatives.bank[rows.to(self.negatives.bank.device)]
         prompts = [self.retriever.inputs.prompt(i) for i in items]
-        gold = self._caption_ids(captions) if stage.lm > 0 or stage.completions == "gold" else None
+        gold = None
+        if examples.captions is not None:
+            gold = self._caption_ids(examples.captions.of(shown))
         rollouts = self._rollouts(batch, prompts, gold)
-        return _Rolled(batch, prompts, rollouts, gold, excluded, negatives, len(queries))
+        return _Rolled(batch, found, prompts, rollouts, gold, bank)
 
     def _rollouts(self, batch: Batch, prompts: list[Prompt], gold: Tensor | None) -> Rollouts:
-        stage = self.stage
-        if stage.completions == "gold":
+        if self.stage.completions == "gold":
             assert gold is not None
-            mask = gold != -100
-            return Rollouts(
-                ids=gold.clamp(min=0),
-                mask=mask,
-                log_probs=torch.zeros(gold.shape, device=gold.device),
-                finished=torch.ones(len(gold), dtype=torch.bool, device=gold.device),
-                embeddings=torch.zeros(
-                    len(gold), self.retriever.embedding_size, device=gold.device
-                ),
-            )
+            return self._as_written(prompts, gold)
+        stage = self.stage
         groups = stage.num_generations
         draws = uniforms(
             (*self.seed, "draws", batch.step), (len(prompts), groups, stage.max_completion_length)
@@ -178,139 +177,165 @@ class StageTrainer(ResumableTrainer):
         parts, order = [], []
         size = max(1, stage.micro_batch_size // groups)
         for rows in batches_by_length([len(p) for p in prompts], size):
-            parts.append(
-                sample(
+            with self.arithmetic():
+                part = sample(
                     self.retriever,
                     [prompts[i] for i in rows],
                     draws=draws[rows],
                     max_completion_length=stage.max_completion_length,
                     temperature=stage.sampling_temperature,
                 )
-            )
+            parts.append(part)
             order += [i * groups + g for i in rows for g in range(groups)]
         back = torch.tensor(order).argsort().to(self.retriever.device)
         return Rollouts.cat(parts, pad=self.retriever.inputs.ret_id).select(back)
 
+    def _as_written(self, prompts: list[Prompt], gold: Tensor) -> Rollouts:
+        """The captions as if the model had written them; [RET] alone where there is none."""
+        ret = self.retriever.inputs.ret_id
+        mask = gold != -100
+        mask[:, 0] = True
+        rollouts = Rollouts(
+            ids=gold.where(gold != -100, ret),
+            mask=mask,
+            log_probs=torch.zeros(gold.shape, device=gold.device),
+            finished=torch.ones(len(gold), dtype=torch.bool, device=gold.device),
+            embeddings=torch.zeros(len(gold), self.retriever.embedding_size, device=gold.device),
+        )
+        if self.stage.embeds:
+            rollouts.embeddings = self._current_embeddings(prompts, rollouts)
+        return rollouts
+
     def _score(self, rolled: _Rolled) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
         """Step 2: d loss / d embeddings [R, D], advantages [R] and what to log."""
-        stage, b = self.stage, rolled.count
+        stage = self.stage
         metrics = _summary_metrics(rolled.rollouts)
         if not stage.embeds:
             return None, None, metrics
         leaf = rolled.rollouts.embeddings.detach().requires_grad_()
-        grouped = leaf.unflatten(0, (len(rolled.prompts), -1))  # [prompts, G, D]
-        query, positive = grouped[:b], grouped[b : 2 * b]
+        embedded = _embedded(rolled, leaf)
         loss = leaf.new_zeros(())
         advantages = None
         if stage.infonce > 0:
-            groups = grouped.shape[1]
-            nce = torch.stack([
-                objective.info_nce(query[:, g], positive[:, g], rolled.excluded, stage.temperature)
-                for g in range(groups)
-            ]).mean()  # fmt: skip
-            metrics["infonce"] = nce.item()
+            t = stage.temperature if self.log_temperature is None else self.log_temperature.exp()
+            nce, found = ranking.info_nce(stage, rolled.comparison, embedded, t)
+            metrics.update(found)
             loss = loss + stage.infonce * nce
+            if self.log_temperature is not None:
+                metrics["temperature"] = self.log_temperature.exp().item()
         if stage.ranks:
-            negatives, mask = self._negatives(rolled, grouped)
-            r = stage.reward
-            out = elva_kernels.ranking_reward(
-                query, positive, negatives, mask=mask, margin=r.margin, rank_penalty=r.rank_penalty,
-                w_margin=r.w_margin, w_rank=r.w_rank, rank_temperature=r.rank_temperature,
-            )  # fmt: skip
-            reward = out.reward.detach()
-            group = elva_kernels.group_advantages(reward, scale=stage.scale_rewards)  # [B, G]
-            advantages = self._per_row(group, rolled)
-            metrics.update(_reward_metrics(reward, out))
-            loss = loss - stage.pathwise * out.reward.mean()
+            reward, found = ranking.reward(stage, rolled.comparison, embedded)
+            metrics.update(found)
+            group = elva_kernels.group_advantages(reward.detach(), scale=stage.scale_rewards)
+            advantages = self._per_row(group, rolled)  # of [B, G]
+            loss = loss - stage.pathwise * reward.mean()
         if loss.requires_grad:
             loss.backward()
         return leaf.grad, advantages, metrics
-
-    def _negatives(self, rolled: _Rolled, grouped: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, G, N, D] negatives of every action, and which of them count."""
-        b, groups = rolled.count, grouped.shape[1]
-        if self.stage.rank_against == "batch":
-            others = ~(rolled.excluded | torch.eye(b, dtype=torch.bool)).to(grouped.device)
-            shared = grouped[b : 2 * b].transpose(0, 1)  # [G, B, D], the batch's candidates
-            return shared.expand(b, -1, -1, -1), others[:, None].expand(-1, groups, -1)
-        if rolled.negatives is None:
-            return grouped[2 * b :].unflatten(0, (b, -1)).transpose(1, 2), None
-        return rolled.negatives[:, None].expand(-1, groups, -1, -1), None
 
     def _collate(self, prompts: list[Prompt]) -> PromptBatch:
         return self.retriever.inputs.collate(prompts, self.retriever.device)
 
     def _per_row(self, group: Tensor, rolled: _Rolled) -> Tensor:
-        """[B, G] -> [R]: every sequence of an action shares the action's advantage."""
-        parts = [group, group]
-        rest = len(rolled.prompts) - 2 * rolled.count
-        if rest:
-            parts.append(group.repeat_interleave(rest // rolled.count, 0))
-        return torch.cat(parts).flatten()
+        """[B, G] -> [R]: every sequence shares the advantages of the actions that it is part of."""
+        found, count = rolled.comparison, rolled.count
+        own = found.negatives[:, : self.stage.negatives.count]
+        shared = group.new_zeros(len(rolled.prompts), group.shape[1])
+        shared[:count] = group
+        for b in range(count):
+            members = {*found.target[b].tolist(), *own[b].tolist()}
+            rows = [count + place for place in members if 0 <= place < found.rolled]
+            shared[rows] += group[b]
+        return shared.flatten()
 
     def _backward(
-        self, rolled: _Rolled, gradient: Tensor | None, advantages: Tensor | None
+        self, rolled: _Rolled, gradient: Tensor | None, advantages: Tensor | None, first: bool
     ) -> dict[str, float]:
         """Steps 3 and 4; returns the token losses, each as a mean."""
         stage, rollouts = self.stage, rolled.rollouts
         groups = len(rollouts.ids) // len(rolled.prompts)
-        target = None
-        if stage.lm > 0:
-            assert rolled.captions is not None
-            target = objective.caption_targets(
-                rollouts.ids, rolled.captions.repeat_interleave(groups, 0)
-            )
+        targets = self._token_targets(rolled, groups)
+        counts = {name: (t != -100).sum().clamp(min=1) for name, t in targets.items()}
         trained = rollouts.finished.sum().clamp(min=1)
-        tokens = None if target is None else (target != -100).sum().clamp(min=1)
         parts: defaultdict[str, float] = defaultdict(float)
-        lengths = [len(p) for p in rolled.prompts for _ in range(groups)]
-        for rows in batches_by_length(lengths, stage.micro_batch_size):
+        for rows, prompts in self._micro_batches(rolled.prompts, groups):
             index = torch.tensor(rows, device=self.retriever.device)
             part = rollouts.select(index)
-            prompts = self._collate([rolled.prompts[i // groups] for i in rows])
-            with self.accelerator.autocast():  # bf16, where the recipe's trainer asks
+            with self.arithmetic():
                 hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
-            total = hidden.new_zeros((), dtype=torch.float32)
-            if gradient is not None:
-                at_ret = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
-                total = total + (at_ret * gradient[index]).sum()
-            if target is not None and tokens is not None:
-                wanted = target[index, : part.ids.shape[1]]
-                counted = wanted != -100
-                logits = self.retriever.plain.lm_head(hidden[:, :-1][counted])
-                lm = F.cross_entropy(logits.float(), wanted[counted], reduction="sum") / tokens
-                parts["lm"] += lm.item()
-                total = total + stage.lm * lm
-            if stage.policy > 0:
-                assert advantages is not None
-                logits = self.retriever.plain.lm_head(hidden[:, :-1])
-                policy, kl = self._policy(prompts, part, logits, advantages[index])
-                policy = policy[part.finished].sum() / trained
-                parts["policy"] += policy.item()
-                parts["kl"] += (kl[part.finished].sum() / trained).item()
-                total = total + stage.policy * policy
+                total = hidden.new_zeros((), dtype=torch.float32)
+                if gradient is not None:
+                    at_ret = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
+                    total = total + (at_ret * gradient[index]).sum()
+                for name, target in targets.items():
+                    wanted = target[index, : part.ids.shape[1]]
+                    counted = wanted != -100
+                    logits = self.retriever.plain.lm_head(hidden[:, :-1][counted]).float()
+                    term = F.cross_entropy(logits, wanted[counted], reduction="sum") / counts[name]
+                    parts[name] += term.item()
+                    total = total + getattr(stage, name) * term
+                    if name == "ret":
+                        parts["ret_share"] += self._ret_share(logits).item() / len(rollouts.ids)
+                if stage.policy > 0:
+                    assert advantages is not None
+                    policy, kl, new = self._policy(prompts, part, hidden, advantages[index], first)
+                    policy = policy[part.finished].sum() / trained
+                    parts["policy"] += policy.item()
+                    parts["kl"] += (kl[part.finished].sum() / trained).item()
+                    total = total + stage.policy * policy
+                    if first:
+                        rollouts.log_probs[index, : new.shape[1]] = new
             self.accelerator.backward(total)
         return dict(parts)
 
+    def _micro_batches(
+        self, prompts: list[Prompt], groups: int
+    ) -> Iterator[tuple[list[int], PromptBatch]]:
+        """(rows of the rollouts, their prompts), rows of like length together."""
+        lengths = [len(p) for p in prompts for _ in range(groups)]
+        for rows in batches_by_length(lengths, self.stage.micro_batch_size):
+            yield rows, self._collate([prompts[i // groups] for i in rows])
+
+    def _token_targets(self, rolled: _Rolled, groups: int) -> dict[str, Tensor]:
+        """What each position of the summaries should say, [R, T], by the loss that asks for it."""
+        found = {}
+        if self.stage.lm > 0:
+            assert rolled.captions is not None
+            found["lm"] = objective.caption_targets(
+                rolled.rollouts.ids, rolled.captions.repeat_interleave(groups, 0)
+            )
+        if self.stage.ret > 0:
+            found["ret"] = objective.end_targets(rolled.rollouts.mask, self.retriever.inputs.ret_id)
+        return found
+
+    def _ret_share(self, logits: Tensor) -> Tensor:
+        """Sum over rows of the probability that an end is [RET] and not the chat's."""
+        inputs = self.retriever.inputs
+        ends = logits.detach()[:, [inputs.ret_id, *inputs.end_ids]]
+        return ends.softmax(-1)[:, 0].sum()
+
     def _policy(
-        self, prompts: Any, part: Rollouts, logits: Tensor, advantages: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        stage, banned = self.stage, self.retriever.inputs.banned_ids
-        new = token_log_probs(logits, part.ids, stage.sampling_temperature, banned)
+        self, prompts: PromptBatch, part: Rollouts, hidden: Tensor, advantages: Tensor, first: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss [R], KL [R], log-probabilities [R, T] without a graph)."""
+        stage, inputs = self.stage, self.retriever.inputs
+
+        def log_probs(model: Retriever, states: Tensor) -> Tensor:
+            logits = model.plain.lm_head(states[:, :-1])
+            return token_log_probs(logits, part.ids, stage.sampling_temperature, inputs)
+
+        new = log_probs(self.retriever, hidden)
         reference = new.detach()
         if stage.beta > 0:
             with torch.no_grad(), self._as_reference() as model:
-                hidden = model.hidden_states(prompts, part.ids, part.mask)
-                reference = token_log_probs(
-                    model.plain.lm_head(hidden[:, :-1]),
-                    part.ids,
-                    stage.sampling_temperature,
-                    banned,
-                )
-        return objective.policy_loss(
-            new, part.log_probs, reference, advantages, part.mask,
+                states = model.hidden_states(prompts, part.ids, part.mask)
+                reference = log_probs(model, states)
+        old = new.detach() if first else part.log_probs
+        loss, kl = objective.policy_loss(
+            new, old, reference, advantages, part.mask,
             clip_epsilon=stage.clip_epsilon, beta=stage.beta,
         )  # fmt: skip
+        return loss, kl, new.detach()
 
     @contextmanager
     def _as_reference(self) -> Iterator[Retriever]:
@@ -323,37 +348,52 @@ class StageTrainer(ResumableTrainer):
             with self.retriever.model.disable_adapter():
                 yield self.retriever
 
+    def _embed(self, items: Sequence[Item]) -> Tensor:
+        """Greedy embeddings [n, D] with the weights of now."""
+        with self.arithmetic():
+            out = encode(
+                self.retriever, items, max_completion_length=self.stage.max_completion_length
+            )
+        return out.embeddings.to(self.retriever.device)
+
     @torch.no_grad()
-    def _current_embeddings(self, rolled: _Rolled) -> Tensor:
-        """[RET] embeddings of kept rollouts under the weights of now (num_iterations > 1)."""
-        rollouts = rolled.rollouts
-        groups = len(rollouts.ids) // len(rolled.prompts)
+    def _current_embeddings(self, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
+        """[RET] embeddings of kept summaries under the weights of now, [R, D]."""
+        groups = len(rollouts.ids) // len(prompts)
         out = torch.zeros_like(rollouts.embeddings)
-        lengths = [len(p) for p in rolled.prompts for _ in range(groups)]
-        for rows in batches_by_length(lengths, self.stage.micro_batch_size):
+        for rows, batch in self._micro_batches(prompts, groups):
             part = rollouts.select(torch.tensor(rows, device=out.device))
-            prompts = self._collate([rolled.prompts[i // groups] for i in rows])
-            hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
+            with self.arithmetic():
+                hidden = self.retriever.hidden_states(batch, part.ids, part.mask)
             out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
         return out
-
-    # -- captions ----------------------------------------------------------------------------------
 
     def _caption_ids(self, captions: list[str | None]) -> Tensor:
         """[len(captions), S] token ids, each ending in [RET]; a row without a caption is all
         -100."""
-        ids = [
-            []
-            if c is None
-            else self.retriever.inputs.tokenizer(c, add_special_tokens=False).input_ids
-            for c in captions
-        ]
-        limit = self.stage.max_completion_length
-        rows = [[*i[: limit - 1], self.retriever.inputs.ret_id] if i else [] for i in ids]
+        inputs, limit = self.retriever.inputs, self.stage.max_completion_length
+        ids = [[] if c is None else inputs.text_ids(c) for c in captions]
+        rows = [[*i[: limit - 1], inputs.ret_id] if i else [] for i in ids]
         out = torch.full((len(rows), max(1, *map(len, rows))), -100)
         for k, row in enumerate(rows):
             out[k, : len(row)] = torch.tensor(row)
         return out.to(self.retriever.device)
+
+    def refuse_broken_weights(self) -> None:
+        """RunError where training has made NaN or inf of a weight."""
+        refuse_broken_weights(self.guards.title, self.trained())
+
+
+def _embedded(rolled: _Rolled, leaf: Tensor) -> ranking.Embedded:
+    """Where the step's embeddings stand: its rollouts, then rows of the bank."""
+    b, found = rolled.count, rolled.comparison
+    groups = len(leaf) // len(rolled.prompts)
+    rows = leaf[b * groups :]
+    table = rows if rolled.bank is None else torch.cat([rows, rolled.bank.to(rows.dtype)])
+    columns = torch.arange(found.rolled * groups, device=leaf.device).view(-1, groups)
+    kept = torch.arange(len(rows), len(table), device=leaf.device)[:, None].expand(-1, groups)
+    return ranking.Embedded(leaf[: b * groups].unflatten(0, (b, groups)), table,
+                            torch.cat([columns, kept]))  # fmt: skip
 
 
 def _frozen_copy(retriever: Retriever) -> Retriever | None:
@@ -370,23 +410,4 @@ def _summary_metrics(rollouts: Rollouts) -> dict[str, float]:
     return {
         "completion_length": rollouts.mask.sum(1).float().mean().item(),
         "frac_no_ret": 1.0 - rollouts.finished.float().mean().item(),
-    }
-
-
-def _reward_metrics(reward: Tensor, out: elva_kernels.RankingReward) -> dict[str, float]:
-    """What shows a collapse or a hack early."""
-    rank = out.rank.float()
-    spread = reward.amax(1) - reward.amin(1)
-    return {
-        "reward": reward.mean().item(),
-        "reward_std": reward.std(1, unbiased=False).mean().item(),
-        "frac_zero_std": (spread < 1e-6).float().mean().item(),
-        "margin_reward": out.margin_reward.mean().item(),
-        "rank_reward": out.rank_reward.mean().item(),
-        "positive_score": out.scores[..., 0].mean().item(),
-        "mean_score": out.scores.mean().item(),
-        "rank_1": (rank == 1).float().mean().item(),
-        "rank_2_3": ((rank >= 2) & (rank <= 3)).float().mean().item(),
-        "rank_4_10": ((rank >= 4) & (rank <= 10)).float().mean().item(),
-        "rank_11_up": (rank > 10).float().mean().item(),
     }

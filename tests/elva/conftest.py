@@ -16,6 +16,7 @@ import yaml
 
 from elva.data import emoji, load
 from elva.recipe import Recipe, resolve
+from tests.elva import standin
 
 
 class Training(NamedTuple):
@@ -108,6 +109,19 @@ def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(yaml.safe_dump(changes))
     return path
+
+
+@pytest.fixture(scope="session")
+def released(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoints of the released structure by their heads, "tied" or "untied"."""
+    root, made = tmp_path_factory.mktemp("released"), {}
+
+    def checkpoint(heads: str) -> Path:
+        if heads not in made:
+            made[heads] = standin.write(root / heads, corpus, tied=heads == "tied")
+        return made[heads]
+
+    return checkpoint
 
 
 @pytest.fixture(scope="session")

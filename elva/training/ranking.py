@@ -1,0 +1,160 @@
+"""The losses of a step on its embeddings: InfoNCE and the ranking reward, by elva_kernels.
+
+Liu et al., ELVA, arXiv:2606.20280, sec. 3.2 (InfoNCE) and 3.4 (rewards).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import elva_kernels
+from elva.recipe import StageConfig
+from elva.training.comparison import SOURCES, Comparison
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A step's embeddings, and where those of each candidate stand.
+
+    Args:
+        query: [B, G, D].
+        table: [T, D]: candidates' rollouts, then rows of the bank.
+        columns: [M, G] rows of `table`: each candidate under each rollout; of the bank always one.
+    """
+
+    query: Tensor
+    table: Tensor
+    columns: Tensor
+
+    @property
+    def groups(self) -> int:
+        return self.query.shape[1]
+
+
+def info_nce(
+    stage: StageConfig, comparison: Comparison, embedded: Embedded, temperature: float | Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """InfoNCE of every rollout of a query against every rollout of its candidates, and its metrics.
+
+    A right answer's G rollouts are G positives of each of the query's.
+    """
+    query, columns = embedded.query.flatten(0, 1), embedded.columns  # row b * G + g
+    target, excluded = _pairs(comparison, columns, embedded.groups)
+    loss, statistics = elva_kernels.info_nce(
+        query, embedded.table, target, temperature=temperature, symmetric=stage.symmetric,
+        excluded=excluded, return_statistics=True,
+    )  # fmt: skip
+    metrics = {"infonce": loss.item()}
+    if not bool((comparison.negatives >= 0).any()):
+        return loss, metrics
+    t = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
+    best = columns.new_tensor(comparison.target[:, 0])
+    own = elva_kernels.ranking_reward(
+        embedded.query.detach(), embedded.table.detach()[columns[best]], embedded.table.detach(),
+        negative_index=_index(comparison, columns),
+    ).scores  # fmt: skip
+    logsumexp = statistics.logsumexp[:, None]
+    right = (statistics.target_score / t - logsumexp).exp().sum(1)
+    mass = (own / t - logsumexp.unflatten(0, (-1, embedded.groups))).exp()
+    total = (1 - right).clamp(min=0)  # what the softmax gives all negatives
+    sources = _sources(comparison, columns)[:, None].expand(-1, embedded.groups, -1)
+    metrics.update(_outranked(own, sources))
+    shares = dict(_shares(mass[..., 1:], sources, total))
+    shares["share_in_batch"] = max(0.0, 1.0 - sum(shares.values()))
+    return loss, metrics | shares
+
+
+def reward(
+    stage: StageConfig, comparison: Comparison, embedded: Embedded
+) -> tuple[Tensor, dict[str, float]]:
+    """The reward of every rollout of a query, [B, G], the mean over its right answers; metrics."""
+    columns = embedded.columns
+    scalars: dict[str, Any] = asdict(stage.reward)  # RewardConfig names the op's arguments
+    target = columns.new_tensor(comparison.target)
+    asks, answers = (target >= 0).nonzero(as_tuple=True)  # one group each: a query, an answer
+    out = elva_kernels.ranking_reward(
+        embedded.query[asks], embedded.table[columns[target[asks, answers]]], embedded.table,
+        negative_index=_index(comparison, columns)[asks], **scalars,
+    )  # fmt: skip
+    count = (target >= 0).sum(1).to(out.reward.dtype)
+    found = out.reward.new_zeros(len(target), embedded.groups).index_add(0, asks, out.reward)
+    scores = out.scores.detach().requires_grad_()
+    live = scores.isfinite()[..., 1:]
+    elva_kernels.reward_from_scores(scores, mask=live, **scalars).reward.sum().backward()
+    assert scores.grad is not None
+    pull = scores.grad[..., 1:].abs()
+    sources = _sources(comparison, columns)[asks][:, None].expand_as(pull)
+    metrics = _reward_metrics(found.detach() / count[:, None], out)
+    metrics.update(_outranked(out.scores, sources))
+    metrics.update(_shares(pull, sources, pull.sum(-1)))
+    return found / count[:, None], metrics
+
+
+def _pairs(comparison: Comparison, columns: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Targets [B * G, P * G] and excluded pairs [E * G * G, 2] of rollouts, from those of items."""
+    target = columns.new_tensor(comparison.target)
+    found = torch.where(target[..., None] >= 0, columns[target], -1).flatten(1)  # [B, P * G]
+    excluded = columns.new_tensor(comparison.excluded)
+    rollouts = torch.arange(groups, device=columns.device)
+    asks = excluded[:, 0, None, None] * groups + rollouts[:, None]
+    pairs = torch.stack(torch.broadcast_tensors(asks, columns[excluded[:, 1]][:, None]), -1)
+    return found.repeat_interleave(groups, 0), pairs.flatten(0, 2)
+
+
+def _index(comparison: Comparison, columns: Tensor) -> Tensor:
+    """[B, G, N] rows of the table: every query's negatives under the same rollout; -1 masked."""
+    negatives = columns.new_tensor(comparison.negatives)
+    found = torch.where(negatives[..., None] >= 0, columns[negatives], -1)  # [B, N, G]
+    return found.transpose(1, 2).contiguous()
+
+
+def _sources(comparison: Comparison, columns: Tensor) -> Tensor:
+    """[B, N] index into `SOURCES`, -1 where there is no negative."""
+    there = comparison.negatives >= 0
+    return columns.new_tensor(np.where(there, comparison.sources, -1))
+
+
+def _outranked(scores: Tensor, sources: Tensor) -> Iterator[tuple[str, float]]:
+    """How often a negative of each source scores at least as high as the positive.
+
+    Args:
+        scores: [..., 1 + N], the positive's first; sources: [..., N].
+    """
+    above = scores[..., 1:] >= scores[..., :1]
+    for place, name in enumerate(SOURCES):
+        of = sources == place
+        if bool(of.any()):
+            yield f"outranked_{name}", ((above & of).any(-1).sum() / of.any(-1).sum()).item()
+
+
+def _shares(pull: Tensor, sources: Tensor, total: Tensor) -> Iterator[tuple[str, float]]:
+    """Each source's share of the loss's gradient on the scores of negatives, [..., N] of [...]."""
+    for place, name in enumerate(SOURCES):
+        of = sources == place
+        if bool(of.any()):
+            part = torch.where(of, pull, 0.0).sum(-1)
+            yield f"share_{name}", (part.sum() / total.sum().clamp(min=1e-30)).item()
+
+
+def _reward_metrics(found: Tensor, out: elva_kernels.RankingReward) -> dict[str, float]:
+    """What shows a collapse or a hack early."""
+    rank = out.rank.float()
+    spread = found.amax(1) - found.amin(1)
+    scores = out.scores[out.scores.isfinite()]
+    return {
+        "reward": found.mean().item(),
+        "reward_std": found.std(1, unbiased=False).mean().item(),
+        "frac_zero_std": (spread < 1e-6).float().mean().item(),
+        "margin_reward": out.margin_reward.mean().item(),
+        "rank_reward": out.rank_reward.mean().item(),
+        "positive_score": out.scores[..., 0].mean().item(),
+        "mean_score": scores.mean().item(),
+        "rank_1": (rank == 1).float().mean().item(),
+        "rank_2_3": ((rank >= 2) & (rank <= 3)).float().mean().item(),
+        "rank_4_10": ((rank >= 4) & (rank <= 10)).float().mean().item(),
+        "rank_11_up": (rank > 10).float().mean().item(),
+    }

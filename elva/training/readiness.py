@@ -1,0 +1,165 @@
+"""What a training will need, looked at before its first step: nothing is decided late."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from elva.data import load
+from elva.draws import uniforms
+from elva.errors import RunError
+from elva.recipe import Recipe, StageConfig, chosen
+from elva.run import Run, source_of
+from elva.training.estimate import state_bytes
+from elva.training.examples import Examples
+from elva.training.plan import steps_an_epoch
+
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+
+DECODED = 16
+"""Ours: pictures of each stage that are decoded before training, drawn by the seed."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Ready:
+    """What was found: a row a stage, and what is not at hand yet."""
+
+    stages: dict[str, Row] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def check(
+    recipe: Recipe,
+    stages: Sequence[str] | None = None,
+    start_from: Run | None = None,
+    *,
+    controls: bool = True,
+    output: Path = Path("."),
+    whole: bool = True,
+) -> Ready:
+    """Refuse what cannot be trained here, before a run directory is made for it.
+
+    Args:
+        start_from: a run that may hold what the first of `stages` starts from.
+        output: where the run will lie, for the space on its disk.
+        whole: refuse what is not at hand; False lists it (`--dry-run`).
+
+    Raises:
+        UserError, DataError: several processes or GPUs, an unknown stage or one that has nothing to
+            start from, data or a model that is not there or not what the recipe asks of it.
+    """
+    _refuse_several()
+    names = chosen(recipe, stages)
+    if names and start_from is None and (place := list(recipe.stages).index(names[0])):
+        refuse_start(names[0], list(recipe.stages)[place - 1])
+    ready = Ready()
+    for line in _missing(recipe, names):
+        if whole:
+            raise RunError(line)
+        ready.missing.append(line)
+    kinds = {f"stages.{name}": recipe.stages[name] for name in names}
+    if controls and names and names[-1] == list(recipe.stages)[-1]:
+        kinds |= {f"controls.{name}": stage for name, stage in recipe.controls.items()}
+    for where, stage in kinds.items():
+        if stage.data == "emoji" or Path(stage.data).is_dir():
+            ready.stages[where.partition(".")[2]] = _look(recipe, stage)
+    _refuse_full_disk(recipe, len(kinds), output)
+    return ready
+
+
+def notices(stage: StageConfig, examples: Examples) -> Iterator[str]:
+    """What a person should know of a stage's data, a line each."""
+    if examples.unanswered:
+        yield f"{examples.unanswered:,} queries have no right answer in the pool and train nothing"
+    if examples.negatives and stage.embeds and not stage.negatives.given:
+        yield (
+            f"{examples.negatives:,} queries name negatives, which are not used; "
+            "negatives.given takes them"
+        )
+
+
+def refuse_start(name: str, previous: str) -> NoReturn:
+    raise RunError(
+        f"train: stage {name} starts from stage {previous}, which is not trained; "
+        "train it too or pass --from RUN"
+    )
+
+
+def _refuse_several() -> None:
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RunError(
+            f"train: the number of processes must be 1, got {processes}; "
+            "training on several is not supported yet"
+        )
+    if (devices := torch.cuda.device_count()) > 1:
+        raise RunError(
+            f"train: the number of visible GPUs must be 1, got {devices}; "
+            "set CUDA_VISIBLE_DEVICES=0 (training on several is not supported yet)"
+        )
+
+
+def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+    """Data and a model that are not at hand, a line each."""
+    for name in names:
+        data = recipe.stages[name].data
+        if data != "emoji" and not Path(data).is_dir():
+            yield (
+                f"recipe: stages.{name}.data must be emoji or a directory in M-BEIR's layout, "
+                f"got {data!r}; see elva data --help"
+            )
+    model = recipe.model.path
+    if model is None:
+        return
+    if Path(model).is_dir():
+        try:
+            kind = json.loads((Path(model) / "config.json").read_text("utf-8")).get("model_type")
+        except (OSError, ValueError):
+            kind = "no readable config.json"
+        if kind != "qwen2_vl":
+            yield f"recipe: model.path must be a Qwen2-VL checkpoint, got {kind} in {model}"
+    elif not re.fullmatch(HUB_NAME, model):
+        yield f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
+
+
+def _look(recipe: Recipe, stage: StageConfig) -> Row:
+    """A stage's data: read as it will be read, some of its pictures decoded."""
+    examples = Examples(load(source_of(recipe, stage.data), split="train"), stage, recipe.seed)
+    rows = [row for found in examples.rows.values() for row in found[:: max(1, len(found) // 8)]]
+    drawn = (uniforms((recipe.seed, "decoded"), (DECODED,)) * len(examples.candidates)).long()
+    shown = [examples.candidates[row] for row in drawn.tolist()]
+    for item in [*shown, *(examples.query(row) for row in rows[:DECODED])]:
+        if item.image is not None:
+            item.load_image()
+    return {
+        "queries": {task: len(found) for task, found in examples.rows.items()},
+        "candidates": len(examples.candidates),
+        "pictures": examples.pictures,
+        "with_negatives": examples.negatives,
+        "steps_an_epoch": steps_an_epoch(stage, examples),
+        "notices": list(notices(stage, examples)),
+    }
+
+
+def _refuse_full_disk(recipe: Recipe, stages: int, output: Path) -> None:
+    """A model a stage; of the one that trains two checkpoints, and a third being written."""
+    largest = max(state_bytes(stage, recipe) or 0 for stage in recipe.stages.values())
+    weights = (state_bytes(None, recipe) or 0) * stages
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if weights + 3 * largest > free:
+        raise RunError(
+            f"train: {place} must have {(weights + 3 * largest) / 1e9:.1f} GB free for models and "
+            f"checkpoints, got {free / 1e9:.1f}; choose another --output"
+        )
