@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from elva.data import Item, Pool, Query
+from elva.data import Item, Pool, Queries
 from elva.data.mbeir import QuerySet, first_instructions, read_sets
 from elva.data.strict import Faults
 from elva.errors import UserError
@@ -120,7 +120,7 @@ def _kinds(pool: Pool) -> dict[str, pa.DataType]:
 
 
 def _metadata(
-    items: Pool | list[Query], good: Sequence[Item], kinds: Mapping[str, pa.DataType]
+    items: Pool | Queries, good: Sequence[Item], kinds: Mapping[str, pa.DataType]
 ) -> dict[str, pa.Array]:
     if not kinds or not isinstance(items, Pool):
         return {}
@@ -142,7 +142,7 @@ def _number(value: str | int | float) -> float | None:
 
 def _wanted(
     data: Path, sets: Sequence[QuerySet], split: str, sides: Sides
-) -> Iterator[tuple[str, Pool | list[Query], dict[str, Any]]]:
+) -> Iterator[tuple[str, Pool | Queries, dict[str, Any]]]:
     """(name, items, what to note) of each pool once and of each query file."""
     if sides in ("both", "pools"):
         for name in dict.fromkeys(s.pool_name for s in sets):
@@ -186,7 +186,7 @@ def _begin(wanted: Embeddings, resume: bool) -> None:
 def _embed_shards(
     plan: Embeddings,
     encoder: Encoder,
-    items: Pool | list[Query],
+    items: Pool | Queries,
     named: Mapping[str, str],
     kinds: Mapping[str, pa.DataType],
     dtype: str,

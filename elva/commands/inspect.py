@@ -123,7 +123,7 @@ def _sets(
 
 
 def _row(one: QuerySet) -> dict[str, Any]:
-    queries: list[Query] = one.queries
+    queries = one.queries
     words = [len(q.text.split()) for q in queries if q.text]
     return {
         "task": one.task,

@@ -6,7 +6,8 @@
 
 from elva.data.mbeir import load
 from elva.data.pool import Dataset, Pool
+from elva.data.queries import Queries
 from elva.data.schema import Grain, Item, Query
 from elva.errors import DataError
 
-__all__ = ["DataError", "Dataset", "Grain", "Item", "Pool", "Query", "load"]
+__all__ = ["DataError", "Dataset", "Grain", "Item", "Pool", "Queries", "Query", "load"]

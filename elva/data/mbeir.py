@@ -2,54 +2,97 @@
 
 Reads M-BEIR itself and whatever is written in its layout, the embedded emoji corpus first of
 all. Two files of ours may stand beside M-BEIR's (`extras.py`).
-
-Only sets with a task in their name are read (`mbeir_cirr_task7_test.jsonl`), not M-BEIR's
-union files, which mix tasks.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
 
 from elva.data import pool as pool_file
+from elva.data import qrels
+from elva.data import queries as query_table
+from elva.data import table as tables
 from elva.data.extras import read_grains, read_minimal_pairs
-from elva.data.pool import Dataset, Pool, concatenate, distinct
-from elva.data.schema import TASKS, Query, hashed_id, normalise
+from elva.data.layout import (
+    INSTRUCTIONS,
+    LINKED,
+    SPLITS,
+    QueryFile,
+    Which,
+    file_stem,
+    find,
+    pool_files,
+    qrels_file,
+    query_file,
+    sets_with_pools,
+    union_pool_file,
+)
+from elva.data.pool import Dataset, Pool, concatenate
+from elva.data.queries import Queries, Row
+from elva.data.schema import (
+    TASK_NAMES,
+    TASKS,
+    hashed_id,
+    id_of,
+    modalities,
+    normalise,
+    task_between,
+)
 from elva.data.strict import Faults, Record, dump, lines, modality_of, records, write_lines
 from elva.errors import DataError
 
-SPLITS = ("train", "val", "test")
-LINKED = ("cand_pool", "instructions", "mbeir_images", "grains.jsonl", "minimal_pairs.jsonl")
-"""What a directory made of another's queries links to, beside queries and qrels of its own."""
-
-_TASK_NAMES = {number: task for task, number in TASKS.items()}
-_MODALITIES = {"t": "text", "i": "image", "it": "image,text"}
-_INSTRUCTIONS = Path("instructions") / "query_instructions.tsv"
+__all__ = [
+    "LINKED", "SPLITS", "QuerySet", "file_stem", "first_instructions", "load", "modalities",
+    "query_file", "read_instructions", "read_pool", "read_sets",
+    "write_instructions", "write_pool", "write_queries",
+]  # fmt: skip
 
 Prompts = Mapping[tuple[int, str, str], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class QuerySet:
-    """One query file and the pool it is asked of: M-BEIR's unit of evaluation.
+    """The queries of one task in a file and the pool they are asked of: M-BEIR's unit of
+    evaluation.
 
     Args:
         stem: `mscoco_task0`.
         task: `t2i`.
         pool_name: The pool file's name without its ending.
+        path: The query file; of a file that mixes tasks there are several sets.
+        notices: What a person should know of it, a line each.
     """
 
     stem: str
     task: str
-    queries: list[Query]
+    queries: Queries
     pool: Pool
     pool_name: str
+    path: Path
+    notices: tuple[str, ...] = ()
 
 
-def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train") -> Dataset:
+class _Searched(NamedTuple):
+    """A pool, its name, and the files that it is made of."""
+
+    pool: Pool
+    name: str
+    files: tuple[Path, ...]
+
+
+def load(
+    root: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    split: str = "train",
+    queries: Which = "sets",
+) -> Dataset:
     """Read the queries of a split with their candidate pools, by task.
 
     Args:
@@ -57,24 +100,25 @@ def load(root: Path, *, tasks: Sequence[str] | None = None, split: str = "train"
         tasks: What to read: tasks (`t2i`) or single sets (`mscoco_task0`); all by default.
         split: train, val or test. A pool written for this split alone is preferred to the
             common one: that is how held-out rows stay out of training.
+        queries: The files of the sets, or M-BEIR's file of all sets; what is there where only one
+            of them is.
 
     Returns:
-        Queries with the first instruction of their kind, normalised texts, and pools.
+        Queries with the first instruction of their kind, and pools. A task's pool is that of all
+        its sets, so an answer is `outside` only where none of them holds it.
 
     Raises:
         DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
     """
     root = Path(root)
-    queries: list[Query] = []
-    pools: dict[str, list[Pool]] = defaultdict(list)
-    for one in read_sets(root, tasks=tasks, split=split):
-        queries += one.queries
-        pools[one.task].append(one.pool)
-    merged = {task: concatenate(found) for task, found in pools.items()}
-    grains = read_grains(root / "grains.jsonl", queries, merged.values())
-    queries = [replace(query, grains=grains["qid"].get(query.id)) for query in queries]
-    pairs = read_minimal_pairs(root / "minimal_pairs.jsonl", queries, merged)
-    return Dataset(root, split, queries, merged, grains["did"], pairs)
+    sets = _read(root, tasks, split, "task", queries, Faults())
+    pools = {one.task: one.pool for one in sets}
+    asked = query_table.concatenate([one.queries for one in sets])
+    grains = read_grains(root / "grains.jsonl", asked, pools.values())
+    pairs = read_minimal_pairs(root / "minimal_pairs.jsonl", asked, pools)
+    notices = tuple(line for one in sets for line in one.notices)
+    asked = asked.with_grains(grains["qid"])
+    return Dataset(root, split, asked, pools, grains["did"], pairs, notices)
 
 
 def read_sets(
@@ -83,6 +127,7 @@ def read_sets(
     tasks: Sequence[str] | None = None,
     split: str = "test",
     pools: Literal["local", "global"] = "local",
+    queries: Which = "sets",
     faults: Faults | None = None,
 ) -> list[QuerySet]:
     """The query files of a split one by one, each with the pool it is asked of.
@@ -90,83 +135,183 @@ def read_sets(
     Args:
         pools: `local`, every set against its own candidates (the paper's protocol), or `global`,
             all against `cand_pool/global`'s, or the union of the local ones where there is none.
+        queries: as `load` takes it.
         faults: Rows that may be left out, and where they are listed.
 
     Raises:
         DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
     """
-    root, faults = Path(root), faults or Faults()
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    prompts = read_instructions(root / _INSTRUCTIONS)
-    found = _find(root, tasks, split)
-    paths = dict.fromkeys(_pool_path(root, stem, split) for stem, _, _ in found)
-    opened = {path: read_pool(path, root, faults) for path in paths}
-    union = _global_pool(root, split, opened, faults) if pools == "global" else None
-    sets = []
-    for stem, task, path in found:
-        source = _pool_path(root, stem, split)
-        pool, name = (opened[source], source.stem) if union is None else union
-        queries = read_queries(path, root, task, pool, prompts, faults)
-        qrels = root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt"
-        if qrels.exists():
-            _check_qrels(read_qrels(qrels), queries, pool, faults)
-        sets.append(QuerySet(stem, task, queries, pool, name))
+    return _read(Path(root), tasks, split, pools, queries, faults or Faults())
+
+
+def _read(
+    root: Path,
+    tasks: Sequence[str] | None,
+    split: str,
+    pools: Literal["local", "global", "task"],
+    which: Which,
+    faults: Faults,
+) -> list[QuerySet]:
+    prompts = read_instructions(root / INSTRUCTIONS)
+    found, notices = find(root, split, which)
+    files = [file for file in found if _wanted(file, tasks)]
+    searched = _searched(root, files, split, pools, faults) if files else []
+    sets: list[QuerySet] = []
+    for file, asked in zip(files, searched, strict=True):
+        queries = _read_queries(root, file, split, asked, prompts, faults)
+        for task in [file.task] if file.task else queries.tasks():
+            stem = file.stem(task)
+            if tasks is None or stem in tasks or task in tasks:
+                some = queries.select(queries.rows_of(task))
+                lines = (*notices, *_outside(stem, some, asked[task].name))
+                pool, name, _ = asked[task]
+                sets.append(QuerySet(stem, task, some, pool, name, file.path, lines))
+                notices = ()  # once, with the first
+    for task in tasks or ():
+        if not any(task in (one.stem, one.task) for one in sets):
+            raise DataError(f"{found[0].path.parent}: no queries for {task}")
     return sets
 
 
-def _global_pool(
-    root: Path, split: str, local: Mapping[Path, Pool], faults: Faults
-) -> tuple[Pool, str]:
-    name = f"mbeir_union_{split}_cand_pool"
-    path = root / "cand_pool" / "global" / f"{name}.jsonl"
-    if path.exists():
-        return read_pool(path, root, faults), name
-    return distinct(concatenate([local[p] for p in sorted(local)])), name
+def _wanted(file: QueryFile, tasks: Sequence[str] | None) -> bool:
+    possible = TASKS if file.task is None else (file.task,)
+    return tasks is None or any(t in tasks or file.stem(t) in tasks for t in possible)
 
 
-def read_queries(
-    path: Path, root: Path, task: str, pool: Pool, prompts: Prompts, faults: Faults
-) -> list[Query]:
-    """One query file; every positive and negative must be in the pool."""
-    modality, candidate = modalities(task)
-    queries: list[Query] = []
-    seen: dict[str, str] = {}
-    for record in records(path, faults):
+def _searched(
+    root: Path,
+    files: Sequence[QueryFile],
+    split: str,
+    pools: Literal["local", "global", "task"],
+    faults: Faults,
+) -> list[dict[str, _Searched]]:
+    """Task -> what is searched, of each file."""
+    union = union_pool_file(root, split)
+    if pools == "global" and union.exists():
+        whole = _Searched(read_pool(union, root, faults), union.stem, (union,))
+        return [dict.fromkeys([file.task] if file.task else TASKS, whole) for file in files]
+    paths = [pool_files(root, file, split) for file in files]
+    every = dict.fromkeys(chain.from_iterable(found.values() for found in paths))
+    opened = {path: read_pool(path, root, faults) for path in every}
+
+    def joined(some: Iterable[Path]) -> _Searched:
+        distinct = tuple(dict.fromkeys(some))
+        name = distinct[0].stem if len(distinct) == 1 else union.stem
+        return _Searched(concatenate([opened[path] for path in distinct]), name, distinct)
+
+    if pools == "global":
+        whole = joined(sorted(every))._replace(name=union.stem)
+        return [dict.fromkeys(found, whole) for found in paths]
+    if pools == "local":
+        each = {path: joined([path]) for path in every}
+        return [{task: each[path] for task, path in found.items()} for found in paths]
+    known = dict.fromkeys(chain.from_iterable(paths))
+    of = {task: joined(found[task] for found in paths if task in found) for task in known}
+    return [{task: of[task] for task in found} for found in paths]
+
+
+def _outside(stem: str, queries: Queries, pool: str) -> tuple[str, ...]:
+    """A line on the answers that the searched pool does not hold, where there are any."""
+    answers, negatives = int(queries.listed("outside").sum()), int(queries.column("dropped").sum())
+    if not answers + negatives:
+        return ()
+    none = int((queries.listed("positives") == 0).sum())
+    dropped = f", {negatives:,} negatives outside are left out" if negatives else ""
+    return (
+        f"{stem}: {none:,} of {len(queries):,} queries have no right answer in {pool}; "
+        f"{answers:,} right answers lie outside it, in another set's pool{dropped}",
+    )
+
+
+def _read_queries(
+    root: Path,
+    file: QueryFile,
+    split: str,
+    asked: Mapping[str, _Searched],
+    prompts: Prompts,
+    faults: Faults,
+) -> Queries:
+    """One query file; every positive and negative must be in its pool, or could be another's."""
+    known = sets_with_pools(root, _datasets(root / INSTRUCTIONS))
+    judged = [(task, qrels_file(root, file.stem(task), split)) for task in asked]
+    judged = [(task, path) for task, path in judged if path.exists()]
+    against = [f"{task} {tables.stamp(path)}" for task in asked for path in asked[task].files]
+    against += [f"{task} {tables.stamp(path)}" for task, path in judged]
+    against += [tables.stamp(root / INSTRUCTIONS), str(known), str(file.union)]
+
+    def batches() -> Iterable[pa.RecordBatch]:
+        instructions = [found[0] for found in prompts.values()]
+        rows = _query_rows(file, asked, prompts, faults)
+        pool_of = {task: one.pool for task, one in asked.items()}.__getitem__
+        return query_table.batches(rows, file.path, instructions, pool_of, known, faults)
+
+    def check(kept: tables.Kept) -> None:
+        for task, path in judged:
+            qrels.check(path, kept, asked[task].pool, faults)
+
+    kept = tables.of_file(
+        query_table.KIND, file.path, against, batches, faults, repeats=file.union, check=check
+    )
+    return Queries(kept.table, root)
+
+
+def _query_rows(
+    file: QueryFile, asked: Mapping[str, _Searched], prompts: Prompts, faults: Faults
+) -> Iterator[Row]:
+    places = {key: place for place, key in enumerate(prompts)}
+    for record in records(file.path, faults):
         with faults.row():
             id = record.id("qid")
-            if id in seen:
-                record.fail(f"qid {id} again, first in {seen[id]}")
-            seen[id] = record.where
-            if record.get("task_id") not in (None, TASKS[task]):
-                record.fail(f"task_id {record.get('task_id')!r} is not the file's {TASKS[task]}")
-            raw, text, image = _content(
+            positives, negatives = (
+                list(dict.fromkeys(map(hashed_id, record.ids(key))))
+                for key in ("pos_cand_list", "neg_cand_list")
+            )
+            if not positives:
+                record.fail("pos_cand_list is empty")
+            task = _task(record, file, positives, asked)
+            modality, candidate = modalities(task)
+            raw, _, image = _content(
                 record, "query_txt", "query_img_path", "query_modality", modality
             )
             key = (int(id.partition(":")[0]), modality, candidate)
-            if key not in prompts:
+            if key not in places:
                 record.fail(f"no instruction for dataset {key[0]}, {modality} to {candidate}")
-            positives, negatives = record.ids("pos_cand_list"), record.ids("neg_cand_list")
-            if not positives:
-                record.fail("pos_cand_list is empty")
-            for listed in positives + negatives:
-                if listed not in pool:
-                    record.fail(f"candidate {listed} is not in the pool")
-            queries.append(
-                Query(
-                    id,
-                    text,
-                    None if image is None else root / image,
-                    modality,
-                    instruction=prompts[key][0],
-                    task=task,
-                    positives=positives,
-                    negatives=negatives,
-                    raw_text=raw,
-                    where=record.where,
-                )
+            line = int(record.where.rpartition(":")[2])
+            yield Row(
+                hashed_id(id), raw, image, places[key], TASKS[task], positives, negatives, line
             )
-    return queries
+
+
+def _task(
+    record: Record, file: QueryFile, positives: Sequence[int], asked: Mapping[str, _Searched]
+) -> str:
+    """The task of a row: the file's, the row's own `task_id`, or, as older files have it, that of
+    its modality and of its first known answer's."""
+    number = record.get("task_id")
+    if file.task is not None:
+        if number not in (None, TASKS[file.task]):
+            record.fail(f"task_id {number!r} is not the file's {TASKS[file.task]}")
+        return file.task
+    if number is None:
+        task = _deduced(record, positives, asked)
+    elif isinstance(number, int) and number in TASK_NAMES:
+        task = TASK_NAMES[number]
+    else:
+        record.fail(f"task_id {number!r} is not the number of a task")
+    if task not in asked:
+        record.fail(f"no candidate pool mbeir_{file.stem(task)}_cand_pool.jsonl")
+    return task
+
+
+def _deduced(record: Record, positives: Sequence[int], asked: Mapping[str, _Searched]) -> str:
+    for pool in {id(one.pool): one.pool for one in asked.values()}.values():
+        rows = pool.find(np.array(positives))
+        if (rows >= 0).any():
+            answer = pool[int(rows[rows >= 0][0])]
+            break
+    else:
+        record.fail(f"task_id is missing and candidate {id_of(positives[0])} is not in the pool")
+    return task_between(record.modality("query_modality"), answer.modality)
 
 
 def read_pool(path: Path, root: Path, faults: Faults | None = None) -> Pool:
@@ -185,27 +330,16 @@ def _candidates(path: Path, faults: Faults) -> Iterator[pool_file.Row]:
             yield record.id("did"), text, image, modality, line, known
 
 
-def read_qrels(path: Path) -> dict[tuple[str, str], str]:
-    """(query, candidate) -> `file:line`, of the lines with a relevance above zero."""
-    relevant: dict[tuple[str, str], str] = {}
-    for where, line in lines(path):
-        fields = line.split()
-        if len(fields) not in (4, 5):
-            raise DataError(f"{where}: {len(fields)} columns, not qid 0 did relevance task_id")
-        try:
-            for id in (fields[0], fields[2]):
-                hashed_id(id)
-            relevance = int(fields[3])
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
-        if relevance > 0:
-            relevant[fields[0], fields[2]] = where
-    return relevant
-
-
 def read_instructions(path: Path) -> dict[tuple[int, str, str], tuple[str, ...]]:
     """(dataset, query modality, candidate modality) -> normalised prompts."""
-    prompts: dict[tuple[int, str, str], tuple[str, ...]] = {}
+    return {(number, q, c): prompts for _, number, q, c, prompts in _instruction_rows(path)}
+
+
+def _datasets(path: Path) -> list[tuple[str, int]]:
+    return [(name, number) for name, number, *_ in _instruction_rows(path)]
+
+
+def _instruction_rows(path: Path) -> Iterator[tuple[str, int, str, str, tuple[str, ...]]]:
     for number, (where, line) in enumerate(lines(path)):
         fields = line.rstrip("\r\n").split("\t")
         if number == 0:
@@ -216,13 +350,12 @@ def read_instructions(path: Path) -> dict[tuple[int, str, str], tuple[str, ...]]
             raise DataError(
                 f"{where}: not query_modality, cand_modality, dataset, dataset_id, prompts"
             )
-        prompts[int(fields[3]), str(modalities[0]), str(modalities[1])] = found
-    return prompts
+        yield fields[2], int(fields[3]), str(modalities[0]), str(modalities[1]), found
 
 
 def first_instructions(root: Path, dataset: int, candidate: str) -> dict[str, str]:
     """Query modality -> the instruction by which a dataset asks for such candidates."""
-    prompts = read_instructions(root / _INSTRUCTIONS)
+    prompts = read_instructions(root / INSTRUCTIONS)
     return {q: p[0] for (number, q, c), p in prompts.items() if (number, c) == (dataset, candidate)}
 
 
@@ -234,7 +367,7 @@ def write_queries(root: Path, stem: str, split: str, rows: Sequence[Mapping[str,
         for row in rows
         for did in row["pos_cand_list"]  # type: ignore[attr-defined]
     )
-    write_lines(root / "qrels" / split / f"mbeir_{stem}_{split}_qrels.txt", judged)
+    write_lines(qrels_file(root, stem, split), judged)
 
 
 def write_pool(root: Path, stem: str, rows: Iterable[Mapping[str, object]]) -> None:
@@ -254,52 +387,7 @@ def write_instructions(
         [query, cand, dataset, str(number), *(prompt or '""' for prompt in some)]
         for (query, cand), some in prompts.items()
     ]
-    write_lines(root / _INSTRUCTIONS, ("\t".join(row) for row in [header, *rows]))
-
-
-def modalities(task: str) -> tuple[str, str]:
-    """Modality of a task's queries and of its candidates."""
-    query, candidate = task.split("2")
-    return _MODALITIES[query], _MODALITIES[candidate]
-
-
-def query_file(root: Path, stem: str, split: str) -> Path:
-    """Where a query file lies."""
-    return root / "query" / split / f"mbeir_{stem}_{split}.jsonl"
-
-
-def file_stem(dataset: str, task: str) -> str:
-    """M-BEIR's name for one dataset's task, `emoji_task0`."""
-    return f"{dataset}_task{TASKS[task]}"
-
-
-def _find(root: Path, tasks: Sequence[str] | None, split: str) -> list[tuple[str, str, Path]]:
-    """The query files asked for, as (stem, task, path)."""
-    folder = root / "query" / split
-    found: list[tuple[str, str, Path]] = []
-    for path in sorted(folder.glob(f"mbeir_*_{split}.jsonl")):
-        match = re.fullmatch(rf"mbeir_(\w+_task(\d))_{split}\.jsonl", path.name)
-        if match is None or int(match[2]) not in _TASK_NAMES:
-            raise DataError(f"{path}: not named mbeir_<dataset>_task<number>_{split}.jsonl")
-        found.append((match[1], _TASK_NAMES[int(match[2])], path))
-    if not found:
-        raise DataError(f"{folder}: no query file mbeir_<dataset>_task<number>_{split}.jsonl")
-    if tasks is None:
-        return found
-    for task in tasks:
-        if not any(task in (stem, name) for stem, name, _ in found):
-            raise DataError(f"{folder}: no queries for {task}")
-    return [entry for entry in found if entry[0] in tasks or entry[1] in tasks]
-
-
-def _pool_path(root: Path, stem: str, split: str) -> Path:
-    folder = root / "cand_pool" / "local"
-    # MSCOCO's common pools end in _test in M-BEIR.
-    for name in dict.fromkeys((f"{stem}_{split}", stem, f"{stem}_test")):
-        path = folder / f"mbeir_{name}_cand_pool.jsonl"
-        if path.exists():
-            return path
-    raise DataError(f"{folder}: no candidate pool mbeir_{stem}_cand_pool.jsonl")
+    write_lines(root / INSTRUCTIONS, ("\t".join(row) for row in [header, *rows]))
 
 
 def _content(
@@ -316,19 +404,3 @@ def _content(
             rule = "is empty" if present is None else "is there"
             record.fail(f"{key} {rule}, but {modality_key} is {modality}")
     return raw, text, image
-
-
-def _check_qrels(
-    relevant: Mapping[tuple[str, str], str], queries: Sequence[Query], pool: Pool, faults: Faults
-) -> None:
-    known = {query.id: query for query in queries}
-    for (qid, did), where in relevant.items():
-        with faults.row():
-            if qid not in known:
-                if faults.found:  # it may be one of those that were left out
-                    continue
-                raise DataError(f"{where}: query {qid} is not in the query file")
-            if did not in pool:
-                raise DataError(f"{where}: candidate {did} is not in the pool")
-            if did not in known[qid].positives:
-                raise DataError(f"{where}: {did} is not a positive of query {qid}")

@@ -1,13 +1,10 @@
 """Pools of candidates, and a split's queries with theirs.
 
 A pool is an Arrow table with a sorted array of its ids beside it, because a dict of dicts does not
-hold M-BEIR's 5.6 M candidates. A large pool file is read once, strictly, into a table on disk that
-is memory-mapped from then on.
+hold M-BEIR's 5.6 M candidates.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,18 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elva.data.schema import Grain, Item, Query, hashed_id
+from elva.data import table as tables
+from elva.data.identity import Identities
+from elva.data.queries import Queries
+from elva.data.schema import DOCUMENTS_PER_DATASET, Grain, Item, hashed_id
 from elva.data.strict import Faults
-from elva.errors import DataError
-from elva.files import cache_directory, replacing
-
-MAPPED_FROM_BYTES = 32 << 20
-"""Ours: a pool file from here on is worth a table on disk; reading a smaller one takes a second."""
-
-VERSION = 2
-"""Of the tables on disk; raise it when the same file would give another one."""
-
-BATCH_ROWS = 65_536
 
 SCHEMA = pa.schema(
     [
@@ -53,11 +43,19 @@ class Pool:
         table: Columns id, text, image (relative to `root`), modality, source, line, extra.
         root: Where the pictures' paths start.
         order: [2, n] int64, hashed ids ascending and their rows; computed where it is not given.
+        place: Where the table is mapped from; None in memory.
     """
 
-    def __init__(self, table: pa.Table, root: Path, order: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        table: pa.Table,
+        root: Path,
+        order: np.ndarray | None = None,
+        place: Path | None = None,
+    ) -> None:
         self.table = table.cast(SCHEMA)
         self.root = root
+        self.place = place
         if order is not None:
             self.__dict__["_order"] = order
 
@@ -67,12 +65,16 @@ class Pool:
     def __getitem__(self, row: int) -> Item:
         if not -len(self) <= row < len(self):
             raise IndexError(row)
-        row %= len(self)
-        id, text, image, modality, source, line = (
-            self.table[name][row].as_py() for name in SCHEMA.names[:6]
-        )
-        path = None if image is None else self.root / image
-        return Item(id, text, path, modality, where=f"{source}:{line}")
+        return self._items([row % len(self)])[0]
+
+    def _items(self, rows: Sequence[int]) -> list[Item]:
+        columns = [self.table[name] for name in SCHEMA.names[:6]]
+        found = []
+        for row in rows:
+            id, text, image, modality, source, line = (column[row].as_py() for column in columns)
+            path = None if image is None else self.root / image
+            found.append(Item(id, text, path, modality, where=f"{source}:{line}"))
+        return found
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))
@@ -111,55 +113,63 @@ class Pool:
         for batch in self.table.select(["text"]).to_batches():
             yield from (text for text in batch["text"].to_pylist() if text is not None)
 
+    def find(self, hashed: np.ndarray) -> np.ndarray:
+        """[n] int64 rows of hashed ids, -1 where the pool has none."""
+        return tables.find(self._order, hashed)
+
+    def identities(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n] int64: equal numbers are the same answer, whatever the ids (`Item.content_hash`).
+
+        Raises:
+            DataError: a picture among the rows that cannot be read.
+        """
+        return self._identities.of(np.asarray(rows, np.int64), self._items)
+
+    @cached_property
+    def pictured(self) -> np.ndarray:
+        """[n] int64 rows of the candidates that have a picture."""
+        return np.flatnonzero(self.table["image"].is_valid().to_numpy())
+
+    @cached_property
+    def datasets(self) -> np.ndarray:
+        """The numbers of the datasets whose candidates are here, ascending."""
+        return np.unique(self._order[0] // DOCUMENTS_PER_DATASET)
+
+    @cached_property
+    def _identities(self) -> Identities:
+        place = None if self.place is None else self.place.with_suffix(".identities")
+        return Identities(len(self), place)
+
     @cached_property
     def _order(self) -> np.ndarray:
-        return sorted_keys(self.table)
+        return tables.sorted_keys(_hashed(self.table))
 
     def _find(self, id: str) -> int | None:
-        keys, rows = self._order
         try:
-            key = hashed_id(id)
+            row = int(self.find(np.array([hashed_id(id)]))[0])
         except ValueError:
             return None
-        at = int(np.searchsorted(keys, key))
-        return int(rows[at]) if at < len(keys) and keys[at] == key else None
-
-
-def sorted_keys(table: pa.Table) -> np.ndarray:
-    """[2, n] int64 of a table's ids: hashed, ascending, and the row of each."""
-    if not table.num_rows:
-        return np.zeros((2, 0), np.int64)
-    parts = pc.split_pattern(table["id"], ":", max_splits=1)
-    dataset, number = (pc.list_element(parts, i).cast(pa.int64()) for i in (0, 1))
-    keys = pc.add(pc.multiply(dataset, 10_000_000), number).to_numpy()
-    order = np.argsort(keys, kind="stable")
-    return np.stack([keys[order], order])
+        return None if row < 0 else row
 
 
 def concatenate(pools: Sequence[Pool]) -> Pool:
-    """One pool out of several that share a root."""
+    """One pool out of several that share a root: the first row of each id."""
+    pools = list({id(pool): pool for pool in pools}.values())
     if len(pools) == 1:
         return pools[0]
+    root = pools[0].root
     table = pa.concat_tables([pool.table for pool in pools]).unify_dictionaries()
-    return Pool(table, pools[0].root)
-
-
-def distinct(pool: Pool) -> Pool:
-    """The pool with the first row of each id."""
-    keys, rows = sorted_keys(pool.table)
-    first = np.ones(len(keys), bool)
-    first[1:] = keys[1:] != keys[:-1]
-    return pool if first.all() else Pool(pool.table.take(np.sort(rows[first])), pool.root)
-
-
-def of_rows(rows: Iterable[Row], source: Path, root: Path, faults: Faults) -> Pool:
-    """A pool in memory."""
-    batches = list(_batches(rows, source))
-    pool = Pool(pa.Table.from_batches(batches, SCHEMA).combine_chunks(), root)
-    for item in _repeated(pool):
-        with faults.row():
-            raise DataError(f"{item.where}: did {item.id} again")
-    return distinct(pool)
+    starts = np.cumsum([0, *(len(pool) for pool in pools)])
+    keys = np.empty(len(table), np.int64)
+    for start, pool in zip(starts, pools, strict=False):
+        ascending, rows = pool._order
+        keys[start + rows] = ascending
+    order = tables.sorted_keys(keys)
+    first = tables.first_of_each(order)
+    if first.all():
+        place = tables.joined_place(KIND.folder, [pool.place for pool in pools])
+        return Pool(table, root, order, place)
+    return Pool(table.take(np.sort(order[1][first])), root)
 
 
 def of_file(source: Path, root: Path, rows: Callable[[], Iterable[Row]], faults: Faults) -> Pool:
@@ -172,48 +182,25 @@ def of_file(source: Path, root: Path, rows: Callable[[], Iterable[Row]], faults:
     Raises:
         DataError: what `rows` raises, or an id that comes twice.
     """
-    about = source.stat()
-    if about.st_size < MAPPED_FROM_BYTES or faults.allowed:
-        return of_rows(rows(), source, root, faults)
-    key = f"{VERSION} {source.absolute()} {about.st_size} {about.st_mtime_ns}"
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    place = cache_directory() / "pools" / f"{name}.arrow"
-    order = place.with_suffix(".npy")
-    if not (place.exists() and order.exists()):
-        _write(place, _batches(rows(), source))
-        pool = Pool(_mapped(place), root)
-        for item in _repeated(pool):
-            place.unlink()
-            raise DataError(f"{item.where}: did {item.id} again")
-        with replacing(order) as sink, os.fdopen(os.dup(sink.descriptor), "wb") as file:
-            np.save(file, pool._order)
-    return Pool(_mapped(place), root, np.load(order, mmap_mode="r"))
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        return (_batch(some, source) for some in tables.in_batches(rows(), tables.BATCH_ROWS))
+
+    kept = tables.of_file(KIND, source, (), batches, faults)
+    return Pool(kept.table, root, kept.order, kept.place)
 
 
-def _write(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    with (
-        replacing(path) as sink,
-        os.fdopen(os.dup(sink.descriptor), "wb") as file,
-        pa.ipc.new_file(file, SCHEMA) as writer,
-    ):
-        for batch in batches:
-            writer.write_batch(batch)
+def _hashed(table: pa.Table) -> np.ndarray:
+    """[n] int64 of a table's ids."""
+    if not table.num_rows:
+        return np.zeros(0, np.int64)
+    parts = pc.split_pattern(table["id"], ":", max_splits=1)
+    dataset, number = (pc.list_element(parts, i).cast(pa.int64()) for i in (0, 1))
+    hashed: np.ndarray = pc.add(pc.multiply(dataset, DOCUMENTS_PER_DATASET), number).to_numpy()
+    return hashed
 
 
-def _mapped(path: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def _batches(rows: Iterable[Row], source: Path) -> Iterator[pa.RecordBatch]:
-    """Record batches of rows, each small enough to be held as Python objects."""
-    held: list[Row] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == BATCH_ROWS:
-            yield _batch(held, source)
-            held = []
-    if held:
-        yield _batch(held, source)
+KIND = tables.Kind("pools", "did", SCHEMA, _hashed)
 
 
 def _batch(rows: Sequence[Row], source: Path) -> pa.RecordBatch:
@@ -227,13 +214,6 @@ def _batch(rows: Sequence[Row], source: Path) -> pa.RecordBatch:
     return pa.record_batch([*arrays, named, *last], schema=SCHEMA)
 
 
-def _repeated(pool: Pool) -> Iterator[Item]:
-    """Rows whose id an earlier row has."""
-    keys, rows = pool._order
-    for row in np.sort(rows[1:][keys[1:] == keys[:-1]]).tolist():
-        yield pool[row]
-
-
 @dataclass(frozen=True)
 class Dataset:
     """Queries of one split with the pools of their tasks.
@@ -241,18 +221,20 @@ class Dataset:
     Args:
         root: Folder it was read from.
         split: train, val or test.
-        queries: In file order.
+        queries: Set by set, in file order.
         pools: Task -> pool.
         grains: Candidate id -> grains of its text, where the corpus has them.
         minimal_pairs: Query id -> ids of all candidates of the same entity.
+        notices: What a person should know of the data, a line each.
     """
 
     root: Path
     split: str
-    queries: list[Query]
+    queries: Queries
     pools: Mapping[str, Pool]
     grains: Mapping[str, tuple[Grain, ...]] = field(default_factory=dict)
     minimal_pairs: Mapping[str, list[str]] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
     def pool(self, task: str) -> Pool:
         """The task's candidates. In the train split it holds no held-out row."""

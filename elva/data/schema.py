@@ -25,10 +25,15 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 200
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
-# M-BEIR's task numbers; 5 is not used there.
-TASKS = {"t2i": 0, "t2t": 1, "t2it": 2, "i2t": 3, "i2i": 4, "it2t": 6, "it2i": 7, "it2it": 8}
+# UniIR's task numbers; M-BEIR has no set of task 5.
+TASKS = {
+    "t2i": 0, "t2t": 1, "t2it": 2, "i2t": 3, "i2i": 4, "i2it": 5, "it2t": 6, "it2i": 7, "it2it": 8,
+}  # fmt: skip
+TASK_NAMES = {number: task for task, number in TASKS.items()}
+_MODALITIES = {"t": "text", "i": "image", "it": "image,text"}
 
-_DOCUMENTS_PER_DATASET = 10_000_000
+DOCUMENTS_PER_DATASET = 10_000_000
+"""M-BEIR's hashed ids: the dataset's number times this, plus the number of the item."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +99,18 @@ class Item:
         return self._opened(_flatten)
 
     def content_hash(self) -> bytes:
-        """A hash of what the item shows and says, whatever it is called.
+        """A SHA-256 of what the item says and shows, whatever it is called and however it is
+        stored: its words without case, spacing and final stop, its picture's RGB pixels.
 
         Raises:
-            DataError: a picture that is not there.
+            DataError: as `load_image`.
         """
-        digest = hashlib.sha256((self.text or "").casefold().encode())
-        if isinstance(self.image, Path):
-            try:
-                digest.update(self.image.read_bytes())
-            except OSError as error:
-                where = self.where or self.id
-                raise DataError(f"{where}: no such picture: {self.image}") from error
-        elif isinstance(self.image, bytes):
-            digest.update(self.image)
-        elif self.image is not None:
-            digest.update(self.image.tobytes())
+        words = normalise(" ".join((self.text or "").split())).casefold().encode()
+        digest = hashlib.sha256(b"%d:%b" % (len(words), words))
+        if self.image is not None:
+            picture = self.load_image()
+            digest.update(b"%dx%d:" % picture.size)
+            digest.update(picture.tobytes())
         return digest.digest()
 
     def image_format(self) -> str:
@@ -149,8 +150,10 @@ class Query(Item):
     Args:
         instruction: The task in words; see `prompted`.
         task: A key of `TASKS`.
-        positives: Ids in the task's pool.
-        negatives: Ids of hard negatives, possibly none.
+        positives: Ids of right answers in the pool that is searched; possibly none.
+        negatives: Ids of hard negatives in it, possibly none.
+        outside: Ids of right answers that this pool does not hold: judged, but not to be found
+            (OVEN and InfoSeek share theirs).
         grains: Grains of `text`, or None where nobody parsed them.
         raw_text: The text before normalisation.
     """
@@ -159,6 +162,7 @@ class Query(Item):
     task: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     grains: tuple[Grain, ...] | None = None
     raw_text: str | None = None
 
@@ -179,7 +183,25 @@ def hashed_id(id: str) -> int:
         raise ValueError(f"id {id!r} is not <dataset>:<number>")
     if not (number.isascii() and number.isdigit() and len(number) < 8):
         raise ValueError(f"id {id!r} is not <dataset>:<number>")
-    return int(dataset) * _DOCUMENTS_PER_DATASET + int(number)
+    if str(int(dataset)) != dataset or str(int(number)) != number:
+        raise ValueError(f"id {id!r} is not <dataset>:<number>: a number begins with 0")
+    return int(dataset) * DOCUMENTS_PER_DATASET + int(number)
+
+
+def id_of(hashed: int) -> str:
+    """The id of a `hashed_id`."""
+    return "{}:{}".format(*divmod(hashed, DOCUMENTS_PER_DATASET))
+
+
+def modalities(task: str) -> tuple[str, str]:
+    """Modality of a task's queries and of its candidates."""
+    query, candidate = task.split("2")
+    return _MODALITIES[query], _MODALITIES[candidate]
+
+
+def task_between(query: str, candidate: str) -> str:
+    """The task whose queries and candidates are of these modalities."""
+    return next(task for task in TASKS if modalities(task) == (query, candidate))
 
 
 def normalise(text: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from elva.data import Item, extras, load, mbeir, schema, strict
-from elva.data import pool as pool_file
+from elva.data import table as pool_file
 from elva.errors import DataError
 
 PROMPTS = {
@@ -178,7 +178,7 @@ MALFORMED = {
     "nested duplicate key": (POOL, b'{"a": {"b": 1, "b": 1}}', "key 'b' twice"),
     "deep nesting": (QUERIES, b"[" * 100_000, "nested too deeply"),
     "huge number": (QUERIES, b'{"qid": ' + b"9" * 5000 + b"}", "not JSON"),
-    "missing field": (QUERIES, b'{"qid": "9:7"}', "query_txt is missing|query_modality is missing"),
+    "missing field": (QUERIES, b'{"qid": "9:7"}', "pos_cand_list is missing"),
     "id form": (QUERIES, as_line(query(qid="nine")), "is not <dataset>:<number>"),
     "id sign": (QUERIES, as_line(query(qid="9:-1")), "is not <dataset>:<number>"),
     "id digits": (QUERIES, as_line(query(qid="9:\u0663")), "is not <dataset>:<number>"),
@@ -294,8 +294,13 @@ def test_a_missing_file_is_named(corpus, missing):
         load(corpus, tasks=["t2i"], split="test")
 
 
-def test_a_file_of_another_name_is_not_passed_over(corpus):
-    (corpus / "query" / "test" / "mbeir_toy_test.jsonl").write_text("")
+def test_a_file_of_another_name_is_named(corpus):
+    folder = corpus / "query" / "test"
+    (folder / "._mbeir_toy_task0_test.jsonl").write_bytes(b"\0\5\x16\7")
+    (folder / "mbeir_toy_task0_test.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (line,) = load(corpus, split="test").notices
+    assert line.startswith(f"{folder}: passed over ._mbeir_toy_task0_test.jsonl, mbeir_toy_task0_")
+    (folder / "mbeir_toy_task9_test.jsonl").write_text("")
     with pytest.raises(DataError, match="not named mbeir_<dataset>_task<number>_test"):
         load(corpus, split="test")
 
