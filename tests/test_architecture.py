@@ -19,8 +19,8 @@ ELVA = sorted((ROOT / "elva").rglob("*.py"))
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
     "errors", "draws", "files", "progress", "settings", "recipe", "checkpoint", "data", "run",
-    "model", "index", "search", "training", "evaluation", "report", "mrbench", "commands", "cli",
-    "__main__",
+    "model", "index", "hardest", "search", "training", "evaluation", "report", "mrbench",
+    "commands", "cli", "__main__",
 )  # fmt: skip
 
 # What only elva_kernels should compute, and the calls of such names that elva still has.

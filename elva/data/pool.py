@@ -93,6 +93,11 @@ class Pool:
             raise KeyError(id)
         return row
 
+    def identities(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64, a number a row; equal numbers are the same answer, whatever its id."""
+        hashes = [self[int(row)].content_hash()[:8] for row in rows]
+        return np.array([int.from_bytes(h, "little", signed=True) for h in hashes], np.int64)
+
     def extra(self, row: int) -> dict[str, str | int | float]:
         """What is known of a candidate beside its content: the words and numbers that its
         `src_content` holds as a JSON object."""

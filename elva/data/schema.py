@@ -151,6 +151,7 @@ class Query(Item):
         task: A key of `TASKS`.
         positives: Ids in the task's pool.
         negatives: Ids of hard negatives, possibly none.
+        outside: Ids of right answers that the task's pool does not hold.
         grains: Grains of `text`, or None where nobody parsed them.
         raw_text: The text before normalisation.
     """
@@ -159,6 +160,7 @@ class Query(Item):
     task: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     grains: tuple[Grain, ...] | None = None
     raw_text: str | None = None
 
