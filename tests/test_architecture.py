@@ -19,8 +19,8 @@ ELVA = sorted((ROOT / "elva").rglob("*.py"))
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
     "errors", "draws", "files", "progress", "settings", "recipe", "checkpoint", "data", "run",
-    "model", "index", "search", "training", "evaluation", "report", "mrbench", "commands", "cli",
-    "__main__",
+    "model", "index", "hardest", "search", "training", "evaluation", "report", "mrbench",
+    "commands", "cli", "__main__",
 )  # fmt: skip
 
 # What only elva_kernels should compute, and the calls of such names that elva still has.
@@ -29,11 +29,8 @@ ORDER = "an order that is no ranking: drawn, of ids, or of a batch's rows"
 UNTIL = "until the loop calls elva_kernels"
 WORDS = "over a vocabulary: words, not scores"
 ALLOWED = {
-    ("elva.commands.mine", "cosine_similarity"): [UNTIL],
     ("elva.data.pool", "argsort"): [ORDER],
     ("elva.draws", "argsort"): [ORDER],
-    ("elva.evaluation.grains", "cosine_similarity"): [UNTIL],
-    ("elva.evaluation.ranks", "cosine_similarity"): [UNTIL],
     ("elva.index.engines.faiss", "normalize"): ["faiss searches unit rows; scores are ours again"],
     ("elva.index.exact", "argsort"): [ORDER],
     ("elva.index.exact", "normalize"): ["the proof of exact search, in float64"],

@@ -9,7 +9,6 @@ import typer
 from elva.cli.console import (
     AsJson,
     PoolsOption,
-    SplitOption,
     TaskOption,
     choose,
     err,
@@ -43,9 +42,20 @@ def evaluate(
         Path | None,
         typer.Option(help="Directory of TREC runs, qrels and figures; in --embeddings by default."),
     ] = None,
-    split: SplitOption = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Split of the data: train, val or test; by default test, of a RUN else val."
+        ),
+    ] = None,
     task: TaskOption = None,
     pools: PoolsOption = "local",
+    by_content: Annotated[
+        bool,
+        typer.Option(
+            "--by-content", help="Count copies of a right answer as right; M-BEIR does not."
+        ),
+    ] = False,
     skip_bad: Annotated[
         int,
         typer.Option(
@@ -71,7 +81,10 @@ def evaluate(
         if run_file is not None:
             _evaluate_files(run_file, qrels, as_json)
         elif embeddings is not None:
-            which = {"split": split, "tasks": task, "pools": pools, "skip_bad": skip_bad}
+            which = {
+                "split": split or "test", "tasks": task, "pools": pools, "by_content": by_content,
+                "skip_bad": skip_bad,
+            }  # fmt: skip
             _evaluate_embeddings(embeddings, data, output, which, as_json)
         else:
             assert run is not None
@@ -111,12 +124,12 @@ def _evaluate_embeddings(
         print(json.dumps(result))
         return
     out.print(table(result))
-    notes = [f"{kind}: {line}" for kind, key in (("warning", "ties"), ("skipped", "skipped"))
-             for line in result[key]]  # fmt: skip
+    kinds = (("warning", "ties"), ("note", "no_answer_inside"), ("skipped", "skipped"))
+    notes = [f"{kind}: {line}" for kind, key in kinds for line in result[key]]
     say(result, [*notes, f"runs, qrels and figures: {where}"], as_json)
 
 
-def _evaluate_run(run: Path, stage: list[str] | None, split: str, as_json: bool) -> None:
+def _evaluate_run(run: Path, stage: list[str] | None, split: str | None, as_json: bool) -> None:
     quiet_libraries()
     from elva.commands.evaluate import evaluate as measure
     from elva.progress import Bars

@@ -43,10 +43,10 @@ def mine(
         float | None, typer.Option(help="The same margin as a share of the positive's similarity.")
     ] = None,
     range_min: Annotated[
-        int, typer.Option(help="Most similar candidates to leave out, 0 or more.")
+        int, typer.Option(help="Most similar negatives to leave out, 0 or more.")
     ] = 0,
     range_max: Annotated[
-        int | None, typer.Option(help="Most similar candidates to choose from, at most.")
+        int | None, typer.Option(help="Most similar negatives to choose from, at most.")
     ] = None,
     sampling_strategy: Annotated[
         str, typer.Option(help="Hard negatives to take: top, or random in range.")
@@ -87,8 +87,8 @@ def mine(
             )  # fmt: skip
         lines = [
             f"{stem}: {c.queries:,} queries, {c.hard:,} hard and {c.random:,} random "
-            f"negatives; dropped {c.too_similar:,} too similar and {c.same_content:,} copies; "
-            f"{c.short:,} queries with fewer than asked"
+            f"negatives; {c.same_content:,} copies left out; {c.short:,} queries with fewer hard "
+            "ones than asked"
             for stem, c in counts.items()
         ]
         lines.append(f"{output}: load it as --data, or train with --set stages.3.data={output}")

@@ -202,9 +202,7 @@ def _embed_shards(
         chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
         before = len(faults.found)
         good = list(_readable(encoder, chosen, faults))
-        encoder.retriever.remember(
-            p.image for p in map(encoder.retriever.inputs.prompt, good) if p.image is not None
-        )
+        encoder.retriever.remember(good)
         out = encoder(good, _offset(reporter, done))
         done += len(chosen)
         table = pa.table(

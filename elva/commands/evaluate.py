@@ -7,31 +7,36 @@ is kept as TREC runs, and the figures come from those alone.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
+
+import numpy as np
 
 from elva.data.extras import read_minimal_pairs
 from elva.data.mbeir import QuerySet, read_sets
 from elva.data.strict import Faults
-from elva.errors import RunError
+from elva.errors import DataError, RunError
 from elva.evaluation import protocol
-from elva.evaluation.metrics import measure
-from elva.evaluation.ranks import leads_its_own
-from elva.evaluation.trained import evaluate_stage
-from elva.evaluation.trec import Qrels, read_qrels, read_run, write_qrels, write_run
+from elva.evaluation.metrics import CUTOFFS, measure
+from elva.evaluation.ranks import rank_among, recall_at_k
+from elva.evaluation.trained import SPLITS, evaluate_split, evaluate_stage
+from elva.evaluation.trec import read_qrels, read_run, write_qrels, write_run
 from elva.files import write_text
 from elva.index.embeddings import Embeddings
 from elva.progress import SILENT, Reporter
 from elva.run import Run
 
-DEPTH = 150
-"""Answers kept of each query: more than the largest cut-off and M-BEIR's positives together."""
-
 
 def evaluate(
-    run: Run, reporter: Reporter, names: Sequence[str] | None = None, *, split: str = "test"
-) -> dict[str, dict[str, Any]]:
-    """Evaluate the named stages (all that are trained, for None); {name: its evaluation}."""
+    run: Run, reporter: Reporter, names: Sequence[str] | None = None, *, split: str | None = None
+) -> dict[str, dict[str, Any] | None]:
+    """Evaluate the named stages (all that are trained, for None); {name: its evaluation}.
+
+    Args:
+        split: one of the data of the run's last stage; test for None, or else val.
+
+    Raises:
+        UserError, DataError: a stage that is not trained, or nothing to evaluate it on.
+    """
     wanted = list(names) if names is not None else run.trained
     if not wanted:
         raise RunError(
@@ -43,6 +48,11 @@ def evaluate(
                 f"{run.directory}: stage {name!r} must be trained first; "
                 f"trained so far: {', '.join(run.trained) or 'none'}"
             )
+    data = run.source(list(run.recipe.stages.values())[-1].data)
+    if split is None and evaluate_split(data) is None:
+        raise DataError(
+            f"{data}: must hold queries of {' or '.join(SPLITS)} to evaluate on, got none"
+        )
     return {name: evaluate_stage(run, name, reporter, split=split) for name in wanted}
 
 
@@ -54,6 +64,7 @@ def evaluate_embeddings(
     split: str = "test",
     tasks: Sequence[str] | None = None,
     pools: Literal["local", "global"] = "local",
+    by_content: bool = False,
     skip_bad: int = 0,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -62,28 +73,41 @@ def evaluate_embeddings(
     Args:
         embeddings: what `elva embed` wrote, of these queries and pools.
         output: gets `<stem>.run.trec` and `<stem>.qrels.txt` of each set and `figures.json`.
+        by_content: copies of a right answer are right too, which M-BEIR's protocol has not.
         skip_bad: so many bad rows of the data, left out when it was embedded, are left out again.
 
     Returns:
         What `figures.json` holds: `sets` (stem -> its figures), `tasks` and `average` (hit@k at
-        M-BEIR's k), `ties` (warnings), `pools`, `skipped` (bad rows).
+        M-BEIR's k), `ties` (warnings), `no_answer_inside` (a line for each set that has queries
+        without a right answer in the pool), `pools`, `by_content`, `skipped` (bad rows).
 
     Raises:
         UserError, DataError: embeddings that are missing, unfinished, of another model or data.
     """
     faults = Faults(skip_bad)
     sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
-    result: dict[str, Any] = {"split": split, "pools": pools, "sets": {}, "ties": []}
-    result["skipped"] = faults.found
+    result: dict[str, Any] = {"split": split, "pools": pools, "by_content": by_content, "sets": {}}
+    result |= {"ties": [], "no_answer_inside": [], "skipped": faults.found}
     for one in sets:
-        run = output / f"{one.stem}.run.trec"
-        judged: Qrels = {q.id: dict.fromkeys(q.positives, 1) for q in one.queries}
         reporter.start(f"search {one.stem}", len(one.pool), "rows")
-        write_run(run, _answers(embeddings, one, split, reporter), "elva")
+        inside = _inside(one, by_content)
+        judged = {q.id: dict.fromkeys((*inside[q.id], *q.outside), 1) for q in one.queries}
+        # With as many wrong answers as the largest cut-off no tie at a list's end hides one.
+        depth = max(CUTOFFS) + max(map(len, inside.values()), default=0)
+        found = _answers(embeddings, one, split, depth, reporter)
+        run = output / f"{one.stem}.run.trec"
+        write_run(run, found, "elva")
         write_qrels(output / f"{one.stem}.qrels.txt", judged)
         figures = measure(read_run(run), judged)
-        result["sets"][one.stem] = protocol.row(one, figures) | _among(embeddings, data, one, split)
+        lost = [qid for qid, dids in inside.items() if not dids]
+        result["sets"][one.stem] = (
+            protocol.row(one, figures)
+            | {"no_answer_inside": len(lost)}
+            | _among(embeddings, data, one, split)
+        )
         result["ties"] += [f"{one.stem}: {line}" for line in figures.ties()]
+        if lost:
+            result["no_answer_inside"].append(_lost(one, lost))
         reporter.finish("")
     result |= protocol.averages(result["sets"])
     write_text(output / "figures.json", json.dumps(result, indent=1) + "\n")
@@ -91,8 +115,14 @@ def evaluate_embeddings(
 
 
 def evaluate_files(run: Path, qrels: Path) -> dict[str, Any]:
-    """Measure a TREC run against qrels."""
+    """Measure a TREC run against qrels.
+
+    Raises:
+        DataError: a file that is none, or qrels in which nothing is right.
+    """
     figures = measure(read_run(run), read_qrels(qrels))
+    if not figures.per_query:
+        raise DataError(f"{qrels}: must hold a relevance above 0, got none; nothing is right")
     return {
         "queries": len(figures.per_query),
         "unanswered": len(figures.unanswered),
@@ -102,14 +132,44 @@ def evaluate_files(run: Path, qrels: Path) -> dict[str, Any]:
     }
 
 
+def _inside(one: QuerySet, by_content: bool) -> dict[str, list[str]]:
+    """Query -> what is right for it and in the pool, with all copies where content decides."""
+    copies = _copies(one) if by_content else {}
+    return {
+        query.id: list(
+            dict.fromkeys(did for right in query.positives for did in copies.get(right, [right]))
+        )
+        for query in one.queries
+    }
+
+
+def _copies(one: QuerySet) -> dict[str, list[str]]:
+    """Right answer -> all candidates of its content, of those that have a copy."""
+    content = one.pool.identities(np.arange(len(one.pool)))
+    right = sorted({one.pool.row(did) for query in one.queries for did in query.positives})
+    rows = np.flatnonzero(np.isin(content, content[right]))
+    alike: dict[int, list[str]] = {}
+    for row in rows.tolist():
+        alike.setdefault(int(content[row]), []).append(one.pool[row].id)
+    groups = (alike[int(content[row])] for row in right)
+    return {one.pool[row].id: dids for row, dids in zip(right, groups, strict=True) if dids[1:]}
+
+
+def _lost(one: QuerySet, qids: Sequence[str]) -> str:
+    return (
+        f"{one.stem}: {len(qids):,} of {len(one.queries):,} queries have no right answer in "
+        f"{one.pool_name}, {qids[0]} first; they count as misses"
+    )
+
+
 def _answers(
-    embeddings: Path, one: QuerySet, split: str, reporter: Reporter
+    embeddings: Path, one: QuerySet, split: str, depth: int, reporter: Reporter
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     asked = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}")
     shown = Embeddings.open(embeddings / one.pool_name)
     shown.check_model(asked)
     qids, query = asked.queries()
-    found, dids = shown.nearest(query, DEPTH, reporter.advance)
+    found, dids = shown.nearest(query, depth, reporter.advance)
     for i, qid in enumerate(qids):
         rows = found.rows[i].tolist()
         yield qid, list(zip([dids[r] for r in rows], found.scores[i].tolist(), strict=True))
@@ -119,14 +179,19 @@ def _among(embeddings: Path, data: Path, one: QuerySet, split: str) -> dict[str,
     """hit@1 among each query's own candidates, where the data lists them: minimal pairs, and
     MMEB's test sets."""
     listed = read_minimal_pairs(data / "minimal_pairs.jsonl", one.queries, {one.task: one.pool})
+    if not listed:
+        return {}
     right = {q.id: q.positives for q in one.queries}
     shown = Embeddings.open(embeddings / one.pool_name)
     qids, query = Embeddings.open(embeddings / f"mbeir_{one.stem}_{split}").queries()
-    place = {did: row for row, did in enumerate(shown.ids)}
-    hits = []
-    for i, qid in enumerate(qids):
-        dids = [did for did in listed.get(qid, ()) if did in place]
-        if len(dids) > 1:
-            rows = shown.rows([place[did] for did in dids])
-            hits.append(leads_its_own(query[i : i + 1], dids, rows, right[qid]))
-    return {"hit_at_1_among_its_own": fmean(hits), "own_queries": len(hits)} if hits else {}
+    wanted = {did for some in listed.values() for did in some}
+    rows = {did: row for row, did in enumerate(shown.ids) if did in wanted}
+    place = {did: at for at, did in enumerate(rows)}
+    own = [[place[did] for did in listed.get(qid, ()) if did in place] for qid in qids]
+    asked = [i for i, some in enumerate(own) if len(some) > 1]
+    if not asked:
+        return {}
+    positives = [[place[did] for did in right[qids[i]] if did in place] for i in asked]
+    bank = shown.rows([*rows.values()])
+    ranks = rank_among(query[asked], bank, positives, [own[i] for i in asked])
+    return {"hit_at_1_among_its_own": recall_at_k(ranks, 1), "own_queries": len(asked)}

@@ -7,27 +7,25 @@ are named as in sentence-transformers' `mine_hard_negatives`; `num_random` is ou
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from math import isfinite
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from elva.data import Pool
 from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
 from elva.data.strict import Faults, dump, lines, write_lines
 from elva.draws import permutation, uniforms
 from elva.errors import UserError
 from elva.files import write_directory
-from elva.index import Found
+from elva.hardest import ANSWERS, BLOCK_MB, SPARE, Identities, hardest
+from elva.index import Found, exact
 from elva.index.embeddings import Embeddings
 from elva.progress import SILENT, Reporter
-
-SPARE = 14
-"""Ours: answers asked for beyond those wanted, for what will be dropped; more where it was not
-enough."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,8 @@ class Mining:
             threshold is `max_score`, whose value it does not print.
         absolute_margin: a candidate within so much of the positive's score is no negative.
         relative_margin: the same, as a share of the positive's score.
-        range_min, range_max: ranks to consider, the positives left out; all for None.
+        range_min, range_max: ranks to consider, of what is neither right, too similar nor a copy;
+            all for None.
         sampling_strategy: `top`, the most similar, or `random` among those in range.
     """
 
@@ -73,6 +72,9 @@ class Mining:
             (self.max_score is None or self.min_score is None or self.max_score > self.min_score,
              "max_score must be above min_score", self.max_score),
         ]  # fmt: skip
+        for name in ("max_score", "min_score", "absolute_margin", "relative_margin"):
+            value = getattr(self, name)
+            rules.append((value is None or isfinite(value), f"{name} must be finite", value))
         for holds, rule, got in rules:
             if not holds:
                 raise UserError(f"mine: {rule}, got {got}; see elva mine --help")
@@ -85,8 +87,7 @@ class Counts:
     queries: int = 0
     hard: int = 0
     random: int = 0
-    same_content: int = 0  # a copy of a positive, or of a negative before it
-    too_similar: int = 0  # over max_score or within a margin of the positive
+    same_content: int = 0  # a copy of a positive, or of a negative before it, that came up
     short: int = 0  # queries left with fewer hard negatives than asked for
 
 
@@ -98,13 +99,14 @@ def plan(
     settings.check()
     found = {}
     for one in read_sets(data, tasks=tasks, split=split, faults=Faults(skip_bad)):
-        queries, pool = len(one.queries), len(one.pool)
-        depth = min(pool, _depth(settings, one))
+        queries, pool, reach = len(one.queries), len(one.pool), _reach(settings)
+        looked = min(queries * (reach + SPARE), ANSWERS)
         found[one.stem] = {
             "queries": queries,
             "pool": pool,
             "multiply_adds": queries * pool * dim,
-            "bytes": queries * dim * 4 + 2 * queries * (2 * depth + 16) * 12,
+            # an answer is 12 bytes; a merge holds what it merges twice, and sorts it
+            "bytes": queries * (4 * dim + 12 * reach) + 6 * 12 * looked + (BLOCK_MB << 20),
             "negatives": queries * (settings.num_negatives + settings.num_random),
         }
     return found
@@ -170,139 +172,101 @@ def _negatives(
     shown = Embeddings.open(embeddings / one.pool_name)
     shown.check_model(asked)
     qids, query = asked.queries()
-    known = {q.id: q for q in one.queries}
-    unknown = next((q for q in qids if q not in known), None)
-    if unknown is not None:
-        raise UserError(f"{asked.directory}: must be of this data, got query {unknown}")
-    pending, depth = list(range(len(qids))), _depth(settings, one)
-    chooser = _Chooser(one.pool, settings, counts)
+    right = _right(one, qids, asked, shown.ids)
+    parts = [shard.embeddings for shard in shown.opened]
+
+    def identities(rows: np.ndarray) -> np.ndarray:
+        return one.pool.identities([one.pool.row(shown.ids[row]) for row in rows.tolist()])
+
+    reporter.start(f"search {one.stem}", len(shown.ids), "rows")
+    found = hardest(
+        query, parts, right, k=_reach(settings), max_score=_limits(settings, query, parts, right),
+        identities=identities, progress=reporter.advance,
+    )  # fmt: skip
+    counts.queries, counts.same_content = len(qids), int(found.copies.sum())
+    reporter.start(f"draw {one.stem}", len(qids), "queries")
     chosen: dict[str, list[str]] = {}
-    while pending:
-        reporter.start(f"search {one.stem}, {depth} deep", len(one.pool), "rows")
-        found, dids = shown.nearest(query[pending], depth, reporter.advance)
-        if chooser.dids is None:
-            chooser.know(dids)
-        last = depth >= len(dids) or (settings.range_max is not None)
-        again = []
-        for place, i in enumerate(pending):
-            positives = known[qids[i]].positives
-            answers = Found(found.scores[place], found.rows[place])
-            hard = chooser.hard(qids[i], positives, answers, query[i], shown, count=last)
-            if len(hard) < settings.num_negatives and not last:
-                again.append(i)
-            else:
-                rest = chooser.random(qids[i], positives, hard)
-                chosen[qids[i]] = [dids[r] for r in (*hard, *rest)]
-        pending, depth = again, 4 * depth
-        reporter.finish("")
+    for i, qid in enumerate(qids):
+        hard = _hard(qid, settings, Found(found.scores[i], found.rows[i]))
+        rest = _random(qid, settings, {*hard, *right[i]}, len(shown.ids), identities)
+        chosen[qid] = [shown.ids[row] for row in (*hard, *rest)]
+        counts.hard += len(hard)
+        counts.random += len(rest)
+        counts.short += len(hard) < settings.num_negatives
+        reporter.advance(i + 1)
+    reporter.finish("")
     return chosen
 
 
-def _depth(settings: Mining, one: QuerySet) -> int:
-    """Answers to ask for first: those wanted, the positives, and some to spare."""
-    positives = max((len(q.positives) for q in one.queries), default=1)
-    reach = settings.range_min + settings.num_negatives + SPARE
-    return positives + (settings.range_max or reach)
+def _right(
+    one: QuerySet, qids: Sequence[str], asked: Embeddings, dids: Sequence[str]
+) -> list[list[int]]:
+    """Embedded rows of each embedded query's right answers."""
+    positives = {query.id: query.positives for query in one.queries}
+    if unknown := next((qid for qid in qids if qid not in positives), None):
+        raise UserError(f"{asked.directory}: must be of this data, got query {unknown}")
+    wanted = {did for some in positives.values() for did in some}
+    rows = {did: row for row, did in enumerate(dids) if did in wanted}
+    return [[rows[did] for did in positives[qid] if did in rows] for qid in qids]
 
 
-class _Chooser:
-    """Which of a query's answers are its negatives."""
+def _reach(settings: Mining) -> int:
+    """Candidates a query to choose the hard negatives from."""
+    if not settings.num_negatives:
+        return 0
+    return settings.range_max or settings.range_min + settings.num_negatives
 
-    def __init__(self, pool: Pool, settings: Mining, counts: Counts) -> None:
-        self.pool, self.settings, self.counts = pool, settings, counts
-        self.dids: list[str] | None = None
-        self.rows: dict[str, int] = {}
-        self.content = cache(self._content)
 
-    def know(self, dids: list[str]) -> None:
-        """Take the ids of the embedded rows."""
-        self.dids, self.rows = dids, {did: row for row, did in enumerate(dids)}
+def _limits(
+    settings: Mining, query: Tensor, parts: Sequence[Tensor], right: Sequence[Sequence[int]]
+) -> float | Tensor | None:
+    """The highest score that a negative may have; [Q] where it depends on the positive's."""
+    if settings.absolute_margin is None and settings.relative_margin is None:
+        return settings.max_score
+    answers = [torch.tensor(rows, dtype=torch.int64) for rows in right]
+    best = exact.rescored(query, exact.Stack(parts), answers, 1).scores[:, 0].double()
+    below = best - (settings.absolute_margin or 0.0)
+    below = torch.minimum(below, best - best.abs() * (settings.relative_margin or 0.0))
+    below = below.where(best.isfinite(), torch.inf)
+    return below if settings.max_score is None else below.clamp(max=settings.max_score)
 
-    def _content(self, did: str) -> bytes:
-        return self.pool[self.pool.row(did)].content_hash()
 
-    def hard(
-        self,
-        qid: str,
-        positives: Sequence[str],
-        answers: Found,
-        query: Tensor,
-        shown: Embeddings,
-        *,
-        count: bool,
-    ) -> list[int]:
-        """Rows of the hard negatives, most similar first; fewer where fewer are left."""
-        assert self.dids is not None
-        s, wanted = self.settings, self.settings.num_negatives
-        ceiling = self._ceiling(positives, answers, query, shown)
-        right = set(positives)
-        seen = {self.content(did) for did in positives if did in self.rows}
-        found: list[int] = []
-        same = similar = rank = 0
-        for score, row in zip(answers.scores.tolist(), answers.rows.tolist(), strict=True):
-            did = self.dids[row]
-            if did in right:
-                continue
-            rank += 1
-            if rank <= s.range_min or (s.range_max is not None and rank > s.range_max):
-                continue
-            if s.min_score is not None and score < s.min_score:
-                break
-            if score > ceiling:
-                similar += 1
-            elif self.content(did) in seen:
-                same += 1
-            else:
-                seen.add(self.content(did))
-                found.append(row)
-                if s.sampling_strategy == "top" and len(found) == wanted:
-                    break
-        if s.sampling_strategy == "random" and len(found) > wanted:
-            order = permutation((s.seed, "hard", qid), len(found))[:wanted]
-            found = [found[i] for i in sorted(order)]
-        if len(found) >= wanted or count:
-            self.counts.queries += 1
-            self.counts.hard += len(found)
-            self.counts.same_content += same
-            self.counts.too_similar += similar
-            self.counts.short += len(found) < wanted
-        return found
+def _hard(qid: str, settings: Mining, found: Found) -> list[int]:
+    """Rows of the hard negatives, most similar first; fewer where fewer are left."""
+    there = found.rows >= 0
+    if settings.min_score is not None:
+        there &= found.scores >= settings.min_score
+    rows: list[int] = found.rows[there].tolist()
+    rows = rows[settings.range_min : settings.range_max]
+    if settings.sampling_strategy == "random" and len(rows) > settings.num_negatives:
+        drawn = permutation((settings.seed, "hard", qid), len(rows))[: settings.num_negatives]
+        return [rows[i] for i in sorted(drawn)]
+    return rows[: settings.num_negatives]
 
-    def _ceiling(
-        self, positives: Sequence[str], answers: Found, query: Tensor, shown: Embeddings
-    ) -> float:
-        """The highest score that a negative may have."""
-        s = self.settings
-        limits = [float("inf") if s.max_score is None else s.max_score]
-        if s.absolute_margin is not None or s.relative_margin is not None:
-            rows = [self.rows[did] for did in positives if did in self.rows]
-            if rows:
-                best = float(torch.cosine_similarity(query[None], shown.rows(rows)).max())
-                limits.append(best - (s.absolute_margin or 0.0))
-                limits.append(best - abs(best) * (s.relative_margin or 0.0))
-        return min(limits)
 
-    def random(self, qid: str, positives: Sequence[str], hard: Sequence[int]) -> list[int]:
-        """Rows drawn from the whole pool, none right, none a hard one, no content twice."""
-        assert self.dids is not None
-        wanted, seed = self.settings.num_random, self.settings.seed
-        taken = {*hard, *(self.rows[did] for did in positives if did in self.rows)}
-        seen = {self.content(self.dids[row]) for row in taken}
-        found: list[int] = []
-        tries = 0
-        while len(found) < wanted and len(taken) < len(self.dids):
-            draws = uniforms((seed, "random", qid, tries), (2 * wanted,))
-            for row in (draws * len(self.dids)).long().tolist():
-                if row in taken or len(found) == wanted:
-                    continue
+def _random(
+    qid: str, settings: Mining, taken: set[int], size: int, identities: Identities
+) -> list[int]:
+    """Rows drawn from the whole pool, none of them taken, no content twice.
+
+    Args:
+        taken: rows of the right answers and of the hard negatives.
+        size: rows of the pool.
+    """
+    seen = set(identities(np.array(sorted(taken), np.int64)).tolist())
+    found: list[int] = []
+    tries = 0
+    while len(found) < settings.num_random and len(taken) < size:
+        draws = uniforms((settings.seed, "random", qid, tries), (2 * settings.num_random,))
+        rows = [row for row in dict.fromkeys((draws * size).long().tolist()) if row not in taken]
+        for row, content in zip(rows, identities(np.array(rows, np.int64)).tolist(), strict=True):
+            if len(found) < settings.num_random:
                 taken.add(row)
-                held = self.content(self.dids[row])
-                if held not in seen:
-                    seen.add(held)
+                if content not in seen:
+                    seen.add(content)
                     found.append(row)
-            tries += 1
-        self.counts.random += len(found)
-        return found
+        tries += 1
+    return found
 
 
 def _write(
@@ -319,4 +283,5 @@ def _write(
     qrels = Path("qrels") / split / f"mbeir_{one.stem}_{split}_qrels.txt"
     if (data / qrels).exists():
         judged = (line.rstrip("\r\n") for _, line in lines(data / qrels))
-        write_lines(partial / qrels, (row for row in judged if row.split()[0] in chosen))
+        kept = (row for row in judged if re.split("[ \t]", row.lstrip(" \t"))[0] in chosen)
+        write_lines(partial / qrels, kept)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import elva_kernels
 from elva.data import Dataset, Grain, Query
 from elva.data.schema import mask_grain
-from elva.evaluation.ranks import leads_its_own
+from elva.evaluation.ranks import rank_among, recall_at_k
 
 
 def masked(query: Query) -> list[tuple[Grain, Query]]:
@@ -56,11 +57,17 @@ def probe(
     if not taken:
         return []
     rows = torch.tensor([i for i, _, _ in taken])
-    apart = 1 - torch.cosine_similarity(embeddings[rows], encode([q for _, _, q in taken]))
+    apart = distance(embeddings[rows], encode([q for _, _, q in taken]))
     return [
         Probe(queries[i].id, queries[i].raw_text or "", grain.text, grain.type, d)
         for (i, grain, _), d in zip(taken, apart.tolist(), strict=True)
     ]
+
+
+def distance(whole: Tensor, part: Tensor) -> Tensor:
+    """[n] fp32 cosine distances, in [0, 2], of the rows of two [n, D] in pairs."""
+    nobody = whole.new_empty(len(whole), 0, whole.shape[1])
+    return 1 - elva_kernels.ranking_reward(whole, part, nobody).scores[:, 0]
 
 
 def by_type(probes: Sequence[Probe]) -> dict[str, list[float]]:
@@ -106,16 +113,13 @@ def minimal_pair_recall(
     dataset: Dataset, queries: Sequence[Query], asked: Tensor, encode: Any
 ) -> float | None:
     """R@1 among the candidates of the query's own entity; ties count against the model."""
-    wanted = {i: dataset.minimal_pairs.get(q.id, ()) for i, q in enumerate(queries)}
-    wanted = {i: ids for i, ids in wanted.items() if len(ids) > 1}
-    if not wanted:
+    pairs = [(i, dataset.minimal_pairs.get(q.id, ())) for i, q in enumerate(queries)]
+    pairs = [(i, ids) for i, ids in pairs if len(ids) > 1]
+    if not pairs:
         return None
     pool = dataset.pool(queries[0].task)
-    ids = list(dict.fromkeys(id for some in wanted.values() for id in some))
-    place = {id: row for row, id in enumerate(ids)}
-    shown = encode([pool[pool.row(id)] for id in ids])
-    hits = []
-    for i, some in wanted.items():
-        rows = shown[[place[id] for id in some]]
-        hits.append(leads_its_own(asked[i : i + 1], some, rows, queries[i].positives))
-    return fmean(hits)
+    place = {id: row for row, id in enumerate(dict.fromkeys(d for _, ids in pairs for d in ids))}
+    shown = encode([pool[pool.row(id)] for id in place])
+    positives = [[place[p] for p in queries[i].positives if p in place] for i, _ in pairs]
+    rivals = [[place[id] for id in ids] for _, ids in pairs]
+    return recall_at_k(rank_among(asked[[i for i, _ in pairs]], shown, positives, rivals), 1)

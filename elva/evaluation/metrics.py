@@ -5,7 +5,7 @@ everything the same score earns nothing. Where no scores are equal, every figure
 trec_eval's same name.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log2
 from statistics import fmean
@@ -70,12 +70,6 @@ def measure(run: Answers, qrels: Qrels, cutoffs: Sequence[int] = CUTOFFS) -> Fig
         [q for q in right if q not in run],
         [q for q in run if q not in right],
     )
-
-
-def is_first(scores: Mapping[str, float], positives: Collection[str]) -> bool:
-    """Whether a positive leads all others; a tie counts against it."""
-    best = max((score for did, score in scores.items() if did in positives), default=-float("inf"))
-    return all(score < best for did, score in scores.items() if did not in positives)
 
 
 def _relevances(

@@ -5,19 +5,62 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from elva.data import Dataset, Item, Query, load
-from elva.evaluation.columns import COLUMNS
+from elva.data import Dataset, Item, Pool, Query, load
+from elva.data.schema import TASKS
+from elva.evaluation.columns import columns
 from elva.evaluation.grains import by_type, probe
-from elva.evaluation.ranks import rank_all, recall_at_k
+from elva.evaluation.ranks import chance_at_k, rank_all, rank_among, recall_at_k
 from elva.model.retriever import Retriever
-from elva.model.rollout import Encoded, encode
+from elva.model.rollout import encode
 from elva.progress import Reporter
+from elva.recipe import Recipe, StageConfig
 from elva.run import Run
+
+SPLITS = ("test", "val")
+"""Splits that stages are evaluated on, the first that the data have."""
+
+AT_ONCE = 4096
+"""Ours: items that are opened and tokenised at a time."""
+
+REMEMBERED = 4 * AT_ONCE
+"""Ours: with more pictures than this no frozen tower's features are kept across the tasks."""
+
+
+def evaluate_split(root: Path) -> str | None:
+    """The split of some data that stages are evaluated on; None where there is none."""
+    there = (s for s in SPLITS if any((root / "query" / s).glob(f"mbeir_*_{s}.jsonl")))
+    return next(there, None)
+
+
+def evaluation_tasks(root: Path, split: str, recipe: Recipe | None = None) -> list[str]:
+    """The tasks that are evaluated: those that a split of the data asks, in the order of `TASKS`.
+
+    Args:
+        recipe: of them those that its last stage names, where it names any of them.
+
+    Raises:
+        DataError: what is wrong with the split; it is read.
+    """
+    return _tasks(load(root, split=split), recipe)
+
+
+def _tasks(dataset: Dataset, recipe: Recipe | None) -> list[str]:
+    asked = [task for task in TASKS if task in dataset.pools]
+    trained = {} if recipe is None else _last(recipe).tasks
+    return [task for task in asked if task in trained] or asked
+
+
+def _last(recipe: Recipe) -> StageConfig:
+    return list(recipe.stages.values())[-1]
 
 
 def evaluate_stage(
@@ -25,92 +68,158 @@ def evaluate_stage(
     name: str,
     reporter: Reporter,
     *,
-    split: str = "test",
+    split: str | None = None,
     retriever: Retriever | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Evaluate one trained stage from its files and write its `evaluation.json`.
 
     Args:
+        split: one that the last stage's data have; None for test, else val.
         retriever: the stage's model, where it is loaded already.
+
+    Returns:
+        What `evaluation.json` holds; None, with a line, where the data have no such split.
     """
     started = time.perf_counter()
-    last = run.recipe.stages[max(run.recipe.stages)]
+    last = _last(run.recipe)
+    root = run.source(last.data)
+    split = evaluate_split(root) if split is None else split
+    if split is None:
+        reporter.finish(f"{run.title(name)}: not evaluated, {root} has no queries of test or val")
+        return None
     retriever = Retriever.load(run.model(name)) if retriever is None else retriever
-    dataset = load(run.source(last.data), split=split, tasks=["t2i", "i2t"])
-    limit = last.max_completion_length
-
-    def embed(what: str) -> Callable[[Sequence[Item]], Encoded]:
-        def call(items: Sequence[Item]) -> Encoded:
-            reporter.start(f"{run.title(name)}: {what}", len(items), "items")
-            return encode(
-                retriever,
-                items,
-                max_completion_length=limit,
-                batch_size=run.recipe.evaluate_batch_size,
-                progress=reporter.advance,
-            )
-
-        return call
-
-    tasks = {task: _Task.of(dataset, task, run.recipe.evaluate_limit) for task in ("t2i", "i2t")}
-    retriever.remember(
-        prompt.image
-        for task in tasks.values()
-        for prompt in map(retriever.inputs.prompt, [*task.queries, *task.pool])
-        if prompt.image is not None
-    )
+    dataset = load(root, split=split)
+    tasks = {
+        task: _Task.of(dataset, task, run.recipe.evaluate_limit)
+        for task in _tasks(dataset, run.recipe)
+    }
+    encoder = _Encoder(retriever, reporter, run.title(name), run.recipe, last.max_completion_length)
+    encoder.remember([*tasks.values()])
     result: dict[str, Any] = {"split": split, "figures": {}, "samples": {}}
     for name_of_task, task in tasks.items():
-        _evaluate_task(name_of_task, task, dataset.minimal_pairs, embed, result)
+        _evaluate_task(name_of_task, task, dataset.minimal_pairs, encoder, result)
     result["seconds"] = time.perf_counter() - started
-    figures = result["figures"]
-    reporter.finish(
-        f"{run.title(name)}: "
-        + ", ".join(f"{COLUMNS[k]} {figures[k]:.3f}" for k in COLUMNS if k in figures)
-        + f" in {result['seconds']:.0f} s"
-    )
+    reporter.finish(_line(run.title(name), result))
     run.write(name, "evaluation.json", result)
     return result
 
 
+def _line(title: str, result: Mapping[str, Any]) -> str:
+    figures = result["figures"]
+    shown = [f"{heading} {figures[key]:.3f}" for key, heading in columns([figures]).items()]
+    lost = sum(value for key, value in figures.items() if key.endswith("_no_answer_inside"))
+    if lost:
+        shown.append(f"{lost:,} queries without an answer in their pool")
+    return f"{title}: {', '.join(shown)} in {result['seconds']:.0f} s"
+
+
 @dataclass(frozen=True)
 class _Task:
-    """Queries, the pool they are asked of, and which rows of it are right."""
+    """Queries, and which rows of their pool compete; a place is the position of a row in `rows`."""
 
     queries: list[Query]
-    pool: list[Item]
-    rows: dict[str, int]
+    pool: Pool
+    rows: np.ndarray
 
     @classmethod
     def of(cls, dataset: Dataset, task: str, limit: int | None) -> _Task:
-        """All of the task, or its first `limit` queries against their positives and `limit`
-        more."""
-        queries = [q for q in dataset.queries if q.task == task][:limit]
-        whole = dataset.pool(task)
-        ids = whole.ids
-        if limit is not None:
-            ids = list(dict.fromkeys([p for q in queries for p in q.positives] + ids[:limit]))
-        pool = [whole[whole.row(i)] for i in ids]
-        return cls(queries, pool, {i: row for row, i in enumerate(ids)})
+        """All of the task, or its first `limit` queries against their positives and the first
+        `limit` others."""
+        queries = list(islice((q for q in dataset.queries if q.task == task), limit))
+        pool = dataset.pool(task)
+        if limit is None:
+            return cls(queries, pool, np.arange(len(pool)))
+        right = dict.fromkeys(pool.row(p) for q in queries for p in q.positives)
+        others = islice((row for row in range(len(pool)) if row not in right), limit)
+        return cls(queries, pool, np.array([*right, *others], np.int64))
 
-    @property
-    def positives(self) -> list[list[int]]:
-        return [[self.rows[p] for p in q.positives] for q in self.queries]
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def shown(self, places: Sequence[int] | range) -> list[Item]:
+        """The candidates at some places."""
+        return [self.pool[int(self.rows[place])] for place in places]
+
+    def places(self, ids: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Places of the candidates of these ids, of those that compete."""
+        at = np.full(len(self.pool), -1)
+        at[self.rows] = np.arange(len(self.rows))
+        known = ([at[self.pool.row(id)] for id in some if id in self.pool] for some in ids)
+        return [[int(place) for place in some if place >= 0] for some in known]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What a model made of some items."""
+
+    embeddings: Tensor  # [n, D] fp32
+    summaries: list[str]
+    silent: float  # share of the summaries that never reached [RET]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A stage's model, and how it is asked."""
+
+    retriever: Retriever
+    reporter: Reporter
+    title: str
+    recipe: Recipe
+    max_completion_length: int
+
+    def remember(self, tasks: Sequence[_Task]) -> None:
+        """Keep what a frozen tower makes of the tasks' pictures, where they are few."""
+        if sum(len(task.queries) + len(task) for task in tasks) <= REMEMBERED:
+            items = (i for task in tasks for i in [*task.queries, *task.shown(range(len(task)))])
+            self.retriever.remember(item for item in items if item.image is not None)
+
+    def queries(self, what: str, items: Sequence[Query]) -> _Encoded:
+        return self._encode(what, len(items), lambda places: [items[i] for i in places])
+
+    def pool(self, what: str, task: _Task) -> _Encoded:
+        return self._encode(what, len(task), task.shown)
+
+    def _encode(self, what: str, count: int, items: Callable[[range], Sequence[Item]]) -> _Encoded:
+        self.reporter.start(f"{self.title}: {what}", count, "items")
+        embeddings = torch.zeros(count, self.retriever.embedding_size)
+        summaries: list[str] = []
+        finished = 0
+        for start in range(0, count, AT_ONCE):
+            places = range(start, min(start + AT_ONCE, count))
+            out = encode(
+                self.retriever,
+                items(places),
+                max_completion_length=self.max_completion_length,
+                batch_size=self.recipe.evaluate_batch_size,
+                progress=lambda done, start=start: self.reporter.advance(start + done),  # type: ignore[misc]
+            )
+            embeddings[start : start + len(places)] = out.embeddings
+            summaries += out.summaries
+            finished += int(out.finished.sum())
+        return _Encoded(embeddings, summaries, 1 - finished / max(1, count))
 
 
 def _evaluate_task(
     name: str,
     task: _Task,
     minimal_pairs: Mapping[str, Sequence[str]],
-    embed: Callable[[str], Callable[[Sequence[Item]], Encoded]],
+    encoder: _Encoder,
     result: dict[str, Any],
 ) -> None:
-    asked = embed(f"{name} queries")(task.queries)
-    shown = embed(f"{name} pool")(task.pool)
-    ranking = rank_all(asked.embeddings, shown.embeddings, task.positives)
+    asked = encoder.queries(f"{name} queries", task.queries)
+    shown = encoder.pool(f"{name} pool", task)
+    positives = task.places([q.positives for q in task.queries])
+    contents = task.pool.identities(task.rows)
+    ranking = rank_all(asked.embeddings, shown.embeddings, positives, contents)
+    answered = torch.tensor([bool(some) for some in positives])
     figures = result["figures"]
     for k in (1, 5):
         figures[f"{name}_recall_at_{k}"] = recall_at_k(ranking.rank, k)
+        figures[f"{name}_chance_at_{k}"] = chance_at_k(positives, len(task), k)
+    figures[f"{name}_reward"] = ranking.reward[answered].mean().item() if answered.any() else 0.0
+    figures[f"{name}_queries"], figures[f"{name}_pool"] = len(task.queries), len(task)
+    figures[f"{name}_no_answer_inside"] = int((~answered).sum())
+    figures[f"{name}_frac_no_ret"] = shown.silent
     result["samples"][name] = [
         {
             "id": q.id,
@@ -119,46 +228,51 @@ def _evaluate_task(
             "rank": int(ranking.rank[i]),
             "summary": asked.summaries[i],
             "top": [
-                {"id": task.pool[r].id, "summary": shown.summaries[r]}
-                for r in ranking.top[i].tolist()
+                {"id": task.pool[int(task.rows[place])].id, "summary": shown.summaries[place]}
+                for place in ranking.top[i].tolist()
+                if place >= 0
             ],
         }
         for i, q in enumerate(task.queries)
     ]
-    figures[f"{name}_queries"], figures[f"{name}_pool"] = len(task.queries), len(task.pool)
-    figures[f"{name}_frac_no_ret"] = 1 - shown.finished.float().mean().item()
-    if name == "t2i":
-        _minimal_pairs(task, minimal_pairs, asked, shown, figures)
-        probes = by_type(
-            probe(task.queries, asked.embeddings, lambda q: embed("grains")(q).embeddings)
-        )
-        figures["grain_distance"] = {k: fmean(v) for k, v in sorted(probes.items())}
-        result["grain_distances"] = probes
+    _grains(name, task, asked, encoder, result)
+    if "minimal_pair_task" not in figures:
+        _minimal_pairs(name, task, minimal_pairs, asked, shown, positives, figures)
+
+
+def _grains(
+    name: str, task: _Task, asked: _Encoded, encoder: _Encoder, result: dict[str, Any]
+) -> None:
+    """Grain distances of the first task whose queries have grains."""
+    if result.get("grain_distances"):
+        return
+    found = probe(task.queries, asked.embeddings, lambda q: encoder.queries("grains", q).embeddings)
+    result["grain_distances"] = probes = by_type(found)
+    result["figures"]["grain_distance"] = {k: fmean(v) for k, v in sorted(probes.items())}
 
 
 def _minimal_pairs(
+    name: str,
     task: _Task,
     minimal_pairs: Mapping[str, Sequence[str]],
-    asked: Encoded,
-    shown: Encoded,
+    asked: _Encoded,
+    shown: _Encoded,
+    positives: Sequence[Sequence[int]],
     figures: dict[str, Any],
 ) -> None:
-    """Among the pictures of the query's own entity only: nothing but the small grains decides."""
-    rivals = {
-        i: [task.rows[c] for c in minimal_pairs.get(q.id, ()) if c in task.rows]
-        for i, q in enumerate(task.queries)
-    }
-    rows = [i for i, found in rivals.items() if len(found) > 1]
+    """Among the candidates of the query's own entity only: nothing but the small grains decides.
+    Of the first task whose queries have them."""
+    rivals = task.places([minimal_pairs.get(q.id, ()) for q in task.queries])
+    rows = [i for i, found in enumerate(rivals) if len(found) > 1]
     if not rows:
         return
-    allowed = torch.zeros(len(rows), len(task.pool), dtype=torch.bool)
-    for k, i in enumerate(rows):
-        allowed[k, rivals[i]] = True
-    positives = task.positives
-    ranking = rank_all(
-        asked.embeddings[rows], shown.embeddings, [positives[i] for i in rows], allowed
-    )
-    figures["minimal_pair_recall_at_1"] = recall_at_k(ranking.rank, 1)
+    sizes = [len(set(rivals[i]) | set(positives[i])) for i in rows]
+    ranks = rank_among(
+        asked.embeddings[rows], shown.embeddings,
+        [positives[i] for i in rows], [rivals[i] for i in rows],
+    )  # fmt: skip
+    figures["minimal_pair_task"] = name
+    figures["minimal_pair_recall_at_1"] = recall_at_k(ranks, 1)
     figures["minimal_pair_queries"] = len(rows)
-    figures["minimal_pair_pool_mean"] = allowed.sum(1).float().mean().item()
-    figures["minimal_pair_chance"] = (1 / allowed.sum(1)).mean().item()
+    figures["minimal_pair_pool_mean"] = fmean(sizes)
+    figures["minimal_pair_chance"] = fmean(1 / size for size in sizes)

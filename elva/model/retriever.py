@@ -295,7 +295,8 @@ def _begin_as_chat_end(model: Qwen2VLForConditionalGeneration, inputs: Inputs) -
     """Give a new [RET] the rows of the token that it takes the place of: a model that can end an
     answer can then write it from the first step. Ours; the paper does not say."""
     with torch.no_grad():
-        for table in (model.get_input_embeddings().weight, model.lm_head.weight):
+        for part in (model.get_input_embeddings(), model.lm_head):
+            table = cast(Tensor, part.weight)
             table[inputs.ret_id] = table[inputs.end_ids[0]]
 
 

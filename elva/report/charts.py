@@ -10,7 +10,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -23,6 +23,9 @@ from matplotlib.figure import Figure
 from elva.files import write_bytes
 
 DOTS_PER_INCH = 160
+
+PANELS_A_ROW = 4
+"""Tasks beside each other in the chart of ranks."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def rank_chart(
         panels: task -> (candidates in the pool, series -> ranks).
     """
 
+    deep = ceil(len(panels) / PANELS_A_ROW)
     ranks = [np.asarray(r) for _, series in panels.values() for r in series.values()]
     lowest = max(0.0, np.floor(10 * min((r == 1).mean() for r in ranks) - 0.5) / 10)
     furthest = max(10, *(int(r.max()) for r in ranks))
@@ -143,9 +147,13 @@ def rank_chart(
     )
 
     def draw(figure: Figure, theme: Theme) -> None:
-        row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        across = min(len(panels), PANELS_A_ROW)
+        grid = figure.subplots(deep, across, sharex=True, sharey=True, squeeze=False)
+        cells = list(grid.flatten())
+        for empty in cells[len(panels) :]:
+            empty.set_axis_off()
         ks = np.unique(np.geomspace(1, furthest, 400).astype(int))
-        for axes, (task, (pool, series)) in zip(row, panels.items(), strict=True):
+        for axes, (task, (pool, series)) in zip(cells, panels.items(), strict=False):
             if lowest == 0:
                 axes.plot(ks, np.minimum(1, ks / pool), color=theme.muted, ls=":", label="chance")
             for s, found in series.items():
@@ -164,10 +172,11 @@ def rank_chart(
             axes.set_title(task)
             axes.set_xlabel("rank k")
             axes.grid()
-        row[0].set_ylabel("positive within the first k")
-        _legend(figure, row[0], 7)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("positive within the first k")
+        _legend(figure, cells[0], 7)
 
-    draw_themes(path, (9.6, 3.9), draw)
+    draw_themes(path, (9.6, 3.9 * deep), draw)
 
 
 PANELS: dict[str, tuple[str, ...]] = {

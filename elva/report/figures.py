@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from elva.data import schema
 from elva.errors import RunError
+from elva.evaluation.columns import PAIRS, label
 from elva.report.charts import Series
 from elva.run import Run
 
-TASKS = {"t2i": "t→i", "i2t": "i→t"}
+TASKS = {task: label(task) for task in schema.TASKS}
+"""Task -> its heading; a run shows those of them that it measured."""
 
 MIN_PROBES = 10
 """Ours: a grain type of fewer queries is listed, but neither drawn nor in the running for least."""
@@ -91,14 +94,17 @@ def grain_counts(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def chance(rows: Iterable[Row]) -> dict[str, float]:
-    """What drawing at random would give: k of the pool; for pairs one of the entity's pictures."""
+    """What drawing at random would give: k of the pool; for pairs one of the entity's own."""
     found: dict[str, float] = {}
     for figures in (row.figures for row in rows):
         for task in TASKS:
             if pool := figures.get(f"{task}_pool"):
-                found.update({f"{task}_recall_at_{k}": min(1.0, k / pool) for k in (1, 5)})
+                for k in (1, 5):
+                    one_right = min(1.0, k / pool)
+                    known = figures.get(f"{task}_chance_at_{k}")
+                    found[f"{task}_recall_at_{k}"] = one_right if known is None else known
         if pool := figures.get("minimal_pair_pool_mean"):
-            found["minimal_pair_recall_at_1"] = 1 / pool
+            found[PAIRS] = 1 / pool
     return found
 
 

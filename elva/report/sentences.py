@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from elva.evaluation.columns import COLUMNS
+from elva.evaluation.columns import columns, tasks_of
 from elva.report.figures import MIN_PROBES, TASKS, Row, row_with
 from elva.report.table import number
 from elva.run import Run
+
+NOUNS = {"t": "texts", "i": "pictures", "it": "pictures with texts"}
+"""A task's sides in words."""
 
 
 def lead(run: Run, rows: Sequence[Row]) -> str:
@@ -24,14 +28,27 @@ def lead(run: Run, rows: Sequence[Row]) -> str:
     seconds = sum(row.seconds or 0.0 for row in stages)
     return (
         f"{model} was trained in {_list([row.title for row in stages])}, {steps:,} steps in "
-        f"{seconds:,.0f} s, to find pictures by their names and names by their pictures. "
-        f"{_verdict(rows)}"
+        f"{seconds:,.0f} s, {_aim(run, rows)}. {_verdict(rows)}"
     )
+
+
+def _aim(run: Run, rows: Sequence[Row]) -> str:
+    if list(run.recipe.stages.values())[-1].data == "emoji":
+        return "to find pictures by their names and names by their pictures"
+    sides = [task.split("2") for task in tasks_of(row.figures for row in rows)]
+    words = [f"{NOUNS[shown]} by {NOUNS[asked]}" for asked, shown in sides]
+    return f"to find {_list(words)}" if words else "to retrieve"
+
+
+def _shown(figures: Mapping[str, Any], task: str = "") -> str:
+    """What the candidates of a task are, or of the task whose minimal pairs were measured."""
+    named = task or figures.get("minimal_pair_task") or "t2i"
+    return NOUNS[named.split("2")[1]]
 
 
 def _verdict(rows: Sequence[Row]) -> str:
     """One sentence: the last stage against where it started and against the best control."""
-    key, heading = next(iter(COLUMNS.items()))
+    key, heading = next(iter(columns(row.figures for row in rows).items()), ("", ""))
     known = [row for row in rows if row.figures.get(key) is not None]
     last, before = row_with(known, "last"), row_with(known, "before")
     if last is None:
@@ -68,17 +85,18 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
     if figures.get("minimal_pair_pool_mean"):
         rivals = f"on average {figures['minimal_pair_pool_mean']:.1f}"
         found.append(
-            f"Pairs: only the pictures of the query's own entity compete ({rivals}), so nothing "
-            "but the small grains decides. Least grain: the smallest mean grain distance of any "
-            f"type with {MIN_PROBES} queries or more."
+            f"Pairs: only the {_shown(figures)} of the query's own entity compete ({rivals}), so "
+            "nothing but the small grains decides. Least grain: the smallest mean grain distance "
+            f"of any type with {MIN_PROBES} queries or more."
         )
-    silent = {row.title: row.figures.get("t2i_frac_no_ret") or 0.0 for row in rows}
-    shares = [f"{title} {share:.0%}" for title, share in silent.items() if share > 0.01]
-    if shares:
-        found.append(
-            f"Summaries of pictures that never reached [RET]: {_list(shares)}. Their embeddings "
-            "are the fallback, read where the length limit cut them off."
-        )
+    for task in tasks_of(row.figures for row in rows)[:1]:
+        silent = {row.title: row.figures.get(f"{task}_frac_no_ret") or 0.0 for row in rows}
+        shares = [f"{title} {share:.0%}" for title, share in silent.items() if share > 0.01]
+        if shares:
+            found.append(
+                f"Summaries of {_shown(figures, task)} that never reached [RET]: {_list(shares)}. "
+                "Their embeddings are the fallback, read where the length limit cut them off."
+            )
     if any(row.role == "control" for row in rows):
         last = run.title(list(run.recipe.stages)[-1])
         clocked = all(c.steps is None and c.epochs is None for c in run.recipe.controls.values())

@@ -10,11 +10,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from elva.evaluation.columns import COLUMNS
+from elva.evaluation.columns import columns
 from elva.report.figures import Row, chance, rows_of
 from elva.run import Run
-
-HEAD = ["", *COLUMNS.values(), "least grain", "steps", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,17 @@ def table(run: Run) -> Table:
 
 def figure_cells(rows: Sequence[Row]) -> Cells:
     """A row a stage and a control; then chance, where it is known."""
+    shown = columns(row.figures for row in rows)
     cells, values = [], []
     for row in rows:
-        figures = [row.figures.get(key) for key in COLUMNS]
+        figures = [row.figures.get(key) for key in shown]
         values.append([*figures, _least(row)])
         steps = "-" if row.steps is None else f"{row.steps:,}"
         seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
         cells.append([row.title, *map(number, figures), _least_words(row), steps, seconds])
     if levels := chance(rows):
-        cells.append(["chance", *(number(levels.get(key)) for key in COLUMNS), "", "", ""])
-    return Cells(HEAD, cells, _best(values))
+        cells.append(["chance", *(number(levels.get(key)) for key in shown), "", "", ""])
+    return Cells(["", *shown.values(), "least grain", "steps", "seconds"], cells, _best(values))
 
 
 def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:

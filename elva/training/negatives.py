@@ -156,7 +156,8 @@ class Negatives:
         wanted = min(wanted, self.stage.negatives.random)
         first, beyond = self.examples.candidates.span(query.task)
         right = self.examples.right(query)
-        taken, found = {*known, *right}, []
+        found: list[int] = []
+        taken = {*known, *right}
         seen = set(self._identities([*known, *right]))
         for tries in range(1 + (wanted > 0) * (beyond - first)):
             if len(found) >= wanted or len(taken) >= beyond - first:

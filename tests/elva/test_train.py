@@ -30,6 +30,9 @@ class Silent:
 
     def start(self, what: str, total: int | None, unit: str = "steps") -> None: ...
     def advance(self, done: int, values: dict[str, float] | None = None) -> None: ...
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
     def finish(self, line: str) -> None:
         self.lines.append(line)
 
