@@ -15,7 +15,6 @@ from elva.model.retriever import Retriever, create
 from elva.model.rollout import encode, sample, token_log_probs
 from elva.recipe import LoraSettings, ScratchModel
 from elva.training import objective
-from elva.training.negatives import at_random, hardest
 
 MODEL = ScratchModel(
     hidden_size=32, intermediate_size=64, layers=2, heads=2, vocabulary=600,
@@ -99,9 +98,7 @@ def test_rollouts_carry_the_log_probs_and_embeddings_of_a_forward(
     hidden = retriever.hidden_states(batch, out.ids, out.mask)
     at_ret = hidden[torch.arange(len(repeated)), out.mask.sum(1)]
     assert (at_ret - out.embeddings).abs().max() < 2e-5
-    new = token_log_probs(
-        retriever.plain.lm_head(hidden[:, :-1]), out.ids, 0.7, retriever.inputs.banned_ids
-    )
+    new = token_log_probs(retriever.plain.lm_head(hidden[:, :-1]), out.ids, 0.7, retriever.inputs)
     drawn = out.mask & (out.finished[:, None] | (out.ids != retriever.inputs.ret_id))
     assert (new - out.log_probs)[drawn].abs().max() < 1e-4
     last = out.ids.gather(1, out.mask.sum(1, keepdim=True) - 1)
@@ -119,8 +116,11 @@ def test_draws_follow_the_distribution(retriever: Retriever, items: list[Item]) 
     ids = torch.tensor([[retriever.inputs.ret_id]])
     hidden = retriever.hidden_states(batch, ids, ids > 0)[:, 0]
     logits = retriever.plain.lm_head(hidden).float()
-    logits[:, retriever.inputs.banned_ids] = -math.inf
+    inputs = retriever.inputs
+    logits[:, inputs.banned_ids] = -math.inf
     p = logits.softmax(-1)[0]
+    p[inputs.ret_id] += p[inputs.end_ids].sum()  # an end of any kind is written as [RET]
+    p[inputs.end_ids] = 0
     frequency = torch.bincount(out.ids[:, 0], minlength=len(p)) / 4000
     noise = (2 * p * (1 - p) / (math.pi * 4000)).sqrt().sum() / 2  # expected total variation
     assert (frequency - p).abs().sum() / 2 < 1.3 * noise
@@ -251,48 +251,6 @@ def test_caption_targets_stop_after_the_first_wrong_token() -> None:
     assert objective.caption_targets(written, caption).tolist() == [
         [5, 6, -100, -100], [5, 6, 9, -100], [-100, -100, -100, -100],
     ]  # fmt: skip
-
-
-def test_info_nce_leaves_other_positives_out() -> None:
-    torch.manual_seed(0)
-    query, candidates = torch.randn(4, 8).double(), torch.randn(4, 8).double()
-    excluded = torch.zeros(4, 4, dtype=torch.bool)
-    excluded[0, 2] = True
-    unit = torch.nn.functional.normalize
-    scores = unit(query, dim=1) @ unit(candidates, dim=1).T / 0.1
-    rows, columns = scores.exp(), scores.exp()
-    rows = rows.masked_fill(excluded, 0)
-    columns = rows
-    expected = -0.5 * (
-        (scores.diag().exp() / rows.sum(1)).log().mean()
-        + (scores.diag().exp() / columns.sum(0)).log().mean()
-    )
-    assert objective.info_nce(query, candidates, excluded, 0.1).item() == pytest.approx(
-        expected.item(), rel=1e-12
-    )
-
-
-def test_hardest_drops_positives_and_what_is_too_similar() -> None:
-    pool = torch.nn.functional.normalize(torch.randn(50, 8, dtype=torch.float64), dim=1)
-    query = pool[:3] + 0.01 * torch.randn(3, 8, dtype=torch.float64)
-    found = hardest(query, pool, [[0], [1], [2, 7]], k=5, max_score=0.5)
-    scores = torch.nn.functional.normalize(query, dim=1) @ pool.T
-    for i, right in enumerate(([0], [1], [2, 7])):
-        allowed = [j for j in range(50) if j not in right and scores[i, j] <= 0.5]
-        expected = sorted(allowed, key=lambda j: -scores[i, j].item())[:5]
-        assert found[i].tolist() == expected
-    with pytest.raises(ValueError, match=r"must have 49 candidates .* lower hard_negatives"):
-        hardest(query, pool, [[0], [1], [2, 7]], k=49, max_score=0.5)
-
-
-def test_random_negatives_are_even_and_never_right() -> None:
-    right = [[3], [0, 1, 2], [9]]
-    found = at_random(right, 10, 4000, (0, "x"))
-    for row, mine in zip(found.tolist(), right, strict=True):
-        assert not set(row) & set(mine)
-        counts = torch.bincount(torch.tensor(row), minlength=10).float()
-        assert counts[counts > 0].std() / counts[counts > 0].mean() < 0.1
-    assert torch.equal(found, at_random(right, 10, 4000, (0, "x")))
 
 
 def test_the_scratch_model_counts_its_parameters_in_a_dry_run(checkpoint: Path) -> None:

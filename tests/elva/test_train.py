@@ -139,8 +139,8 @@ def test_stage_three_alone_starts_from_another_run(
 
 
 GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches": False,
-        "num_generations": 3, "batch_size": 2, "hard_negatives": 3, "random_negatives": 2,
-        "rank_against": "pool", "steps": 4}  # fmt: skip
+        "num_generations": 3, "batch_size": 2, "steps": 4,
+        "negatives": {"given": 0, "mined": 3, "random": 2, "in_batch": False}}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,13 @@ GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches
         {**GRPO, "rollout_candidates": "all", "micro_batch_size": 16},
         {**GRPO, "num_iterations": 2},
         {**GRPO, "lora": {"rank": 4, "alpha": 8}},
-        {**GRPO, "pathwise": 0.5, "infonce": 0.5, "refresh_steps": 2},
+        {
+            **GRPO,
+            "pathwise": 0.5,
+            "infonce": 0.5,
+            "refresh_steps": 2,
+            "negatives": {"given": 1, "mined": 3, "random": 2, "in_batch": True},
+        },
         {**GRPO, "policy": 0.0, "pathwise": 1.0, "reward": {"rank_temperature": 0.03}},
         {**GRPO, "policy": 0.0, "pathwise": 1.0, "rollout_candidates": "all"},
     ],
@@ -220,7 +226,8 @@ def test_dry_run_resolves_to_the_papers_table(recipe: str) -> None:
     assert (first["batch_size"], first["learning_rate"], first["epochs"]) == (576, 4e-5, 2)
     assert (second["batch_size"], second["learning_rate"], second["epochs"]) == (960, 1e-4, 1)
     assert (third["learning_rate"], third["num_generations"], third["beta"]) == (1e-6, 8, 0.2)
-    assert (third["hard_negatives"], third["random_negatives"]) == (50, 50)
+    assert (third["negatives"]["mined"], third["negatives"]["random"]) == (50, 50)
+    assert third["share"] == 0.01 and not third["symmetric"]
     assert third["rollout_candidates"] == "all" and third["instances"] == 11_000
     reward = third["reward"]
     assert (reward["w_margin"], reward["w_rank"], reward["rank_temperature"]) == (0.4, 0.6, 0.0)
