@@ -1,13 +1,17 @@
 """`elva data`: what is in a data directory, and how other formats become one."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from elva.cli.console import AsJson, err, one_line_errors, out, say
+from elva.cli.console import AsJson, choose, err, one_line_errors, out, say
+
+PROVED = 1000
+"""Ours: queries of a set that `--prove` embeds; its pool's first so many, and their answers."""
 
 app = typer.Typer(help="Data in M-BEIR's layout: made, checked, shown.", no_args_is_help=True)
 
@@ -87,35 +91,124 @@ Tasks = Annotated[
 
 
 @app.command("check", epilog="Examples:  elva data check data/mine   |   "
-             "elva data check data/M-BEIR --split test --decode --json")  # fmt: skip
+             "elva data check data/M-BEIR --split test --decode --json   |   "
+             "elva data check data/M-BEIR --split test --prove")  # fmt: skip
 def check(
     data: DataArgument,
     split: AnySplit = None,
     task: Tasks = None,
     decode: Annotated[
-        bool, typer.Option("--decode", help="Decode every picture whole, not only its header.")
+        bool,
+        typer.Option("--decode", help="Decode every picture whole, and count equal ones."),
+    ] = False,
+    prove: Annotated[
+        bool,
+        typer.Option("--prove", help="Evaluate random embeddings of a part of every set too."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List every bad row, missing picture and copy; exit code 2 if a row is bad."""
+    """List bad rows, missing pictures, copies, missing parts of M-BEIR; exit code 2 for bad rows."""
     with one_line_errors():
         from elva.commands import inspect as inspection
+        from elva.commands.survey import survey
         from elva.progress import Bars
 
+        card = survey(data)
         with Bars(err if as_json else out) as bars:
             found = inspection.check(data, split=split, tasks=task, decode=decode, reporter=bars)
+            if prove and not found["bad"]:
+                found["proof"] = {
+                    s: _proof(data, s, task, bars) for s in inspection.splits(data, split)
+                }
+        found |= {"card": card}
         if as_json:
             print(json.dumps(found))
         else:
             out.print(_table(found["sets"]))
-            out.print(
-                f"{len(found['bad'])} bad rows, {found['missing_pictures']} of them missing "
-                f"pictures; {found['copies']} candidates are copies of others"
-            )
-            for line in found["bad"]:
-                out.print(f"  {line}", markup=False, soft_wrap=True)
+            say(found, _lines(found, decode), as_json)
+            if "proof" in found:
+                out.print(_proof_table(found["proof"]))
         if found["bad"]:
             raise typer.Exit(2)
+
+
+def _proof(data: Path, split: str, tasks: list[str] | None, bars: Any) -> dict[str, Any]:
+    """Figures of random embeddings, read as a model's would be."""
+    from elva.commands.evaluate import evaluate_embeddings
+    from elva.commands.survey import random_embeddings
+
+    with tempfile.TemporaryDirectory() as place:
+        embeddings = Path(place) / "embeddings"
+        counts = random_embeddings(data, embeddings, split=split, tasks=tasks, most=PROVED)
+        figures = evaluate_embeddings(
+            embeddings, data, Path(place) / "evaluation", split=split, tasks=tasks, reporter=bars
+        )
+    return {"embedded": counts, "sets": figures["sets"]}
+
+
+def _lines(found: dict[str, Any], decode: bool) -> list[str]:
+    compared = "" if decode else " (texts; --decode compares pictures too)"
+    rows = [
+        f"{len(found['bad'])} bad rows, {found['missing_pictures']} of them missing "
+        f"pictures; {found['copies']} candidates are copies of others{compared}",
+        *(f"  {line}" for line in found["bad"]),
+        *found["notices"],
+        *found["missing_folders"],
+    ]
+    card = found["card"]
+    if card:
+        rows.append(f"M-BEIR: {len(card['sets'])} of its 16 test sets are whole")
+        rows += [f"  {line}" for line in card["missing"]]
+        if card["archives"] and found["missing_folders"]:
+            rows.append(f"  archives that lie here: {', '.join(card['archives'])}; unpack them")
+    return rows
+
+
+def _proof_table(proof: dict[str, Any]) -> Table:
+    shown = Table(title="random embeddings, read as a model's")
+    shown.add_column("set")
+    for name in ("queries", "hit@k"):
+        shown.add_column(name, justify="right")
+    for split, found in proof.items():
+        for stem, row in found["sets"].items():
+            count = found["embedded"][f"mbeir_{stem}_{split}"]
+            hit = 100 * row[f"hit_at_{row['k']}"]
+            shown.add_row(f"{split} {stem} (k = {row['k']})", f"{count:,}", f"{hit:.1f}")
+    return shown
+
+
+@app.command("subset", epilog="Examples:  elva data subset data/M-BEIR --share 0.01 "
+             "--output data/part   |   elva data subset data/M-BEIR --count 500 --per set "
+             "--split test --output data/quick")  # fmt: skip
+def subset(
+    data: DataArgument,
+    output: Annotated[Path, typer.Option(help="Directory to write; absent so far.")],
+    share: Annotated[
+        float | None, typer.Option(help="Share of each group's queries, above 0, at most 1.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Queries of each group instead of a share, 1 or more.")
+    ] = None,
+    per: Annotated[str, typer.Option(help="Group to draw from: dataset, task or set.")] = "dataset",
+    split: AnySplit = None,
+    task: Tasks = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a drawn part of the queries; pools and pictures are links to the whole."""
+    with one_line_errors():
+        choose("--per", per, ("dataset", "task", "set"))
+        from elva.commands.subset import subset as command
+
+        counts = command(
+            data, output, share=share, count=count, per=per,  # type: ignore[arg-type]
+            split=split, tasks=task, seed=seed,
+        )  # fmt: skip
+        lines = [
+            f"{split} {stem}: {drawn:,} queries"
+            for split, sets in counts.items() for stem, drawn in sets.items()
+        ]  # fmt: skip
+        say(counts, [*lines, f"{output}: pools and pictures are links to {data}"], as_json)
 
 
 @app.command("stats", epilog="Example:  elva data stats data/emoji --split test")
@@ -131,6 +224,7 @@ def stats(
             print(json.dumps(found))
         else:
             out.print(_table(found))
+            say(found, [line for row in found.values() for line in row["notices"]], as_json)
 
 
 @app.command("sample", epilog="Example:  elva data sample data/emoji --task it2i --count 8")
@@ -160,11 +254,12 @@ def sample(
 def _table(sets: dict[str, dict[str, Any]]) -> Table:
     shown = Table()
     shown.add_column("set")
-    for name in ("queries", "pool", "of", "answers", "negatives", "words"):
+    for name in ("queries", "pool", "of", "answers", "outside", "negatives", "words"):
         shown.add_column(name, justify="right")
     for stem, row in sets.items():
         shown.add_row(
             stem, f"{row['queries']:,}", f"{row['pool']:,}", row["pool_modality"],
-            f"{row['answers']:.1f}", f"{row['negatives']:.1f}", f"{row['words']:.1f}",
+            f"{row['answers']:.1f}", f"{row['outside']:.1f}", f"{row['negatives']:.1f}",
+            f"{row['words']:.1f}",
         )  # fmt: skip
     return shown

@@ -70,6 +70,8 @@ def embed(
     sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
     if faults.found and _world_rank() == 0:
         write_text(output / SKIPPED, "".join(f"{line}\n" for line in faults.found))
+    for line in (line for one in sets for line in one.notices if _world_rank() == 0):
+        reporter.finish(line)
     named = pictures.names(data)
     done = []
     for name, items, about in _wanted(data, sets, split, sides):
@@ -147,12 +149,13 @@ def _wanted(
     if sides in ("both", "pools"):
         for name in dict.fromkeys(s.pool_name for s in sets):
             of = [s for s in sets if s.pool_name == name]
-            asked = {s.queries[0].modality: s.queries[0].instruction for s in of if s.queries}
             known = _instructions(data, of[0].pool)
-            yield name, of[0].pool, {"side": "pool", "instructions": {**known, **asked}}
+            known |= {s.queries[0].modality: s.queries[0].instruction for s in of if s.queries}
+            yield name, of[0].pool, {"side": "pool", "instructions": known}
     if sides in ("both", "queries"):
         for one in sets:
-            yield f"mbeir_{one.stem}_{split}", one.queries, {"side": "queries", "task": one.task}
+            asked = one.queries.distinct()
+            yield f"mbeir_{one.stem}_{split}", asked, {"side": "queries", "task": one.task}
 
 
 def _instructions(data: Path, pool: Pool) -> dict[str, str]:

@@ -1,13 +1,18 @@
 """`elva data check`, `stats` and `sample`: what a data directory holds, and what is wrong."""
 
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from elva.data import Query
-from elva.data.mbeir import SPLITS, QuerySet, read_sets
+import numpy as np
+import pyarrow.compute as pc
+
+from elva.data import Item, Pool, Queries
+from elva.data.identity import DECODERS
+from elva.data.layout import SPLITS, QueryFile, find, pool_files
+from elva.data.mbeir import QuerySet, read_sets
+from elva.data.pool import concatenate
 from elva.data.strict import Faults
 from elva.draws import permutation
 from elva.errors import DataError
@@ -16,6 +21,9 @@ from elva.report import pictures
 
 EVERY = 1_000_000_000
 """More bad rows than a file has."""
+
+AT_ONCE = 1024
+"""Ours: pictures opened between two looks at the bar."""
 
 
 def check(
@@ -33,38 +41,28 @@ def check(
         decode: open every picture, not only its header; slow and thorough.
 
     Returns:
-        `bad`: one line a bad row (`file:line: rule`); `missing_pictures` among them; `copies`:
-        candidates whose content an earlier one has; and `sets`, as `stats` gives them.
+        `bad`: one line a bad row (`file:line: rule`) or query file without a pool;
+        `missing_pictures` among them; `copies`: candidates whose content an earlier one has,
+        pictures compared where they are decoded; `missing_folders` of pictures; `notices`; and
+        `sets`, as `stats` gives them.
 
     Raises:
         DataError: no data there at all.
     """
     faults = Faults(EVERY)
-    sets = _sets(root, split, tasks, faults)
+    sets = _whole(root, split, tasks) or _sets(root, split, tasks, faults)
     before = len(faults.found)
-    total = sum(len(one.queries) + len(one.pool) for _, one in sets)
-    reporter.start(f"check {root}", total, "items")
-    known: set[tuple[str, str]] = set()  # a pool is often that of several sets
-    seen: dict[bytes, str] = {}
-    copies = 0
-    items = chain.from_iterable(chain(one.queries, one.pool) for _, one in sets)
-    for done, item in enumerate(items, start=1):
-        if (item.id, item.modality) in known:
-            continue
-        known.add((item.id, item.modality))
-        with faults.row():
-            if item.image is not None:
-                item.load_image() if decode else item.image_format()
-            if not isinstance(item, Query):
-                first = seen.setdefault(item.content_hash(), item.id)
-                copies += first != item.id
-        if done % 256 == 0:
-            reporter.advance(done)
+    parts = {id(part): part for _, one in sets for part in (one.queries, one.pool)}.values()
+    reporter.start(f"check {root}", sum(len(part.pictured) for part in parts), "pictures")
+    unreadable = set(_pictures(list(parts), decode, faults, reporter))
     reporter.finish("")
+    pools = [part for part in parts if isinstance(part, Pool)]
     return {
         "bad": faults.found,
         "missing_pictures": sum("no such picture" in line for line in faults.found[before:]),
-        "copies": copies,
+        "copies": _copies(pools, decode, unreadable),
+        "missing_folders": _missing_folders(root, list(parts)),
+        "notices": [line for _, one in sets for line in one.notices],
         "sets": {f"{s} {one.stem}": _row(one) for s, one in sets},
     }
 
@@ -72,7 +70,7 @@ def check(
 def stats(
     root: Path, *, split: str | None = None, tasks: Sequence[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Counts of each query file: queries, pool, answers and negatives a query, words, grains."""
+    """Counts of each query file: queries, pool, answers and negatives a query, words, notices."""
     return {f"{s} {one.stem}": _row(one) for s, one in _sets(root, split, tasks, Faults())}
 
 
@@ -91,11 +89,13 @@ def sample(
         output: the sheet, a .png.
     """
     sets = read_sets(root, split=split, tasks=None if task is None else [task])
-    every = [(one, query) for one in sets for query in one.queries]
-    order = permutation((seed, "sample"), len(every))[:count]
+    answered = [np.flatnonzero(one.queries.listed("positives")) for one in sets]
+    ends = np.cumsum([len(rows) for rows in answered])
     rows, tiles = [], []
-    for place in order:
-        one, query = every[place]
+    for place in permutation((seed, "sample"), int(ends[-1]))[:count]:
+        which = int(np.searchsorted(ends, place, side="right"))
+        one = sets[which]
+        query = one.queries[int(answered[which][place - int(ends[which])])]
         answer = one.pool[one.pool.row(query.positives[0])]
         rows.append(
             {
@@ -112,25 +112,119 @@ def sample(
     return rows
 
 
+def splits(root: Path, split: str | None) -> list[str]:
+    """The named split, or those that a data directory has; DataError where it has none."""
+    if split is not None:
+        return [split]
+    query = root / "query"
+    found = [s for s in SPLITS if (query / s).is_dir() or (query / f"union_{s}").is_dir()]
+    if not found:
+        raise DataError(f"{root}: no query/train, query/val or query/test; not in M-BEIR's layout")
+    return found
+
+
+def _whole(
+    root: Path, split: str | None, tasks: Sequence[str] | None
+) -> list[tuple[str, QuerySet]] | None:
+    """The sets of data without a fault, mapped; None of other data."""
+    try:
+        return _sets(root, split, tasks, Faults())
+    except DataError:
+        return None
+
+
 def _sets(
     root: Path, split: str | None, tasks: Sequence[str] | None, faults: Faults
 ) -> list[tuple[str, QuerySet]]:
-    wanted = [split] if split is not None else [s for s in SPLITS if (root / "query" / s).is_dir()]
-    if not wanted:
-        raise DataError(f"{root}: no query/train, query/val or query/test; not in M-BEIR's layout")
-    return [(s, one) for s in wanted
-            for one in read_sets(root, split=s, tasks=tasks, faults=faults)]  # fmt: skip
+    found = []
+    for s in splits(root, split):
+        files = list(_with_pools(root, s, faults))
+        sets = read_sets(root, split=s, tasks=tasks, files=files, faults=faults) if files else []
+        found += [(s, one) for one in sets]
+    return found
+
+
+def _with_pools(root: Path, split: str, faults: Faults) -> Iterator[QueryFile]:
+    for file in find(root, split)[0]:
+        with faults.row():
+            pool_files(root, file, split)
+            yield file
+
+
+def _pictures(
+    parts: Sequence[Queries | Pool], decode: bool, faults: Faults, reporter: Reporter
+) -> Iterator[str]:
+    """The ids of the items whose picture cannot be read; each item is opened once."""
+
+    def opened(item: Item) -> DataError | None:
+        try:
+            item.load_image() if decode else item.image_format()
+        except DataError as error:
+            return error
+        return None
+
+    known: set[int] = set()  # a candidate often lies in several pools
+    done = 0
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for part in parts:
+            for start in range(0, len(part.pictured), AT_ONCE):
+                rows = part.pictured[start : start + AT_ONCE].tolist()
+                items = [part[row] for row in rows]
+                fresh = [i for i in items if hash((i.id, i.image)) not in known]
+                known.update(hash((i.id, i.image)) for i in fresh)
+                for item, error in zip(fresh, pool.map(opened, fresh), strict=True):
+                    if error is not None:
+                        yield item.id
+                        with faults.row():
+                            raise error
+                done += len(rows)
+                reporter.advance(done)
+
+
+def _copies(pools: Sequence[Pool], decode: bool, unreadable: set[str]) -> int:
+    """Candidates whose content an earlier one has; of those with pictures only if decoded."""
+    if not pools:
+        return 0
+    whole = concatenate(pools)
+    rows = np.arange(len(whole))
+    if not decode:
+        rows = np.setdiff1d(rows, whole.pictured)
+    bad = [whole.row(id) for id in unreadable if id in whole] if decode else []
+    numbers = whole.identities(np.setdiff1d(rows, bad))
+    return len(numbers) - len(np.unique(numbers))
+
+
+def _missing_folders(root: Path, parts: Sequence[Queries | Pool]) -> list[str]:
+    """A line for each folder of pictures that the data name and the tree has not."""
+    lines = []
+    counts: dict[str, int] = {}
+    for part in {id(part.table): part for part in parts}.values():
+        named = pc.drop_null(part.table["image"])
+        folders = pc.replace_substring_regex(named, "^([^/]*/[^/]*)/.*$", r"\1")
+        for found in pc.value_counts(folders).to_pylist():
+            counts[found["values"]] = counts.get(found["values"], 0) + found["counts"]
+    for folder, count in sorted(counts.items()):
+        if "/" in folder and not (root / folder).exists():
+            lines.append(f"{folder}: not there, {count:,} pictures lie in it")
+    return lines
 
 
 def _row(one: QuerySet) -> dict[str, Any]:
     queries = one.queries
-    words = [len(q.text.split()) for q in queries if q.text]
+    split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(queries.table["text"]))
+    words = pc.list_value_length(split).to_numpy()[queries.rows]
     return {
         "task": one.task,
         "queries": len(queries),
         "pool": len(one.pool),
         "pool_modality": one.pool[0].modality if len(one.pool) else None,
-        "answers": fmean(len(q.positives) for q in queries) if queries else 0.0,
-        "negatives": fmean(len(q.negatives) for q in queries) if queries else 0.0,
-        "words": fmean(words) if words else 0.0,
+        "answers": _mean(queries.listed("positives")),
+        "outside": _mean(queries.listed("outside")),
+        "negatives": _mean(queries.listed("negatives")),
+        "words": _mean(words[~np.isnan(words)]),
+        "notices": list(one.notices),
     }
+
+
+def _mean(counts: np.ndarray) -> float:
+    return float(counts.mean()) if len(counts) else 0.0

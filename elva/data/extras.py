@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from elva.data.pool import Pool
-from elva.data.schema import Grain, Query
+from elva.data.queries import Queries
+from elva.data.schema import TASK_NAMES, Grain
 from elva.data.strict import Record, dump, records, write_lines
 
 
@@ -34,13 +35,13 @@ def write_extras(
 
 
 def read_grains(
-    path: Path, queries: Iterable[Query], pools: Iterable[Pool]
+    path: Path, queries: Queries, pools: Iterable[Pool]
 ) -> dict[str, dict[str, tuple[Grain, ...]]]:
     """Grains of the texts at hand, by `qid` and by `did`; each must be where it says it is."""
     grains: dict[str, dict[str, tuple[Grain, ...]]] = {"qid": {}, "did": {}}
     if not path.exists():
         return grains
-    texts = {"qid": {query.id: query.text for query in queries}, "did": {}}
+    texts = {"qid": dict(zip(queries.ids, queries.texts, strict=True)), "did": {}}
     for pool in pools:
         texts["did"].update(zip(pool.ids, pool.table["text"].to_pylist(), strict=True))
     for record in records(path):
@@ -71,19 +72,19 @@ def _grain(record: Record, text: str, fields: object) -> Grain:
 
 
 def read_minimal_pairs(
-    path: Path, queries: Iterable[Query], pools: Mapping[str, Pool]
+    path: Path, queries: Queries, pools: Mapping[str, Pool]
 ) -> dict[str, list[str]]:
     """Query id -> the candidates it is to be told from, of the queries at hand."""
     if not path.exists():
         return {}
-    tasks = {query.id: query.task for query in queries}
+    tasks = dict(zip(queries.ids, queries.column("task").tolist(), strict=True))
     pairs: dict[str, list[str]] = {}
     for record in records(path):
         id, found = record.id("qid"), record.ids("candidates")
         if id not in tasks:
             continue  # A query of another split or task.
         for did in found:
-            if did not in pools[tasks[id]]:
+            if did not in pools[TASK_NAMES[tasks[id]]]:
                 record.fail(f"candidate {did} is not in the pool")
         pairs[id] = list(found)
     return pairs

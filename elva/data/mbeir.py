@@ -111,7 +111,7 @@ def load(
         DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
     """
     root = Path(root)
-    sets = _read(root, tasks, split, "task", queries, Faults())
+    sets = _read(root, find(root, split, queries), tasks, split, "task", Faults())
     pools = {one.task: one.pool for one in sets}
     asked = query_table.concatenate([one.queries for one in sets])
     grains = read_grains(root / "grains.jsonl", asked, pools.values())
@@ -128,6 +128,7 @@ def read_sets(
     split: str = "test",
     pools: Literal["local", "global"] = "local",
     queries: Which = "sets",
+    files: Sequence[QueryFile] | None = None,
     faults: Faults | None = None,
 ) -> list[QuerySet]:
     """The query files of a split one by one, each with the pool it is asked of.
@@ -136,24 +137,26 @@ def read_sets(
         pools: `local`, every set against its own candidates (the paper's protocol), or `global`,
             all against `cand_pool/global`'s, or the union of the local ones where there is none.
         queries: as `load` takes it.
+        files: some of `layout.find`'s; all of the split's by default.
         faults: Rows that may be left out, and where they are listed.
 
     Raises:
         DataError: anything that is not as M-BEIR has it, as `file:line: rule`.
     """
-    return _read(Path(root), tasks, split, pools, queries, faults or Faults())
+    found = find(Path(root), split, queries) if files is None else (files, ())
+    return _read(Path(root), found, tasks, split, pools, faults or Faults())
 
 
 def _read(
     root: Path,
+    there: tuple[Sequence[QueryFile], tuple[str, ...]],
     tasks: Sequence[str] | None,
     split: str,
     pools: Literal["local", "global", "task"],
-    which: Which,
     faults: Faults,
 ) -> list[QuerySet]:
     prompts = read_instructions(root / INSTRUCTIONS)
-    found, notices = find(root, split, which)
+    found, notices = there
     files = [file for file in found if _wanted(file, tasks)]
     searched = _searched(root, files, split, pools, faults) if files else []
     sets: list[QuerySet] = []

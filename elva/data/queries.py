@@ -5,6 +5,7 @@ are only judged. M-BEIR's OVEN and InfoSeek name each other's candidates.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -115,6 +116,22 @@ class Queries(Sequence[Query]):
         """The same queries with grains, by query id."""
         return Queries(self.table, self.root, self.rows, grains)
 
+    def distinct(self) -> "Queries":
+        """The first query of each id; M-BEIR's union has those of small sets several times."""
+        first = np.sort(np.unique(self.column("id"), return_index=True)[1])
+        return self if len(first) == len(self) else self.select(first)
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of each query."""
+        return [id_of(hashed) for hashed in self.column("id").tolist()]
+
+    @property
+    def texts(self) -> list[str | None]:
+        """The normalised text of each query."""
+        raw = self.table["text"].to_pylist()
+        return [normalise(raw[row] or "") or None for row in self.rows.tolist()]
+
     def tasks(self) -> dict[str, int]:
         """Task -> how many queries, in order of first appearance."""
         numbers, first, counts = np.unique(
@@ -133,7 +150,7 @@ class Queries(Sequence[Query]):
         found: np.ndarray = self.column("id") // DOCUMENTS_PER_DATASET
         return found
 
-    @property
+    @cached_property
     def pictured(self) -> np.ndarray:
         """[n] int64 places of the queries that have a picture."""
         return np.flatnonzero(self.table["image"].is_valid().to_numpy()[self.rows])
@@ -155,8 +172,7 @@ class Queries(Sequence[Query]):
                 continue
             batch = self._batches[held[run[0]]]
             start = self._ends[held[run[0]]] - len(batch)
-            fields = batch.take(pa.array(rows[run] - start)).to_pylist()
-            yield from map(self._query, fields)
+            yield from map(self._query, _fields(batch, rows[run] - start))
 
     def _query(self, row: dict[str, Any]) -> Query:
         id, task, raw = id_of(row["id"]), TASK_NAMES[row["task"]], row["text"]
@@ -174,6 +190,14 @@ class Queries(Sequence[Query]):
             raw_text=raw,
             where=f"{row['source']}:{row['line']}",
         )
+
+
+def _fields(batch: pa.RecordBatch, rows: np.ndarray) -> list[dict[str, Any]]:
+    if len(rows) > 8:  # ours: below it, cell by cell is faster
+        found: list[dict[str, Any]] = batch.take(pa.array(rows)).to_pylist()
+        return found
+    columns = list(zip(SCHEMA.names, batch.columns, strict=True))
+    return [{name: column[row].as_py() for name, column in columns} for row in rows.tolist()]
 
 
 def concatenate(several: Sequence[Queries]) -> Queries:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from elva.data import Grain, Query
-from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
+from elva.data.layout import LINKED, qrels_file, query_file
+from elva.data.mbeir import QuerySet, read_sets
 from elva.data.strict import Faults, lines
 from elva.draws import permutation
 from elva.files import write_text
@@ -123,12 +124,16 @@ def write_data(
     """Query files, qrels and grains of the kept queries, links to the rest, and the review."""
     whole = partial / "mrbench_all"
     for stem in dict.fromkeys(row.stem for row in kept):
-        ids = {row.query.id for row in kept if row.stem == stem}
-        qrels = Path("qrels") / split / f"mbeir_{stem}_{split}_qrels.txt"
-        for path in (query_file(data, stem, split), data / qrels):
+        asked = [row.query for row in kept if row.stem == stem]
+        ids = {query.id for query in asked}
+        source = Path(asked[0].where.rpartition(":")[0])  # its rows may be of other tasks too
+        judged = qrels_file(data, stem, split)
+        for path, copy in (
+            (source, query_file(whole, stem, split)), (judged, qrels_file(whole, stem, split)),
+        ):  # fmt: skip
             if path.exists():
                 text = "".join(line for _, line in lines(path) if qid_of(line) in ids)
-                write_text(whole / path.relative_to(data), text)
+                write_text(copy, text)
     write_text(whole / "grains.jsonl", "".join(_grain_line(row) for row in kept))
     shutil.copytree(whole, partial, dirs_exist_ok=True)
     for name in LINKED:

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elva.data import Item, load
+import numpy as np
+
+from elva.data import Item, Query, load
+from elva.data.schema import hashed_id
 from elva.errors import DataError, UserError
 from elva.report import pictures
 from elva.report.figures import TASKS, Row, row_with
@@ -104,12 +107,19 @@ class _Gallery:
         split = self.rows[-1].evaluation.get("split", "test") if self.rows else "test"
         self.dataset = load(root, split=split, tasks=["t2i", "i2t"])
         self.names = pictures.names(root)
-        self.queries = {query.id: query for query in self.dataset.queries}
+        self.queries = self._asked_about()
         self.shown: set[str] = set()
         self.pictures: dict[str, bytes] = {}
         for row in self.rows:
             for task in SHOWN:
                 self._check(root, row, row.samples(task).values())
+
+    def _asked_about(self) -> dict[str, Query]:
+        """The queries that were evaluated, by id."""
+        ids = {hashed_id(id) for row in self.rows for task in SHOWN for id in row.samples(task)}
+        queries = self.dataset.queries
+        rows = np.flatnonzero(np.isin(queries.column("id"), list(ids)))
+        return {query.id: query for query in queries.select(rows)}
 
     def _check(self, root: Path, row: Row, samples: Iterable[Mapping[str, Any]]) -> None:
         for sample in samples:
