@@ -19,6 +19,7 @@ from elva.data.schema import TASKS
 from elva.data.strict import dump, write_lines
 from elva.errors import DataError
 from elva.evaluation import protocol, ranks
+from elva.evaluation import trained as stages
 from elva.evaluation.grains import distance
 from elva.evaluation.trained import evaluate_split, evaluate_stage, evaluation_tasks
 from elva.index import segment
@@ -281,6 +282,19 @@ def test_qrels_in_which_nothing_is_right_are_one_line(tmp_path):
                                          "nothing is right")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["RUN", "--pools", "global"], "--pools must not come with RUN"),
+        (["--run", "a", "--qrels", "b", "--by-content"], "--by-content must not come with --run"),
+        (["--embeddings", "a", "--data", "b", "--stage", "1"], "--stage must not come with --embe"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(words, rule):
+    shown = CliRunner().invoke(app, ["evaluate", *words])
+    assert shown.exit_code == 2 and rule in shown.stderr
+
+
 # -- a trained stage on data of other tasks --------------------------------------------------------
 
 
@@ -344,6 +358,28 @@ def test_a_limit_takes_the_positives_and_the_first_others(finished, words, tmp_p
     right = {*range(5), *range(20, 25)}
     assert opened == right | {5, 6, 7, 8, 9}
     assert (result["figures"]["t2t_queries"], result["figures"]["t2t_pool"]) == (5, 15)
+
+
+def test_a_query_without_an_answer_in_its_pool_is_a_miss(finished, words, tmp_path, monkeypatch):
+    """And in no mean of rewards, of which it has none."""
+    run, told = trained(finished, words, tmp_path), Lines()
+    whole = evaluate_stage(run, "1", told)["figures"]
+
+    def load(root, **options):
+        dataset = data_of(root, **options)
+        first, *rest = dataset.queries
+        first = replace(first, positives=(), outside=("3:1",))
+        return replace(dataset, queries=[first, *rest])
+
+    data_of = stages.load
+    monkeypatch.setattr(stages, "load", load)
+    result = evaluate_stage(run, "1", told)
+    figures, samples = result["figures"], result["samples"]["t2t"]
+    assert (figures["t2t_queries"], figures["t2t_no_answer_inside"]) == (12, 1)
+    assert samples[0]["rank"] == 41 and len(samples[0]["top"]) == 5
+    assert figures["t2t_chance_at_1"] == pytest.approx(11 / 12 * 2 / 40)
+    assert figures["t2t_recall_at_5"] <= whole["t2t_recall_at_5"] and figures["t2t_reward"] != 0
+    assert "queries without an answer in their pool: 1" in told.lines[-1]
 
 
 def test_the_tasks_of_the_last_stage_are_preferred(corpus):
