@@ -25,6 +25,15 @@ EXAMPLES = (
 )
 
 
+TAKES = {
+    "RUN": {"--stage", "--split"},
+    "--embeddings": {"--data", "--output", "--split", "--task", "--pools", "--by-content",
+                     "--skip-bad"},
+    "--run": {"--qrels"},
+}  # fmt: skip
+"""What is measured -> the options that change how."""
+
+
 def evaluate(
     run: Annotated[
         Path | None, typer.Argument(help="A run directory of elva train.", metavar="RUN")
@@ -75,8 +84,17 @@ def evaluate(
     with one_line_errors():
         from elva.errors import UserError
 
-        if sum(x is not None for x in (run, embeddings, run_file)) != 1:
+        asked = {"RUN": run, "--embeddings": embeddings, "--run": run_file}
+        if sum(x is not None for x in asked.values()) != 1:
             raise UserError("evaluate: must be given one of RUN, --embeddings or --run")
+        mode = next(name for name, value in asked.items() if value is not None)
+        given = {
+            "--stage": stage, "--data": data, "--output": output, "--split": split, "--task": task,
+            "--pools": pools != "local", "--by-content": by_content, "--skip-bad": skip_bad,
+            "--qrels": qrels,
+        }  # fmt: skip
+        if lost := [name for name, value in given.items() if value and name not in TAKES[mode]]:
+            raise UserError(f"evaluate: {lost[0]} must not come with {mode}; it would do nothing")
         choose("--pools", pools, ("local", "global"))
         if run_file is not None:
             _evaluate_files(run_file, qrels, as_json)

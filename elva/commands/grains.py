@@ -7,6 +7,7 @@ so every type stands by itself, the least of them too, and minimal-pair Recall@1
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def grains(
         UserError, DataError: no query of the task has two grains.
     """
     dataset = load(data, split=split, tasks=[task])
-    queries = [q for q in dataset.queries if q.grains and len(q.grains) > 1][:limit]
+    queries = list(islice((q for q in dataset.queries if q.grains and len(q.grains) > 1), limit))
     if not queries:
         raise UserError(
             f"grains: {data} must have queries with two or more grains, got none for {task}; "

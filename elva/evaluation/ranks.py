@@ -30,7 +30,7 @@ class Ranking:
 
 def recall_at_k(rank: Tensor, k: int) -> float:
     """Share of queries whose best positive is among the first k: M-BEIR's hit@k."""
-    return (rank <= k).float().mean().item()
+    return (rank <= k).double().mean().item()
 
 
 def chance_at_k(positives: Sequence[Sequence[int]], pool: int, k: int) -> float:

@@ -50,13 +50,18 @@ def evaluation_tasks(root: Path, split: str, recipe: Recipe | None = None) -> li
     Raises:
         DataError: what is wrong with the split; it is read.
     """
-    return _tasks(load(root, split=split), recipe)
+    return _tasks(_read(root, split, recipe))
 
 
-def _tasks(dataset: Dataset, recipe: Recipe | None) -> list[str]:
-    asked = [task for task in TASKS if task in dataset.pools]
+def _read(root: Path, split: str, recipe: Recipe | None) -> Dataset:
     trained = {} if recipe is None else _last(recipe).tasks
-    return [task for task in asked if task in trained] or asked
+    folder = root / "query" / split
+    named = [t for t in trained if any(folder.glob(f"mbeir_*_task{TASKS[t]}_{split}.jsonl"))]
+    return load(root, split=split, tasks=named or None)
+
+
+def _tasks(dataset: Dataset) -> list[str]:
+    return [task for task in TASKS if task in dataset.pools]
 
 
 def _last(recipe: Recipe) -> StageConfig:
@@ -88,11 +93,9 @@ def evaluate_stage(
         reporter.finish(f"{run.title(name)}: not evaluated, {root} has no queries of test or val")
         return None
     retriever = Retriever.load(run.model(name)) if retriever is None else retriever
-    dataset = load(root, split=split)
-    tasks = {
-        task: _Task.of(dataset, task, run.recipe.evaluate_limit)
-        for task in _tasks(dataset, run.recipe)
-    }
+    dataset = _read(root, split, run.recipe)
+    limit = run.recipe.evaluate_limit
+    tasks = {task: _Task.of(dataset, task, limit) for task in _tasks(dataset)}
     encoder = _Encoder(retriever, reporter, run.title(name), run.recipe, last.max_completion_length)
     encoder.remember([*tasks.values()])
     result: dict[str, Any] = {"split": split, "figures": {}, "samples": {}}
@@ -109,7 +112,7 @@ def _line(title: str, result: Mapping[str, Any]) -> str:
     shown = [f"{heading} {figures[key]:.3f}" for key, heading in columns([figures]).items()]
     lost = sum(value for key, value in figures.items() if key.endswith("_no_answer_inside"))
     if lost:
-        shown.append(f"{lost:,} queries without an answer in their pool")
+        shown.append(f"queries without an answer in their pool: {lost:,}")
     return f"{title}: {', '.join(shown)} in {result['seconds']:.0f} s"
 
 

@@ -78,7 +78,8 @@ def test_evaluation_equals_numpy(embeddings: Path, corpus: Path, tmp_path: Path)
         assert row["queries"] == len(qids) and row["pool"] == len(dids)
         for k in (1, 5, 10, 50):
             assert row[f"hit_at_{k}"] == pytest.approx((ranks <= k).mean(), abs=2e-3)
-        found = np.where(ranks <= 150, 1 / ranks, 0)
+        depth = 50 + max(map(len, positives.values()))
+        found = np.where(ranks <= depth, 1 / ranks, 0)
         assert row["mrr"] == pytest.approx(found.mean(), abs=2e-3)
         pairs = load(corpus, split="test", tasks=[stem]).minimal_pairs
         own = [
@@ -188,6 +189,53 @@ def test_mined_negatives_are_numpys(embeddings, corpus, tmp_path) -> None:
     call(*words, "--output", again)
     name = "query/train/mbeir_emoji_task0_train.jsonl"
     assert (again / name).read_bytes() == (output / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"absolute_margin": 0.02},
+        {"relative_margin": 0.05, "max_score": 0.9},
+        {"range_min": 5, "range_max": 20},
+        {"range_max": 25, "sampling_strategy": "random"},
+        {"range_min": 2, "min_score": 0.6},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_margins_and_ranges_are_numpys(options, embeddings, corpus, tmp_path) -> None:
+    """Ranks are counted over what is neither right, nor too similar, nor a copy."""
+    words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", v)]
+    call("mine", "--data", corpus, "--embeddings", embeddings, "--task", "t2i", "--num-negatives",
+         8, "--num-random", 0, "--output", tmp_path / "mined", *words)  # fmt: skip
+    mined = load(tmp_path / "mined", tasks=["t2i"])
+    qids, query = vectors(embeddings / "mbeir_emoji_task0_train")
+    dids, rows = vectors(embeddings / "mbeir_emoji_task0_train_cand_pool")
+    place, at = {d: i for i, d in enumerate(dids)}, {q: i for i, q in enumerate(qids)}
+    pool = mined.pool("t2i")
+    held = [pool[pool.row(d)].content_hash() for d in dids]
+    lengths = []
+    for one in mined.queries:
+        scores = rows @ query[at[one.id]]
+        best = max(scores[place[p]] for p in one.positives)
+        limit = options.get("max_score", 0.99)
+        if {"absolute_margin", "relative_margin"} & set(options):
+            below = best - abs(best) * options.get("relative_margin", 0)
+            limit = min(limit, best - options.get("absolute_margin", 0), below)
+        seen, left = {held[place[p]] for p in one.positives}, []
+        for i in np.argsort(-scores, kind="stable"):
+            if scores[i] <= limit and dids[i] not in one.positives and held[i] not in seen:
+                seen.add(held[i])
+                left.append(scores[i])
+        left = left[options.get("range_min", 0) : options.get("range_max")]
+        left = [s for s in left if s >= options.get("min_score", -1)]
+        found = [scores[place[d]] for d in one.negatives]
+        lengths.append(len(found))
+        if options.get("sampling_strategy") == "random":
+            assert len(found) == min(8, len(left)) and found == sorted(found, reverse=True)
+            assert all(min(abs(np.array(left) - s)) < 1e-6 for s in found)
+        else:
+            assert found == pytest.approx(left[:8], abs=1e-6)
+    assert max(lengths) == 8
 
 
 def test_mrbench_and_grains(run, corpus, tmp_path) -> None:

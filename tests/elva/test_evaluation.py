@@ -1,0 +1,413 @@
+"""What is retrieved, against a brute force in float64: ranks, protocol, a stage's own tasks."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from elva.cli import app
+from elva.commands import evaluate as command
+from elva.data import Pool
+from elva.data.mbeir import modalities, read_sets, write_queries
+from elva.data.schema import TASKS
+from elva.data.strict import dump, write_lines
+from elva.errors import DataError
+from elva.evaluation import protocol, ranks
+from elva.evaluation import trained as stages
+from elva.evaluation.grains import distance
+from elva.evaluation.trained import evaluate_split, evaluate_stage, evaluation_tasks
+from elva.index import segment
+from elva.index.embeddings import Embeddings
+from elva.model.identity import Identity
+from elva.progress import Silent
+from elva.recipe import Recipe, StageConfig
+from elva.report.figures import rows_of
+from elva.report.table import as_json, figure_cells
+from elva.run import Run
+
+MODEL = Identity("by hand", "1", "1")
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+def lattice(seed, count, dim=16):
+    """Rows of +-1: scores are exact binary fractions, and many tie."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (count, dim), generator=generator) * 2.0 - 1
+
+
+def unit(rows):
+    return rows.double().numpy() / rows.double().norm(dim=1, keepdim=True).numpy()
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_ranks_are_of_the_best_placed_and_ties_count_against_it(copies):
+    query, pool, draw = lattice(0, 40), lattice(1, 300), np.random.default_rng(2)
+    positives = [draw.choice(300, n % 4, replace=False).tolist() for n in range(40)]
+    content = draw.integers(0, 50, 300) if copies else np.arange(300)
+    found = ranks.rank_all(query, pool, positives, content if copies else None)
+    scores = unit(query) @ unit(pool).T
+    for i, right in enumerate(positives):
+        rivals = [j for j in range(300) if content[j] not in set(content[right])]
+        best = max((scores[i, j] for j in right), default=-np.inf)
+        assert found.rank[i] == (1 + (scores[i, rivals] >= best).sum() if right else 301)
+        kept = sorted([*rivals, *right], key=lambda j: (-scores[i, j], j))[:5]
+        assert found.top[i].tolist() == kept
+        assert (found.reward[i] == 0) == (not right)
+
+
+def test_the_reward_is_the_papers_against_the_hardest_hundred():
+    query, pool = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (9, 400))
+    found = ranks.rank_all(query, pool, [[i] for i in range(9)])
+    scores = unit(query) @ unit(pool).T
+    for i in range(9):
+        own, wrong = scores[i, i], np.sort(np.delete(scores[i], i))[::-1]
+        rank = 1 + int((wrong >= own).sum())
+        places = np.arange(1, len(wrong) + 1) + (np.arange(1, len(wrong) + 1) >= rank)
+        head = places <= 100
+        paid = own / (1 + np.log(rank)) - 0.01 * (wrong * (np.log(places) - 1))[head].sum()
+        expected = 0.4 * max(0, own - wrong[0] - 0.1) + 0.6 * paid
+        assert found.reward[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ranks_among_own_candidates():
+    query, bank, draw = lattice(3, 30), lattice(4, 90), np.random.default_rng(5)
+    positives = [draw.choice(90, n % 3, replace=False).tolist() for n in range(30)]
+    rivals = [draw.choice(90, n % 7, replace=False).tolist() for n in range(30)]
+    found = ranks.rank_among(query, bank, positives, rivals)
+    scores = unit(query) @ unit(bank).T
+    for i, (right, some) in enumerate(zip(positives, rivals, strict=True)):
+        wrong = [j for j in some if j not in right]
+        best = max((scores[i, j] for j in right), default=-np.inf)
+        assert found[i] == 1 + sum(scores[i, j] >= best for j in wrong)
+    assert ranks.rank_among(query[:1], bank, [[]], [[]]).tolist() == [1]
+
+
+def test_chance_is_what_random_orders_give():
+    positives, draw = [[0], [3, 5], []], np.random.default_rng(6)
+    orders = [draw.permutation(12) for _ in range(20_000)]
+    hits = np.mean([[bool(set(o[:5]) & set(p)) for p in positives] for o in orders])
+    assert ranks.chance_at_k(positives, 12, 5) == pytest.approx(hits, abs=0.01)
+    assert ranks.chance_at_k([[0]], 12, 1) == pytest.approx(1 / 12)
+    assert ranks.chance_at_k([[0]], 3, 5) == 1
+
+
+def test_grain_distance_is_the_cosines():
+    whole, part = (torch.randn(20, 24, generator=torch.Generator().manual_seed(s)) for s in (7, 8))
+    assert distance(whole, part).tolist() == pytest.approx(
+        1 - (unit(whole) * unit(part)).sum(1), abs=1e-6
+    )
+    assert distance(whole, 3 * whole).abs().max() < 1e-6
+
+
+# -- M-BEIR's protocol on embeddings made by hand --------------------------------------------------
+
+DATASETS = {"visualnews": 0, "fashion200k": 1, "webqa": 2, "edis": 3, "nights": 4, "oven": 5,
+            "infoseek": 6, "fashioniq": 7, "cirr": 8, "mscoco": 9}  # fmt: skip
+NAMES = {number: task for task, number in TASKS.items()}
+
+
+def put(root: Path, stem: str, queries: dict[str, list[str]], pool: dict[str, str]) -> None:
+    """A set in M-BEIR's layout: query -> its right answers, candidate -> its words."""
+    dataset, _, number = stem.partition("_task")
+    asked, shown = modalities(NAMES[int(number)])
+    prompts = root / "instructions" / "query_instructions.tsv"
+    known = prompts.read_text().splitlines() if prompts.exists() else ["a\tb\tc\td\te"]
+    line = f"{asked}\t{shown}\t{dataset}\t{DATASETS[dataset]}\tFind it."
+    write_lines(prompts, dict.fromkeys([*known, line]))
+
+    def row(kinds: str, names: tuple[str, str, str], words: str) -> dict[str, object]:
+        image = f"mbeir_images/{words}.png" if "image" in kinds else None
+        values = (words if "text" in kinds else None, image, kinds)
+        return dict(zip(names, values, strict=True))
+
+    suffix = "_test" if dataset == "mscoco" else ""
+    candidates = [
+        dump({"did": did} | row(shown, ("txt", "img_path", "modality"), words))
+        for did, words in pool.items()
+    ]
+    write_lines(root / "cand_pool" / "local" / f"mbeir_{stem}{suffix}_cand_pool.jsonl", candidates)
+    keys = ("query_txt", "query_img_path", "query_modality")
+    rows = [
+        {"qid": qid, "pos_cand_list": dids, "neg_cand_list": [], "task_id": int(number)}
+        | row(asked, keys, f"q {qid}")
+        for qid, dids in queries.items()
+    ]
+    write_queries(root, stem, "test", rows)
+
+
+def embed(directory: Path, ids: list[str], rows: torch.Tensor, side: str) -> None:
+    found = Embeddings(directory, len(ids), len(ids), MODEL, {"side": side})
+    found.save()
+    (directory / "shards").mkdir()
+    table = pa.table({"id": ids})
+    segment.write(found.shards[0], [rows], table, dim=rows.shape[1], dtype="float32", model=MODEL)
+
+
+@pytest.mark.parametrize("pools", ["local", "global"])
+def test_all_sixteen_sets(pools, tmp_path):
+    generator = torch.Generator().manual_seed(9)
+    drawn, union = {}, {}
+    for at, stem in enumerate(protocol.SUBTASKS):
+        number = DATASETS[stem.partition("_task")[0]]
+        dids = [f"{number}:{1000 * at + i}" for i in range(60)]
+        queries = {f"{number}:{1000 * at + i}": dids[2 * i : 2 * i + 1 + i % 2] for i in range(6)}
+        put(tmp_path, stem, queries, {did: f"item {did}" for did in dids})
+        query, pool = (torch.randn(n, 8, generator=generator) for n in (6, 60))
+        pool[:12:2] += 0.7 * query
+        drawn[stem] = (queries, query, dids, pool)
+        union |= dict(zip(dids, pool, strict=True))
+    sets = read_sets(tmp_path, pools=pools)
+    assert {one.stem for one in sets} == set(protocol.SUBTASKS)
+    for one in sets:
+        queries, query, dids, pool = drawn[one.stem]
+        embed(tmp_path / "e" / f"mbeir_{one.stem}_test", list(queries), query, "queries")
+        if pools == "local":
+            embed(tmp_path / "e" / one.pool_name, dids, pool, "pool")
+    if pools == "global":
+        rows = torch.stack([union[did] for did in sets[0].pool.ids])
+        embed(tmp_path / "e" / sets[0].pool_name, sets[0].pool.ids, rows, "pool")
+        assert len(rows) == 16 * 60
+    result = command.evaluate_embeddings(tmp_path / "e", tmp_path, tmp_path / "out", pools=pools)
+    hits = {}
+    for stem, (queries, query, dids, pool) in drawn.items():
+        shown = pool if pools == "local" else torch.stack(list(union.values()))
+        names = dids if pools == "local" else list(union)
+        scores = unit(query) @ unit(shown).T
+        k = 10 if stem.startswith("fashion") else 5
+        top = np.argsort(-scores, axis=1)[:, :k]
+        found = zip(top, queries.values(), strict=True)
+        hits[stem] = np.mean([bool({names[j] for j in row} & set(right)) for row, right in found])
+        row = result["sets"][stem]
+        assert (row["k"], row[f"hit_at_{k}"]) == (k, pytest.approx(hits[stem]))
+        assert row["no_answer_inside"] == 0
+    assert result["average"] == pytest.approx(np.mean(list(hits.values())))
+    assert 0.1 < result["average"] < 1
+    drawn_table = protocol.table(result)
+    assert len(drawn_table.rows) == 17
+    assert ("ELVA-2B" in [c.header for c in drawn_table.columns]) == (pools == "local")
+
+
+@pytest.fixture
+def collapsed(tmp_path):
+    """InfoSeek's query of 128 right answers, first in a pool of 10,128, whose scores are equal."""
+    dids = [f"6:{i}" for i in range(10_128)]
+    put(tmp_path, "infoseek_task6", {"6:1": dids[:128]}, {did: did for did in dids})
+    embed(tmp_path / "e" / "mbeir_infoseek_task6_test", ["6:1"], torch.ones(1, 4), "queries")
+    rows = torch.ones(len(dids), 4)
+    embed(tmp_path / "e" / "mbeir_infoseek_task6_cand_pool", dids, rows, "pool")
+    return tmp_path
+
+
+def test_a_collapsed_model_earns_nothing_at_any_cut_off(collapsed):
+    """With 150 answers kept a query, 22 of them wrong, its hit@50 was 1."""
+    result = command.evaluate_embeddings(collapsed / "e", collapsed, collapsed / "out")
+    row = result["sets"]["infoseek_task6"]
+    assert {row[f"{name}_at_{k}"] for name in ("hit", "recall", "ndcg") for k in (1, 5, 50)} == {0}
+    assert len((collapsed / "out" / "infoseek_task6.run.trec").read_text().splitlines()) == 178
+    assert any("hit_at_50: 0.00" in line for line in result["ties"])
+
+
+def by_angle(*degrees: float) -> torch.Tensor:
+    angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angle.cos(), angle.sin()], 1).float()
+
+
+def test_a_copy_is_right_only_where_content_decides(tmp_path):
+    """The copy of q1's answer comes first, the answer eighth."""
+    words = {"2:1": "a cat", "2:2": "A CAT."} | {f"2:{i}": f"thing {i}" for i in range(3, 12)}
+    put(tmp_path, "webqa_task1", {"2:1": ["2:1"], "2:2": ["2:5"]}, words)
+    embed(tmp_path / "e" / "mbeir_webqa_task1_test", ["2:1", "2:2"], by_angle(0, 33), "queries")
+    pool = by_angle(80, 1, 10, 20, 30, 40, 50, 60, 84, 86, 88)
+    embed(tmp_path / "e" / "mbeir_webqa_task1_cand_pool", list(words), pool, "pool")
+    figures = {}
+    for name, flag in (("protocol", []), ("content", ["--by-content"])):
+        shown = CliRunner().invoke(app, [
+            "evaluate", "--embeddings", str(tmp_path / "e"), "--data", str(tmp_path), "--json",
+            "--output", str(tmp_path / name), *flag,
+        ])  # fmt: skip
+        assert shown.exit_code == 0, shown.output
+        figures[name] = json.loads(shown.stdout)["sets"]["webqa_task1"]
+    assert (figures["protocol"]["hit_at_1"], figures["content"]["hit_at_1"]) == (0.5, 1)
+    assert (figures["protocol"]["mrr"], figures["content"]["mrr"]) == ((1 / 8 + 1) / 2, 1)
+    assert figures["content"]["recall_at_5"] == 0.75  # one of its two, and the other query's
+    assert (tmp_path / "protocol" / "webqa_task1.qrels.txt").read_text().count("\n") == 2
+    assert (tmp_path / "content" / "webqa_task1.qrels.txt").read_text().count("\n") == 3
+
+
+def test_answers_outside_the_pool_are_judged_and_cannot_be_found(tmp_path, monkeypatch):
+    """Of three queries one has its only answer elsewhere: a miss, and it is named."""
+    dids = [f"6:{i}" for i in range(1, 8)]
+    put(tmp_path, "infoseek_task6", {f"6:{i}": [f"6:{i}"] for i in (1, 2, 3)},
+        {did: did for did in dids})  # fmt: skip
+    (one,) = read_sets(tmp_path)
+    first, second, third = one.queries
+    first = replace(first, outside=("5:7", "5:8"))
+    queries = [first, second, replace(third, positives=(), outside=("5:9",))]
+    monkeypatch.setattr(command, "read_sets", lambda *_, **__: [replace(one, queries=queries)])
+    embed(tmp_path / "e" / "mbeir_infoseek_task6_test", ["6:1", "6:2", "6:3"], by_angle(0, 10, 20),
+          "queries")  # fmt: skip
+    pool = by_angle(0, 10, 20, 30, 40, 50, 60)
+    embed(tmp_path / "e" / "mbeir_infoseek_task6_cand_pool", dids, pool, "pool")
+    out = tmp_path / "out"
+    result = command.evaluate_embeddings(tmp_path / "e", tmp_path, out, by_content=True)
+    row = result["sets"]["infoseek_task6"]
+    assert (row["queries"], row["no_answer_inside"]) == (3, 1)
+    assert (row["hit_at_1"], row["mrr"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert row["recall_at_5"] == pytest.approx((1 / 3 + 1 + 0) / 3)
+    (line,) = result["no_answer_inside"]
+    assert line.startswith("infoseek_task6: 1 of 3 queries have no right answer in mbeir_infoseek")
+    assert "6:3 first" in line
+    again = command.evaluate_files(
+        out / "infoseek_task6.run.trec", out / "infoseek_task6.qrels.txt"
+    )
+    assert all(again[name] == row[name] for name in again if name in row)
+
+
+def test_qrels_in_which_nothing_is_right_are_one_line(tmp_path):
+    (tmp_path / "run").write_text("q Q0 d 1 0.5 tag\n")
+    (tmp_path / "qrels").write_text("q 0 d 0\n")
+    shown = CliRunner().invoke(
+        app, ["evaluate", "--run", str(tmp_path / "run"), "--qrels", str(tmp_path / "qrels")]
+    )
+    assert shown.exit_code == 2 and shown.stdout == ""
+    assert shown.stderr.strip().endswith("qrels: must hold a relevance above 0, got none; "
+                                         "nothing is right")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["RUN", "--pools", "global"], "--pools must not come with RUN"),
+        (["--run", "a", "--qrels", "b", "--by-content"], "--by-content must not come with --run"),
+        (["--embeddings", "a", "--data", "b", "--stage", "1"], "--stage must not come with --embe"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(words, rule):
+    shown = CliRunner().invoke(app, ["evaluate", *words])
+    assert shown.exit_code == 2 and rule in shown.stderr
+
+
+# -- a trained stage on data of other tasks --------------------------------------------------------
+
+
+class Lines(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def finish(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Texts that ask for texts: 12 queries of two right answers, 40 candidates, no pictures."""
+    root = tmp_path_factory.mktemp("words")
+    pool = {f"2:{i}": f"text number {i}" for i in range(40)}
+    put(root, "webqa_task1", {f"2:{i}": [f"2:{i}", f"2:{i + 20}"] for i in range(12)}, pool)
+    return root
+
+
+def trained(finished, data, directory, **fields):
+    """A run of one stage on some data, with a model that the session has trained."""
+    recipe = Recipe("mine", stages={"1": StageConfig(data=str(data), steps=4)}, **fields)
+    run = Run.create(directory / "run", recipe)
+    run.write("1", "stage.json", {"steps": 4, "seconds": 1.0})
+    os.symlink(finished / "stage-2" / "model", run.model("1"))
+    return run
+
+
+def test_a_stage_is_evaluated_on_the_tasks_that_its_data_have(finished, words, tmp_path):
+    run, told = trained(finished, words, tmp_path), Lines()
+    assert evaluate_split(words) == "test" and evaluation_tasks(words, "test") == ["t2t"]
+    result = evaluate_stage(run, "1", told)
+    figures = result["figures"]
+    assert (figures["t2t_queries"], figures["t2t_pool"]) == (12, 40)
+    found = [sample["rank"] for sample in result["samples"]["t2t"]]
+    assert figures["t2t_recall_at_5"] == pytest.approx(np.mean([rank <= 5 for rank in found]))
+    assert figures["t2t_chance_at_1"] == pytest.approx(2 / 40)
+    assert -1 < figures["t2t_reward"] < 1 and figures["t2t_no_answer_inside"] == 0
+    assert not any(name.startswith(("t2i", "i2t", "minimal")) for name in figures)
+    (line,) = told.lines
+    assert line.startswith("stage 1: t→t R@1 ")
+    cells = figure_cells(rows_of(run))
+    assert cells.head[1:3] == ["t→t R@1", "t→t R@5"]
+    assert cells.rows[-1][:3] == ["chance", "0.050", "0.237"]  # 1 - 35 * 34 / (40 * 39)
+    assert as_json(run)["chance"]["t2t_recall_at_1"] == pytest.approx(2 / 40)
+    page = CliRunner().invoke(app, ["report", str(run.directory)])
+    assert page.exit_code == 0, page.output
+    html = (run.directory / "report.html").read_text("utf-8")
+    assert "to find texts by texts" in html and "12 queries t→t against 40 candidates" in html
+
+
+def test_a_limit_takes_the_positives_and_the_first_others(finished, words, tmp_path, monkeypatch):
+    run = trained(finished, words, tmp_path, evaluate_limit=5)
+    opened: set[int] = set()
+    item = Pool.__getitem__
+    monkeypatch.setattr(
+        Pool, "__getitem__", lambda self, row: (opened.add(row), item(self, row))[1]
+    )
+    result = evaluate_stage(run, "1", Lines())
+    right = {*range(5), *range(20, 25)}
+    assert opened == right | {5, 6, 7, 8, 9}
+    assert (result["figures"]["t2t_queries"], result["figures"]["t2t_pool"]) == (5, 15)
+
+
+def test_a_query_without_an_answer_in_its_pool_is_a_miss(finished, words, tmp_path, monkeypatch):
+    """And in no mean of rewards, of which it has none."""
+    run, told = trained(finished, words, tmp_path), Lines()
+    whole = evaluate_stage(run, "1", told)["figures"]
+
+    def load(root, **options):
+        dataset = data_of(root, **options)
+        first, *rest = dataset.queries
+        first = replace(first, positives=(), outside=("3:1",))
+        return replace(dataset, queries=[first, *rest])
+
+    data_of = stages.load
+    monkeypatch.setattr(stages, "load", load)
+    result = evaluate_stage(run, "1", told)
+    figures, samples = result["figures"], result["samples"]["t2t"]
+    assert (figures["t2t_queries"], figures["t2t_no_answer_inside"]) == (12, 1)
+    assert samples[0]["rank"] == 41 and len(samples[0]["top"]) == 5
+    assert figures["t2t_chance_at_1"] == pytest.approx(11 / 12 * 2 / 40)
+    assert figures["t2t_recall_at_5"] <= whole["t2t_recall_at_5"] and figures["t2t_reward"] != 0
+    assert "queries without an answer in their pool: 1" in told.lines[-1]
+
+
+def test_the_tasks_of_the_last_stage_are_preferred(corpus):
+    stage = StageConfig(tasks={"it2i": 0.5, "t2i": 0.5})
+    recipe = Recipe("mine", stages={"2": StageConfig(tasks={"t2t": 1.0}), "10": stage})
+    assert evaluation_tasks(corpus, "test") == ["t2i", "t2t", "i2t", "it2i"]
+    assert evaluation_tasks(corpus, "test", recipe) == ["t2i", "it2i"]
+    other = Recipe("mine", stages={"1": StageConfig(tasks={"i2i": 1.0})})
+    assert evaluation_tasks(corpus, "test", other) == ["t2i", "t2t", "i2t", "it2i"]
+
+
+def test_data_without_a_test_split_is_a_line_and_val_is_the_second_choice(
+    finished, words, tmp_path
+):
+    (tmp_path / "data").mkdir()
+    for path in words.iterdir():
+        if path.name not in ("query", "qrels"):
+            os.symlink(path, tmp_path / "data" / path.name)
+    run, told = trained(finished, tmp_path / "data", tmp_path), Lines()
+    assert evaluate_stage(run, "1", told) is None
+    assert told.lines == [
+        f"stage 1: not evaluated, {tmp_path / 'data'} has no queries of test or val"
+    ]
+    assert not (run.stage("1") / "evaluation.json").exists()
+    with pytest.raises(DataError, match="must hold queries of test or val to evaluate on, got no"):
+        command.evaluate(run, Lines())
+    source = words / "query" / "test" / "mbeir_webqa_task1_test.jsonl"
+    val = tmp_path / "data" / "query" / "val" / "mbeir_webqa_task1_val.jsonl"
+    val.parent.mkdir(parents=True)
+    val.write_bytes(source.read_bytes())
+    assert evaluate_stage(run, "1", told)["split"] == "val"
