@@ -13,7 +13,7 @@ from typing import Any, Literal
 from elva.data.extras import read_minimal_pairs
 from elva.data.mbeir import QuerySet, read_sets
 from elva.data.strict import Faults
-from elva.errors import RunError
+from elva.errors import DataError, RunError
 from elva.evaluation import protocol
 from elva.evaluation.metrics import measure
 from elva.evaluation.ranks import leads_its_own
@@ -91,8 +91,10 @@ def evaluate_embeddings(
 
 
 def evaluate_files(run: Path, qrels: Path) -> dict[str, Any]:
-    """Measure a TREC run against qrels."""
+    """Measure a TREC run against qrels; a DataError where nothing in them is right."""
     figures = measure(read_run(run), read_qrels(qrels))
+    if not figures.per_query:
+        raise DataError(f"{qrels}: judges no candidate right; a relevance above 0 does")
     return {
         "queries": len(figures.per_query),
         "unanswered": len(figures.unanswered),
