@@ -3,6 +3,7 @@
 Every fault is `file:line: rule`.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -101,25 +102,37 @@ class Record:
         return self._path(key, self.text(key))
 
     def paths(self, key: str) -> list[str | None]:
-        """A list of such paths."""
+        """A list of such paths; see `texts`."""
         return [self._path(key, value) for value in self.texts(key)]
 
     def texts(self, key: str) -> list[str]:
-        """A list of strings."""
-        values = self.value(key)
-        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        """A list of strings, where null is ""; one string is a list of one, null an empty one."""
+        value = self.value(key)
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        found = [v or "" for v in values if isinstance(v, str | None)]
+        if len(found) < len(values):
             self.fail(f"{key} is not a list of strings")
-        return values
+        return found
+
+    def name(self, key: str) -> str:
+        """A source's own id, which may be any string or whole number but not empty."""
+        return self._name(key, self.value(key))
+
+    def names(self, key: str) -> list[str]:
+        """A list of such ids; null is an empty one."""
+        values = self.value(key)
+        if not isinstance(values, list | None):
+            self.fail(f"{key} is not a list of ids")
+        return [self._name(key, value) for value in values or ()]
 
     def picture(self, key: str, root: Path) -> Path | bytes | None:
         """A path under the root, or parquet's encoded bytes; None where there is neither."""
         value = self.get(key)
         if isinstance(value, dict):
-            content, name = value.get("bytes"), value.get("path")
-            if isinstance(content, bytes) and content:
-                return content
-            value = name
-        if value is None or value == "":
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes) and value:
+            return value
+        if not value:
             return None
         if not isinstance(value, str):
             self.fail(f"{key} is not a path or a picture")
@@ -144,6 +157,11 @@ class Record:
         """A field that may be missing."""
         return self.fields.get(key)
 
+    def _name(self, key: str, value: object) -> str:
+        if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+            self.fail(f"{key} {value!r} is not an id")
+        return str(value)
+
     def _id(self, key: str, value: object) -> str:
         if not isinstance(value, str):
             self.fail(f"{key} holds {value!r}, not an id")
@@ -162,28 +180,36 @@ def modality_of(value: str) -> str | None:
     return value.strip() if found in ({"image"}, {"text"}) else None
 
 
-def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text) of every line; strict UTF-8, capped length."""
+def lines(path: Path, faults: Faults | None = None) -> Iterator[tuple[str, str]]:
+    """(`file:line`, text) of every line; strict UTF-8, capped length, no byte order mark."""
+    faults = faults or Faults()
     try:
         with open(path, "rb") as stream:
             number = 0
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                where = f"{path}:{number}"
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(f"{where}: line is longer than {MAX_LINE_BYTES} bytes")
-                try:
-                    yield where, line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+                text = None
+                with faults.row():
+                    text = _decoded(f"{path}:{number}", line)
+                if text is not None:
+                    yield f"{path}:{number}", text
+                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    line = stream.readline(MAX_LINE_BYTES + 1)  # the rest of a line left out
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+
+
+def columns(line: str) -> list[str]:
+    """What spaces and tabs separate; nothing else does: ids may hold every other character."""
+    return [field for field in re.split("[ \t]+", line.strip(" \t\r\n")) if field]
 
 
 def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
     """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity."""
     faults = faults or Faults()
-    for where, line in lines(path):
+    for where, line in lines(path, faults):
+        if not line.strip(" \t\r\n"):
+            continue
         record = None
         with faults.row():
             record = Record(where, _parsed(where, line))
@@ -201,6 +227,19 @@ def write_lines(path: Path, rows: Iterable[str]) -> None:
 def dump(row: Mapping[str, object]) -> str:
     """One line of JSON."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+
+def _decoded(where: str, line: bytes) -> str:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{where}: line is longer than {MAX_LINE_BYTES} bytes")
+    if where.endswith(":1"):
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
+        line = line.removeprefix(codecs.BOM_UTF8)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
 
 
 def _parsed(where: str, line: str) -> dict[str, object]:

@@ -1,14 +1,15 @@
 """TREC's files: a run (what was found, with scores) and qrels (what is right).
 
-run      qid Q0 did rank score tag
+run      qid Q0 did rank score tag      (UniIR's have a seventh column, the task)
 qrels    qid 0 did relevance            (M-BEIR's have a fifth column, the task)
+         query-id corpus-id score       (BEIR's, under this header)
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from elva.data.strict import Faults, lines
+from elva.data.strict import Faults, columns, lines
 from elva.errors import DataError
 from elva.files import replacing
 
@@ -17,6 +18,9 @@ Answers = Mapping[str, Sequence[tuple[str, float]]]
 
 Qrels = Mapping[str, Mapping[str, int]]
 """qid -> did -> relevance; 0 and less is wrong."""
+
+BEIR = ["query-id", "corpus-id", "score"]
+"""The header of BEIR's qrels."""
 
 
 def read_run(path: Path, faults: Faults | None = None) -> dict[str, list[tuple[str, float]]]:
@@ -27,10 +31,9 @@ def read_run(path: Path, faults: Faults | None = None) -> dict[str, list[tuple[s
     """
     found: dict[str, dict[str, float]] = {}
     faults = faults or Faults()
-    for where, line in lines(path):
+    for where, fields in _rows(path, faults):
         with faults.row():
-            fields = line.split()
-            if len(fields) != 6:
+            if len(fields) < 6:
                 raise DataError(f"{where}: {len(fields)} columns, not qid Q0 did rank score tag")
             score = _number(where, fields[4])
             if fields[2] in found.setdefault(fields[0], {}):
@@ -53,25 +56,27 @@ def write_run(path: Path, run: Iterable[tuple[str, Sequence[tuple[str, float]]]]
 
 
 def read_qrels(path: Path, faults: Faults | None = None) -> dict[str, dict[str, int]]:
-    """Read qrels of four or five columns.
+    """Read qrels of four or five columns, or BEIR's of three under their header.
 
     Raises:
         DataError: a line that is no judgement, two that differ, as `file:line: rule`.
     """
     found: dict[str, dict[str, int]] = {}
     faults = faults or Faults()
-    for where, line in lines(path):
+    widths: tuple[int, ...] = (4, 5)
+    for where, fields in _rows(path, faults):
+        if not found and [field.casefold() for field in fields] == BEIR:
+            widths = (3,)
+            continue
         with faults.row():
-            fields = line.split()
-            if len(fields) not in (4, 5):
-                raise DataError(f"{where}: {len(fields)} columns, not qid 0 did relevance")
-            try:
-                relevance = int(fields[3])
-            except ValueError:
-                raise DataError(f"{where}: relevance {fields[3]!r} is no whole number") from None
-            judged = found.setdefault(fields[0], {})
-            if judged.setdefault(fields[2], relevance) != relevance:
-                raise DataError(f"{where}: candidate {fields[2]} was judged otherwise before")
+            if len(fields) not in widths:
+                form = "qid 0 did relevance, nor BEIR's under query-id corpus-id score"
+                raise DataError(f"{where}: {len(fields)} columns, not {form}")
+            qid, did, value = fields if widths == (3,) else (fields[0], *fields[2:4])
+            relevance = _whole(where, value)
+            judged = found.setdefault(qid, {})
+            if judged.setdefault(did, relevance) != relevance:
+                raise DataError(f"{where}: candidate {did} was judged otherwise before")
     if not found:
         raise DataError(f"{path}: holds no judgements")
     return found
@@ -87,6 +92,20 @@ def _judgements(qrels: Qrels) -> Iterator[str]:
     for qid, judged in qrels.items():
         for did, relevance in judged.items():
             yield f"{qid} 0 {did} {relevance}\n"
+
+
+def _rows(path: Path, faults: Faults) -> Iterator[tuple[str, list[str]]]:
+    """(`file:line`, fields) of the lines that hold any."""
+    for where, line in lines(path, faults):
+        if fields := columns(line):
+            yield where, fields
+
+
+def _whole(where: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(f"{where}: relevance {text!r} is no whole number") from None
 
 
 def _number(where: str, text: str) -> float:

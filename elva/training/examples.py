@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from elva.data import Dataset, Item, Pool, Query
-from elva.data.subset import subset_rows
+from elva.data.sample import subset_rows
 from elva.errors import UserError
 from elva.recipe import StageConfig
 
@@ -24,7 +24,7 @@ class Candidates:
     def __init__(self, pools: Mapping[str, Pool]) -> None:
         distinct = list({id(pool): pool for pool in pools.values()}.values())
         starts = np.cumsum([0, *map(len, distinct)])
-        self._pools, self._starts = distinct, starts
+        self.pools, self._starts = distinct, starts
         place = {id(pool): i for i, pool in enumerate(distinct)}
         self._place = {task: place[id(pool)] for task, pool in pools.items()}
 
@@ -33,7 +33,7 @@ class Candidates:
 
     def __getitem__(self, row: int) -> Item:
         place = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._pools[place][int(row - self._starts[place])]
+        return self.pools[place][int(row - self._starts[place])]
 
     def span(self, task: str) -> tuple[int, int]:
         """First row and one beyond the last of a task's pool."""
@@ -43,7 +43,7 @@ class Candidates:
     def row(self, task: str, id: str) -> int:
         """The row of an id in a task's pool."""
         place = self._place[task]
-        return int(self._starts[place]) + self._pools[place].row(id)
+        return int(self._starts[place]) + self.pools[place].row(id)
 
     def identities(self, rows: np.ndarray) -> np.ndarray:
         """One number a row, [n] int64: equal ones are the same answer, whatever it is called."""
@@ -51,13 +51,13 @@ class Candidates:
         places = np.searchsorted(self._starts, rows, side="right") - 1
         for place in np.unique(places).tolist():
             some = places == place
-            found[some] = self._pools[place].identities(rows[some] - self._starts[place])
+            found[some] = self.pools[place].identities(rows[some] - self._starts[place])
         return found
 
     @property
     def pictures(self) -> int:
         """How many have one."""
-        return sum(len(pool) - pool.table["image"].null_count for pool in self._pools)
+        return sum(len(pool.pictured) for pool in self.pools)
 
 
 class Examples:
@@ -73,8 +73,9 @@ class Examples:
     def __init__(self, dataset: Dataset, stage: StageConfig, seed: int = 0) -> None:
         queries, tasks = dataset.queries, stage.tasks
         answered = queries.listed("positives") > 0
-        drawn = np.zeros(len(queries), bool)
-        drawn[subset_rows(queries, share=stage.share, per="dataset", seed=seed)] = True
+        drawn = np.full(len(queries), stage.share == 1)
+        if stage.share < 1:
+            drawn[subset_rows(queries, stage.share, "dataset", seed)] = True
         rows = {
             task: found[(answered & drawn)[found]]
             for task in tasks or queries.tasks()

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from elva.data import load
-from elva.draws import uniforms
-from elva.errors import RunError
+from elva.data.sample import unreadable
+from elva.errors import DataError, RunError
 from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run, source_of
 from elva.training.estimate import state_bytes
@@ -134,12 +134,9 @@ def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
 def _look(recipe: Recipe, stage: StageConfig) -> Row:
     """A stage's data: read as it will be read, some of its pictures decoded."""
     examples = Examples(load(source_of(recipe, stage.data), split="train"), stage, recipe.seed)
-    rows = [row for found in examples.rows.values() for row in found[:: max(1, len(found) // 8)]]
-    drawn = (uniforms((recipe.seed, "decoded"), (DECODED,)) * len(examples.candidates)).long()
-    shown = [examples.candidates[row] for row in drawn.tolist()]
-    for item in [*shown, *(examples.query(row) for row in rows[:DECODED])]:
-        if item.image is not None:
-            item.load_image()
+    parts = [examples.queries, *examples.candidates.pools]
+    for line in unreadable(parts, DECODED, recipe.seed):
+        raise DataError(line)
     return {
         "queries": {task: len(found) for task, found in examples.rows.items()},
         "candidates": len(examples.candidates),

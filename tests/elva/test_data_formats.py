@@ -120,6 +120,16 @@ def write_tevatron(folder, examples):
     return folder
 
 
+def write_beir(folder, examples):
+    documents = {i.id: i for _, p, _ in examples for i in p}
+    jsonl(folder / "corpus.jsonl", [{"_id": i.id, "text": i.text} for i in documents.values()])
+    jsonl(folder / "queries.jsonl", [{"_id": q.id, "text": q.raw_text} for q, _, _ in examples])
+    (folder / "qrels").mkdir()
+    rows = [f"{q.id}\t{i.id}\t2\n" for q, p, _ in examples for i in p]
+    (folder / "qrels" / "train.tsv").write_text("".join(["query-id\tcorpus-id\tscore\n", *rows]))
+    return folder
+
+
 def write_mteb(folder, examples):
     root = folder / "mbeir_cirr_task7"
     root.mkdir()
@@ -153,6 +163,7 @@ def write_folder(folder, examples):
 
 CASES = [
     ("nli", write_nli, "t2t", "csv"),
+    ("beir", write_beir, "t2t", "plain"),
     ("mmeb", write_mmeb, "t2i", "prompted"),
     ("mmeb", write_mmeb, "i2t", "prompted"),
     ("mmeb-test", write_mmeb_test, "t2i", "prompted"),
@@ -178,7 +189,7 @@ def test_what_was_written_comes_back(name, writer, task, form, sources, tmp_path
         assert picture(query) == picture(old)
         found = [content(pool[pool.row(d)]) for d in query.positives]
         expected = [content(i) for i in positives]
-        assert found == (expected if name in ("tevatron", "mteb") else expected[:1])
+        assert found == (expected if name in ("tevatron", "mteb", "beir") else expected[:1])
         if name in ("nli", "mmeb"):
             wanted = [content(i) for i in negatives[:1]]
             assert [content(pool[pool.row(d)]) for d in query.negatives] == wanted
@@ -216,17 +227,18 @@ def test_metadata_of_captions_is_kept(sources, tmp_path):
 @pytest.mark.parametrize(
     ("name", "file", "text", "rule"),
     [
-        ("nli", "a.csv", b"sent0,sent1\na,b\n", "a.csv:1: no columns sent0,sent1,hard_neg nor"),
+        ("nli", "a.csv", b"premise,sent1\na,b\n",
+         "a.csv:1: no columns sent0,sent1 nor anchor,positive; there are premise, sent1"),
         ("nli", "a.csv", b"sent0,sent1,hard_neg\na,b\n", "a.csv:2: 2 cells, not 3"),
         ("nli", "a.csv", b"sent0,sent1,hard_neg\na,,c\n", "a.csv:2: has neither text nor picture"),
         ("nli", "a.csv", b"sent0,sent0,hard_neg\na,b,c\n", "a.csv:1: column 'sent0' twice"),
         ("nli", "a.csv", b"sent0,sent1,hard_neg\n\xff,b,c\n", "a.csv:2: not UTF-8 at byte 0"),
         ("nli", "a.csv", b'sent0,sent1,hard_neg\n"a,b,c\n', "a.csv:2: not csv"),
-        ("nli", "a.csv", b"sent0,sent1,hard_neg\n" + b"x" * 300, "a.csv:2: line is lo"),
+        ("nli", "a.csv", b"sent0,sent1,hard_neg\n" + b"x" * 1300, "a.csv:2: line is lo"),
         ("nli", "a.csv", b"", "a.csv: holds no rows"),
-        ("nli", "a.txt", b"a", "a.txt: not a .csv, .jsonl or .parquet file"),
+        ("nli", "a.txt", b"a", "a.txt: holds no rows"),
         ("nli", "absent.csv", None, "absent.csv: no such file or folder"),
-        ("csv", "a.csv", b"a", "format must be one of folder, mmeb"),
+        ("csv", "a.csv", b"a", "format must be one of beir, folder, mmeb"),
         ("mmeb", "a.parquet", b"PAR1 not really PAR1", "a.parquet: not readable parquet after row"),
         ("mmeb", "a.jsonl", b'{"qry": "a"}\n', "a.jsonl:1: qry_image_path is missing"),
         ("mmeb", "a.jsonl", b'{"qry": "a", "qry_image_path": "../x.png", "pos_text": "b", '
@@ -239,15 +251,17 @@ def test_metadata_of_captions_is_kept(sources, tmp_path):
          b'"pos_image_path": ""}\n', "a.jsonl:1: unreadable picture"),
         ("mmeb-test", "a.jsonl", b'{"qry_text": "a", "qry_img_path": "", "tgt_text": ["b"], '
          b'"tgt_img_path": []}\n', "a.jsonl:1: tgt_text and tgt_img_path are not lists of one len"),
-        ("tevatron", "", None, "no corpus as .jsonl, .parquet or .csv"),
-        ("mteb", "", None, "no corpus-\\*.parquet"),
+        ("nli", "a.xlsx", b"a", "a.xlsx: not a .csv, .tsv, .jsonl or .parquet file"),
+        ("tevatron", "", None, "no queries or train as .jsonl, .parquet or .csv"),
+        ("beir", "", None, "no corpus as .jsonl, .parquet or .csv"),
+        ("mteb", "", None, "no corpus as .jsonl, .parquet or .csv"),
         ("folder", "", None, "holds no JPEG, PNG or WebP picture"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(
     name, file, text, rule, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(strict, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(strict, "MAX_LINE_BYTES", 1000)
     source = tmp_path / "s"
     source.mkdir()
     if text is not None:
@@ -269,7 +283,7 @@ def test_bad_rows_are_left_out_as_far_as_allowed(sources, tmp_path):
     rows[2]["query_id"] = rows[0]["query_id"]
     rows[3]["query_text"] = None
     jsonl(file, rows)
-    with pytest.raises(DataError, match=r"queries.jsonl:2: positive_document_ids holds 'unknown'"):
+    with pytest.raises(DataError, match=r"queries.jsonl:2: 'unknown' is not in the corpus"):
         convert_file("tevatron", path, tmp_path / "data")
     with pytest.raises(DataError, match=r"queries.jsonl:4: .*; 2 bad rows were allowed"):
         convert_file("tevatron", path, tmp_path / "data", skip_bad=2)

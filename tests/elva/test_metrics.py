@@ -4,7 +4,9 @@ import random
 
 import pytest
 import pytrec_eval
+from typer.testing import CliRunner
 
+from elva.cli import app
 from elva.data.strict import Faults
 from elva.errors import DataError
 from elva.evaluation.metrics import measure
@@ -90,7 +92,8 @@ def test_files_come_back_as_they_were(tmp_path):
         (read_run, "q Q0 d 1 high tag", "score 'high' is no number"),
         (read_run, "q Q0 d 1 nan tag", "score is NaN"),
         (read_run, "q Q0 a 1 0.5 tag", "candidate a again for query q"),
-        (read_qrels, "q 0 d", "3 columns, not qid 0 did relevance"),
+        (read_qrels, "q 0 d", "3 columns, not qid 0 did relevance, nor BEIR's under query-id"),
+        (read_qrels, "q Q0 d 1 0.5 tag", "6 columns, not qid 0 did relevance"),
         (read_qrels, "q 0 d 1.5", "relevance '1.5' is no whole number"),
         (read_qrels, "q 0 a 0", "candidate a was judged otherwise before"),
     ],
@@ -106,3 +109,40 @@ def test_a_bad_line_is_named_and_may_be_left_out(tmp_path, reader, line, rule):
     (tmp_path / "empty").write_text("")
     with pytest.raises(DataError, match="holds no"):
         reader(tmp_path / "empty")
+
+
+def test_uniirs_runs_have_a_task_and_files_end_as_they_like(tmp_path):
+    path = tmp_path / "run"
+    path.write_bytes(b"\xef\xbb\xbfq Q0  d 1 0.5 tag 3\r\nq\tQ0\te\t2\t0.25 tag 3 more\n\n \n")
+    assert read_run(path) == {"q": [("d", 0.5), ("e", 0.25)]}
+    path.write_text("q 0 d 1 3\n\n")
+    assert read_qrels(path) == {"q": {"d": 1}}
+
+
+def test_beirs_qrels_read_under_their_header(tmp_path):
+    path = tmp_path / "qrels"
+    path.write_text("query-id\tcorpus-id\tscore\nq\td\t2\nq\te\t0\n")
+    assert read_qrels(path) == {"q": {"d": 2, "e": 0}}
+    path.write_text("query-id\tcorpus-id\tscore\nq 0 d 2\n")
+    with pytest.raises(DataError, match="qrels:2: 4 columns, not "):
+        read_qrels(path)
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u3000", "\x85", "\x1c"])
+def test_only_space_and_tab_separate_ids(space, tmp_path):
+    id = f"a{space}b{space}"
+    (tmp_path / "run").write_text(f"{id} Q0 {id} 1 0.5 tag\n", encoding="utf-8")
+    (tmp_path / "qrels").write_text(f"{id} 0 {id} 1\n", encoding="utf-8")
+    run, qrels = read_run(tmp_path / "run"), read_qrels(tmp_path / "qrels")
+    assert run == {id: [(id, 0.5)]} and qrels == {id: {id: 1}}
+    assert measure(run, qrels).mean["hit_at_1"] == 1
+
+
+def test_qrels_that_judge_nothing_right_are_an_error(tmp_path):
+    (tmp_path / "run").write_text("q Q0 d 1 0.5 tag\n")
+    (tmp_path / "qrels").write_text("q 0 d 0\nr 0 d -1\n")
+    words = ["evaluate", "--run", str(tmp_path / "run"), "--qrels", str(tmp_path / "qrels")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and not result.stdout
+    assert "judges no candidate right" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,16 +1,20 @@
 """The formats that `elva data convert` knows, each by the name of its reader."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elva.data.formats import folder, mmeb, mteb, nli, tevatron
-from elva.data.formats.source import Source, convert
+from elva.data import mbeir
+from elva.data.formats import beir, folder, mmeb, mteb, nli, tevatron
+from elva.data.formats.source import Request, Source
+from elva.data.formats.writer import convert
 from elva.data.strict import Faults
 from elva.errors import DataError
 
-FORMATS: dict[str, Callable[[Path, Faults], Source]] = {
+FORMATS: dict[str, Callable[[Request], Source]] = {
+    "beir": beir.read,
     "folder": folder.read,
     "mmeb": mmeb.read,
     "mmeb-test": mmeb.read_test,
@@ -18,6 +22,9 @@ FORMATS: dict[str, Callable[[Path, Faults], Source]] = {
     "nli": nli.read,
     "tevatron": tevatron.read,
 }
+
+WITH_IMAGES = ("mmeb", "mmeb-test", "tevatron")
+"""Formats whose pictures may lie in a folder of their own."""
 
 
 def convert_file(
@@ -29,12 +36,14 @@ def convert_file(
     name: str | None = None,
     number: int | None = None,
     instruction: str | None = None,
+    images: Path | None = None,
     skip_bad: int = 0,
 ) -> dict[str, Any]:
     """Convert a file or folder of a known format to a data directory.
 
     Args:
         name, number, instruction: the reader's own for None.
+        images: the folder that pictures' paths start from; the reader's rule for None.
         skip_bad: so many bad rows are left out and listed; one more ends it.
 
     Raises:
@@ -42,10 +51,38 @@ def convert_file(
     """
     if format not in FORMATS:
         raise DataError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if split not in mbeir.SPLITS:
+        raise DataError(f"split must be one of {', '.join(mbeir.SPLITS)}, got {split!r}")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
+    if images is not None:
+        _check_images(format, images)
     faults = Faults(skip_bad)
-    found = FORMATS[format](source, faults)
-    given: dict[str, Any] = {"name": name, "number": number, "instruction": instruction}
-    chosen = replace(found, **{k: v for k, v in given.items() if v is not None})
-    return convert(chosen, output, split=split, faults=faults)
+    found = FORMATS[format](Request(source, split, images, faults))
+    found = replace(found, name=_name(found.name if name is None else name))
+    if number is not None and number != found.number:
+        found = replace(found, number=number, keeps_ids=False)
+    if instruction is not None:
+        found = replace(found, instruction=_line(instruction), prompts={})
+    return convert(found, output, split=split, faults=faults)
+
+
+def _check_images(format: str, images: Path) -> None:
+    if format not in WITH_IMAGES:
+        raise DataError(f"images is for {', '.join(WITH_IMAGES)}, got it for {format}")
+    if not images.is_dir():
+        raise DataError(f"{images}: no such folder")
+
+
+def _name(name: str) -> str:
+    """A dataset's name, which becomes part of file names that the loader takes apart."""
+    if not re.fullmatch("[A-Za-z0-9_]{1,100}", name):
+        raise DataError(f"name must be 1 to 100 letters, digits and _, got {name!r}")
+    return name
+
+
+def _line(instruction: str) -> str:
+    """An instruction, which becomes a cell of a table of lines and tabs."""
+    if re.search("[\\t\\r\\n\ud800-\udfff]", instruction):
+        raise DataError(f"instruction must be one line of text without tabs, got {instruction!r}")
+    return instruction.strip()

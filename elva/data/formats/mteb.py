@@ -1,18 +1,19 @@
 """MTEB's parquet mirrors of M-BEIR, `mteb/mbeir_<dataset>_task<k>`: pictures inside, no tar files.
 
 Three configurations as files: `query-*`, `corpus-*` (id, modality, text, image) and `qrels-*`
-(query-id, Q0, corpus-id, score). Instructions are not in them: they are read from M-BEIR's own
-file where it is beside the mirror, else the name says what to look for.
+(query-id, Q0, corpus-id, score). Ids stay M-BEIR's. Instructions are not in them: they are read
+from M-BEIR's own `query_instructions.tsv` where that lies in the mirror, beside it, or in
+`instructions/` beside it.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from elva.data.formats.rows import rows
-from elva.data.formats.source import Entry, Example, Source
-from elva.data.strict import Faults
+from elva.data import mbeir
+from elva.data.formats.beir import relevant
+from elva.data.formats.rows import first_row, rows, table_files
+from elva.data.formats.source import Entry, Example, Request, Source
 from elva.errors import DataError
 
 DATASETS = (
@@ -21,55 +22,64 @@ DATASETS = (
 )  # fmt: skip
 """M-BEIR's, in the order of their numbers."""
 
+SISTERS = {"oven": "infoseek", "infoseek": "oven"}
+"""Their judgements name answers of both, while each corpus holds its own."""
+
 ITEM = ("id", "modality", "text", "image")
-QRELS = ("query-id", "corpus-id", "score")
 
 
-def read(path: Path, faults: Faults) -> Source:
+def read(request: Request) -> Source:
     """A mirror's folder."""
+    path = request.path
     match = re.search(r"mbeir_([a-z0-9]+)_task\d", path.resolve().name)
     name = match[1] if match else "mteb"
     number = DATASETS.index(name) if name in DATASETS else 15
-    corpus = dict(_items(path, "corpus", faults))
-    examples = _examples(path, corpus, faults)
-    return Source(name, number, "Find what is asked for.", examples, corpus.values())
+    if not path.is_dir():
+        raise DataError(f"{path}: not a folder with corpus, query and qrels")
+    first = first_row(table_files(path, "corpus")[0])
+    return Source(
+        name,
+        number,
+        "Find what is asked for.",
+        _examples(request),
+        corpus=_items(request, "corpus"),
+        prompts=_prompts(path, number),
+        keeps_ids=str(first.get("id")).startswith(f"{number}:"),
+        sister=DATASETS.index(SISTERS[name]) if name in SISTERS else None,
+    )
 
 
-def _files(path: Path, config: str) -> list[Path]:
-    found = sorted([*path.glob(f"{config}-*.parquet"), *path.glob(f"data/{config}-*.parquet")])
-    found = found or sorted(path.glob(f"{config}/*.parquet"))
-    if not found:
-        raise DataError(f"{path}: no {config}-*.parquet")
-    return found
+def _prompts(path: Path, number: int) -> dict[tuple[str, str], str]:
+    places = (path, path.parent, path.parent / "instructions")
+    files = (place / "query_instructions.tsv" for place in places)
+    file = next((file for file in files if file.is_file()), None)
+    found = {} if file is None else mbeir.read_instructions(file)
+    return {(q, c): prompts[0] for (n, q, c), prompts in found.items() if n == number}
 
 
-def _items(path: Path, config: str, faults: Faults) -> Iterator[tuple[str, Entry]]:
+def _items(request: Request, *names: str) -> Iterator[Entry]:
     seen: set[str] = set()
-    for file in _files(path, config):
-        for record in rows(file, ITEM, faults):
-            with faults.row():
-                id = record.text("id") or record.fail("id is empty")
+    for file in table_files(request.path, *names):
+        for record in rows(file, ITEM, request.faults):
+            with request.faults.row():
+                id = record.name("id")
                 if id in seen:
                     record.fail(f"id {id} again")
                 seen.add(id)
                 modality = record.modality("modality")
                 text = record.text("text") if "text" in modality else None
-                image = record.picture("image", path) if "image" in modality else None
-                entry = Entry(text, image, record.where, id)
-                if entry.modality != modality:
-                    record.fail(f"modality is {modality}, but there is {entry.modality}")
-                yield id, entry
+                image = record.picture("image", request.path) if "image" in modality else None
+                found = [kind for kind, there in (("image", image), ("text", text)) if there]
+                if ",".join(found) != modality:
+                    record.fail(f"modality is {modality}, but there is {','.join(found) or 'none'}")
+                yield Entry(text, image, record.where, id)
 
 
-def _examples(path: Path, corpus: dict[str, Entry], faults: Faults) -> Iterator[Example]:
-    right: dict[str, list[str]] = defaultdict(list)
-    for file in _files(path, "qrels"):
-        for record in rows(file, QRELS, faults):
-            with faults.row():
-                qid, did = record.text("query-id"), record.text("corpus-id")
-                if did not in corpus:
-                    record.fail(f"corpus-id {did!r} is not in the corpus")
-                if record.get("score") not in (None, 0):
-                    right[str(qid)].append(str(did))
-    for id, query in _items(path, "query", faults):
-        yield Example(query, [corpus[did] for did in right.get(id, ())])
+def _examples(request: Request) -> Iterator[Example]:
+    right = relevant(request, ("qrels",))
+    for query in _items(request, "query", "queries"):
+        yield Example(query, right.pop(str(query.id), []))
+    for qid, answers in right.items():
+        for answer in answers[:1]:
+            with request.faults.row():
+                raise DataError(f"{answer.where}: query {qid!r} is not among the queries")

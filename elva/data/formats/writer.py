@@ -1,0 +1,404 @@
+"""Any source as a data directory in M-BEIR's layout: one schema, one loader, one writer.
+
+What is written, the loader reads: queries are numbered, grouped by task, and refused at their
+`file:line` where M-BEIR's layout has no place for them. What a source called an item stays in
+`src_content`. Candidates go to disk as they come.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from elva.data import extras, mbeir, strict
+from elva.data.formats.source import Entry, Example, Reference, Source
+from elva.data.schema import TASKS, Item, hashed_id, normalise
+from elva.data.strict import Faults, dump
+from elva.errors import DataError
+from elva.files import write_directory
+
+MAX_QUERIES, MAX_CANDIDATES = 499_999, 9_999_999
+"""M-BEIR's ids a dataset."""
+
+MAX_ANSWERS = 50_000_000
+"""Ours: of all rows that ask the same, written out for each of them; 0.6 GB of ids."""
+
+OWN_BYTES, ID_BYTES = 512, 20
+"""Of a line, at most: names, ids and a path of ours; one answer."""
+
+MODALITIES = ("text", "image", "image,text")
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+"""By what Pillow says of a header. MPO is JPEG with further pictures behind the first."""
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """An entry that can be written.
+
+    Args:
+        key: By which equal candidates are one: the source's id, or the content.
+        picture: SHA-256 of the encoded picture, or None.
+        suffix: Of the picture's file.
+        size: Bytes of its line, at most, without a query's answers.
+    """
+
+    entry: Entry
+    modality: str
+    key: str | bytes
+    picture: bytes | None
+    suffix: str
+    size: int
+
+
+@dataclass
+class _Asked:
+    """A query to be written: its fields but for the answers, and these by number."""
+
+    fields: dict[str, Any]
+    where: str
+    size: int
+    group: bytes
+    positives: list[int]
+    negatives: list[int]
+    outside: list[str]
+
+
+def convert(
+    source: Source, output: Path, *, split: str = "train", faults: Faults | None = None
+) -> dict[str, Any]:
+    """Write a source as a data directory that `elva.data.load` reads.
+
+    Args:
+        output: An absent or empty directory; it appears whole or not at all.
+        faults: Rows that may be left out, and in which they are listed.
+
+    Returns:
+        Counts: queries by task, candidates, pictures, notices, and the bad rows.
+
+    Raises:
+        DataError: a row that is not as its format has it, as `file:line: rule`.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise DataError(f"{output}: must be empty; choose another directory")
+    faults = faults or Faults()
+    counts: dict[str, Any] = {}
+
+    def fill(partial: Path) -> None:
+        with ExitStack() as files:
+            writer = _Writer(source, partial, split, files)
+            for entry in source.corpus:
+                with faults.row():
+                    writer.candidate(entry)
+            for example in source.examples:
+                with faults.row():
+                    writer.add(example)
+            for entry in source.candidates:
+                with faults.row():
+                    writer.candidate(entry)
+        counts.update(writer.finish())
+
+    if output.exists():
+        output.rmdir()
+    write_directory(output, fill)
+    return {**counts, "bad": list(faults.found)}
+
+
+class _Writer:
+    """Numbers what it is given, copies pictures, and groups queries by task."""
+
+    def __init__(self, source: Source, root: Path, split: str, files: ExitStack) -> None:
+        self.source, self.root, self.split = source, root, split
+        self.files = files
+        self.pools: dict[str, IO[str]] = {}
+        self.queries: dict[str, list[_Asked]] = {}
+        self.groups: dict[bytes, dict[int, None]] = {}
+        self.first: dict[bytes, _Asked] = {}
+        self.numbers: dict[str | bytes, int] = {}
+        self.modalities = bytearray(MAX_CANDIDATES + 1)  # by number, in MODALITIES
+        self.restricted: dict[str, list[str]] = {}
+        self.pictures: dict[bytes, str] = {}
+        self.looks: dict[bytes, bytes] = {}
+        self.asked: set[str] = set()
+        self.count = 0
+        self.outside = 0
+
+    def add(self, example: Example) -> None:
+        """One query; nothing of it is kept if any part of it is bad."""
+        query = example.query
+        where = query.where
+        if query.id is not None and query.id in self.asked:
+            raise DataError(f"{where}: query {query.id} again")
+        asked = self._checked(query)
+        outside = [one.id for one in example.positives if self._is_outside(one)]
+        positives = [self._found(one) for one in example.positives if not self._is_outside(one)]
+        negatives = [self._found(one) for one in example.negatives]
+        candidates = [self._found(one) for one in example.candidates]
+        written = outside if self.source.keeps_ids else []
+        if not positives and not written:
+            raise DataError(f"{where}: has no right answer")
+        found = [self._modality(one) for one in (*positives, *negatives, *candidates)]
+        task = _task(where, asked.modality, _only(where, found or list(self.pools)))
+        if self.count >= MAX_QUERIES:
+            raise DataError(f"{where}: more than {MAX_QUERIES:,} queries; split the source")
+        number = self._own_number(query, self.count)
+        right, wrong, among = (
+            [self._number(one) for one in some] for some in (positives, negatives, candidates)
+        )
+        self.outside += len(outside)
+        if query.id is not None:
+            self.asked.add(query.id)
+        group = task.encode() + self._content(asked)
+        self.groups.setdefault(group, {}).update(dict.fromkeys(right))
+        if self.source.one_query and group in self.first:
+            self.first[group].negatives += wrong
+            return
+        fields = self._query(asked, number, task)
+        one = _Asked(fields, where, asked.size, group, right, wrong, written)
+        self.queries.setdefault(task, []).append(one)
+        self.first[group] = one
+        self.count += 1
+        if among:
+            self.restricted[fields["qid"]] = [self._did(n) for n in dict.fromkeys(among)]
+
+    def candidate(self, entry: Entry) -> None:
+        """One candidate; equal ones of a source without ids are one."""
+        self._number(self._found(entry))
+
+    def finish(self) -> dict[str, Any]:
+        """Write all that was given, and count it."""
+        source = self.source
+        if not self.queries:
+            raise DataError(f"{source.name}: no query that can be read")
+        self._check_answers()
+        prompts = {}
+        for task, asked in self.queries.items():
+            stem = mbeir.file_stem(source.name, task)
+            kinds = mbeir.modalities(task)
+            prompts[kinds] = [source.prompts.get(kinds, source.instruction)]
+            _copy(self._pool_file(kinds[1]), self._pool_file(stem))
+            mbeir.write_queries(self.root, stem, self.split, list(self._rows(asked)))
+        for modality in self.pools:
+            self._pool_file(modality).unlink()
+        mbeir.write_instructions(self.root, source.name, source.number, prompts)
+        if self.restricted:
+            extras.write_extras(self.root, {}, {}, self.restricted)
+        return {
+            "queries": {task: len(rows) for task, rows in self.queries.items()},
+            "candidates": len(self.numbers),
+            "pictures": len(self.pictures),
+            "notices": [*source.notices, *self._notices()],
+        }
+
+    # -- checks: nothing is written ----------------------------------------------------------------
+
+    def _found(self, entry: Entry | Reference) -> _Checked | int:
+        """An answer that can be written, or the number of one that is."""
+        if entry.id in self.numbers:
+            return self.numbers[entry.id]
+        if isinstance(entry, Reference):
+            raise DataError(f"{entry.where}: {entry.id!r} is not in the corpus")
+        return self._checked(entry)
+
+    def _is_outside(self, one: Entry | Reference) -> bool:
+        """Whether an answer is named that only the sister's pool holds."""
+        return (
+            self.source.sister is not None
+            and isinstance(one, Reference)
+            and one.id not in self.numbers
+            and one.id.startswith(f"{self.source.sister}:")
+            and _is_id(one.id)
+        )
+
+    def _checked(self, entry: Entry) -> _Checked:
+        has_text = bool(normalise(entry.text or ""))
+        if entry.image is None and not has_text:
+            raise DataError(f"{entry.where}: has neither text nor picture")
+        there = (("image", entry.image is not None), ("text", has_text))
+        modality = ",".join(name for name, found in there if found)
+        size = _size(entry)
+        picture, suffix = self._picture(entry)
+        checked = _Checked(entry, modality, entry.id or b"", picture, suffix, size)
+        return checked if checked.key else replace(checked, key=self._content(checked))
+
+    def _picture(self, entry: Entry) -> tuple[bytes | None, str]:
+        """Digest of the encoded picture and its file's suffix, checked by the header."""
+        if entry.image is None:
+            return None, ""
+        kind = Item("", None, entry.image, "image", where=entry.where).image_format()
+        content = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
+        return hashlib.sha256(content).digest(), SUFFIXES[kind]
+
+    def _content(self, checked: _Checked) -> bytes:
+        """What an item says and shows: equal where text and decoded picture are."""
+        entry = checked.entry
+        said = Item("", normalise(entry.text or ""), None, "text").content_hash()
+        if checked.picture is None:
+            return said[:16]
+        if checked.picture not in self.looks:
+            item = Item("", None, entry.image, "image", where=entry.where)
+            self.looks[checked.picture] = item.content_hash()
+        return said[:16] + self.looks[checked.picture][:16]
+
+    def _modality(self, one: _Checked | int) -> str:
+        return MODALITIES[self.modalities[one]] if isinstance(one, int) else one.modality
+
+    def _own_number(self, entry: Entry, count: int) -> int:
+        """An item's number: the source's where its ids stay, else the next."""
+        if not self.source.keeps_ids:
+            return count + 1
+        prefix = f"{self.source.number}:"
+        id = entry.id or ""
+        if not (id.startswith(prefix) and _is_id(id) and f"{prefix}{int(id[len(prefix) :])}" == id):
+            raise DataError(f"{entry.where}: id {id!r} is not {prefix}<number> as the first is")
+        return int(id[len(prefix) :])
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _number(self, one: _Checked | int) -> int:
+        """The number of a candidate, which is written if it is new."""
+        if isinstance(one, int):
+            return one
+        if one.key in self.numbers:
+            return self.numbers[one.key]
+        if len(self.numbers) >= MAX_CANDIDATES:
+            raise DataError(f"{one.entry.where}: more than {MAX_CANDIDATES:,} candidates")
+        number = self._own_number(one.entry, len(self.numbers))
+        if one.modality not in self.pools:
+            path = self._pool_file(one.modality)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (the stack's)
+            self.pools[one.modality] = self.files.enter_context(file)
+        row = {
+            "txt": one.entry.text if "text" in one.modality else None,
+            "img_path": self._place(one),
+            "modality": one.modality,
+            "did": self._did(number),
+            "src_content": _extra(one.entry),
+        }
+        self.pools[one.modality].write(dump(row) + "\n")
+        self.numbers[one.key] = number
+        self.modalities[number] = MODALITIES.index(one.modality)
+        return number
+
+    def _query(self, asked: _Checked, number: int, task: str) -> dict[str, Any]:
+        return {
+            "qid": f"{self.source.number}:{number}",
+            "query_txt": asked.entry.text if "text" in asked.modality else None,
+            "query_img_path": self._place(asked),
+            "query_modality": asked.modality,
+            "query_src_content": _extra(asked.entry),
+            "task_id": TASKS[task],
+        }
+
+    def _rows(self, queries: Sequence[_Asked]) -> Iterator[dict[str, Any]]:
+        """M-BEIR's rows; those that ask the same share their answers, their own first."""
+        for one in queries:
+            right = dict.fromkeys(one.positives) | self.groups[one.group]
+            wrong = dict.fromkeys(n for n in one.negatives if n not in right)
+            if one.size + ID_BYTES * (len(right) + len(wrong)) > strict.MAX_LINE_BYTES:
+                raise DataError(f"{one.where}: more answers than a line holds")
+            yield {
+                **one.fields,
+                "pos_cand_list": [*map(self._did, right), *one.outside],
+                "neg_cand_list": [*map(self._did, wrong)],
+            }
+
+    def _check_answers(self) -> None:
+        asked = (one for some in self.queries.values() for one in some)
+        total = sum(len(self.groups[one.group]) for one in asked)
+        if total > MAX_ANSWERS:
+            raise DataError(
+                f"{self.source.name}: rows that ask the same have {total:,} answers together, more "
+                f"than {MAX_ANSWERS:,}; write each query once"
+            )
+
+    def _notices(self) -> list[str]:
+        asked = [one for some in self.queries.values() for one in some]
+        shown = {mbeir.modalities(task)[1] for task in self.queries}
+        found = [
+            f"candidates of kind {modality} are in no pool: no query asks for them"
+            for modality in self.pools
+            if modality not in shown
+        ]
+        if self.outside:
+            alone = sum(not self.groups[one.group] for one in asked)
+            found.append(
+                f"{self.outside:,} right answers lie in the sister set of number "
+                f"{self.source.sister}, not in this corpus; {alone:,} queries have no other"
+            )
+        return found
+
+    def _did(self, number: int) -> str:
+        return f"{self.source.number}:{number}"
+
+    def _pool_file(self, stem: str) -> Path:
+        return self.root / "cand_pool" / "local" / f"mbeir_{stem}_cand_pool.jsonl"
+
+    def _place(self, checked: _Checked) -> str | None:
+        """Put a picture into the directory once; its path there."""
+        image, digest = checked.entry.image, checked.picture
+        if image is None or digest is None:
+            return None
+        if digest not in self.pictures:
+            number = len(self.pictures)
+            folder = Path("mbeir_images") / f"{self.source.name}_images" / f"{number // 1000:04d}"
+            place = folder / f"{number:07d}{checked.suffix}"
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+            if isinstance(image, bytes):
+                (self.root / place).write_bytes(image)
+            else:
+                _copy(image, self.root / place)
+            self.pictures[digest] = str(place)
+        return self.pictures[digest]
+
+
+def _size(entry: Entry) -> int:
+    """Bytes that an entry's line takes at most."""
+    try:
+        line = dump({"text": entry.text, "src_content": _extra(entry)})
+        size = len(line.encode()) + OWN_BYTES
+    except (ValueError, RecursionError) as error:
+        reason = "holds a lone surrogate" if isinstance(error, UnicodeError) else str(error)
+        raise DataError(f"{entry.where}: no line of JSON: {reason}") from error
+    if size > strict.MAX_LINE_BYTES:
+        raise DataError(f"{entry.where}: longer than a line of {strict.MAX_LINE_BYTES} bytes")
+    return size
+
+
+def _copy(path: Path, place: Path) -> None:
+    """Link a file to a second place, or copy it to another file system or one without links."""
+    try:
+        os.link(path.resolve(), place)
+    except OSError:
+        shutil.copyfile(path, place)
+
+
+def _only(where: str, modalities: Sequence[str]) -> str:
+    """The one kind of all candidates of a query: a task's pool holds no other."""
+    found = dict.fromkeys(modalities)
+    if len(found) != 1:
+        raise DataError(f"{where}: candidates of several kinds, {' and '.join(found)}")
+    return next(iter(found))
+
+
+def _task(where: str, query: str, candidate: str) -> str:
+    for task in TASKS:
+        if mbeir.modalities(task) == (query, candidate):
+            return task
+    raise DataError(f"{where}: {query} to {candidate} is no task of M-BEIR")
+
+
+def _is_id(id: str) -> bool:
+    try:
+        return hashed_id(id) >= 0
+    except ValueError:
+        return False
+
+
+def _extra(entry: Entry) -> str | None:
+    fields = {**({"id": entry.id} if entry.id is not None else {}), **entry.extra}
+    return dump(fields) if fields else None
