@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from elva.data import load
+from elva.data import Pool, load
+from elva.data.queries import Queries
 from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
 from elva.recipe import Recipe, StageConfig, chosen
@@ -134,7 +135,7 @@ def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
 def _look(recipe: Recipe, stage: StageConfig) -> Row:
     """A stage's data: read as it will be read, some of its pictures decoded."""
     examples = Examples(load(source_of(recipe, stage.data), split="train"), stage, recipe.seed)
-    parts = [examples.queries, *examples.candidates.pools]
+    parts: list[Queries | Pool] = [examples.queries, *examples.candidates.pools]
     for line in unreadable(parts, DECODED, recipe.seed):
         raise DataError(line)
     return {

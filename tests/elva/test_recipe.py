@@ -117,7 +117,7 @@ def test_numbers_below_their_range_are_refused(path: str) -> None:
         ("stages.../up.steps=1", "recipe: stages. must be a word of letters"),
         ("name=../up", "recipe: name must be a word of letters"),
         ("stages.9.lm=1", "recipe: stages.9 must have steps or epochs"),
-        ("stages.9.steps=1", "recipe: stages.9 must have lm, infonce, pathwise or policy over 0"),
+        ("stages.9.steps=1", "recipe: stages.9 must have lm, ret, infonce, pathwise or policy over 0"),
         ("controls.3={steps: 3, lm: 1}", "recipe: controls.3 must have a name that no stage has"),
         ("model.scratch.heads=5", "hidden_size must be a multiple of twice the 5 heads, got 128"),
         ("trainer.foo=1", "recipe: trainer must be arguments of transformers' TrainingArguments"),
