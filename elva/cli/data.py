@@ -107,7 +107,8 @@ def check(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List bad rows, missing pictures, copies, missing parts of M-BEIR; exit code 2 for bad rows."""
+    """List bad rows, missing pictures, copies, and what of M-BEIR is not there; exit code 2 for bad
+    rows."""
     with one_line_errors():
         from elva.commands import inspect as inspection
         from elva.commands.survey import survey

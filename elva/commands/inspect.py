@@ -212,12 +212,13 @@ def _missing_folders(root: Path, parts: Sequence[Queries | Pool]) -> list[str]:
 def _row(one: QuerySet) -> dict[str, Any]:
     queries = one.queries
     split = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(queries.table["text"]))
+    kinds = pc.unique(one.pool.table["modality"]).to_pylist()
     words = pc.list_value_length(split).to_numpy()[queries.rows]
     return {
         "task": one.task,
         "queries": len(queries),
         "pool": len(one.pool),
-        "pool_modality": one.pool[0].modality if len(one.pool) else None,
+        "pool_modality": (kinds[0] if len(kinds) == 1 else "several") if kinds else None,
         "answers": _mean(queries.listed("positives")),
         "outside": _mean(queries.listed("outside")),
         "negatives": _mean(queries.listed("negatives")),

@@ -85,6 +85,8 @@ def _cut(
     for one, start in zip(sets, starts.tolist(), strict=False):
         inside = rows[(rows >= start) & (rows < start + len(one.queries))] - start
         some = one.queries.select(inside)
+        if not len(some):
+            continue
         counts[one.stem] = len(some)
         chosen.setdefault(one.path, set()).update(some.column("line").tolist())
         _cut_qrels(data, partial, one.stem, split, set(some.column("id").tolist()))

@@ -17,13 +17,7 @@ from elva.data.mbeir import read_sets
 from elva.data.schema import TASK_NAMES, hashed_id
 from elva.draws import permutation, uniforms
 from elva.errors import DataError
-
-SETS = (
-    "visualnews_task0", "mscoco_task0", "fashion200k_task0", "webqa_task1", "edis_task2",
-    "webqa_task2", "visualnews_task3", "mscoco_task3", "fashion200k_task3", "nights_task4",
-    "oven_task6", "infoseek_task6", "fashioniq_task7", "cirr_task7", "oven_task8", "infoseek_task8",
-)  # fmt: skip
-"""M-BEIR's sixteen test sets."""
+from elva.evaluation.protocol import SUBTASKS
 
 UNIONS = (
     "query/union_train/mbeir_union_up_train.jsonl",
@@ -45,13 +39,13 @@ def survey(root: Path) -> dict[str, list[str]]:
         `sets`: the test sets that are whole (queries, pool, qrels, instruction); `missing`: a line
         for each thing that is not there; `archives`: those that lie in the tree.
     """
-    names = list(dict.fromkeys(stem.rpartition("_")[0] for stem in SETS))
+    names = list(dict.fromkeys(stem.rpartition("_")[0] for stem in SUBTASKS))
     known = [n for n in names if any(root.glob(f"query/*/mbeir_{n}_*.jsonl"))]
     if not known and not any((root / union).exists() for union in UNIONS):
         return {}
     missing = []
     whole = []
-    for stem in SETS:
+    for stem in SUBTASKS:
         lacks = _lacks(root, stem)
         if lacks:
             missing.append(f"{stem}: no {', no '.join(lacks)}")
