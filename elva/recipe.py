@@ -202,13 +202,14 @@ class NegativeConfig:
 class StageConfig:
     """One stage: how much of which loss, on which data, for how long.
 
-    loss = lm * L_lm + ret * L_ret + infonce * L_infonce + pathwise * L_pathwise
+    loss = lm * L_lm + ret * L_ret + anchor * KL + infonce * L_infonce + pathwise * L_pathwise
            + policy * (L_policy + beta * KL)
     """
 
     # what is optimised
     lm: Weight = 0.0  # next token of the caption, on tokens whose prefix is still the caption's
-    ret: Weight = 0.0  # next token where a summary ends: [RET], in place of the chat's end
+    ret: Weight = 0.0  # [RET] in place of the chat's end, where a summary ends
+    anchor: Weight = 0.0  # KL of the summaries to the stage's start, where no policy has its beta
     infonce: Weight = 0.0  # in-batch contrastive loss on the [RET] embeddings
     pathwise: Weight = 0.0  # the reward differentiated through the [RET] embeddings
     policy: Weight = 0.0  # GRPO: clipped policy gradient on the summaries' tokens (paper, sec. 3.4)
@@ -258,8 +259,10 @@ class StageConfig:
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Fields that would train something else than they say."""
         negatives = self.negatives
-        if self.completions == "gold" and self.policy > 0:
-            yield "completions", "be sampled where policy is over 0"
+        if self.completions == "gold" and self.policy + self.anchor > 0:
+            yield "completions", "be sampled where policy or anchor is over 0"
+        if self.policy > 0 and self.anchor > 0:
+            yield "anchor", "be 0 where policy is over 0, whose beta holds it"
         if self.completions == "gold" and self.num_generations > 1:
             yield "num_generations", "be 1 where completions are gold"
         if self.infonce > 0 and not negatives.in_batch:
@@ -271,6 +274,11 @@ class StageConfig:
     def ranks(self) -> bool:
         """Whether this stage's loss looks at rewards."""
         return self.pathwise > 0 or self.policy > 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether its summaries are held to those of the model that the stage started from."""
+        return self.anchor > 0 or (self.policy > 0 and self.beta > 0)
 
     @property
     def banks(self) -> bool:
@@ -403,8 +411,9 @@ that starts from random weights must first learn to see and to write; Qwen2-VL a
 
 def _paper(name: str, model: ModelConfig) -> Recipe:
     """Liu et al., ELVA, arXiv:2606.20280, sec. 4.1. LoRA ranks and temperature: LamRA's, which the
-    paper builds on; batch sizes are over all devices. `ret` is ours: no released model knows [RET],
-    and the paper does not say how it is learnt."""
+    paper builds on; batch sizes are over all devices. `ret` and `anchor` are ours: no released model
+    knows [RET], and without an anchor InfoNCE, which no word of a summary enters, ends in summaries
+    of [RET] alone, from which stage 3 has nothing to explore. The paper says nothing of either."""
     prompt = "Analyse the input, summarise it, and end with [RET]."
     common = StageConfig(
         max_completion_length=128,
@@ -412,17 +421,18 @@ def _paper(name: str, model: ModelConfig) -> Recipe:
         lora=LoraSettings(128, 256),
         rollout_candidates="all",
     )
+    contrastive = replace(common, infonce=1.0, ret=1.0, anchor=1.0)
     return Recipe(
         name=name,
         model=replace(model, summary_prompt=prompt),
         stages={
             "1": replace(
-                common, infonce=1.0, ret=1.0, data="data/nli", tasks={"t2t": 1.0}, epochs=2,
-                batch_size=576, learning_rate=4e-5, lora=LoraSettings(64, 128),
+                contrastive, data="data/nli", tasks={"t2t": 1.0}, epochs=2, batch_size=576,
+                learning_rate=4e-5, lora=LoraSettings(64, 128),
             ),
             "2": replace(
-                common, infonce=1.0, ret=1.0, data="data/M-BEIR", instances=1_100_000, epochs=1,
-                batch_size=960, learning_rate=1e-4,
+                contrastive, data="data/M-BEIR", instances=1_100_000, epochs=1, batch_size=960,
+                learning_rate=1e-4,
             ),
             "3": replace(
                 common, policy=1.0, data="data/M-BEIR", share=0.01, instances=11_000, epochs=1,

@@ -86,7 +86,7 @@ def _states(stage: StageConfig, parameters: int | None, width: int) -> float | N
         return None
     share = _trained_share(stage)
     copies = 1.0 + 3 * share
-    if stage.policy > 0 and stage.beta > 0 and stage.lora.rank == 0:
+    if stage.holds and stage.lora.rank == 0:
         copies += 1.0
     return parameters * width * copies
 

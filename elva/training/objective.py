@@ -4,6 +4,8 @@ Shao et al., DeepSeekMath, arXiv:2402.03300 (clipped policy gradient, k3 KL); Li
 arXiv:2606.20280, sec. 3.4. Those on embeddings are in `ranking`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,15 +29,19 @@ def caption_targets(written: Tensor, caption: Tensor) -> Tensor:
     return caption.masked_fill(~on_track, -100)
 
 
-def end_targets(mask: Tensor, ret_id: int) -> Tensor:
-    """[RET] at the last token of every summary, [R, T], -100 elsewhere: what the model would say
-    there is the chat's end, of which [RET] takes the place.
+def ret_loss(logits: Tensor, finished: Tensor, ret_id: int, end_ids: Sequence[int]) -> Tensor:
+    """-log p([RET]) where each summary ends, [R]: of a summary that ended, among the ways to end.
+
+    So [RET] takes the place of the chat's end and ends nothing earlier: over the whole vocabulary
+    the same term teaches to end at once, with nothing written and nothing to explore. A summary
+    that was cut off at the length limit is taught to end there, among all tokens.
 
     Args:
-        mask: [R, T], True where a token is real.
+        logits: [R, V] at the last token of each summary.
+        finished: [R] bool, False where it was cut off.
     """
-    last = mask & ~F.pad(mask[:, 1:], (0, 1))
-    return torch.where(last, ret_id, -100)
+    ends = logits[:, [ret_id, *end_ids]].logsumexp(-1)
+    return torch.where(finished, ends, logits.logsumexp(-1)) - logits[:, ret_id]
 
 
 def policy_loss(

@@ -85,7 +85,7 @@ class StageTrainer(ResumableTrainer):
         self.guards = Guards(f"stage {directory.name.partition('-')[2]}", stage, say)
         self.arithmetic = autocast(retriever.device, extra)
         retriever.train_in_fp32()
-        self.reference = _frozen_copy(retriever) if stage.policy > 0 and stage.beta > 0 else None
+        self.reference = _frozen_copy(retriever) if stage.holds else None
         retriever.remember(examples.items(), at_most=examples.pictures)
         self.negatives = Negatives(stage, examples, self.seed, self._embed)
         neighbours = None
@@ -134,7 +134,8 @@ class StageTrainer(ResumableTrainer):
         metrics.update(self._backward(self._last, gradient, advantages, first))
         stage = self.stage
         weights = {
-            "lm": stage.lm, "ret": stage.ret, "infonce": stage.infonce, "policy": stage.policy
+            "lm": stage.lm, "ret": stage.ret, "infonce": stage.infonce, "policy": stage.policy,
+            "kl": stage.anchor,
         }  # fmt: skip
         metrics["loss"] = sum(w * metrics[name] for name, w in weights.items() if name in metrics)
         metrics["loss"] -= stage.pathwise * metrics.get("reward", 0.0)
@@ -254,8 +255,12 @@ class StageTrainer(ResumableTrainer):
         """Steps 3 and 4; returns the token losses, each as a mean."""
         stage, rollouts = self.stage, rolled.rollouts
         groups = len(rollouts.ids) // len(rolled.prompts)
-        targets = self._token_targets(rolled, groups)
-        counts = {name: (t != -100).sum().clamp(min=1) for name, t in targets.items()}
+        target = None
+        if stage.lm > 0:
+            assert rolled.captions is not None
+            captions = rolled.captions.repeat_interleave(groups, 0)
+            target = objective.caption_targets(rollouts.ids, captions)
+        tokens = None if target is None else (target != -100).sum().clamp(min=1)
         trained = rollouts.finished.sum().clamp(min=1)
         parts: defaultdict[str, float] = defaultdict(float)
         for rows, prompts in self._micro_batches(rolled.prompts, groups):
@@ -267,22 +272,26 @@ class StageTrainer(ResumableTrainer):
                 if gradient is not None:
                     at_ret = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
                     total = total + (at_ret * gradient[index]).sum()
-                for name, target in targets.items():
+                if target is not None and tokens is not None:
                     wanted = target[index, : part.ids.shape[1]]
                     counted = wanted != -100
-                    logits = self.retriever.plain.lm_head(hidden[:, :-1][counted]).float()
-                    term = F.cross_entropy(logits, wanted[counted], reduction="sum") / counts[name]
-                    parts[name] += term.item()
-                    total = total + getattr(stage, name) * term
-                    if name == "ret":
-                        parts["ret_share"] += self._ret_share(logits).item() / len(rollouts.ids)
-                if stage.policy > 0:
-                    assert advantages is not None
-                    policy, kl, new = self._policy(prompts, part, hidden, advantages[index], first)
-                    policy = policy[part.finished].sum() / trained
-                    parts["policy"] += policy.item()
-                    parts["kl"] += (kl[part.finished].sum() / trained).item()
-                    total = total + stage.policy * policy
+                    logits = self.retriever.plain.lm_head(hidden[:, :-1][counted])
+                    lm = F.cross_entropy(logits.float(), wanted[counted], reduction="sum") / tokens
+                    parts["lm"] += lm.item()
+                    total = total + stage.lm * lm
+                if stage.ret > 0:
+                    ret, share = self._ret(hidden, part)
+                    parts["ret"] += ret.item() / len(rollouts.ids)
+                    parts["ret_share"] += share / len(rollouts.ids)
+                    total = total + stage.ret * ret / len(rollouts.ids)
+                if stage.policy > 0 or stage.anchor > 0:
+                    gains = None if stage.policy == 0 else advantages[index]
+                    policy, kl, new = self._policy(prompts, part, hidden, gains, first)
+                    policy, kl = (x[part.finished].sum() / trained for x in (policy, kl))
+                    parts["kl"] += kl.item()
+                    total = total + stage.policy * policy + stage.anchor * kl
+                    if stage.policy > 0:
+                        parts["policy"] += policy.item()
                     if first:
                         rollouts.log_probs[index, : new.shape[1]] = new
             self.accelerator.backward(total)
@@ -296,28 +305,24 @@ class StageTrainer(ResumableTrainer):
         for rows in batches_by_length(lengths, self.stage.micro_batch_size):
             yield rows, self._collate([prompts[i // groups] for i in rows])
 
-    def _token_targets(self, rolled: _Rolled, groups: int) -> dict[str, Tensor]:
-        """What each position of the summaries should say, [R, T], by the loss that asks for it."""
-        found = {}
-        if self.stage.lm > 0:
-            assert rolled.captions is not None
-            found["lm"] = objective.caption_targets(
-                rolled.rollouts.ids, rolled.captions.repeat_interleave(groups, 0)
-            )
-        if self.stage.ret > 0:
-            found["ret"] = objective.end_targets(rolled.rollouts.mask, self.retriever.inputs.ret_id)
-        return found
-
-    def _ret_share(self, logits: Tensor) -> Tensor:
-        """Sum over rows of the probability that an end is [RET] and not the chat's."""
+    def _ret(self, hidden: Tensor, part: Rollouts) -> tuple[Tensor, float]:
+        """Sums over rows: the loss of [RET] as the end, and its share of the probability to end."""
         inputs = self.retriever.inputs
+        last = hidden[torch.arange(len(hidden)), part.mask.sum(1) - 1]
+        logits = self.retriever.plain.lm_head(last).float()
+        loss = objective.ret_loss(logits, part.finished, inputs.ret_id, inputs.end_ids)
         ends = logits.detach()[:, [inputs.ret_id, *inputs.end_ids]]
-        return ends.softmax(-1)[:, 0].sum()
+        return loss.sum(), ends.softmax(-1)[:, 0].sum().item()
 
     def _policy(
-        self, prompts: PromptBatch, part: Rollouts, hidden: Tensor, advantages: Tensor, first: bool
+        self,
+        prompts: PromptBatch,
+        part: Rollouts,
+        hidden: Tensor,
+        advantages: Tensor | None,
+        first: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss [R], KL [R], log-probabilities [R, T] without a graph)."""
+        """(loss [R], KL [R], log-probabilities [R, T] without a graph); None: no advantages."""
         stage, inputs = self.stage, self.retriever.inputs
 
         def log_probs(model: Retriever, states: Tensor) -> Tensor:
@@ -326,11 +331,13 @@ class StageTrainer(ResumableTrainer):
 
         new = log_probs(self.retriever, hidden)
         reference = new.detach()
-        if stage.beta > 0:
+        if self.stage.holds:
             with torch.no_grad(), self._as_reference() as model:
                 states = model.hidden_states(prompts, part.ids, part.mask)
                 reference = log_probs(model, states)
         old = new.detach() if first else part.log_probs
+        if advantages is None:
+            advantages = new.new_zeros(len(new))
         loss, kl = objective.policy_loss(
             new, old, reference, advantages, part.mask,
             clip_epsilon=stage.clip_epsilon, beta=stage.beta,
