@@ -147,7 +147,7 @@ def of_file(
                     raise
                 with replacing(order) as sink, os.fdopen(os.dup(sink.descriptor), "wb") as file:
                     np.save(file, made.order)
-    return Kept(_mapped(place), np.load(order, mmap_mode="r"), place)
+    return Kept(_mapped(place), np.asarray(np.load(order, mmap_mode="r")), place)
 
 
 def joined_place(folder: str, places: Sequence[Path | None]) -> Path | None:
