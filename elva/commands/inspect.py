@@ -1,5 +1,6 @@
 """`elva data check`, `stats` and `sample`: what a data directory holds, and what is wrong."""
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +52,7 @@ def check(
     """
     faults = Faults(EVERY)
     sets = _whole(root, split, tasks) or _sets(root, split, tasks, faults)
+    faults.found.sort(key=_place)
     before = len(faults.found)
     parts = {id(part): part for _, one in sets for part in (one.queries, one.pool)}.values()
     reporter.start(f"check {root}", sum(len(part.pictured) for part in parts), "pictures")
@@ -179,6 +181,12 @@ def _pictures(
                             raise error
                 done += len(rows)
                 reporter.advance(done)
+
+
+def _place(line: str) -> tuple[str, int]:
+    """The file and line that a fault begins with."""
+    found = re.match(r"(.*?):(\d+): ", line)
+    return (found[1], int(found[2])) if found else (line, 0)
 
 
 def _copies(pools: Sequence[Pool], decode: bool, unreadable: set[str]) -> int:

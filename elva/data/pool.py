@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from elva.data import table as tables
 from elva.data.identity import Identities
-from elva.data.queries import Queries
+from elva.data.queries import READ_ROWS, Queries
 from elva.data.schema import DOCUMENTS_PER_DATASET, Grain, Item, hashed_id
 from elva.data.strict import Faults
 
@@ -68,16 +68,20 @@ class Pool:
         return self._items([row % len(self)])[0]
 
     def _items(self, rows: Sequence[int]) -> list[Item]:
-        columns = [self.table[name] for name in SCHEMA.names[:6]]
-        found = []
-        for row in rows:
-            id, text, image, modality, source, line = (column[row].as_py() for column in columns)
-            path = None if image is None else self.root / image
-            found.append(Item(id, text, path, modality, where=f"{source}:{line}"))
-        return found
+        return [
+            Item(
+                cells["id"],
+                cells["text"],
+                None if cells["image"] is None else self.root / cells["image"],
+                cells["modality"],
+                where=f"{cells['source']}:{cells['line']}",
+            )
+            for cells in self._cells(np.asarray(rows, np.int64))
+        ]
 
     def __iter__(self) -> Iterator[Item]:
-        return (self[row] for row in range(len(self)))
+        for start in range(0, len(self), READ_ROWS):
+            yield from self._items(range(start, min(start + READ_ROWS, len(self))))
 
     def __contains__(self, id: object) -> bool:
         return isinstance(id, str) and self._find(id) is not None
@@ -134,6 +138,10 @@ class Pool:
     def datasets(self) -> np.ndarray:
         """The numbers of the datasets whose candidates are here, ascending."""
         return np.unique(self._order[0] // DOCUMENTS_PER_DATASET)
+
+    @cached_property
+    def _cells(self) -> tables.Cells:
+        return tables.Cells(self.table, SCHEMA.names[:6])
 
     @cached_property
     def _identities(self) -> Identities:

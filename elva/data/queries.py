@@ -89,8 +89,7 @@ class Queries(Sequence[Query]):
     ) -> None:
         self.table, self.root, self.grains = table, root, grains or {}
         self.rows = np.arange(table.num_rows) if rows is None else rows
-        self._batches = table.to_batches()
-        self._ends = np.cumsum([len(batch) for batch in self._batches])
+        self._cells = tables.Cells(table)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,11 +101,11 @@ class Queries(Sequence[Query]):
     def __getitem__(self, at: int | slice) -> "Query | Queries":
         if isinstance(at, slice):
             return self.select(np.arange(len(self))[at])
-        return next(self._made(self.rows[[at]]))
+        return self._query(next(self._cells(self.rows[[at]])))
 
     def __iter__(self) -> Iterator[Query]:
         for start in range(0, len(self), READ_ROWS):
-            yield from self._made(self.rows[start : start + READ_ROWS])
+            yield from map(self._query, self._cells(self.rows[start : start + READ_ROWS]))
 
     def select(self, rows: Sequence[int] | np.ndarray) -> "Queries":
         """These of the queries, in this order."""
@@ -165,15 +164,6 @@ class Queries(Sequence[Query]):
         found: np.ndarray = pc.list_value_length(self.table[name]).to_numpy()[self.rows]
         return found
 
-    def _made(self, rows: np.ndarray) -> Iterator[Query]:
-        held = np.searchsorted(self._ends, rows, side="right")
-        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(held)) + 1):
-            if not len(run):
-                continue
-            batch = self._batches[held[run[0]]]
-            start = self._ends[held[run[0]]] - len(batch)
-            yield from map(self._query, _fields(batch, rows[run] - start))
-
     def _query(self, row: dict[str, Any]) -> Query:
         id, task, raw = id_of(row["id"]), TASK_NAMES[row["task"]], row["text"]
         return Query(
@@ -190,14 +180,6 @@ class Queries(Sequence[Query]):
             raw_text=raw,
             where=f"{row['source']}:{row['line']}",
         )
-
-
-def _fields(batch: pa.RecordBatch, rows: np.ndarray) -> list[dict[str, Any]]:
-    if len(rows) > 8:  # ours: below it, cell by cell is faster
-        found: list[dict[str, Any]] = batch.take(pa.array(rows)).to_pylist()
-        return found
-    columns = list(zip(SCHEMA.names, batch.columns, strict=True))
-    return [{name: column[row].as_py() for name, column in columns} for row in rows.tolist()]
 
 
 def concatenate(several: Sequence[Queries]) -> Queries:

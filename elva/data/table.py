@@ -7,11 +7,13 @@ change), by all that its rows were checked against, and by `VERSION`.
 import hashlib
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,10 @@ VERSION = 3
 
 BATCH_ROWS = 32_768
 """Ours: rows held as Python objects at a time."""
+
+
+FEW = 8
+"""Ours: so many rows are read faster cell by cell than as a part of their batch."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,38 @@ class Kept:
     table: pa.Table
     order: np.ndarray
     place: Path | None
+
+
+class Cells:
+    """Rows of a table as dicts, wherever its batches lie.
+
+    Args:
+        names: The columns; all by default.
+    """
+
+    def __init__(self, table: pa.Table, names: Sequence[str] | None = None) -> None:
+        # `take` on a chunked table would copy all of it first.
+        self._batches = (table if names is None else table.select(names)).to_batches()
+        self._ends = list(accumulate(len(batch) for batch in self._batches))
+
+    def __call__(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+        if len(rows) <= FEW:
+            yield from map(self._one, rows.tolist())
+            return
+        held = np.searchsorted(self._ends, rows, side="right")
+        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(held)) + 1):
+            batch, start = self._batch(int(held[run[0]]))
+            yield from batch.take(pa.array(rows[run] - start)).to_pylist()
+
+    def _one(self, row: int) -> dict[str, Any]:
+        batch, start = self._batch(bisect_right(self._ends, row))
+        columns = zip(batch.schema.names, batch.columns, strict=True)
+        return {name: column[row - start].as_py() for name, column in columns}
+
+    def _batch(self, place: int) -> tuple[pa.RecordBatch, int]:
+        """A batch and the row that it begins with."""
+        batch = self._batches[place]
+        return batch, self._ends[place] - len(batch)
 
 
 def of_file(
@@ -109,7 +147,7 @@ def of_file(
                     raise
                 with replacing(order) as sink, os.fdopen(os.dup(sink.descriptor), "wb") as file:
                     np.save(file, made.order)
-    return Kept(_mapped(place), np.load(order, mmap_mode="r"), place)
+    return Kept(_mapped(place), np.asarray(np.load(order, mmap_mode="r")), place)
 
 
 def joined_place(folder: str, places: Sequence[Path | None]) -> Path | None:
@@ -149,13 +187,18 @@ def first_of_each(order: np.ndarray) -> np.ndarray:
 
 
 def in_batches(rows: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """Rows in lists of at most `size`."""
+    """Rows in lists of at most `size`; those before a fault too: they may have an earlier one."""
     held: list[_T] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == size:
+    try:
+        for row in rows:
+            held.append(row)
+            if len(held) == size:
+                yield held
+                held = []
+    except DataError:
+        if held:
             yield held
-            held = []
+        raise
     if held:
         yield held
 
