@@ -272,11 +272,12 @@ def _random(
 def _write(
     partial: Path, data: Path, one: QuerySet, split: str, chosen: dict[str, list[str]]
 ) -> None:
-    """The queries that were embedded with `neg_cand_list` replaced, and their qrels."""
+    """The queries that were embedded with `neg_cand_list` replaced, and their qrels; a file of
+    several tasks becomes one a task."""
     at = {query.where: query.id for query in one.queries if query.id in chosen}
     rows = (
         dump(json.loads(line) | {"neg_cand_list": chosen[at[where]]})
-        for where, line in lines(query_file(data, one.stem, split))
+        for where, line in lines(one.path)
         if where in at
     )
     write_lines(query_file(partial, one.stem, split), rows)
