@@ -7,7 +7,6 @@ are named as in sentence-transformers' `mine_hard_negatives`; `num_random` is ou
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
-from elva.data.strict import Faults, dump, lines, write_lines
+from elva.data.strict import Faults, columns, dump, lines, write_lines
 from elva.draws import permutation, uniforms
 from elva.errors import UserError
 from elva.files import write_directory
@@ -284,5 +283,5 @@ def _write(
     qrels = Path("qrels") / split / f"mbeir_{one.stem}_{split}_qrels.txt"
     if (data / qrels).exists():
         judged = (line.rstrip("\r\n") for _, line in lines(data / qrels))
-        kept = (row for row in judged if re.split("[ \t]", row.lstrip(" \t"))[0] in chosen)
+        kept = (row for row in judged if chosen.keys() & columns(row)[:1])
         write_lines(partial / qrels, kept)
