@@ -122,7 +122,7 @@ def evaluate_files(run: Path, qrels: Path) -> dict[str, Any]:
     """
     figures = measure(read_run(run), read_qrels(qrels))
     if not figures.per_query:
-        raise DataError(f"{qrels}: must hold a relevance above 0, got none; nothing is right")
+        raise DataError(f"{qrels}: judges no candidate right: no relevance is above 0")
     return {
         "queries": len(figures.per_query),
         "unanswered": len(figures.unanswered),

@@ -7,7 +7,6 @@ are named as in sentence-transformers' `mine_hard_negatives`; `num_random` is ou
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
-from elva.data.strict import Faults, dump, lines, write_lines
+from elva.data.strict import Faults, columns, dump, lines, write_lines
 from elva.draws import permutation, uniforms
 from elva.errors import UserError
 from elva.files import write_directory
@@ -272,16 +271,17 @@ def _random(
 def _write(
     partial: Path, data: Path, one: QuerySet, split: str, chosen: dict[str, list[str]]
 ) -> None:
-    """The queries that were embedded with `neg_cand_list` replaced, and their qrels."""
+    """The queries that were embedded with `neg_cand_list` replaced, and their qrels; a file of
+    several tasks becomes one a task."""
     at = {query.where: query.id for query in one.queries if query.id in chosen}
     rows = (
         dump(json.loads(line) | {"neg_cand_list": chosen[at[where]]})
-        for where, line in lines(query_file(data, one.stem, split))
+        for where, line in lines(one.path)
         if where in at
     )
     write_lines(query_file(partial, one.stem, split), rows)
     qrels = Path("qrels") / split / f"mbeir_{one.stem}_{split}_qrels.txt"
     if (data / qrels).exists():
         judged = (line.rstrip("\r\n") for _, line in lines(data / qrels))
-        kept = (row for row in judged if re.split("[ \t]", row.lstrip(" \t"))[0] in chosen)
+        kept = (row for row in judged if chosen.keys() & columns(row)[:1])
         write_lines(partial / qrels, kept)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from elva.data import Dataset, Item, Pool, Query, load
+from elva.data.queries import Queries
 from elva.data.schema import TASKS
 from elva.evaluation.columns import columns
 from elva.evaluation.grains import by_type, probe
@@ -120,7 +121,7 @@ def _line(title: str, result: Mapping[str, Any]) -> str:
 class _Task:
     """Queries, and which rows of their pool compete; a place is the position of a row in `rows`."""
 
-    queries: list[Query]
+    queries: Queries
     pool: Pool
     rows: np.ndarray
 
@@ -128,7 +129,7 @@ class _Task:
     def of(cls, dataset: Dataset, task: str, limit: int | None) -> _Task:
         """All of the task, or its first `limit` queries against their positives and the first
         `limit` others."""
-        queries = list(islice((q for q in dataset.queries if q.task == task), limit))
+        queries = dataset.queries.select(dataset.queries.rows_of(task)[:limit])
         pool = dataset.pool(task)
         if limit is None:
             return cls(queries, pool, np.arange(len(pool)))

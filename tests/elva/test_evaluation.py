@@ -1,8 +1,7 @@
-"""What is retrieved, against a brute force in float64: ranks, protocol, a stage's own tasks."""
+"""M-BEIR's protocol on embeddings made by hand, and a trained stage on the tasks its data have."""
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,13 @@ from typer.testing import CliRunner
 
 from elva.cli import app
 from elva.commands import evaluate as command
-from elva.data import Pool
+from elva.commands.mine import Mining, mine
+from elva.data import Pool, load
 from elva.data.mbeir import modalities, read_sets, write_queries
 from elva.data.schema import TASKS
 from elva.data.strict import dump, write_lines
 from elva.errors import DataError
-from elva.evaluation import protocol, ranks
-from elva.evaluation import trained as stages
-from elva.evaluation.grains import distance
+from elva.evaluation import protocol
 from elva.evaluation.trained import evaluate_split, evaluate_stage, evaluation_tasks
 from elva.index import segment
 from elva.index.embeddings import Embeddings
@@ -32,79 +30,6 @@ from elva.report.table import as_json, figure_cells
 from elva.run import Run
 
 MODEL = Identity("by hand", "1", "1")
-
-
-# -- ranks -----------------------------------------------------------------------------------------
-
-
-def lattice(seed, count, dim=16):
-    """Rows of +-1: scores are exact binary fractions, and many tie."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (count, dim), generator=generator) * 2.0 - 1
-
-
-def unit(rows):
-    return rows.double().numpy() / rows.double().norm(dim=1, keepdim=True).numpy()
-
-
-@pytest.mark.parametrize("copies", [False, True])
-def test_ranks_are_of_the_best_placed_and_ties_count_against_it(copies):
-    query, pool, draw = lattice(0, 40), lattice(1, 300), np.random.default_rng(2)
-    positives = [draw.choice(300, n % 4, replace=False).tolist() for n in range(40)]
-    content = draw.integers(0, 50, 300) if copies else np.arange(300)
-    found = ranks.rank_all(query, pool, positives, content if copies else None)
-    scores = unit(query) @ unit(pool).T
-    for i, right in enumerate(positives):
-        rivals = [j for j in range(300) if content[j] not in set(content[right])]
-        best = max((scores[i, j] for j in right), default=-np.inf)
-        assert found.rank[i] == (1 + (scores[i, rivals] >= best).sum() if right else 301)
-        kept = sorted([*rivals, *right], key=lambda j: (-scores[i, j], j))[:5]
-        assert found.top[i].tolist() == kept
-        assert (found.reward[i] == 0) == (not right)
-
-
-def test_the_reward_is_the_papers_against_the_hardest_hundred():
-    query, pool = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (9, 400))
-    found = ranks.rank_all(query, pool, [[i] for i in range(9)])
-    scores = unit(query) @ unit(pool).T
-    for i in range(9):
-        own, wrong = scores[i, i], np.sort(np.delete(scores[i], i))[::-1]
-        rank = 1 + int((wrong >= own).sum())
-        places = np.arange(1, len(wrong) + 1) + (np.arange(1, len(wrong) + 1) >= rank)
-        head = places <= 100
-        paid = own / (1 + np.log(rank)) - 0.01 * (wrong * (np.log(places) - 1))[head].sum()
-        expected = 0.4 * max(0, own - wrong[0] - 0.1) + 0.6 * paid
-        assert found.reward[i].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_ranks_among_own_candidates():
-    query, bank, draw = lattice(3, 30), lattice(4, 90), np.random.default_rng(5)
-    positives = [draw.choice(90, n % 3, replace=False).tolist() for n in range(30)]
-    rivals = [draw.choice(90, n % 7, replace=False).tolist() for n in range(30)]
-    found = ranks.rank_among(query, bank, positives, rivals)
-    scores = unit(query) @ unit(bank).T
-    for i, (right, some) in enumerate(zip(positives, rivals, strict=True)):
-        wrong = [j for j in some if j not in right]
-        best = max((scores[i, j] for j in right), default=-np.inf)
-        assert found[i] == 1 + sum(scores[i, j] >= best for j in wrong)
-    assert ranks.rank_among(query[:1], bank, [[]], [[]]).tolist() == [1]
-
-
-def test_chance_is_what_random_orders_give():
-    positives, draw = [[0], [3, 5], []], np.random.default_rng(6)
-    orders = [draw.permutation(12) for _ in range(20_000)]
-    hits = np.mean([[bool(set(o[:5]) & set(p)) for p in positives] for o in orders])
-    assert ranks.chance_at_k(positives, 12, 5) == pytest.approx(hits, abs=0.01)
-    assert ranks.chance_at_k([[0]], 12, 1) == pytest.approx(1 / 12)
-    assert ranks.chance_at_k([[0]], 3, 5) == 1
-
-
-def test_grain_distance_is_the_cosines():
-    whole, part = (torch.randn(20, 24, generator=torch.Generator().manual_seed(s)) for s in (7, 8))
-    assert distance(whole, part).tolist() == pytest.approx(
-        1 - (unit(whole) * unit(part)).sum(1), abs=1e-6
-    )
-    assert distance(whole, 3 * whole).abs().max() < 1e-6
 
 
 # -- M-BEIR's protocol on embeddings made by hand --------------------------------------------------
@@ -141,6 +66,10 @@ def put(root: Path, stem: str, queries: dict[str, list[str]], pool: dict[str, st
         for qid, dids in queries.items()
     ]
     write_queries(root, stem, "test", rows)
+
+
+def unit(rows):
+    return rows.double().numpy() / rows.double().norm(dim=1, keepdim=True).numpy()
 
 
 def embed(directory: Path, ids: list[str], rows: torch.Tensor, side: str) -> None:
@@ -242,44 +171,56 @@ def test_a_copy_is_right_only_where_content_decides(tmp_path):
     assert (tmp_path / "content" / "webqa_task1.qrels.txt").read_text().count("\n") == 3
 
 
-def test_answers_outside_the_pool_are_judged_and_cannot_be_found(tmp_path, monkeypatch):
-    """Of three queries one has its only answer elsewhere: a miss, and it is named."""
-    dids = [f"6:{i}" for i in range(1, 8)]
-    put(tmp_path, "infoseek_task6", {f"6:{i}": [f"6:{i}"] for i in (1, 2, 3)},
-        {did: did for did in dids})  # fmt: skip
-    (one,) = read_sets(tmp_path)
-    first, second, third = one.queries
-    first = replace(first, outside=("5:7", "5:8"))
-    queries = [first, second, replace(third, positives=(), outside=("5:9",))]
-    monkeypatch.setattr(command, "read_sets", lambda *_, **__: [replace(one, queries=queries)])
-    embed(tmp_path / "e" / "mbeir_infoseek_task6_test", ["6:1", "6:2", "6:3"], by_angle(0, 10, 20),
-          "queries")  # fmt: skip
+@pytest.fixture
+def sisters(tmp_path):
+    """InfoSeek as text to text: of three queries one has its only answer in OVEN."""
+    root = tmp_path / "data"
+    queries = {"6:1": ["6:1", "5:7", "5:8"], "6:2": ["6:2"], "6:3": ["5:9"]}
+    put(root, "infoseek_task1", queries, {f"6:{i}": f"text {i}" for i in range(1, 8)})
+    return root
+
+
+def test_answers_outside_the_pool_are_judged_and_cannot_be_found(sisters, tmp_path):
+    """The query without one inside is a miss, and it is named."""
+    out, dids = tmp_path / "out", [f"6:{i}" for i in range(1, 8)]
+    embed(tmp_path / "e" / "mbeir_infoseek_task1_test", dids[:3], by_angle(0, 10, 20), "queries")
     pool = by_angle(0, 10, 20, 30, 40, 50, 60)
-    embed(tmp_path / "e" / "mbeir_infoseek_task6_cand_pool", dids, pool, "pool")
-    out = tmp_path / "out"
-    result = command.evaluate_embeddings(tmp_path / "e", tmp_path, out, by_content=True)
-    row = result["sets"]["infoseek_task6"]
+    embed(tmp_path / "e" / "mbeir_infoseek_task1_cand_pool", dids, pool, "pool")
+    result = command.evaluate_embeddings(tmp_path / "e", sisters, out, by_content=True)
+    row = result["sets"]["infoseek_task1"]
     assert (row["queries"], row["no_answer_inside"]) == (3, 1)
     assert (row["hit_at_1"], row["mrr"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     assert row["recall_at_5"] == pytest.approx((1 / 3 + 1 + 0) / 3)
     (line,) = result["no_answer_inside"]
-    assert line.startswith("infoseek_task6: 1 of 3 queries have no right answer in mbeir_infoseek")
+    assert line.startswith("infoseek_task1: 1 of 3 queries have no right answer in mbeir_infoseek")
     assert "6:3 first" in line
     again = command.evaluate_files(
-        out / "infoseek_task6.run.trec", out / "infoseek_task6.qrels.txt"
+        out / "infoseek_task1.run.trec", out / "infoseek_task1.qrels.txt"
     )
     assert all(again[name] == row[name] for name in again if name in row)
 
 
-def test_qrels_in_which_nothing_is_right_are_one_line(tmp_path):
-    (tmp_path / "run").write_text("q Q0 d 1 0.5 tag\n")
-    (tmp_path / "qrels").write_text("q 0 d 0\n")
-    shown = CliRunner().invoke(
-        app, ["evaluate", "--run", str(tmp_path / "run"), "--qrels", str(tmp_path / "qrels")]
+def test_a_file_of_several_tasks_is_mined(sisters, tmp_path):
+    """As M-BEIR's training files are: no task in the name, answers in two pools."""
+    (sisters / "qrels" / "test" / "mbeir_infoseek_task1_test_qrels.txt").unlink()
+    (sisters / "query" / "train").mkdir()
+    (sisters / "query" / "test" / "mbeir_infoseek_task1_test.jsonl").rename(
+        sisters / "query" / "train" / "mbeir_infoseek_train.jsonl"
     )
-    assert shown.exit_code == 2 and shown.stdout == ""
-    assert shown.stderr.strip().endswith("qrels: must hold a relevance above 0, got none; "
-                                         "nothing is right")  # fmt: skip
+    dids = [f"6:{i}" for i in range(1, 8)]
+    embed(tmp_path / "e" / "mbeir_infoseek_task1_train", dids[:3], by_angle(0, 10, 20), "queries")
+    pool = by_angle(0, 10, 20, 30, 40, 50, 60)
+    embed(tmp_path / "e" / "mbeir_infoseek_task1_cand_pool", dids, pool, "pool")
+    settings = Mining(num_negatives=2, num_random=2)
+    counts = mine(tmp_path / "e", sisters, tmp_path / "mined", settings)
+    assert (counts["infoseek_task1"].hard, counts["infoseek_task1"].random) == (6, 6)
+    found = {q.id: q for q in load(tmp_path / "mined", split="train").queries}
+    assert found["6:1"].outside == ("5:7", "5:8") and found["6:3"].positives == ()
+    # at 20 degrees the third query's own place is a negative of 0.99 and less: 1 is too similar
+    hard = {qid: q.negatives[:2] for qid, q in found.items()}
+    assert hard == {"6:1": ("6:2", "6:3"), "6:2": ("6:1", "6:3"), "6:3": ("6:2", "6:4")}
+    assert all(not set(q.positives) & set(q.negatives) for q in found.values())
+    assert all(len(set(q.negatives)) == 4 for q in found.values())
 
 
 @pytest.mark.parametrize(
@@ -360,25 +301,15 @@ def test_a_limit_takes_the_positives_and_the_first_others(finished, words, tmp_p
     assert (result["figures"]["t2t_queries"], result["figures"]["t2t_pool"]) == (5, 15)
 
 
-def test_a_query_without_an_answer_in_its_pool_is_a_miss(finished, words, tmp_path, monkeypatch):
+def test_a_query_without_an_answer_in_its_pool_is_a_miss(finished, sisters, tmp_path):
     """And in no mean of rewards, of which it has none."""
-    run, told = trained(finished, words, tmp_path), Lines()
-    whole = evaluate_stage(run, "1", told)["figures"]
-
-    def load(root, **options):
-        dataset = data_of(root, **options)
-        first, *rest = dataset.queries
-        first = replace(first, positives=(), outside=("3:1",))
-        return replace(dataset, queries=[first, *rest])
-
-    data_of = stages.load
-    monkeypatch.setattr(stages, "load", load)
+    run, told = trained(finished, sisters, tmp_path), Lines()
     result = evaluate_stage(run, "1", told)
     figures, samples = result["figures"], result["samples"]["t2t"]
-    assert (figures["t2t_queries"], figures["t2t_no_answer_inside"]) == (12, 1)
-    assert samples[0]["rank"] == 41 and len(samples[0]["top"]) == 5
-    assert figures["t2t_chance_at_1"] == pytest.approx(11 / 12 * 2 / 40)
-    assert figures["t2t_recall_at_5"] <= whole["t2t_recall_at_5"] and figures["t2t_reward"] != 0
+    assert (figures["t2t_queries"], figures["t2t_no_answer_inside"]) == (3, 1)
+    assert samples[2]["rank"] == 8 and len(samples[2]["top"]) == 5
+    assert figures["t2t_recall_at_5"] <= 2 / 3 and figures["t2t_reward"] != 0
+    assert figures["t2t_chance_at_1"] == pytest.approx(2 / 3 / 7)
     assert "queries without an answer in their pool: 1" in told.lines[-1]
 
 
