@@ -210,11 +210,17 @@ def columns(line: str) -> list[str]:
 
 
 def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
-    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity."""
+    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity. Empty lines
+    are passed over at the end alone: elsewhere a row may be missing."""
     faults = faults or Faults()
+    empty: list[str] = []
     for where, line in lines(path, faults):
         if not line.strip(" \t\r\n"):
+            empty.append(where)
             continue
+        while empty:
+            with faults.row():
+                raise DataError(f"{empty.pop(0)}: not JSON: an empty line")
         record = None
         with faults.row():
             record = Record(where, _parsed(where, line))
