@@ -124,6 +124,9 @@ def test_jsonl_with_a_mark_and_empty_lines(tmp_path):
     row = json.dumps({"anchor": "a", "positive": "b", "negative": None})
     path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\n\n \r\n")
     assert converted("nli", path, tmp_path / "data")[1] == [("A.", ["B."], [])]
+    path.write_bytes(row.encode() + b"\n\n" + row.encode())
+    with pytest.raises(DataError, match=r"a.jsonl:2: not JSON: an empty line"):
+        convert_file("nli", path, tmp_path / "torn")
 
 
 def test_pairs_are_data_and_equal_questions_share_their_answers(tmp_path):
