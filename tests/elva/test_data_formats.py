@@ -313,7 +313,7 @@ def test_check_lists_every_fault_and_stats_count(sources, tmp_path):
     assert len(found["bad"]) == 4
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2 and "4 bad rows, 1 of them missing" in result.stdout
-    with pytest.raises(DataError, match=r"_train.jsonl:[12]: (candidate 13:999|query_modality 'sound')"):
+    with pytest.raises(DataError, match=r"_train.jsonl:[12]: (candidate 13|query_modality)"):
         load(tmp_path / "data")
     path.write_text("".join(json.dumps(r) + "\n" for r in rows[2:]))
     qrels = next((tmp_path / "data" / "qrels" / "train").iterdir())
