@@ -17,6 +17,9 @@ from elva.errors import DataError
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20
 
+MAX_PATH_BYTES = 3000
+"""Ours: Linux's limit is 4,096 with the root, and 255 for each part; beyond it `stat` fails."""
+
 
 class Faults:
     """Bad rows that are left out and listed, as many as are allowed.
@@ -151,6 +154,8 @@ class Record:
             self.fail(f"{key} {value!r} leaves the root")
         if "\0" in value:
             self.fail(f"{key} holds a null character")
+        if len(value.encode()) > MAX_PATH_BYTES or max(len(p.encode()) for p in parts) > 255:
+            self.fail(f"{key} {value!r} is longer than a file's name may be")
         return value
 
     def get(self, key: str) -> object:
@@ -205,11 +210,17 @@ def columns(line: str) -> list[str]:
 
 
 def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
-    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity."""
+    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity. Empty lines
+    are passed over at the end alone: elsewhere a row may be missing."""
     faults = faults or Faults()
+    empty: list[str] = []
     for where, line in lines(path, faults):
         if not line.strip(" \t\r\n"):
+            empty.append(where)
             continue
+        while empty:
+            with faults.row():
+                raise DataError(f"{empty.pop(0)}: not JSON: an empty line")
         record = None
         with faults.row():
             record = Record(where, _parsed(where, line))

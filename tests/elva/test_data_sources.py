@@ -124,6 +124,9 @@ def test_jsonl_with_a_mark_and_empty_lines(tmp_path):
     row = json.dumps({"anchor": "a", "positive": "b", "negative": None})
     path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\n\n \r\n")
     assert converted("nli", path, tmp_path / "data")[1] == [("A.", ["B."], [])]
+    path.write_bytes(row.encode() + b"\n\n" + row.encode())
+    with pytest.raises(DataError, match=r"a.jsonl:2: not JSON: an empty line"):
+        convert_file("nli", path, tmp_path / "torn")
 
 
 def test_pairs_are_data_and_equal_questions_share_their_answers(tmp_path):
@@ -149,7 +152,7 @@ def test_mmeb_as_it_lies(tmp_path):
     for i, one in enumerate(many):
         parquet(root / "VisDial" / f"original-{i:05d}-of-00002.parquet", [one])
     parquet(root / "HatefulMemes" / "original-00000-of-00001.parquet", [{**row, "qry": "r"}])
-    with pytest.raises(DataError, match="no such picture: VisDial/1.png in .*; images names"):
+    with pytest.raises(DataError, match=r"no such picture: VisDial/1.png in .*; images names"):
         convert_file("mmeb", root, tmp_path / "data")
     _, found = converted("mmeb", root, tmp_path / "data", images=images)
     assert found == [
@@ -182,7 +185,7 @@ def test_mmebs_own_candidates_are_of_one_kind(tmp_path):
     row = {"qry_text": "q", "qry_img_path": "", "tgt_text": ["a", "<|image_1|>"],
            "tgt_img_path": ["", "r.png"]}  # fmt: skip
     path = jsonl(tmp_path / "a.jsonl", row)
-    with pytest.raises(DataError, match="a.jsonl:1: candidates of several kinds, text and image"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: candidates of several kinds, text and image"):
         convert_file("mmeb-test", path, tmp_path / "data", split="test")
     path = jsonl(path, row, {**row, "tgt_text": ["a", "b"], "tgt_img_path": [None, None]})
     counts, found = converted("mmeb-test", path, tmp_path / "data", split="test", skip_bad=1)
@@ -195,7 +198,7 @@ def test_negatives_of_another_kind_are_refused(tmp_path):
     row = {"qry": "q", "qry_image_path": "", "pos_text": "a", "pos_image_path": "",
            "neg_text": "", "neg_image_path": "r.png"}  # fmt: skip
     path = jsonl(tmp_path / "a.jsonl", row)
-    with pytest.raises(DataError, match="a.jsonl:1: candidates of several kinds, text and image"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: candidates of several kinds, text and image"):
         convert_file("mmeb", path, tmp_path / "data")
 
 
@@ -242,7 +245,7 @@ def test_beir_by_split_with_its_titles_and_grades(tmp_path):
     assert found == [("X.", ["T t.", "U."], [])]
     assert counts["notices"] == ["1 queries without a right answer are left out"]
     assert converted("beir", root, tmp_path / "test", "test")[1] == [("Z.", ["U."], [])]
-    with pytest.raises(DataError, match="no train as .jsonl"):
+    with pytest.raises(DataError, match=r"no train as .jsonl"):
         convert_file("beir", root, tmp_path / "train")
     (root / "qrels" / "test.tsv").write_text(header + "z\tb\t1\nw\tb\t1\nz\tc\t1\n")
     with pytest.raises(DataError, match=r"test.tsv:4: 'c' is not in the corpus"):
@@ -322,7 +325,7 @@ def test_what_a_folder_leaves_out_is_one_line(tmp_path):
     for path in root.glob("*.j*"):
         path.unlink()
     (root / "d.JPEG").unlink()
-    with pytest.raises(DataError, match="holds no JPEG, PNG or WebP picture; left out: 1 .gif"):
+    with pytest.raises(DataError, match=r"holds no JPEG, PNG or WebP picture; left out: 1 .gif"):
         convert_file("folder", root, tmp_path / "none")
 
 

@@ -29,6 +29,8 @@ def encoded(colour, kind):
 
 PICTURES = {"red.png": encoded("red", "PNG"), "red.webp": encoded("red", "WEBP"),
             "blue.jpg": encoded("blue", "JPEG"), "torn.png": b"\x89PNG\r\n\x1a\n torn"}  # fmt: skip
+NO_PICTURES = ["", "x.png", "x" * 300, "a/" * 2000, "../red.png", "/etc/hosts", "C:\\red.png",
+               "a\0.png", ".", "http://a/red.png", "a.csv", "\u2028"]  # fmt: skip
 
 hard = st.sampled_from([
     "a", "A.", " a ", '"', '""a"', "\r\n", "\ta\t", "a,b;c\td", "\u00a0", "\u2028x", "\x00", "\x85",
@@ -40,7 +42,7 @@ ITEMS = {
     "text": st.tuples(text, st.just("")),
     "image": st.tuples(st.just(""), picture),
     "both": st.tuples(text, picture),
-    "bad": st.tuples(st.sampled_from(["", None, "x"]), st.sampled_from(["", *PICTURES])),
+    "bad": st.tuples(st.sampled_from(["", None, "x"]), st.sampled_from([*PICTURES, *NO_PICTURES])),
 }
 
 

@@ -85,7 +85,8 @@ def _left_out(found: _Found, tables: Sequence[Path]) -> list[str]:
     parts = [f"{count:,} {ending}" for ending, count in sorted(endings.items())]
     reasons = [f"{', '.join(parts)} (only JPEG, PNG and WebP are read)"] if parts else []
     if captions:
-        named = ", ".join(shown(path) for path in captions)
+        more = f" and {len(captions) - 3:,} more" if len(captions) > 3 else ""
+        named = ", ".join(shown(path) for path in captions[:3]) + more
         used = tables[0].name if tables else "a folder's own table"
         reasons.append(f"{named} (only {used} is read)")
     if found.hidden:

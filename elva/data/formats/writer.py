@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,8 +111,7 @@ class _Writer:
     """Numbers what it is given, copies pictures, and groups queries by task."""
 
     def __init__(self, source: Source, root: Path, split: str, files: ExitStack) -> None:
-        self.source, self.root, self.split = source, root, split
-        self.files = files
+        self.source, self.root, self.split, self.files = source, root, split, files
         self.pools: dict[str, IO[str]] = {}
         self.queries: dict[str, list[_Asked]] = {}
         self.groups: dict[bytes, dict[int, None]] = {}
@@ -128,8 +127,7 @@ class _Writer:
 
     def add(self, example: Example) -> None:
         """One query; nothing of it is kept if any part of it is bad."""
-        query = example.query
-        where = query.where
+        query, where = example.query, example.query.where
         if query.id is not None and query.id in self.asked:
             raise DataError(f"{where}: query {query.id} again")
         asked = self._checked(query)
@@ -145,22 +143,24 @@ class _Writer:
         if self.count >= MAX_QUERIES:
             raise DataError(f"{where}: more than {MAX_QUERIES:,} queries; split the source")
         number = self._own_number(query, self.count)
+        asks = asked.key if isinstance(asked.key, bytes) else self._content(query, asked.picture)
+        group = task.encode() + asks
         right, wrong, among = (
             [self._number(one) for one in some] for some in (positives, negatives, candidates)
         )
         self.outside += len(outside)
         if query.id is not None:
             self.asked.add(query.id)
-        group = task.encode() + self._content(asked)
         self.groups.setdefault(group, {}).update(dict.fromkeys(right))
-        if self.source.one_query and group in self.first:
+        if group in self.first:
             self.first[group].negatives += wrong
             return
         fields = self._query(asked, number, task)
         one = _Asked(fields, where, asked.size, group, right, wrong, written)
         self.queries.setdefault(task, []).append(one)
-        self.first[group] = one
         self.count += 1
+        if self.source.one_query:
+            self.first[group] = one
         if among:
             self.restricted[fields["qid"]] = [self._did(n) for n in dict.fromkeys(among)]
 
@@ -193,8 +193,6 @@ class _Writer:
             "notices": [*source.notices, *self._notices()],
         }
 
-    # -- checks: nothing is written ----------------------------------------------------------------
-
     def _found(self, entry: Entry | Reference) -> _Checked | int:
         """An answer that can be written, or the number of one that is."""
         if entry.id in self.numbers:
@@ -221,8 +219,8 @@ class _Writer:
         modality = ",".join(name for name, found in there if found)
         size = _size(entry)
         picture, suffix = self._picture(entry)
-        checked = _Checked(entry, modality, entry.id or b"", picture, suffix, size)
-        return checked if checked.key else replace(checked, key=self._content(checked))
+        key = self._content(entry, picture) if entry.id is None else entry.id
+        return _Checked(entry, modality, key, picture, suffix, size)
 
     def _picture(self, entry: Entry) -> tuple[bytes | None, str]:
         """Digest of the encoded picture and its file's suffix, checked by the header."""
@@ -232,16 +230,15 @@ class _Writer:
         content = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
         return hashlib.sha256(content).digest(), SUFFIXES[kind]
 
-    def _content(self, checked: _Checked) -> bytes:
+    def _content(self, entry: Entry, picture: bytes | None) -> bytes:
         """What an item says and shows: equal where text and decoded picture are."""
-        entry = checked.entry
         said = Item("", normalise(entry.text or ""), None, "text").content_hash()
-        if checked.picture is None:
+        if picture is None:
             return said[:16]
-        if checked.picture not in self.looks:
+        if picture not in self.looks:
             item = Item("", None, entry.image, "image", where=entry.where)
-            self.looks[checked.picture] = item.content_hash()
-        return said[:16] + self.looks[checked.picture][:16]
+            self.looks[picture] = item.content_hash()
+        return said[:16] + self.looks[picture][:16]
 
     def _modality(self, one: _Checked | int) -> str:
         return MODALITIES[self.modalities[one]] if isinstance(one, int) else one.modality
@@ -255,8 +252,6 @@ class _Writer:
         if not (id.startswith(prefix) and _is_id(id) and f"{prefix}{int(id[len(prefix) :])}" == id):
             raise DataError(f"{entry.where}: id {id!r} is not {prefix}<number> as the first is")
         return int(id[len(prefix) :])
-
-    # -- writing -----------------------------------------------------------------------------------
 
     def _number(self, one: _Checked | int) -> int:
         """The number of a candidate, which is written if it is new."""
@@ -307,9 +302,11 @@ class _Writer:
                 "neg_cand_list": [*map(self._did, wrong)],
             }
 
+    def _all(self) -> Iterator[_Asked]:
+        return (one for some in self.queries.values() for one in some)
+
     def _check_answers(self) -> None:
-        asked = (one for some in self.queries.values() for one in some)
-        total = sum(len(self.groups[one.group]) for one in asked)
+        total = sum(len(self.groups[one.group]) for one in self._all())
         if total > MAX_ANSWERS:
             raise DataError(
                 f"{self.source.name}: rows that ask the same have {total:,} answers together, more "
@@ -317,7 +314,6 @@ class _Writer:
             )
 
     def _notices(self) -> list[str]:
-        asked = [one for some in self.queries.values() for one in some]
         shown = {mbeir.modalities(task)[1] for task in self.queries}
         found = [
             f"candidates of kind {modality} are in no pool: no query asks for them"
@@ -325,7 +321,7 @@ class _Writer:
             if modality not in shown
         ]
         if self.outside:
-            alone = sum(not self.groups[one.group] for one in asked)
+            alone = sum(not self.groups[one.group] for one in self._all())
             found.append(
                 f"{self.outside:,} right answers lie in the sister set of number "
                 f"{self.source.sister}, not in this corpus; {alone:,} queries have no other"
