@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import report
-from elva.evaluation.trained import COLUMNS
+from elva.evaluation.columns import columns
 from elva.report.table import as_json
 from elva.run import Run
 
@@ -28,11 +28,12 @@ def keep(run: Run) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: a row a stage, `mean (lowest to highest)` over the runs."""
-    heads = ["after", *COLUMNS.values(), "seconds"]
+    shown = columns(row["figures"] for run in runs for row in run["figures"]["rows"])
+    heads = ["after", *shown.values(), "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for rows in zip(*(r["figures"]["rows"] for r in runs), strict=True):
         kind = rows[0]["kind"]
-        values = [[row["figures"][key] for row in rows] for key in COLUMNS]
+        values = [[row["figures"][key] for row in rows] for key in shown]
         spread = [f" ({min(v):.3f} to {max(v):.3f})" if len(v) > 1 else "" for v in values]
         cells = [f"{fmean(v):.3f}{between}" for v, between in zip(values, spread, strict=True)]
         seconds = f"{fmean(row['seconds'] for row in rows):.0f}"

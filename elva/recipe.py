@@ -221,6 +221,8 @@ class StageConfig:
     positives: Literal["one", "all"] = "one"
     """Of several right answers one, drawn anew each step, or all; the others are no negatives."""
     negatives: NegativeConfig = NegativeConfig()
+    queries: Literal["sets", "union"] = "sets"
+    """M-BEIR's training files: each set's, or the union, in which small sets come several times."""
     batches: Literal["task", "mixed"] = "task"  # queries of one task a step, or of all
     instances: Count | None = None  # size of the training set, for --dry-run before it is at hand
     hard_batches: bool = False  # fill batches with a query's mined neighbours
@@ -411,9 +413,9 @@ that starts from random weights must first learn to see and to write; Qwen2-VL a
 
 def _paper(name: str, model: ModelConfig) -> Recipe:
     """Liu et al., ELVA, arXiv:2606.20280, sec. 4.1. LoRA ranks and temperature: LamRA's, which the
-    paper builds on; batch sizes are over all devices. `ret` and `anchor` are ours: no released model
-    knows [RET], and without an anchor InfoNCE, which no word of a summary enters, ends in summaries
-    of [RET] alone, from which stage 3 has nothing to explore. The paper says nothing of either."""
+    paper builds on; batch sizes are over all devices. `ret` and `anchor` are ours, the paper says
+    nothing of either: no released model knows [RET], and InfoNCE alone, which no word of a summary
+    enters, ends in summaries of [RET] and nothing else, from which stage 3 cannot explore."""
     prompt = "Analyse the input, summarise it, and end with [RET]."
     common = StageConfig(
         max_completion_length=128,

@@ -44,7 +44,7 @@ def emoji_corpus(
 )
 def convert(
     format: Annotated[
-        str, typer.Argument(help="Format: folder, mmeb, mmeb-test, mteb, nli or tevatron.")
+        str, typer.Argument(help="Format: beir, folder, mmeb, mmeb-test, mteb, nli or tevatron.")
     ],
     source: Annotated[Path, typer.Argument(help="A file, or a folder of them.")],
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
@@ -56,6 +56,10 @@ def convert(
     ] = None,
     instruction: Annotated[
         str | None, typer.Option(help="Instruction before every query: what it looks for.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that pictures' paths start from (mmeb, mmeb-test, tevatron)."),
     ] = None,
     skip_bad: Annotated[
         int,
@@ -69,7 +73,7 @@ def convert(
 
         counts = convert_file(
             format, source, output, split=split, name=name, number=number,
-            instruction=instruction, skip_bad=skip_bad,
+            instruction=instruction, images=images, skip_bad=skip_bad,
         )  # fmt: skip
         found = ", ".join(f"{task} {count:,}" for task, count in counts["queries"].items())
         line = (
@@ -78,7 +82,7 @@ def convert(
         )
         bad = counts["bad"]
         left_out = [f"{len(bad)} bad rows left out:", *(f"  {row}" for row in bad)] if bad else []
-        say(counts, [line, *left_out], as_json)
+        say(counts, [line, *counts["notices"], *left_out], as_json)
 
 
 DataArgument = Annotated[Path, typer.Argument(help="Data directory in M-BEIR's layout.")]

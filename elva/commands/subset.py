@@ -16,7 +16,7 @@ from elva.data.mbeir import QuerySet, read_sets
 from elva.data.queries import concatenate
 from elva.data.sample import Per, subset_rows
 from elva.data.schema import hashed_id
-from elva.data.strict import lines, write_lines
+from elva.data.strict import columns, lines, write_lines
 from elva.errors import UserError
 from elva.files import write_directory
 
@@ -101,5 +101,5 @@ def _cut_qrels(data: Path, partial: Path, stem: str, split: str, asked: set[int]
     path = qrels_file(data, stem, split)
     if path.exists():
         text = (line.rstrip("\r\n") for _, line in lines(path))
-        kept = (line for line in text if hashed_id(line.split()[0]) in asked)
+        kept = (line for line in text if hashed_id(columns(line)[0]) in asked)
         write_lines(qrels_file(partial, stem, split), kept)

@@ -19,7 +19,7 @@ from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.loop import Length
 from elva.training.plan import steps_an_epoch
-from elva.training.readiness import notices, refuse_start
+from elva.training.readiness import notices, refuse_start, training_examples
 from elva.training.stage import StageTrainer
 
 CLOCKED_STEPS = 20
@@ -134,7 +134,7 @@ def _train_stage(
             retriever.add_lora(stage.lora)
         retriever.freeze_vision(not stage.train_vision)
         retriever.plain.train()
-        examples = Examples(load(run.source(stage.data), split="train"), stage, run.recipe.seed)
+        examples = training_examples(run.recipe, stage)
         length = stage_length(stage, examples, limit, budget)
         reporter.start(title, length.steps if length.seconds is None else None)
         for line in notices(stage, examples):

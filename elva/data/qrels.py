@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from elva.data import table as tables
 from elva.data.pool import Pool
 from elva.data.schema import hashed_id
-from elva.data.strict import Faults, lines
+from elva.data.strict import Faults, columns, lines
 from elva.errors import DataError
 
 
@@ -16,7 +16,9 @@ def _read(path: Path) -> dict[tuple[str, str], str]:
     """(query, candidate) -> `file:line`, of the lines with a relevance above zero."""
     relevant: dict[tuple[str, str], str] = {}
     for where, line in lines(path):
-        fields = line.split()
+        fields = columns(line)
+        if not fields:
+            continue
         if len(fields) not in (4, 5):
             raise DataError(f"{where}: {len(fields)} columns, not qid 0 did relevance task_id")
         try:

@@ -103,9 +103,10 @@ class _Gallery:
             DataError: it is not that data: its pictures would be shown beside the wrong words.
         """
         sides = [row_with(rows, "before"), row_with(rows, "last")]
-        self.rows = [row for row in sides if row is not None and row.samples("t2i")]
+        self.rows = [row for row in sides if row and any(map(row.samples, SHOWN))]
         split = self.rows[-1].evaluation.get("split", "test") if self.rows else "test"
-        self.dataset = load(root, split=split, tasks=["t2i", "i2t"])
+        tasks = [task for task in SHOWN if any(row.samples(task) for row in self.rows)]
+        self.dataset = load(root, split=split, tasks=tasks)
         self.names = pictures.names(root)
         self.queries = self._asked_about()
         self.shown: set[str] = set()

@@ -94,7 +94,7 @@ class Examples:
         self.shares = dict(tasks) or {task: float(len(found)) for task, found in rows.items()}
         self.candidates = Candidates({task: dataset.pool(task) for task in rows})
         self.captions = Captions(dataset) if stage.lm > 0 or stage.completions == "gold" else None
-        self.unanswered = int((~answered).sum())
+        self.unanswered, self.notices = int((~answered).sum()), dataset.notices
 
     def __len__(self) -> int:
         return sum(map(len, self.rows.values()))

@@ -78,8 +78,15 @@ def check(
     return ready
 
 
+def training_examples(recipe: Recipe, stage: StageConfig) -> Examples:
+    """What a stage trains on."""
+    source = source_of(recipe, stage.data)
+    return Examples(load(source, split="train", queries=stage.queries), stage, recipe.seed)
+
+
 def notices(stage: StageConfig, examples: Examples) -> Iterator[str]:
     """What a person should know of a stage's data, a line each."""
+    yield from examples.notices
     if examples.unanswered:
         yield f"{examples.unanswered:,} queries have no right answer in the pool and train nothing"
     if examples.negatives and stage.embeds and not stage.negatives.given:
@@ -134,7 +141,7 @@ def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
 
 def _look(recipe: Recipe, stage: StageConfig) -> Row:
     """A stage's data: read as it will be read, some of its pictures decoded."""
-    examples = Examples(load(source_of(recipe, stage.data), split="train"), stage, recipe.seed)
+    examples = training_examples(recipe, stage)
     parts: list[Queries | Pool] = [examples.queries, *examples.candidates.pools]
     for line in unreadable(parts, DECODED, recipe.seed):
         raise DataError(line)

@@ -168,7 +168,7 @@ MALFORMED = {
     # name: (file, bytes of its second line, rule)
     "not json": (QUERIES, b"{", "not JSON"),
     "array": (QUERIES, b"[1]", "not a JSON object"),
-    "blank line": (QUERIES, b"", "not JSON"),
+    "blank line": (QUERIES, b"\n{}", "not JSON"),
     "bom": (QUERIES, b"\xef\xbb\xbf{}", "not JSON"),
     "not utf-8": (QUERIES, b'{"qid": "\xff"}', "not UTF-8 at byte 9"),
     "surrogate": (QUERIES, b'{"qid": "\\ud800"}', "lone surrogate"),
