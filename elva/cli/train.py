@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,29 +73,23 @@ def train(
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report."""
     with one_line_errors():
-        from elva.recipe import chosen, resolve
+        from elva.recipe import resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
         wanted = None if stages is None else stages.split(",")
         given = {"model": model, "data": data}
-        if dry_run:
-            from elva.training.estimate import describe
-
-            resolved = resolve(recipe, config, changes, **given)
-            chosen(resolved, wanted)
-            quiet_libraries()
-            from elva.training.readiness import check
-
-            ready = check(resolved, controls=controls, whole=False)
-            plan = describe(resolved, limit, ready.stages)
-            _print_plan({**plan, "missing": ready.missing}, as_json)
-            return
         quiet_libraries()
-        from elva.commands.train import train as run_stages
-        from elva.progress import Bars
         from elva.run import Run
 
         began = None if start_from is None else Run.open(start_from)
+        if dry_run:
+            _print_plan(
+                resolve(recipe, config, changes, **given), wanted, began, controls, limit, as_json
+            )
+            return
+        from elva.commands.train import train as run_stages
+        from elva.progress import Bars
+
         run = _run_to_train(
             Run, lambda: resolve(recipe, config, changes, **given), output, resume, wanted, began,
             controls, changed=bool(config is not None or changes or model or data),
@@ -146,7 +140,23 @@ def _run_to_train(
     return run
 
 
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+def _print_plan(
+    recipe: Recipe,
+    stages: list[str] | None,
+    start_from: Run | None,
+    controls: bool,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    from elva.training.estimate import describe
+    from elva.training.readiness import look
+
+    ready = look(recipe, stages, start_from, controls=controls)
+    plan = {
+        **describe(recipe, limit, ready.stages),
+        "evaluation": ready.evaluation,
+        "problems": ready.problems,
+    }
     if as_json:
         print(json.dumps(plan))
         return

@@ -19,7 +19,7 @@ from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.loop import Length
 from elva.training.plan import steps_an_epoch
-from elva.training.readiness import notices, refuse_start, training_examples
+from elva.training.readiness import no_start, notices, training_examples
 from elva.training.stage import StageTrainer
 
 CLOCKED_STEPS = 20
@@ -92,7 +92,7 @@ def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
             raise RunError(f"{start_from.directory}: must hold a trained stage to start from")
         return start_from.model(last)
     if previous is not None:
-        refuse_start(name, previous)
+        raise RunError(no_start(name, previous))
     if run.recipe.model.path is not None:
         return Path(run.recipe.model.path)
     _create(run)

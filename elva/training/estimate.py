@@ -1,11 +1,19 @@
 """`elva train --dry-run`: the resolved recipe, its steps, and what memory it will take."""
 
+import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
 
-_BYTES = 4  # fp32; 2 under bf16
+_FP32 = 4
+_ADAPTER_WIDTHS = 25
+"""Sum of the widths that an adapter's pairs join, in hidden sizes: 25.1 of Qwen2-VL-7B's layer."""
 _PROMPT_TOKENS = 256  # of a prompt with a picture, where no picture has been seen yet
 _QWEN_VOCABULARY = 151_936
 
@@ -19,33 +27,55 @@ def describe(
         found: of a stage whose data are at hand, what they hold (`readiness.Ready.stages`).
     """
     found = found or {}
-    width = 2 if recipe.trainer.get("bf16") else _BYTES
-    parameters = count_parameters(recipe.model)
+    recipe = replace(recipe, model=at_hand(recipe.model))
     stages = {
         name: {
             "steps": _steps(stage, limit, found.get(name, {}).get("steps_an_epoch")),
             "sequences_a_step": _sequences(stage),
-            "memory_mb": _megabytes(_states(stage, parameters, width)),
-            "activations_mb": _megabytes(_activations(stage, recipe.model, width)),
+            "memory_mb": _megabytes(_states(stage, recipe)),
+            "activations_mb": _megabytes(_activations(stage, recipe)),
             **({"data": dict(found[name])} if name in found else {}),
         }
         for name, stage in recipe.stages.items()
     }
-    return {"recipe": to_dict(recipe), "parameters": parameters, "plan": stages}
+    return {
+        "recipe": to_dict(recipe), "parameters": count_parameters(recipe.model), "plan": stages
+    }  # fmt: skip
 
 
-def state_bytes(stage: StageConfig | None, recipe: Recipe) -> float | None:
-    """Bytes on disk of what a stage trains, with Adam's moments; of the model for None."""
+def memory_bytes(stage: StageConfig, recipe: Recipe) -> float | None:
+    """Bytes that a stage takes on its device: weights, optimiser, one micro-batch."""
+    parts = (_states(stage, recipe), _activations(stage, recipe))
+    return None if None in parts else sum(p for p in parts if p is not None)
+
+
+def model_bytes(recipe: Recipe) -> float | None:
+    """Bytes of a stage's model on disk."""
     parameters = count_parameters(recipe.model)
-    if parameters is None:
-        return None
-    if stage is None:
-        return float(parameters * (2 if recipe.trainer.get("bf16") else _BYTES))
-    return 3 * _BYTES * parameters * _trained_share(stage)
+    return None if parameters is None else float(parameters * _width(recipe))
 
 
-def _trained_share(stage: StageConfig) -> float:
-    return 1.0 if stage.lora.rank == 0 else 0.02  # an adapter of rank 64-128 on every projection
+def checkpoint_bytes(stage: StageConfig, recipe: Recipe) -> float | None:
+    """Bytes of a checkpoint inside a stage: what is trained, and Adam's two moments of it."""
+    trained = _trained(stage, recipe)
+    return None if trained is None else 3.0 * _FP32 * trained
+
+
+def at_hand(model: ModelConfig) -> ModelConfig:
+    """The configuration with the sizes of its checkpoint, where that is a directory here."""
+    if model.path is None or not (Path(model.path) / "config.json").is_file():
+        return model
+    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    parameters = 0
+    for file in sorted(Path(model.path).glob("*.safetensors")):
+        with safe_open(file, "numpy") as weights:
+            names = weights.keys()
+            parameters += sum(math.prod(weights.get_slice(n).get_shape()) for n in names)
+    return replace(
+        model, parameters=parameters or None, hidden_size=text["hidden_size"],
+        layers=text["num_hidden_layers"],
+    )  # fmt: skip
 
 
 def count_parameters(model: ModelConfig) -> int | None:
@@ -79,25 +109,42 @@ def _sequences(stage: StageConfig) -> int:
     return stage.batch_size * rolled * stage.num_generations
 
 
-def _states(stage: StageConfig, parameters: int | None, width: int) -> float | None:
-    """Bytes of weights, gradients and Adam's two moments of what is trained, and the KL
-    reference."""
-    if parameters is None:
+def _width(recipe: Recipe) -> int:
+    """Bytes of a weight that is not trained."""
+    return 2 if recipe.trainer.get("bf16") else _FP32
+
+
+def _trained(stage: StageConfig, recipe: Recipe) -> float | None:
+    """Parameters that a stage trains: all, or those of its adapter."""
+    if stage.lora.rank == 0:
+        return count_parameters(recipe.model)
+    model = recipe.model
+    hidden = model.scratch.hidden_size if model.path is None else model.hidden_size
+    layers = model.scratch.layers if model.path is None else model.layers
+    if hidden is None or layers is None:
         return None
-    share = _trained_share(stage)
-    copies = 1.0 + 3 * share
-    if stage.holds and stage.lora.rank == 0:
-        copies += 1.0
-    return parameters * width * copies
+    return float(_ADAPTER_WIDTHS * stage.lora.rank * hidden * layers)
 
 
-def _activations(stage: StageConfig, model: ModelConfig, width: int) -> float | None:
+def _states(stage: StageConfig, recipe: Recipe) -> float | None:
+    """Bytes of weights, gradients, Adam's two moments, and the KL reference. What is trained is in
+    fp32."""
+    parameters, trained = count_parameters(recipe.model), _trained(stage, recipe)
+    if parameters is None or trained is None:
+        return None
+    if stage.lora.rank:
+        return parameters * _width(recipe) + 4 * _FP32 * trained
+    return (5 if stage.holds else 4) * _FP32 * parameters
+
+
+def _activations(stage: StageConfig, recipe: Recipe) -> float | None:
     """Bytes that a micro-batch keeps for its backward, in the language model.
 
     17 values a token, layer and hidden unit (Korthikanti et al., arXiv:2205.05198, table 2, without
     the attention matrix, which is not kept), and the logits of the completion in fp32, with their
     gradient.
     """
+    model, width = recipe.model, _width(recipe)
     s = model.scratch
     prompt = (s.image_size // s.patch_size // 2) ** 2 + 16
     hidden, layers, vocabulary = s.hidden_size, s.layers, s.vocabulary

@@ -7,9 +7,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -17,9 +17,10 @@ from elva.data import Pool, load
 from elva.data.queries import Queries
 from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
+from elva.evaluation.trained import evaluate_split, evaluation_tasks
 from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run, source_of
-from elva.training.estimate import state_bytes
+from elva.training.estimate import at_hand, checkpoint_bytes, memory_bytes, model_bytes
 from elva.training.examples import Examples
 from elva.training.plan import steps_an_epoch
 
@@ -33,10 +34,11 @@ Row = dict[str, Any]
 
 @dataclass
 class Ready:
-    """What was found: a row a stage, and what is not at hand yet."""
+    """What was found: a row a stage, what is evaluated, and what is not at hand, a line each."""
 
     stages: dict[str, Row] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
+    evaluation: str = ""
+    problems: list[str] = field(default_factory=list)
 
 
 def check(
@@ -46,35 +48,47 @@ def check(
     *,
     controls: bool = True,
     output: Path = Path("."),
-    whole: bool = True,
 ) -> Ready:
     """Refuse what cannot be trained here, before a run directory is made for it.
 
     Args:
         start_from: a run that may hold what the first of `stages` starts from.
         output: where the run will lie, for the space on its disk.
-        whole: refuse what is not at hand; False lists it (`--dry-run`).
 
     Raises:
         UserError, DataError: several processes or GPUs, an unknown stage or one that has nothing to
             start from, data or a model that is not there or not what the recipe asks of it.
     """
-    _refuse_several()
     names = chosen(recipe, stages)
-    if names and start_from is None and (place := list(recipe.stages).index(names[0])):
-        refuse_start(names[0], list(recipe.stages)[place - 1])
-    ready = Ready()
-    for line in _missing(recipe, names):
-        if whole:
-            raise RunError(line)
-        ready.missing.append(line)
-    kinds = {f"stages.{name}": recipe.stages[name] for name in names}
+    for line in _problems(recipe, names, start_from):
+        raise RunError(line)
+    ready = look(recipe, stages, start_from, controls=controls)
+    _refuse_full_disk(recipe, len(ready.stages), output)
+    return ready
+
+
+def look(
+    recipe: Recipe,
+    stages: Sequence[str] | None = None,
+    start_from: Run | None = None,
+    *,
+    controls: bool = True,
+) -> Ready:
+    """The same with what is not at hand as lines, for `--dry-run`.
+
+    Raises:
+        UserError, DataError: data that is there, and not what the recipe asks of it.
+    """
+    names = chosen(recipe, stages)
+    recipe = replace(recipe, model=at_hand(recipe.model))
+    ready = Ready(problems=list(_problems(recipe, names, start_from)))
+    kinds = {name: recipe.stages[name] for name in names}
     if controls and names and names[-1] == list(recipe.stages)[-1]:
-        kinds |= {f"controls.{name}": stage for name, stage in recipe.controls.items()}
-    for where, stage in kinds.items():
+        kinds |= recipe.controls
+    for name, stage in kinds.items():
         if stage.data == "emoji" or Path(stage.data).is_dir():
-            ready.stages[where.partition(".")[2]] = _look(recipe, stage)
-    _refuse_full_disk(recipe, len(kinds), output)
+            ready.stages[name] = _look(recipe, stage)
+    ready.evaluation = _evaluation(recipe, names)
     return ready
 
 
@@ -96,24 +110,28 @@ def notices(stage: StageConfig, examples: Examples) -> Iterator[str]:
         )
 
 
-def refuse_start(name: str, previous: str) -> NoReturn:
-    raise RunError(
+def no_start(name: str, previous: str) -> str:
+    """What is said of a stage that has nothing to start from."""
+    return (
         f"train: stage {name} starts from stage {previous}, which is not trained; "
         "train it too or pass --from RUN"
     )
 
 
-def _refuse_several() -> None:
+def _problems(recipe: Recipe, names: Sequence[str], start_from: Run | None) -> Iterator[str]:
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise RunError(
+        yield (
             f"train: the number of processes must be 1, got {processes}; "
             "training on several is not supported yet"
         )
     if (devices := torch.cuda.device_count()) > 1:
-        raise RunError(
+        yield (
             f"train: the number of visible GPUs must be 1, got {devices}; "
             "set CUDA_VISIBLE_DEVICES=0 (training on several is not supported yet)"
         )
+    if names and start_from is None and (place := list(recipe.stages).index(names[0])):
+        yield no_start(names[0], list(recipe.stages)[place - 1])
+    yield from _missing(recipe, names)
 
 
 def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
@@ -151,14 +169,14 @@ def _look(recipe: Recipe, stage: StageConfig) -> Row:
         "pictures": examples.pictures,
         "with_negatives": examples.negatives,
         "steps_an_epoch": steps_an_epoch(stage, examples),
-        "notices": list(notices(stage, examples)),
+        "notices": [*notices(stage, examples), *_memory_notice(recipe, stage)],
     }
 
 
 def _refuse_full_disk(recipe: Recipe, stages: int, output: Path) -> None:
     """A model a stage; of the one that trains two checkpoints, and a third being written."""
-    largest = max(state_bytes(stage, recipe) or 0 for stage in recipe.stages.values())
-    weights = (state_bytes(None, recipe) or 0) * stages
+    largest = max(checkpoint_bytes(stage, recipe) or 0 for stage in recipe.stages.values())
+    weights = (model_bytes(recipe) or 0) * stages
     place = output.absolute()
     while not place.exists():
         place = place.parent
@@ -168,3 +186,29 @@ def _refuse_full_disk(recipe: Recipe, stages: int, output: Path) -> None:
             f"train: {place} must have {(weights + 3 * largest) / 1e9:.1f} GB free for models and "
             f"checkpoints, got {free / 1e9:.1f}; choose another --output"
         )
+
+
+def _memory_notice(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
+    """A line where the estimate is more than the device has."""
+    needed = memory_bytes(stage, recipe)
+    if torch.cuda.is_available():
+        there, of = torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    else:
+        there, of = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
+    if needed is not None and needed > there:
+        yield (
+            f"estimated at {needed / 1e9:.1f} GB, {of} has {there / 1e9:.1f}; "
+            "lower micro_batch_size, or set lora.rank"
+        )
+
+
+def _evaluation(recipe: Recipe, names: Sequence[str]) -> str:
+    """What is evaluated after each stage, or why nothing is."""
+    data = recipe.stages[max(recipe.stages)].data
+    if not (recipe.evaluate and names and (data == "emoji" or Path(data).is_dir())):
+        return "nothing"
+    root = source_of(recipe, data)
+    split = evaluate_split(root)
+    if split is None:
+        return f"nothing: {root} has neither test nor val queries"
+    return f"{split}: {', '.join(evaluation_tasks(root, split, recipe))}"
