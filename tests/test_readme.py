@@ -56,6 +56,11 @@ NOT_RUN = {
         "tests/test_benchmark.py",
         "the_benchmarks_print_their_report",
     ),
+    "elva train --recipe elva-2b --model": Proof(
+        "it needs a checkpoint and M-BEIR; a small one of each is trained",
+        "tests/elva/test_published.py",
+        '("--recipe", "elva-2b", "--model", released("untied"), "--data", tree)',
+    ),
     "python -m benchmarks.report": Proof(
         "it draws anew what is kept in the tree", "benchmarks/report.py", "plot(result,"
     ),

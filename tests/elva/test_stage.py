@@ -16,7 +16,7 @@ import elva_kernels
 from elva.data import load
 from elva.errors import RunError
 from elva.model.retriever import Retriever
-from elva.recipe import NegativeConfig, RewardConfig, StageConfig
+from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
 from elva.training import ranking
 from elva.training.comparison import SOURCES, Comparison, compare
 from elva.training.examples import Examples
@@ -378,3 +378,18 @@ def test_a_policy_whose_summaries_never_end_is_stopped(
 
 def test_sources_are_named_in_their_order() -> None:
     assert SOURCES == ("given", "mined", "random", "in_batch")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_summaries_shrink_to_nothing_without_an_anchor(
+    anchor: float, released: Released, corpus: Path, tmp_path: Path
+) -> None:
+    """InfoNCE alone leaves the words of a summary to drift: measured, they vanish."""
+    stage = replace(
+        INFO_NCE, tasks={}, ret=1.0, anchor=anchor, batch_size=24, learning_rate=1e-3,
+        lora=LoraSettings(128, 256), max_completion_length=16,
+    )  # fmt: skip
+    run = Stage(released("untied"), corpus, stage, tmp_path, steps=120).train()
+    length = np.mean([step["completion_length"] for step in run.log[-10:]])
+    assert length < 1.5 if anchor == 0 else length > 3, length
