@@ -12,6 +12,7 @@ on (every training query of text to picture, 50 mined and 50 random negatives, t
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from torch import Tensor
 
 import elva_kernels
 from benchmarks import report
-from elva.data import load
+from elva.data import Item
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
+from elva.recipe import NegativeConfig
 from elva.run import Run
-from elva.training.examples import Batch, Examples
 from elva.training.negatives import Negatives
+from elva.training.plan import Batch
+from elva.training.readiness import training_examples
 
 MARGINS = (-0.1, 0.0, 0.05, 0.1, 0.2, 0.4)
 PENALTIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -35,16 +38,29 @@ TASK = "t2i"
 
 def scores_of(run: Run) -> Tensor:
     """[Q, 101] scores of every training query's group, the positive's first."""
-    stage = replace(run.recipe.stages["3"], tasks={TASK: 1.0})
-    examples = Examples(load(run.source(stage.data), split="train"), stage.tasks)
+    stage = replace(
+        run.recipe.stages["3"], tasks={TASK: 1.0}, rollout_candidates="query",
+        negatives=NegativeConfig(given=0, mined=50, random=50, in_batch=False),
+    )  # fmt: skip
+    examples = training_examples(run.recipe, stage)
     retriever = Retriever.load(run.model("2"))
-    mined = Negatives(stage, examples, retriever, (run.recipe.seed, "defaults"))
-    queries = examples.queries[TASK]
-    embedded = encode(retriever, queries, max_completion_length=stage.max_completion_length)
-    bank = mined.banks[TASK]
-    right = torch.tensor([examples.positive_rows(q)[0] for q in queries])
-    negatives = bank[mined.rows(Batch(0, TASK, list(range(len(queries)))))]
-    return elva_kernels.ranking_reward(embedded.embeddings, bank[right], negatives).scores
+
+    def embed(items: Sequence[Item]) -> Tensor:
+        return encode(
+            retriever, items, max_completion_length=stage.max_completion_length
+        ).embeddings
+
+    negatives = Negatives(stage, examples, (run.recipe.seed, "defaults"), embed)
+    negatives.prepare(0)
+    rows = examples.rows[TASK].tolist()
+    queries = [examples.query(row) for row in rows]
+    right = torch.tensor([examples.right(query)[0] for query in queries])
+    bank = negatives.bank
+    assert bank is not None
+    index = torch.from_numpy(negatives.of(Batch(0, rows))[0])
+    return elva_kernels.ranking_reward(
+        embed(queries), bank[right], bank, negative_index=index
+    ).scores  # fmt: skip
 
 
 def ordered_share(rank: Tensor, reward: Tensor) -> float:
