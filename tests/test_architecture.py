@@ -33,7 +33,7 @@ ALLOWED = {
     ("elva.index.engines.faiss", "normalize"): ["faiss searches unit rows; scores are ours again"],
     ("elva.index.exact", "argsort"): [ORDER],
     ("elva.index.exact", "normalize"): ["the proof of exact search, in float64"],
-    ("elva.training.stage", "argsort"): [ORDER],
+    ("elva.training.summaries", "argsort"): [ORDER],
     ("elva.training.stage", "cross_entropy"): [WORDS],
 }
 

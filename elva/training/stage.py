@@ -28,10 +28,9 @@ from torch import Tensor
 
 import elva_kernels
 from elva.data import Item
-from elva.draws import uniforms
 from elva.model.inputs import Prompt, PromptBatch
 from elva.model.retriever import Retriever
-from elva.model.rollout import Rollouts, batches_by_length, encode, sample, token_log_probs
+from elva.model.rollout import Rollouts, token_log_probs
 from elva.recipe import StageConfig
 from elva.training import objective, ranking
 from elva.training.comparison import Comparison, compare
@@ -40,6 +39,7 @@ from elva.training.guards import Guards, refuse_broken_weights
 from elva.training.loop import Length, ResumableTrainer, autocast
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch, plan
+from elva.training.summaries import Summaries
 
 
 @dataclass
@@ -87,7 +87,8 @@ class StageTrainer(ResumableTrainer):
         retriever.train_in_fp32()
         self.reference = _frozen_copy(retriever) if stage.holds else None
         retriever.remember(examples.items(), at_most=examples.pictures)
-        self.negatives = Negatives(stage, examples, self.seed, self._embed)
+        self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic)
+        self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed)
         neighbours = None
         if stage.hard_batches:
             self.negatives.mine()
@@ -127,7 +128,7 @@ class StageTrainer(ResumableTrainer):
             self.negatives.prepare(batch.step)
             self._last = self._roll(batch)
         elif self.stage.embeds:
-            self._last.rollouts.embeddings = self._current_embeddings(
+            self._last.rollouts.embeddings = self.summaries.embeddings(
                 self._last.prompts, self._last.rollouts
             )
         gradient, advantages, metrics = self._score(self._last)
@@ -162,50 +163,9 @@ class StageTrainer(ResumableTrainer):
         prompts = [self.retriever.inputs.prompt(i) for i in items]
         gold = None
         if examples.captions is not None:
-            gold = self._caption_ids(examples.captions.of(shown))
-        rollouts = self._rollouts(batch, prompts, gold)
+            gold = self.summaries.caption_ids(examples.captions.of(shown))
+        rollouts = self.summaries.write(batch.step, prompts, gold)
         return _Rolled(batch, found, prompts, rollouts, gold, bank)
-
-    def _rollouts(self, batch: Batch, prompts: list[Prompt], gold: Tensor | None) -> Rollouts:
-        if self.stage.completions == "gold":
-            assert gold is not None
-            return self._as_written(prompts, gold)
-        stage = self.stage
-        groups = stage.num_generations
-        draws = uniforms(
-            (*self.seed, "draws", batch.step), (len(prompts), groups, stage.max_completion_length)
-        )
-        parts, order = [], []
-        size = max(1, stage.micro_batch_size // groups)
-        for rows in batches_by_length([len(p) for p in prompts], size):
-            with self.arithmetic():
-                part = sample(
-                    self.retriever,
-                    [prompts[i] for i in rows],
-                    draws=draws[rows],
-                    max_completion_length=stage.max_completion_length,
-                    temperature=stage.sampling_temperature,
-                )
-            parts.append(part)
-            order += [i * groups + g for i in rows for g in range(groups)]
-        back = torch.tensor(order).argsort().to(self.retriever.device)
-        return Rollouts.cat(parts, pad=self.retriever.inputs.ret_id).select(back)
-
-    def _as_written(self, prompts: list[Prompt], gold: Tensor) -> Rollouts:
-        """The captions as if the model had written them; [RET] alone where there is none."""
-        ret = self.retriever.inputs.ret_id
-        mask = gold != -100
-        mask[:, 0] = True
-        rollouts = Rollouts(
-            ids=gold.where(gold != -100, ret),
-            mask=mask,
-            log_probs=torch.zeros(gold.shape, device=gold.device),
-            finished=torch.ones(len(gold), dtype=torch.bool, device=gold.device),
-            embeddings=torch.zeros(len(gold), self.retriever.embedding_size, device=gold.device),
-        )
-        if self.stage.embeds:
-            rollouts.embeddings = self._current_embeddings(prompts, rollouts)
-        return rollouts
 
     def _score(self, rolled: _Rolled) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
         """Step 2: d loss / d embeddings [R, D], advantages [R] and what to log."""
@@ -234,9 +194,6 @@ class StageTrainer(ResumableTrainer):
             loss.backward()
         return leaf.grad, advantages, metrics
 
-    def _collate(self, prompts: list[Prompt]) -> PromptBatch:
-        return self.retriever.inputs.collate(prompts, self.retriever.device)
-
     def _per_row(self, group: Tensor, rolled: _Rolled) -> Tensor:
         """[B, G] -> [R]: every sequence shares the advantages of the actions that it is part of."""
         found, count = rolled.comparison, rolled.count
@@ -263,7 +220,7 @@ class StageTrainer(ResumableTrainer):
         tokens = None if target is None else (target != -100).sum().clamp(min=1)
         trained = rollouts.finished.sum().clamp(min=1)
         parts: defaultdict[str, float] = defaultdict(float)
-        for rows, prompts in self._micro_batches(rolled.prompts, groups):
+        for rows, prompts in self.summaries.micro_batches(rolled.prompts, groups):
             index = torch.tensor(rows, device=self.retriever.device)
             part = rollouts.select(index)
             with self.arithmetic():
@@ -296,14 +253,6 @@ class StageTrainer(ResumableTrainer):
                         rollouts.log_probs[index, : new.shape[1]] = new
             self.accelerator.backward(total)
         return dict(parts)
-
-    def _micro_batches(
-        self, prompts: list[Prompt], groups: int
-    ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """(rows of the rollouts, their prompts), rows of like length together."""
-        lengths = [len(p) for p in prompts for _ in range(groups)]
-        for rows in batches_by_length(lengths, self.stage.micro_batch_size):
-            yield rows, self._collate([prompts[i // groups] for i in rows])
 
     def _ret(self, hidden: Tensor, part: Rollouts) -> tuple[Tensor, float]:
         """Sums over rows: the loss of [RET] as the end, and its share of the probability to end."""
@@ -354,37 +303,6 @@ class StageTrainer(ResumableTrainer):
             assert isinstance(self.retriever.model, PeftModel)
             with self.retriever.model.disable_adapter():
                 yield self.retriever
-
-    def _embed(self, items: Sequence[Item]) -> Tensor:
-        """Greedy embeddings [n, D] with the weights of now."""
-        with self.arithmetic():
-            out = encode(
-                self.retriever, items, max_completion_length=self.stage.max_completion_length
-            )
-        return out.embeddings.to(self.retriever.device)
-
-    @torch.no_grad()
-    def _current_embeddings(self, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
-        """[RET] embeddings of kept summaries under the weights of now, [R, D]."""
-        groups = len(rollouts.ids) // len(prompts)
-        out = torch.zeros_like(rollouts.embeddings)
-        for rows, batch in self._micro_batches(prompts, groups):
-            part = rollouts.select(torch.tensor(rows, device=out.device))
-            with self.arithmetic():
-                hidden = self.retriever.hidden_states(batch, part.ids, part.mask)
-            out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
-        return out
-
-    def _caption_ids(self, captions: list[str | None]) -> Tensor:
-        """[len(captions), S] token ids, each ending in [RET]; a row without a caption is all
-        -100."""
-        inputs, limit = self.retriever.inputs, self.stage.max_completion_length
-        ids = [[] if c is None else inputs.text_ids(c) for c in captions]
-        rows = [[*i[: limit - 1], inputs.ret_id] if i else [] for i in ids]
-        out = torch.full((len(rows), max(1, *map(len, rows))), -100)
-        for k, row in enumerate(rows):
-            out[k, : len(row)] = torch.tensor(row)
-        return out.to(self.retriever.device)
 
     def refuse_broken_weights(self) -> None:
         """RunError where training has made NaN or inf of a weight."""

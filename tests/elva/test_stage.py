@@ -270,13 +270,15 @@ def test_mined_negatives_are_the_hardest_and_no_copies(
     negatives, examples = run.trainer.negatives, run.trainer.examples
     negatives.prepare(0)
     first, beyond = examples.candidates.span("t2i")
-    bank = run.trainer._embed([examples.candidates[i] for i in range(first, beyond)]).double()
+    bank = run.trainer.summaries.embed(
+        [examples.candidates[i] for i in range(first, beyond)]
+    ).double()
     batch = plan(POLICY, examples, 1, (0,))[0]
     rows, sources = negatives.of(batch)
     assert sources.tolist() == [[1, 1, 1, 2, 2]] * 2
     for b, row in enumerate(batch.rows):
         query = examples.query(row)
-        asked = run.trainer._embed([query]).double()
+        asked = run.trainer.summaries.embed([query]).double()
         scores = torch.cosine_similarity(asked, bank)
         order = [
             i

@@ -1,0 +1,121 @@
+"""A step's summaries: sampled, or the captions as if the model had written them; and what is read
+at their [RET]."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elva.data import Item
+from elva.draws import uniforms
+from elva.model.inputs import Prompt, PromptBatch
+from elva.model.retriever import Retriever
+from elva.model.rollout import Rollouts, batches_by_length, encode, sample
+from elva.recipe import StageConfig
+
+
+class Summaries:
+    """Writes and reads summaries with the weights of now.
+
+    Args:
+        seed: of the draws.
+        arithmetic: the autocast of every forward of the stage.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        stage: StageConfig,
+        seed: Sequence[int | str],
+        arithmetic: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.retriever, self.stage = retriever, stage
+        self.seed, self.arithmetic = tuple(seed), arithmetic
+
+    def write(self, step: int, prompts: list[Prompt], gold: Tensor | None) -> Rollouts:
+        """Rollouts, G rows a prompt; `gold`: token ids [len(prompts), S] of captions."""
+        if self.stage.completions == "gold":
+            assert gold is not None
+            return self._as_written(prompts, gold)
+        stage = self.stage
+        groups = stage.num_generations
+        draws = uniforms(
+            (*self.seed, "draws", step), (len(prompts), groups, stage.max_completion_length)
+        )
+        parts, order = [], []
+        size = max(1, stage.micro_batch_size // groups)
+        for rows in batches_by_length([len(p) for p in prompts], size):
+            with self.arithmetic():
+                part = sample(
+                    self.retriever,
+                    [prompts[i] for i in rows],
+                    draws=draws[rows],
+                    max_completion_length=stage.max_completion_length,
+                    temperature=stage.sampling_temperature,
+                )
+            parts.append(part)
+            order += [i * groups + g for i in rows for g in range(groups)]
+        back = torch.tensor(order).argsort().to(self.retriever.device)
+        return Rollouts.cat(parts, pad=self.retriever.inputs.ret_id).select(back)
+
+    def _as_written(self, prompts: list[Prompt], gold: Tensor) -> Rollouts:
+        """The captions as if the model had written them; [RET] alone where there is none."""
+        ret = self.retriever.inputs.ret_id
+        mask = gold != -100
+        mask[:, 0] = True
+        rollouts = Rollouts(
+            ids=gold.where(gold != -100, ret),
+            mask=mask,
+            log_probs=torch.zeros(gold.shape, device=gold.device),
+            finished=torch.ones(len(gold), dtype=torch.bool, device=gold.device),
+            embeddings=torch.zeros(len(gold), self.retriever.embedding_size, device=gold.device),
+        )
+        if self.stage.embeds:
+            rollouts.embeddings = self.embeddings(prompts, rollouts)
+        return rollouts
+
+    def embed(self, items: Sequence[Item]) -> Tensor:
+        """Greedy embeddings [n, D] with the weights of now."""
+        with self.arithmetic():
+            out = encode(
+                self.retriever, items, max_completion_length=self.stage.max_completion_length
+            )
+        return out.embeddings.to(self.retriever.device)
+
+    @torch.no_grad()
+    def embeddings(self, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
+        """[RET] embeddings of kept summaries under the weights of now, [R, D]."""
+        groups = len(rollouts.ids) // len(prompts)
+        out = torch.zeros_like(rollouts.embeddings)
+        for rows, batch in self.micro_batches(prompts, groups):
+            part = rollouts.select(torch.tensor(rows, device=out.device))
+            with self.arithmetic():
+                hidden = self.retriever.hidden_states(batch, part.ids, part.mask)
+            out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
+        return out
+
+    def caption_ids(self, captions: list[str | None]) -> Tensor:
+        """[len(captions), S] token ids, each ending in [RET]; a row without a caption is all
+        -100."""
+        inputs, limit = self.retriever.inputs, self.stage.max_completion_length
+        ids = [[] if c is None else inputs.text_ids(c) for c in captions]
+        rows = [[*i[: limit - 1], inputs.ret_id] if i else [] for i in ids]
+        out = torch.full((len(rows), max(1, *map(len, rows))), -100)
+        for k, row in enumerate(rows):
+            out[k, : len(row)] = torch.tensor(row)
+        return out.to(self.retriever.device)
+
+    def micro_batches(
+        self, prompts: list[Prompt], groups: int
+    ) -> Iterator[tuple[list[int], PromptBatch]]:
+        """(rows of the rollouts, their prompts), rows of like length together."""
+        lengths = [len(p) for p in prompts for _ in range(groups)]
+        for rows in batches_by_length(lengths, self.stage.micro_batch_size):
+            yield (
+                rows,
+                self.retriever.inputs.collate(
+                    [prompts[i // groups] for i in rows], self.retriever.device
+                ),
+            )
