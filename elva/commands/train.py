@@ -55,24 +55,32 @@ def _train(
     limit: int | None,
     controls: bool,
 ) -> None:
-    tokenised = _Tokenised()
+    shared = _Shared(reporter)
     for name in names:
         beginning = _beginning(run, name, start_from)
-        _train_stage(run, name, reporter, tokenised, beginning, limit)
+        _train_stage(run, name, reporter, shared, beginning, limit)
     last = list(run.recipe.stages)[-1]
     if controls and last in names:
         done = run.read(last, "stage.json")
         budget = Length(CLOCKED_STEPS * done["steps"], done["seconds"])
         for name in run.recipe.controls:
             beginning = _beginning(run, last, start_from)
-            _train_stage(run, name, reporter, tokenised, beginning, limit, budget)
+            _train_stage(run, name, reporter, shared, beginning, limit, budget)
 
 
-class _Tokenised:
-    """Loads the models of a run so that nothing is tokenised twice."""
+class _Shared:
+    """What the stages of a run share, so that nothing is tokenised or said twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
         self._inputs: Inputs | None = None
+        self._said: set[str] = set()
+
+    def say(self, title: str, line: str) -> None:
+        """A line about a stage's data, once a run."""
+        if line not in self._said:
+            self._said.add(line)
+            self.reporter.say(f"{title}: {line}")
 
     def load(self, path: Path, summary_prompt: str | None) -> Retriever:
         retriever = Retriever.load(path, summary_prompt=summary_prompt, inputs=self._inputs)
@@ -120,7 +128,7 @@ def _train_stage(
     run: Run,
     name: str,
     reporter: Reporter,
-    tokenised: _Tokenised,
+    shared: _Shared,
     beginning: Path,
     limit: int | None,
     budget: Length | None = None,
@@ -129,7 +137,7 @@ def _train_stage(
     title = run.title(name)
     if not run.is_trained(name):
         torch.manual_seed(run.recipe.seed)
-        retriever = tokenised.load(beginning, run.recipe.model.summary_prompt)
+        retriever = shared.load(beginning, run.recipe.model.summary_prompt)
         if stage.lora.rank:
             retriever.add_lora(stage.lora)
         retriever.freeze_vision(not stage.train_vision)
@@ -138,7 +146,7 @@ def _train_stage(
         length = stage_length(stage, examples, limit, budget)
         reporter.start(title, length.steps if length.seconds is None else None)
         for line in notices(stage, examples):
-            reporter.say(f"{title}: {line}")
+            shared.say(title, line)
         trainer = StageTrainer(
             retriever,
             stage,
@@ -158,7 +166,7 @@ def _train_stage(
         _finish(run, name, trainer)
         reporter.finish(_line(run, name, title))
     if run.recipe.evaluate and not (run.stage(name) / "evaluation.json").is_file():
-        evaluate_stage(run, name, reporter, retriever=tokenised.load(run.model(name), None))
+        evaluate_stage(run, name, reporter, retriever=shared.load(run.model(name), None))
 
 
 def stage_length(

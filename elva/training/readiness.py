@@ -104,10 +104,7 @@ def notices(stage: StageConfig, examples: Examples) -> Iterator[str]:
     if examples.unanswered:
         yield f"{examples.unanswered:,} queries have no right answer in the pool and train nothing"
     if examples.negatives and stage.embeds and not stage.negatives.given:
-        yield (
-            f"{examples.negatives:,} queries name negatives, which are not used; "
-            "negatives.given takes them"
-        )
+        yield "its queries name negatives, which are not used; negatives.given takes them"
 
 
 def no_start(name: str, previous: str) -> str:
