@@ -1,11 +1,13 @@
-"""Hard negatives: the rows of a pool most similar to each query that are no answer to it.
+"""Negatives out of a pool: the rows most similar to each query that are no answer to it, and rows
+drawn at random.
 
 Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: drop the candidates whose similarity exceeds a
 threshold, keep the top 50 of what remains. Differs from the paper, which does not mention copies:
 a copy of a right answer is a right answer, and a copy of a harder negative is no second one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 import elva_kernels
+from elva.draws import Seed, uniforms
 from elva.index.exact import Found, Stack, merge
 
 BLOCK_MB = 64
@@ -169,3 +172,33 @@ def _leading(found: Found, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
         torch.nn.functional.pad(scores, short, value=-torch.inf),
         torch.nn.functional.pad(rows, short, value=-1),
     )
+
+
+def at_random(
+    span: tuple[int, int], taken: Collection[int], count: int, identities: Identities, seed: Seed
+) -> list[int]:
+    """Rows drawn evenly from a pool: none of those taken, no content of theirs, none twice.
+
+    Args:
+        span: first row and one beyond the last.
+        taken: rows of the right answers and of the negatives that are chosen already.
+        count: fewer where the pool has no more.
+        identities: called for as many rows as are wanted, not for all that are drawn.
+        seed: the draw is a pure function of it.
+    """
+    first, size = span[0], span[1] - span[0]
+    left = set(taken)
+    seen = set(identities(np.array(sorted(taken), np.int64)).tolist()) if count else set()
+    found: list[int] = []
+    tries = itertools.count()
+    while len(found) < count and len(left) < size:
+        draws = (uniforms((*seed, next(tries)), (2 * count + 8,)) * size).long() + first
+        fresh = [row for row in dict.fromkeys(draws.tolist()) if row not in left]
+        while fresh and len(found) < count:
+            some, fresh = fresh[: count - len(found)], fresh[count - len(found) :]
+            left.update(some)
+            for row, identity in zip(some, identities(np.array(some)).tolist(), strict=True):
+                if identity not in seen:
+                    seen.add(identity)
+                    found.append(row)
+    return found

@@ -46,43 +46,24 @@ Schedule = Literal[
 COLDEST = 1e-6  # elva_kernels' least temperature
 
 
-OURS = {
-    "per_device_train_batch_size": "stages.N.batch_size",
-    "gradient_accumulation_steps": "stages.N.micro_batch_size",
-    "max_steps": "stages.N.steps",
-    "num_train_epochs": "stages.N.epochs",
-    "learning_rate": "stages.N.learning_rate",
-    "lr_scheduler_type": "stages.N.schedule",
-    "warmup_steps": "stages.N.warmup_ratio",
-    "warmup_ratio": "stages.N.warmup_ratio",
-    "weight_decay": "stages.N.weight_decay",
-    "max_grad_norm": "stages.N.max_grad_norm",
-    "seed": "seed",
-    "data_seed": "seed",
-    "output_dir": "--output",
-    "save_strategy": "save_seconds",
-    "save_steps": "save_seconds",
-    "eval_strategy": "evaluate",
-    "train_sampling_strategy": "stages.N.hard_batches",
-    "auto_find_batch_size": "stages.N.micro_batch_size",
-    "dataloader_drop_last": "stages.N.batch_size",
-    "remove_unused_columns": "stages.N.data",
-    "fp16": "trainer.bf16",
-    "fsdp": None,
-    "deepspeed": None,
-    "parallelism_config": None,
-}
-"""transformers' arguments that say what a field of the recipe says already, with that field, or
-that need several processes; a second word for either would be ignored, or train something else."""
+TAKEN = (
+    "bf16", "tf32", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_kwargs",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",
+)  # fmt: skip
+"""Arguments of transformers' TrainingArguments that a stage can follow. Every other one is said by
+a field of the recipe already, or would be ignored, or would train something else."""
+
+OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Those whose state is tensors a weight, which a checkpoint holds."""
 
 
-def _says_it_once(values: Mapping[str, Any]) -> bool:
-    return not set(values) & set(OURS)
+def _are_taken(values: Mapping[str, Any]) -> bool:
+    return set(values) <= set(TAKEN) and values.get("optim", OPTIMISERS[0]) in OPTIMISERS
 
 
 def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
     """Whether TrainingArguments takes them; transformers is imported only where there are any."""
-    if not values or not _says_it_once(values):
+    if not values or not _are_taken(values):
         return True
     from transformers import TrainingArguments
 
@@ -107,9 +88,9 @@ Shares = Annotated[
 TrainerArguments = Annotated[
     Mapping[Name, Plain],
     Rule(
-        "not hold what other fields say: "
-        + ", ".join(f"{name} ({field})" if field else name for name, field in OURS.items()),
-        _says_it_once,
+        f"hold no more than {', '.join(TAKEN)}, optim one of {', '.join(OPTIMISERS)} (batch size: "
+        "stages.N.batch_size, memory: stages.N.micro_batch_size)",
+        _are_taken,
     ),
     Rule("be arguments of transformers' TrainingArguments", _are_trainer_arguments),
 ]
@@ -231,6 +212,7 @@ class StageConfig:
     epochs: Positive | None = None  # where steps is None
     batch_size: Count = 64  # queries a step
     micro_batch_size: Count = 1024  # sequences a forward and backward
+    rollout_batch_size: Count = 1024  # sequences that are sampled at once: a cache, no gradients
     learning_rate: Weight = 5e-4
     warmup_ratio: Share = 0.03
     schedule: Schedule = "cosine"
@@ -249,7 +231,7 @@ class StageConfig:
     max_completion_length: Whole = 16
     rollout_candidates: Literal["all", "query_positive", "query"] = "query_positive"
     # ranking and mining
-    max_score: Number = 0.99  # a candidate more similar than this is not a negative (sec. 3.4)
+    max_score: Number = 0.99  # a candidate more similar than this is not mined (sec. 3.4)
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
     # grpo, after TRL's names
@@ -271,6 +253,14 @@ class StageConfig:
             yield "negatives.in_batch", "be true where infonce is over 0"
         if self.ranks and not (negatives.in_batch or negatives.count):
             yield "negatives", "leave something to rank against"
+        if self.policy > 0 and self.num_generations < 2:
+            yield "num_generations", "be at least 2 where policy is over 0"
+        if self.hard_batches and self.batches == "mixed":
+            yield "batches", "be task where hard_batches is true"
+        if self.holds and self.lora.rank and self.train_vision:
+            yield "train_vision", "be false where an adapter is held to its start"
+        if self.learn_temperature and self.infonce == 0:
+            yield "learn_temperature", "be false where infonce is 0"
 
     @property
     def ranks(self) -> bool:
@@ -420,6 +410,7 @@ def _paper(name: str, model: ModelConfig) -> Recipe:
     common = StageConfig(
         max_completion_length=128,
         micro_batch_size=8,
+        rollout_batch_size=256,
         lora=LoraSettings(128, 256),
         rollout_candidates="all",
     )

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
+from elva.data.schema import hashed_id
 from elva.data.strict import Faults, columns, dump, lines, write_lines
-from elva.draws import permutation, uniforms
+from elva.draws import permutation
 from elva.errors import UserError
 from elva.files import write_directory
-from elva.hardest import ANSWERS, BLOCK_MB, SPARE, Identities, hardest
+from elva.hardest import ANSWERS, BLOCK_MB, SPARE, at_random, hardest
 from elva.index import Found, exact
 from elva.index.embeddings import Embeddings
 from elva.progress import SILENT, Reporter
@@ -174,8 +175,10 @@ def _negatives(
     right = _right(one, qids, asked, shown.ids)
     parts = [shard.embeddings for shard in shown.opened]
 
+    at = one.pool.find(np.array([hashed_id(did) for did in shown.ids], np.int64))
+
     def identities(rows: np.ndarray) -> np.ndarray:
-        return one.pool.identities([one.pool.row(shown.ids[row]) for row in rows.tolist()])
+        return one.pool.identities(at[rows])
 
     reporter.start(f"search {one.stem}", len(shown.ids), "rows")
     found = hardest(
@@ -187,7 +190,10 @@ def _negatives(
     chosen: dict[str, list[str]] = {}
     for i, qid in enumerate(qids):
         hard = _hard(qid, settings, Found(found.scores[i], found.rows[i]))
-        rest = _random(qid, settings, {*hard, *right[i]}, len(shown.ids), identities)
+        rest = at_random(
+            (0, len(shown.ids)), {*hard, *right[i]}, settings.num_random, identities,
+            (settings.seed, "random", qid),
+        )  # fmt: skip
         chosen[qid] = [shown.ids[row] for row in (*hard, *rest)]
         counts.hard += len(hard)
         counts.random += len(rest)
@@ -241,31 +247,6 @@ def _hard(qid: str, settings: Mining, found: Found) -> list[int]:
         drawn = permutation((settings.seed, "hard", qid), len(rows))[: settings.num_negatives]
         return [rows[i] for i in sorted(drawn)]
     return rows[: settings.num_negatives]
-
-
-def _random(
-    qid: str, settings: Mining, taken: set[int], size: int, identities: Identities
-) -> list[int]:
-    """Rows drawn from the whole pool, none of them taken, no content twice.
-
-    Args:
-        taken: rows of the right answers and of the hard negatives.
-        size: rows of the pool.
-    """
-    seen = set(identities(np.array(sorted(taken), np.int64)).tolist())
-    found: list[int] = []
-    tries = 0
-    while len(found) < settings.num_random and len(taken) < size:
-        draws = uniforms((settings.seed, "random", qid, tries), (2 * settings.num_random,))
-        rows = [row for row in dict.fromkeys((draws * size).long().tolist()) if row not in taken]
-        for row, content in zip(rows, identities(np.array(rows, np.int64)).tolist(), strict=True):
-            if len(found) < settings.num_random:
-                taken.add(row)
-                if content not in seen:
-                    seen.add(content)
-                    found.append(row)
-        tries += 1
-    return found
 
 
 def _write(

@@ -101,5 +101,5 @@ def _cut_qrels(data: Path, partial: Path, stem: str, split: str, asked: set[int]
     path = qrels_file(data, stem, split)
     if path.exists():
         text = (line.rstrip("\r\n") for _, line in lines(path))
-        kept = (line for line in text if hashed_id(columns(line)[0]) in asked)
+        kept = (line for line in text if (ids := columns(line)) and hashed_id(ids[0]) in asked)
         write_lines(qrels_file(partial, stem, split), kept)

@@ -1,5 +1,6 @@
 """`elva train`: every stage of a recipe, each from the files of the one before."""
 
+import gc
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,6 +165,8 @@ def _train_stage(
         run.forget_after(name, steps)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         _finish(run, name, trainer)
+        del trainer, retriever, examples
+        gc.collect()  # Trainer refers to itself: its model would live beside the one that follows
         reporter.finish(_line(run, name, title))
     if run.recipe.evaluate and not (run.stage(name) / "evaluation.json").is_file():
         evaluate_stage(run, name, reporter, retriever=shared.load(run.model(name), None))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -117,6 +116,13 @@ def _line(title: str, result: Mapping[str, Any]) -> str:
     return f"{title}: {', '.join(shown)} in {result['seconds']:.0f} s"
 
 
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most so many of some rows, at equal distances."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.arange(count) * len(rows) // count]
+
+
 @dataclass(frozen=True)
 class _Task:
     """Queries, and which rows of their pool compete; a place is the position of a row in `rows`."""
@@ -127,15 +133,16 @@ class _Task:
 
     @classmethod
     def of(cls, dataset: Dataset, task: str, limit: int | None) -> _Task:
-        """All of the task, or its first `limit` queries against their positives and the first
-        `limit` others."""
-        queries = dataset.queries.select(dataset.queries.rows_of(task)[:limit])
+        """All of the task, or `limit` of its queries against their positives and `limit` others,
+        both spread evenly over the data: a task is often of several sets."""
+        rows = dataset.queries.rows_of(task)
+        queries = dataset.queries.select(rows if limit is None else _spread(rows, limit))
         pool = dataset.pool(task)
         if limit is None:
             return cls(queries, pool, np.arange(len(pool)))
-        right = dict.fromkeys(pool.row(p) for q in queries for p in q.positives)
-        others = islice((row for row in range(len(pool)) if row not in right), limit)
-        return cls(queries, pool, np.array([*right, *others], np.int64))
+        right = [pool.row(p) for q in queries for p in q.positives]
+        others = np.setdiff1d(np.arange(len(pool)), right)
+        return cls(queries, pool, np.array([*dict.fromkeys(right), *_spread(others, limit)]))
 
     def __len__(self) -> int:
         return len(self.rows)

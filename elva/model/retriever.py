@@ -91,8 +91,10 @@ class Retriever:
 
     def save(self, path: Path) -> None:
         """Write weights (safetensors), tokenizer and processor; an adapter is merged first, on a
-        copy."""
-        self.merged().save_pretrained(path, safe_serialization=True)
+        copy. A model of which a part was trained, and so is in fp32, is written in fp32 whole."""
+        model = self.merged()
+        kinds = {p.dtype for p in model.parameters()}
+        (model.float() if len(kinds) > 1 else model).save_pretrained(path, safe_serialization=True)
         self.inputs.save(path)
         (path / PROMPT_FILE).write_text(json.dumps({"summary_prompt": self.inputs.summary_prompt}))
 
@@ -158,8 +160,8 @@ class Retriever:
             features.update(zip(chunk, out.pooler_output, strict=True))
         return features
 
-    def remember(self, items: Iterable[Item], *, at_most: int | None = None) -> None:
-        """Compute a frozen tower's features of some items' pictures now and keep them, if all fit.
+    def remember(self, items: Iterable[Item], *, at_most: int | None = None) -> bool:
+        """Whether a frozen tower's features of some items' pictures, all of them, are kept now.
 
         All or none: a cache that fills as it goes would make the bits of a feature depend on which
         pictures happened to share its batch, and a resumed run differ from the one that was not
@@ -168,21 +170,24 @@ class Retriever:
         Args:
             at_most: pictures that there can be, where it is known: what cannot fit is not read.
         """
-        least = self.embedding_size * 4  # bytes of a picture of one token
-        if self.train_vision or (at_most or 0) * least > FEATURES_KEPT_MB << 20:
-            return
-        images = dict.fromkeys(prompt.image for prompt in map(self.inputs.prompt, items))
-        wanted = [i for i in images if i is not None and i not in self._features]
-        if not wanted:
-            return
-        merged = (
-            int(self.inputs.patches(wanted[0])[1].prod())
-            // self.inputs.image_processor.merge_size**2
-        )
-        if len(wanted) * merged * least > FEATURES_KEPT_MB << 20:
-            return
+        token = self.embedding_size * 4  # bytes
+        if self.train_vision or (at_most or 0) * token > FEATURES_KEPT_MB << 20:
+            return False
+        seen: dict[str, None] = {}
+        total = 0
+        for item in items if at_most != 0 else ():
+            if item.image is None:
+                continue
+            prompt = self.inputs.prompt(item)
+            if prompt.image is not None and prompt.image not in seen:
+                seen[prompt.image] = None
+                total += int((prompt.input_ids == self.inputs.image_id).sum()) * token
+            if total > FEATURES_KEPT_MB << 20:
+                return False
+        wanted = [image for image in seen if image not in self._features]
         with torch.no_grad():
             self._features.update((k, f.clone()) for k, f in self.image_features(wanted).items())
+        return True
 
     def forget(self) -> None:
         """Drop the features that are kept."""

@@ -52,7 +52,9 @@ def memory_bytes(stage: StageConfig, recipe: Recipe) -> float | None:
 def model_bytes(recipe: Recipe) -> float | None:
     """Bytes of a stage's model on disk."""
     parameters = count_parameters(recipe.model)
-    return None if parameters is None else float(parameters * _width(recipe))
+    whole = any(stage.lora.rank == 0 for stage in recipe.stages.values())  # trained, so in fp32
+    width = _FP32 if whole else _width(recipe)
+    return None if parameters is None else float(parameters * width)
 
 
 def checkpoint_bytes(stage: StageConfig, recipe: Recipe) -> float | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -63,6 +64,14 @@ class Guards:
         if self._lasts("kl", metrics.get("kl", 0.0) > RUNAWAY_KL):
             line = f"kl is over {RUNAWAY_KL:g} nats a token for {PATIENCE} steps"
             self._once("kl", f"{line}; lower the learning_rate or raise beta")
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """For a checkpoint."""
+        return {"since": dict(self._since), "said": dict(self.said)}
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """What `state` gave."""
+        self._since, self.said = dict(state["since"]), dict(state["said"])
 
     def _lasts(self, name: str, now: bool) -> bool:
         self._since[name] = self._since.get(name, 0) + 1 if now else 0

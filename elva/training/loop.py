@@ -1,5 +1,7 @@
 """transformers' Trainer, resumable to the bit: a fixed plan of steps, checkpoints of our own.
 
+To the bit on a CPU; on a GPU as far as torch's own kernels repeat themselves.
+
 What a step computes is its subclass's matter (`stage`).
 """
 
@@ -23,6 +25,9 @@ from elva import checkpoint
 from elva.recipe import StageConfig
 from elva.training.guards import refuse_broken_weights
 from elva.training.plan import Batch
+
+LEAST_TEMPERATURE = 0.01
+"""Of one that is learnt."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,14 @@ class ResumableTrainer(Trainer):
         """What a subclass's next step depends on beside the weights: groups of tensors."""
         return {}
 
-    def restore_further(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Put back what `further_state` gave."""
+    def further_facts(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return {}
+
+    def restore_further(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+    ) -> None:
+        """Put back what `further_state` and `further_facts` gave."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """In the plan's order."""
@@ -134,7 +145,7 @@ class ResumableTrainer(Trainer):
             self.directory,
             self.state.global_step,
             groups,
-            {"elapsed": self.elapsed},
+            {"elapsed": self.elapsed, **self.further_facts()},
             lambda partial: self.state.save_to_json(str(partial / TRAINER_STATE_NAME)),
         )
         checkpoint.prune(self.directory, keep=2)
@@ -145,7 +156,7 @@ class ResumableTrainer(Trainer):
         with torch.no_grad():
             for name, value in tensors["weights"].items():
                 parameters[name].copy_(value)
-        self.restore_further(tensors)
+        self.restore_further(tensors, state)
         self.elapsed_before = state["elapsed"]
 
     def _load_optimizer_and_scheduler(self, resume_from_checkpoint: str | None) -> None:
@@ -154,10 +165,13 @@ class ResumableTrainer(Trainer):
         tensors, _ = checkpoint.load(Path(resume_from_checkpoint))
         parameters = self.parameters()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         for name, value in tensors["optimizer"].items():
-            parameter, key = name.rsplit("|", 1)
-            device = "cpu" if key == "step" else self.args.device
-            optimizer.state[parameters[parameter]][key] = value.to(device)
+            name, key = name.rsplit("|", 1)
+            parameter = parameters[name]
+            on_device = groups[parameter].get("fused") or groups[parameter].get("capturable")
+            home = "cpu" if key == "step" and not on_device else parameter.device
+            optimizer.state[parameter][key] = value.to(home)
         scheduler = self.lr_scheduler
         scheduler.last_epoch = self.state.global_step
         for group, base, factor in zip(
@@ -167,6 +181,17 @@ class ResumableTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: every random number is a pure function of (seed, stage, step)."""
+
+    def clear_temperature(self) -> None:
+        """Before a step: its gradient, which Trainer, who knows the model's parameters, leaves."""
+        if self.log_temperature is not None:
+            self.log_temperature.grad = None
+
+    def bound_temperature(self) -> None:
+        """After a step: within what CLIP allows (arXiv:2103.00020, sec. 2.5)."""
+        if self.log_temperature is not None:
+            with torch.no_grad():
+                self.log_temperature.clamp_(min=math.log(LEAST_TEMPERATURE))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's own, or for a stage limited by the clock its cosine over the seconds."""
@@ -230,6 +255,7 @@ class _Clock(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.trainer.bound_temperature()
         seconds = self.trainer.length.seconds
         if seconds is not None and self.trainer.elapsed >= seconds:
             control.should_training_stop = True

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from elva.data import Item, Query
-from elva.draws import permutation, uniforms
-from elva.hardest import hardest
+from elva.draws import Seed, permutation
+from elva.hardest import at_random, hardest
 from elva.recipe import StageConfig
 from elva.training.comparison import SOURCES
-from elva.training.examples import Examples
+from elva.training.examples import Candidates, Examples
 from elva.training.plan import Batch
 
 NEIGHBOURHOOD = 50
 """Ours: the hardest candidates among which a hard batch looks for the batch's other answers."""
 
-Seed = Sequence[int | str]
+AT_A_TIME = 4096
+"""Ours: items that are held as Python objects while a pool is embedded."""
 
 
 class Negatives:
@@ -65,47 +66,57 @@ class Negatives:
         return self.mined is not None and not self.stage.banks
 
     def mine(self) -> None:
-        """Embed the pools and the queries that need it with the weights of now, and search."""
-        candidates, groups = self.examples.candidates, self.examples.rows
-        bank: Tensor | None = None
-        self.mined = None
-        spans: dict[tuple[int, int], None] = {}
-        for task, rows in groups.items():
-            span = candidates.span(task)
-            if span not in spans:
-                spans[span] = None
-                part = self.embed([candidates[i] for i in range(*span)])
-                if bank is None:
-                    bank = part.new_zeros(len(candidates), part.shape[1])
-                bank[slice(*span)] = part
-            if self._mines:
-                assert bank is not None
-                self._mine_task(task, rows, bank[slice(*span)])
-        self.bank = bank if self.stage.banks else None
+        """Embed the pools and the queries that need it with the weights of now, and search.
 
-    def _mine_task(self, task: str, rows: np.ndarray, pool: Tensor) -> None:
-        if self.mined is None:
-            self.mined = torch.full((len(self._rows), self.depth), -1)
-        queries = [self.examples.query(row) for row in rows.tolist()]
-        chosen = [i for i, query in enumerate(queries) if self._needs(query)]
-        if not chosen:
+        A pool is embedded where a query needs mined rows of it, or the bank is kept.
+        """
+        candidates = self.examples.candidates
+        wanted = {task: self._needing(rows) for task, rows in self.examples.rows.items()}
+        pools: dict[tuple[int, int], list[str]] = {}
+        for task in wanted:
+            pools.setdefault(candidates.span(task), []).append(task)
+        self.bank = None
+        self.mined = torch.full((len(self._rows), self.depth), -1) if self._mines else None
+        for span, tasks in pools.items():
+            if not (self.stage.banks or any(len(wanted[task]) for task in tasks)):
+                continue
+            pool = self._embedded(candidates, range(*span))
+            for task in tasks:
+                self._mine_task(wanted[task], pool, span[0])
+            if self.stage.banks:
+                if self.bank is None:
+                    self.bank = pool.new_zeros(len(candidates), pool.shape[1])
+                self.bank[slice(*span)] = pool
+
+    def _needing(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some queries whose given negatives are too few."""
+        if not self._mines or self.stage.hard_batches:
+            return rows if self._mines else rows[:0]
+        settings = self.stage.negatives
+        known = np.minimum(self.examples.queries.listed("negatives")[rows], settings.given)
+        return rows[known < settings.count]
+
+    def _embedded(self, items: Sequence[Item] | Candidates, rows: Sequence[int]) -> Tensor:
+        """[n, D], some thousand items at a time."""
+        some = (rows[start : start + AT_A_TIME] for start in range(0, len(rows), AT_A_TIME))
+        return torch.cat([self.embed([items[row] for row in part]) for part in some])
+
+    def _mine_task(self, rows: np.ndarray, pool: Tensor, start: int) -> None:
+        """Mine some queries of one pool, whose rows of candidates begin at `start`."""
+        if not len(rows):
             return
-        start = self.examples.candidates.span(task)[0]
+        assert self.mined is not None
+        right = [self.examples.right(self.examples.query(row)) for row in rows.tolist()]
         found = hardest(
-            self.embed([queries[i] for i in chosen]),
+            self._embedded(self.examples.queries, rows.tolist()),
             [pool],
-            [[row - start for row in self.examples.right(queries[i])] for i in chosen],
+            [[row - start for row in some] for some in right],
             k=self.depth,
             max_score=self.stage.max_score,
             identities=lambda some: self.examples.candidates.identities(some + start),
         )
-        places = torch.tensor([self._place[int(rows[i])] for i in chosen])
+        places = torch.tensor([self._place[row] for row in rows.tolist()])
         self.mined[places] = torch.where(found.rows < 0, -1, found.rows + start).cpu()
-
-    def _needs(self, query: Query) -> bool:
-        settings = self.stage.negatives
-        known = min(settings.given, len(query.negatives))
-        return self.stage.hard_batches or known < settings.count
 
     def neighbours(self) -> dict[int, list[int]]:
         """For each query the queries whose answers it is most likely to be given, likeliest
@@ -130,9 +141,18 @@ class Negatives:
             query = self.examples.query(row)
             given, mined = self._given(query, batch.step, row), self._mined(row)
             known = [c for c in dict.fromkeys([*given, *mined]) if c >= 0][: rows.shape[1]]
-            known += self._random(query, known, rows.shape[1] - len(known), batch.step, row)
+            known += at_random(
+                self.examples.candidates.span(query.task),
+                {*known, *self.examples.right(query)},
+                min(rows.shape[1] - len(known), self.stage.negatives.random),
+                self.examples.candidates.identities,
+                (*self.seed, "random", batch.step, row),
+            )
             rows[b, : len(known)] = known
-            sources[b, : len(known)] = [0 if c in given else 1 if c in mined else 2 for c in known]
+            sources[b, : len(known)] = [
+                SOURCES.index("given" if c in given else "mined" if c in mined else "random")
+                for c in known
+            ]
         return rows, sources
 
     def _given(self, query: Query, step: int, row: int) -> list[int]:
@@ -148,33 +168,6 @@ class Negatives:
             return []
         mined: list[int] = self.mined[self._place[row], : self.stage.negatives.mined].tolist()
         return mined
-
-    def _random(
-        self, query: Query, known: Sequence[int], wanted: int, step: int, row: int
-    ) -> list[int]:
-        """Rows drawn from the whole pool: none right or a copy, none twice, none of `known`."""
-        wanted = min(wanted, self.stage.negatives.random)
-        first, beyond = self.examples.candidates.span(query.task)
-        right = self.examples.right(query)
-        found: list[int] = []
-        taken = {*known, *right}
-        seen = set(self._identities([*known, *right]))
-        for tries in range(1 + (wanted > 0) * (beyond - first)):
-            if len(found) >= wanted or len(taken) >= beyond - first:
-                break
-            draws = uniforms((*self.seed, "random", step, row, tries), (2 * wanted + 8,))
-            drawn = (first + (draws * (beyond - first)).long()).tolist()
-            fresh = [c for c in dict.fromkeys(drawn) if c not in taken]
-            for candidate, identity in zip(fresh, self._identities(fresh), strict=True):
-                taken.add(candidate)
-                if identity not in seen and len(found) < wanted:
-                    seen.add(identity)
-                    found.append(candidate)
-        return found
-
-    def _identities(self, rows: Sequence[int]) -> list[int]:
-        found: list[int] = self.examples.candidates.identities(np.array(rows, np.int64)).tolist()
-        return found
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint: mined at an earlier step, so not to be had from the weights of now."""

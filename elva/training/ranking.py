@@ -53,19 +53,21 @@ def info_nce(
         return loss, metrics
     t = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
     best = columns.new_tensor(comparison.target[:, 0])
+    every = _index(comparison, columns).flatten(1)[:, None]  # each under every rollout
+    every = every.expand(-1, embedded.groups, -1)
     own = elva_kernels.ranking_reward(
         embedded.query.detach(), embedded.table.detach()[columns[best]], embedded.table.detach(),
-        negative_index=_index(comparison, columns),
+        negative_index=every,
     ).scores  # fmt: skip
     logsumexp = statistics.logsumexp[:, None]
     right = (statistics.target_score / t - logsumexp).exp().sum(1)
-    mass = (own / t - logsumexp.unflatten(0, (-1, embedded.groups))).exp()
+    mass = (own[..., 1:] / t - logsumexp.unflatten(0, (-1, embedded.groups))).exp()
     total = (1 - right).clamp(min=0)  # what the softmax gives all negatives
-    sources = _sources(comparison, columns)[:, None].expand(-1, embedded.groups, -1)
-    metrics.update(_outranked(own, sources))
-    shares = dict(_shares(mass[..., 1:], sources, total))
-    shares["share_in_batch"] = max(0.0, 1.0 - sum(shares.values()))
-    return loss, metrics | shares
+    sources = _sources(comparison, columns).repeat(1, embedded.groups)[:, None].expand_as(mass)
+    sources = sources.where(sources != SOURCES.index("in_batch"), -1)  # the rest of its softmax
+    found = dict(_by_source("infonce", own, mass, sources, total))
+    shares = sum(value for name, value in found.items() if name.startswith("infonce_share"))
+    return loss, {**metrics, **found, "infonce_share_in_batch": max(0.0, 1.0 - shares)}
 
 
 def reward(
@@ -80,18 +82,19 @@ def reward(
         embedded.query[asks], embedded.table[columns[target[asks, answers]]], embedded.table,
         negative_index=_index(comparison, columns)[asks], **scalars,
     )  # fmt: skip
-    count = (target >= 0).sum(1).to(out.reward.dtype)
-    found = out.reward.new_zeros(len(target), embedded.groups).index_add(0, asks, out.reward)
+    # A place for each answer and a sum in order: no atomics.
+    each = out.reward.new_zeros(*target.shape, embedded.groups)
+    each = each.index_put((asks, answers), out.reward)
+    found = each.sum(1) / (target >= 0).sum(1, keepdim=True)
     scores = out.scores.detach().requires_grad_()
     live = scores.isfinite()[..., 1:]
     elva_kernels.reward_from_scores(scores, mask=live, **scalars).reward.sum().backward()
     assert scores.grad is not None
     pull = scores.grad[..., 1:].abs()
     sources = _sources(comparison, columns)[asks][:, None].expand_as(pull)
-    metrics = _reward_metrics(found.detach() / count[:, None], out)
-    metrics.update(_outranked(out.scores, sources))
-    metrics.update(_shares(pull, sources, pull.sum(-1)))
-    return found / count[:, None], metrics
+    metrics = _reward_metrics(found.detach(), out)
+    metrics.update(_by_source("reward", out.scores, pull, sources, pull.sum(-1)))
+    return found, metrics
 
 
 def _pairs(comparison: Comparison, columns: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -118,26 +121,25 @@ def _sources(comparison: Comparison, columns: Tensor) -> Tensor:
     return columns.new_tensor(np.where(there, comparison.sources, -1))
 
 
-def _outranked(scores: Tensor, sources: Tensor) -> Iterator[tuple[str, float]]:
-    """How often a negative of each source scores at least as high as the positive.
+def _by_source(
+    loss: str, scores: Tensor, pull: Tensor, sources: Tensor, total: Tensor
+) -> Iterator[tuple[str, float]]:
+    """How much of a loss each source of negatives makes, and how often one outranks the positive.
 
     Args:
-        scores: [..., 1 + N], the positive's first; sources: [..., N].
+        loss: its name, before the metrics'.
+        scores: [..., 1 + N], the positive's first.
+        pull: [..., N] size of the loss's gradient on the scores of negatives, of `total` [...].
+        sources: [..., N], -1 where there is none.
     """
     above = scores[..., 1:] >= scores[..., :1]
     for place, name in enumerate(SOURCES):
         of = sources == place
         if bool(of.any()):
-            yield f"outranked_{name}", ((above & of).any(-1).sum() / of.any(-1).sum()).item()
-
-
-def _shares(pull: Tensor, sources: Tensor, total: Tensor) -> Iterator[tuple[str, float]]:
-    """Each source's share of the loss's gradient on the scores of negatives, [..., N] of [...]."""
-    for place, name in enumerate(SOURCES):
-        of = sources == place
-        if bool(of.any()):
-            part = torch.where(of, pull, 0.0).sum(-1)
-            yield f"share_{name}", (part.sum() / total.sum().clamp(min=1e-30)).item()
+            part = torch.where(of, pull, 0.0).sum() / total.sum().clamp(min=1e-30)
+            yield f"{loss}_share_{name}", part.item()
+            outranked = (above & of).any(-1).sum() / of.any(-1).sum()
+            yield f"{loss}_outranked_{name}", outranked.item()
 
 
 def _reward_metrics(found: Tensor, out: elva_kernels.RankingReward) -> dict[str, float]:

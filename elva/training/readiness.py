@@ -60,10 +60,11 @@ def check(
             start from, data or a model that is not there or not what the recipe asks of it.
     """
     names = chosen(recipe, stages)
-    for line in _problems(recipe, names, start_from):
+    if line := next(_problems(recipe, names, start_from), None):
         raise RunError(line)
     ready = look(recipe, stages, start_from, controls=controls)
-    _refuse_full_disk(recipe, len(ready.stages), output)
+    if not (output / "recipe.yaml").exists():  # a run that goes on has what it needed
+        _refuse_full_disk(recipe, len(ready.stages), output)
     return ready
 
 
@@ -158,8 +159,8 @@ def _look(recipe: Recipe, stage: StageConfig) -> Row:
     """A stage's data: read as it will be read, some of its pictures decoded."""
     examples = training_examples(recipe, stage)
     parts: list[Queries | Pool] = [examples.queries, *examples.candidates.pools]
-    for line in unreadable(parts, DECODED, recipe.seed):
-        raise DataError(line)
+    if found := unreadable(parts, DECODED, recipe.seed):
+        raise DataError(found[0])
     return {
         "queries": {task: len(found) for task, found in examples.rows.items()},
         "candidates": len(examples.candidates),
@@ -172,6 +173,7 @@ def _look(recipe: Recipe, stage: StageConfig) -> Row:
 
 def _refuse_full_disk(recipe: Recipe, stages: int, output: Path) -> None:
     """A model a stage; of the one that trains two checkpoints, and a third being written."""
+    recipe = replace(recipe, model=at_hand(recipe.model))
     largest = max(checkpoint_bytes(stage, recipe) or 0 for stage in recipe.stages.values())
     weights = (model_bytes(recipe) or 0) * stages
     place = output.absolute()
@@ -201,7 +203,7 @@ def _memory_notice(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
 
 def _evaluation(recipe: Recipe, names: Sequence[str]) -> str:
     """What is evaluated after each stage, or why nothing is."""
-    data = recipe.stages[max(recipe.stages)].data
+    data = list(recipe.stages.values())[-1].data
     if not (recipe.evaluate and names and (data == "emoji" or Path(data).is_dir())):
         return "nothing"
     root = source_of(recipe, data)

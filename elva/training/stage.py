@@ -86,7 +86,7 @@ class StageTrainer(ResumableTrainer):
         self.arithmetic = autocast(retriever.device, extra)
         retriever.train_in_fp32()
         self.reference = _frozen_copy(retriever) if stage.holds else None
-        retriever.remember(examples.items(), at_most=examples.pictures)
+        self.remembers = retriever.remember(examples.items(), at_most=examples.pictures)
         self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic)
         self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed)
         neighbours = None
@@ -114,17 +114,24 @@ class StageTrainer(ResumableTrainer):
         state = self.negatives.state()
         return {"mined": state} if state else {}
 
-    def restore_further(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def further_facts(self) -> dict[str, Any]:
+        return {"guards": self.guards.state()}
+
+    def restore_further(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+    ) -> None:
         self.negatives.restore(tensors.get("mined", {}), self.retriever.device)
+        self.guards.restore(facts["guards"])
 
     # -- the four steps ----------------------------------------------------------------------------
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
+        self.clear_temperature()
         batch: Batch = inputs["batch"]
         first = self._last is None or self._last.batch.step != batch.step
-        if self._last is None or self._last.batch.step != batch.step:
+        if first:
             self.negatives.prepare(batch.step)
             self._last = self._roll(batch)
         elif self.stage.embeds:
@@ -160,6 +167,9 @@ class StageTrainer(ResumableTrainer):
                 assert self.negatives.bank is not None
                 rows = torch.from_numpy(found.candidates[found.rolled :])
                 bank = self.negatives.bank[rows.to(self.negatives.bank.device)]
+        if not self.remembers and not self.retriever.train_vision:
+            self.retriever.forget()  # a step's own pictures once, for all its forwards
+            self.retriever.remember(items)
         prompts = [self.retriever.inputs.prompt(i) for i in items]
         gold = None
         if examples.captions is not None:
@@ -189,7 +199,8 @@ class StageTrainer(ResumableTrainer):
             metrics.update(found)
             group = elva_kernels.group_advantages(reward.detach(), scale=stage.scale_rewards)
             advantages = self._per_row(group, rolled)  # of [B, G]
-            loss = loss - stage.pathwise * reward.mean()
+            if stage.pathwise > 0:
+                loss = loss - stage.pathwise * reward.mean()
         if loss.requires_grad:
             loss.backward()
         return leaf.grad, advantages, metrics

@@ -45,7 +45,7 @@ class Summaries:
             (*self.seed, "draws", step), (len(prompts), groups, stage.max_completion_length)
         )
         parts, order = [], []
-        size = max(1, stage.micro_batch_size // groups)
+        size = max(1, stage.rollout_batch_size // groups)
         for rows in batches_by_length([len(p) for p in prompts], size):
             with self.arithmetic():
                 part = sample(
@@ -80,7 +80,10 @@ class Summaries:
         """Greedy embeddings [n, D] with the weights of now."""
         with self.arithmetic():
             out = encode(
-                self.retriever, items, max_completion_length=self.stage.max_completion_length
+                self.retriever,
+                items,
+                max_completion_length=self.stage.max_completion_length,
+                batch_size=self.stage.rollout_batch_size,
             )
         return out.embeddings.to(self.retriever.device)
 
@@ -101,7 +104,7 @@ class Summaries:
         -100."""
         inputs, limit = self.retriever.inputs, self.stage.max_completion_length
         ids = [[] if c is None else inputs.text_ids(c) for c in captions]
-        rows = [[*i[: limit - 1], inputs.ret_id] if i else [] for i in ids]
+        rows = [[*i[: max(0, limit - 1)], inputs.ret_id] if i else [] for i in ids]
         out = torch.full((len(rows), max(1, *map(len, rows))), -100)
         for k, row in enumerate(rows):
             out[k, : len(row)] = torch.tensor(row)

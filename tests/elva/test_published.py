@@ -74,16 +74,16 @@ def test_ret_is_learnt_and_stage_three_moves_weights(run: Path) -> None:
     third = stages(run, "3")
     assert third[0]["kl"] == 0.0 and third[-1]["kl"] > 0.0
     assert all(step["reward_std"] > 0 and step["frac_zero_std"] < 1 for step in third)
-    assert {"share_mined", "share_random", "outranked_mined"} <= set(third[0])
+    assert {"reward_share_mined", "reward_share_random", "reward_outranked_mined"} <= set(third[0])
     before, after = (load_file(run / f"stage-{s}" / "model" / "model.safetensors") for s in (2, 3))
     assert max((after[n].float() - w.float()).abs().max() for n, w in before.items()) > 1e-5
 
 
 def test_given_negatives_and_every_task_reach_the_loss(run: Path, tree: Path) -> None:
     rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    given = [row for row in rows if "share_given" in row]
+    given = [row for row in rows if "infonce_share_given" in row]
     assert {"1", "2"} <= {row["stage"] for row in given}, "webqa's"
-    assert all(0 < row["share_given"] < 1 for row in given)
+    assert all(0 < row["infonce_share_given"] < 1 for row in given)
     figures = Run.open(run).read("2", "evaluation.json")["figures"]
     asked = [name for name in figures if name.endswith("_queries")]
     assert len(asked) == 8 and all(figures[f"{t}_reward"] for t in ("t2t", "it2it"))
@@ -115,4 +115,6 @@ def test_embed_evaluate_and_mine_take_it_from_there(
          "--set", "stages.3.negatives={given: 8, mined: 0, random: 0, in_batch: false}",
          "--limit", "1")  # fmt: skip
     first = stages(tmp_path / "third", "3")[0]
-    assert first["share_given"] == pytest.approx(1.0), "what was mined is what it ranks against"
+    assert first["reward_share_given"] == pytest.approx(1.0), (
+        "what was mined is what it ranks against"
+    )
