@@ -27,9 +27,10 @@ from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 from elva.recipe import NegativeConfig
 from elva.run import Run
+from elva.training.examples import Examples
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch
-from elva.training.readiness import training_examples
+from elva.training.readiness import training_data
 
 MARGINS = (-0.1, 0.0, 0.05, 0.1, 0.2, 0.4)
 PENALTIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -42,7 +43,7 @@ def scores_of(run: Run) -> Tensor:
         run.recipe.stages["3"], tasks={TASK: 1.0}, rollout_candidates="query",
         negatives=NegativeConfig(given=0, mined=50, random=50, in_batch=False),
     )  # fmt: skip
-    examples = training_examples(run.recipe, stage)
+    examples = Examples(training_data(run.recipe, stage), stage, run.recipe.seed)
     retriever = Retriever.load(run.model("2"))
 
     def embed(items: Sequence[Item]) -> Tensor:

@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 
 from elva import checkpoint
-from elva.data import load
+from elva.data import Dataset, load
 from elva.errors import RunError
 from elva.evaluation.trained import evaluate_stage
 from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
 from elva.model.retriever import Retriever, create
 from elva.progress import Reporter
-from elva.recipe import StageConfig, chosen
+from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.loop import Length
 from elva.training.plan import steps_an_epoch
-from elva.training.readiness import no_start, notices, training_examples
+from elva.training.readiness import no_start, notices, training_data
 from elva.training.stage import StageTrainer
 
 CLOCKED_STEPS = 20
@@ -70,12 +70,20 @@ def _train(
 
 
 class _Shared:
-    """What the stages of a run share, so that nothing is tokenised or said twice."""
+    """What the stages of a run share, so that nothing is read, tokenised or said twice."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
+        self._data: dict[tuple[str, str], Dataset] = {}
+
+    def data(self, recipe: Recipe, stage: StageConfig) -> Dataset:
+        """A stage's data, read once a run, with what is known of its pictures by now."""
+        key = (stage.data, stage.queries)
+        if key not in self._data:
+            self._data[key] = training_data(recipe, stage)
+        return self._data[key]
 
     def say(self, title: str, line: str) -> None:
         """A line about a stage's data, once a run."""
@@ -143,7 +151,7 @@ def _train_stage(
             retriever.add_lora(stage.lora)
         retriever.freeze_vision(not stage.train_vision)
         retriever.plain.train()
-        examples = training_examples(run.recipe, stage)
+        examples = Examples(shared.data(run.recipe, stage), stage, run.recipe.seed)
         length = stage_length(stage, examples, limit, budget)
         reporter.start(title, length.steps if length.seconds is None else None)
         for line in notices(stage, examples):

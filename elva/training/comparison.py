@@ -61,7 +61,9 @@ def compare(
     right = _right(examples, queries)
     trained = _trained(stage, [examples.right(query) for query in queries], batch, seed)
     every = np.unique(np.concatenate([own[own >= 0], *map(np.asarray, right)]).astype(np.int64))
-    known = dict(zip(every.tolist(), examples.candidates.identities(every).tolist(), strict=True))
+    # What is only captioned is compared with nothing, and its pictures are not looked at.
+    identities = examples.candidates.identities(every) if stage.embeds else every
+    known = dict(zip(every.tolist(), identities.tolist(), strict=True))
     places: dict[int, int] = {}  # identity -> place
     rows: list[int] = []
 

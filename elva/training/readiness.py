@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from elva.data import Pool, load
+from elva.data import Dataset, Pool, load
 from elva.data.queries import Queries
 from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
@@ -93,10 +93,9 @@ def look(
     return ready
 
 
-def training_examples(recipe: Recipe, stage: StageConfig) -> Examples:
-    """What a stage trains on."""
-    source = source_of(recipe, stage.data)
-    return Examples(load(source, split="train", queries=stage.queries), stage, recipe.seed)
+def training_data(recipe: Recipe, stage: StageConfig) -> Dataset:
+    """The data that a stage trains on, whole."""
+    return load(source_of(recipe, stage.data), split="train", queries=stage.queries)
 
 
 def notices(stage: StageConfig, examples: Examples) -> Iterator[str]:
@@ -157,7 +156,7 @@ def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
 
 def _look(recipe: Recipe, stage: StageConfig) -> Row:
     """A stage's data: read as it will be read, some of its pictures decoded."""
-    examples = training_examples(recipe, stage)
+    examples = Examples(training_data(recipe, stage), stage, recipe.seed)
     parts: list[Queries | Pool] = [examples.queries, *examples.candidates.pools]
     if found := unreadable(parts, DECODED, recipe.seed):
         raise DataError(found[0])
