@@ -61,10 +61,23 @@ def _are_taken(values: Mapping[str, Any]) -> bool:
     return set(values) <= set(TAKEN) and values.get("optim", OPTIMISERS[0]) in OPTIMISERS
 
 
+def _are_in_range(values: Mapping[str, Any]) -> bool:
+    """What transformers itself takes without a look."""
+    switches = ("bf16", "tf32", "gradient_checkpointing")
+    rates = (values.get(name, 0.0) for name in ("adam_beta1", "adam_beta2"))
+    return (
+        all(isinstance(values.get(name, True), bool) for name in switches)
+        and all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in rates)
+        and not (isinstance(e := values.get("adam_epsilon", 0.0), int | float) and e < 0)
+    )
+
+
 def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
     """Whether TrainingArguments takes them; transformers is imported only where there are any."""
     if not values or not _are_taken(values):
         return True
+    if not _are_in_range(values):
+        return False
     from transformers import TrainingArguments
 
     numbers = {f.name for f in dataclasses.fields(TrainingArguments) if type(f.default) is float}
@@ -509,11 +522,11 @@ def resolve(
         path, separator, value = text.partition("=")
         if not separator or not path:
             raise UserError(f"--set: must read FIELD=VALUE, got {shown(text)}; e.g. --set seed=1")
-        nested = read_value(value)
-        for key in reversed(path.split(".")):
+        nested, keys = read_value(value), path.split(".")
+        for key in reversed(keys):
             nested = {key: nested}
         places = Places("recipe")
-        recipe = build(Recipe, _merge(recipe, nested), places)
+        recipe = build(Recipe, _merge(recipe, nested, whole="tasks" not in keys[:-1]), places)
     for where, rule in recipe.idle():
         places.refuse(where, f"must {rule}")
     return recipe
@@ -539,11 +552,13 @@ def read_recipe(file: Path) -> Recipe:
     return typing.cast(Recipe, build(Recipe, *read_yaml(file)))
 
 
-def _merge(base: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Any, changes: Mapping[str, Any], whole: bool = True) -> dict[str, Any]:
+    """`whole`: shares of tasks are replaced, not added to those that there are."""
     merged: dict[str, Any] = {str(k): v for k, v in (
         to_dict(base) if dataclasses.is_dataclass(base) else base).items()}  # fmt: skip
     for key, value in changes.items():
         old = merged.get(str(key))
         nest = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[str(key)] = _merge(old, value) if nest else value
+        nest = nest and not (whole and key == "tasks")
+        merged[str(key)] = _merge(old, value, whole) if nest else value
     return merged

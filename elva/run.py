@@ -31,6 +31,9 @@ from elva.errors import RunError
 from elva.files import PARTIAL, is_whole, write_text
 from elva.recipe import Recipe, read_recipe, to_dict
 
+EVALUATED = ("test", "val")
+"""Splits that stages are evaluated on, the first that there is."""
+
 LOCK = ".lock"
 """Held by the process that trains."""
 
@@ -186,6 +189,20 @@ def source_of(recipe: Recipe, data: str) -> Path:
             f"{data}: must be a directory in M-BEIR's layout; see elva data emoji --help"
         )
     return Path(data)
+
+
+def evaluate_split(root: Path) -> str | None:
+    """The split of some data that stages are evaluated on; None where there is none."""
+    there = (s for s in EVALUATED if any((root / "query" / s).glob(f"mbeir_*_{s}.jsonl")))
+    return next(there, None)
+
+
+def evaluated(recipe: Recipe) -> tuple[Path, str | None]:
+    """The data that every stage is evaluated on, and their split: those of the last stage whose
+    data have one; mined data, which are training queries alone, have none."""
+    roots = [source_of(recipe, stage.data) for stage in reversed([*recipe.stages.values()])]
+    found = ((root, split) for root in dict.fromkeys(roots) if (split := evaluate_split(root)))
+    return next(found, (roots[0], None))
 
 
 def _dated(parent: Path, name: str) -> Path:

@@ -18,12 +18,12 @@ from elva.errors import DataError, RunError
 from elva.evaluation import protocol
 from elva.evaluation.metrics import CUTOFFS, measure
 from elva.evaluation.ranks import rank_among, recall_at_k
-from elva.evaluation.trained import SPLITS, evaluate_split, evaluate_stage
+from elva.evaluation.trained import evaluate_stage
 from elva.evaluation.trec import read_qrels, read_run, write_qrels, write_run
 from elva.files import write_text
 from elva.index.embeddings import Embeddings
 from elva.progress import SILENT, Reporter
-from elva.run import Run
+from elva.run import EVALUATED, Run, evaluated
 
 
 def evaluate(
@@ -48,10 +48,10 @@ def evaluate(
                 f"{run.directory}: stage {name!r} must be trained first; "
                 f"trained so far: {', '.join(run.trained) or 'none'}"
             )
-    data = run.source(list(run.recipe.stages.values())[-1].data)
-    if split is None and evaluate_split(data) is None:
+    data, there = evaluated(run.recipe)
+    if split is None and there is None:
         raise DataError(
-            f"{data}: must hold queries of {' or '.join(SPLITS)} to evaluate on, got none"
+            f"{data}: must hold queries of {' or '.join(EVALUATED)} to evaluate on, got none"
         )
     return {name: evaluate_stage(run, name, reporter, split=split) for name in wanted}
 

@@ -23,22 +23,13 @@ from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 from elva.progress import Reporter
 from elva.recipe import Recipe, StageConfig
-from elva.run import Run
-
-SPLITS = ("test", "val")
-"""Splits that stages are evaluated on, the first that the data have."""
+from elva.run import Run, evaluated
 
 AT_ONCE = 4096
 """Ours: items that are opened and tokenised at a time."""
 
 REMEMBERED = 4 * AT_ONCE
 """Ours: with more pictures than this no frozen tower's features are kept across the tasks."""
-
-
-def evaluate_split(root: Path) -> str | None:
-    """The split of some data that stages are evaluated on; None where there is none."""
-    there = (s for s in SPLITS if any((root / "query" / s).glob(f"mbeir_*_{s}.jsonl")))
-    return next(there, None)
 
 
 def evaluation_tasks(root: Path, split: str, recipe: Recipe | None = None) -> list[str]:
@@ -79,7 +70,7 @@ def evaluate_stage(
     """Evaluate one trained stage from its files and write its `evaluation.json`.
 
     Args:
-        split: one that the last stage's data have; None for test, else val.
+        split: one that the data have; None for test, else val.
         retriever: the stage's model, where it is loaded already.
 
     Returns:
@@ -87,8 +78,8 @@ def evaluate_stage(
     """
     started = time.perf_counter()
     last = _last(run.recipe)
-    root = run.source(last.data)
-    split = evaluate_split(root) if split is None else split
+    root, there = evaluated(run.recipe)
+    split = there if split is None else split
     if split is None:
         reporter.finish(f"{run.title(name)}: not evaluated, {root} has no queries of test or val")
         return None

@@ -17,8 +17,8 @@ from elva.data import Item, Query, load
 from elva.data.schema import hashed_id
 from elva.errors import DataError, UserError
 from elva.report import pictures
-from elva.report.figures import TASKS, Row, row_with
-from elva.run import Run
+from elva.report.figures import Row, row_with
+from elva.run import Run, evaluated
 
 SHOWN = {"t2i": 12, "i2t": 4}
 """Queries of each task."""
@@ -81,10 +81,10 @@ class Examples:
 
 def examples(run: Run, rows: Sequence[Row]) -> Examples:
     """The examples of a run's evaluations, with pictures out of its data."""
-    if not any(row.samples(task) for row in rows for task in TASKS):
+    if not any(row.samples(task) for row in rows for task in SHOWN):
         return Examples()
     try:
-        gallery = _Gallery(rows, run.source(list(run.recipe.stages.values())[-1].data))
+        gallery = _Gallery(rows, evaluated(run.recipe)[0])
         sections = [section for task in SHOWN if (section := gallery.section(task)) is not None]
     except (DataError, UserError) as error:
         return Examples(missing=str(error))

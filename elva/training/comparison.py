@@ -11,6 +11,7 @@ import numpy as np
 
 from elva.data import Query
 from elva.draws import uniforms
+from elva.errors import UserError
 from elva.recipe import StageConfig
 from elva.training.examples import Examples
 from elva.training.plan import Batch
@@ -88,6 +89,11 @@ def compare(
             _blank(others[b], some | {*negatives[b].tolist()})
         negatives = np.concatenate([negatives, others], 1)
         sources = np.concatenate([sources, np.full_like(others, SOURCES.index("in_batch"))], 1)
+    if stage.ranks and not (negatives >= 0).any():
+        raise UserError(
+            f"train: a step's queries must have negatives to rank against, got none in step "
+            f"{batch.step}; set the stage's negatives.mined, random or in_batch"
+        )
     return Comparison(
         queries,
         np.array(rows, np.int64),

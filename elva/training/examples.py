@@ -71,7 +71,8 @@ class Examples:
     """
 
     def __init__(self, dataset: Dataset, stage: StageConfig, seed: int = 0) -> None:
-        queries, tasks = dataset.queries, stage.tasks
+        queries = dataset.queries
+        tasks = {task: share for task, share in stage.tasks.items() if share > 0}
         answered = queries.listed("positives") > 0
         drawn = np.full(len(queries), stage.share == 1)
         if stage.share < 1:
@@ -87,7 +88,8 @@ class Examples:
         if (tasks and empty) or not rows:
             there = ", ".join(queries.tasks()) or "none"
             raise UserError(
-                f"train: {dataset.root} must have {dataset.split} queries of {', '.join(empty)}, "
+                f"train: {dataset.root} must have {dataset.split} queries of "
+                f"{', '.join(empty) or 'any task'}, "
                 f"got {there}; set the stage's tasks or data"
             )
         self.queries, self.rows = queries, rows

@@ -93,8 +93,10 @@ class Negatives:
         if not self._mines or self.stage.hard_batches:
             return rows if self._mines else rows[:0]
         settings = self.stage.negatives
-        known = np.minimum(self.examples.queries.listed("negatives")[rows], settings.given)
-        return rows[known < settings.count]
+        if settings.given < settings.count:
+            return rows
+        known = [len(self._given(self.examples.query(row), 0, row)) for row in rows.tolist()]
+        return rows[np.array(known, np.int64) < settings.count]
 
     def _embedded(self, items: Sequence[Item] | Candidates, rows: Sequence[int]) -> Tensor:
         """[n, D], some thousand items at a time."""
@@ -156,8 +158,13 @@ class Negatives:
         return rows, sources
 
     def _given(self, query: Query, step: int, row: int) -> list[int]:
+        """So many of its own list, but none that is an answer or the copy of one."""
         wanted = self.stage.negatives.given
-        known = self.examples.given(query) if wanted else []
+        listed = self.examples.given(query) if wanted else []
+        identities = self.examples.candidates.identities
+        right = set(identities(np.array(self.examples.right(query), np.int64)).tolist())
+        numbers = identities(np.array(listed, np.int64)).tolist()
+        known = [c for c, number in zip(listed, numbers, strict=True) if number not in right]
         if len(known) <= wanted:
             return known
         order = permutation((*self.seed, "given", step, row), len(known))

@@ -6,20 +6,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from elva.data import Dataset, Pool, load
+from elva.data import Dataset, Item, Pool, load
 from elva.data.queries import Queries
 from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
-from elva.evaluation.trained import evaluate_split, evaluation_tasks
-from elva.recipe import Recipe, StageConfig, chosen
-from elva.run import Run, source_of
+from elva.evaluation.trained import evaluation_tasks
+from elva.model.inputs import Inputs
+from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
+from elva.run import Run, evaluated, source_of
 from elva.training.estimate import at_hand, checkpoint_bytes, memory_bytes, model_bytes
 from elva.training.examples import Examples
 from elva.training.plan import steps_an_epoch
@@ -60,11 +62,12 @@ def check(
             start from, data or a model that is not there or not what the recipe asks of it.
     """
     names = chosen(recipe, stages)
-    if line := next(_problems(recipe, names, start_from), None):
+    if line := next(_problems(recipe, _kinds(recipe, names, controls), start_from), None):
         raise RunError(line)
+    _refuse_unfit(recipe.model.path)
     ready = look(recipe, stages, start_from, controls=controls)
     if not (output / "recipe.yaml").exists():  # a run that goes on has what it needed
-        _refuse_full_disk(recipe, len(ready.stages), output)
+        _refuse_full_disk(recipe, _kinds(recipe, names, controls), output)
     return ready
 
 
@@ -81,16 +84,23 @@ def look(
         UserError, DataError: data that is there, and not what the recipe asks of it.
     """
     names = chosen(recipe, stages)
-    recipe = replace(recipe, model=at_hand(recipe.model))
-    ready = Ready(problems=list(_problems(recipe, names, start_from)))
-    kinds = {name: recipe.stages[name] for name in names}
-    if controls and names and names[-1] == list(recipe.stages)[-1]:
-        kinds |= recipe.controls
+    kinds = _kinds(recipe, names, controls)
+    ready = Ready(problems=list(_problems(recipe, kinds, start_from)))
+    if not ready.problems:
+        recipe = replace(recipe, model=at_hand(recipe.model))
     for name, stage in kinds.items():
         if stage.data == "emoji" or Path(stage.data).is_dir():
             ready.stages[name] = _look(recipe, stage)
     ready.evaluation = _evaluation(recipe, names)
     return ready
+
+
+def _kinds(recipe: Recipe, names: Sequence[str], controls: bool) -> dict[str, StageConfig]:
+    """The stages that are trained, and the controls of the last one."""
+    kinds = {name: recipe.stages[name] for name in names}
+    if controls and names and names[-1] == list(recipe.stages)[-1]:
+        kinds |= recipe.controls
+    return kinds
 
 
 def training_data(recipe: Recipe, stage: StageConfig) -> Dataset:
@@ -115,7 +125,9 @@ def no_start(name: str, previous: str) -> str:
     )
 
 
-def _problems(recipe: Recipe, names: Sequence[str], start_from: Run | None) -> Iterator[str]:
+def _problems(
+    recipe: Recipe, kinds: Mapping[str, StageConfig], start_from: Run | None
+) -> Iterator[str]:
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         yield (
             f"train: the number of processes must be 1, got {processes}; "
@@ -126,18 +138,19 @@ def _problems(recipe: Recipe, names: Sequence[str], start_from: Run | None) -> I
             f"train: the number of visible GPUs must be 1, got {devices}; "
             "set CUDA_VISIBLE_DEVICES=0 (training on several is not supported yet)"
         )
-    if names and start_from is None and (place := list(recipe.stages).index(names[0])):
-        yield no_start(names[0], list(recipe.stages)[place - 1])
-    yield from _missing(recipe, names)
+    first = next(iter(kinds), None)
+    if first and start_from is None and (place := list(recipe.stages).index(first)):
+        yield no_start(first, list(recipe.stages)[place - 1])
+    yield from _missing(recipe, kinds)
 
 
-def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+def _missing(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[str]:
     """Data and a model that are not at hand, a line each."""
-    for name in names:
-        data = recipe.stages[name].data
+    for name, stage in kinds.items():
+        data, kind = stage.data, "stages" if name in recipe.stages else "controls"
         if data != "emoji" and not Path(data).is_dir():
             yield (
-                f"recipe: stages.{name}.data must be emoji or a directory in M-BEIR's layout, "
+                f"recipe: {kind}.{name}.data must be emoji or a directory in M-BEIR's layout, "
                 f"got {data!r}; see elva data --help"
             )
     model = recipe.model.path
@@ -145,7 +158,8 @@ def _missing(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
         return
     if Path(model).is_dir():
         try:
-            kind = json.loads((Path(model) / "config.json").read_text("utf-8")).get("model_type")
+            config = json.loads((Path(model) / "config.json").read_text("utf-8"))
+            kind = config.get("model_type") if isinstance(config, dict) else "no JSON object"
         except (OSError, ValueError):
             kind = "no readable config.json"
         if kind != "qwen2_vl":
@@ -170,11 +184,26 @@ def _look(recipe: Recipe, stage: StageConfig) -> Row:
     }
 
 
-def _refuse_full_disk(recipe: Recipe, stages: int, output: Path) -> None:
+def _refuse_unfit(model: str | None) -> None:
+    """RunError for a checkpoint of which a part is missing or damaged, before a run is made."""
+    if model is None:
+        return
+    try:
+        inputs = Inputs.load(model, "")
+        inputs.prompt(Item("0", "a", None, "text"))
+        at_hand(ModelConfig(model))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RunError(
+            f"recipe: model.path must be a whole Qwen2-VL checkpoint, got {model}; {reason}"
+        ) from None
+
+
+def _refuse_full_disk(recipe: Recipe, kinds: Mapping[str, StageConfig], output: Path) -> None:
     """A model a stage; of the one that trains two checkpoints, and a third being written."""
     recipe = replace(recipe, model=at_hand(recipe.model))
-    largest = max(checkpoint_bytes(stage, recipe) or 0 for stage in recipe.stages.values())
-    weights = (model_bytes(recipe) or 0) * stages
+    largest = max((checkpoint_bytes(stage, recipe) or 0 for stage in kinds.values()), default=0)
+    weights = (model_bytes(recipe) or 0) * len(kinds)
     place = output.absolute()
     while not place.exists():
         place = place.parent
@@ -202,11 +231,10 @@ def _memory_notice(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
 
 def _evaluation(recipe: Recipe, names: Sequence[str]) -> str:
     """What is evaluated after each stage, or why nothing is."""
-    data = list(recipe.stages.values())[-1].data
-    if not (recipe.evaluate and names and (data == "emoji" or Path(data).is_dir())):
+    there = (stage.data == "emoji" or Path(stage.data).is_dir() for stage in recipe.stages.values())
+    if not (recipe.evaluate and names and all(there)):
         return "nothing"
-    root = source_of(recipe, data)
-    split = evaluate_split(root)
+    data, split = evaluated(recipe)
     if split is None:
-        return f"nothing: {root} has neither test nor val queries"
-    return f"{split}: {', '.join(evaluation_tasks(root, split, recipe))}"
+        return "nothing: no data of a stage has test or val queries"
+    return f"{split}: {', '.join(evaluation_tasks(data, split, recipe))}"

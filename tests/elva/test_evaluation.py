@@ -19,7 +19,7 @@ from elva.data.schema import TASKS
 from elva.data.strict import dump, write_lines
 from elva.errors import DataError
 from elva.evaluation import protocol
-from elva.evaluation.trained import evaluate_split, evaluate_stage, evaluation_tasks
+from elva.evaluation.trained import evaluate_stage, evaluation_tasks
 from elva.index import segment
 from elva.index.embeddings import Embeddings
 from elva.model.identity import Identity
@@ -27,7 +27,7 @@ from elva.progress import Silent
 from elva.recipe import Recipe, StageConfig
 from elva.report.figures import rows_of
 from elva.report.table import as_json, figure_cells
-from elva.run import Run
+from elva.run import Run, evaluate_split
 
 MODEL = Identity("by hand", "1", "1")
 

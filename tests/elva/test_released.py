@@ -143,10 +143,17 @@ def test_ret_begins_as_the_chats_end_and_both_its_rows_train(
     assert sum("trainable_tokens" in n for n in trained) == (1 if heads == "tied" else 2)
 
 
-def test_the_end_is_taught_at_the_last_token_alone() -> None:
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
-    found = objective.end_targets(mask, 9)
-    assert found.tolist() == [[-100, -100, 9], [9, -100, -100], [-100, 9, -100]]
+def test_ret_is_taught_among_the_ends_where_a_summary_ended() -> None:
+    """And among all tokens where it was cut off; so that it ends nothing earlier."""
+    logits = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    loss = objective.ret_loss(logits, torch.tensor([True, False]), 9, [3, 5])
+    p = logits.detach().exp()
+    expected = [-(p[0, 9] / p[0, [9, 3, 5]].sum()).log(), -(p[1, 9] / p[1].sum()).log()]
+    assert torch.allclose(loss.detach(), torch.stack(expected))
+    loss.sum().backward()
+    assert logits.grad is not None
+    moved = logits.grad[0].nonzero()[:, 0].tolist()
+    assert moved == [3, 5, 9] and logits.grad[0].sum().abs() < 1e-12
 
 
 def test_ret_takes_the_place_of_the_chats_end(
