@@ -14,7 +14,7 @@ import torch
 
 import elva_kernels
 from elva.data import load
-from elva.errors import RunError
+from elva.errors import RunError, UserError
 from elva.model.retriever import Retriever
 from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
 from elva.training import ranking
@@ -187,6 +187,23 @@ def test_given_negatives_that_are_right_are_dropped(texts: Callable[..., Path]) 
     root = texts(negatives=lambda i: [i, 20 + i], pool=[f"answer {i % 20}" for i in range(40)])
     found = comparison_of(root, replace(TEXTS, negatives=NegativeConfig(given=2)))
     assert (found.negatives == -1).all(), "one is the answer, the other its copy"
+
+
+def test_an_answer_among_the_given_takes_no_place(texts: Callable[..., Path]) -> None:
+    """Found by use: given 2, mined 2, random 2 and a list of [other, answer] left three."""
+    root = texts(negatives=lambda i: [30, i])
+    stage = replace(TEXTS, negatives=NegativeConfig(given=2, mined=0, random=4))
+    found = comparison_of(root, stage)
+    assert (found.negatives >= 0).all() and found.negatives.shape == (6, 4)
+    assert found.sources.tolist() == [[0, 2, 2, 2]] * 6
+
+
+def test_a_stage_that_ranks_against_nothing_is_refused(texts: Callable[..., Path]) -> None:
+    """Found by use: it trained on the positive's similarity alone, silently."""
+    alone = NegativeConfig(given=3, in_batch=False)
+    stage = replace(TEXTS, infonce=0.0, pathwise=1.0, negatives=alone)
+    with pytest.raises(UserError, match="must have negatives to rank against, got none in step 0"):
+        comparison_of(texts(), stage)
 
 
 def test_a_querys_own_negatives_come_in_order_and_are_drawn_anew(
