@@ -310,7 +310,7 @@ class Recipe:
     """Alternatives to the last stage: each starts where it started and runs for its wall time."""
     seed: Annotated[int, between(0, 2**63 - 1)] = 0
     save_seconds: Weight = 30.0  # between checkpoints inside a stage
-    evaluate: bool = True  # after every stage, on test, else val, of the last stage's data
+    evaluate: bool = True  # after every stage, on the test or val split of the latest data with one
     evaluate_batch_size: Count = 512
     evaluate_limit: Count | None = None
     """At most this many queries, and candidates beside their positives; None for the whole pool."""

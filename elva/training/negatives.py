@@ -137,9 +137,10 @@ class Negatives:
 
     def of(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """[B, N] rows of a batch's own negatives, -1 where there are fewer, and their sources."""
-        rows = np.full((len(batch.rows), self.stage.negatives.count), -1, np.int64)
+        count = self.stage.negatives.count if self.stage.embeds else 0
+        rows = np.full((len(batch.rows), count), -1, np.int64)
         sources = np.full_like(rows, SOURCES.index("random"))
-        for b, row in enumerate(batch.rows):
+        for b, row in enumerate(batch.rows if count else ()):
             query = self.examples.query(row)
             given, mined = self._given(query, batch.step, row), self._mined(row)
             known = [c for c in dict.fromkeys([*given, *mined]) if c >= 0][: rows.shape[1]]
@@ -161,6 +162,8 @@ class Negatives:
         """So many of its own list, but none that is an answer or the copy of one."""
         wanted = self.stage.negatives.given
         listed = self.examples.given(query) if wanted else []
+        if not listed:
+            return []
         identities = self.examples.candidates.identities
         right = set(identities(np.array(self.examples.right(query), np.int64)).tolist())
         numbers = identities(np.array(listed, np.int64)).tolist()

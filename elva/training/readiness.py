@@ -64,7 +64,8 @@ def check(
     names = chosen(recipe, stages)
     if line := next(_problems(recipe, _kinds(recipe, names, controls), start_from), None):
         raise RunError(line)
-    _refuse_unfit(recipe.model.path)
+    if start_from is None:
+        _refuse_unfit(recipe.model.path)
     ready = look(recipe, stages, start_from, controls=controls)
     if not (output / "recipe.yaml").exists():  # a run that goes on has what it needed
         _refuse_full_disk(recipe, _kinds(recipe, names, controls), output)
@@ -141,11 +142,12 @@ def _problems(
     first = next(iter(kinds), None)
     if first and start_from is None and (place := list(recipe.stages).index(first)):
         yield no_start(first, list(recipe.stages)[place - 1])
-    yield from _missing(recipe, kinds)
+    yield from _missing_data(recipe, kinds)
+    if start_from is None:
+        yield from _missing_model(recipe.model.path)
 
 
-def _missing(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[str]:
-    """Data and a model that are not at hand, a line each."""
+def _missing_data(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[str]:
     for name, stage in kinds.items():
         data, kind = stage.data, "stages" if name in recipe.stages else "controls"
         if data != "emoji" and not Path(data).is_dir():
@@ -153,7 +155,9 @@ def _missing(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[str]:
                 f"recipe: {kind}.{name}.data must be emoji or a directory in M-BEIR's layout, "
                 f"got {data!r}; see elva data --help"
             )
-    model = recipe.model.path
+
+
+def _missing_model(model: str | None) -> Iterator[str]:
     if model is None:
         return
     if Path(model).is_dir():
