@@ -288,7 +288,7 @@ def test_a_stage_is_evaluated_on_the_tasks_that_its_data_have(finished, words, t
     assert "to find texts by texts" in html and "12 queries t→t against 40 candidates" in html
 
 
-def test_a_limit_takes_queries_and_others_from_all_of_the_data(finished, words, tmp_path, monkeypatch):
+def test_a_limit_is_spread_over_all_of_the_data(finished, words, tmp_path, monkeypatch):
     run = trained(finished, words, tmp_path, evaluate_limit=5)
     opened: set[int] = set()
     item = Pool.__getitem__
