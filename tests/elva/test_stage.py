@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import elva_kernels
-from elva.data import load
+from elva.data import Item, load
 from elva.errors import RunError, UserError
 from elva.model.retriever import Retriever
 from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
@@ -261,6 +261,23 @@ def test_changing_only_the_second_answer_changes_the_weights(
         root = texts(positives=right, name=f"data{place}")
         digests.add(Stage(checkpoint, root, stage, tmp_path / str(place)).train().digest)
     assert len(digests) == 3
+
+
+def test_a_pool_is_embedded_only_where_a_query_needs_it(texts: Callable[..., Path]) -> None:
+    """Found by reading: with every list full, as `elva mine` writes them, the whole pool was."""
+    chosen = NegativeConfig(given=2, mined=1, random=1, in_batch=False)
+    stage = replace(POLICY, tasks={"t2t": 1.0}, negatives=chosen)
+    embedded: list[int] = []
+
+    def embed(items: Sequence[Item]) -> torch.Tensor:
+        embedded.append(len(items))
+        return torch.randn(len(items), 8, generator=torch.Generator().manual_seed(len(items)))
+
+    for lists, expected in ((lambda i: [39, 20 + i], []), (lambda i: [39], [40, 12])):
+        root = texts(negatives=lists, name=f"data{len(expected)}")
+        examples = Examples(load(root, split="train"), stage)
+        Negatives(stage, examples, (0,), embed).prepare(0)
+        assert embedded == expected
 
 
 def test_what_is_rolled_out_is_what_the_setting_says(
