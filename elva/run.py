@@ -100,7 +100,7 @@ class Run:
 
     def title(self, name: str) -> str:
         """ "stage 2" or "control infonce"."""
-        return self.stage(name).name.replace("-", " ", 1)
+        return title_of(self.stage(name))
 
     @property
     def start(self) -> Path:
@@ -178,6 +178,11 @@ class Run:
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def title_of(directory: Path) -> str:
+    """ "stage 2" or "control infonce", as the directory of one is called."""
+    return directory.name.replace("-", " ", 1)
 
 
 def source_of(recipe: Recipe, data: str) -> Path:

@@ -145,5 +145,5 @@ class Captions:
     def of(self, candidates: Sequence[Item]) -> list[str | None]:
         """A caption each; None where the data has no words for it."""
         found = [item.text or self._names.get(item.id) for item in candidates]
+        # M-BEIR's full stop says nothing.
         return [None if text is None else text.removesuffix(".") for text in found]
-        # M-BEIR's full stop says nothing

@@ -43,7 +43,7 @@ class Guards:
         if wrong:
             raise RunError(
                 f"train: {self.title}: {wrong[0]} must be finite, got {metrics[wrong[0]]} at step "
-                f"{step}; lower its learning_rate and go on with --resume from the last checkpoint"
+                f"{step}; lower its learning_rate in a new run, --from this one"
             )
         stage = self.stage
         silent, equal = metrics.get("frac_no_ret", 0.0), metrics.get("frac_zero_std", 0.0)

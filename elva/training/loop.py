@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from elva import checkpoint
 from elva.recipe import StageConfig
+from elva.run import title_of
 from elva.training.guards import refuse_broken_weights
 from elva.training.plan import Batch
 
@@ -117,6 +118,10 @@ class ResumableTrainer(Trainer):
         """What of it does train."""
         return {n: p for n, p in self.parameters().items() if p.requires_grad}
 
+    def refuse_broken_weights(self) -> None:
+        """RunError where training has made NaN or inf of a weight."""
+        refuse_broken_weights(title_of(self.directory), self.trained())
+
     def create_optimizer(self, *given: Any) -> Any:
         """Trainer's own, and a group for the temperature."""
         made = self.optimizer is not None
@@ -132,8 +137,8 @@ class ResumableTrainer(Trainer):
             RunError: a weight is NaN or infinite; the checkpoints before it stay.
         """
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.refuse_broken_weights()
         weights = self.trained()
-        refuse_broken_weights(self.directory.name.replace("-", " ", 1), weights)
         names: dict[Any, str] = {p: n for n, p in self.parameters().items()}
         moments = {
             f"{names[p]}|{key}": value

@@ -32,10 +32,11 @@ from elva.model.inputs import Prompt, PromptBatch
 from elva.model.retriever import Retriever
 from elva.model.rollout import Rollouts, token_log_probs
 from elva.recipe import StageConfig
+from elva.run import title_of
 from elva.training import objective, ranking
 from elva.training.comparison import Comparison, compare
 from elva.training.examples import Examples
-from elva.training.guards import Guards, refuse_broken_weights
+from elva.training.guards import Guards
 from elva.training.loop import Length, ResumableTrainer, autocast
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch, plan
@@ -82,7 +83,7 @@ class StageTrainer(ResumableTrainer):
         started = time.perf_counter()
         self.retriever, self.stage, self.examples = retriever, stage, examples
         self.seed, self.on_step = tuple(seed), on_step
-        self.guards = Guards(f"stage {directory.name.partition('-')[2]}", stage, say)
+        self.guards = Guards(title_of(directory), stage, say)
         self.arithmetic = autocast(retriever.device, extra)
         retriever.train_in_fp32()
         self.reference = _frozen_copy(retriever) if stage.holds else None
@@ -314,10 +315,6 @@ class StageTrainer(ResumableTrainer):
             assert isinstance(self.retriever.model, PeftModel)
             with self.retriever.model.disable_adapter():
                 yield self.retriever
-
-    def refuse_broken_weights(self) -> None:
-        """RunError where training has made NaN or inf of a weight."""
-        refuse_broken_weights(self.guards.title, self.trained())
 
 
 def _embedded(rolled: _Rolled, leaf: Tensor) -> ranking.Embedded:
