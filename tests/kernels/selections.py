@@ -8,7 +8,6 @@ in the tests of an op's numbers; with --thorough it runs in every case.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.kernels import processes
 from tests.kernels.cases import WEIGHTS
 
 HERE = Path(__file__).parent
@@ -191,13 +191,8 @@ def _run(name: str, files, report: Path, options, environment) -> list[list[str]
     # What a sanitizer or the host's machine says before it aborts is written past Python.
     command += ["--capture=sys", "--maxfail=9", *options]
     command += [str(HERE / place(file)) for file in files]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {ASKED: name, REPORT: str(report)} | environment,
-        capture_output=True,
-        text=True,
-    )
+    environment = {ASKED: name, REPORT: str(report), **environment}
+    done = processes.run(command, environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[:4000]
     found = json.loads(report.read_text())
     assert found["selected"]

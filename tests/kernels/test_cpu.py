@@ -20,7 +20,7 @@ import elva_kernels
 from elva_kernels.backends import boundary
 from elva_kernels.backends.cpu import reward as cpu
 from elva_kernels.reference import Weights
-from tests.kernels import compilers
+from tests.kernels import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
@@ -366,9 +366,9 @@ def compile_driver(folder, flags, whole, other):
     for i, (extra, source) in enumerate(sources):
         objects.append(str(folder / f"{i}.o"))
         commands.append([compiler, *flags, *extra.split(), "-c", str(source), "-o", objects[-1]])
-    compilers.run_all(commands)
+    processes.compile_all(commands)
     program = folder / "driver"
-    compilers.run([compiler, *flags, *objects, "-o", str(program)])
+    processes.compile_one([compiler, *flags, *objects, "-o", str(program)])
     return program
 
 
@@ -377,13 +377,8 @@ def sanitize(flags, whole, other, run, callers):
     with tempfile.TemporaryDirectory() as folder:
         program = compile_driver(Path(folder), flags, whole, other)
         for level in run:
-            done = subprocess.run(
-                [program, str(callers)],
-                capture_output=True,
-                text=True,
-                timeout=300,
-                env=os.environ | {"ELVA_KERNELS_CPU_LEVEL": level},
-            )
+            environment = {"ELVA_KERNELS_CPU_LEVEL": level}
+            done = processes.run([program, str(callers)], environment, timeout=300)
             assert (done.returncode, done.stdout) == (0, f"{level}\n"), done.stderr[:4000]
 
 

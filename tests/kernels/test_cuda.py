@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import subprocess
 import sysconfig
 import tempfile
 import threading
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elva_kernels.backends import cuda
-from tests.kernels import compilers, selections
+from tests.kernels import processes, selections
 from tests.kernels.cases import ON_FIBERS
 
 HERE = Path(__file__).parent
@@ -60,11 +59,11 @@ def built(module, command, sources, flags):
         return module
     known.unlink(missing_ok=True)
     objects = [str(folder / f"{i}.o") for i in range(len(sources))]
-    compilers.run_all(
+    processes.compile_all(
         [*command, "-x", "c++", "-c", str(source), "-o", made]
         for source, made in zip(sources, objects, strict=True)
     )
-    compilers.run([compiler, *flags, "-shared", *objects, "-o", str(module)])
+    processes.compile_one([compiler, *flags, "-shared", *objects, "-o", str(module)])
     for made in objects:
         Path(made).unlink()
     known.write_text(origin)
@@ -98,9 +97,7 @@ def sanitized(config, *options):
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
     module = build(home(config, "cuda_host_sanitized"), *flags)
     runtimes = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        processes.run(["g++", f"-print-file-name={name}"], check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = {

@@ -10,6 +10,7 @@ import torch
 
 from tests.kernels import group_worker
 from tests.kernels.group_worker import Case, batch_of, calls, shares
+from tests.kernels.processes import ENVIRONMENT
 
 ALL = ("excluded", "candidate_ids", "max_score")
 EVERYWHERE = (*ALL, "global_target")
@@ -57,7 +58,9 @@ def of_processes(world):
         script = f"import runpy; runpy.run_path({group_worker.__file__!r}, run_name='__main__')"
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", script, str(rank), str(world), folder], cwd=folder
+                [sys.executable, "-c", script, str(rank), str(world), folder],
+                cwd=folder,
+                env=ENVIRONMENT,
             )
             for rank in range(world)
         ]
