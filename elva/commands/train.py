@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from elva import checkpoint
-from elva.data import Dataset, load
 from elva.errors import RunError
 from elva.evaluation.trained import evaluate_stage
 from elva.files import is_whole, write_directory
@@ -20,7 +19,7 @@ from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.loop import Length
 from elva.training.plan import steps_an_epoch
-from elva.training.readiness import no_start, notices, training_data
+from elva.training.readiness import TrainingData, no_start, notices
 from elva.training.stage import StageTrainer
 
 CLOCKED_STEPS = 20
@@ -56,34 +55,27 @@ def _train(
     limit: int | None,
     controls: bool,
 ) -> None:
-    shared = _Shared(reporter)
+    shared = _Shared(run.recipe, reporter)
     for name in names:
-        beginning = _beginning(run, name, start_from)
+        beginning = _beginning(run, name, start_from, shared.data)
         _train_stage(run, name, reporter, shared, beginning, limit)
     last = list(run.recipe.stages)[-1]
     if controls and last in names:
         done = run.read(last, "stage.json")
         budget = Length(CLOCKED_STEPS * done["steps"], done["seconds"])
         for name in run.recipe.controls:
-            beginning = _beginning(run, last, start_from)
+            beginning = _beginning(run, last, start_from, shared.data)
             _train_stage(run, name, reporter, shared, beginning, limit, budget)
 
 
 class _Shared:
     """What the stages of a run share, so that nothing is read, tokenised or said twice."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
+        self.data = TrainingData(recipe)
         self.reporter = reporter
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
-        self._data: dict[tuple[str, str], Dataset] = {}
-
-    def data(self, recipe: Recipe, stage: StageConfig) -> Dataset:
-        """A stage's data, read once a run, with what is known of its pictures by now."""
-        key = (stage.data, stage.queries)
-        if key not in self._data:
-            self._data[key] = training_data(recipe, stage)
-        return self._data[key]
 
     def say(self, title: str, line: str) -> None:
         """A line about a stage's data, once a run."""
@@ -97,7 +89,7 @@ class _Shared:
         return retriever
 
 
-def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
+def _beginning(run: Run, name: str, start_from: Run | None, data: TrainingData) -> Path:
     """The checkpoint (or hub name) a stage starts from."""
     order = list(run.recipe.stages)
     previous = order[order.index(name) - 1] if order.index(name) else None
@@ -112,18 +104,17 @@ def _beginning(run: Run, name: str, start_from: Run | None) -> Path:
         raise RunError(no_start(name, previous))
     if run.recipe.model.path is not None:
         return Path(run.recipe.model.path)
-    _create(run)
+    _create(run, data)
     return run.start
 
 
-def _create(run: Run) -> None:
+def _create(run: Run, data: TrainingData) -> None:
     if is_whole(run.start):
         return
     shutil.rmtree(run.start, ignore_errors=True)
     recipe = run.recipe
-    texts: list[str] = []
-    for data in dict.fromkeys(stage.data for stage in recipe.stages.values()):
-        texts += load(run.source(data), split="train").texts()
+    once = {(stage.data, stage.queries): stage for stage in recipe.stages.values()}
+    texts = [text for stage in once.values() for text in data.of(stage).texts()]
     write_directory(
         run.start,
         lambda partial: create(
@@ -151,7 +142,7 @@ def _train_stage(
             retriever.add_lora(stage.lora)
         retriever.freeze_vision(not stage.train_vision)
         retriever.plain.train()
-        examples = Examples(shared.data(run.recipe, stage), stage, run.recipe.seed)
+        examples = Examples(shared.data.of(stage), stage, run.recipe.seed)
         length = stage_length(stage, examples, limit, budget)
         reporter.start(title, length.steps if length.seconds is None else None)
         for line in notices(stage, examples):

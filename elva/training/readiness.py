@@ -89,9 +89,10 @@ def look(
     ready = Ready(problems=list(_problems(recipe, kinds, start_from)))
     if not ready.problems:
         recipe = replace(recipe, model=at_hand(recipe.model))
+    data = TrainingData(recipe)
     for name, stage in kinds.items():
         if stage.data == "emoji" or Path(stage.data).is_dir():
-            ready.stages[name] = _look(recipe, stage)
+            ready.stages[name] = _look(recipe, stage, data.of(stage))
     ready.evaluation = _evaluation(recipe, names)
     return ready
 
@@ -104,9 +105,19 @@ def _kinds(recipe: Recipe, names: Sequence[str], controls: bool) -> dict[str, St
     return kinds
 
 
-def training_data(recipe: Recipe, stage: StageConfig) -> Dataset:
-    """The data that a stage trains on, whole."""
-    return load(source_of(recipe, stage.data), split="train", queries=stage.queries)
+class TrainingData:
+    """The data that a recipe's stages train on, each read once however many stages share it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._read: dict[tuple[str, str], Dataset] = {}
+
+    def of(self, stage: StageConfig) -> Dataset:
+        key = (stage.data, stage.queries)
+        if key not in self._read:
+            root = source_of(self._recipe, stage.data)
+            self._read[key] = load(root, split="train", queries=stage.queries)
+        return self._read[key]
 
 
 def notices(stage: StageConfig, examples: Examples) -> Iterator[str]:
@@ -172,9 +183,9 @@ def _missing_model(model: str | None) -> Iterator[str]:
         yield f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
 
 
-def _look(recipe: Recipe, stage: StageConfig) -> Row:
-    """A stage's data: read as it will be read, some of its pictures decoded."""
-    examples = Examples(training_data(recipe, stage), stage, recipe.seed)
+def _look(recipe: Recipe, stage: StageConfig, dataset: Dataset) -> Row:
+    """A stage's data: chosen as it will be, some of its pictures decoded."""
+    examples = Examples(dataset, stage, recipe.seed)
     parts: list[Queries | Pool] = [examples.queries, *examples.candidates.pools]
     if found := unreadable(parts, DECODED, recipe.seed):
         raise DataError(found[0])
