@@ -12,6 +12,7 @@ from elva.cli import app
 from elva.errors import UserError
 from elva.recipe import ModelConfig, resolve
 from elva.run import Run, evaluated
+from elva.training import readiness
 from elva.training.estimate import at_hand
 from elva.training.readiness import check
 
@@ -68,7 +69,7 @@ def test_data_that_a_stage_cannot_train_on_is_one_line(
 
 
 def test_a_dry_run_lists_what_is_missing_and_trains_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["train", "--recipe", "elva-2b", "--dry-run", "--json"]
@@ -78,9 +79,23 @@ def test_a_dry_run_lists_what_is_missing_and_trains_nothing(
         "stages.2.data",
         "stages.3.data",
     ]
-    words = ["train", "--recipe", "smoke", "--set", "controls.grpo.data=absent", *words[3:]]
+    other = ["--config", str(recipe_file), "--set", "controls.grpo.data=absent"]
+    words = ["train", "--recipe", "smoke", *other, *words[3:]]
     plan = json.loads(CliRunner().invoke(app, words).stdout)
     assert "controls.grpo.data must be" in plan["problems"][0]
+
+
+def test_stages_that_share_data_have_it_read_once(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    load = readiness.load
+    monkeypatch.setattr(
+        readiness, "load", lambda root, **kinds: read.append(root) or load(root, **kinds)
+    )
+    recipe = resolve("smoke", recipe_file)
+    assert set(readiness.look(recipe).stages) == {*recipe.stages, *recipe.controls}
+    assert len(read) == 1
 
 
 def test_several_gpus_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,12 @@ def machine(monkeypatch, tmp_path):
     choice.launcher.cache_clear()
 
 
+@pytest.fixture
+def one_dtype(monkeypatch):
+    """What `warm_up` runs in each dtype alike is shown in one: all of them take ten seconds."""
+    monkeypatch.setattr(verdicts, "DTYPES", (torch.float32,))
+
+
 def right(row):
     return row["reference"]
 
@@ -157,6 +163,7 @@ def test_an_op_without_a_trial_is_not_trusted(machine, monkeypatch):
     assert machine.calls == 0
 
 
+@pytest.mark.usefixtures("one_dtype")
 def test_a_capture_needs_a_verdict_and_says_so(machine, monkeypatch):
     machine.install(right)
     monkeypatch.setattr(verdicts, "_is_captured", lambda device: True)
@@ -180,6 +187,7 @@ def test_warm_up_tests_every_op_in_every_dtype(machine):
     assert set(report.selftests.values()) == {None}
 
 
+@pytest.mark.usefixtures("one_dtype")
 def test_warm_up_runs_what_a_verdict_is_kept_on_once_a_process(machine):
     """So that nothing is compiled or loaded inside the capture after it."""
     machine.install(right)
@@ -206,6 +214,7 @@ def test_a_crash_in_warm_up_leaves_what_was_known(machine):
     assert "probe" in str(doctor())
 
 
+@pytest.mark.usefixtures("one_dtype")
 def test_an_interrupted_warm_up_begins_again(machine, monkeypatch):
     machine.install(right)
 
