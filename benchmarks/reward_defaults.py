@@ -30,7 +30,7 @@ from elva.run import Run
 from elva.training.examples import Examples
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch
-from elva.training.readiness import training_data
+from elva.training.readiness import TrainingData
 
 MARGINS = (-0.1, 0.0, 0.05, 0.1, 0.2, 0.4)
 PENALTIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -43,7 +43,7 @@ def scores_of(run: Run) -> Tensor:
         run.recipe.stages["3"], tasks={TASK: 1.0}, rollout_candidates="query",
         negatives=NegativeConfig(given=0, mined=50, random=50, in_batch=False),
     )  # fmt: skip
-    examples = Examples(training_data(run.recipe, stage), stage, run.recipe.seed)
+    examples = Examples(TrainingData(run.recipe).of(stage), stage, run.recipe.seed)
     retriever = Retriever.load(run.model("2"))
 
     def embed(items: Sequence[Item]) -> Tensor:

@@ -1,6 +1,7 @@
 """Which room may know which: the import rules, and the public names."""
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -15,6 +16,7 @@ import elva_kernels
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "elva_kernels").rglob("*.py"))
 ELVA = sorted((ROOT / "elva").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
@@ -202,6 +204,16 @@ def test_elva_uses_only_the_kernels_public_names(path):
             assert name in elva_kernels.__all__
         else:
             assert not module.startswith("elva_kernels.")
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=module_name)
+def test_what_a_benchmark_takes_from_the_packages_is_there(path):
+    """Most of them run by hand: a name that has moved would be missed only then."""
+    for module, name in imports(path):
+        if module.split(".")[0] in ("elva", "elva_kernels"):
+            found = importlib.import_module(module)
+            if name is not None and not hasattr(found, name):
+                importlib.import_module(f"{module}.{name}")
 
 
 def room_of(path):

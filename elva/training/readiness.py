@@ -113,6 +113,7 @@ class TrainingData:
         self._read: dict[tuple[str, str], Dataset] = {}
 
     def of(self, stage: StageConfig) -> Dataset:
+        """The data of one stage, whole."""
         key = (stage.data, stage.queries)
         if key not in self._read:
             root = source_of(self._recipe, stage.data)

@@ -1,6 +1,6 @@
 """Other processes of tests, in the environment that the session began with.
 
-A test may change `os.environ` while work beside it begins a process: that process would have the
+pytest and its tests change `os.environ` while work beside them begins a process: it would have the
 variables of a test that it knows nothing of, and could not begin at all (EFAULT) where they move
 while the kernel reads them.
 """
