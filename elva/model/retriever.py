@@ -13,13 +13,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -50,15 +50,24 @@ WORDS = r" ?[\w'\u2019-]+| ?[^\s\w]+|\s+"
 """What byte pairs are merged within, in a tokenizer of our own."""
 
 
-class Retriever:
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+class Retriever(nn.Module):
     """A Qwen2-VL model, what it reads (`inputs`) and the features of pictures it has seen."""
 
     def __init__(self, model: Qwen2VLForConditionalGeneration | PeftModel, inputs: Inputs) -> None:
+        super().__init__()
         self.model = model
         self.inputs = inputs
         self.train_vision = False
         self.name = ""
         self._features: dict[str, Tensor] = {}
+
+    def forward(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`work(...)`: whatever touches weights runs in such a call, which is what a wrapper of
+        several processes (DDP, FSDP2, DeepSpeed) sees of the model."""
+        return work(*args, **kwargs)
 
     # -- files -------------------------------------------------------------------------------------
 

@@ -334,8 +334,8 @@ def _frozen_copy(retriever: Retriever) -> Retriever | None:
     began."""
     if isinstance(retriever.model, PeftModel):
         return None
-    frozen = copy.copy(retriever)  # shares prompts and picture features
-    frozen.model = copy.deepcopy(retriever.model).requires_grad_(False)
+    frozen = Retriever(copy.deepcopy(retriever.model).requires_grad_(False), retriever.inputs)
+    frozen._features = retriever._features  # of the same tower
     return frozen
 
 
