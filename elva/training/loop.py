@@ -72,8 +72,8 @@ class ResumableTrainer(Trainer):
         self.warmup_ratio, self.save_every = stage.warmup_ratio, stage.num_iterations
         self.started, self.elapsed_before = started, 0.0
         self.log_temperature: Tensor | None = None
-        if stage.learn_temperature:
-            start = torch.tensor(math.log(stage.temperature), device=model.device)
+        if stage.learn_infonce_temperature:
+            start = torch.tensor(math.log(stage.infonce_temperature), device=model.device)
             self.log_temperature = torch.nn.Parameter(start)
         self._steps = _Steps(batches[: length.steps])
         super().__init__(

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
-import elva_kernels
 from elva.data import Item
 from elva.model.inputs import Prompt, PromptBatch
 from elva.model.retriever import Retriever
@@ -56,6 +55,7 @@ class _Rolled:
     rollouts: Rollouts  # len(prompts) * G rows
     captions: Tensor | None  # [len(prompts), S], -100 padded
     bank: Tensor | None  # [K, D], the candidates that are not rolled out
+    advantages: Tensor | None = None  # [R]
 
     @property
     def count(self) -> int:
@@ -139,12 +139,12 @@ class StageTrainer(ResumableTrainer):
             self._last.rollouts.embeddings = self.summaries.embeddings(
                 self._last.prompts, self._last.rollouts
             )
-        gradient, advantages, metrics = self._score(self._last)
-        metrics.update(self._backward(self._last, gradient, advantages, first))
+        gradient, metrics = self._score(self._last)
+        metrics.update(self._backward(self._last, gradient, first))
         stage = self.stage
         weights = {
             "lm": stage.lm, "ret": stage.ret, "infonce": stage.infonce, "policy": stage.policy,
-            "kl": stage.anchor,
+            "anchor": stage.anchor,
         }  # fmt: skip
         metrics["loss"] = sum(w * metrics[name] for name, w in weights.items() if name in metrics)
         metrics["loss"] -= stage.pathwise * metrics.get("reward", 0.0)
@@ -178,33 +178,35 @@ class StageTrainer(ResumableTrainer):
         rollouts = self.summaries.write(batch.step, prompts, gold)
         return _Rolled(batch, found, prompts, rollouts, gold, bank)
 
-    def _score(self, rolled: _Rolled) -> tuple[Tensor | None, Tensor | None, dict[str, float]]:
-        """Step 2: d loss / d embeddings [R, D], advantages [R] and what to log."""
+    def _score(self, rolled: _Rolled) -> tuple[Tensor | None, dict[str, float]]:
+        """Step 2: d loss / d embeddings [R, D], and what to log; keeps the advantages."""
         stage = self.stage
         metrics = _summary_metrics(rolled.rollouts)
         if not stage.embeds:
-            return None, None, metrics
+            return None, metrics
         leaf = rolled.rollouts.embeddings.detach().requires_grad_()
         embedded = _embedded(rolled, leaf)
         loss = leaf.new_zeros(())
-        advantages = None
         if stage.infonce > 0:
-            t = stage.temperature if self.log_temperature is None else self.log_temperature.exp()
+            t: float | Tensor = stage.infonce_temperature
+            if self.log_temperature is not None:
+                t = self.log_temperature.exp()
             nce, found = ranking.info_nce(stage, rolled.comparison, embedded, t)
             metrics.update(found)
             loss = loss + stage.infonce * nce
             if self.log_temperature is not None:
-                metrics["temperature"] = self.log_temperature.exp().item()
+                metrics["infonce_temperature"] = self.log_temperature.exp().item()
         if stage.ranks:
             reward, found = ranking.reward(stage, rolled.comparison, embedded)
             metrics.update(found)
-            group = elva_kernels.group_advantages(reward.detach(), scale=stage.scale_rewards)
-            advantages = self._per_row(group, rolled)  # of [B, G]
+            if rolled.advantages is None:  # of the first pass on these rollouts, as in TRL
+                group = objective.advantages(reward, stage.scale_rewards)  # [B, G]
+                rolled.advantages = self._per_row(group, rolled)
             if stage.pathwise > 0:
                 loss = loss - stage.pathwise * reward.mean()
         if loss.requires_grad:
             loss.backward()
-        return leaf.grad, advantages, metrics
+        return leaf.grad, metrics
 
     def _per_row(self, group: Tensor, rolled: _Rolled) -> Tensor:
         """[B, G] -> [R]: every sequence shares the advantages of the actions that it is part of."""
@@ -218,9 +220,7 @@ class StageTrainer(ResumableTrainer):
             shared[rows] += group[b]
         return shared.flatten()
 
-    def _backward(
-        self, rolled: _Rolled, gradient: Tensor | None, advantages: Tensor | None, first: bool
-    ) -> dict[str, float]:
+    def _backward(self, rolled: _Rolled, gradient: Tensor | None, first: bool) -> dict[str, float]:
         """Steps 3 and 4; returns the token losses, each as a mean."""
         stage, rollouts = self.stage, rolled.rollouts
         groups = len(rollouts.ids) // len(rolled.prompts)
@@ -230,7 +230,8 @@ class StageTrainer(ResumableTrainer):
             captions = rolled.captions.repeat_interleave(groups, 0)
             target = objective.caption_targets(rollouts.ids, captions)
         tokens = None if target is None else (target != -100).sum().clamp(min=1)
-        trained = rollouts.finished.sum().clamp(min=1)
+        trained = rollouts.mask & rollouts.finished[:, None]
+        divisor = objective.normaliser(stage.loss_type, trained, stage.max_completion_length)
         parts: defaultdict[str, float] = defaultdict(float)
         for rows, prompts in self.summaries.micro_batches(rolled.prompts, groups):
             index = torch.tensor(rows, device=self.retriever.device)
@@ -254,13 +255,12 @@ class StageTrainer(ResumableTrainer):
                     parts["ret_share"] += share / len(rollouts.ids)
                     total = total + stage.ret * ret / len(rollouts.ids)
                 if stage.policy > 0 or stage.anchor > 0:
-                    gains = None if stage.policy == 0 else advantages[index]
-                    policy, kl, new = self._policy(prompts, part, hidden, gains, first)
-                    policy, kl = (x[part.finished].sum() / trained for x in (policy, kl))
-                    parts["kl"] += kl.item()
-                    total = total + stage.policy * policy + stage.anchor * kl
-                    if stage.policy > 0:
-                        parts["policy"] += policy.item()
+                    gains = rolled.advantages[index] if stage.policy > 0 else None
+                    loss, kl, new = self._policy(prompts, part, hidden, gains, first)
+                    loss = loss.sum() / divisor.clamp(min=1)
+                    parts["policy" if stage.policy > 0 else "anchor"] += loss.item()
+                    parts["kl"] += (kl.sum() / trained.sum().clamp(min=1)).item()
+                    total = total + (stage.policy or stage.anchor) * loss
                     if first:
                         rollouts.log_probs[index, : new.shape[1]] = new
             self.accelerator.backward(total)
@@ -283,25 +283,27 @@ class StageTrainer(ResumableTrainer):
         advantages: Tensor | None,
         first: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss [R], KL [R], log-probabilities [R, T] without a graph); None: no advantages."""
+        """(loss [R], KL [R], log-probabilities [R, T] without a graph); None: the KL alone."""
         stage, inputs = self.stage, self.retriever.inputs
 
         def log_probs(model: Retriever, states: Tensor) -> Tensor:
             logits = model.plain.lm_head(states[:, :-1])
-            return token_log_probs(logits, part.ids, stage.sampling_temperature, inputs)
+            return token_log_probs(logits, part.ids, stage.temperature, inputs)
 
         new = log_probs(self.retriever, hidden)
-        reference = new.detach()
-        if self.stage.holds:
+        reference = None
+        if stage.holds:
             with torch.no_grad(), self._as_reference() as model:
                 states = model.hidden_states(prompts, part.ids, part.mask)
                 reference = log_probs(model, states)
         old = new.detach() if first else part.log_probs
+        beta = stage.beta
         if advantages is None:
-            advantages = new.new_zeros(len(new))
+            advantages, beta = new.new_zeros(len(new)), 1.0
         loss, kl = objective.policy_loss(
-            new, old, reference, advantages, part.mask,
-            clip_epsilon=stage.clip_epsilon, beta=stage.beta,
+            new, old, reference, advantages, part.mask & part.finished[:, None], beta=beta,
+            epsilon=stage.epsilon, epsilon_high=stage.epsilon_high, loss_type=stage.loss_type,
+            importance_sampling_level=stage.importance_sampling_level,
         )  # fmt: skip
         return loss, kl, new.detach()
 

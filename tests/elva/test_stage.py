@@ -359,7 +359,7 @@ def test_gold_completions_train_by_info_nce(corpus: Path, checkpoint: Path, tmp_
 
 def test_a_temperature_is_learnt(corpus: Path, checkpoint: Path, tmp_path: Path) -> None:
     """By each step's own gradient: Trainer, who knows the model's parameters, clears no other."""
-    stage = replace(INFO_NCE, learn_temperature=True, symmetric=True)
+    stage = replace(INFO_NCE, learn_infonce_temperature=True, symmetric=True)
     run = Stage(checkpoint, corpus, stage, tmp_path, steps=4)
     log, gaps = run.trainer.on_step, []
 
@@ -375,8 +375,8 @@ def test_a_temperature_is_learnt(corpus: Path, checkpoint: Path, tmp_path: Path)
     run.trainer.on_step = compared
     run.train()
     assert len(gaps) == 4 and max(gaps) < 1e-6
-    learnt = [step["temperature"] for step in run.log]
-    assert learnt[0] == pytest.approx(stage.temperature) and len(set(learnt)) == 3
+    learnt = [step["infonce_temperature"] for step in run.log]
+    assert learnt[0] == pytest.approx(stage.infonce_temperature) and len(set(learnt)) == 3
     # the first step is warm-up's, of a learning rate of 0
 
 
