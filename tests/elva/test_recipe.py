@@ -17,6 +17,7 @@ from elva.data.schema import TASKS
 from elva.errors import UserError
 from elva.recipe import RECIPES, Recipe, read_recipe, resolve, to_dict
 from elva.settings import Places, Rule, build
+from elva.training import objective
 
 WRONG: dict[object, tuple[str, ...]] = {
     float: ("many", ".nan", "nan", ".inf", "-.inf", "1e400", "1" + "0" * 400, "true", "[1]"),
@@ -208,7 +209,7 @@ def test_names_are_those_that_are_taken_further_down() -> None:
     import torch
 
     for scale in typing.get_args(required(FIELDS["stages.3.scale_rewards"])):
-        elva_kernels.group_advantages(torch.ones(2, 3), scale=scale)
+        objective.advantages(torch.ones(2, 3), scale)
     least = recipe.COLDEST
     with pytest.raises(ValueError, match=f"at least {least}"):
         elva_kernels.info_nce(torch.ones(2, 3), torch.ones(2, 3), temperature=least / 2)
