@@ -248,24 +248,27 @@ class StageConfig:
     early_stopping_patience: Count | None = None  # evaluations without a better one
     lora: LoraSettings = LoraSettings()
     # contrastive
-    temperature: Annotated[float, at_least(COLDEST)] = 0.05
-    learn_temperature: bool = False  # from there on, as CLIP does
+    infonce_temperature: Annotated[float, at_least(COLDEST)] = 0.05
+    learn_infonce_temperature: bool = False  # from there on, as CLIP does
     symmetric: bool = False  # half of the loss from candidates to queries; the paper's is one-way
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
     num_generations: Count = 1
-    sampling_temperature: Positive = 1.0
+    temperature: Positive = 1.0  # of the sampler, and of every log-probability
     max_completion_length: Whole = 16
     rollout_candidates: Literal["all", "query_positive", "query"] = "query_positive"
     # ranking and mining
     max_score: Number = 0.99  # a candidate more similar than this is not mined (sec. 3.4)
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
-    # grpo, after TRL's names
+    # grpo: names and meanings are TRL's (tests/elva/test_objective_trl.py)
     beta: Weight = 0.2
-    clip_epsilon: Weight = 0.2
-    num_iterations: Count = 1
-    scale_rewards: Literal["std", "batch", "none"] = "std"
+    epsilon: Weight = 0.2
+    epsilon_high: Weight | None = None  # None: epsilon
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    num_iterations: Count = 1  # steps on the same rollouts
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Fields that would train something else than they say."""
@@ -291,8 +294,8 @@ class StageConfig:
             yield "eval_steps", "be set where the best model is looked for"
         if self.eval_steps is not None and not self.metric_for_best_model:
             yield "metric_for_best_model", "be set where eval_steps is"
-        if self.learn_temperature and self.infonce == 0:
-            yield "learn_temperature", "be false where infonce is 0"
+        if self.learn_infonce_temperature and self.infonce == 0:
+            yield "learn_infonce_temperature", "be false where infonce is 0"
 
     @property
     def ranks(self) -> bool:
