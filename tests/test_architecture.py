@@ -20,8 +20,8 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
-    "errors", "draws", "files", "progress", "settings", "recipe", "checkpoint", "data", "run",
-    "model", "index", "hardest", "search", "evaluation", "training", "report", "mrbench",
+    "errors", "draws", "files", "progress", "settings", "recipe", "recipes", "checkpoint", "data",
+    "run", "model", "index", "hardest", "search", "evaluation", "training", "report", "mrbench",
     "commands", "cli", "__main__",
 )  # fmt: skip
 
