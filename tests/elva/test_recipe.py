@@ -15,7 +15,8 @@ from elva import recipe
 from elva.cli import app
 from elva.data.schema import TASKS
 from elva.errors import UserError
-from elva.recipe import RECIPES, Recipe, read_recipe, resolve, to_dict
+from elva.recipe import Recipe, read_recipe, to_dict
+from elva.recipes import RECIPES, resolve
 from elva.settings import Places, Rule, build
 from elva.training import objective
 
