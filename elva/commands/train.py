@@ -57,6 +57,11 @@ def train(
     processes = processes or Processes()
     names = chosen(run.recipe, stages)
     shared = _Shared(run.recipe, reporter if processes.first else SILENT, processes, callbacks)
+    if (devices := torch.cuda.device_count()) > 1 and processes.count == 1:
+        reporter.say(
+            f"train: one of {devices} GPUs is used; torchrun --nproc-per-node {devices} -m elva "
+            "train uses all"
+        )
     with ExitStack() as held:
         with processes.first_alone() as mine:
             if mine:

@@ -38,7 +38,9 @@ class Length:
 
 
 class Work(Protocol):
-    """What the loop repeats."""
+    """What the loop repeats. `leaves_unused`: whether a backward may not reach every parameter."""
+
+    leaves_unused: bool
 
     def step(self, number: int, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
         """Leave a step's gradients in the parameters; what was measured."""
@@ -77,10 +79,7 @@ class Loop:
         self.best: dict[str, Any] = {"value": None, "step": 0, "worse": 0}
         self.started = time.perf_counter() if started is None else started
         self.elapsed = self.elapsed_before = 0.0
-        # A row without a picture, or a head that no loss reads, leaves parameters without gradient.
-        wrapping = DistributedDataParallelKwargs(
-            find_unused_parameters=True, broadcast_buffers=False
-        )
+        wrapping = DistributedDataParallelKwargs(find_unused_parameters=work.leaves_unused)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping], mixed_precision="no"
         )

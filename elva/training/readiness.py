@@ -58,7 +58,7 @@ def check(
         output: where the run will lie, for the space on its disk.
 
     Raises:
-        UserError, DataError: several processes or GPUs, an unknown stage or one that has nothing to
+        UserError, DataError: an unknown stage or one that has nothing to
             start from, data or a model that is not there or not what the recipe asks of it.
     """
     names = chosen(recipe, stages)
@@ -141,16 +141,6 @@ def no_start(name: str, previous: str) -> str:
 def _problems(
     recipe: Recipe, kinds: Mapping[str, StageConfig], start_from: Run | None
 ) -> Iterator[str]:
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        yield (
-            f"train: the number of processes must be 1, got {processes}; "
-            "training on several is not supported yet"
-        )
-    if (devices := torch.cuda.device_count()) > 1:
-        yield (
-            f"train: the number of visible GPUs must be 1, got {devices}; "
-            "set CUDA_VISIBLE_DEVICES=0 (training on several is not supported yet)"
-        )
     first = next(iter(kinds), None)
     if first and start_from is None and (place := list(recipe.stages).index(first)):
         yield no_start(first, list(recipe.stages)[place - 1])

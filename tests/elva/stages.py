@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elva.data import load
 from elva.model.retriever import Retriever
 from elva.processes import Processes
@@ -42,8 +44,10 @@ class Stage:
     def __init__(
         self, checkpoint: Path, corpus: Path, stage: StageConfig, directory: Path, *,
         steps: int = 3, extra: dict[str, Any] | None = None, seed: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.retriever = Retriever.load(checkpoint, summary_prompt="Summarise it.")
+        self.retriever.to(dtype or self.retriever.plain.dtype)
         if stage.lora.rank:
             self.retriever.add_lora(stage.lora)
         self.retriever.freeze_vision(True)
