@@ -159,8 +159,8 @@ def _train_stage(
             on_step=lambda step, values: _on_step(run, name, reporter, step, values),
             say=reporter.say,
         )
-        resume = checkpoint.newest(run.stage(name))
-        steps = int(resume.name.removeprefix(checkpoint.PREFIX)) if resume else 0
+        resume = checkpoint.newest(run.stage(name), reporter.say)
+        steps = checkpoint.step_of(resume) if resume else 0
         run.forget_after(name, steps)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         _finish(run, name, trainer)

@@ -257,9 +257,7 @@ def encode(
         progress: called after each batch with the rows finished so far.
     """
     prompts = [retriever.inputs.prompt(item) for item in items]
-    embeddings = torch.zeros(
-        len(items), retriever.embedding_size, dtype=retriever.embedding_dtype
-    )
+    embeddings = torch.zeros(len(items), retriever.embedding_size, dtype=retriever.embedding_dtype)
     finished = torch.zeros(len(items), dtype=torch.bool)
     summaries = [""] * len(items)
     decode = retriever.inputs.tokenizer.decode
