@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from elva.data import emoji, load
-from elva.recipe import Recipe, resolve
+from elva.recipe import Recipe
+from elva.recipes import resolve
 from tests.elva import standin
 
 if "benchmarks" not in sys.modules:  # by its place: the import path has no source tree

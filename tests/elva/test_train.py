@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from elva.cli import app
 from elva.commands.train import train
 from elva.errors import UserError
-from elva.recipe import Recipe, resolve
+from elva.recipe import Recipe
+from elva.recipes import resolve
 from elva.run import Run
 
 kills = importlib.import_module("benchmarks.kills")  # which conftest puts there
