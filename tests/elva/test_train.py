@@ -252,3 +252,40 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
     assert code == 2, printed
     assert "cannot write" in printed and "Traceback" not in printed
     assert not list(run.rglob("*.partial"))
+
+
+FULL = """
+def full(path, *flags, os=os, real=os.open, **more):
+    if str(path).endswith("checkpoint-00000005.partial/state.json.partial"):
+        raise OSError(28, os.strerror(28), str(path))
+    return real(path, *flags, **more)
+os.open = full
+"""
+
+
+def test_a_full_disk_and_a_damaged_checkpoint_cost_steps_and_no_bits(
+    finished: Path, recipe_file: Path, start: Start, tmp_path: Path
+) -> None:
+    """A disk that is full at the fifth checkpoint ends the run in a line and keeps the two before
+    it; of those the newer one is damaged, named, and training goes on from the other."""
+    run = tmp_path / "full"
+    words = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
+    assert ended(start("train", *words, directory=tmp_path, before=FULL)) == 2
+    printed = (tmp_path / "printed").read_text()
+    assert printed.splitlines()[-1].startswith("elva: ") and "Traceback" not in printed
+    assert "cannot write, No space left on device" in printed.splitlines()[-1]
+    kept = sorted(path.name for path in (run / "stage-0").iterdir())
+    assert kept == ["checkpoint-00000003", "checkpoint-00000004"]
+    weights_file = run / "stage-0" / kept[1] / "weights.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    (tmp_path / "printed").unlink()
+    resume = ("--output", str(run), "--resume", "--stages", "0")
+    code = ended(start("train", *resume, directory=tmp_path))
+    printed = (tmp_path / "printed").read_text()
+    assert code == 0, printed
+    assert "stage-0/checkpoint-00000004: must be as it was written, passed over" in printed
+    assert "stage-0: goes on from checkpoint-00000003" in printed
+    assert weights(run) == {"stage-0": weights(finished)["stage-0"]}
+    assert Run.open(run).metrics("0") == Run.open(finished).metrics("0")
