@@ -67,7 +67,11 @@ def train(
     ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the recipe, steps and memory; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print steps, hours, memory and disk of a training; train a few steps to measure.",
+        ),
     ] = False,
     callback: Annotated[
         list[str] | None,
@@ -179,11 +183,15 @@ def _print_plan(
     as_json: bool,
 ) -> None:
     from elva.training.estimate import describe
+    from elva.training.measure import measure
     from elva.training.readiness import look
 
     ready = look(recipe, stages, start_from, controls=controls)
+    every = recipe.stages | recipe.controls
+    kinds = {name: every[name] for name in ready.stages if every[name].steps or every[name].epochs}
+    measured = measure(recipe, kinds, ready.data, start_from)  # not of a control by the clock
     plan = {
-        **describe(recipe, limit, ready.stages),
+        **describe(recipe, limit, ready.stages, measured),
         "evaluation": ready.evaluation,
         "problems": ready.problems,
     }

@@ -14,7 +14,7 @@ from elva.processes import Processes
 from elva.recipe import NegativeConfig, StageConfig
 from elva.training.callbacks import Callback
 from elva.training.examples import Examples
-from elva.training.loop import Length, Loop
+from elva.training.loop import Length, Loop, Saving
 from elva.training.stage import Stage as Work
 
 POLICY = StageConfig(
@@ -63,7 +63,7 @@ class Stage:
         )  # fmt: skip
         self.loop = Loop(
             self.retriever, self.work, stage, Length(steps), directory=directory / "stage-3",
-            processes=processes, save_seconds=1e9, arguments=extra, callbacks=[_Log(self.log)],
+            processes=processes, saving=Saving(1e9), arguments=extra, callbacks=[_Log(self.log)],
         )  # fmt: skip
 
     def train(self) -> "Stage":
