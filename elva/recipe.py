@@ -91,6 +91,14 @@ RankTemperature = Annotated[
     float,
     Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
 ]
+TRACKERS = ("tensorboard", "wandb", "trackio")
+Trackers = Annotated[
+    str,
+    Rule(
+        f"be none, or some of {', '.join(TRACKERS)} with commas between",
+        lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS),
+    ),
+]
 Fraction = Annotated[float, Rule("be over 0 and at most 1", lambda s: 0 < s <= 1)]
 Shares = Annotated[
     Mapping[Task, Weight], Rule("have a share over 0", lambda s: not s or any(s.values()))
@@ -229,6 +237,12 @@ class StageConfig:
     weight_decay: Weight = 0.0
     max_grad_norm: Weight = 1.0
     train_vision: bool = False
+    # evaluation inside the stage, by transformers' names
+    eval_steps: Count | None = None  # between evaluations; None: only when the stage has ended
+    metric_for_best_model: Text = ""  # of `evaluation.json`, such as t2i_recall_at_1
+    greater_is_better: bool = True
+    load_best_model_at_end: bool = False  # end with the weights of the best evaluation
+    early_stopping_patience: Count | None = None  # evaluations without a better one
     lora: LoraSettings = LoraSettings()
     # contrastive
     infonce_temperature: Annotated[float, at_least(COLDEST)] = 0.05
@@ -272,6 +286,11 @@ class StageConfig:
             yield "batches", "be task where hard_batches is true"
         if self.holds and self.lora.rank and self.train_vision:
             yield "train_vision", "be false where an adapter is held to its start"
+        chooses = self.load_best_model_at_end or self.early_stopping_patience is not None
+        if chooses and self.eval_steps is None:
+            yield "eval_steps", "be set where the best model is looked for"
+        if self.eval_steps is not None and not self.metric_for_best_model:
+            yield "metric_for_best_model", "be set where eval_steps is"
         if self.learn_infonce_temperature and self.infonce == 0:
             yield "learn_infonce_temperature", "be false where infonce is 0"
 
@@ -314,6 +333,8 @@ class Recipe:
     evaluate_batch_size: Count = 512
     evaluate_limit: Count | None = None
     """At most this many queries, and candidates beside their positives; None for the whole pool."""
+    report_to: Trackers = "none"
+    """Trackers that get the metrics too, several with commas: tensorboard, wandb, trackio."""
     trainer: TrainerArguments = field(default_factory=dict)
     """Further arguments of transformers' TrainingArguments."""
 

@@ -132,7 +132,7 @@ class Retriever(nn.Module):
         smaller than 1/256 of a weight."""
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(self.embedding_dtype)
 
     @property
     def plain(self) -> Qwen2VLForConditionalGeneration:
@@ -147,6 +147,11 @@ class Retriever(nn.Module):
     @property
     def embedding_size(self) -> int:
         return int(self.plain.config.get_text_config().hidden_size)
+
+    @property
+    def embedding_dtype(self) -> torch.dtype:
+        """fp32, or fp64 of a model that computes in it."""
+        return torch.promote_types(self.plain.dtype, torch.float32)
 
     # -- pictures ----------------------------------------------------------------------------------
 
