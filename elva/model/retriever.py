@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
@@ -250,6 +251,24 @@ class Retriever(nn.Module):
             use_cache=False,
         )
         return out.last_hidden_state[:, batch.input_ids.shape[1] - 1 :]
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Weights that are sharded (FSDP2) brought together once, for what reads them many times and on
+    each process at its own pace."""
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def create(

@@ -49,12 +49,6 @@ class Rollouts:
             torch.cat([p.embeddings for p in parts]),
         )
 
-    @property
-    def trained(self) -> Tensor:
-        """[R, T] bool: tokens that a policy learns from: none of a row that was cut off (TRL's
-        mask_truncated_completions)."""
-        return self.mask & self.finished[:, None]
-
     def select(self, rows: Tensor) -> Rollouts:
         width = int(self.mask[rows].sum(1).max())
         return Rollouts(
@@ -263,9 +257,7 @@ def encode(
         progress: called after each batch with the rows finished so far.
     """
     prompts = [retriever.inputs.prompt(item) for item in items]
-    embeddings = torch.zeros(
-        len(items), retriever.embedding_size, dtype=retriever.embedding_dtype
-    )
+    embeddings = torch.zeros(len(items), retriever.embedding_size, dtype=retriever.embedding_dtype)
     finished = torch.zeros(len(items), dtype=torch.bool)
     summaries = [""] * len(items)
     decode = retriever.inputs.tokenizer.decode
