@@ -19,7 +19,7 @@ from elva.data.queries import Queries
 from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
 from elva.evaluation.trained import evaluation_tasks
-from elva.model.inputs import Inputs
+from elva.model.family import read_inputs
 from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
 from elva.run import Run, evaluated, source_of
 from elva.training.estimate import at_hand, checkpoint_bytes, memory_bytes, model_bytes
@@ -205,7 +205,7 @@ def _refuse_unfit(model: str | None) -> None:
     if model is None:
         return
     try:
-        inputs = Inputs.load(model, "")
+        inputs = read_inputs(model, "")
         inputs.prompt(Item("0", "a", None, "text"))
         at_hand(ModelConfig(model))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
