@@ -12,7 +12,8 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -270,6 +271,24 @@ def _projections(model: PreTrainedModel) -> str:
     place = next(name for name, module in model.named_modules() if module is decoder)
     kinds = {n.rpartition(".")[2] for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
     return rf".*{re.escape(place)}\..*\.({'|'.join(sorted(kinds))})"
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Weights that are sharded (FSDP2) brought together once, for what reads them many times and on
+    each process at its own pace."""
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def _begin_as_chat_end(model: PreTrainedModel, inputs: Inputs) -> None:

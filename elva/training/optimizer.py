@@ -28,12 +28,12 @@ def make_optimizer(model: nn.Module, stage: StageConfig, arguments: Mapping[str,
         {"params": [p for p in found if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    kind = arguments.get("optim", "adamw_torch")
+    kind = arguments.get("optim", "adamw_torch_fused")
     if kind == "sgd":
         return SGD(groups, lr=stage.learning_rate)
     betas = (arguments.get("adam_beta1", 0.9), arguments.get("adam_beta2", 0.999))
     eps = arguments.get("adam_epsilon", 1e-8)
-    fused = True if kind == "adamw_torch_fused" else None
+    fused = kind == "adamw_torch_fused"
     return AdamW(groups, lr=stage.learning_rate, betas=betas, eps=eps, fused=fused)
 
 

@@ -61,15 +61,20 @@ class Shares:
 
 def info_nce(
     stage: StageConfig, comparison: Comparison, embedded: Embedded, temperature: float | Tensor,
-    shares: Shares,
+    shares: Shares | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """InfoNCE of every rollout of a query against every rollout of its candidates, and its metrics.
 
     A right answer's G rollouts are G positives of each of the query's. Of several processes the
     loss is this one's share times their number, on its rows alone; metrics are the whole step's.
+
+    Args:
+        shares: what is this process's; None: all.
     """
     query, columns, groups = embedded.query.flatten(0, 1), embedded.columns, embedded.groups
     target, excluded = _pairs(comparison, columns, groups)
+    if shares is None:
+        shares = Shares(Processes(), range(len(embedded.query)), range(comparison.rolled))
     own, processes = shares.queries(groups), shares.processes
     mine = (excluded[:, 0] >= own.start) & (excluded[:, 0] < own.stop)
     loss, statistics = elva_kernels.info_nce(

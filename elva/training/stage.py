@@ -29,12 +29,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-import elva_kernels
 from elva.data import Item
 from elva.model.inputs import Prompt, PromptBatch
-from elva.model.retriever import Retriever
+from elva.model.retriever import Retriever, whole_weights
 from elva.model.rollout import Rollouts, token_log_probs, wide
 from elva.processes import Processes
 from elva.recipe import StageConfig
@@ -118,8 +116,8 @@ class Stage:
         checkpoint_gradients(retriever.plain, arguments)
         retriever.train_in_fp32()
         self.reference = _frozen_copy(retriever) if stage.holds else None
-        if stage.learn_temperature:
-            start = torch.tensor([math.log(stage.temperature)], device=retriever.device)
+        if stage.learn_infonce_temperature:
+            start = torch.tensor([math.log(stage.infonce_temperature)], device=retriever.device)
             retriever.log_temperature = nn.Parameter(start)
         self.remembers = retriever.remember(examples.items(), at_most=examples.pictures)
         self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic, processes)
@@ -128,9 +126,7 @@ class Stage:
         if stage.hard_batches:
             self.negatives.mine()
             neighbours = self.negatives.neighbours()
-        self.plan = plan(
-            stage, examples, -(-steps // stage.num_iterations), self.seed, neighbours
-        )
+        self.plan = plan(stage, examples, -(-steps // stage.num_iterations), self.seed, neighbours)
         self._last: _Rolled | None = None
 
     # -- what the loop asks ------------------------------------------------------------------------
@@ -143,7 +139,7 @@ class Stage:
         """
         batch = self.plan[number // self.stage.num_iterations]
         first = self._last is None or self._last.batch.step != batch.step
-        with torch.no_grad(), self._whole_weights():
+        with torch.no_grad(), whole_weights(self.retriever):
             if first:
                 self._last = self.retriever(self._roll, batch)
             elif self.stage.embeds:
@@ -157,7 +153,7 @@ class Stage:
         stage = self.stage
         weights = {
             "lm": stage.lm, "ret": stage.ret, "infonce": stage.infonce, "policy": stage.policy,
-            "kl": stage.anchor,
+            "anchor": stage.anchor,
         }  # fmt: skip
         metrics["loss"] = sum(w * metrics[name] for name, w in weights.items() if name in metrics)
         metrics["loss"] -= stage.pathwise * metrics.get("reward", 0.0)
@@ -165,7 +161,7 @@ class Stage:
 
     def stepped(self, number: int, metrics: Mapping[str, float]) -> None:
         """Bound the temperature, and look at what was measured."""
-        if self.stage.learn_temperature:
+        if self.stage.learn_infonce_temperature:
             with torch.no_grad():
                 self.retriever.log_temperature.clamp_(min=math.log(LEAST_TEMPERATURE))
         self.guards.watch(number, metrics)
@@ -228,11 +224,11 @@ class Stage:
         loss = leaf.new_zeros(())
         log_temperature = None
         if stage.infonce > 0:
-            temperature: float | Tensor = stage.temperature
-            if stage.learn_temperature:
+            temperature: float | Tensor = stage.infonce_temperature
+            if stage.learn_infonce_temperature:
                 log_temperature = self.retriever.log_temperature.detach().clone().requires_grad_()
                 temperature = log_temperature.exp()
-                metrics["temperature"] = temperature.item()
+                metrics["infonce_temperature"] = temperature.item()
             shares = ranking.Shares(self.processes, rolled.asks, rolled.shows)
             nce, found = ranking.info_nce(stage, rolled.comparison, embedded, temperature, shares)
             metrics.update(found)
@@ -241,14 +237,15 @@ class Stage:
             reward, found = ranking.reward(stage, rolled.comparison, embedded)
             metrics.update(found)
             if first and stage.policy > 0:
-                group = elva_kernels.group_advantages(reward.detach(), scale=stage.scale_rewards)
-                rolled.advantages = self._per_row(group, rolled)[rows]  # of [B, G]
+                group = objective.advantages(reward, stage.scale_rewards)  # [B, G]
+                rolled.advantages = self._per_row(group, rolled)[rows]
             if stage.pathwise > 0:
                 loss = loss - stage.pathwise * self.processes.count * reward.mean()
         if loss.requires_grad:
             loss.backward()
         of_rows = None if leaf.grad is None else leaf.grad[rows]
-        return _Gradients(of_rows, None if log_temperature is None else log_temperature.grad), metrics
+        of_temperature = None if log_temperature is None else log_temperature.grad
+        return _Gradients(of_rows, of_temperature), metrics
 
     def _gathered(self, rolled: _Rolled) -> tuple[Tensor, Tensor]:
         """All processes' embeddings [R, D], a leaf: queries, then candidates; this one's rows."""
@@ -288,32 +285,36 @@ class Stage:
             captions = rolled.captions.repeat_interleave(groups, 0)
             target = objective.caption_targets(rollouts.ids, captions)
         real = not rolled.spare
+        trained = rollouts.mask & rollouts.finished[:, None]
+        policy = objective.normaliser(stage.loss_type, trained, stage.max_completion_length)
         counts = self.processes.total({
             "rows": real * len(rollouts.ids),
             "tokens": 0 if target is None else real * int((target != -100).sum()),
-            "finished": real * int(rollouts.finished.sum()),
+            "policy": real * int(policy),
+            "trained": real * int(trained.sum()),
         })  # fmt: skip
         over = {name: max(1.0, count) / self.processes.count for name, count in counts.items()}
-        parts = {name: 0.0 for name in self._token_losses()}
+        parts = dict.fromkeys(self._token_losses(), 0.0)
         batches = [*self.summaries.micro_batches(rolled.prompts, groups)]
         turns = self.processes.most(len(batches))  # as many for each: forwards may exchange weights
         for turn in range(turns):
+            idle = rolled.spare or turn >= len(batches)  # takes part, and adds nothing
             rows, prompts = batches[turn % len(batches)]
             index = torch.tensor(rows, device=self.retriever.device)
             last = turn == turns - 1
             with nullcontext() if last else accelerator.no_sync(model):
+                of_temperature = gradients.log_temperature if last else None
                 total, found, new = model(
-                    self._losses, prompts, index, rolled, gradients, target, over, first
-                )
-                if rolled.spare or turn >= len(batches):
+                    self._losses, prompts, index, rolled, gradients.embeddings, of_temperature,
+                    target, over, first,
+                )  # fmt: skip
+                if idle:
                     total = total * 0.0
                 else:
                     for name, value in found.items():
                         parts[name] += value.item()
                     if new is not None and first:
                         rollouts.log_probs[index, : new.shape[1]] = new
-                if last and gradients.log_temperature is not None:
-                    total = total + (self.retriever.log_temperature * gradients.log_temperature).sum()
                 accelerator.backward(total)
         return {n: v / self.processes.count for n, v in self.processes.total(parts).items()}
 
@@ -321,17 +322,21 @@ class Stage:
         """What `_losses` measures in this stage."""
         stage = self.stage
         used = {"lm": stage.lm > 0, "ret": stage.ret > 0, "ret_share": stage.ret > 0,
-                "kl": stage.policy + stage.anchor > 0, "policy": stage.policy > 0}  # fmt: skip
+                "policy": stage.policy > 0, "anchor": stage.anchor > 0,
+                "kl": stage.policy + stage.anchor > 0}  # fmt: skip
         return [name for name, is_used in used.items() if is_used]
 
     def _losses(
-        self, prompts: PromptBatch, index: Tensor, rolled: _Rolled, gradients: _Gradients,
-        target: Tensor | None, over: Mapping[str, float], first: bool,
+        self, prompts: PromptBatch, index: Tensor, rolled: _Rolled, gradient: Tensor | None,
+        of_temperature: Tensor | None, target: Tensor | None, over: Mapping[str, float],
+        first: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:  # fmt: skip
         """A micro-batch's share of the loss, of each token loss, and its log-probabilities.
 
         Args:
             index: [R] rows of the rollouts.
+            gradient: d loss / d embeddings, of every row.
+            of_temperature: [1] d loss / d its logarithm, for one micro-batch of a step.
             over: what sums are divided by.
         """
         stage, part = self.stage, rolled.rollouts.select(index)
@@ -340,9 +345,11 @@ class Stage:
         with self.arithmetic():
             hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
             total = wide(hidden).new_zeros(())
-            if gradients.embeddings is not None and not rolled.spare:
+            if gradient is not None and not rolled.spare:
                 at_ret = wide(hidden[torch.arange(len(index)), part.mask.sum(1)])
-                total = total + (at_ret * gradients.embeddings[index]).sum()
+                total = total + (at_ret * gradient[index]).sum()
+            if of_temperature is not None:
+                total = total + (self.retriever.log_temperature * of_temperature).sum()
             if target is not None:
                 wanted = target[index, : part.ids.shape[1]]
                 counted = wanted != -100
@@ -357,12 +364,10 @@ class Stage:
             if stage.policy > 0 or stage.anchor > 0:
                 known = rolled.advantages is not None and not rolled.spare
                 gains = rolled.advantages[index] if known else None
-                policy, kl, new = self._policy(prompts, part, hidden, gains, first)
-                policy, kl = (x[part.finished].sum() / over["finished"] for x in (policy, kl))
-                found["kl"] = kl
-                total = total + stage.policy * policy + stage.anchor * kl
-                if stage.policy > 0:
-                    found["policy"] = policy
+                loss, kl, new = self._policy(prompts, part, hidden, gains, first)
+                name = "policy" if stage.policy > 0 else "anchor"
+                found[name], found["kl"] = loss.sum() / over["policy"], kl.sum() / over["trained"]
+                total = total + (stage.policy or stage.anchor) * found[name]
         return total, {name: value.detach() for name, value in found.items()}, new
 
     def _ret(self, hidden: Tensor, part: Rollouts) -> tuple[Tensor, Tensor]:
@@ -382,25 +387,27 @@ class Stage:
         advantages: Tensor | None,
         first: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss [R], KL [R], log-probabilities [R, T] without a graph); None: no advantages."""
+        """(loss [R], KL [R], log-probabilities [R, T] without a graph); None: the KL alone."""
         stage, inputs = self.stage, self.retriever.inputs
 
         def log_probs(model: Retriever, states: Tensor) -> Tensor:
             logits = model.plain.lm_head(states[:, :-1])
-            return token_log_probs(logits, part.ids, stage.sampling_temperature, inputs)
+            return token_log_probs(logits, part.ids, stage.temperature, inputs)
 
         new = log_probs(self.retriever, hidden)
-        reference = new.detach()
-        if self.stage.holds:
+        reference = None
+        if stage.holds:
             with torch.no_grad(), self._as_reference() as model:
                 states = model.hidden_states(prompts, part.ids, part.mask)
                 reference = log_probs(model, states)
         old = new.detach() if first else part.log_probs
+        beta = stage.beta
         if advantages is None:
-            advantages = new.new_zeros(len(new))
+            advantages, beta = new.new_zeros(len(new)), 1.0
         loss, kl = objective.policy_loss(
-            new, old, reference, advantages, part.mask,
-            clip_epsilon=stage.clip_epsilon, beta=stage.beta,
+            new, old, reference, advantages, part.mask & part.finished[:, None], beta=beta,
+            epsilon=stage.epsilon, epsilon_high=stage.epsilon_high, loss_type=stage.loss_type,
+            importance_sampling_level=stage.importance_sampling_level,
         )  # fmt: skip
         return loss, kl, new.detach()
 
@@ -415,7 +422,6 @@ class Stage:
             with self.retriever.model.disable_adapter():
                 yield self.retriever
 
-
     def _summary_metrics(self, rolled: _Rolled) -> dict[str, float]:
         rollouts, real = rolled.rollouts, not rolled.spare
         sums = self.processes.total({
@@ -427,19 +433,6 @@ class Stage:
             "completion_length": sums["length"] / sums["rows"],
             "frac_no_ret": 1.0 - sums["finished"] / sums["rows"],
         }
-
-    @contextmanager
-    def _whole_weights(self) -> Iterator[None]:
-        """Weights that are sharded (FSDP2) brought together once, for what reads them many times
-        and on each process at its own pace."""
-        sharded = [m for m in self.retriever.modules() if isinstance(m, FSDPModule)]
-        for module in sharded:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        yield
-        for module in sharded:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
 
 
 def _embedded(rolled: _Rolled, leaf: Tensor) -> ranking.Embedded:

@@ -66,7 +66,7 @@ class Summaries:
                     [prompts[i] for i in rows],
                     draws=draws[rows],
                     max_completion_length=stage.max_completion_length,
-                    temperature=stage.sampling_temperature,
+                    temperature=stage.temperature,
                 )
             parts.append(part)
             order += [i * groups + g for i in rows for g in range(groups)]
