@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from elva.errors import UserError
 from elva.model.inputs import Inputs
@@ -86,15 +87,29 @@ KNOWN = {"qwen2_vl": QwenVL(), "qwen2_5_vl": QwenVL(), "qwen3_vl": Qwen3VL()}
 OTHER = ImageTextToText()
 
 
+def takes_pictures(model_type: object) -> bool:
+    """Whether transformers has an image-text-to-text model of a type."""
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def family_of(config: PreTrainedConfig) -> QwenVL:
     """The family of a checkpoint's configuration."""
     return KNOWN.get(config.model_type, OTHER)
 
 
 def read_inputs(path: str | Path, summary_prompt: str, revision: str | None = None) -> Inputs:
-    """What stands between an item and the model, of a checkpoint directory or a hub name."""
+    """What stands between an item and the model, of a checkpoint directory or a hub name.
+
+    Raises:
+        UserError: no processor of it can be loaded here.
+    """
     config = AutoConfig.from_pretrained(path, revision=revision or "main")
-    return family_of(config).inputs.load(path, summary_prompt, revision)
+    if getattr(config, "image_token_id", None) is None:
+        raise unreadable(path, config, "no token of its config holds a picture's place")
+    try:
+        return family_of(config).inputs.load(path, summary_prompt, revision)
+    except (ImportError, AttributeError, TypeError) as error:  # of a processor, or its packages
+        raise unreadable(path, config, " ".join(str(error).split())[:200]) from None
 
 
 def read_model(
@@ -111,7 +126,7 @@ def read_model(
     """
     how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     config = AutoConfig.from_pretrained(path, revision=revision or "main")
-    if type(config) not in AutoModelForImageTextToText._model_mapping:
+    if not takes_pictures(config.model_type):
         raise unreadable(path, config, "transformers has no image-text-to-text model of this type")
     model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
         path, dtype="auto", revision=revision or "main", **how

@@ -9,21 +9,23 @@ Nothing here knows how large a model is, or of which family.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from elva.data import Item
-from elva.model.family import decoder_of, family_of, read_inputs, read_model
+from elva.model.family import decoder_of, family_of, read_inputs, read_model, unreadable
 from elva.model.inputs import Inputs, PromptBatch
 from elva.recipe import LoraSettings
 
@@ -80,6 +82,11 @@ class Retriever(nn.Module):
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
         retriever.name = str(path)
+        if retriever.family.probed:
+            from elva.model.probe import fault  # which reads by the retriever itself
+
+            if reason := fault(retriever):
+                raise unreadable(path, model.config, reason)
         return retriever
 
     def save(self, path: Path) -> None:
@@ -212,7 +219,7 @@ class Retriever(nn.Module):
         images: Sequence[str | None],
         attention_mask: Tensor,
         position_ids: Tensor,
-        **cache: Any,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states of the language model on words and pictures, normalised: [R, L, H].
 
@@ -221,7 +228,7 @@ class Retriever(nn.Module):
             images: the rows' pictures.
             attention_mask: [R, S], or [R, 1, L, S] bool, over what is cached and what is read.
             position_ids: [3, R, L].
-            cache: `past_key_values` and `use_cache`, as transformers takes them.
+            cache: holds what was read before, and what is read now from then on.
         """
         embeds = self.plain.get_input_embeddings()(input_ids)
         shown = [i for i in images if i is not None]
@@ -231,12 +238,14 @@ class Retriever(nn.Module):
             given = self.family.with_pictures(
                 embeds, torch.cat([features[i] for i in shown]), input_ids == self.inputs.image_id
             )
-        states: Tensor = self.decoder(
+        decoder = self.decoder
+        states: Tensor = decoder(
             **given,
             attention_mask=attention_mask,
             # Never left to the model: it would reuse the rope offset of an earlier picture.
             position_ids=self.family.positions(position_ids),
-            **cache,
+            use_cache=cache is not None,
+            **{_cache_name(type(decoder)): cache},
         ).last_hidden_state
         return states
 
@@ -259,9 +268,15 @@ class Retriever(nn.Module):
             batch.images,
             torch.cat([batch.attention_mask, mask.long()], dim=1),
             torch.cat([batch.position_ids, text], dim=2),
-            use_cache=False,
         )
         return states[:, batch.input_ids.shape[1] - 1 :]
+
+
+@lru_cache
+def _cache_name(decoder: type[nn.Module]) -> str:
+    """What its forward calls a cache; transformers has renamed it."""
+    names = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _projections(model: PreTrainedModel) -> str:

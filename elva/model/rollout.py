@@ -139,7 +139,7 @@ class _Decoder:
         self.cache = DynamicCache(config=retriever.decoder.config)
         states = retriever.read(
             batch.input_ids, batch.images, batch.attention_mask, batch.position_ids,
-            past_key_values=self.cache, use_cache=True,
+            self.cache,
         )  # fmt: skip
         if repeats > 1:
             self.cache.batch_repeat_interleave(repeats)
@@ -207,7 +207,7 @@ class _Decoder:
         self.attention = torch.cat([self.attention, self.attention.new_ones(len(token), 1)], 1)
         states = self.retriever.read(
             token[:, None], [], self.attention, self.position[None, :, None].expand(3, -1, 1),
-            past_key_values=self.cache, use_cache=True,
+            self.cache,
         )  # fmt: skip
         self.hidden = states[:, -1]
         self.position = self.position + 1

@@ -1,6 +1,5 @@
 """`elva train --dry-run`: the resolved recipe, its steps, and what memory it will take."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
 
@@ -67,16 +67,20 @@ def at_hand(model: ModelConfig) -> ModelConfig:
     """The configuration with the sizes of its checkpoint, where that is a directory here."""
     if model.path is None or not (Path(model.path) / "config.json").is_file():
         return model
-    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
+    text = AutoConfig.from_pretrained(model.path).get_text_config()
     parameters = 0
     for file in sorted(Path(model.path).glob("*.safetensors")):
         with safe_open(file, "numpy") as weights:
-            names = weights.keys()
-            parameters += sum(math.prod(weights.get_slice(n).get_shape()) for n in names)
+            for name in weights.keys():  # noqa: SIM118 (no mapping)
+                shape = weights.get_slice(name).get_shape()
+                parameters += math.prod(shape)
+                if name.endswith("embed_tokens.weight") and shape[1] != text.hidden_size:
+                    raise ValueError(
+                        f"config.json says hidden_size {text.hidden_size}, its weights {shape[1]}"
+                    )
     return replace(
-        model, parameters=parameters or None, hidden_size=text["hidden_size"],
-        layers=text["num_hidden_layers"],
+        model, parameters=parameters or None, hidden_size=text.hidden_size,
+        layers=text.num_hidden_layers,
     )  # fmt: skip
 
 
