@@ -16,7 +16,8 @@ from elva.errors import RunError
 from elva.evaluation.trained import evaluate_model, evaluate_stage
 from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
+from elva.model.scratch import create
 from elva.processes import Processes
 from elva.progress import SILENT, Reporter
 from elva.recipe import Recipe, StageConfig, chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from elva.model.retriever import FEATURES_KEPT_MB
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
@@ -87,24 +87,29 @@ def at_hand(model: ModelConfig) -> ModelConfig:
     """The configuration with the sizes of its checkpoint, where that is a directory here."""
     if model.path is None or not (Path(model.path) / "config.json").is_file():
         return model
-    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    heads = text["num_attention_heads"]
-    head = text.get("head_dim") or text["hidden_size"] // heads
+    config = AutoConfig.from_pretrained(model.path)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
     parameters = vision = 0
     for file in sorted(Path(model.path).glob("*.safetensors")):
         with safe_open(file, "numpy") as weights:
             for name in weights.keys():  # noqa: SIM118 - no mapping
-                count = math.prod(weights.get_slice(name).get_shape())
-                parameters += count
-                vision += count if "visual" in name or "vision" in name else 0
-    deepstack = (config.get("vision_config") or {}).get("deepstack_visual_indexes") or []
+                shape = weights.get_slice(name).get_shape()
+                parameters += math.prod(shape)
+                vision += math.prod(shape) if "visual" in name or "vision" in name else 0
+                if name.endswith("embed_tokens.weight") and shape[1] != text.hidden_size:
+                    raise ValueError(
+                        f"config.json says hidden_size {text.hidden_size}, its weights {shape[1]}"
+                    )
+    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None) or []
     return replace(
-        model, parameters=parameters or None, hidden_size=text["hidden_size"],
-        layers=text["num_hidden_layers"], intermediate_size=text["intermediate_size"],
-        query_size=heads * head, key_value_size=head * text.get("num_key_value_heads", heads),
-        vocabulary_size=text["vocab_size"], vision_parameters=vision, deepstack=len(deepstack),
-        tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        model, parameters=parameters or None, hidden_size=text.hidden_size,
+        layers=text.num_hidden_layers, intermediate_size=text.intermediate_size,
+        query_size=heads * head,
+        key_value_size=head * (getattr(text, "num_key_value_heads", None) or heads),
+        vocabulary_size=text.vocab_size, vision_parameters=vision, deepstack=len(deepstack),
+        tied=bool(config.tie_word_embeddings),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from elva.data.queries import Queries
 from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
 from elva.evaluation.trained import evaluation_tasks
-from elva.model.inputs import Inputs
+from elva.model.family import read_inputs, takes_pictures
 from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
 from elva.run import Run, evaluated, source_of
 from elva.training.estimate import at_hand, disk_bytes, memory_bytes
@@ -170,8 +170,11 @@ def _missing_model(model: str | None) -> Iterator[str]:
             kind = config.get("model_type") if isinstance(config, dict) else "no JSON object"
         except (OSError, ValueError):
             kind = "no readable config.json"
-        if kind != "qwen2_vl":
-            yield f"recipe: model.path must be a Qwen2-VL checkpoint, got {kind} in {model}"
+        if not takes_pictures(kind):
+            yield (
+                "recipe: model.path must be a checkpoint that takes pictures and text, got "
+                f"{kind} in {model}"
+            )
     elif not re.fullmatch(HUB_NAME, model):
         yield f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
 
@@ -197,13 +200,13 @@ def _refuse_unfit(model: str | None) -> None:
     if model is None:
         return
     try:
-        inputs = Inputs.load(model, "")
+        inputs = read_inputs(model, "")
         inputs.prompt(Item("0", "a", None, "text"))
         at_hand(ModelConfig(model))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise RunError(
-            f"recipe: model.path must be a whole Qwen2-VL checkpoint, got {model}; {reason}"
+            f"recipe: model.path must be a whole checkpoint, got {model}; {reason}"
         ) from None
 
 
