@@ -67,6 +67,17 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def repeat(self, times: int) -> PromptBatch:
+        """Each prompt `times` times, in order."""
+        if times == 1:
+            return self
+        return PromptBatch(
+            self.input_ids.repeat_interleave(times, 0),
+            self.attention_mask.repeat_interleave(times, 0),
+            self.position_ids.repeat_interleave(times, 1),
+            [image for image in self.images for _ in range(times)],
+        )
+
 
 class Inputs:
     """Tokenizer, image processor and chat template of a checkpoint, what a summary may be written

@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from elva.data import Item
 from elva.model.inputs import RET, Inputs, PromptBatch, token_id
+from elva.model.packing import completions_a_reading, pack
 from elva.recipe import LoraSettings, ScratchModel
 
 PROMPT_FILE = "elva.json"
@@ -221,30 +222,31 @@ class Retriever(nn.Module):
         rows = torch.cat([features[i] for i in images]).to(embeds.dtype)
         return embeds.masked_scatter(mask, rows)
 
-    def hidden_states(self, batch: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
-        """Teacher-forced forward over prompt + completion.
+    def hidden_states(self, prompts: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
+        """Teacher-forced forward over P prompts, each with G completions.
 
         Args:
-            completions: [R, T] token ids padded on the right.
-            mask: [R, T], True where real.
+            completions: [P * G, T] token ids padded on the right; row i * G + g is of prompt i.
+            mask: [P * G, T] bool, True where real.
 
         Returns:
-            [R, T + 1, H]: the normalised hidden states that predict each completion token, and
-            after each; column t + 1 is the state *at* completion token t.
+            [P * G, T + 1, H]: the normalised hidden states that predict each completion token, and
+            after each; column t + 1 is the state *at* completion token t. Columns of what is not
+            real hold the states of others.
         """
-        embeds = torch.cat(
-            [self.inputs_embeds(batch), self.plain.get_input_embeddings()(completions)], dim=1
+        language, lengths = self.plain.model.language_model, mask.sum(1).tolist()
+        share = completions_a_reading(
+            language.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
         )
-        start = batch.position_ids.amax(dim=(0, 2)) + 1  # [R]
-        steps = torch.arange(completions.shape[1], device=start.device)
-        text = (start[:, None] + steps).expand(3, -1, -1)
-        out = self.plain.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=torch.cat([batch.attention_mask, mask.long()], dim=1),
-            position_ids=torch.cat([batch.position_ids, text], dim=2),
+        packed = pack(prompts, completions, mask, share, self.inputs.tokenizer.pad_token_id)
+        written = self.plain.get_input_embeddings()(packed.completion_ids)
+        out = language(
+            inputs_embeds=torch.cat([self.inputs_embeds(packed.prompts), written], dim=1),
+            attention_mask=packed.attention_mask,
+            position_ids=packed.position_ids,
             use_cache=False,
         )
-        return out.last_hidden_state[:, batch.input_ids.shape[1] - 1 :]
+        return packed.unpack(out.last_hidden_state)
 
 
 def create(

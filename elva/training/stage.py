@@ -232,7 +232,7 @@ class StageTrainer(ResumableTrainer):
         tokens = None if target is None else (target != -100).sum().clamp(min=1)
         trained = rollouts.finished.sum().clamp(min=1)
         parts: defaultdict[str, float] = defaultdict(float)
-        for rows, prompts in self.summaries.micro_batches(rolled.prompts, groups):
+        for rows, prompts in self.summaries.micro_batches(rolled.prompts, rollouts.mask):
             index = torch.tensor(rows, device=self.retriever.device)
             part = rollouts.select(index)
             with self.arithmetic():
