@@ -6,7 +6,7 @@ which the next writer removes.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,15 @@ def save(
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    more: Callable[[Path], None],
 ) -> Path:
-    """Write `parent/checkpoint-<step>`: a safetensors file a group of tensors, the state as JSON,
-    and what `more` puts beside them."""
+    """Write `parent/checkpoint-<step>`: a safetensors file a group of tensors, the state as
+    JSON."""
 
     def fill(directory: Path) -> None:
         for name, group in tensors.items():
             flat = {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
             save_file(flat, directory / f"{name}.safetensors")
         write_text(directory / STATE, json.dumps(state))
-        more(directory)
 
     final = parent / f"{PREFIX}{step:08d}"
     if (

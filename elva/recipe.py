@@ -1,7 +1,6 @@
-"""Recipes: frozen dataclasses, the paper's two rows, and the one that runs anywhere (`emoji`).
+"""A recipe: frozen dataclasses whose every field has a rule, and an error that names it.
 
-Every field can be set from YAML (`--config file.yaml`) and from the command line (`--set a.b=c`);
-its annotation says which values it takes, and any other is an error that names it.
+The named ones, and how YAML and the command line change them, are in `recipes`.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +18,6 @@ from elva.settings import (
     Count,
     Name,
     Number,
-    Places,
     Plain,
     Positive,
     Rule,
@@ -30,7 +28,6 @@ from elva.settings import (
     at_least,
     between,
     build,
-    read_value,
     read_yaml,
     shown,
 )
@@ -93,6 +90,14 @@ def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
 RankTemperature = Annotated[
     float,
     Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
+]
+TRACKERS = ("tensorboard", "wandb", "trackio")
+Trackers = Annotated[
+    str,
+    Rule(
+        f"be none, or some of {', '.join(TRACKERS)} with commas between",
+        lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS),
+    ),
 ]
 Fraction = Annotated[float, Rule("be over 0 and at most 1", lambda s: 0 < s <= 1)]
 Shares = Annotated[
@@ -232,26 +237,35 @@ class StageConfig:
     weight_decay: Weight = 0.0
     max_grad_norm: Weight = 1.0
     train_vision: bool = False
+    # evaluation inside the stage, by transformers' names
+    eval_steps: Count | None = None  # between evaluations; None: only when the stage has ended
+    metric_for_best_model: Text = ""  # of `evaluation.json`, such as t2i_recall_at_1
+    greater_is_better: bool = True
+    load_best_model_at_end: bool = False  # end with the weights of the best evaluation
+    early_stopping_patience: Count | None = None  # evaluations without a better one
     lora: LoraSettings = LoraSettings()
     # contrastive
-    temperature: Annotated[float, at_least(COLDEST)] = 0.05
-    learn_temperature: bool = False  # from there on, as CLIP does
+    infonce_temperature: Annotated[float, at_least(COLDEST)] = 0.05
+    learn_infonce_temperature: bool = False  # from there on, as CLIP does
     symmetric: bool = False  # half of the loss from candidates to queries; the paper's is one-way
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
     num_generations: Count = 1
-    sampling_temperature: Positive = 1.0
+    temperature: Positive = 1.0  # of the sampler, and of every log-probability
     max_completion_length: Whole = 16
     rollout_candidates: Literal["all", "query_positive", "query"] = "query_positive"
     # ranking and mining
     max_score: Number = 0.99  # a candidate more similar than this is not mined (sec. 3.4)
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
-    # grpo, after TRL's names
+    # grpo: names and meanings are TRL's (tests/elva/test_objective_trl.py)
     beta: Weight = 0.2
-    clip_epsilon: Weight = 0.2
-    num_iterations: Count = 1
-    scale_rewards: Literal["std", "batch", "none"] = "std"
+    epsilon: Weight = 0.2
+    epsilon_high: Weight | None = None  # None: epsilon
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    num_iterations: Count = 1  # steps on the same rollouts
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Fields that would train something else than they say."""
@@ -272,8 +286,13 @@ class StageConfig:
             yield "batches", "be task where hard_batches is true"
         if self.holds and self.lora.rank and self.train_vision:
             yield "train_vision", "be false where an adapter is held to its start"
-        if self.learn_temperature and self.infonce == 0:
-            yield "learn_temperature", "be false where infonce is 0"
+        chooses = self.load_best_model_at_end or self.early_stopping_patience is not None
+        if chooses and self.eval_steps is None:
+            yield "eval_steps", "be set where the best model is looked for"
+        if self.eval_steps is not None and not self.metric_for_best_model:
+            yield "metric_for_best_model", "be set where eval_steps is"
+        if self.learn_infonce_temperature and self.infonce == 0:
+            yield "learn_infonce_temperature", "be false where infonce is 0"
 
     @property
     def ranks(self) -> bool:
@@ -314,6 +333,8 @@ class Recipe:
     evaluate_batch_size: Count = 512
     evaluate_limit: Count | None = None
     """At most this many queries, and candidates beside their positives; None for the whole pool."""
+    report_to: Trackers = "none"
+    """Trackers that get the metrics too, several with commas: tensorboard, wandb, trackio."""
     trainer: TrainerArguments = field(default_factory=dict)
     """Further arguments of transformers' TrainingArguments."""
 
@@ -337,201 +358,6 @@ class Recipe:
                     yield f"{kind}.{name}.{field_name}", rule
 
 
-# -- the recipes -----------------------------------------------------------------------------------
-
-_RETRIEVAL = {"t2i": 0.5, "i2t": 0.3, "it2i": 0.2}
-
-_IN_BATCH = NegativeConfig(given=0)
-_MINED = NegativeConfig(given=100, mined=50, random=50, in_batch=False)
-"""Paper, sec. 3.4; where `elva mine` has written them, the data's."""
-
-_STAGE_2 = StageConfig(
-    lm=2.0,  # what limits a model of this size is reading its pictures
-    infonce=1.0,
-    tasks=_RETRIEVAL,
-    steps=250,
-    batch_size=64,
-    learning_rate=5e-4,
-    train_vision=True,
-    symmetric=True,
-    negatives=_IN_BATCH,
-)
-
-_STAGE_3 = replace(
-    _STAGE_2,
-    lm=1.0,
-    tasks={"t2i": 0.6, "i2t": 0.4},
-    pathwise=1.0,
-    steps=80,
-    learning_rate=2e-4,
-    train_vision=False,
-    max_score=1.0,  # names are unique here: no candidate is a false negative
-    reward=RewardConfig(w_margin=0.0, w_rank=1.0, rank_temperature=0.03),
-)
-
-_EMOJI = Recipe(
-    name="emoji",
-    stages={
-        "0": StageConfig(
-            lm=1.0,
-            completions="gold",
-            tasks={"i2t": 0.8, "t2i": 0.12, "it2i": 0.08},
-            steps=2200,
-            batch_size=24,
-            learning_rate=1.2e-3,
-            weight_decay=0.7,
-            train_vision=True,
-        ),
-        "1": StageConfig(
-            lm=0.5,
-            infonce=1.0,
-            tasks={"t2t": 1.0},
-            steps=25,
-            learning_rate=5e-4,
-            symmetric=True,
-            negatives=_IN_BATCH,
-        ),
-        "2": _STAGE_2,
-        "3": _STAGE_3,
-    },
-    controls={
-        "infonce": replace(_STAGE_3, pathwise=0.0, steps=None),
-        "grpo": replace(
-            _STAGE_3,
-            steps=None,
-            lm=0.0,
-            infonce=0.0,
-            pathwise=0.0,
-            policy=1.0,
-            negatives=replace(_MINED, given=0),
-            num_generations=8,
-            batch_size=16,
-            reward=RewardConfig(),
-        ),
-    },
-)
-"""Real pictures on two cores in minutes. Stage 0, a captioning warm-up, is not the paper's: a model
-that starts from random weights must first learn to see and to write; Qwen2-VL already can."""
-
-
-def _paper(name: str, model: ModelConfig) -> Recipe:
-    """Liu et al., ELVA, arXiv:2606.20280, sec. 4.1. LoRA ranks and temperature: LamRA's, which the
-    paper builds on; batch sizes are over all devices. `ret` and `anchor` are ours, the paper says
-    nothing of either: no released model knows [RET], and InfoNCE alone, which no word of a summary
-    enters, ends in summaries of [RET] and nothing else, from which stage 3 cannot explore."""
-    prompt = "Analyse the input, summarise it, and end with [RET]."
-    common = StageConfig(
-        max_completion_length=128,
-        micro_batch_size=8,
-        rollout_batch_size=256,
-        lora=LoraSettings(128, 256),
-        rollout_candidates="all",
-    )
-    contrastive = replace(common, infonce=1.0, ret=1.0, anchor=1.0)
-    return Recipe(
-        name=name,
-        model=replace(model, summary_prompt=prompt),
-        stages={
-            "1": replace(
-                contrastive, data="data/nli", tasks={"t2t": 1.0}, epochs=2, batch_size=576,
-                learning_rate=4e-5, lora=LoraSettings(64, 128),
-            ),
-            "2": replace(
-                contrastive, data="data/M-BEIR", instances=1_100_000, epochs=1, batch_size=960,
-                learning_rate=1e-4,
-            ),
-            "3": replace(
-                common, policy=1.0, data="data/M-BEIR", share=0.01, instances=11_000, epochs=1,
-                batch_size=8, learning_rate=1e-6, num_generations=8, beta=0.2, negatives=_MINED,
-            ),
-        },
-        save_seconds=1800.0,
-        evaluate_limit=200,
-        trainer={"bf16": True},
-    )  # fmt: skip
-
-
-def _smoke() -> Recipe:
-    """Every line of `emoji` in minutes: for CI and for a first look, not for its figures."""
-    short = {"0": 30, "1": 6, "2": 10, "3": 4}
-    return replace(
-        _EMOJI,
-        name="smoke",
-        stages={k: replace(s, steps=short[k]) for k, s in _EMOJI.stages.items()},
-        controls={k: replace(s, steps=3) for k, s in _EMOJI.controls.items()},
-        evaluate_limit=256,
-    )
-
-
-RECIPES: dict[str, Recipe] = {
-    "emoji": _EMOJI,
-    "smoke": _smoke(),
-    "elva-2b": _paper(
-        "elva-2b",
-        ModelConfig(
-            "Qwen/Qwen2-VL-2B-Instruct", parameters=2_208_985_600, hidden_size=1536, layers=28
-        ),
-    ),
-    "elva-7b": _paper(
-        "elva-7b",
-        ModelConfig(
-            "Qwen/Qwen2-VL-7B-Instruct", parameters=8_291_375_616, hidden_size=3584, layers=28
-        ),
-    ),
-}
-
-
-# -- resolving -------------------------------------------------------------------------------------
-
-
-def resolve(
-    name: str,
-    file: Path | None = None,
-    assignments: Iterable[str] = (),
-    *,
-    model: str | None = None,
-    data: str | None = None,
-) -> Recipe:
-    """A named recipe, changed by a YAML file and then by `a.b=c` assignments.
-
-    Args:
-        model: its `model.path`.
-        data: the data of every stage and control; an assignment may change one again.
-
-    Raises:
-        UserError: unknown recipe, unreadable file, unknown key, or a value against its field's
-            rule.
-    """
-    if name not in RECIPES:
-        raise UserError(f"recipe: must be one of {', '.join(RECIPES)}, got {shown(name)}")
-    recipe, places = RECIPES[name], Places("recipe")
-    if file is not None:
-        changes, places = read_yaml(file)
-        if not isinstance(changes, Mapping):
-            raise UserError(f"{file}:1: must be a mapping of recipe fields, got {shown(changes)}")
-        recipe = build(Recipe, _merge(recipe, changes), places)
-    if model is not None:
-        recipe = build(Recipe, _merge(recipe, {"model": {"path": model}}), places)
-    if data is not None:
-        given = {
-            kind: {name: {"data": data} for name in getattr(recipe, kind)}
-            for kind in ("stages", "controls")
-        }
-        recipe = build(Recipe, _merge(recipe, given), places)
-    for text in assignments:
-        path, separator, value = text.partition("=")
-        if not separator or not path:
-            raise UserError(f"--set: must read FIELD=VALUE, got {shown(text)}; e.g. --set seed=1")
-        nested, keys = read_value(value), path.split(".")
-        for key in reversed(keys):
-            nested = {key: nested}
-        places = Places("recipe")
-        recipe = build(Recipe, _merge(recipe, nested, whole="tasks" not in keys[:-1]), places)
-    for where, rule in recipe.idle():
-        places.refuse(where, f"must {rule}")
-    return recipe
-
-
 def chosen(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
     """The named stages of a recipe, all of them for None; UserError for one that it has not."""
     if unknown := [name for name in stages or () if name not in recipe.stages]:
@@ -550,15 +376,3 @@ def to_dict(config: Any) -> dict[str, Any]:
 def read_recipe(file: Path) -> Recipe:
     """The recipe that a run directory holds, as `to_dict` gave it."""
     return typing.cast(Recipe, build(Recipe, *read_yaml(file)))
-
-
-def _merge(base: Any, changes: Mapping[str, Any], whole: bool = True) -> dict[str, Any]:
-    """`whole`: shares of tasks are replaced, not added to those that there are."""
-    merged: dict[str, Any] = {str(k): v for k, v in (
-        to_dict(base) if dataclasses.is_dataclass(base) else base).items()}  # fmt: skip
-    for key, value in changes.items():
-        old = merged.get(str(key))
-        nest = isinstance(value, Mapping) and isinstance(old, Mapping)
-        nest = nest and not (whole and key == "tasks")
-        merged[str(key)] = _merge(old, value, whole) if nest else value
-    return merged

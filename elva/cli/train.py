@@ -73,7 +73,7 @@ def train(
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report."""
     with one_line_errors():
-        from elva.recipe import resolve
+        from elva.recipes import resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
         wanted = None if stages is None else stages.split(",")

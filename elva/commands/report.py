@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from elva.files import write_bytes, write_text
-from elva.recipe import RECIPES, to_dict
+from elva.recipe import to_dict
+from elva.recipes import RECIPES
 from elva.report import charts
 from elva.report.figures import MIN_PROBES, TASKS, Row, chance, grain_counts, rows_of
 from elva.report.gallery import examples

@@ -1,26 +1,32 @@
 """`elva train`: every stage of a recipe, each from the files of the one before."""
 
+from __future__ import annotations
+
 import gc
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from elva import checkpoint
 from elva.errors import RunError
-from elva.evaluation.trained import evaluate_stage
+from elva.evaluation.trained import evaluate_model, evaluate_stage
 from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
 from elva.model.retriever import Retriever, create
-from elva.progress import Reporter
+from elva.processes import Processes
+from elva.progress import SILENT, Reporter
 from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
+from elva.training.callbacks import Callback, Trackers
 from elva.training.examples import Examples
-from elva.training.loop import Length
+from elva.training.loop import BEST, Length, Loop
 from elva.training.plan import steps_an_epoch
 from elva.training.readiness import TrainingData, no_start, notices
-from elva.training.stage import StageTrainer
+from elva.training.stage import Stage
 
 CLOCKED_STEPS = 20
 """A control that runs for another stage's wall time may take at most this many times its steps."""
@@ -34,6 +40,8 @@ def train(
     start_from: Run | None = None,
     limit: int | None = None,
     controls: bool = True,
+    callbacks: Sequence[Callback] = (),
+    processes: Processes | None = None,
 ) -> None:
     """Train what of the run is not trained yet, evaluating after every stage.
 
@@ -42,38 +50,53 @@ def train(
             this run or, for the first, in `start_from`.
         limit: at most this many steps a stage.
         controls: also train what the last stage is compared with.
+        callbacks: told of every stage's steps (`elva.training.callbacks`).
+        processes: those that train together, each of which makes this call; the first one owns the
+            run's directory.
     """
-    with run.locked():
-        _train(run, reporter, chosen(run.recipe, stages), start_from, limit, controls)
+    processes = processes or Processes()
+    names = chosen(run.recipe, stages)
+    shared = _Shared(run.recipe, reporter if processes.first else SILENT, processes, callbacks)
+    with ExitStack() as held:
+        with processes.first_alone() as mine:
+            if mine:
+                held.enter_context(run.locked())
+        if run.recipe.report_to != "none":
+            trackers = Trackers(run.recipe, run.directory)
+            shared.callbacks.append(trackers)
+            held.callback(trackers.close)
+        _train(run, shared, names, start_from, limit, controls)
 
 
 def _train(
     run: Run,
-    reporter: Reporter,
+    shared: _Shared,
     names: Sequence[str],
     start_from: Run | None,
     limit: int | None,
     controls: bool,
 ) -> None:
-    shared = _Shared(run.recipe, reporter)
     for name in names:
-        beginning = _beginning(run, name, start_from, shared.data)
-        _train_stage(run, name, reporter, shared, beginning, limit)
+        beginning = _beginning(run, name, start_from, shared)
+        _train_stage(run, name, shared, beginning, limit)
     last = list(run.recipe.stages)[-1]
     if controls and last in names:
         done = run.read(last, "stage.json")
         budget = Length(CLOCKED_STEPS * done["steps"], done["seconds"])
         for name in run.recipe.controls:
-            beginning = _beginning(run, last, start_from, shared.data)
-            _train_stage(run, name, reporter, shared, beginning, limit, budget)
+            beginning = _beginning(run, last, start_from, shared)
+            _train_stage(run, name, shared, beginning, limit, budget)
 
 
 class _Shared:
     """What the stages of a run share, so that nothing is read, tokenised or said twice."""
 
-    def __init__(self, recipe: Recipe, reporter: Reporter) -> None:
+    def __init__(
+        self, recipe: Recipe, reporter: Reporter, processes: Processes,
+        callbacks: Sequence[Callback],
+    ) -> None:  # fmt: skip
         self.data = TrainingData(recipe)
-        self.reporter = reporter
+        self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -89,7 +112,7 @@ class _Shared:
         return retriever
 
 
-def _beginning(run: Run, name: str, start_from: Run | None, data: TrainingData) -> Path:
+def _beginning(run: Run, name: str, start_from: Run | None, shared: _Shared) -> Path:
     """The checkpoint (or hub name) a stage starts from."""
     order = list(run.recipe.stages)
     previous = order[order.index(name) - 1] if order.index(name) else None
@@ -104,7 +127,9 @@ def _beginning(run: Run, name: str, start_from: Run | None, data: TrainingData) 
         raise RunError(no_start(name, previous))
     if run.recipe.model.path is not None:
         return Path(run.recipe.model.path)
-    _create(run, data)
+    with shared.processes.first_alone() as mine:
+        if mine:
+            _create(run, shared.data)
     return run.start
 
 
@@ -124,51 +149,89 @@ def _create(run: Run, data: TrainingData) -> None:
     )  # fmt: skip
 
 
+class _Log(Callback):
+    """Each step's metrics into the run and onto the bar, by the first process."""
+
+    def __init__(self, run: Run, name: str, reporter: Reporter) -> None:
+        self.run, self.name, self.reporter = run, name, reporter
+
+    def on_step_end(self, loop: Loop, metrics: Mapping[str, float]) -> None:
+        if loop.processes.first:
+            self.run.log(self.name, loop.step, metrics)
+            self.reporter.advance(loop.step, dict(metrics))
+
+    def on_evaluate(self, loop: Loop, metrics: Mapping[str, float]) -> None:
+        if loop.processes.first:
+            self.run.log(self.name, loop.step, metrics)
+            self.reporter.say(f"{loop.title}: step {loop.step}: {_shown(loop, metrics)}")
+
+
+def _shown(loop: Loop, metrics: Mapping[str, float]) -> str:
+    name = f"eval_{loop.stage.metric_for_best_model}"
+    return f"{name} {metrics[name]:.3f}, best at step {loop.best['step']}"
+
+
 def _train_stage(
     run: Run,
     name: str,
-    reporter: Reporter,
     shared: _Shared,
     beginning: Path,
     limit: int | None,
     budget: Length | None = None,
 ) -> None:
-    stage = run.recipe.stages.get(name) or run.recipe.controls[name]
-    title = run.title(name)
+    reporter, processes = shared.reporter, shared.processes
     if not run.is_trained(name):
-        torch.manual_seed(run.recipe.seed)
-        retriever = shared.load(beginning, run.recipe.model.summary_prompt)
-        if stage.lora.rank:
-            retriever.add_lora(stage.lora)
-        retriever.freeze_vision(not stage.train_vision)
-        retriever.plain.train()
-        examples = Examples(shared.data.of(stage), stage, run.recipe.seed)
-        length = stage_length(stage, examples, limit, budget)
-        reporter.start(title, length.steps if length.seconds is None else None)
-        for line in notices(stage, examples):
-            shared.say(title, line)
-        trainer = StageTrainer(
-            retriever,
-            stage,
-            examples,
-            length,
-            directory=run.stage(name),
-            seed=(run.recipe.seed, name),
-            save_seconds=run.recipe.save_seconds,
-            extra=run.recipe.trainer,
-            on_step=lambda step, values: _on_step(run, name, reporter, step, values),
-            say=reporter.say,
-        )
-        resume = checkpoint.newest(run.stage(name))
-        steps = int(resume.name.removeprefix(checkpoint.PREFIX)) if resume else 0
-        run.forget_after(name, steps)
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        _finish(run, name, trainer)
-        del trainer, retriever, examples
-        gc.collect()  # Trainer refers to itself: its model would live beside the one that follows
-        reporter.finish(_line(run, name, title))
+        loop, stage = _begin(run, name, shared, beginning, limit, budget)
+        resume = processes.agreed(checkpoint.newest(run.stage(name)))
+        with processes.first_alone() as mine:
+            if mine:
+                steps = int(resume.name.removeprefix(checkpoint.PREFIX)) if resume else 0
+                run.forget_after(name, steps)
+        loop.train(resume)
+        _finish(run, name, loop, stage)
+        loop.close()
+        del loop, stage
+        gc.collect()  # wrappers refer to themselves: a model would live beside the next
+        reporter.finish(_line(run, name, run.title(name)))
     if run.recipe.evaluate and not (run.stage(name) / "evaluation.json").is_file():
-        evaluate_stage(run, name, reporter, retriever=shared.load(run.model(name), None))
+        retriever = shared.load(run.model(name), None)
+        evaluate_stage(run, name, reporter, retriever=retriever, processes=processes)
+    processes.wait()
+
+
+def _begin(
+    run: Run, name: str, shared: _Shared, beginning: Path, limit: int | None, budget: Length | None
+) -> tuple[Loop, Stage]:
+    """A stage with its model, before its first step."""
+    started = time.perf_counter()
+    recipe, reporter, title = run.recipe, shared.reporter, run.title(name)
+    settings = recipe.stages.get(name) or recipe.controls[name]
+    torch.manual_seed(recipe.seed)
+    retriever = shared.load(beginning, recipe.model.summary_prompt)
+    if settings.lora.rank:
+        retriever.add_lora(settings.lora)
+    retriever.freeze_vision(not settings.train_vision)
+    retriever.plain.train()
+    examples = Examples(shared.data.of(settings), settings, recipe.seed)
+    length = stage_length(settings, examples, limit, budget)
+    reporter.start(title, length.steps if length.seconds is None else None)
+    for line in notices(settings, examples):
+        shared.say(title, line)
+    stage = Stage(
+        retriever, settings, examples, length.steps, seed=(recipe.seed, name),
+        arguments=recipe.trainer, title=title, processes=shared.processes, say=reporter.say,
+    )  # fmt: skip
+
+    def figures() -> dict[str, float]:
+        found = evaluate_model(run, retriever, title, SILENT, shared.processes)
+        return {k: v for k, v in found["figures"].items() if isinstance(v, int | float)}
+
+    loop = Loop(
+        retriever, stage, settings, length, directory=run.stage(name), processes=shared.processes,
+        save_seconds=recipe.save_seconds, arguments=recipe.trainer, evaluate=figures,
+        callbacks=[_Log(run, name, reporter), *shared.callbacks], started=started,
+    )  # fmt: skip
+    return loop, stage
 
 
 def stage_length(
@@ -185,23 +248,22 @@ def stage_length(
     return Length(min(steps, limit) if limit else steps)
 
 
-def _on_step(run: Run, name: str, reporter: Reporter, step: int, values: dict[str, float]) -> None:
-    run.log(name, step, values)
-    reporter.advance(step, values)
-
-
-def _finish(run: Run, name: str, trainer: StageTrainer) -> None:
+def _finish(run: Run, name: str, loop: Loop, stage: Stage) -> None:
     """The stage's model as an ordinary checkpoint, then the note that it is done."""
-    trainer.refuse_broken_weights()
-    done = {"steps": trainer.state.global_step, "seconds": trainer.elapsed}
-    run.write(name, "stage.json", {**done, "flags": trainer.guards.said})
-    shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
-    write_directory(run.model(name), trainer.retriever.save)
-    checkpoint.prune(run.stage(name), keep=0)
+    loop.whole_weights()
+    with loop.processes.first_alone() as mine:
+        if not mine:
+            return
+        done = {"steps": loop.step, "seconds": loop.elapsed, "best": loop.best}
+        run.write(name, "stage.json", {**done, "flags": stage.guards.said})
+        shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
+        write_directory(run.model(name), stage.retriever.save)
+        checkpoint.prune(run.stage(name), keep=0)
+        shutil.rmtree(run.stage(name) / BEST, ignore_errors=True)
 
 
 def _line(run: Run, name: str, title: str) -> str:
     done = run.read(name, "stage.json")
-    last = run.metrics(name)[-1]
+    last = next(m for m in reversed(run.metrics(name)) if "loss" in m)
     parts = [f"{k} {last[k]:.3f}" for k in ("lm", "infonce", "reward", "kl") if k in last]
     return f"{title}: {done['steps']} steps in {done['seconds']:.0f} s, {', '.join(parts)}"

@@ -16,11 +16,13 @@ from torch import Tensor
 from elva.data import Dataset, Item, Pool, Query, load
 from elva.data.queries import Queries
 from elva.data.schema import TASKS
+from elva.errors import UserError
 from elva.evaluation.columns import columns
 from elva.evaluation.grains import by_type, probe
 from elva.evaluation.ranks import chance_at_k, rank_all, rank_among, recall_at_k
-from elva.model.retriever import Retriever
+from elva.model.retriever import Retriever, whole_weights
 from elva.model.rollout import encode
+from elva.processes import Processes
 from elva.progress import Reporter
 from elva.recipe import Recipe, StageConfig
 from elva.run import Run, evaluated
@@ -66,35 +68,63 @@ def evaluate_stage(
     *,
     split: str | None = None,
     retriever: Retriever | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate one trained stage from its files and write its `evaluation.json`.
 
     Args:
         split: one that the data have; None for test, else val.
         retriever: the stage's model, where it is loaded already.
+        processes: those that share the work, each of which makes this call.
 
     Returns:
         What `evaluation.json` holds; None, with a line, where the data have no such split.
     """
-    started = time.perf_counter()
-    last = _last(run.recipe)
     root, there = evaluated(run.recipe)
-    split = there if split is None else split
-    if split is None:
+    if split is None and there is None:
         reporter.finish(f"{run.title(name)}: not evaluated, {root} has no queries of test or val")
         return None
     retriever = Retriever.load(run.model(name)) if retriever is None else retriever
+    processes = processes or Processes()
+    result = evaluate_model(run, retriever, run.title(name), reporter, processes, split)
+    reporter.finish(_line(run.title(name), result))
+    if processes.first:
+        run.write(name, "evaluation.json", result)
+    return result
+
+
+def evaluate_model(
+    run: Run,
+    retriever: Retriever,
+    title: str,
+    reporter: Reporter,
+    processes: Processes,
+    split: str | None = None,
+) -> dict[str, Any]:
+    """What `evaluation.json` holds, of the weights of now.
+
+    Raises:
+        UserError: the data have no such split.
+    """
+    started = time.perf_counter()
+    root, there = evaluated(run.recipe)
+    split = there if split is None else split
+    if split is None:
+        raise UserError(f"train: {root} must have queries of test or val to be evaluated on")
     dataset = _read(root, split, run.recipe)
     limit = run.recipe.evaluate_limit
     tasks = {task: _Task.of(dataset, task, limit) for task in _tasks(dataset)}
-    encoder = _Encoder(retriever, reporter, run.title(name), run.recipe, last.max_completion_length)
+    length = _last(run.recipe).max_completion_length
+    encoder = _Encoder(retriever, reporter, title, run.recipe, length, processes)
     encoder.remember([*tasks.values()])
     result: dict[str, Any] = {"split": split, "figures": {}, "samples": {}}
-    for name_of_task, task in tasks.items():
-        _evaluate_task(name_of_task, task, dataset.minimal_pairs, encoder, result)
+    training = retriever.plain.training
+    retriever.plain.eval()
+    with whole_weights(retriever):
+        for name, task in tasks.items():
+            _evaluate_task(name, task, dataset.minimal_pairs, encoder, result)
+    retriever.plain.train(training)
     result["seconds"] = time.perf_counter() - started
-    reporter.finish(_line(run.title(name), result))
-    run.write(name, "evaluation.json", result)
     return result
 
 
@@ -168,6 +198,7 @@ class _Encoder:
     title: str
     recipe: Recipe
     max_completion_length: int
+    processes: Processes
 
     def remember(self, tasks: Sequence[_Task]) -> None:
         """Keep what a frozen tower makes of the tasks' pictures, where they are few."""
@@ -182,23 +213,31 @@ class _Encoder:
         return self._encode(what, len(task), task.shown)
 
     def _encode(self, what: str, count: int, items: Callable[[range], Sequence[Item]]) -> _Encoded:
-        self.reporter.start(f"{self.title}: {what}", count, "items")
-        embeddings = torch.zeros(count, self.retriever.embedding_size)
+        own = self.processes.share(count)
+        self.reporter.start(f"{self.title}: {what}", len(own), "items")
+        model = self.retriever
+        embeddings = torch.zeros(len(own), model.embedding_size, dtype=model.embedding_dtype)
         summaries: list[str] = []
         finished = 0
-        for start in range(0, count, AT_ONCE):
-            places = range(start, min(start + AT_ONCE, count))
-            out = encode(
-                self.retriever,
+        for start in range(0, len(own), AT_ONCE):
+            places = own[start : start + AT_ONCE]
+            out = model(
+                encode,
+                model,
                 items(places),
                 max_completion_length=self.max_completion_length,
                 batch_size=self.recipe.evaluate_batch_size,
-                progress=lambda done, start=start: self.reporter.advance(start + done),  # type: ignore[misc]
+                progress=lambda done, start=start: self.reporter.advance(start + done),
             )
             embeddings[start : start + len(places)] = out.embeddings
             summaries += out.summaries
             finished += int(out.finished.sum())
-        return _Encoded(embeddings, summaries, 1 - finished / max(1, count))
+        finished = self.processes.total({"finished": finished})["finished"]
+        return _Encoded(
+            self.processes.gather(embeddings.to(model.device), count).cpu(),
+            self.processes.gather_list(summaries),
+            1 - finished / max(1, count),
+        )
 
 
 def _evaluate_task(

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
@@ -133,7 +134,7 @@ class Retriever(nn.Module):
         smaller than 1/256 of a weight."""
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(self.embedding_dtype)
 
     @property
     def plain(self) -> Qwen2VLForConditionalGeneration:
@@ -148,6 +149,11 @@ class Retriever(nn.Module):
     @property
     def embedding_size(self) -> int:
         return int(self.plain.config.get_text_config().hidden_size)
+
+    @property
+    def embedding_dtype(self) -> torch.dtype:
+        """fp32, or fp64 of a model that computes in it."""
+        return torch.promote_types(self.plain.dtype, torch.float32)
 
     # -- pictures ----------------------------------------------------------------------------------
 
@@ -247,6 +253,24 @@ class Retriever(nn.Module):
             use_cache=False,
         )
         return packed.unpack(out.last_hidden_state)
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Weights that are sharded (FSDP2) brought together once, for what reads them many times and on
+    each process at its own pace."""
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def create(

@@ -60,13 +60,18 @@ class Rollouts:
         )
 
 
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float, inputs: Inputs) -> Tensor:
     """log pi(token) [...] of logits [..., V]: the distribution that `sample` draws from.
 
     To end is one action: [RET] has the probability of itself and of the chat's ends together, none
     of which is ever written.
     """
-    scaled = logits.float() / temperature
+    scaled = wide(logits) / temperature
     banned = torch.tensor(inputs.banned_ids, dtype=torch.int64, device=scaled.device)
     drawn = scaled.gather(-1, tokens[..., None])[..., 0]
     ends = scaled[..., [inputs.ret_id, *inputs.end_ids]].logsumexp(-1)
@@ -76,7 +81,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float, inputs: 
 
 def _distribution(logits: Tensor, temperature: float, inputs: Inputs) -> Tensor:
     """The same of every token, [..., V]; -inf for what is never written."""
-    scaled = logits.float() / temperature
+    scaled = wide(logits) / temperature
     ends = scaled[..., [inputs.ret_id, *inputs.end_ids]].logsumexp(-1)
     never = torch.tensor([*inputs.banned_ids, *inputs.end_ids], device=scaled.device)
     scaled.index_fill_(-1, never, float("-inf"))
@@ -148,7 +153,7 @@ class _Decoder:
         count, device = len(self.hidden), self.hidden.device
         self.live = torch.arange(count, device=device)  # rows still decoding
         self.finished = torch.zeros(count, dtype=torch.bool, device=device)
-        self.embeddings = torch.zeros(count, self.hidden.shape[1], device=device)
+        self.embeddings = wide(self.hidden).new_zeros(self.hidden.shape)
         self.tokens: list[Tensor] = []
         self.log_probs: list[Tensor] = []
 
@@ -175,7 +180,7 @@ class _Decoder:
         ended = token == self.retriever.inputs.ret_id
         if bool(ended.any()):
             at = self.hidden if self.read == "at_ret" else before
-            self.embeddings[self.live[ended]] = at[ended].float()
+            self.embeddings[self.live[ended]] = wide(at[ended])
             self.finished[self.live[ended]] = True
             self._keep(~ended)
 
@@ -184,10 +189,10 @@ class _Decoder:
         fallback."""
         if len(self.live):
             ret = torch.full_like(self.live, self.retriever.inputs.ret_id)
-            self._record(ret, torch.zeros(len(ret), device=ret.device))
+            self._record(ret, self.embeddings.new_zeros(len(ret)))
             before = self.hidden
             self._feed(ret)
-            self.embeddings[self.live] = (self.hidden if self.read == "at_ret" else before).float()
+            self.embeddings[self.live] = wide(self.hidden if self.read == "at_ret" else before)
         ids = torch.stack(self.tokens, 1)
         return Rollouts(
             ids.where(ids >= 0, self.retriever.inputs.ret_id),
@@ -252,7 +257,7 @@ def encode(
         progress: called after each batch with the rows finished so far.
     """
     prompts = [retriever.inputs.prompt(item) for item in items]
-    embeddings = torch.zeros(len(items), retriever.embedding_size)
+    embeddings = torch.zeros(len(items), retriever.embedding_size, dtype=retriever.embedding_dtype)
     finished = torch.zeros(len(items), dtype=torch.bool)
     summaries = [""] * len(items)
     decode = retriever.inputs.tokenizer.decode

@@ -1,34 +1,32 @@
-"""transformers' Trainer, resumable to the bit: a fixed plan of steps, checkpoints of our own.
+"""The loop of a stage: steps of its plan on accelerate, resumable to the bit.
 
-To the bit on a CPU; on a GPU as far as torch's own kernels repeat themselves.
-
-What a step computes is its subclass's matter (`stage`).
+To the bit on a CPU; on a GPU as far as torch's own kernels repeat themselves. What a step computes
+is `stage`'s matter.
 """
 
-import math
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
 
 from elva import checkpoint
+from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.run import title_of
+from elva.training.callbacks import Callback
 from elva.training.guards import refuse_broken_weights
-from elva.training.plan import Batch
+from elva.training.optimizer import make_optimizer, make_schedule, put_schedule
+from elva.training.states import moments_of, put_moments, put_weights, weights_of
 
-LEAST_TEMPERATURE = 0.01
-"""Of one that is learnt."""
+BEST = "best"
+"""Beside a stage's checkpoints: the weights of its best evaluation."""
 
 
 @dataclass(frozen=True)
@@ -39,96 +37,103 @@ class Length:
     seconds: float | None = None
 
 
-class _Steps(TorchDataset):  # type: ignore[type-arg]
-    """The plan as a map-style dataset: Trainer's unit of data is a whole step."""
+class Work(Protocol):
+    """What the loop repeats."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = batches
+    def step(self, number: int, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
+        """Leave a step's gradients in the parameters; what was measured."""
 
-    def __len__(self) -> int:
-        return len(self.batches)
+    def stepped(self, number: int, metrics: Mapping[str, float]) -> None:
+        """After the optimiser's step; RunError where the stage must not go on."""
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.batches[index]
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """What the next step depends on beside the weights: groups of tensors, and JSON."""
+
+    def restore(self, groups: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
 
 
-class ResumableTrainer(Trainer):
-    """Runs `training_step` on every batch of a plan, in its order, for a `Length`."""
+class Loop:
+    """Repeats `Work.step`, the optimiser and the schedule for a `Length`.
+
+    Args:
+        model: what trains; each process has it whole.
+        arguments: the recipe's `trainer`, by transformers' names.
+        evaluate: figures of the weights of now, every `eval_steps`.
+        started: when the stage began, by `time.perf_counter`.
+    """
 
     def __init__(
-        self,
-        model: Any,
-        stage: StageConfig,
-        batches: Sequence[Batch],
-        length: Length,
-        *,
-        started: float,
-        directory: Path,
-        save_seconds: float,
-        extra: Mapping[str, Any],
-    ) -> None:
-        """`started`: when the stage began, by `time.perf_counter`."""
-        self.length, self.directory = length, directory
-        self.warmup_ratio, self.save_every = stage.warmup_ratio, stage.num_iterations
-        self.started, self.elapsed_before = started, 0.0
-        self.log_temperature: Tensor | None = None
-        if stage.learn_temperature:
-            start = torch.tensor(math.log(stage.temperature), device=model.device)
-            self.log_temperature = torch.nn.Parameter(start)
-        self._steps = _Steps(batches[: length.steps])
-        super().__init__(
-            model=model,
-            args=_arguments(stage, length.steps, directory, extra),
-            train_dataset=self._steps,
-            data_collator=lambda items: {"batch": items[0]},
-            callbacks=[_Clock(self, save_seconds)],
+        self, model: nn.Module, work: Work, stage: StageConfig, length: Length, *,
+        directory: Path, processes: Processes, save_seconds: float, arguments: Mapping[str, Any],
+        callbacks: Sequence[Callback] = (),
+        evaluate: Callable[[], Mapping[str, float]] | None = None, started: float | None = None,
+    ) -> None:  # fmt: skip
+        self.work, self.stage, self.length, self.directory = work, stage, length, directory
+        self.processes, self.save_seconds = processes, save_seconds
+        self.callbacks, self.evaluate = list(callbacks), evaluate
+        self.title = title_of(directory)
+        self.step, self.stop, self.saved_at = 0, False, 0.0
+        self.best: dict[str, Any] = {"value": None, "step": 0, "worse": 0}
+        self.started = time.perf_counter() if started is None else started
+        self.elapsed = self.elapsed_before = 0.0
+        # A row without a picture, or a head that no loss reads, leaves parameters without gradient.
+        wrapping = DistributedDataParallelKwargs(
+            find_unused_parameters=True, broadcast_buffers=False
         )
-        self.remove_callback(PrinterCallback)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping], mixed_precision="no"
+        )
+        torch.backends.cuda.matmul.allow_tf32 = bool(arguments.get("tf32", False))
+        optimizer = make_optimizer(model, stage, arguments)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        seconds = length.seconds
+        done = None if seconds is None else lambda: self.elapsed / seconds
+        self.schedule = make_schedule(self.inner, stage, length.steps, done, arguments)
+
+    def train(self, resume: Path | None = None) -> None:
+        """Run to the end, from a checkpoint where one is given.
+
+        Raises:
+            RunError: a guard stops the stage.
+        """
+        if resume is not None:
+            self._restore(resume)
+        self._tell("on_stage_begin")
+        while self.step < self.length.steps and not self.stop:
+            metrics = self.work.step(self.step, self.accelerator, self.model)
+            if self.stage.max_grad_norm > 0:
+                norm = self.accelerator.clip_grad_norm_(
+                    self.model.parameters(), self.stage.max_grad_norm
+                )
+                metrics["grad_norm"] = float(norm)
+            metrics["learning_rate"] = self.inner.param_groups[0]["lr"]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._clock()
+            self.schedule.step()
+            self.step += 1
+            self._tell("on_step_end", metrics)
+            self.work.stepped(self.step, metrics)
+            if self.stage.eval_steps and self.step % self.stage.eval_steps == 0:
+                self._evaluate()
+            over = self.length.seconds is not None and self.elapsed >= self.length.seconds
+            self.stop = self.processes.most(int(self.stop or over)) > 0
+            boundary = self.step % self.stage.num_iterations == 0 and self.step < self.length.steps
+            if boundary and self.elapsed - self.saved_at >= self.save_seconds:
+                self.save()
+        if self.stage.load_best_model_at_end and self.best["value"] is not None:
+            found = checkpoint.newest(self.directory / BEST)
+            assert found is not None
+            put_weights(self.module, checkpoint.load(found)[0]["weights"])
+        self._tell("on_stage_end")
 
     @property
-    def elapsed(self) -> float:
-        """Seconds of this stage, those before a resume included."""
-        return self.elapsed_before + time.perf_counter() - self.started
-
-    def further_state(self) -> dict[str, dict[str, Tensor]]:
-        """What a subclass's next step depends on beside the weights: groups of tensors."""
-        return {}
-
-    def further_facts(self) -> dict[str, Any]:
-        """The same as JSON."""
-        return {}
-
-    def restore_further(
-        self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
-    ) -> None:
-        """Put back what `further_state` and `further_facts` gave."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """In the plan's order."""
-        return SequentialSampler(self._steps)
-
-    def parameters(self) -> dict[str, Tensor]:
-        """Everything that may train, by name: the model's, and a temperature that is learnt."""
-        found: dict[str, Tensor] = dict(self.model.named_parameters())
-        if self.log_temperature is not None:
-            found["log_temperature"] = self.log_temperature
+    def module(self) -> nn.Module:
+        """The model without its wrapper."""
+        found: nn.Module = self.accelerator.unwrap_model(self.model)
         return found
-
-    def trained(self) -> dict[str, Tensor]:
-        """What of it does train."""
-        return {n: p for n, p in self.parameters().items() if p.requires_grad}
-
-    def refuse_broken_weights(self) -> None:
-        """RunError where training has made NaN or inf of a weight."""
-        refuse_broken_weights(title_of(self.directory), self.trained())
-
-    def create_optimizer(self, *given: Any) -> Any:
-        """Trainer's own, and a group for the temperature."""
-        made = self.optimizer is not None
-        optimizer = super().create_optimizer(*given)
-        if self.log_temperature is not None and not made:
-            optimizer.add_param_group({"params": [self.log_temperature], "weight_decay": 0.0})
-        return optimizer
 
     def save(self) -> None:
         """Write everything that the next step depends on: weights, moments, counters.
@@ -136,137 +141,60 @@ class ResumableTrainer(Trainer):
         Raises:
             RunError: a weight is NaN or infinite; the checkpoints before it stay.
         """
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.refuse_broken_weights()
-        weights = self.trained()
-        names: dict[Any, str] = {p: n for n, p in self.parameters().items()}
-        moments = {
-            f"{names[p]}|{key}": value
-            for p, entry in optimizer.state.items()
-            for key, value in entry.items()
-        }
-        groups = {"weights": weights, "optimizer": moments, **self.further_state()}
-        checkpoint.save(
-            self.directory,
-            self.state.global_step,
-            groups,
-            {"elapsed": self.elapsed, **self.further_facts()},
-            lambda partial: self.state.save_to_json(str(partial / TRAINER_STATE_NAME)),
-        )
-        checkpoint.prune(self.directory, keep=2)
+        weights = self.whole_weights()
+        groups, facts = self.work.state()
+        groups |= {"weights": weights, "optimizer": moments_of(self.module, self.inner)}
+        facts |= {"step": self.step, "elapsed": self.elapsed, "best": self.best}
+        self._write(self.directory, groups, facts, keep=2)
+        self.saved_at = self.elapsed
+        self._tell("on_save", self.directory / f"{checkpoint.PREFIX}{self.step:08d}")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        tensors, state = checkpoint.load(Path(resume_from_checkpoint))
-        parameters = self.parameters()
-        with torch.no_grad():
-            for name, value in tensors["weights"].items():
-                parameters[name].copy_(value)
-        self.restore_further(tensors, state)
-        self.elapsed_before = state["elapsed"]
+    def whole_weights(self) -> dict[str, Tensor]:
+        """What trains; RunError where training has made NaN or inf of a weight."""
+        weights = weights_of(self.module)
+        refuse_broken_weights(self.title, weights)
+        return weights
 
-    def _load_optimizer_and_scheduler(self, resume_from_checkpoint: str | None) -> None:
-        if resume_from_checkpoint is None:
-            return
-        tensors, _ = checkpoint.load(Path(resume_from_checkpoint))
-        parameters = self.parameters()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        for name, value in tensors["optimizer"].items():
-            name, key = name.rsplit("|", 1)
-            parameter = parameters[name]
-            on_device = groups[parameter].get("fused") or groups[parameter].get("capturable")
-            home = "cpu" if key == "step" and not on_device else parameter.device
-            optimizer.state[parameter][key] = value.to(home)
-        scheduler = self.lr_scheduler
-        scheduler.last_epoch = self.state.global_step
-        for group, base, factor in zip(
-            optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * factor(scheduler.last_epoch)
+    def close(self) -> None:
+        """Let go of the wrapped model, so that the next stage has its memory."""
+        self.accelerator.free_memory()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to load: every random number is a pure function of (seed, stage, step)."""
+    def _write(self, parent: Path, groups: Any, facts: Mapping[str, Any], keep: int) -> None:
+        with self.processes.first_alone() as mine:
+            if mine:
+                checkpoint.save(parent, self.step, groups, facts)
+                checkpoint.prune(parent, keep)
 
-    def clear_temperature(self) -> None:
-        """Before a step: its gradient, which Trainer, who knows the model's parameters, leaves."""
-        if self.log_temperature is not None:
-            self.log_temperature.grad = None
+    def _restore(self, path: Path) -> None:
+        groups, facts = checkpoint.load(path)
+        put_weights(self.module, groups["weights"])
+        put_moments(self.module, self.inner, groups["optimizer"])
+        self.work.restore(groups, facts)
+        self.step, self.best = facts["step"], facts["best"]
+        self.elapsed = self.elapsed_before = self.saved_at = facts["elapsed"]
+        put_schedule(self.schedule, self.step)
 
-    def bound_temperature(self) -> None:
-        """After a step: within what CLIP allows (arXiv:2103.00020, sec. 2.5)."""
-        if self.log_temperature is not None:
-            with torch.no_grad():
-                self.log_temperature.clamp_(min=math.log(LEAST_TEMPERATURE))
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        found = {f"eval_{name}": value for name, value in self.evaluate().items()}
+        value = found[f"eval_{self.stage.metric_for_best_model.removeprefix('eval_')}"]
+        value = value if self.stage.greater_is_better else -value
+        if self.best["value"] is None or value > self.best["value"]:
+            self.best = {"value": value, "step": self.step, "worse": 0}
+            if self.stage.load_best_model_at_end:
+                weights = {"weights": weights_of(self.module)}
+                self._write(self.directory / BEST, weights, self.best, keep=1)
+        else:
+            self.best["worse"] += 1
+        patience = self.stage.early_stopping_patience
+        self.stop = self.stop or (patience is not None and self.best["worse"] >= patience)
+        self._tell("on_evaluate", found)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Trainer's own, or for a stage limited by the clock its cosine over the seconds."""
-        if self.length.seconds is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        budget, warmup = self.length.seconds, self.warmup_ratio
+    def _tell(self, event: str, *what: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *what)
 
-        def factor(step: int) -> float:
-            done = min(1.0, self.elapsed / budget)
-            return min(1.0, done / warmup if warmup else 1.0) * 0.5 * (1 + math.cos(math.pi * done))
-
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer if optimizer is None else optimizer, factor
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated: Trainer's formula knows nothing of rollouts."""
-        return 0
-
-
-def autocast(
-    device: torch.device, extra: Mapping[str, Any]
-) -> Callable[[], AbstractContextManager[Any]]:
-    """The arithmetic of a stage's every forward: bf16 where its recipe's trainer asks for it."""
-    bf16 = bool(extra.get("bf16"))
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-def _arguments(
-    stage: StageConfig, steps: int, directory: Path, extra: Mapping[str, Any]
-) -> TrainingArguments:
-    settings: dict[str, Any] = {
-        "output_dir": str(directory),
-        "per_device_train_batch_size": 1,
-        "max_steps": steps,
-        "learning_rate": stage.learning_rate,
-        "lr_scheduler_type": stage.schedule,
-        "warmup_steps": max(1, round(stage.warmup_ratio * steps)),
-        "weight_decay": stage.weight_decay,
-        "max_grad_norm": stage.max_grad_norm,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    return TrainingArguments(**{**settings, **extra})
-
-
-class _Clock(TrainerCallback):
-    """Saves every so many seconds, at rollout boundaries, and ends a stage whose time is up."""
-
-    def __init__(self, trainer: ResumableTrainer, save_seconds: float) -> None:
-        self.trainer, self.save_seconds = trainer, save_seconds
-        self.saved_at = time.perf_counter()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        self.trainer.bound_temperature()
-        seconds = self.trainer.length.seconds
-        if seconds is not None and self.trainer.elapsed >= seconds:
-            control.should_training_stop = True
-        boundary = state.global_step % self.trainer.save_every == 0
-        due = time.perf_counter() - self.saved_at >= self.save_seconds
-        if boundary and due and state.global_step < args.max_steps:
-            self.trainer.save()
-            self.saved_at = time.perf_counter()
-        return control
+    def _clock(self) -> None:
+        """Seconds of this stage, those before a resume included, by the first process's clock."""
+        now = self.elapsed_before + time.perf_counter() - self.started
+        self.elapsed = self.processes.agreed(now)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import elva_kernels
+from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training.comparison import SOURCES, Comparison
 
@@ -35,37 +36,77 @@ class Embedded:
         return self.query.shape[1]
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What of a step is this process's.
+
+    Args:
+        asks: of its queries.
+        shows: of the candidates that are rolled out; what is not is the last process's.
+    """
+
+    processes: Processes
+    asks: range
+    shows: range
+
+    def queries(self, groups: int) -> slice:
+        """Rows of the queries' rollouts."""
+        return slice(self.asks.start * groups, self.asks.stop * groups)
+
+    def table(self, groups: int, rows: int) -> slice:
+        """Rows of a table of so many."""
+        last = self.processes.index == self.processes.count - 1
+        return slice(self.shows.start * groups, rows if last else self.shows.stop * groups)
+
+
 def info_nce(
-    stage: StageConfig, comparison: Comparison, embedded: Embedded, temperature: float | Tensor
-) -> tuple[Tensor, dict[str, float]]:
+    stage: StageConfig, comparison: Comparison, embedded: Embedded, temperature: float | Tensor,
+    shares: Shares | None = None,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """InfoNCE of every rollout of a query against every rollout of its candidates, and its metrics.
 
-    A right answer's G rollouts are G positives of each of the query's.
+    A right answer's G rollouts are G positives of each of the query's. Of several processes the
+    loss is this one's share times their number, on its rows alone; metrics are the whole step's.
+
+    Args:
+        shares: what is this process's; None: all.
     """
-    query, columns = embedded.query.flatten(0, 1), embedded.columns  # row b * G + g
-    target, excluded = _pairs(comparison, columns, embedded.groups)
+    query, columns, groups = embedded.query.flatten(0, 1), embedded.columns, embedded.groups
+    target, excluded = _pairs(comparison, columns, groups)
+    if shares is None:
+        shares = Shares(Processes(), range(len(embedded.query)), range(comparison.rolled))
+    own, processes = shares.queries(groups), shares.processes
+    mine = (excluded[:, 0] >= own.start) & (excluded[:, 0] < own.stop)
     loss, statistics = elva_kernels.info_nce(
-        query, embedded.table, target, temperature=temperature, symmetric=stage.symmetric,
-        excluded=excluded, return_statistics=True,
+        query[own], embedded.table[shares.table(groups, len(embedded.table))], target[own],
+        temperature=temperature, symmetric=stage.symmetric,
+        excluded=excluded[mine] - excluded.new_tensor([own.start, 0]),
+        group=processes.group, global_target=processes.count > 1, return_statistics=True,
     )  # fmt: skip
-    metrics = {"infonce": loss.item()}
+    shared = processes.total({"infonce": loss.item()})
+    metrics = {"infonce": shared["infonce"] / processes.count}
     if not bool((comparison.negatives >= 0).any()):
         return loss, metrics
+
+    def whole(own: Tensor) -> Tensor:
+        """Of all queries' rollouts."""
+        return processes.gather(own.unflatten(0, (-1, groups)), len(query) // groups).flatten(0, 1)
+
     t = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
     best = columns.new_tensor(comparison.target[:, 0])
     every = _index(comparison, columns).flatten(1)[:, None]  # each under every rollout
-    every = every.expand(-1, embedded.groups, -1)
-    own = elva_kernels.ranking_reward(
+    every = every.expand(-1, groups, -1)
+    scores = elva_kernels.ranking_reward(
         embedded.query.detach(), embedded.table.detach()[columns[best]], embedded.table.detach(),
         negative_index=every,
     ).scores  # fmt: skip
-    logsumexp = statistics.logsumexp[:, None]
-    right = (statistics.target_score / t - logsumexp).exp().sum(1)
-    mass = (own[..., 1:] / t - logsumexp.unflatten(0, (-1, embedded.groups))).exp()
+    logsumexp = whole(statistics.logsumexp)[:, None]
+    right = (whole(statistics.target_score) / t - logsumexp).exp().sum(1)
+    mass = (scores[..., 1:] / t - logsumexp.unflatten(0, (-1, groups))).exp()
     total = (1 - right).clamp(min=0)  # what the softmax gives all negatives
-    sources = _sources(comparison, columns).repeat(1, embedded.groups)[:, None].expand_as(mass)
+    sources = _sources(comparison, columns).repeat(1, groups)[:, None].expand_as(mass)
     sources = sources.where(sources != SOURCES.index("in_batch"), -1)  # the rest of its softmax
-    found = dict(_by_source("infonce", own, mass, sources, total))
+    found = dict(_by_source("infonce", scores, mass, sources, total))
     shares = sum(value for name, value in found.items() if name.startswith("infonce_share"))
     return loss, {**metrics, **found, "infonce_share_in_batch": max(0.0, 1.0 - shares)}
 

@@ -13,6 +13,7 @@ from elva.draws import uniforms
 from elva.model.inputs import Prompt, PromptBatch
 from elva.model.retriever import Retriever
 from elva.model.rollout import Rollouts, batches_by_length, encode, sample
+from elva.processes import Processes
 from elva.recipe import StageConfig
 
 
@@ -30,20 +31,32 @@ class Summaries:
         stage: StageConfig,
         seed: Sequence[int | str],
         arithmetic: Callable[[], AbstractContextManager[Any]],
+        processes: Processes,
     ) -> None:
-        self.retriever, self.stage = retriever, stage
+        self.retriever, self.stage, self.processes = retriever, stage, processes
         self.seed, self.arithmetic = tuple(seed), arithmetic
 
-    def write(self, step: int, prompts: list[Prompt], gold: Tensor | None) -> Rollouts:
-        """Rollouts, G rows a prompt; `gold`: token ids [len(prompts), S] of captions."""
+    def write(
+        self,
+        step: int,
+        prompts: list[Prompt],
+        places: Sequence[int],
+        everyone: int,
+        gold: Tensor | None,
+    ) -> Rollouts:
+        """Rollouts, G rows a prompt.
+
+        Args:
+            places: of the prompts among `everyone`'s, whose draws do not depend on who draws.
+            gold: token ids [len(prompts), S] of captions.
+        """
         if self.stage.completions == "gold":
             assert gold is not None
             return self._as_written(prompts, gold)
         stage = self.stage
         groups = stage.num_generations
-        draws = uniforms(
-            (*self.seed, "draws", step), (len(prompts), groups, stage.max_completion_length)
-        )
+        shape = (everyone, groups, stage.max_completion_length)
+        draws = uniforms((*self.seed, "draws", step), shape)[list(places)]
         parts, order = [], []
         size = max(1, stage.rollout_batch_size // groups)
         for rows in batches_by_length([len(p) for p in prompts], size):
@@ -53,7 +66,7 @@ class Summaries:
                     [prompts[i] for i in rows],
                     draws=draws[rows],
                     max_completion_length=stage.max_completion_length,
-                    temperature=stage.sampling_temperature,
+                    temperature=stage.temperature,
                 )
             parts.append(part)
             order += [i * groups + g for i in rows for g in range(groups)]
@@ -63,29 +76,31 @@ class Summaries:
     def _as_written(self, prompts: list[Prompt], gold: Tensor) -> Rollouts:
         """The captions as if the model had written them; [RET] alone where there is none."""
         ret = self.retriever.inputs.ret_id
+        size, dtype = self.retriever.embedding_size, self.retriever.embedding_dtype
         mask = gold != -100
         mask[:, 0] = True
         rollouts = Rollouts(
             ids=gold.where(gold != -100, ret),
             mask=mask,
-            log_probs=torch.zeros(gold.shape, device=gold.device),
+            log_probs=torch.zeros(gold.shape, dtype=dtype, device=gold.device),
             finished=torch.ones(len(gold), dtype=torch.bool, device=gold.device),
-            embeddings=torch.zeros(len(gold), self.retriever.embedding_size, device=gold.device),
+            embeddings=torch.zeros(len(gold), size, dtype=dtype, device=gold.device),
         )
         if self.stage.embeds:
             rollouts.embeddings = self.embeddings(prompts, rollouts)
         return rollouts
 
     def embed(self, items: Sequence[Item]) -> Tensor:
-        """Greedy embeddings [n, D] with the weights of now."""
+        """Greedy embeddings [n, D] with the weights of now, of each process's share of them."""
+        own = self.processes.share(len(items))
         with self.arithmetic():
             out = encode(
                 self.retriever,
-                items,
+                [items[i] for i in own],
                 max_completion_length=self.stage.max_completion_length,
                 batch_size=self.stage.rollout_batch_size,
             )
-        return out.embeddings.to(self.retriever.device)
+        return self.processes.gather(out.embeddings.to(self.retriever.device), len(items))
 
     @torch.no_grad()
     def embeddings(self, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
@@ -95,7 +110,7 @@ class Summaries:
             part = rollouts.select(torch.tensor(rows, device=out.device))
             with self.arithmetic():
                 hidden = self.retriever.hidden_states(batch, part.ids, part.mask)
-            out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].float()
+            out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].to(out.dtype)
         return out
 
     def caption_ids(self, captions: list[str | None]) -> Tensor:

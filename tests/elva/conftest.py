@@ -1,12 +1,12 @@
 """A corpus of a few hundred emoji and a model that trains in seconds, each made once a session."""
 
+import importlib
+import importlib.util
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,18 @@ import pytest
 import yaml
 
 from elva.data import emoji, load
-from elva.recipe import Recipe, resolve
+from elva.recipe import Recipe
+from elva.recipes import resolve
 from tests.elva import standin
+
+if "benchmarks" not in sys.modules:  # by its place: the import path has no source tree
+    folder = Path(__file__).parents[2] / "benchmarks"
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
+kills = importlib.import_module("benchmarks.kills")
 
 
 class Training(NamedTuple):
@@ -24,7 +34,6 @@ class Training(NamedTuple):
     directory: Path
 
 
-STAGES = ("0", "1", "2", "3")
 KEPT = 260  # of each kind: enough for 50 hard and 50 random negatives
 
 
@@ -91,23 +100,8 @@ def write(path: Path, lines: list[str]) -> None:
 @pytest.fixture(scope="session")
 def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke recipe on the small corpus with a model of one layer, a checkpoint every step."""
-    steps = {"0": 80, "1": 3, "2": 4, "3": 4}
-    small = {"batch_size": 8, "data": str(corpus), "refresh_steps": 2}
-    changes = {
-        "model": {"scratch": {
-            "hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2, "vocabulary": 600,
-            "vision_size": 32, "vision_layers": 1, "vision_heads": 2,
-        }},
-        "stages": {
-            s: {"steps": steps[s], **small, **({"learning_rate": 5e-3} if s == "0" else {})}
-            for s in STAGES
-        },  # stage 0 long enough that summaries begin to end in [RET]
-        "controls": {c: {"steps": 2, **small} for c in resolve("smoke").controls},
-        "save_seconds": 0.0,
-        "evaluate_limit": 24,
-    }  # fmt: skip
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(yaml.safe_dump(changes))
+    path.write_text(yaml.safe_dump(kills.small(str(corpus))))
     return path
 
 
@@ -133,46 +127,20 @@ def recipe(recipe_file: Path) -> Recipe:
 def start(
     _cache_of_the_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., BaseProcess]:
-    """Begins `elva WORDS` in a process of its own, which may be killed.
-
-    It is forked from one that has imported the trainer and computed nothing, so that the seconds of
-    importing it are spent once. `finished` is a process as a user starts it.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["elva.cli", "elva.commands.train", "elva.commands.evaluate"])
-    with pytest.MonkeyPatch.context() as patch:
-        # The server keeps this environment, and would import what lies in its folder.
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(tmp_path_factory.mktemp("server"))
-        forkserver.ensure_running()
-
-    def begin(*words: str, directory: Path, before: str = "") -> BaseProcess:
-        """`before`: statements that run first. What is printed goes to `directory`/printed."""
-        program = f"""
-import os, sys
-os.chdir({str(directory)!r})
-printed = os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-for stream in (1, 2):
-    os.dup2(printed, stream)
-sys.argv[:] = ["elva", *{words!r}]
-{before}
-from elva.cli import app
-app()
-"""
-        process = context.Process(target=exec, args=(program,))
-        process.start()
-        return process
-
-    return begin
+    """Begins `elva WORDS` in a warm process of its own, which may be killed. `finished` is one as a
+    user starts it."""
+    return kills.Server(tmp_path_factory.mktemp("server")).start
 
 
 @pytest.fixture(scope="session")
 def training(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
-    """`elva train` of that recipe as a user starts it, while other tests run."""
+    """`elva train` of that recipe as a user starts it, while other tests run; it marks its steps
+    in `journal` beside it."""
     directory = tmp_path_factory.mktemp("runs")
     words = ("train", "--recipe", "smoke", "--config", str(recipe_file), "--output", "whole")
+    program = f"{kills.watching(directory / 'journal')}; from elva.cli import app; app()"
     with (directory / "printed").open("w") as printed, subprocess.Popen(
-        [sys.executable, "-c", "from elva.cli import app; app()", *words],
+        [sys.executable, "-c", program, *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=printed, stderr=printed, cwd=directory,
     ) as process:  # fmt: skip
         yield Training(process, directory)

@@ -1,16 +1,19 @@
 """One stage on a small corpus, step by step, for tests that look into it."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from elva.data import load
 from elva.model.retriever import Retriever
+from elva.processes import Processes
 from elva.recipe import NegativeConfig, StageConfig
+from elva.training.callbacks import Callback
 from elva.training.examples import Examples
-from elva.training.loop import Length
-from elva.training.stage import StageTrainer
+from elva.training.loop import Length, Loop
+from elva.training.stage import Stage as Work
 
 POLICY = StageConfig(
     policy=1.0, tasks={"t2i": 1.0}, batch_size=2, num_generations=3, learning_rate=1e-3,
@@ -23,6 +26,14 @@ INFO_NCE = replace(
     POLICY, policy=0.0, infonce=1.0, batch_size=6, num_generations=1,
     negatives=NegativeConfig(given=0), rollout_candidates="query_positive",
 )  # fmt: skip
+
+
+class _Log(Callback):
+    def __init__(self, log: list[dict[str, float]]) -> None:
+        self.log = log
+
+    def on_step_end(self, loop: Loop, metrics: Mapping[str, float]) -> None:
+        self.log.append(dict(metrics))
 
 
 class Stage:
@@ -40,14 +51,19 @@ class Stage:
         self.said: list[str] = []
         self.log: list[dict[str, float]] = []
         self.before = self.weights()
-        self.trainer = StageTrainer(
-            self.retriever, stage, Examples(load(corpus, split="train"), stage), Length(steps),
-            directory=directory / "stage-3", seed=(seed, "3"), save_seconds=1e9, extra=extra or {},
-            on_step=lambda _, values: self.log.append(values), say=self.said.append,
+        processes, extra = Processes(), extra or {}
+        self.work = Work(
+            self.retriever, stage, Examples(load(corpus, split="train"), stage), steps,
+            seed=(seed, "3"), arguments=extra, title="stage 3", processes=processes,
+            say=self.said.append,
+        )  # fmt: skip
+        self.loop = Loop(
+            self.retriever, self.work, stage, Length(steps), directory=directory / "stage-3",
+            processes=processes, save_seconds=1e9, arguments=extra, callbacks=[_Log(self.log)],
         )  # fmt: skip
 
     def train(self) -> "Stage":
-        self.trainer.train()
+        self.loop.train()
         return self
 
     def weights(self) -> dict[str, Any]:

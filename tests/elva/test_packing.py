@@ -15,6 +15,7 @@ from elva.model import retriever as retriever_module
 from elva.model.inputs import Prompt
 from elva.model.packing import completions_a_reading
 from elva.model.retriever import Retriever
+from elva.processes import Processes
 from elva.recipe import LoraSettings, StageConfig
 from elva.training.summaries import Summaries
 
@@ -133,7 +134,7 @@ def test_micro_batches_hold_whole_prompts_or_parts_of_one(
     case: Case, most: int, sizes: set[int]
 ) -> None:
     stage = StageConfig(micro_batch_size=most, num_generations=GROUPS)
-    summaries = Summaries(case.retriever, stage, (0,), torch.no_grad)
+    summaries = Summaries(case.retriever, stage, (0,), torch.no_grad, Processes())
     rows, lengths = [], []
     for some, batch in summaries.micro_batches(case.prompts, case.mask):
         groups = len(some) // len(batch)

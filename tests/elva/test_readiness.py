@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from elva.cli import app
 from elva.errors import UserError
-from elva.recipe import ModelConfig, resolve
+from elva.recipe import ModelConfig
+from elva.recipes import resolve
 from elva.run import Run, evaluated
 from elva.training import readiness
 from elva.training.estimate import at_hand

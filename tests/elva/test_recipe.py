@@ -15,8 +15,10 @@ from elva import recipe
 from elva.cli import app
 from elva.data.schema import TASKS
 from elva.errors import UserError
-from elva.recipe import RECIPES, Recipe, read_recipe, resolve, to_dict
+from elva.recipe import Recipe, read_recipe, to_dict
+from elva.recipes import RECIPES, resolve
 from elva.settings import Places, Rule, build
+from elva.training import objective
 
 WRONG: dict[object, tuple[str, ...]] = {
     float: ("many", ".nan", "nan", ".inf", "-.inf", "1e400", "1" + "0" * 400, "true", "[1]"),
@@ -107,7 +109,7 @@ def test_numbers_below_their_range_are_refused(path: str) -> None:
         ("stages.3.reward.rank_penalty=-1",
          "recipe: stages.3.reward.rank_penalty must be finite and at least 0, got -1"),
         ("stages.3.scale_rewards=foo",
-         "recipe: stages.3.scale_rewards must be one of std, batch, none, got 'foo'"),
+         "recipe: stages.3.scale_rewards must be one of group, batch, none, got 'foo'"),
         ("stages.3.learning_rate=nan",
          "recipe: stages.3.learning_rate must be finite and at least 0, got 'nan'"),
         ("stages.3.learning_rate=1e400",
@@ -135,8 +137,8 @@ def test_numbers_below_their_range_are_refused(path: str) -> None:
          "recipe: stages.3.batches must be task where hard_batches is true"),
         ("stages.3={train_vision: true, anchor: 1, lora: {rank: 4}}",
          "recipe: stages.3.train_vision must be false where an adapter is held to its start"),
-        ("stages.0.learn_temperature=true",
-         "recipe: stages.0.learn_temperature must be false where infonce is 0"),
+        ("stages.0.learn_infonce_temperature=true",
+         "recipe: stages.0.learn_infonce_temperature must be false where infonce is 0"),
         ("trainer.per_device_train_batch_size=4", "recipe: trainer must hold no more than bf16,"),
         ("trainer.gradient_accumulation_steps=2", "(batch size: stages.N.batch_size,"),
         ("trainer.ignore_data_skip=true", "recipe: trainer must hold no more than bf16,"),
@@ -208,7 +210,7 @@ def test_names_are_those_that_are_taken_further_down() -> None:
     import torch
 
     for scale in typing.get_args(required(FIELDS["stages.3.scale_rewards"])):
-        elva_kernels.group_advantages(torch.ones(2, 3), scale=scale)
+        objective.advantages(torch.ones(2, 3), scale)
     least = recipe.COLDEST
     with pytest.raises(ValueError, match=f"at least {least}"):
         elva_kernels.info_nce(torch.ones(2, 3), torch.ones(2, 3), temperature=least / 2)

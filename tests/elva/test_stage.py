@@ -288,7 +288,7 @@ def test_what_is_rolled_out_is_what_the_setting_says(
     for name in ("query", "query_positive", "all"):
         stage = replace(POLICY, pathwise=0.5, rollout_candidates=name)
         run = Stage(checkpoint, corpus, stage, tmp_path / name, steps=2).train()
-        last = run.trainer._last
+        last = run.work._last
         assert last is not None
         counts[name] = len(last.prompts)
         assert (last.bank is None) == (name == "all")
@@ -302,18 +302,16 @@ def test_mined_negatives_are_the_hardest_and_no_copies(
     corpus: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     run = Stage(checkpoint, corpus, POLICY, tmp_path, steps=1)
-    negatives, examples = run.trainer.negatives, run.trainer.examples
+    negatives, examples = run.work.negatives, run.work.examples
     negatives.prepare(0)
     first, beyond = examples.candidates.span("t2i")
-    bank = run.trainer.summaries.embed(
-        [examples.candidates[i] for i in range(first, beyond)]
-    ).double()
+    bank = run.work.summaries.embed([examples.candidates[i] for i in range(first, beyond)]).double()
     batch = plan(POLICY, examples, 1, (0,))[0]
     rows, sources = negatives.of(batch)
     assert sources.tolist() == [[1, 1, 1, 2, 2]] * 2
     for b, row in enumerate(batch.rows):
         query = examples.query(row)
-        asked = run.trainer.summaries.embed([query]).double()
+        asked = run.work.summaries.embed([query]).double()
         scores = torch.cosine_similarity(asked, bank)
         order = [
             i
@@ -358,25 +356,26 @@ def test_gold_completions_train_by_info_nce(corpus: Path, checkpoint: Path, tmp_
 
 
 def test_a_temperature_is_learnt(corpus: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """By each step's own gradient: Trainer, who knows the model's parameters, clears no other."""
-    stage = replace(INFO_NCE, learn_temperature=True, symmetric=True)
+    """By each step's own gradient, and by nothing left of the step before."""
+    stage = replace(INFO_NCE, learn_infonce_temperature=True, symmetric=True)
     run = Stage(checkpoint, corpus, stage, tmp_path, steps=4)
-    log, gaps = run.trainer.on_step, []
+    step, gaps = run.work.step, []
 
-    def compared(step: int, values: dict[str, float]) -> None:
-        log(step, values)
-        last, learnt = run.trainer._last, run.trainer.log_temperature
-        assert last is not None and learnt is not None
+    def compared(*given: Any) -> dict[str, float]:
+        found = step(*given)
+        last, learnt = run.work._last, run.retriever.log_temperature
+        assert last is not None
         again = learnt.detach().clone().requires_grad_()
         there = step_embeddings(last, last.rollouts.embeddings)
         ranking.info_nce(stage, last.comparison, there, again.exp())[0].backward()
         gaps.append((learnt.grad - again.grad).abs().item())
+        return found
 
-    run.trainer.on_step = compared
+    run.work.step = compared
     run.train()
     assert len(gaps) == 4 and max(gaps) < 1e-6
-    learnt = [step["temperature"] for step in run.log]
-    assert learnt[0] == pytest.approx(stage.temperature) and len(set(learnt)) == 3
+    learnt = [step["infonce_temperature"] for step in run.log]
+    assert learnt[0] == pytest.approx(stage.infonce_temperature) and len(set(learnt)) == 3
     # the first step is warm-up's, of a learning rate of 0
 
 
@@ -389,9 +388,9 @@ def test_a_loss_that_is_no_number_stops_the_stage_and_no_model_is_written(
     with pytest.raises(RunError, match=r"stage 3: loss must be finite, got nan at step \d"):
         run.train()
     with pytest.raises(RunError, match="weights must be finite, got NaN or inf in"):
-        run.trainer.refuse_broken_weights()
+        run.loop.whole_weights()
     with pytest.raises(RunError, match="weights must be finite"):
-        run.trainer.save()
+        run.loop.save()
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -1,10 +1,10 @@
 """`elva train` end to end on a small corpus: files, figures, resuming after kill -9, bad input."""
 
 import hashlib
+import importlib
 import json
 import math
-import signal
-import time
+import random
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,8 +16,11 @@ from typer.testing import CliRunner
 from elva.cli import app
 from elva.commands.train import train
 from elva.errors import UserError
-from elva.recipe import Recipe, resolve
+from elva.recipe import Recipe
+from elva.recipes import resolve
 from elva.run import Run
+
+kills = importlib.import_module("benchmarks.kills")  # which conftest puts there
 
 Start = Callable[..., BaseProcess]
 
@@ -79,36 +82,32 @@ def test_evaluate_repeats_the_table(finished: Path, start: Start, tmp_path: Path
     assert Run.open(finished).read("2", "evaluation.json")["figures"] == before
 
 
-KILLED = [("0", 20), ("1", 1), ("2", 2), ("3", 3), ("infonce", 1)]
+KILLS = 10
 
 
-@pytest.mark.parametrize(
-    "killed",
-    [KILLED[::3], pytest.param(KILLED, marks=pytest.mark.thorough)],
-    ids=["two stages", "every stage"],
-)
-def test_killed_and_resumed_gives_the_same_bits(
-    killed: list[tuple[str, int]], finished: Path, recipe_file: Path, start: Start, tmp_path: Path
+def test_killed_ten_times_and_resumed_gives_the_same_bits(
+    finished: Path, recipe_file: Path, start: Start, tmp_path: Path
 ) -> None:
-    run = tmp_path / "killed"
-    begin = ("--recipe", "smoke", "--config", str(recipe_file), "--output", str(run))
-    resume = ("--output", str(run), "--resume")
-    words: tuple[str, ...] = begin
-    for stage, step in killed:
-        process = start("train", *words, directory=tmp_path)
-        wait_for(run, stage, step, process)
-        process.kill()
-        assert ended(process) == -signal.SIGKILL
-        words = resume
-    resumed = start("train", *resume, directory=tmp_path)
-    assert ended(resumed) == 0, (tmp_path / "printed").read_text()
-    keep = ("stage", "step", "loss", "lm", "infonce", "reward", "kl")
-    lines = [[{k: e.get(k) for k in keep} for e in Run.open(r).metrics()] for r in (run, finished)]
-    order = {name: i for i, name in enumerate(Run.open(run).trained)}
-    for found in lines:
-        found.sort(key=lambda e: (order[e["stage"]], e["step"]))
-    assert lines[0] == lines[1]
-    assert weights(run) == weights(finished)
+    """Models, every checkpoint's weights and optimizer, metrics and evaluations; a hundred times:
+    `python -m benchmarks.kills`."""
+    timeline = kills.Timeline(kills.read_journal(finished.parent / "journal"))
+    run, draw = tmp_path / "killed", random.Random(0)
+    there = ("train", "--output", str(run))
+    begin = (*there, "--recipe", "smoke", "--config", str(recipe_file))
+    disturbed = kills.Disturbed()
+    disturbed.go(
+        lambda words, before: [start(*words, directory=tmp_path, before=before)],
+        begin, (*there, "--resume"), timeline, timeline.draw(KILLS, draw), draw, tmp_path,
+    )  # fmt: skip
+    assert len(disturbed.kills) == KILLS, (tmp_path / "printed").read_text()
+    assert {kill.kind for kill in disturbed.kills} == set(kills.KINDS)
+    assert len({kill.stage for kill in disturbed.kills}) >= 4
+    compared = [m for m in disturbed.marks if m["files"]]
+    assert len(compared) >= len([m for m in timeline.marks if m["files"]]) - KILLS
+    assert all(
+        {"weights.safetensors", "optimizer.safetensors"} <= set(m["files"]) for m in compared
+    )
+    assert kills.differences(finished, run, timeline, disturbed.marks) == []
 
 
 def ended(process: BaseProcess) -> int:
@@ -116,17 +115,6 @@ def ended(process: BaseProcess) -> int:
     process.join(300)
     assert process.exitcode is not None, "still running after five minutes"
     return process.exitcode
-
-
-def wait_for(run: Path, stage: str, step: int, process: BaseProcess) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.exitcode is None, "ended before it could be killed"
-        file = run / "metrics.jsonl"
-        if file.exists() and f'"stage": "{stage}", "step": {step}' in file.read_text():
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"stage {stage} never reached step {step}")
 
 
 def test_stage_three_alone_starts_from_another_run(

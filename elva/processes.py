@@ -1,0 +1,127 @@
+"""The processes of one training, as torchrun or accelerate start them; one alone exchanges nothing.
+
+What a step computes is shared out by position: of n things each process takes a run of neighbours,
+in the order of the processes, so that what is gathered stands as one process would have it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=12)
+"""Ours: how long processes wait for one that writes a model or draws a report."""
+
+
+class Processes:
+    """This process among the others: which it is, what is its share, and what they exchange.
+
+    The process group is begun where the environment names several (`RANK`, `WORLD_SIZE`).
+    """
+
+    def __init__(self) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.index = int(os.environ.get("RANK", "0"))
+        if self.count > 1:
+            import torch
+            from accelerate import PartialState
+
+            PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.index == 0
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """All of them, for elva_kernels; None for one alone."""
+        if self.count == 1:
+            return None
+        from torch.distributed import group
+
+        return group.WORLD
+
+    def share(self, count: int, index: int | None = None) -> range:
+        """Which of so many things are this process's, or another's: shares differ by one at
+        most."""
+        index = self.index if index is None else index
+        return range(count * index // self.count, count * (index + 1) // self.count)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """[count, ...] out of every process's share of as many rows, without their graphs."""
+        rows = rows.detach()
+        if self.count == 1:
+            return rows
+        import torch
+        from accelerate.utils import gather
+
+        shares = [len(self.share(count, i)) for i in range(self.count)]
+        wide = rows.new_zeros(max(shares), *rows.shape[1:])
+        wide[: len(rows)] = rows
+        parts = gather(wide).unflatten(0, (self.count, max(shares)))
+        return torch.cat([part[:n] for part, n in zip(parts, shares, strict=True)])
+
+    def gather_list(self, some: Sequence[T]) -> list[T]:
+        """Every process's things, in order."""
+        if self.count == 1:
+            return list(some)
+        from accelerate.utils import gather_object
+
+        found: list[T] = gather_object(list(some))
+        return found
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value's sum over the processes, which all have the same names."""
+        if self.count == 1:
+            return dict(values)
+        every = self.gather_list([dict(values)])
+        return {name: sum(one[name] for one in every) for name in values}
+
+    def most(self, value: int) -> int:
+        """The largest of theirs."""
+        return max(self.gather_list([value]))
+
+    def agreed(self, value: T) -> T:
+        """The first process's value."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        held = [value]
+        broadcast_object_list(held)
+        return held[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+    @contextmanager
+    def first_alone(self) -> Iterator[bool]:
+        """Whether this process does what the block holds; the others go on when it is done.
+
+        An error there is raised everywhere, so that nobody waits for ever.
+        """
+        error: BaseException | None = None
+        if self.first:
+            try:
+                yield True
+            except Exception as found:  # noqa: BLE001 - raised below, in every process
+                error = found
+        else:
+            yield False
+        error = self.agreed(error)
+        if error is not None:
+            raise error

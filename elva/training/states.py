@@ -1,0 +1,68 @@
+"""What a checkpoint holds of a model and its optimiser: whole tensors by parameter name, however
+many processes shared them, so that another number can go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What trains, whole; every process calls it."""
+    return {name: _whole(p.detach()) for name, p in trained(model).items()}
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a model what `weights_of` gave."""
+    parameters = trained(model)
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(_like(value, parameters[name]))
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's state, whole: `name|key` -> tensor; every process calls it."""
+    names = {p: name for name, p in trained(model).items()}
+    return {
+        f"{names[p]}|{key}": _whole(value)
+        for p, entry in optimizer.state.items()
+        for key, value in entry.items()
+    }
+
+
+def put_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+) -> None:
+    """Give an optimiser what `moments_of` gave."""
+    parameters = trained(model)
+    groups: dict[Any, Any] = {p: group for group in optimizer.param_groups for p in group["params"]}
+    for name, value in moments.items():
+        name, key = name.rsplit("|", 1)
+        parameter = parameters[name]
+        if key == "step":  # a number; on the device only where the kernel reads it there
+            on_device = groups[parameter].get("fused") or groups[parameter].get("capturable")
+            value = value.to(parameter.device if on_device else "cpu")
+        else:
+            value = _like(value, parameter)
+        optimizer.state[parameter][key] = value
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor where and as a parameter lies."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value
