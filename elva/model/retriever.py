@@ -27,6 +27,7 @@ from transformers import Cache, PreTrainedModel
 from elva.data import Item
 from elva.model.family import decoder_of, family_of, read_inputs, read_model, unreadable
 from elva.model.inputs import Inputs, PromptBatch
+from elva.model.packing import completions_a_reading, pack
 from elva.recipe import LoraSettings
 
 PROMPT_FILE = "elva.json"
@@ -249,27 +250,30 @@ class Retriever(nn.Module):
         ).last_hidden_state
         return states
 
-    def hidden_states(self, batch: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
-        """Teacher-forced forward over prompt + completion.
+    def hidden_states(self, prompts: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
+        """Teacher-forced forward over P prompts, each with G completions.
 
         Args:
-            completions: [R, T] token ids padded on the right.
-            mask: [R, T], True where real.
+            completions: [P * G, T] token ids padded on the right; row i * G + g is of prompt i.
+            mask: [P * G, T] bool, True where real.
 
         Returns:
-            [R, T + 1, H]: the normalised hidden states that predict each completion token, and
-            after each; column t + 1 is the state *at* completion token t.
+            [P * G, T + 1, H]: the normalised hidden states that predict each completion token, and
+            after each; column t + 1 is the state *at* completion token t. Columns of what is not
+            real hold the states of others.
         """
-        start = batch.position_ids.amax(dim=(0, 2)) + 1  # [R]
-        steps = torch.arange(completions.shape[1], device=start.device)
-        text = (start[:, None] + steps).expand(3, -1, -1)
-        states = self.read(
-            torch.cat([batch.input_ids, completions], dim=1),
-            batch.images,
-            torch.cat([batch.attention_mask, mask.long()], dim=1),
-            torch.cat([batch.position_ids, text], dim=2),
+        lengths = mask.sum(1).tolist()
+        share = completions_a_reading(
+            self.decoder.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
         )
-        return states[:, batch.input_ids.shape[1] - 1 :]
+        packed = pack(prompts, completions, mask, share, self.inputs.tokenizer.pad_token_id)
+        states = self.read(
+            torch.cat([packed.prompts.input_ids, packed.completion_ids], dim=1),
+            packed.prompts.images,
+            packed.attention_mask,
+            packed.position_ids,
+        )
+        return packed.unpack(states)
 
 
 @lru_cache

@@ -301,7 +301,7 @@ class Stage:
         })  # fmt: skip
         over = {name: max(1.0, count) / self.processes.count for name, count in counts.items()}
         parts = dict.fromkeys(self._token_losses(), 0.0)
-        batches = [*self.summaries.micro_batches(rolled.prompts, groups)]
+        batches = [*self.summaries.micro_batches(rolled.prompts, rollouts.mask)]
         turns = self.processes.most(len(batches))  # as many for each: forwards may exchange weights
         for turn in range(turns):
             idle = rolled.spare or turn >= len(batches)  # takes part, and adds nothing
