@@ -1,32 +1,33 @@
-"""The retriever: a Qwen2-VL model that ends what it writes with [RET] and is read out there.
+"""The retriever: a model that ends what it writes with [RET] and is read out there.
 
 Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: the model is asked to analyse and summarise its input
 and to end with a registered special token; the hidden state at that token is the embedding.
 
-A model that starts from nothing (`create`) is written to disk as an ordinary checkpoint and read
-back by `Retriever.load`, the same call that reads Qwen2-VL-2B: nothing here knows how large a model
-is.
+Nothing here knows how large a model is, or of which family.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import Cache, PreTrainedModel
 
 from elva.data import Item
-from elva.model.inputs import RET, Inputs, PromptBatch, token_id
-from elva.recipe import LoraSettings, ScratchModel
+from elva.model.family import decoder_of, family_of, read_inputs, read_model, unreadable
+from elva.model.inputs import Inputs, PromptBatch
+from elva.recipe import LoraSettings
 
 PROMPT_FILE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked (written by `Retriever.save`)."""
@@ -34,33 +35,17 @@ PROMPT_FILE = "elva.json"
 FEATURES_KEPT_MB = 1024
 """Features of pictures kept while the vision tower is frozen."""
 
-QWEN_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
-
-SCRATCH_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
-)
-"""Qwen2-VL's chat template without its system prompt and roles: five tokens instead of fifteen."""
-
-
-WORDS = r" ?[\w'\u2019-]+| ?[^\s\w]+|\s+"
-"""What byte pairs are merged within, in a tokenizer of our own."""
-
-
 P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Retriever(nn.Module):
-    """A Qwen2-VL model, what it reads (`inputs`) and the features of pictures it has seen."""
+    """A model, what it reads (`inputs`) and the features of pictures it has seen."""
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration | PeftModel, inputs: Inputs) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.family = family_of(self.plain.config)
         self.train_vision = False
         self.name = ""
         self._features: dict[str, Tensor] = {}
@@ -87,8 +72,8 @@ class Retriever(nn.Module):
             if summary_prompt is None:
                 known = saved.is_file()
                 summary_prompt = json.loads(saved.read_text())["summary_prompt"] if known else ""
-            inputs = Inputs.load(path, summary_prompt)
-        model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype="auto")
+            inputs = read_inputs(path, summary_prompt)
+        model = read_model(path)
         if len(inputs.tokenizer) > model.lm_head.out_features:
             model.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
         if inputs.ret_is_new and not (Path(path) / PROMPT_FILE).is_file():
@@ -97,6 +82,11 @@ class Retriever(nn.Module):
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
         retriever.name = str(path)
+        if retriever.family.probed:
+            from elva.model.probe import fault  # which reads by the retriever itself
+
+            if reason := fault(retriever):
+                raise unreadable(path, model.config, reason)
         return retriever
 
     def save(self, path: Path) -> None:
@@ -108,7 +98,7 @@ class Retriever(nn.Module):
         self.inputs.save(path)
         (path / PROMPT_FILE).write_text(json.dumps({"summary_prompt": self.inputs.summary_prompt}))
 
-    def merged(self) -> Qwen2VLForConditionalGeneration:
+    def merged(self) -> PreTrainedModel:
         """The plain model: itself, or a copy with the LoRA adapter merged into the weights."""
         if not isinstance(self.model, PeftModel):
             return self.model
@@ -123,7 +113,7 @@ class Retriever(nn.Module):
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=0.0,
-            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+            target_modules=_projections(self.plain),
             trainable_token_indices={"embed_tokens": row} | ({} if tied else {"lm_head": row}),
         )
         self.model = get_peft_model(self.plain, config)
@@ -136,10 +126,15 @@ class Retriever(nn.Module):
                 parameter.data = parameter.data.to(self.embedding_dtype)
 
     @property
-    def plain(self) -> Qwen2VLForConditionalGeneration:
+    def plain(self) -> PreTrainedModel:
         """The transformers model, with an adapter's layers inside it where there is one."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return cast(Qwen2VLForConditionalGeneration, model)
+        return cast(PreTrainedModel, model)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return decoder_of(self.plain)
 
     @property
     def device(self) -> torch.device:
@@ -157,23 +152,23 @@ class Retriever(nn.Module):
     # -- pictures ----------------------------------------------------------------------------------
 
     def image_features(self, images: Iterable[str]) -> dict[str, Tensor]:
-        """Vision tower once per distinct picture: {picture: [tokens, H]}.
+        """Vision tower once per distinct picture, each alone: {picture: [tokens, W]}.
 
         Gradients flow only while the tower trains; a frozen tower's features come from `remember`
         where they are kept.
         """
         wanted = list(dict.fromkeys(images))
         features = {i: self._features[i] for i in wanted if i in self._features}
-        missing = [i for i in wanted if i not in features]
-        for start in range(0, len(missing), 256):
-            chunk = missing[start : start + 256]
-            patches, grids = zip(*(self.inputs.patches(i) for i in chunk), strict=True)
-            with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
-                out = self.plain.model.get_image_features(
-                    torch.cat(patches).to(self.device), torch.stack(grids).to(self.device)
-                )
-            features.update(zip(chunk, out.pooler_output, strict=True))
+        for image in wanted:
+            if image not in features:
+                with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
+                    features[image] = self.picture_features(image)
         return features
+
+    def picture_features(self, image: str) -> Tensor:
+        """[tokens, W] of a picture that was prompted, by the vision tower of now."""
+        pixels = {k: v.to(self.device) for k, v in self.inputs.pixels(image).items()}
+        return self.family.features(self.plain, pixels)
 
     def remember(self, items: Iterable[Item], *, at_most: int | None = None) -> bool:
         """Whether a frozen tower's features of some items' pictures, all of them, are kept now.
@@ -213,19 +208,46 @@ class Retriever(nn.Module):
         dropped."""
         self.train_vision = not frozen
         self._features = {}
-        for parameter in self.plain.model.visual.parameters():
-            parameter.requires_grad_(not frozen)
+        words = {id(p) for p in self.decoder.parameters()}
+        for parameter in self.plain.model.parameters():
+            if id(parameter) not in words:
+                parameter.requires_grad_(not frozen)
 
-    def inputs_embeds(self, batch: PromptBatch) -> Tensor:
-        """Token embeddings [R, L, H] with each picture's features in its placeholders."""
-        embeds = self.plain.get_input_embeddings()(batch.input_ids)
-        images = [i for i in batch.images if i is not None]
-        if not images:
-            return embeds
-        features = self.image_features(images)
-        mask = (batch.input_ids == self.plain.config.image_token_id)[..., None]
-        rows = torch.cat([features[i] for i in images]).to(embeds.dtype)
-        return embeds.masked_scatter(mask, rows)
+    def read(
+        self,
+        input_ids: Tensor,
+        images: Sequence[str | None],
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states of the language model on words and pictures, normalised: [R, L, H].
+
+        Args:
+            input_ids: [R, L]; a picture's placeholders are where its features go.
+            images: the rows' pictures.
+            attention_mask: [R, S], or [R, 1, L, S] bool, over what is cached and what is read.
+            position_ids: [3, R, L].
+            cache: holds what was read before, and what is read now from then on.
+        """
+        embeds = self.plain.get_input_embeddings()(input_ids)
+        shown = [i for i in images if i is not None]
+        given = {"inputs_embeds": embeds}
+        if shown:
+            features = self.image_features(shown)
+            given = self.family.with_pictures(
+                embeds, torch.cat([features[i] for i in shown]), input_ids == self.inputs.image_id
+            )
+        decoder = self.decoder
+        states: Tensor = decoder(
+            **given,
+            attention_mask=attention_mask,
+            # Never left to the model: it would reuse the rope offset of an earlier picture.
+            position_ids=self.family.positions(position_ids),
+            use_cache=cache is not None,
+            **{_cache_name(type(decoder)): cache},
+        ).last_hidden_state
+        return states
 
     def hidden_states(self, batch: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
         """Teacher-forced forward over prompt + completion.
@@ -238,19 +260,32 @@ class Retriever(nn.Module):
             [R, T + 1, H]: the normalised hidden states that predict each completion token, and
             after each; column t + 1 is the state *at* completion token t.
         """
-        embeds = torch.cat(
-            [self.inputs_embeds(batch), self.plain.get_input_embeddings()(completions)], dim=1
-        )
         start = batch.position_ids.amax(dim=(0, 2)) + 1  # [R]
         steps = torch.arange(completions.shape[1], device=start.device)
         text = (start[:, None] + steps).expand(3, -1, -1)
-        out = self.plain.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=torch.cat([batch.attention_mask, mask.long()], dim=1),
-            position_ids=torch.cat([batch.position_ids, text], dim=2),
-            use_cache=False,
+        states = self.read(
+            torch.cat([batch.input_ids, completions], dim=1),
+            batch.images,
+            torch.cat([batch.attention_mask, mask.long()], dim=1),
+            torch.cat([batch.position_ids, text], dim=2),
         )
-        return out.last_hidden_state[:, batch.input_ids.shape[1] - 1 :]
+        return states[:, batch.input_ids.shape[1] - 1 :]
+
+
+@lru_cache
+def _cache_name(decoder: type[nn.Module]) -> str:
+    """What its forward calls a cache; transformers has renamed it."""
+    names = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def _projections(model: PreTrainedModel) -> str:
+    """A regular expression of the language model's linear layers: query, key, value, output and
+    the three of the feed-forward part in Qwen's; the head is none of them."""
+    decoder = decoder_of(model)
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    kinds = {n.rpartition(".")[2] for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    return rf".*{re.escape(place)}\..*\.({'|'.join(sorted(kinds))})"
 
 
 @contextmanager
@@ -271,102 +306,10 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def create(
-    path: Path, spec: ScratchModel, texts: Iterable[str], *, summary_prompt: str, seed: int
-) -> None:
-    """Write a randomly initialised Qwen2-VL with a tokenizer trained on `texts` as a checkpoint."""
-    tokenizer = _train_tokenizer(texts, spec.vocabulary)
-    ids = {token: token_id(tokenizer, token) for token in QWEN_TOKENS}
-    head = spec.hidden_size // spec.heads
-    half = head // 2
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": spec.hidden_size,
-            "intermediate_size": spec.intermediate_size,
-            "num_hidden_layers": spec.layers,
-            "num_attention_heads": spec.heads,
-            "num_key_value_heads": spec.heads,
-            "max_position_embeddings": 512,
-            "initializer_range": spec.initializer_range,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
-            },
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={
-            "depth": spec.vision_layers,
-            "embed_dim": spec.vision_size,
-            "num_heads": spec.vision_heads,
-            "hidden_size": spec.hidden_size,
-            "patch_size": spec.patch_size,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 1,
-            "initializer_range": spec.initializer_range,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-    pixels = spec.image_size**2
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=spec.patch_size,
-        merge_size=2,
-        temporal_patch_size=1,
-        size={"shortest_edge": pixels, "longest_edge": pixels},
-        image_mean=[spec.image_mean] * 3,
-        image_std=[spec.image_std] * 3,
-    )
-    Retriever(model, Inputs(tokenizer, processor, summary_prompt)).save(path)
-
-
-def _begin_as_chat_end(model: Qwen2VLForConditionalGeneration, inputs: Inputs) -> None:
+def _begin_as_chat_end(model: PreTrainedModel, inputs: Inputs) -> None:
     """Give a new [RET] the rows of the token that it takes the place of: a model that can end an
     answer can then write it from the first step. Ours; the paper does not say."""
     with torch.no_grad():
         for part in (model.get_input_embeddings(), model.lm_head):
             table = cast(Tensor, part.weight)
             table[inputs.ret_id] = table[inputs.end_ids[0]]
-
-
-def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE, as Qwen2's, in lower case and with whole hyphenated words: at this size a
-    capital letter is a lost row, and every token of a summary a decoding step."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend(" ")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[*QWEN_TOKENS, RET],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[*QWEN_TOKENS[1:], RET],
-        chat_template=SCRATCH_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )

@@ -136,18 +136,14 @@ class _Decoder:
     ) -> None:
         self.read = read
         self.retriever, self.temperature = retriever, temperature
-        language = retriever.plain.model.language_model
-        self.cache = DynamicCache(config=language.config)
-        out = language(
-            inputs_embeds=retriever.inputs_embeds(batch),
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        self.cache = DynamicCache(config=retriever.decoder.config)
+        states = retriever.read(
+            batch.input_ids, batch.images, batch.attention_mask, batch.position_ids,
+            self.cache,
+        )  # fmt: skip
         if repeats > 1:
             self.cache.batch_repeat_interleave(repeats)
-        self.hidden = out.last_hidden_state[:, -1].repeat_interleave(repeats, 0)
+        self.hidden = states[:, -1].repeat_interleave(repeats, 0)
         self.attention = batch.attention_mask.repeat_interleave(repeats, 0)
         self.position = (batch.position_ids.amax(dim=(0, 2)) + 1).repeat_interleave(repeats)
         count, device = len(self.hidden), self.hidden.device
@@ -208,17 +204,12 @@ class _Decoder:
         self.log_probs.append(logp.new_zeros(count).index_copy(0, self.live, logp))
 
     def _feed(self, token: Tensor) -> None:
-        model = self.retriever.plain
         self.attention = torch.cat([self.attention, self.attention.new_ones(len(token), 1)], 1)
-        out = model.model.language_model(
-            inputs_embeds=model.get_input_embeddings()(token[:, None]),
-            attention_mask=self.attention,
-            # Never left to the model: it would reuse the rope offset of an earlier picture.
-            position_ids=self.position[None, :, None].expand(3, -1, 1),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.hidden = out.last_hidden_state[:, -1]
+        states = self.retriever.read(
+            token[:, None], [], self.attention, self.position[None, :, None].expand(3, -1, 1),
+            self.cache,
+        )  # fmt: skip
+        self.hidden = states[:, -1]
         self.position = self.position + 1
 
     def _keep(self, keep: Tensor) -> None:

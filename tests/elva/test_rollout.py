@@ -11,8 +11,9 @@ from PIL import Image
 from elva.data import Item, load
 from elva.draws import permutation, uniforms
 from elva.model.inputs import RET, mrope_positions
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
 from elva.model.rollout import encode, sample, token_log_probs
+from elva.model.scratch import create
 from elva.recipe import LoraSettings, ScratchModel
 from elva.training import objective
 
