@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from elva.data import Item
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
+from elva.model.scratch import create
 from elva.processes import Processes
 from elva.recipe import NegativeConfig, Recipe, StageConfig
 from elva.run import Run
@@ -29,7 +30,11 @@ from elva.training.readiness import TrainingData
 from elva.training.stage import Stage
 
 ENOUGH_S = 0.3  # ours: of a step, in which a loop's overhead is a few hundredths
-FIRST, FACTOR = 4, 4  # ours: queries of the first measured step, and how much larger the next is
+FIRST, FACTOR, STEPS = (
+    16,
+    4,
+    3,
+)  # ours: queries of the first measured step, how much larger the next is, and steps of each
 EMBEDDED = 32  # ours: items by which a pool's embedding is measured
 CPU_OPERATIONS = 4e12  # ours: of the first step, about a minute of two cores
 
@@ -149,25 +154,24 @@ def _measure(
 ) -> Measured:
     processes = Processes()
     retriever = Retriever.load(checkpoint, summary_prompt=recipe.model.summary_prompt)
-    if stage.lora.rank:
-        retriever.add_lora(stage.lora)
+    retriever.add_lora(stage.lora, keep=stage.holds)
     retriever.freeze_vision(not stage.train_vision)
     retriever.plain.train()
     queries, seconds, mining = FIRST, 0.0, 0.0
     while True:
         piece = _piece(stage, queries)
         work = Stage(
-            retriever, piece, examples, 2, seed=(recipe.seed, "plan"), arguments=recipe.trainer,
+            retriever, piece, examples, STEPS, seed=(recipe.seed, "plan"), arguments=recipe.trainer,
             title="plan", processes=processes, say=lambda line: None,
         )  # fmt: skip
         clock = _Clock()
         loop = Loop(
-            retriever, work, piece, Length(2), directory=scratch / "stage-plan",
+            retriever, work, piece, Length(STEPS), directory=scratch / "stage-plan",
             processes=processes, saving=Saving(float("inf")), arguments=recipe.trainer,
             callbacks=[clock],
         )  # fmt: skip
         loop.train()
-        seconds = clock.seconds[-1]  # the first one's includes what is done once
+        seconds = min(clock.seconds[1:])  # the first one's includes what is done once
         loop.close()
         if seconds >= ENOUGH_S or queries >= stage.batch_size:
             break
