@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
@@ -24,16 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from elva.data import Item
-from elva.model.inputs import RET, Inputs, PromptBatch, token_id
+from elva.model.inputs import RET, Inputs, Prompt, PromptBatch, token_id
 from elva.model.packing import completions_a_reading, pack
+from elva.model.vision import FeatureFile, Features, each_alone, fingerprint
 from elva.recipe import LoraSettings, ScratchModel
 
 PROMPT_FILE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked (written by `Retriever.save`)."""
-
-FEATURES_KEPT_MB = 1024
-"""Features of pictures kept while the vision tower is frozen."""
 
 QWEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -64,7 +61,7 @@ class Retriever(nn.Module):
         self.inputs = inputs
         self.train_vision = False
         self.name = ""
-        self._features: dict[str, Tensor] = {}
+        self.features = Features()
 
     def forward(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`work(...)`: whatever touches weights runs in such a call, which is what a wrapper of
@@ -158,63 +155,54 @@ class Retriever(nn.Module):
     # -- pictures ----------------------------------------------------------------------------------
 
     def image_features(self, images: Iterable[str]) -> dict[str, Tensor]:
-        """Vision tower once per distinct picture: {picture: [tokens, H]}.
+        """{picture: [tokens, H]}, the vision tower once per distinct picture.
 
-        Gradients flow only while the tower trains; a frozen tower's features come from `remember`
-        where they are kept.
+        While the tower trains, many at once and with gradients; a frozen one's are kept, each
+        made alone and without autocast.
         """
-        wanted = list(dict.fromkeys(images))
-        features = {i: self._features[i] for i in wanted if i in self._features}
-        missing = [i for i in wanted if i not in features]
-        for start in range(0, len(missing), 256):
-            chunk = missing[start : start + 256]
-            patches, grids = zip(*(self.inputs.patches(i) for i in chunk), strict=True)
-            with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
-                out = self.plain.model.get_image_features(
-                    torch.cat(patches).to(self.device), torch.stack(grids).to(self.device)
-                )
-            features.update(zip(chunk, out.pooler_output, strict=True))
-        return features
+        if self.train_vision:
+            wanted, found = list(dict.fromkeys(images)), dict[str, Tensor]()
+            for start in range(0, len(wanted), 256):
+                some = wanted[start : start + 256]
+                patches, grids = zip(*map(self.inputs.patches, some), strict=True)
+                features = self._tower(torch.cat(patches), torch.stack(grids))
+                found.update(zip(some, features, strict=True))
+            return found
+        return self.features.get(images, self._frozen_features, self.device)
 
-    def remember(self, items: Iterable[Item], *, at_most: int | None = None) -> bool:
-        """Whether a frozen tower's features of some items' pictures, all of them, are kept now.
+    def _frozen_features(self, images: Sequence[str]) -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return each_alone(self._tower, map(self.inputs.patches, images))
 
-        All or none: a cache that fills as it goes would make the bits of a feature depend on which
-        pictures happened to share its batch, and a resumed run differ from the one that was not
-        killed.
+    def _tower(self, patches: Tensor, grids: Tensor) -> Sequence[Tensor]:
+        out = self.plain.model.get_image_features(patches.to(self.device), grids.to(self.device))
+        return list(out.pooler_output)
+
+    def hold(self, prompts: Iterable[Prompt]) -> None:
+        """Make a step's features at once, and keep them until the next step's."""
+        images = [p.image for p in prompts if p.image is not None]
+        if not self.train_vision:
+            self.features.hold(images)
+            self.image_features(images)
+
+    def freeze_vision(self, frozen: bool, features: Path | None = None) -> None:
+        """Choose whether the vision tower learns; either way features of earlier weights are
+        dropped.
 
         Args:
-            at_most: pictures that there can be, where it is known: what cannot fit is not read.
+            features: a directory in which a frozen tower's are kept from run to run.
+
+        Raises:
+            UserError: it holds what cannot be read.
         """
-        token = self.embedding_size * 4  # bytes
-        if self.train_vision or (at_most or 0) * token > FEATURES_KEPT_MB << 20:
-            return False
-        seen: dict[str, None] = {}
-        total = 0
-        for item in items if at_most != 0 else ():
-            if item.image is None:
-                continue
-            prompt = self.inputs.prompt(item)
-            if prompt.image is not None and prompt.image not in seen:
-                seen[prompt.image] = None
-                total += int((prompt.input_ids == self.inputs.image_id).sum()) * token
-            if total > FEATURES_KEPT_MB << 20:
-                return False
-        wanted = [image for image in seen if image not in self._features]
-        with torch.no_grad():
-            self._features.update((k, f.clone()) for k, f in self.image_features(wanted).items())
-        return True
-
-    def forget(self) -> None:
-        """Drop the features that are kept."""
-        self._features = {}
-
-    def freeze_vision(self, frozen: bool) -> None:
-        """Choose whether the vision tower learns; either way features of earlier weights are
-        dropped."""
         self.train_vision = not frozen
-        self._features = {}
-        for parameter in self.plain.model.visual.parameters():
+        visual = self.plain.model.visual
+        file = None
+        if frozen and features is not None:
+            preprocessing = self.inputs.image_processor.to_json_string()
+            file = FeatureFile(features, fingerprint(visual, preprocessing))
+        self.features = Features(file, self.inputs.content)
+        for parameter in visual.parameters():
             parameter.requires_grad_(not frozen)
 
     def inputs_embeds(self, batch: PromptBatch) -> Tensor:
