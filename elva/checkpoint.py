@@ -1,19 +1,26 @@
 """Checkpoints inside a stage: safetensors and JSON, no pickles.
 
+checkpoint-<step>/<group>.safetensors   whole tensors by parameter name, however many processes
+                                        trained them: any number can go on
+checkpoint-<step>/state.json            {step, groups, state}
+checkpoint-<step>/manifest.json         size and SHA-256 of each file, written last
+
 A process killed at any moment leaves the newest complete one and perhaps a `.partial` directory,
 which the next writer removes.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elva.files import is_whole, write_directory, write_text
+from elva.files import PARTIAL, fault, write_directory, write_text
 
 STATE = "state.json"
 PREFIX = "checkpoint-"
@@ -25,19 +32,21 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write `parent/checkpoint-<step>`: a safetensors file a group of tensors, the state as
-    JSON."""
+    """Write `parent/checkpoint-<step>`: a safetensors file a group of tensors, the state as JSON.
+
+    Raises:
+        OSError: the disk is full or not writable; the checkpoints before it stay.
+    """
 
     def fill(directory: Path) -> None:
         for name, group in tensors.items():
             flat = {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
             save_file(flat, directory / f"{name}.safetensors")
-        write_text(directory / STATE, json.dumps(state))
+        told = {"step": step, "groups": sorted(tensors), "state": dict(state)}
+        write_text(directory / STATE, json.dumps(told))
 
     final = parent / f"{PREFIX}{step:08d}"
-    if (
-        final.exists()
-    ):  # left by a run that was killed after writing it and resumed from an older one
+    if final.exists():  # damaged, and so passed over by the run that now comes here again
         shutil.rmtree(final)
     write_directory(final, fill)
     return final
@@ -45,21 +54,65 @@ def save(
 
 def load(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `save` wrote."""
-    tensors = {p.stem: load_file(p) for p in sorted(directory.glob("*.safetensors"))}
-    state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    told = json.loads((directory / STATE).read_text(encoding="utf-8"))
+    tensors = {name: load_file(directory / f"{name}.safetensors") for name in told["groups"]}
+    state: dict[str, Any] = told["state"]
     return tensors, state
 
 
-def newest(parent: Path) -> Path | None:
-    """The latest checkpoint that verifies; a damaged one is passed over for the one before it."""
-    for directory in sorted(parent.glob(f"{PREFIX}*[0-9]"), reverse=True):
-        if is_whole(directory):
-            return directory
-    return None
+def newest(parent: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The latest whole checkpoint; None where there is none.
+
+    Args:
+        say: takes a line for each damaged one that was passed over, and one about where training
+            then goes on.
+    """
+    found, damaged = None, 0
+    for directory in reversed(_all(parent)):
+        if (why := _damage(directory)) is None:
+            found = directory
+            break
+        damaged += 1
+        say(f"{parent.name}/{directory.name}: must be as it was written, passed over: {why}")
+    if damaged:
+        start = "its start, no checkpoint is whole" if found is None else found.name
+        say(f"{parent.name}: goes on from {start}")
+    return found
+
+
+def step_of(directory: Path) -> int:
+    """The steps that were done when a checkpoint was written."""
+    return int(directory.name.removeprefix(PREFIX))
 
 
 def prune(parent: Path, keep: int) -> None:
-    """Remove all but the latest `keep` checkpoints."""
-    found = sorted(parent.glob(f"{PREFIX}*[0-9]"))
+    """Remove all but the latest `keep` checkpoints; with `keep` 0 what a killed writer left too."""
+    found = _all(parent)
     for directory in found[: max(0, len(found) - keep)]:
         shutil.rmtree(directory)
+    if keep == 0:
+        for directory in parent.glob(f"{PREFIX}*{PARTIAL}"):
+            shutil.rmtree(directory)
+
+
+def _all(parent: Path) -> list[Path]:
+    found = (p for p in parent.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", p.name))
+    return sorted(found, key=step_of)
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, beyond its manifest, which anybody could have written."""
+    if (why := fault(directory)) is not None:
+        return why
+    try:
+        told = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        if told["step"] != step_of(directory):
+            return f"{STATE} is of step {told['step']}"
+        if not isinstance(told["state"], dict):
+            return f"{STATE} holds no state"
+        for name in told["groups"]:
+            with safe_open(directory / f"{name}.safetensors", "pt") as file:
+                file.keys()
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -150,17 +150,25 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
 
 def is_whole(directory: Path) -> bool:
     """Whether every file of the manifest is there with its size and hash."""
+    return fault(directory) is None
+
+
+def fault(directory: Path) -> str | None:
+    """What of a directory is not as its manifest says; None: nothing."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    for name, entry in manifest.items():
+        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"no readable {MANIFEST}"
+    for name, (size, digest) in wanted.items():
         path = directory / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            return False
-        if sha256(path) != entry["sha256"]:
-            return False
-    return True
+        if not path.is_file():
+            return f"{name} is missing"
+        if (there := path.stat().st_size) != size:
+            return f"{name} has {there:,} bytes, {size:,} were written"
+        if sha256(path) != digest:
+            return f"{name} has another SHA-256"
+    return None
 
 
 def swap_directory(final: Path, fill: Callable[[Path], None], scratch: str) -> None:

@@ -159,8 +159,15 @@ class ModelConfig:
     summary_prompt: Text = ""
     # of a checkpoint that is not at hand, for the memory estimate
     parameters: Annotated[int, between(1, 2**63 - 1)] | None = None
+    vision_parameters: Whole = 0  # those of them in its tower
     hidden_size: Count | None = None
     layers: Count | None = None
+    intermediate_size: Count | None = None
+    query_size: Count | None = None  # heads times a head's; None: hidden_size
+    key_value_size: Count | None = None  # of grouped heads likewise
+    vocabulary_size: Count | None = None
+    tied: bool = True  # embeddings and head are one table
+    deepstack: Whole = 0  # inner layers of the tower that are features too
 
 
 @dataclass(frozen=True)
@@ -329,6 +336,8 @@ class Recipe:
     """Alternatives to the last stage: each starts where it started and runs for its wall time."""
     seed: Annotated[int, between(0, 2**63 - 1)] = 0
     save_seconds: Weight = 30.0  # between checkpoints inside a stage
+    save_steps: Count | None = None  # write one after so many steps, too
+    save_total_limit: Annotated[int, between(1, 2**63 - 1)] = 2  # kept while a stage trains
     evaluate: bool = True  # after every stage, on the test or val split of the latest data with one
     evaluate_batch_size: Count = 512
     evaluate_limit: Count | None = None

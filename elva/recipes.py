@@ -151,13 +151,28 @@ RECIPES: dict[str, Recipe] = {
     "elva-2b": _paper(
         "elva-2b",
         ModelConfig(
-            "Qwen/Qwen2-VL-2B-Instruct", parameters=2_208_985_600, hidden_size=1536, layers=28
+            "Qwen/Qwen2-VL-2B-Instruct",
+            parameters=2_208_985_600,
+            vision_parameters=665_271_296,
+            hidden_size=1536,
+            layers=28,
+            intermediate_size=8960,
+            key_value_size=256,
+            vocabulary_size=151_936,
         ),
     ),
     "elva-7b": _paper(
         "elva-7b",
         ModelConfig(
-            "Qwen/Qwen2-VL-7B-Instruct", parameters=8_291_375_616, hidden_size=3584, layers=28
+            "Qwen/Qwen2-VL-7B-Instruct",
+            parameters=8_291_375_616,
+            vision_parameters=675_759_104,
+            hidden_size=3584,
+            layers=28,
+            intermediate_size=18_944,
+            key_value_size=512,
+            vocabulary_size=152_064,
+            tied=False,
         ),
     ),
 }

@@ -43,7 +43,7 @@ class Searcher:
     """A model with three verbs: embed items, index them, search.
 
     Args:
-        model: a run, a Qwen2-VL checkpoint directory, or a hub name.
+        model: a run, a checkpoint directory, or a hub name.
         options: `stage`, `max_completion_length`, `read`, `batch_size` of `Encoder.open`.
 
     Example::

@@ -21,7 +21,7 @@ from elva.cli.console import (
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A run, a Qwen2-VL checkpoint or a hub name.", metavar="MODEL")
+    str, typer.Argument(help="A run, a checkpoint or a hub name.", metavar="MODEL")
 ]
 
 EXAMPLES = (

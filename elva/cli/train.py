@@ -67,11 +67,25 @@ def train(
     ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the recipe, steps and memory; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print steps, hours, memory and disk of a training; train a few steps to measure.",
+        ),
     ] = False,
+    callback: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:CLASS",
+            help="Callback of your own, a subclass of elva.training.callbacks.Callback.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train every stage of a recipe, evaluate after each, and write a report."""
+    """Train every stage of a recipe, evaluate after each, and write a report.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m elva train ..., or accelerate launch.
+    """
     with one_line_errors():
         from elva.recipes import resolve
 
@@ -88,26 +102,46 @@ def train(
             )
             return
         from elva.commands.train import train as run_stages
+        from elva.processes import Processes
         from elva.progress import Bars
+        from elva.training.callbacks import callbacks_of
 
-        run = _run_to_train(
-            Run, lambda: resolve(recipe, config, changes, **given), output, resume, wanted, began,
-            controls, changed=bool(config is not None or changes or model or data),
-        )  # fmt: skip
+        processes = Processes()
+        out.quiet = err.quiet = not processes.first  # what all refuse, one says
+        run = None
+        with processes.first_alone() as mine:
+            if mine:
+                run = _run_to_train(
+                    Run, lambda: resolve(recipe, config, changes, **given), output, resume, wanted,
+                    began, controls, changed=bool(config is not None or changes or model or data),
+                )  # fmt: skip
+        directory = processes.agreed(None if run is None else run.directory)
+        run = run or Run.open(directory)
+        added = callbacks_of(callback or ())
+        err.quiet = False  # what one meets, such as a full device, it says
         console = err if as_json else out
-        console.print(f"run directory: {run.directory}", soft_wrap=True)
+        if processes.first:
+            console.print(f"run directory: {run.directory}", soft_wrap=True)
         with Bars(console) as bars:
-            run_stages(run, bars, stages=wanted, start_from=began, limit=limit, controls=controls)
-        from elva.commands.report import report
-        from elva.report.table import as_json as figures
-        from elva.report.table import table
+            run_stages(
+                run, bars, stages=wanted, start_from=began, limit=limit, controls=controls,
+                callbacks=added, processes=processes,
+            )  # fmt: skip
+        if processes.first:
+            _print_result(run, as_json)
 
-        page = report(run)
-        if as_json:
-            print(json.dumps(figures(run)))
-        else:
-            out.print(table(run))
-            out.print(f"report: {page}", soft_wrap=True)
+
+def _print_result(run: Run, as_json: bool) -> None:
+    from elva.commands.report import report
+    from elva.report.table import as_json as figures
+    from elva.report.table import table
+
+    page = report(run)
+    if as_json:
+        print(json.dumps(figures(run)))
+    else:
+        out.print(table(run))
+        out.print(f"report: {page}", soft_wrap=True)
 
 
 def _run_to_train(
@@ -149,11 +183,15 @@ def _print_plan(
     as_json: bool,
 ) -> None:
     from elva.training.estimate import describe
+    from elva.training.measure import measure
     from elva.training.readiness import look
 
     ready = look(recipe, stages, start_from, controls=controls)
+    every = recipe.stages | recipe.controls
+    kinds = {name: every[name] for name in ready.stages if every[name].steps or every[name].epochs}
+    measured = measure(recipe, kinds, ready.data, start_from)  # not of a control by the clock
     plan = {
-        **describe(recipe, limit, ready.stages),
+        **describe(recipe, limit, ready.stages, measured),
         "evaluation": ready.evaluation,
         "problems": ready.problems,
     }

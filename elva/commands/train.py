@@ -16,14 +16,15 @@ from elva.errors import RunError
 from elva.evaluation.trained import evaluate_model, evaluate_stage
 from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
+from elva.model.scratch import create
 from elva.processes import Processes
 from elva.progress import SILENT, Reporter
 from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
 from elva.training.callbacks import Callback, Trackers
 from elva.training.examples import Examples
-from elva.training.loop import BEST, Length, Loop
+from elva.training.loop import BEST, Length, Loop, Saving
 from elva.training.plan import steps_an_epoch
 from elva.training.readiness import TrainingData, no_start, notices
 from elva.training.stage import Stage
@@ -57,6 +58,11 @@ def train(
     processes = processes or Processes()
     names = chosen(run.recipe, stages)
     shared = _Shared(run.recipe, reporter if processes.first else SILENT, processes, callbacks)
+    if (devices := torch.cuda.device_count()) > 1 and processes.count == 1:
+        reporter.say(
+            f"train: one of {devices} GPUs is used; torchrun --nproc-per-node {devices} -m elva "
+            "train uses all"
+        )
     with ExitStack() as held:
         with processes.first_alone() as mine:
             if mine:
@@ -182,17 +188,21 @@ def _train_stage(
     reporter, processes = shared.reporter, shared.processes
     if not run.is_trained(name):
         loop, stage = _begin(run, name, shared, beginning, limit, budget)
-        resume = processes.agreed(checkpoint.newest(run.stage(name)))
+        resume = None
         with processes.first_alone() as mine:
             if mine:
-                steps = int(resume.name.removeprefix(checkpoint.PREFIX)) if resume else 0
-                run.forget_after(name, steps)
-        loop.train(resume)
+                resume = checkpoint.newest(run.stage(name), reporter.say)
+                run.forget_after(name, checkpoint.step_of(resume) if resume else 0)
+        loop.train(processes.agreed(resume))
         _finish(run, name, loop, stage)
         loop.close()
         del loop, stage
         gc.collect()  # wrappers refer to themselves: a model would live beside the next
         reporter.finish(_line(run, name, run.title(name)))
+    with processes.first_alone() as mine:
+        if mine:  # here, so that a kill in the midst of it is made good
+            checkpoint.prune(run.stage(name), keep=0)
+            shutil.rmtree(run.stage(name) / BEST, ignore_errors=True)
     if run.recipe.evaluate and not (run.stage(name) / "evaluation.json").is_file():
         retriever = shared.load(run.model(name), None)
         evaluate_stage(run, name, reporter, retriever=retriever, processes=processes)
@@ -228,7 +238,8 @@ def _begin(
 
     loop = Loop(
         retriever, stage, settings, length, directory=run.stage(name), processes=shared.processes,
-        save_seconds=recipe.save_seconds, arguments=recipe.trainer, evaluate=figures,
+        saving=Saving(recipe.save_seconds, recipe.save_steps, recipe.save_total_limit),
+        arguments=recipe.trainer, evaluate=figures,
         callbacks=[_Log(run, name, reporter), *shared.callbacks], started=started,
     )  # fmt: skip
     return loop, stage
@@ -258,8 +269,6 @@ def _finish(run: Run, name: str, loop: Loop, stage: Stage) -> None:
         run.write(name, "stage.json", {**done, "flags": stage.guards.said})
         shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
         write_directory(run.model(name), stage.retriever.save)
-        checkpoint.prune(run.stage(name), keep=0)
-        shutil.rmtree(run.stage(name) / BEST, ignore_errors=True)
 
 
 def _line(run: Run, name: str, title: str) -> str:

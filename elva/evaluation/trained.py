@@ -82,6 +82,7 @@ def evaluate_stage(
         reporter.finish(f"{run.title(name)}: not evaluated, {root} has no queries of test or val")
         return None
     retriever = Retriever.load(run.model(name)) if retriever is None else retriever
+    retriever.freeze_vision(True)
     processes = processes or Processes()
     result = evaluate_model(run, retriever, run.title(name), reporter, processes, split)
     reporter.finish(_line(run.title(name), result))

@@ -59,7 +59,7 @@ class Encoder:
         Raises:
             UserError: there is no such model.
         """
-        unfit = f"{model}: must be a run, a Qwen2-VL checkpoint or a hub name"
+        unfit = f"{model}: must be a run, a checkpoint or a hub name"
         path, length, size = Path(model), MAX_COMPLETION_LENGTH, 512
         home = next((p for p in (path, path.absolute().parent.parent)
                      if (p / "recipe.yaml").is_file()), None)  # fmt: skip
@@ -78,6 +78,7 @@ class Encoder:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{unfit}; {reason}") from None
+        retriever.freeze_vision(True)
         if max_completion_length is not None:
             length = max_completion_length
         return cls(retriever, length, read, batch_size or size)

@@ -90,12 +90,14 @@ class Inputs:
         image_processor: Qwen2VLImageProcessorPil,
         summary_prompt: str,
         *,
+        image_id: int | None = None,
         vocabulary: int | None = None,
         reserved_ids: Iterable[int] = (),
         end_ids: Iterable[int] = (),
     ) -> None:
         """
         Args:
+            image_id: the token in whose place a picture's features stand; Qwen's for None.
             vocabulary: rows of the model's head; those beyond the tokenizer's own are no tokens.
             reserved_ids: further ids that a summary may not hold: the config's picture tokens.
             end_ids: further ids that end an answer: the generation config's.
@@ -103,7 +105,8 @@ class Inputs:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.summary_prompt = summary_prompt
-        self.image_id = token_id(tokenizer, IMAGE_PAD)
+        self.image_id = token_id(tokenizer, IMAGE_PAD) if image_id is None else image_id
+        self._renderer: Any = tokenizer  # whose chat template it is
         self.ret_is_new = RET not in tokenizer.get_vocab()
         if self.ret_is_new:
             # Never `add_special_tokens`: it replaces the list of those that there are.
@@ -127,28 +130,35 @@ class Inputs:
         self._patches_bytes = 0
 
     @classmethod
-    def load(cls, path: str | Path, summary_prompt: str) -> Inputs:
+    def load(cls, path: str | Path, summary_prompt: str, revision: str | None = None) -> Inputs:
         """Read a checkpoint directory or a hub name; [RET] is registered where the vocabulary lacks
         it.
 
         The image processor is the PIL one on every machine: torchvision resizes to slightly
         different pixels, and an index must not depend on what else is installed.
         """
-        config = AutoConfig.from_pretrained(path)
+        how: Any = {"revision": revision or "main"}
+        tokenizer = AutoTokenizer.from_pretrained(path, **how)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path, **how)
+        return cls(tokenizer, processor, summary_prompt, **cls._of_config(path, revision))
+
+    @staticmethod
+    def _of_config(path: str | Path, revision: str | None) -> dict[str, Any]:
+        """What `__init__` is told of a checkpoint's configuration."""
+        how: Any = {"revision": revision or "main"}
+        config = AutoConfig.from_pretrained(path, **how)
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         reserved = [getattr(config, name, None) for name in names]
         try:
-            ends = GenerationConfig.from_pretrained(path).eos_token_id
+            ends = GenerationConfig.from_pretrained(path, **how).eos_token_id
         except OSError:  # a checkpoint without one: the tokenizer's alone
             ends = None
-        return cls(
-            AutoTokenizer.from_pretrained(path),
-            Qwen2VLImageProcessorPil.from_pretrained(path),
-            summary_prompt,
-            vocabulary=config.get_text_config().vocab_size,
-            reserved_ids=[i for i in reserved if i is not None],
-            end_ids=[ends] if isinstance(ends, int) else ends or (),
-        )
+        return {
+            "image_id": reserved[0],
+            "vocabulary": config.get_text_config().vocab_size,
+            "reserved_ids": [i for i in reserved if i is not None],
+            "end_ids": [ends] if isinstance(ends, int) else ends or (),
+        }
 
     def never(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The ids that are never written, and those that end, [RET] first, on a device."""
@@ -187,10 +197,14 @@ class Inputs:
             grid = (height // merge, width // merge)
             place = before.index(self.image_id)
             before = [*before[:place], *[self.image_id] * (grid[0] * grid[1]), *before[place + 1 :]]
+        ids = torch.tensor([*before, *self._asked(text), *after])
+        return Prompt(ids, mrope_positions(ids == self.image_id, grid), image)
+
+    def _asked(self, text: str | None) -> list[int]:
+        """The tokens of what is said, and of the prompt to summarise it."""
         said = self.text_ids(text) if text else []
         asked = " " * bool(text) + self.summary_prompt if self.summary_prompt else ""
-        ids = torch.tensor([*before, *said, *self._ids(asked), *after])
-        return Prompt(ids, mrope_positions(ids == self.image_id, grid), image)
+        return [*said, *self._ids(asked)]
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of somebody's words: what looks like a special token in them is words too."""
@@ -201,15 +215,19 @@ class Inputs:
         """The chat template's tokens before and after what is asked."""
         key = (picture, words)
         if key not in self._frames:
-            content: list[Any] = [{"type": "image"}] if picture else []
-            content += [{"type": "text", "text": WORDS_HERE}] if words else []
-            chat: Any = [{"role": "user", "content": content}]
-            rendered = self.tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True
-            )
-            before, _, after = str(rendered).partition(WORDS_HERE)
+            before, after = self._rendered(*key)
             self._frames[key] = self._ids(before), self._ids(after)
         return self._frames[key]
+
+    def _rendered(self, picture: bool, words: bool) -> tuple[str, str]:
+        content: list[Any] = [{"type": "image"}] if picture else []
+        content += [{"type": "text", "text": WORDS_HERE}] if words else []
+        chat: Any = [{"role": "user", "content": content}]
+        rendered = self._renderer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True
+        )
+        before, _, after = str(rendered).partition(WORDS_HERE)
+        return before, after
 
     def _ids(self, text: str, **how: Any) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, **how).input_ids) if text else []
@@ -232,6 +250,11 @@ class Inputs:
             shown = self._pictures[image].image
             self._contents[image] = sha256(shown) if isinstance(shown, Path) else image
         return self._contents[image]
+
+    def pixels(self, image: str) -> dict[str, Tensor]:
+        """Arguments of the model's `get_image_features` for a picture that was prompted."""
+        patches, grid = self.patches(image)
+        return {"pixel_values": patches, "image_grid_thw": grid[None]}
 
     def collate(self, prompts: Sequence[Prompt], device: torch.device) -> PromptBatch:
         """Pad on the left. Right padding would put completions at different columns and wrong

@@ -1,67 +1,52 @@
-"""The retriever: a Qwen2-VL model that ends what it writes with [RET] and is read out there.
+"""The retriever: a model that ends what it writes with [RET] and is read out there.
 
 Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: the model is asked to analyse and summarise its input
 and to end with a registered special token; the hidden state at that token is the embedding.
 
-A model that starts from nothing (`create`) is written to disk as an ordinary checkpoint and read
-back by `Retriever.load`, the same call that reads Qwen2-VL-2B: nothing here knows how large a model
-is.
+Nothing here knows how large a model is, or of which family.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import Cache, PreTrainedModel
 
-from elva.model.inputs import RET, Inputs, Prompt, PromptBatch, token_id
+from elva.model.family import decoder_of, family_of, read_inputs, read_model, unreadable
+from elva.model.inputs import Inputs, Prompt, PromptBatch
 from elva.model.packing import completions_a_reading, pack
 from elva.model.vision import FeatureFile, Features, each_alone, fingerprint
-from elva.recipe import LoraSettings, ScratchModel
+from elva.recipe import LoraSettings
 
 PROMPT_FILE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked (written by `Retriever.save`)."""
-
-QWEN_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
-
-SCRATCH_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
-)
-"""Qwen2-VL's chat template without its system prompt and roles: five tokens instead of fifteen."""
-
-
-WORDS = r" ?[\w'\u2019-]+| ?[^\s\w]+|\s+"
-"""What byte pairs are merged within, in a tokenizer of our own."""
-
 
 P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Retriever(nn.Module):
-    """A Qwen2-VL model, what it reads (`inputs`) and the features of pictures it has seen."""
+    """A model, what it reads (`inputs`) and the features of pictures it has seen."""
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration | PeftModel, inputs: Inputs) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.family = family_of(self.plain.config)
         self.train_vision = False
         self.name = ""
-        self.features = Features()
+        self.features: Features | None = None  # kept of a frozen tower
 
     def forward(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`work(...)`: whatever touches weights runs in such a call, which is what a wrapper of
@@ -85,8 +70,8 @@ class Retriever(nn.Module):
             if summary_prompt is None:
                 known = saved.is_file()
                 summary_prompt = json.loads(saved.read_text())["summary_prompt"] if known else ""
-            inputs = Inputs.load(path, summary_prompt)
-        model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype="auto")
+            inputs = read_inputs(path, summary_prompt)
+        model = read_model(path)
         if len(inputs.tokenizer) > model.lm_head.out_features:
             model.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
         if inputs.ret_is_new and not (Path(path) / PROMPT_FILE).is_file():
@@ -95,6 +80,11 @@ class Retriever(nn.Module):
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
         retriever.name = str(path)
+        if retriever.family.probed:
+            from elva.model.probe import fault  # which reads by the retriever itself
+
+            if reason := fault(retriever):
+                raise unreadable(path, model.config, reason)
         return retriever
 
     def save(self, path: Path) -> None:
@@ -106,7 +96,7 @@ class Retriever(nn.Module):
         self.inputs.save(path)
         (path / PROMPT_FILE).write_text(json.dumps({"summary_prompt": self.inputs.summary_prompt}))
 
-    def merged(self) -> Qwen2VLForConditionalGeneration:
+    def merged(self) -> PreTrainedModel:
         """The plain model: itself, or a copy with the LoRA adapter merged into the weights."""
         if not isinstance(self.model, PeftModel):
             return self.model
@@ -121,7 +111,7 @@ class Retriever(nn.Module):
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=0.0,
-            target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+            target_modules=_projections(self.plain),
             trainable_token_indices={"embed_tokens": row} | ({} if tied else {"lm_head": row}),
         )
         self.model = get_peft_model(self.plain, config)
@@ -134,10 +124,15 @@ class Retriever(nn.Module):
                 parameter.data = parameter.data.to(self.embedding_dtype)
 
     @property
-    def plain(self) -> Qwen2VLForConditionalGeneration:
+    def plain(self) -> PreTrainedModel:
         """The transformers model, with an adapter's layers inside it where there is one."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return cast(Qwen2VLForConditionalGeneration, model)
+        return cast(PreTrainedModel, model)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return decoder_of(self.plain)
 
     @property
     def device(self) -> torch.device:
@@ -155,33 +150,34 @@ class Retriever(nn.Module):
     # -- pictures ----------------------------------------------------------------------------------
 
     def image_features(self, images: Iterable[str]) -> dict[str, Tensor]:
-        """{picture: [tokens, H]}, the vision tower once per distinct picture.
+        """{picture: [tokens, W]}, the vision tower once per distinct picture, each as if alone.
 
-        While the tower trains, many at once and with gradients; a frozen one's are kept, each
-        made alone and without autocast.
+        While the tower trains, with gradients; without autocast where it does not; kept once it is
+        frozen.
         """
-        if self.train_vision:
-            wanted, found = list(dict.fromkeys(images)), dict[str, Tensor]()
-            for start in range(0, len(wanted), 256):
-                some = wanted[start : start + 256]
-                patches, grids = zip(*map(self.inputs.patches, some), strict=True)
-                features = self._tower(torch.cat(patches), torch.stack(grids))
-                found.update(zip(some, features, strict=True))
-            return found
-        return self.features.get(images, self._frozen_features, self.device)
+        if self.features is None:
+            wanted = list(dict.fromkeys(images))
+            return dict(zip(wanted, self._towers(wanted), strict=True))
+        return self.features.get(images, self._towers, self.device)
 
-    def _frozen_features(self, images: Sequence[str]) -> list[Tensor]:
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return each_alone(self._tower, map(self.inputs.patches, images))
+    def picture_features(self, image: str) -> Tensor:
+        """[tokens, W] of a picture that was prompted, by the vision tower of now."""
+        return self._towers([image])[0]
 
-    def _tower(self, patches: Tensor, grids: Tensor) -> Sequence[Tensor]:
-        out = self.plain.model.get_image_features(patches.to(self.device), grids.to(self.device))
-        return list(out.pooler_output)
+    def _towers(self, images: Sequence[str]) -> list[Tensor]:
+        frozen = not self.train_vision
+        plainly = torch.autocast(self.device.type, enabled=False) if frozen else nullcontext()
+        with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()), plainly:
+            return each_alone(self._tower, map(self.inputs.pixels, images))
+
+    def _tower(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        there = {name: value.to(self.device) for name, value in pixels.items()}
+        return self.family.features(self.plain, there)
 
     def hold(self, prompts: Iterable[Prompt]) -> None:
         """Make a step's features at once, and keep them until the next step's."""
         images = [p.image for p in prompts if p.image is not None]
-        if not self.train_vision:
+        if self.features is not None:
             self.features.hold(images)
             self.image_features(images)
 
@@ -196,25 +192,52 @@ class Retriever(nn.Module):
             UserError: it holds what cannot be read.
         """
         self.train_vision = not frozen
-        visual = self.plain.model.visual
+        words = {id(p) for p in self.decoder.parameters()}
+        named = self.plain.model.named_parameters()
+        tower = {name: p for name, p in named if id(p) not in words}
         file = None
         if frozen and features is not None:
             preprocessing = self.inputs.image_processor.to_json_string()
-            file = FeatureFile(features, fingerprint(visual, preprocessing))
-        self.features = Features(file, self.inputs.content)
-        for parameter in visual.parameters():
+            file = FeatureFile(features, fingerprint(tower, preprocessing))
+        self.features = Features(file, self.inputs.content) if frozen else None
+        for parameter in tower.values():
             parameter.requires_grad_(not frozen)
 
-    def inputs_embeds(self, batch: PromptBatch) -> Tensor:
-        """Token embeddings [R, L, H] with each picture's features in its placeholders."""
-        embeds = self.plain.get_input_embeddings()(batch.input_ids)
-        images = [i for i in batch.images if i is not None]
-        if not images:
-            return embeds
-        features = self.image_features(images)
-        mask = (batch.input_ids == self.plain.config.image_token_id)[..., None]
-        rows = torch.cat([features[i] for i in images]).to(embeds.dtype)
-        return embeds.masked_scatter(mask, rows)
+    def read(
+        self,
+        input_ids: Tensor,
+        images: Sequence[str | None],
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states of the language model on words and pictures, normalised: [R, L, H].
+
+        Args:
+            input_ids: [R, L]; a picture's placeholders are where its features go.
+            images: the rows' pictures.
+            attention_mask: [R, S], or [R, 1, L, S] bool, over what is cached and what is read.
+            position_ids: [3, R, L].
+            cache: holds what was read before, and what is read now from then on.
+        """
+        embeds = self.plain.get_input_embeddings()(input_ids)
+        shown = [i for i in images if i is not None]
+        given = {"inputs_embeds": embeds}
+        if shown:
+            features = self.image_features(shown)
+            given = self.family.with_pictures(
+                embeds, torch.cat([features[i] for i in shown]), input_ids == self.inputs.image_id
+            )
+        decoder = self.decoder
+        states: Tensor = decoder(
+            **given,
+            attention_mask=attention_mask,
+            # Never left to the model: it would reuse the rope offset of an earlier picture.
+            position_ids=self.family.positions(position_ids),
+            use_cache=cache is not None,
+            **{_cache_name(type(decoder)): cache},
+        ).last_hidden_state
+        return states
 
     def hidden_states(self, prompts: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
         """Teacher-forced forward over P prompts, each with G completions.
@@ -228,19 +251,35 @@ class Retriever(nn.Module):
             after each; column t + 1 is the state *at* completion token t. Columns of what is not
             real hold the states of others.
         """
-        language, lengths = self.plain.model.language_model, mask.sum(1).tolist()
         share = completions_a_reading(
-            language.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
-        )
+            self.plain.config.get_text_config(), prompts.input_ids.shape[1],
+            mask.sum(1).tolist(), len(mask) // len(prompts),
+        )  # fmt: skip
         packed = pack(prompts, completions, mask, share, self.inputs.tokenizer.pad_token_id)
-        written = self.plain.get_input_embeddings()(packed.completion_ids)
-        out = language(
-            inputs_embeds=torch.cat([self.inputs_embeds(packed.prompts), written], dim=1),
-            attention_mask=packed.attention_mask,
-            position_ids=packed.position_ids,
-            use_cache=False,
+        return packed.unpack(
+            self.read(
+                torch.cat([packed.prompts.input_ids, packed.completion_ids], dim=1),
+                packed.prompts.images,
+                packed.attention_mask,
+                packed.position_ids,
+            )
         )
-        return packed.unpack(out.last_hidden_state)
+
+
+@lru_cache
+def _cache_name(decoder: type[nn.Module]) -> str:
+    """What its forward calls a cache; transformers has renamed it."""
+    names = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+def _projections(model: PreTrainedModel) -> str:
+    """A regular expression of the language model's linear layers: query, key, value, output and
+    the three of the feed-forward part in Qwen's; the head is none of them."""
+    decoder = decoder_of(model)
+    place = next(name for name, module in model.named_modules() if module is decoder)
+    kinds = {n.rpartition(".")[2] for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    return rf".*{re.escape(place)}\..*\.({'|'.join(sorted(kinds))})"
 
 
 @contextmanager
@@ -261,102 +300,10 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def create(
-    path: Path, spec: ScratchModel, texts: Iterable[str], *, summary_prompt: str, seed: int
-) -> None:
-    """Write a randomly initialised Qwen2-VL with a tokenizer trained on `texts` as a checkpoint."""
-    tokenizer = _train_tokenizer(texts, spec.vocabulary)
-    ids = {token: token_id(tokenizer, token) for token in QWEN_TOKENS}
-    head = spec.hidden_size // spec.heads
-    half = head // 2
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": spec.hidden_size,
-            "intermediate_size": spec.intermediate_size,
-            "num_hidden_layers": spec.layers,
-            "num_attention_heads": spec.heads,
-            "num_key_value_heads": spec.heads,
-            "max_position_embeddings": 512,
-            "initializer_range": spec.initializer_range,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8],
-            },
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={
-            "depth": spec.vision_layers,
-            "embed_dim": spec.vision_size,
-            "num_heads": spec.vision_heads,
-            "hidden_size": spec.hidden_size,
-            "patch_size": spec.patch_size,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 1,
-            "initializer_range": spec.initializer_range,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-    pixels = spec.image_size**2
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=spec.patch_size,
-        merge_size=2,
-        temporal_patch_size=1,
-        size={"shortest_edge": pixels, "longest_edge": pixels},
-        image_mean=[spec.image_mean] * 3,
-        image_std=[spec.image_std] * 3,
-    )
-    Retriever(model, Inputs(tokenizer, processor, summary_prompt)).save(path)
-
-
-def _begin_as_chat_end(model: Qwen2VLForConditionalGeneration, inputs: Inputs) -> None:
+def _begin_as_chat_end(model: PreTrainedModel, inputs: Inputs) -> None:
     """Give a new [RET] the rows of the token that it takes the place of: a model that can end an
     answer can then write it from the first step. Ours; the paper does not say."""
     with torch.no_grad():
         for part in (model.get_input_embeddings(), model.lm_head):
             table = cast(Tensor, part.weight)
             table[inputs.ret_id] = table[inputs.end_ids[0]]
-
-
-def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE, as Qwen2's, in lower case and with whole hyphenated words: at this size a
-    capital letter is a lost row, and every token of a summary a decoding step."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Lowercase(), normalizers.Prepend(" ")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[*QWEN_TOKENS, RET],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=[*QWEN_TOKENS[1:], RET],
-        chat_template=SCRATCH_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )

@@ -180,17 +180,13 @@ class _Decoder:
     ) -> None:
         self.read = read
         self.retriever, self.temperature = retriever, temperature
-        language = retriever.plain.model.language_model
-        self.cache = decoding_cache(language.config, room)
-        out = language(
-            inputs_embeds=retriever.inputs_embeds(batch),
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        self.cache = decoding_cache(retriever.decoder.config, room)
+        states = retriever.read(
+            batch.input_ids, batch.images, batch.attention_mask, batch.position_ids,
+            self.cache,
+        )  # fmt: skip
         self.cache.batch_repeat_interleave(repeats)
-        self.hidden = out.last_hidden_state[:, -1].repeat_interleave(repeats, 0)
+        self.hidden = states[:, -1].repeat_interleave(repeats, 0)
         seen = batch.attention_mask.repeat_interleave(repeats, 0)
         self.attention = torch.cat([seen, seen.new_ones(len(seen), room)], 1)
         self.position = (batch.position_ids.amax(dim=(0, 2)) + 1).repeat_interleave(repeats)
@@ -258,17 +254,9 @@ class _Decoder:
         self.log_probs.append(logp.new_zeros(count).index_copy(0, self.rows, logp))
 
     def _feed(self, token: Tensor) -> None:
-        model = self.retriever.plain
-        seen = self.cache.get_seq_length() + 1
-        out = model.model.language_model(
-            inputs_embeds=model.get_input_embeddings()(token[:, None]),
-            attention_mask=self.attention[:, :seen],
-            # Never left to the model: it would reuse the rope offset of an earlier picture.
-            position_ids=self.position[None, :, None].expand(3, -1, 1),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.hidden = out.last_hidden_state[:, -1]
+        seen = self.attention[:, : self.cache.get_seq_length() + 1]
+        position = self.position[None, :, None].expand(3, -1, 1)
+        self.hidden = self.retriever.read(token[:, None], [], seen, position, self.cache)[:, -1]
         self.position = self.position + 1
 
     def _keep(self, some: Tensor) -> None:

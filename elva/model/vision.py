@@ -12,12 +12,12 @@ import json
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elva.errors import UserError
 from elva.files import Sink, sync_directory
@@ -33,33 +33,32 @@ take a third of the time that they take one by one; larger pictures gain nothing
 VERSION = 1
 """Raise it when the same tower and picture would give another feature than before."""
 
-Pixels = tuple[Tensor, Tensor]
-"""A picture's patches [P, 3 * t * p * p] and grid (t, h, w)."""
+Pixels = Mapping[str, Tensor]
+"""`Inputs.pixels` of a picture."""
 
 
-def each_alone(
-    tower: Callable[[Tensor, Tensor], Sequence[Tensor]], pictures: Iterable[Pixels]
-) -> list[Tensor]:
-    """Features of pictures, in their order, as if the tower read one at a time.
+def each_alone(tower: Callable[[Pixels], Tensor], pictures: Iterable[Pixels]) -> list[Tensor]:
+    """Features of pictures [tokens, W], in their order, as if the tower read one at a time.
 
     Args:
-        tower: patches [P, ...] and grids [n, 3] of n pictures -> their n features.
+        tower: pixels of some pictures of one size -> their features [n * tokens, W].
     """
     found: dict[int, Tensor] = {}
     waiting: dict[tuple[int, ...], list[tuple[int, Pixels]]] = {}
 
     def read(some: list[tuple[int, Pixels]], size: int) -> None:
         filled = [pixels for _, pixels in some] + [some[-1][1]] * (size - len(some))
-        patches, grids = zip(*filled, strict=True)
-        features = tower(torch.cat(patches), torch.stack(grids))
-        # A copy of its own: a view would keep the features of all that were read with it.
-        found.update((i, f.clone()) for (i, _), f in zip(some, features, strict=False))
+        features = tower({name: torch.cat([p[name] for p in filled]) for name in filled[0]})
+        # Copies of their own: a view would keep the features of all that were read with it.
+        parts = features.unflatten(0, (size, -1))
+        found.update((i, f.clone()) for (i, _), f in zip(some, parts, strict=False))
 
     for place, pixels in enumerate(pictures):
-        if len(pixels[0]) > SMALL:
+        grid = pixels.get("image_grid_thw")
+        if grid is None or len(pixels["pixel_values"]) > SMALL:
             read([(place, pixels)], 1)
             continue
-        like = waiting.setdefault(tuple(pixels[1].tolist()), [])
+        like = waiting.setdefault(tuple(grid.flatten().tolist()), [])
         like.append((place, pixels))
         if len(like) == TOGETHER:
             read(like, TOGETHER)
@@ -129,14 +128,15 @@ class Features:
                 self._bytes -= self._kept.pop(image).nbytes
 
 
-def fingerprint(tower: nn.Module, preprocessing: str) -> str:
+def fingerprint(tower: Mapping[str, Tensor], preprocessing: str) -> str:
     """A hash of all that a feature depends on beside its picture.
 
     Args:
-        preprocessing: what makes patches of a picture, in words.
+        tower: its weights.
+        preprocessing: what makes pixels of a picture, in words.
     """
     digest = hashlib.sha256(f"{VERSION} {preprocessing}".encode())
-    for name, weight in sorted(tower.state_dict().items()):
+    for name, weight in sorted(tower.items()):
         digest.update(f"{name} {weight.dtype} {[*weight.shape]}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,108 +1,230 @@
-"""`elva train --dry-run`: the resolved recipe, its steps, and what memory it will take."""
+"""What a stage takes, before it starts: steps, memory by part, disk; counted, not measured."""
 
-import json
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
+from transformers import AutoConfig
 
+from elva.model.vision import FEATURES_KEPT_MB
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
 
+if TYPE_CHECKING:
+    from elva.training.measure import Measured
+
 _FP32 = 4
-_ADAPTER_WIDTHS = 25
-"""Sum of the widths that an adapter's pairs join, in hidden sizes: 25.1 of Qwen2-VL-7B's layer."""
-_PROMPT_TOKENS = 256  # of a prompt with a picture, where no picture has been seen yet
-_QWEN_VOCABULARY = 151_936
+_PICTURE_TOKENS = 391  # ours: of 640 x 480 pixels by Qwen2-VL's 28 x 28, where no picture was seen
+_WORDS = 40  # ours: of a prompt beside its picture, the chat's template included
+_SAMPLED = (
+    3 * _FP32 + 8
+)  # bytes an id of a distribution that is drawn from: logits, p, sums in fp64
+
+CLOCKED = "as many as fit into the last stage's seconds"
+NOT_COUNTED = "epochs over data that is not here"
+_LOGITS_KEPT = 4
+"""Copies of a completion's logits in fp32: two for the backward, and their gradients."""
 
 
-def describe(
-    recipe: Recipe, limit: int | None = None, found: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """Plain data: the recipe itself, and for every stage its steps and a memory estimate in MB.
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: parameters in all and in its vision tower, and the widths of its layers."""
 
-    Args:
-        found: of a stage whose data are at hand, what they hold (`readiness.Ready.stages`).
-    """
-    found = found or {}
-    recipe = replace(recipe, model=at_hand(recipe.model))
-    stages = {
-        name: {
-            "steps": _steps(stage, limit, found.get(name, {}).get("steps_an_epoch")),
-            "sequences_a_step": _sequences(stage),
-            "memory_mb": _megabytes(_states(stage, recipe)),
-            "activations_mb": _megabytes(_activations(stage, recipe)),
-            **({"data": dict(found[name])} if name in found else {}),
-        }
-        for name, stage in recipe.stages.items()
-    }
-    return {
-        "recipe": to_dict(recipe), "parameters": count_parameters(recipe.model), "plan": stages
-    }  # fmt: skip
+    parameters: int
+    vision: int
+    hidden: int
+    layers: int
+    queries: int  # heads times a head's size
+    keys: int  # of grouped heads likewise
+    inner: int  # of the feed-forward
+    vocabulary: int
+    tied: bool
+    features: int  # of a picture's token
+    prompt: int  # tokens, with a picture
+
+    def adapter(self, rank: int) -> int:
+        """Parameters of an adapter on q, k, v, o, gate, up, down, and the rows of [RET]."""
+        h, q, k, i = self.hidden, self.queries, self.keys, self.inner
+        widths = 2 * (h + q) + 2 * (h + k) + 3 * (h + i)
+        return rank * self.layers * widths + h * (1 if self.tied else 2)
 
 
-def memory_bytes(stage: StageConfig, recipe: Recipe) -> float | None:
-    """Bytes that a stage takes on its device: weights, optimiser, one micro-batch."""
-    parts = (_states(stage, recipe), _activations(stage, recipe))
-    return None if None in parts else sum(p for p in parts if p is not None)
+def sizes_of(model: ModelConfig) -> Sizes | None:
+    """Of a model from scratch, of a checkpoint at hand, or what the recipe says of one; None where
+    it does not say."""
+    if model.path is None:
+        return _of_scratch(model)
+    model = at_hand(model)
+    h, layers, inner, keys = (
+        model.hidden_size, model.layers, model.intermediate_size, model.key_value_size,
+    )  # fmt: skip
+    if None in (model.parameters, h, layers, inner, keys, model.vocabulary_size):
+        return None
+    assert model.parameters and h and layers and inner and keys and model.vocabulary_size
+    return Sizes(
+        model.parameters, model.vision_parameters, h, layers, model.query_size or h, keys, inner,
+        model.vocabulary_size, model.tied, h * (1 + model.deepstack), _PICTURE_TOKENS + _WORDS,
+    )  # fmt: skip
 
 
-def model_bytes(recipe: Recipe) -> float | None:
-    """Bytes of a stage's model on disk."""
-    parameters = count_parameters(recipe.model)
-    whole = any(stage.lora.rank == 0 for stage in recipe.stages.values())  # trained, so in fp32
-    width = _FP32 if whole else _width(recipe)
-    return None if parameters is None else float(parameters * width)
-
-
-def checkpoint_bytes(stage: StageConfig, recipe: Recipe) -> float | None:
-    """Bytes of a checkpoint inside a stage: what is trained, and Adam's two moments of it."""
-    trained = _trained(stage, recipe)
-    return None if trained is None else 3.0 * _FP32 * trained
+def _of_scratch(model: ModelConfig) -> Sizes:
+    s = model.scratch
+    h, i, v, merged = s.hidden_size, s.intermediate_size, s.vision_size, 4 * s.vision_size
+    layer = 4 * h * h + 3 * h + 3 * h * i + 2 * h
+    block = 12 * v * v + 13 * v
+    vision = 3 * s.patch_size**2 * v + s.vision_layers * block
+    vision += 2 * v + merged * (merged + 1) + (merged + 1) * h
+    text = s.layers * layer + h + s.vocabulary * h
+    prompt = (s.image_size // s.patch_size // 2) ** 2 + 16
+    return Sizes(text + vision, vision, h, s.layers, h, h, i, s.vocabulary, True, h, prompt)
 
 
 def at_hand(model: ModelConfig) -> ModelConfig:
     """The configuration with the sizes of its checkpoint, where that is a directory here."""
     if model.path is None or not (Path(model.path) / "config.json").is_file():
         return model
-    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    parameters = 0
+    config = AutoConfig.from_pretrained(model.path)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    parameters = vision = 0
     for file in sorted(Path(model.path).glob("*.safetensors")):
         with safe_open(file, "numpy") as weights:
-            names = weights.keys()
-            parameters += sum(math.prod(weights.get_slice(n).get_shape()) for n in names)
+            for name in weights.keys():  # noqa: SIM118 - no mapping
+                shape = weights.get_slice(name).get_shape()
+                parameters += math.prod(shape)
+                vision += math.prod(shape) if "visual" in name or "vision" in name else 0
+                if name.endswith("embed_tokens.weight") and shape[1] != text.hidden_size:
+                    raise ValueError(
+                        f"config.json says hidden_size {text.hidden_size}, its weights {shape[1]}"
+                    )
+    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None) or []
     return replace(
-        model, parameters=parameters or None, hidden_size=text["hidden_size"],
-        layers=text["num_hidden_layers"],
+        model, parameters=parameters or None, hidden_size=text.hidden_size,
+        layers=text.num_hidden_layers, intermediate_size=text.intermediate_size,
+        query_size=heads * head,
+        key_value_size=head * (getattr(text, "num_key_value_heads", None) or heads),
+        vocabulary_size=text.vocab_size, vision_parameters=vision, deepstack=len(deepstack),
+        tied=bool(config.tie_word_embeddings),
     )  # fmt: skip
 
 
-def count_parameters(model: ModelConfig) -> int | None:
-    """Of a model from scratch by its shape; of a checkpoint what the recipe says."""
-    if model.path is not None:
-        return model.parameters
-    s = model.scratch
-    text = s.layers * (4 * s.hidden_size**2 + 3 * s.hidden_size * s.intermediate_size)
-    vision = 3 * s.patch_size**2 * s.vision_size + s.vision_layers * 12 * s.vision_size**2
-    merged = 4 * s.vision_size
-    return text + s.vocabulary * s.hidden_size + vision + merged * (merged + s.hidden_size)
+# -- memory ----------------------------------------------------------------------------------------
 
 
-def _steps(stage: StageConfig, limit: int | None, an_epoch: int | None) -> int | str:
+def memory_bytes(
+    stage: StageConfig, recipe: Recipe, found: Mapping[str, Any] | None = None
+) -> dict[str, float] | None:
+    """Part -> bytes on a stage's device, and their most at once (`peak`): the backward's or the
+    rollout's, whichever is more.
+
+    Args:
+        found: what the stage's data hold (`readiness.Ready.stages`), and `prompt_tokens`, where
+            they were counted.
+    """
+    sizes = sizes_of(recipe.model)
+    if sizes is None:
+        return None
+    if found and "prompt_tokens" in found:
+        sizes = replace(sizes, prompt=found["prompt_tokens"])
+    width, trained = _width(recipe), _trained(stage, sizes)
+    whole = stage.lora.rank == 0
+    frozen = sizes.parameters - (trained if whole else 0)
+    moments = 0 if recipe.trainer.get("optim") == "sgd" else 2
+    parts: dict[str, float] = {
+        "weights": frozen * width + trained * _FP32,
+        "gradients": trained * _FP32,
+        "optimizer": moments * trained * _FP32,
+        "reference": (frozen * width + trained * _FP32) if stage.holds and whole else 0,
+        "features": _features(stage, sizes, found or {}),
+        "activations": _activations(stage, recipe, sizes),
+        "kv_cache": 0,
+        "sampling": 0,
+    }
+    held = sum(parts[name] for name in ("weights", "optimizer", "reference", "features"))
+    if stage.completions == "sampled":
+        rows = min(stage.rollout_batch_size, sequences_a_step(stage))
+        tokens = sizes.prompt + stage.max_completion_length + 1  # [RET]
+        parts["kv_cache"] = rows * tokens * sizes.layers * 2 * sizes.keys * width
+        parts["sampling"] = rows * sizes.vocabulary * _SAMPLED
+    backward = parts["gradients"] + parts["activations"]
+    return {**parts, "peak": held + max(backward, parts["kv_cache"] + parts["sampling"])}
+
+
+def _width(recipe: Recipe) -> int:
+    """Bytes of a weight that is not trained, and of what is computed."""
+    return 2 if recipe.trainer.get("bf16") else _FP32
+
+
+def _trained(stage: StageConfig, sizes: Sizes) -> int:
+    """Parameters that a stage trains: all, without a frozen tower, or those of its adapter."""
+    if stage.lora.rank:
+        return sizes.adapter(stage.lora.rank) + stage.train_vision * sizes.vision
+    return sizes.parameters - (0 if stage.train_vision else sizes.vision)
+
+
+def _features(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any]) -> float:
+    """Of pictures that a frozen tower has seen: as many as are kept, and a step's at least."""
+    one = (sizes.prompt - min(_WORDS, sizes.prompt // 2)) * sizes.features * _FP32
+    a_step = sequences_a_step(stage) // stage.num_generations
+    every = float(found.get("pictures", math.inf)) * one
+    if stage.train_vision or every == 0:
+        return 0.0
+    return min(every, max(FEATURES_KEPT_MB << 20, a_step * one))
+
+
+def _activations(stage: StageConfig, recipe: Recipe, sizes: Sizes) -> float:
+    """Bytes that a micro-batch keeps for its backward, in the language model and its head; the
+    matrix of attention is not kept."""
+    width = _width(recipe)
+    rows = min(stage.micro_batch_size, sequences_a_step(stage))
+    prompts = -(-rows // stage.num_generations)  # each is read once for its completions
+    tokens = prompts * sizes.prompt + rows * (stage.max_completion_length + 1)
+    h, q, k, i = sizes.hidden, sizes.queries, sizes.keys, sizes.inner
+    repeated = 2 * q if k < q else 0  # keys and values of grouped heads, one for each of their own
+    # Of each token: what enters two norms, in fp32, what leaves them, and what two sums are of;
+    # queries, what attention read and its sums; keys and values; four values inside.
+    layer = h * (2 * _FP32 + 4 * width) + (3 * q + 2 * k + repeated + 4 * i) * width
+    kept = sizes.layers * layer
+    if recipe.trainer.get("gradient_checkpointing"):
+        kept = sizes.layers * h * width + layer
+    words = stage.lm + stage.ret + stage.anchor + stage.policy > 0
+    logits = rows * stage.max_completion_length * sizes.vocabulary * words
+    return tokens * kept + _LOGITS_KEPT * _FP32 * logits
+
+
+# -- disk and steps --------------------------------------------------------------------------------
+
+
+def disk_bytes(stage: StageConfig, recipe: Recipe) -> dict[str, float] | None:
+    """Part -> bytes of a stage on disk: its model, and, while it trains, the checkpoints that are
+    kept and one more that is written."""
+    sizes = sizes_of(recipe.model)
+    if sizes is None:
+        return None
+    whole = stage.lora.rank == 0  # trained, so in fp32
+    trained = _trained(stage, sizes)
+    return {
+        "model": sizes.parameters * (_FP32 if whole else _width(recipe)),
+        "checkpoints": (recipe.save_total_limit + 1) * 3 * _FP32 * trained,
+    }
+
+
+def steps_of(stage: StageConfig, limit: int | None, an_epoch: int | None) -> int | None:
+    """Steps of a stage; None where its epochs are over data that nobody has counted."""
     steps = stage.steps
-    if steps is None and stage.epochs is not None and an_epoch is not None:
-        steps = max(1, round(stage.epochs * an_epoch))
-    if steps is None and stage.epochs is not None and stage.instances is not None:
-        steps = max(1, round(stage.epochs * stage.instances / stage.batch_size))
-    if steps is None:
-        return f"{stage.epochs:g} epochs over {stage.data}, not counted yet"
-    return min(steps, limit) if limit else steps
+    if steps is None and stage.epochs is not None:
+        if an_epoch is None and stage.instances is not None:
+            an_epoch = -(-stage.instances // stage.batch_size)
+        steps = None if an_epoch is None else max(1, round(stage.epochs * an_epoch))
+    return min(steps, limit) if limit and steps else steps
 
 
-def _sequences(stage: StageConfig) -> int:
+def sequences_a_step(stage: StageConfig) -> int:
     """Rollouts a step: G of each query, its positive, and its negatives where they are rolled
     out."""
     rolled = 1 if stage.rollout_candidates == "query" or not stage.embeds else 2
@@ -111,55 +233,61 @@ def _sequences(stage: StageConfig) -> int:
     return stage.batch_size * rolled * stage.num_generations
 
 
-def _width(recipe: Recipe) -> int:
-    """Bytes of a weight that is not trained."""
-    return 2 if recipe.trainer.get("bf16") else _FP32
+def describe(
+    recipe: Recipe,
+    limit: int | None = None,
+    found: Mapping[str, Mapping[str, Any]] | None = None,
+    measured: Mapping[str, Measured | str] | None = None,
+) -> dict[str, Any]:
+    """Plain data: the recipe itself, and of every stage its steps, hours, memory and disk in MB.
 
-
-def _trained(stage: StageConfig, recipe: Recipe) -> float | None:
-    """Parameters that a stage trains: all, or those of its adapter."""
-    if stage.lora.rank == 0:
-        return count_parameters(recipe.model)
-    model = recipe.model
-    hidden = model.scratch.hidden_size if model.path is None else model.hidden_size
-    layers = model.scratch.layers if model.path is None else model.layers
-    if hidden is None or layers is None:
-        return None
-    return float(_ADAPTER_WIDTHS * stage.lora.rank * hidden * layers)
-
-
-def _states(stage: StageConfig, recipe: Recipe) -> float | None:
-    """Bytes of weights, gradients, Adam's two moments, and the KL reference. What is trained is in
-    fp32."""
-    parameters, trained = count_parameters(recipe.model), _trained(stage, recipe)
-    if parameters is None or trained is None:
-        return None
-    if stage.lora.rank:
-        return parameters * _width(recipe) + 4 * _FP32 * trained
-    return (5 if stage.holds else 4) * _FP32 * parameters
-
-
-def _activations(stage: StageConfig, recipe: Recipe) -> float | None:
-    """Bytes that a micro-batch keeps for its backward, in the language model.
-
-    17 values a token, layer and hidden unit (Korthikanti et al., arXiv:2205.05198, table 2, without
-    the attention matrix, which is not kept), and the logits of the completion in fp32, with their
-    gradient.
+    Args:
+        found: of a stage whose data are at hand, what they hold (`readiness.Ready.stages`).
+        measured: of those the seconds of a step, or why they are not known.
     """
-    model, width = recipe.model, _width(recipe)
-    s = model.scratch
-    prompt = (s.image_size // s.patch_size // 2) ** 2 + 16
-    hidden, layers, vocabulary = s.hidden_size, s.layers, s.vocabulary
-    if model.path is not None:
-        if model.hidden_size is None or model.layers is None:
-            return None
-        prompt, vocabulary = _PROMPT_TOKENS, _QWEN_VOCABULARY
-        hidden, layers = model.hidden_size, model.layers
-    sequences = min(stage.micro_batch_size, _sequences(stage))
-    tokens = sequences * (prompt + stage.max_completion_length)
-    logits = sequences * stage.max_completion_length * vocabulary
-    return 17 * tokens * layers * hidden * width + 2 * 4 * logits
+    found, measured = found or {}, measured or {}
+    recipe = replace(recipe, model=at_hand(recipe.model))
+    names = [*recipe.stages, *(name for name in recipe.controls if name in found)]
+    stages = {
+        name: _described(name, recipe, limit, found.get(name, {}), measured.get(name))
+        for name in names
+    }
+    for name in names:  # a control by the clock
+        if stages[name]["steps"] is None:
+            last = stages[list(recipe.stages)[-1]]
+            clocked = name in recipe.controls
+            stages[name]["steps"] = CLOCKED if clocked else NOT_COUNTED
+            stages[name]["hours"] = last["hours"] if clocked else f"not known: {NOT_COUNTED}"
+    sizes = sizes_of(recipe.model)
+    parameters = None if sizes is None else sizes.parameters
+    known = [stage["hours"] for stage in stages.values()]
+    counted = all(isinstance(one, float) for one in known)
+    hours = round(sum(known), 4) if counted else "not known of every stage"
+    return {"recipe": to_dict(recipe), "parameters": parameters, "plan": stages, "hours": hours}
 
 
-def _megabytes(size: float | None) -> int | None:
-    return None if size is None else round(size / 2**20)
+def _described(
+    name: str, recipe: Recipe, limit: int | None, data: Mapping[str, Any],
+    measured: Measured | str | None,
+) -> dict[str, Any]:  # fmt: skip
+    stage = (recipe.stages | recipe.controls)[name]
+    steps = steps_of(stage, limit, data.get("steps_an_epoch"))
+    hours: float | str = measured if isinstance(measured, str) else "not measured: no data here"
+    seconds = None
+    if measured is not None and not isinstance(measured, str):
+        data = {**data, "prompt_tokens": measured.prompt_tokens}
+        seconds = round(measured.step, 3)
+        hours = round(measured.hours(stage, steps or 0), 4)
+    return {
+        "steps": steps,
+        "hours": hours,
+        "seconds_a_step": seconds,
+        "sequences_a_step": sequences_a_step(stage),
+        "memory_mb": _megabytes(memory_bytes(stage, recipe, data)),
+        "disk_mb": _megabytes(disk_bytes(stage, recipe)),
+        **({"data": dict(data)} if data else {}),
+    }
+
+
+def _megabytes(parts: Mapping[str, float] | None) -> dict[str, int] | None:
+    return None if parts is None else {k: math.ceil(v / 2**20) for k, v in parts.items()}

@@ -37,8 +37,19 @@ class Length:
     seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written inside a stage, and how many are kept: the recipe's fields."""
+
+    seconds: float
+    steps: int | None = None
+    limit: int = 2
+
+
 class Work(Protocol):
-    """What the loop repeats."""
+    """What the loop repeats. `leaves_unused`: whether a backward may not reach every parameter."""
+
+    leaves_unused: bool
 
     def step(self, number: int, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
         """Leave a step's gradients in the parameters; what was measured."""
@@ -65,22 +76,19 @@ class Loop:
 
     def __init__(
         self, model: nn.Module, work: Work, stage: StageConfig, length: Length, *,
-        directory: Path, processes: Processes, save_seconds: float, arguments: Mapping[str, Any],
+        directory: Path, processes: Processes, saving: Saving, arguments: Mapping[str, Any],
         callbacks: Sequence[Callback] = (),
         evaluate: Callable[[], Mapping[str, float]] | None = None, started: float | None = None,
     ) -> None:  # fmt: skip
         self.work, self.stage, self.length, self.directory = work, stage, length, directory
-        self.processes, self.save_seconds = processes, save_seconds
+        self.processes, self.saving = processes, saving
         self.callbacks, self.evaluate = list(callbacks), evaluate
         self.title = title_of(directory)
         self.step, self.stop, self.saved_at = 0, False, 0.0
         self.best: dict[str, Any] = {"value": None, "step": 0, "worse": 0}
         self.started = time.perf_counter() if started is None else started
         self.elapsed = self.elapsed_before = 0.0
-        # A row without a picture, or a head that no loss reads, leaves parameters without gradient.
-        wrapping = DistributedDataParallelKwargs(
-            find_unused_parameters=True, broadcast_buffers=False
-        )
+        wrapping = DistributedDataParallelKwargs(find_unused_parameters=work.leaves_unused)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping], mixed_precision="no"
         )
@@ -121,7 +129,8 @@ class Loop:
             over = self.length.seconds is not None and self.elapsed >= self.length.seconds
             self.stop = self.processes.most(int(self.stop or over)) > 0
             boundary = self.step % self.stage.num_iterations == 0 and self.step < self.length.steps
-            if boundary and self.elapsed - self.saved_at >= self.save_seconds:
+            due = self.elapsed - self.saved_at >= self.saving.seconds
+            if boundary and (due or (self.saving.steps and self.step % self.saving.steps == 0)):
                 self.save()
         if self.stage.load_best_model_at_end and self.best["value"] is not None:
             found = checkpoint.newest(self.directory / BEST)
@@ -145,7 +154,7 @@ class Loop:
         groups, facts = self.work.state()
         groups |= {"weights": weights, "optimizer": moments_of(self.module, self.inner)}
         facts |= {"step": self.step, "elapsed": self.elapsed, "best": self.best}
-        self._write(self.directory, groups, facts, keep=2)
+        self._write(self.directory, groups, facts, keep=self.saving.limit)
         self.saved_at = self.elapsed
         self._tell("on_save", self.directory / f"{checkpoint.PREFIX}{self.step:08d}")
 

@@ -19,10 +19,10 @@ from elva.data.queries import Queries
 from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
 from elva.evaluation.trained import evaluation_tasks
-from elva.model.inputs import Inputs
+from elva.model.family import read_inputs, takes_pictures
 from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
 from elva.run import Run, evaluated, source_of
-from elva.training.estimate import at_hand, checkpoint_bytes, memory_bytes, model_bytes
+from elva.training.estimate import at_hand, disk_bytes, memory_bytes
 from elva.training.examples import Examples
 from elva.training.plan import steps_an_epoch
 
@@ -36,10 +36,12 @@ Row = dict[str, Any]
 
 @dataclass
 class Ready:
-    """What was found: a row a stage, what is evaluated, and what is not at hand, a line each."""
+    """What was found: a row a stage, what is evaluated, the data that was read for it, and what is
+    not at hand, a line each."""
 
     stages: dict[str, Row] = field(default_factory=dict)
     evaluation: str = ""
+    data: TrainingData | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -58,7 +60,7 @@ def check(
         output: where the run will lie, for the space on its disk.
 
     Raises:
-        UserError, DataError: several processes or GPUs, an unknown stage or one that has nothing to
+        UserError, DataError: an unknown stage or one that has nothing to
             start from, data or a model that is not there or not what the recipe asks of it.
     """
     names = chosen(recipe, stages)
@@ -93,7 +95,7 @@ def look(
     for name, stage in kinds.items():
         if stage.data == "emoji" or Path(stage.data).is_dir():
             ready.stages[name] = _look(recipe, stage, data.of(stage))
-    ready.evaluation = _evaluation(recipe, names)
+    ready.evaluation, ready.data = _evaluation(recipe, names), data
     return ready
 
 
@@ -141,16 +143,6 @@ def no_start(name: str, previous: str) -> str:
 def _problems(
     recipe: Recipe, kinds: Mapping[str, StageConfig], start_from: Run | None
 ) -> Iterator[str]:
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        yield (
-            f"train: the number of processes must be 1, got {processes}; "
-            "training on several is not supported yet"
-        )
-    if (devices := torch.cuda.device_count()) > 1:
-        yield (
-            f"train: the number of visible GPUs must be 1, got {devices}; "
-            "set CUDA_VISIBLE_DEVICES=0 (training on several is not supported yet)"
-        )
     first = next(iter(kinds), None)
     if first and start_from is None and (place := list(recipe.stages).index(first)):
         yield no_start(first, list(recipe.stages)[place - 1])
@@ -178,8 +170,11 @@ def _missing_model(model: str | None) -> Iterator[str]:
             kind = config.get("model_type") if isinstance(config, dict) else "no JSON object"
         except (OSError, ValueError):
             kind = "no readable config.json"
-        if kind != "qwen2_vl":
-            yield f"recipe: model.path must be a Qwen2-VL checkpoint, got {kind} in {model}"
+        if not takes_pictures(kind):
+            yield (
+                "recipe: model.path must be a checkpoint that takes pictures and text, got "
+                f"{kind} in {model}"
+            )
     elif not re.fullmatch(HUB_NAME, model):
         yield f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
 
@@ -205,35 +200,38 @@ def _refuse_unfit(model: str | None) -> None:
     if model is None:
         return
     try:
-        inputs = Inputs.load(model, "")
+        inputs = read_inputs(model, "")
         inputs.prompt(Item("0", "a", None, "text"))
         at_hand(ModelConfig(model))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise RunError(
-            f"recipe: model.path must be a whole Qwen2-VL checkpoint, got {model}; {reason}"
+            f"recipe: model.path must be a whole checkpoint, got {model}; {reason}"
         ) from None
 
 
 def _refuse_full_disk(recipe: Recipe, kinds: Mapping[str, StageConfig], output: Path) -> None:
-    """A model a stage; of the one that trains two checkpoints, and a third being written."""
+    """A model a stage; of the one that trains the checkpoints that are kept, and one being
+    written."""
     recipe = replace(recipe, model=at_hand(recipe.model))
-    largest = max((checkpoint_bytes(stage, recipe) or 0 for stage in kinds.values()), default=0)
-    weights = (model_bytes(recipe) or 0) * len(kinds)
+    parts = [disk_bytes(stage, recipe) or {} for stage in kinds.values()]
+    needed = sum(part.get("model", 0) for part in parts)
+    needed += max((part.get("checkpoints", 0) for part in parts), default=0)
     place = output.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if weights + 3 * largest > free:
+    if needed > free:
         raise RunError(
-            f"train: {place} must have {(weights + 3 * largest) / 1e9:.1f} GB free for models and "
+            f"train: {place} must have {needed / 1e9:.1f} GB free for models and "
             f"checkpoints, got {free / 1e9:.1f}; choose another --output"
         )
 
 
 def _memory_notice(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
     """A line where the estimate is more than the device has."""
-    needed = memory_bytes(stage, recipe)
+    parts = memory_bytes(stage, recipe)
+    needed = None if parts is None else parts["peak"]
     if torch.cuda.is_available():
         there, of = torch.cuda.get_device_properties(0).total_memory, "the GPU"
     else:

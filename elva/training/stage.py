@@ -113,11 +113,17 @@ class Stage:
         self.seed, self.processes = tuple(seed), processes
         self.guards = Guards(title, stage, say)
         self.arithmetic = autocast(retriever.device, arguments)
+        # A step without a picture, a head that no loss reads, micro-batches but one of a step.
+        heads = stage.lm + stage.ret + stage.policy + stage.anchor > 0
+        self.leaves_unused = stage.train_vision or stage.learn_infonce_temperature or not heads
         checkpoint_gradients(retriever.plain, arguments)
         retriever.train_in_fp32()
         self.reference = _frozen_copy(retriever) if stage.holds else None
         if stage.learn_infonce_temperature:
-            start = torch.tensor([math.log(stage.infonce_temperature)], device=retriever.device)
+            start = torch.tensor(
+                [math.log(stage.infonce_temperature)],
+                dtype=retriever.embedding_dtype, device=retriever.device,
+            )  # fmt: skip
             retriever.log_temperature = nn.Parameter(start)
         self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic, processes)
         self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed)
@@ -300,7 +306,7 @@ class Stage:
             index = torch.tensor(rows, device=self.retriever.device)
             last = turn == turns - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                of_temperature = gradients.log_temperature if last else None
+                of_temperature = gradients.log_temperature if turn == 0 else None
                 total, found, new = model(
                     self._losses, prompts, index, rolled, gradients.embeddings, of_temperature,
                     target, over, first,
@@ -342,9 +348,11 @@ class Stage:
         with self.arithmetic():
             hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
             total = wide(hidden).new_zeros(())
-            if gradient is not None and not rolled.spare:
+            if gradient is not None:
                 at_ret = wide(hidden[torch.arange(len(index)), part.mask.sum(1)])
-                total = total + (at_ret * gradient[index]).sum()
+                # A spare prompt has no row of it, and takes part all the same.
+                of_rows = gradient.new_zeros(()) if rolled.spare else gradient[index]
+                total = total + (at_ret * of_rows).sum()
             if of_temperature is not None:
                 total = total + (self.retriever.log_temperature * of_temperature).sum()
             if target is not None:

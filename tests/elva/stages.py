@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elva.data import load
 from elva.model.retriever import Retriever
 from elva.processes import Processes
 from elva.recipe import NegativeConfig, StageConfig
 from elva.training.callbacks import Callback
 from elva.training.examples import Examples
-from elva.training.loop import Length, Loop
+from elva.training.loop import Length, Loop, Saving
 from elva.training.stage import Stage as Work
 
 POLICY = StageConfig(
@@ -43,8 +45,10 @@ class Stage:
         self, checkpoint: Path, corpus: Path, stage: StageConfig, directory: Path, *,
         steps: int = 3, extra: dict[str, Any] | None = None, seed: int = 0,
         features: Path | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.retriever = Retriever.load(checkpoint, summary_prompt="Summarise it.")
+        self.retriever.to(dtype or self.retriever.plain.dtype)
         if stage.lora.rank:
             self.retriever.add_lora(stage.lora)
         self.retriever.freeze_vision(True, features)
@@ -60,7 +64,7 @@ class Stage:
         )  # fmt: skip
         self.loop = Loop(
             self.retriever, self.work, stage, Length(steps), directory=directory / "stage-3",
-            processes=processes, save_seconds=1e9, arguments=extra, callbacks=[_Log(self.log)],
+            processes=processes, saving=Saving(1e9), arguments=extra, callbacks=[_Log(self.log)],
         )  # fmt: skip
 
     def train(self) -> "Stage":

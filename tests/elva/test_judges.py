@@ -13,7 +13,7 @@ from PIL import Image
 from elva.commands import mrbench
 from elva.data import Item, load
 from elva.errors import UserError
-from elva.model.retriever import create
+from elva.model.scratch import create
 from elva.mrbench.judges import (
     DESCRIBE,
     PROMPT,

@@ -337,7 +337,7 @@ def test_processes_share_the_shards(by, run, corpus, tmp_path, monkeypatch) -> N
         (("search", "INDEX", "a", "--where", "x"), "--where must read FIELD=VALUE"),
         (("search", "INDEX", "a", "--where", "x=1"), "where must name a field, got 'x'"),
         (("search", "INDEX", ""), "query must hold words"),
-        (("search", "INDEX", "a", "--model", "absent"), "must be a run, a Qwen2-VL checkpoint"),
+        (("search", "INDEX", "a", "--model", "absent"), "must be a run, a checkpoint"),
         (("embed", "RUN", "--data", "absent", "--output", "x"), "absent"),
         (("embed", "absent", "--data", "CORPUS", "--output", "x"), "must be a run, a Qwen2-VL"),
         (("embed", "RUN", "--data", "CORPUS", "--output", "x", "--dtype", "int8"), "--dtype must"),

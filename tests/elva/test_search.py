@@ -13,8 +13,9 @@ from elva.errors import UserError
 from elva.files import write_directory
 from elva.index import Index
 from elva.model.identity import Identity
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
 from elva.model.rollout import encode
+from elva.model.scratch import create
 from elva.recipe import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.run import Run
 from elva.search import Hit

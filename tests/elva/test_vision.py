@@ -14,7 +14,7 @@ from elva.data import load
 from elva.errors import UserError
 from elva.model import vision
 from elva.model.retriever import Retriever
-from elva.model.vision import FeatureFile, Features, each_alone
+from elva.model.vision import FeatureFile, Features, Pixels, each_alone
 from elva.recipe import NegativeConfig
 from tests.elva.stages import POLICY, Stage
 
@@ -39,15 +39,16 @@ def test_a_feature_depends_on_its_picture_only(
 ) -> None:
     """In any order, any company, and of several sizes; read one by one, the same to rounding."""
     retriever, images = seen
-    pixels = {i: retriever.inputs.patches(i) for i in images}
+    pixels = {i: retriever.inputs.pixels(i) for i in images}
     for image in images[::3]:  # of another shape
-        patches, grid = pixels[image]
-        pixels[image] = patches[: len(patches) // 2], torch.stack([grid[0], grid[1] // 2, grid[2]])
+        patches, grid = pixels[image]["pixel_values"], pixels[image]["image_grid_thw"]
+        half = grid // torch.tensor([1, 2, 1])
+        pixels[image] = {"pixel_values": patches[: len(patches) // 2], "image_grid_thw": half}
     read: list[int] = []
 
-    def tower(patches: Tensor, grids: Tensor) -> list[Tensor]:
-        read.append(len(grids))
-        return list(retriever._tower(patches, grids))
+    def tower(some: Pixels) -> Tensor:
+        read.append(len(some["image_grid_thw"]))
+        return retriever._tower(some)
 
     with torch.no_grad():
         whole = dict(zip(images, each_alone(tower, [pixels[i] for i in images]), strict=True))
@@ -72,13 +73,13 @@ def test_the_tower_sees_each_picture_once(
     """Over steps and their repetitions, although memory holds hardly any; with a filled file
     never, and to the same bits."""
     made: list[str] = []
-    frozen = Retriever._frozen_features
+    towers = Retriever._towers
 
     def count(self: Retriever, images: list[str]) -> list[Tensor]:
         made.extend(images)
-        return frozen(self, images)
+        return towers(self, images)
 
-    monkeypatch.setattr(Retriever, "_frozen_features", count)
+    monkeypatch.setattr(Retriever, "_towers", count)
     policy = replace(
         POLICY, num_iterations=2, micro_batch_size=micro_batch_size,
         negatives=NegativeConfig(given=0, random=5, in_batch=False),
@@ -211,11 +212,11 @@ def test_another_towers_features_and_damaged_ones_are_refused(tmp_path: Path) ->
 
 def test_a_towers_hash_knows_its_weights_and_its_pixels(seen: tuple[Retriever, list[str]]) -> None:
     retriever, _ = seen
-    visual = retriever.plain.model.visual
-    first = vision.fingerprint(visual, "56 pixels")
-    assert first == vision.fingerprint(visual, "56 pixels") != vision.fingerprint(visual, "57")
-    weight = next(visual.parameters())
-    kept = weight.data.clone()
-    weight.data.view(-1)[-1] += 1e-3
-    assert vision.fingerprint(visual, "56 pixels") != first
-    weight.data = kept
+    tower = dict(retriever.plain.model.visual.named_parameters())
+    first = vision.fingerprint(tower, "56 pixels")
+    assert first == vision.fingerprint(tower, "56 pixels") != vision.fingerprint(tower, "57")
+    name, weight = next(iter(tower.items()))
+    other = weight.detach().clone()
+    other.view(-1)[-1] += 1e-3
+    assert vision.fingerprint({**tower, name: other}, "56 pixels") != first
+    assert vision.fingerprint({**tower, name: weight.detach().bfloat16()}, "56 pixels") != first

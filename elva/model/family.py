@@ -1,0 +1,151 @@
+"""Families of models: how each takes pictures and positions, in as little code as they differ by.
+
+Every family is read by transformers' own classes; nothing here knows how large a model is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from elva.errors import UserError
+from elva.model.inputs import Inputs
+from elva.model.processor import ProcessorInputs
+
+
+class QwenVL:
+    """Qwen2-VL and Qwen2.5-VL: rotary positions on three axes, a picture's features in place of its
+    placeholders."""
+
+    probed = False
+    """Whether a model is tried out when it is read: the class itself is not evidence enough."""
+
+    inputs: type[Inputs] = Inputs
+
+    def features(self, model: PreTrainedModel, pixels: dict[str, Tensor]) -> Tensor:
+        """[tokens, W] of one picture, as the tower and its projection give them; differentiable.
+
+        Args:
+            pixels: `Inputs.pixels` of it.
+        """
+        return torch.cat(list(model.model.get_image_features(**pixels).pooler_output))
+
+    def with_pictures(self, embeds: Tensor, features: Tensor, placeholders: Tensor) -> Any:
+        """Arguments of the language model that hold words and pictures.
+
+        Args:
+            embeds: [R, L, H] of the tokens.
+            features: [tokens, W] of all pictures of the rows, in their order.
+            placeholders: [R, L] bool, `tokens` of them True.
+        """
+        rows = features.to(embeds.dtype)
+        return {"inputs_embeds": embeds.masked_scatter(placeholders[..., None], rows)}
+
+    def positions(self, position_ids: Tensor) -> Tensor:
+        """What the language model takes of [3, R, L]."""
+        return position_ids
+
+
+class Qwen3VL(QwenVL):
+    """Qwen3-VL: features of inner layers of the tower too (deepstack), which are added to the
+    states after the first layers of the language model. They stand behind a token's embedding:
+    W = H * (1 + their number)."""
+
+    def features(self, model: PreTrainedModel, pixels: dict[str, Tensor]) -> Tensor:
+        out = model.model.get_image_features(**pixels)
+        levels = (out.pooler_output, *out.deepstack_features)
+        return torch.cat([torch.cat(list(level)) for level in levels], -1)
+
+    def with_pictures(self, embeds: Tensor, features: Tensor, placeholders: Tensor) -> Any:
+        first, *deeper = features.split(embeds.shape[-1], -1)
+        return {
+            **super().with_pictures(embeds, first, placeholders),
+            "visual_pos_masks": placeholders,
+            "deepstack_visual_embeds": deeper,
+        }
+
+
+class ImageTextToText(QwenVL):
+    """Any other image-text-to-text model of transformers, read through its own processor, with
+    positions on one axis; `probe` says whether that is how it works."""
+
+    probed = True
+    inputs = ProcessorInputs
+
+    def positions(self, position_ids: Tensor) -> Tensor:
+        return position_ids[0]
+
+
+KNOWN = {"qwen2_vl": QwenVL(), "qwen2_5_vl": QwenVL(), "qwen3_vl": Qwen3VL()}
+"""Families by `model_type`, each equal to its model's own forward in a test."""
+
+OTHER = ImageTextToText()
+
+
+def takes_pictures(model_type: object) -> bool:
+    """Whether transformers has an image-text-to-text model of a type."""
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def family_of(config: PreTrainedConfig) -> QwenVL:
+    """The family of a checkpoint's configuration."""
+    return KNOWN.get(config.model_type, OTHER)
+
+
+def read_inputs(path: str | Path, summary_prompt: str, revision: str | None = None) -> Inputs:
+    """What stands between an item and the model, of a checkpoint directory or a hub name.
+
+    Raises:
+        UserError: no processor of it can be loaded here.
+    """
+    config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    if getattr(config, "image_token_id", None) is None:
+        raise unreadable(path, config, "no token of its config holds a picture's place")
+    try:
+        return family_of(config).inputs.load(path, summary_prompt, revision)
+    except (ImportError, AttributeError, TypeError) as error:  # of a processor, or its packages
+        raise unreadable(path, config, " ".join(str(error).split())[:200]) from None
+
+
+def read_model(
+    path: str | Path, revision: str | None = None, attention: str | None = None
+) -> PreTrainedModel:
+    """A checkpoint's model, in the dtype that it was written in.
+
+    Args:
+        revision: of a hub name: a branch, a tag or a commit.
+        attention: transformers' `attn_implementation`; its own choice for None.
+
+    Raises:
+        UserError: it is no image-text-to-text model of transformers.
+    """
+    how: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    if not takes_pictures(config.model_type):
+        raise unreadable(path, config, "transformers has no image-text-to-text model of this type")
+    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+        path, dtype="auto", revision=revision or "main", **how
+    )
+    inner = getattr(model, "model", None)
+    if not hasattr(inner, "get_image_features") or decoder_of(model) is inner:
+        raise unreadable(path, config, "its pictures and its language model are one module")
+    return model
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The language model inside, without its head."""
+    decoder: nn.Module = model.model.get_decoder()
+    return decoder
+
+
+def unreadable(path: str | Path, config: PreTrainedConfig, reason: str) -> UserError:
+    """The one line that is said of a model that does not fit."""
+    return UserError(
+        f"train: model.path must be a model that takes pictures and text as ELVA gives them, got "
+        f"{path} of type {config.model_type}: {reason}; choose Qwen2-VL, Qwen2.5-VL or Qwen3-VL"
+    )

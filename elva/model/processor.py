@@ -1,0 +1,67 @@
+"""What goes into a model of any family, made by the processor that its makers wrote for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, ProcessorMixin
+
+from elva.model.inputs import Inputs, Prompt
+
+WORDS_ONLY = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What a processor returns of the text; all else is of the picture."""
+
+
+class ProcessorInputs(Inputs):
+    """The same through a stock processor: it counts a picture's placeholders and cuts its pixels.
+
+    Positions count tokens, on all three axes of a `Prompt` alike. A picture is decoded twice: when
+    its prompt is tokenised, and when its features are computed.
+    """
+
+    processor: ProcessorMixin
+
+    @classmethod
+    def load(
+        cls, path: str | Path, summary_prompt: str, revision: str | None = None
+    ) -> ProcessorInputs:
+        processor = AutoProcessor.from_pretrained(path, revision=revision or "main")
+        tokenizer, image_processor = processor.tokenizer, processor.image_processor
+        told = cls._of_config(path, revision)
+        inputs = cls(tokenizer, image_processor, summary_prompt, **told)
+        inputs.processor = inputs._renderer = processor
+        return inputs
+
+    def save(self, path: Path) -> None:
+        self.processor.save_pretrained(path)
+
+    def _tokenise(self, image: str | None, text: str | None) -> Prompt:
+        before, after = self._rendered(image is not None, bool(text or self.summary_prompt))
+        if image is None:
+            start = list(self.tokenizer(before, add_special_tokens=self._opens(before)).input_ids)
+        else:
+            start = self._seen(before, image)["input_ids"][0].tolist()
+        ids = torch.tensor([*start, *self._asked(text), *self._ids(after)])
+        return Prompt(ids, torch.arange(len(ids)).expand(3, -1), image)
+
+    def pixels(self, image: str) -> dict[str, Tensor]:
+        before, _ = self._rendered(True, True)
+        seen = self._seen(before, image)
+        return {k: v for k, v in seen.items() if k not in WORDS_ONLY and isinstance(v, Tensor)}
+
+    def _seen(self, before: str, image: str) -> dict[str, Any]:
+        picture = self._pictures[image].load_image()
+        return dict(
+            self.processor(
+                text=[before], images=[picture], return_tensors="pt",
+                add_special_tokens=self._opens(before),
+            )
+        )  # fmt: skip
+
+    def _opens(self, rendered: str) -> bool:
+        """Whether the tokenizer must add the first token, which some templates write themselves."""
+        first = self.tokenizer.bos_token
+        return first is not None and not rendered.startswith(first)

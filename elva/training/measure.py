@@ -1,0 +1,192 @@
+"""Seconds of a stage, by steps that are trained here before the run: a few, on few queries.
+
+A step's seconds grow with its sequences. The size of the measured step is doubled until it takes
+long enough to be told from its overhead, or is the stage's own; the rest is proportion. What the
+model writes at its start runs to `max_completion_length`, so a trained one is faster.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from elva.data import Item
+from elva.model.retriever import Retriever, create
+from elva.processes import Processes
+from elva.recipe import NegativeConfig, Recipe, StageConfig
+from elva.run import Run
+from elva.training.callbacks import Callback
+from elva.training.estimate import memory_bytes, sequences_a_step, sizes_of
+from elva.training.examples import Examples
+from elva.training.loop import Length, Loop, Saving
+from elva.training.readiness import TrainingData
+from elva.training.stage import Stage
+
+ENOUGH_S = 0.3  # ours: of a step, in which a loop's overhead is a few hundredths
+FIRST, FACTOR = 4, 4  # ours: queries of the first measured step, and how much larger the next is
+EMBEDDED = 32  # ours: items by which a pool's embedding is measured
+CPU_OPERATIONS = 4e12  # ours: of the first step, about a minute of two cores
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a stage's step, and of the mining before it or at each refresh."""
+
+    step: float
+    mining: float
+    queries: int  # of the largest step that was measured
+    prompt_tokens: int  # the longest prompt seen
+
+    def hours(self, stage: StageConfig, steps: int) -> float:
+        """Of all its steps; evaluations and the reading of data are not counted."""
+        refreshes = 0 if not stage.refresh_steps else (steps - 1) // stage.refresh_steps
+        return (steps * self.step + (1 + refreshes) * self.mining) / 3600
+
+
+def measure(
+    recipe: Recipe,
+    stages: Mapping[str, StageConfig],
+    data: TrainingData,
+    start_from: Run | None,
+) -> dict[str, Measured | str]:
+    """A stage's name -> its seconds, or why they were not measured.
+
+    Args:
+        stages: those whose data are at hand.
+    """
+    found: dict[str, Measured | str] = {}
+    with tempfile.TemporaryDirectory(prefix="elva-plan-") as scratch:
+        checkpoint = _checkpoint(recipe, data, start_from, Path(scratch))
+        for name, stage in stages.items():
+            if isinstance(checkpoint, str):
+                found[name] = f"not measured: {checkpoint}"
+            elif (why := _unfit(recipe, stage, checkpoint)) is not None:
+                found[name] = f"not measured: {why}"
+            else:
+                examples = _Few(data.of(stage), stage, recipe.seed)
+                found[name] = _measure(recipe, stage, examples, checkpoint, Path(scratch))
+    return found
+
+
+def _checkpoint(
+    recipe: Recipe, data: TrainingData, start_from: Run | None, scratch: Path
+) -> Path | str:
+    """What the stages' model is read from here, or why it is not."""
+    if start_from is not None:
+        return start_from.model(start_from.answering())
+    if recipe.model.path is not None:
+        there = Path(recipe.model.path)
+        return there if there.is_dir() else f"{recipe.model.path} is not a directory here"
+    once = {(stage.data, stage.queries): stage for stage in recipe.stages.values()}
+    for stage in once.values():
+        if stage.data != "emoji" and not Path(stage.data).is_dir():
+            return f"the tokenizer is made of data that is not here: {stage.data}"
+    texts = [text for stage in once.values() for text in data.of(stage).texts()]
+    prompt, path = recipe.model.summary_prompt, scratch / "start"
+    path.mkdir()
+    create(path, recipe.model.scratch, texts, summary_prompt=prompt, seed=recipe.seed)
+    return path
+
+
+def _unfit(recipe: Recipe, stage: StageConfig, checkpoint: Path) -> str | None:
+    """Why a small step of a stage cannot be trained here, if it cannot."""
+    model = replace(recipe.model, path=str(checkpoint))
+    piece, sizes = _piece(stage, FIRST), sizes_of(model)
+    parts = memory_bytes(piece, replace(recipe, model=model))
+    if sizes is None or parts is None:
+        return f"{checkpoint} does not say its sizes"
+    if torch.cuda.is_available():
+        there, of = torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    else:
+        there, of = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine"
+    if parts["peak"] > there:
+        return f"its least step takes {parts['peak'] / 1e9:.1f} GB, {of} has {there / 1e9:.1f}"
+    tokens = sequences_a_step(piece) * (sizes.prompt + stage.max_completion_length)
+    if not torch.cuda.is_available() and 8.0 * sizes.parameters * tokens > CPU_OPERATIONS:
+        return "no GPU is here, and its least step would take minutes"
+    return None
+
+
+def _piece(stage: StageConfig, queries: int) -> StageConfig:
+    """A stage of so many queries a step whose sequences cost what the stage's do; nothing is mined
+    and no pool embedded for it."""
+    return replace(
+        stage, batch_size=min(queries, stage.batch_size), hard_batches=False, refresh_steps=None,
+        negatives=NegativeConfig(given=0), rollout_candidates="query_positive", eval_steps=None,
+        load_best_model_at_end=False, early_stopping_patience=None, num_iterations=1,
+    )  # fmt: skip
+
+
+class _Few(Examples):
+    """Examples of which no more is read ahead than a step asks for."""
+
+    @property
+    def pictures(self) -> int:
+        return 1 << 40
+
+
+class _Clock(Callback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+
+    def on_step_end(self, loop: Loop, metrics: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+def _measure(
+    recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path
+) -> Measured:
+    processes = Processes()
+    retriever = Retriever.load(checkpoint, summary_prompt=recipe.model.summary_prompt)
+    if stage.lora.rank:
+        retriever.add_lora(stage.lora)
+    retriever.freeze_vision(not stage.train_vision)
+    retriever.plain.train()
+    queries, seconds, mining = FIRST, 0.0, 0.0
+    while True:
+        piece = _piece(stage, queries)
+        work = Stage(
+            retriever, piece, examples, 2, seed=(recipe.seed, "plan"), arguments=recipe.trainer,
+            title="plan", processes=processes, say=lambda line: None,
+        )  # fmt: skip
+        clock = _Clock()
+        loop = Loop(
+            retriever, work, piece, Length(2), directory=scratch / "stage-plan",
+            processes=processes, saving=Saving(float("inf")), arguments=recipe.trainer,
+            callbacks=[clock],
+        )  # fmt: skip
+        loop.train()
+        seconds = clock.seconds[-1]  # the first one's includes what is done once
+        loop.close()
+        if seconds >= ENOUGH_S or queries >= stage.batch_size:
+            break
+        queries *= FACTOR
+    share = sequences_a_step(stage) / sequences_a_step(piece)
+    prompts = work._last.prompts if work._last is not None else []
+    if stage.banks or stage.hard_batches or stage.negatives.mined:
+        mining = _mining_seconds(work, examples)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    return Measured(seconds * share * stage.num_iterations, mining, piece.batch_size, longest)
+
+
+def _mining_seconds(work: Stage, examples: Examples) -> float:
+    """Of embedding the pools and the queries once, by a few of them."""
+    rows = [row for found in examples.rows.values() for row in found[: EMBEDDED // 2].tolist()]
+    items: list[Item] = [examples.query(row) for row in rows]
+    items += [examples.candidates[row] for row in range(min(EMBEDDED, len(examples.candidates)))]
+    began = time.perf_counter()
+    with torch.no_grad():
+        work.retriever(work.summaries.embed, items)
+    one = (time.perf_counter() - began) / len(items)
+    return one * (len(examples.candidates) + len(examples))

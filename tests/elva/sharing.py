@@ -1,0 +1,91 @@
+"""What several processes do with a stage, each in its own: `python -m tests.elva.sharing`, in
+effect, from `test_processes`. Gradients and weights of float64 models go to safetensors files."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from elva import checkpoint
+from elva.processes import Processes
+from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
+from elva.training.states import trained
+from tests.elva.stages import INFO_NCE, POLICY, Stage
+
+STEPS = 3
+
+CASES: dict[str, StageConfig] = {
+    # five queries among three processes: ragged; three tasks, each its own batches
+    "infonce": replace(
+        INFO_NCE, batch_size=5, symmetric=True, lm=0.5, ret=0.5, anchor=0.5,
+        negatives=NegativeConfig(given=2), tasks={"t2i": 1.0, "i2t": 1.0, "t2t": 1.0},
+        learn_infonce_temperature=True, micro_batch_size=3,
+    ),
+    # one query and its answer: of three processes one has nothing of its own
+    "alone": replace(INFO_NCE, batch_size=1, lm=1.0, negatives=NegativeConfig(given=0)),
+    "grpo": replace(
+        POLICY, batch_size=2, num_generations=2, num_iterations=2, lora=LoraSettings(4, 8),
+        micro_batch_size=4, loss_type="dapo", importance_sampling_level="sequence",
+    ),
+    "mixed": replace(
+        POLICY, batch_size=3, num_generations=2, pathwise=0.5, infonce=0.5,
+        rollout_candidates="query_positive", reward=RewardConfig(rank_temperature=0.1),
+        negatives=NegativeConfig(given=1, mined=2, random=2, in_batch=True),
+    ),
+}  # fmt: skip
+
+
+def in_float64(model: torch.nn.Module) -> None:
+    """transformers' norms compute in fp32, whatever they are given: a difference of 1e-16 between
+    two batches would now and then become one of 1e-8."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(_rms_norm, module)  # type: ignore[method-assign]
+
+
+def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
+
+
+def run(name: str, model: str, corpus: str, out: str, resume: str | None = None) -> None:
+    """One case: gradients after each step, and the weights at its end.
+
+    Args:
+        resume: a directory of checkpoints to go on from, after the first step.
+    """
+    torch.set_num_threads(1)
+    processes = Processes()
+    directory = Path(out) / f"{name}-{processes.count}{'' if resume is None else '-resumed'}"
+    stage = Stage(
+        Path(model), Path(corpus), CASES[name], directory, steps=STEPS,
+        extra={"optim": "sgd"}, dtype=torch.float64,
+    )  # fmt: skip
+    in_float64(stage.retriever)
+    kept: dict[str, torch.Tensor] = {}
+    step = stage.work.step
+
+    def keeping(number: int, *given: object) -> Mapping[str, float]:
+        found = step(number, *given)
+        kept.update({
+            f"{number}|{n}": p.grad.clone()
+            for n, p in trained(stage.retriever).items() if p.grad is not None
+        })  # fmt: skip
+        return found
+
+    stage.work.step = keeping
+    if resume is None:
+        stage.loop.save_seconds = 0.0
+        stage.loop.train()
+    else:
+        stage.loop.train(checkpoint.newest(Path(resume)))
+    kept.update({f"end|{n}": p.detach().clone() for n, p in trained(stage.retriever).items()})
+    directory.mkdir(exist_ok=True)
+    if processes.first:
+        save_file(kept, directory / "kept.safetensors")
+        (directory / "log.json").write_text(json.dumps(stage.log))
+    processes.wait()

@@ -1,0 +1,122 @@
+"""What a dry run says of memory, against what is there: counted to the value, or measured."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from elva.model.retriever import Retriever
+from elva.model.rollout import _Decoder
+from elva.recipe import LoraSettings, ModelConfig, Recipe, StageConfig
+from elva.recipes import RECIPES
+from elva.training import estimate
+from elva.training.estimate import memory_bytes, sizes_of
+from tests.elva.stages import INFO_NCE, POLICY, Stage
+
+Released = Callable[[str], Path]
+
+
+def described(checkpoint: Path, stage: StageConfig, **extra: object) -> Recipe:
+    return Recipe("x", ModelConfig(str(checkpoint)), {"3": stage}, trainer=extra)
+
+
+@pytest.mark.parametrize("heads", ["tied", "untied"])
+@pytest.mark.parametrize("rank", [0, 4, 16])
+def test_what_trains_is_counted_to_the_value(heads: str, rank: int, released: Released) -> None:
+    retriever = Retriever.load(released(heads), summary_prompt="")
+    if rank:
+        retriever.add_lora(LoraSettings(rank, 8))
+    retriever.freeze_vision(True)
+    trained = sum(p.numel() for p in retriever.parameters() if p.requires_grad)
+    stage = StageConfig(lora=LoraSettings(rank, 8))
+    sizes = sizes_of(ModelConfig(str(released(heads))))
+    assert sizes is not None and estimate._trained(stage, sizes) == trained
+    parts = memory_bytes(stage, described(released(heads), stage))
+    assert parts is not None
+    assert parts["weights"] == 4 * sum(p.numel() for p in retriever.parameters())
+    assert (parts["gradients"], parts["optimizer"]) == (4 * trained, 8 * trained)
+    assert isinstance(retriever.model, PeftModel) == bool(rank)
+
+
+def test_the_papers_adapter_is_323_million_values() -> None:
+    """r 128 at 7B: 5.2 GB of weights, gradients and moments in fp32; each part's own figure."""
+    recipe = RECIPES["elva-7b"]
+    sizes = sizes_of(recipe.model)
+    assert sizes is not None and sizes.adapter(128) == 322_961_408 + 2 * 3584
+    one, two, three = (memory_bytes(recipe.stages[k], recipe) for k in "123")
+    assert one and two and three
+    assert two["weights"] == 2 * 8_291_375_616 + 4 * sizes.adapter(128)
+    assert two["gradients"] + two["optimizer"] == 12 * sizes.adapter(128)
+    assert one["optimizer"] < 0.51 * two["optimizer"]  # its rank is 64
+    # 256 rollouts of 431 + 128 tokens, 28 layers, keys and values of 512, bf16
+    assert three["kv_cache"] == 256 * (431 + 128) * 28 * 2 * 512 * 2
+    assert len({tuple(parts.values()) for parts in (one, two, three)}) == 3
+    assert 24e9 < three["peak"] < 80e9
+    kept = replace(recipe, trainer={**recipe.trainer, "gradient_checkpointing": True})
+    less = memory_bytes(recipe.stages["3"], kept)
+    assert less is not None and less["activations"] < 0.3 * three["activations"]
+
+
+SAVED = {
+    "InfoNCE": (replace(INFO_NCE, batch_size=16), {}),
+    "an adapter": (replace(INFO_NCE, batch_size=16, lora=LoraSettings(4, 8)), {}),
+    "policy": (replace(POLICY, rollout_candidates="query_positive"), {}),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_activations_are_what_autograd_keeps(
+    kind: str, released: Released, corpus: Path, tmp_path: Path
+) -> None:
+    """Bytes of the storages that saved tensors lie in, weights apart, within 30 %: the pieces that
+    a layer this small keeps beside its widths are left out."""
+    stage, extra = SAVED[kind]
+    run = Stage(released("untied"), corpus, stage, tmp_path, steps=1, extra=extra)
+    own = {p.untyped_storage().data_ptr() for p in run.retriever.parameters()}
+    kept: dict[int, int] = {}
+    prompts: list[int] = []
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    losses = run.work._losses
+
+    def watched(batch, *rest):
+        prompts.append(batch.input_ids.shape[1])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            return losses(batch, *rest)
+
+    run.work._losses = watched
+    run.train()
+    assert len(prompts) == 1, "one micro-batch"
+    recipe = described(released("untied"), stage, **extra)
+    parts = memory_bytes(stage, recipe, {"prompt_tokens": prompts[0]})
+    sizes = sizes_of(recipe.model)
+    assert parts is not None and sizes is not None
+    logits = 4 * estimate.sequences_a_step(stage) * stage.max_completion_length * sizes.vocabulary
+    in_backward = 2 * logits * (kind == "policy")  # their gradients, which are not kept
+    assert sum(kept.values()) == pytest.approx(parts["activations"] - in_backward, rel=0.3)
+
+
+def test_the_cache_of_a_rollout_is_keys_and_values_of_its_rows(
+    released: Released, corpus: Path
+) -> None:
+    from elva.data import Item
+
+    retriever = Retriever.load(released("untied"), summary_prompt="")
+    prompt = retriever.inputs.prompt(Item("0", "a red heart", None, "text"))
+    batch = retriever.inputs.collate([prompt] * 3, retriever.device)
+    with torch.no_grad():
+        decoder = _Decoder(retriever, batch, 2, 8 + 1, 1.0, "at_ret")
+    held = sum(x.nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))
+    stage = replace(POLICY, batch_size=3, num_generations=2, rollout_candidates="query",
+                    max_completion_length=8)  # fmt: skip
+    found = {"prompt_tokens": len(prompt)}
+    parts = memory_bytes(stage, described(released("untied"), stage), found)
+    assert parts is not None and held == parts["kv_cache"]

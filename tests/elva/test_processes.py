@@ -1,0 +1,128 @@
+"""Several processes train as one: gradients, weights, resuming on another number, one writer."""
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elva.processes import Processes
+from tests.elva.sharing import CASES, STEPS
+
+ROOT = Path(__file__).parent.parent.parent
+Start = Callable[..., BaseProcess]
+Released = Callable[[str], Path]
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def together(start: Start, count: int, directory: Path, statements: str) -> None:
+    """Statements in so many processes that know of each other."""
+    directory.mkdir(exist_ok=True)
+    at = port()
+    every = [
+        start(
+            directory=directory,
+            before=(
+                f"os.environ.update(RANK='{i}', LOCAL_RANK='{i}', WORLD_SIZE='{count}', "
+                f"LOCAL_WORLD_SIZE='{count}', MASTER_ADDR='127.0.0.1', MASTER_PORT='{at}')\n"
+                f"sys.path.append({str(ROOT)!r})\n{statements}\nsys.exit(0)"
+            ),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    for process in every:
+        process.join(240)
+    assert [p.exitcode for p in every] == [0] * count, (directory / "printed").read_text()
+
+
+@pytest.fixture(scope="module")
+def shared(
+    start: Start, released: Released, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Every case by one, two and three processes."""
+    out = tmp_path_factory.mktemp("shared")
+    calls = "\n".join(
+        f"sharing.run({name!r}, {str(released('untied'))!r}, {str(corpus)!r}, {str(out)!r})"
+        for name in CASES
+    )
+    for count in (1, 2, 3):
+        together(start, count, out, f"from tests.elva import sharing\n{calls}")
+    yield out
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_those_of_one_process(shared: Path, name: str, count: int) -> None:
+    one, many = (load_file(shared / f"{name}-{n}" / "kept.safetensors") for n in (1, count))
+    assert one.keys() == many.keys()
+    scale = max(value.abs().max().item() for key, value in one.items() if key[0] in "012")
+    assert scale > 1e-4
+    for key, value in many.items():
+        assert (value - one[key]).abs().max() <= 1e-12 * max(1.0, scale), key
+    logs = [json.loads((shared / f"{name}-{n}" / "log.json").read_text()) for n in (1, count)]
+    assert len(logs[0]) == len(logs[1]) == STEPS
+    for single, several in zip(*logs, strict=True):
+        assert single.keys() == several.keys()
+        assert several == pytest.approx(single, rel=1e-5, abs=1e-6)
+
+
+def test_two_processes_give_the_same_bits_again(
+    shared: Path, start: Start, released: Released, corpus: Path, tmp_path: Path
+) -> None:
+    words = ("mixed", str(released("untied")), str(corpus), str(tmp_path))
+    together(start, 2, tmp_path, f"from tests.elva import sharing\nsharing.run(*{words})")
+    first, again = (load_file(p / "mixed-2" / "kept.safetensors") for p in (shared, tmp_path))
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+def test_a_run_goes_on_on_another_number_of_processes(
+    shared: Path, start: Start, released: Released, corpus: Path, tmp_path: Path,
+    before: int, after: int,
+) -> None:  # fmt: skip
+    at = shared / f"mixed-{before}" / "stage-3"
+    words = ("mixed", str(released("untied")), str(corpus), str(tmp_path), str(at))
+    together(start, after, tmp_path, f"from tests.elva import sharing\nsharing.run(*{words})")
+    whole = load_file(shared / "mixed-1" / "kept.safetensors")
+    resumed = load_file(tmp_path / f"mixed-{after}-resumed" / "kept.safetensors")
+    ends = [key for key in whole if key.startswith("end|")]
+    assert ends and not any(key.startswith("0|") for key in resumed), "it did go on"
+    assert max((whole[k] - resumed[k]).abs().max().item() for k in ends) <= 1e-12
+
+
+def test_elva_train_on_two_processes_writes_one_run(
+    recipe_file: Path, start: Start, tmp_path: Path
+) -> None:
+    words = ["train", "--recipe", "smoke", "--config", str(recipe_file), "--output", "run",
+             "--no-controls", "--limit", "2", "--stages", "0,1"]  # fmt: skip
+    call = f"sys.argv[:] = ['elva', *{words!r}]\nfrom elva.cli import app\napp()"
+    together(start, 2, tmp_path, call)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in lines] == [
+        ("0", 1), ("0", 2), ("1", 1), ("1", 2),
+    ]  # fmt: skip
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("run directory") == 1 and printed.count("stage 1: 2 steps") == 1
+    with pytest.raises(AssertionError, match="run: must be empty to start a run in"):
+        together(start, 2, tmp_path, call)
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("must be empty") == 1 and "Traceback" not in printed
+
+
+def test_shares_are_neighbours_of_like_number() -> None:
+    one = Processes()
+    for count in (1, 2, 3, 7):
+        one.count = count
+        for things in (0, 1, 2, 5, 960):
+            shares = [one.share(things, i) for i in range(count)]
+            assert [i for share in shares for i in share] == list(range(things))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
