@@ -251,19 +251,18 @@ class Retriever(nn.Module):
             after each; column t + 1 is the state *at* completion token t. Columns of what is not
             real hold the states of others.
         """
+        lengths = mask.sum(1).tolist()
         share = completions_a_reading(
-            self.plain.config.get_text_config(), prompts.input_ids.shape[1],
-            mask.sum(1).tolist(), len(mask) // len(prompts),
-        )  # fmt: skip
-        packed = pack(prompts, completions, mask, share, self.inputs.tokenizer.pad_token_id)
-        return packed.unpack(
-            self.read(
-                torch.cat([packed.prompts.input_ids, packed.completion_ids], dim=1),
-                packed.prompts.images,
-                packed.attention_mask,
-                packed.position_ids,
-            )
+            self.decoder.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
         )
+        packed = pack(prompts, completions, mask, share, self.inputs.tokenizer.pad_token_id)
+        states = self.read(
+            torch.cat([packed.prompts.input_ids, packed.completion_ids], dim=1),
+            packed.prompts.images,
+            packed.attention_mask,
+            packed.position_ids,
+        )
+        return packed.unpack(states)
 
 
 @lru_cache
