@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from elva.data import Item, Query
+from elva.files import sha256
 
 RET = "[RET]"
 """The token whose hidden state is the embedding."""
@@ -67,6 +68,17 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def repeat(self, times: int) -> PromptBatch:
+        """Each prompt `times` times, in order."""
+        if times == 1:
+            return self
+        return PromptBatch(
+            self.input_ids.repeat_interleave(times, 0),
+            self.attention_mask.repeat_interleave(times, 0),
+            self.position_ids.repeat_interleave(times, 1),
+            [image for image in self.images for _ in range(times)],
+        )
+
 
 class Inputs:
     """Tokenizer, image processor and chat template of a checkpoint, what a summary may be written
@@ -109,9 +121,11 @@ class Inputs:
         banned = special | unknown | set(reserved_ids)
         self.banned_ids = sorted(banned - {self.ret_id, *self.end_ids})
         self._special = {int(i) for i in special | set(reserved_ids)}
+        self._never: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._prompts: dict[tuple[str | None, str | None], Prompt] = {}
         self._frames: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
         self._pictures: dict[str, Item] = {}
+        self._contents: dict[str, str] = {}
         self._patches: dict[str, tuple[Tensor, Tensor]] = {}
         self._patches_bytes = 0
 
@@ -145,6 +159,16 @@ class Inputs:
             "reserved_ids": [i for i in reserved if i is not None],
             "end_ids": [ends] if isinstance(ends, int) else ends or (),
         }
+
+    def never(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ids that are never written, and those that end, [RET] first, on a device."""
+        if device not in self._never:
+            ends = [self.ret_id, *self.end_ids]
+            self._never[device] = (
+                torch.tensor(self.banned_ids, dtype=torch.int64, device=device),
+                torch.tensor(ends, dtype=torch.int64, device=device),
+            )
+        return self._never[device]
 
     def save(self, path: Path) -> None:
         self.tokenizer.save_pretrained(path)
@@ -219,6 +243,13 @@ class Inputs:
             self._patches[image] = (pixels, torch.from_numpy(out["image_grid_thw"][0]))
             self._patches_bytes += pixels.nbytes
         return self._patches[image]
+
+    def content(self, image: str) -> str:
+        """A hash of a prompted picture, wherever it lies."""
+        if image not in self._contents:
+            shown = self._pictures[image].image
+            self._contents[image] = sha256(shown) if isinstance(shown, Path) else image
+        return self._contents[image]
 
     def pixels(self, image: str) -> dict[str, Tensor]:
         """Arguments of the model's `get_image_features` for a picture that was prompted."""
