@@ -155,6 +155,8 @@ class ModelConfig:
     """What is trained. `path` (a directory or a hub name) or, where it is None, `scratch`."""
 
     path: Text | None = None
+    revision: Text | None = None  # of a hub name: a branch, a tag or, pinned, a commit
+    attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None  # transformers' choice
     scratch: ScratchModel = ScratchModel()
     summary_prompt: Text = ""
     # of a checkpoint that is not at hand, for the memory estimate
@@ -356,6 +358,8 @@ class Recipe:
 
     def idle(self) -> Iterator[tuple[str, str]]:
         """Stages that cannot be trained, or not as they say."""
+        if self.model.revision is not None and self.model.path is None:
+            yield "model.revision", "be left out of a model that is made from nothing"
         for name, stage in self.stages.items():
             if stage.steps is None and stage.epochs is None:
                 yield f"stages.{name}", "have steps or epochs"

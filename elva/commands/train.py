@@ -101,7 +101,7 @@ class _Shared:
         self, recipe: Recipe, reporter: Reporter, processes: Processes,
         callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
-        self.data = TrainingData(recipe)
+        self.data, self.model = TrainingData(recipe), recipe.model
         self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
@@ -113,7 +113,11 @@ class _Shared:
             self.reporter.say(f"{title}: {line}")
 
     def load(self, path: Path, summary_prompt: str | None) -> Retriever:
-        retriever = Retriever.load(path, summary_prompt=summary_prompt, inputs=self._inputs)
+        model = self.model
+        retriever = Retriever.load(
+            path, summary_prompt=summary_prompt, inputs=self._inputs, attention=model.attention,
+            revision=model.revision if str(path) == model.path else None,
+        )  # fmt: skip
         self._inputs = retriever.inputs
         return retriever
 

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
@@ -88,6 +89,7 @@ class Retriever(nn.Module):
         else:
             base = adapters.Base(str(path), revision, inputs.ret_is_new and not note)
         plain = read_model(base.path, base.revision, attention)
+        base = replace(base, revision=getattr(plain.config, "_commit_hash", None) or base.revision)
         if len(inputs.tokenizer) > plain.lm_head.out_features:
             plain.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
         if base.ret_is_new:
