@@ -41,7 +41,7 @@ from elva.recipe import NegativeConfig, RewardConfig, ScratchModel, StageConfig
 NEGATIVES, GROUPS, LONGEST = 20, 8, 32
 ROWS = (2 + NEGATIVES) * GROUPS
 STEM, SPLIT, PROMPT = mbeir.file_stem("made", "t2t"), "train", "Summarise it."
-SIDES = {"elva": (176, 44, 8), "trl": (176, 44, 8)}
+SIDES = {"elva": (44, 8), "trl": (44, 8)}
 """Side -> rows a forward and backward."""
 
 STAGE = StageConfig(
@@ -89,10 +89,10 @@ def _teach(source: Path, target: Path, words: list[str]) -> None:
     inputs, model = retriever.inputs, retriever.plain.train()
     draw = random.Random(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(240):
         rows = []
         for _ in range(16):
-            asked = inputs.text_ids(" ".join(draw.choices(words, k=draw.randint(20, 60))))
+            asked = inputs.text_ids(" ".join(draw.choices(words, k=draw.randint(5, 30))))
             said = inputs.text_ids(" ".join(draw.choices(words, k=30)))
             end = inputs.end_ids[0]
             rows.append([*asked, end, *said[: draw.randint(15, LONGEST - 1)], inputs.ret_id])
