@@ -277,14 +277,6 @@ def measure_trl(place: Path, rows: int, steps: int) -> dict[str, Any]:
         lambda *_, **__: "forward" if torch.is_grad_enabled() else "reference",
     )  # fmt: skip
     meter.wrap(trainer.accelerator, "backward", "backward")
-    meter.wrap(trainer, "create_optimizer", "start")
-    create = trainer.create_optimizer_and_scheduler
-
-    def created(*args: Any, **kwargs: Any) -> None:
-        create(*args, **kwargs)
-        meter.wrap(trainer.optimizer, "step", "optimizer")
-
-    trainer.create_optimizer_and_scheduler = created
     trainer.train()
     return meter.result()
 
@@ -318,7 +310,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["side"], str(row["rows"]), f"{row['cpu_s']:.2f}", f"{row['wall_s']:.2f}"]
         cells += [f"{row['peak_mb']:.0f}", f"{row['tokens']:.0f}"]
-        cells += [f"{row.get(part, 0.0):.3f}" for part in parts]
+        cells += [f"{row[part]:.3f}" if part in row else "-" for part in parts]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
