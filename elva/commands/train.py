@@ -218,8 +218,7 @@ def _begin(
     settings = recipe.stages.get(name) or recipe.controls[name]
     torch.manual_seed(recipe.seed)
     retriever = shared.load(beginning, recipe.model.summary_prompt)
-    if settings.lora.rank:
-        retriever.add_lora(settings.lora)
+    retriever.add_lora(settings.lora, keep=settings.holds)
     retriever.freeze_vision(not settings.train_vision)
     retriever.plain.train()
     examples = Examples(shared.data.of(settings), settings, recipe.seed)

@@ -67,6 +67,17 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def repeat(self, times: int) -> PromptBatch:
+        """Each prompt `times` times, in order."""
+        if times == 1:
+            return self
+        return PromptBatch(
+            self.input_ids.repeat_interleave(times, 0),
+            self.attention_mask.repeat_interleave(times, 0),
+            self.position_ids.repeat_interleave(times, 1),
+            [image for image in self.images for _ in range(times)],
+        )
+
 
 class Inputs:
     """Tokenizer, image processor and chat template of a checkpoint, what a summary may be written
@@ -109,6 +120,7 @@ class Inputs:
         banned = special | unknown | set(reserved_ids)
         self.banned_ids = sorted(banned - {self.ret_id, *self.end_ids})
         self._special = {int(i) for i in special | set(reserved_ids)}
+        self._never: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._prompts: dict[tuple[str | None, str | None], Prompt] = {}
         self._frames: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
         self._pictures: dict[str, Item] = {}
@@ -145,6 +157,16 @@ class Inputs:
             "reserved_ids": [i for i in reserved if i is not None],
             "end_ids": [ends] if isinstance(ends, int) else ends or (),
         }
+
+    def never(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ids that are never written, and those that end, [RET] first, on a device."""
+        if device not in self._never:
+            ends = [self.ret_id, *self.end_ids]
+            self._never[device] = (
+                torch.tensor(self.banned_ids, dtype=torch.int64, device=device),
+                torch.tensor(ends, dtype=torch.int64, device=device),
+            )
+        return self._never[device]
 
     def save(self, path: Path) -> None:
         self.tokenizer.save_pretrained(path)

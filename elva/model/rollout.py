@@ -13,13 +13,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from elva.data import Item
+from elva.model.cache import decoding_cache
 from elva.model.inputs import Inputs, Prompt, PromptBatch
 from elva.model.retriever import Retriever
 
 Reading = Literal["at_ret", "before_ret"]
+
+BLOCK = 256
+"""Tokens of the vocabulary that are summed at once in search of the one drawn; ours: about the root
+of a vocabulary."""
+
+LOGITS_AT_ONCE = 1 << 26
+"""Logits of a decoding step that are made and drawn from at once: 256 MB in fp32."""
 
 
 @dataclass
@@ -71,22 +78,54 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float, inputs: 
     To end is one action: [RET] has the probability of itself and of the chat's ends together, none
     of which is ever written.
     """
-    scaled = wide(logits) / temperature
-    banned = torch.tensor(inputs.banned_ids, dtype=torch.int64, device=scaled.device)
+    scaled, (banned, ends) = wide(logits) / temperature, inputs.never(logits.device)
     drawn = scaled.gather(-1, tokens[..., None])[..., 0]
-    ends = scaled[..., [inputs.ret_id, *inputs.end_ids]].logsumexp(-1)
+    ending = scaled[..., ends].logsumexp(-1)
     total = scaled.index_fill(-1, banned, float("-inf")).logsumexp(-1)
-    return torch.where(tokens == inputs.ret_id, ends, drawn) - total
+    return torch.where(tokens == inputs.ret_id, ending, drawn) - total
 
 
-def _distribution(logits: Tensor, temperature: float, inputs: Inputs) -> Tensor:
-    """The same of every token, [..., V]; -inf for what is never written."""
-    scaled = wide(logits) / temperature
-    ends = scaled[..., [inputs.ret_id, *inputs.end_ids]].logsumexp(-1)
-    never = torch.tensor([*inputs.banned_ids, *inputs.end_ids], device=scaled.device)
-    scaled.index_fill_(-1, never, float("-inf"))
-    scaled[..., inputs.ret_id] = ends
-    return scaled.log_softmax(-1)
+def _draw(
+    logits: Tensor, uniform: Tensor | None, temperature: float, inputs: Inputs
+) -> tuple[Tensor, Tensor]:
+    """A token [R] of each row of logits [R, V], which are overwritten, and its log-probability, by
+    the inverse of the cumulated probabilities; the likeliest where `uniform` is None."""
+    banned, ends = inputs.never(logits.device)
+    scaled = wide(logits).div_(temperature)
+    ending = scaled[:, ends].logsumexp(-1)
+    scaled.index_fill_(-1, banned, float("-inf")).index_fill_(-1, ends, float("-inf"))
+    scaled[:, inputs.ret_id] = ending
+    if uniform is None:
+        likeliest, token = scaled.max(-1)
+        return token, likeliest - scaled.logsumexp(-1)
+    p = scaled.softmax(-1)
+    token = _invert(p, uniform)
+    return token, p.gather(1, token[:, None])[:, 0].log()
+
+
+def _invert(p: Tensor, uniform: Tensor) -> Tensor:
+    """The first token [R] up to which a row of p [R, V] sums to more than a share of its sum.
+
+    Over blocks, then within one, so that only those are cumulated in fp64.
+
+    Args:
+        uniform: [R] fp64, the shares, in [0, 1).
+    """
+    whole = p.shape[1] // BLOCK * BLOCK
+    blocks = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)
+    cumulated = torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], 1).double().cumsum(-1)
+    uniform = uniform.clamp(max=1 - 2**-52)[:, None]  # times a sum still below that sum
+    wanted = uniform * cumulated[:, -1:]
+    # Clamped for NaN alone, which a guard stops after the step.
+    block = torch.searchsorted(cumulated, wanted, right=True).clamp_(max=cumulated.shape[1] - 1)
+    stop = cumulated.gather(1, block)
+    start = torch.where(block > 0, cumulated.gather(1, (block - 1).clamp(min=0)), 0.0)
+    columns = block * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, columns.clamp(max=p.shape[1] - 1)).double()
+    inside = inside.masked_fill_(columns >= p.shape[1], 0.0).cumsum(-1)
+    share = ((wanted - start) / (stop - start)).clamp(max=1 - 2**-52)
+    found = torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    return (block * BLOCK + found)[:, 0].clamp_(max=p.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -114,7 +153,8 @@ def sample(
     """
     batch = retriever.inputs.collate(prompts, retriever.device)
     repeats = 1 if draws is None else draws.shape[1]
-    decoder = _Decoder(retriever, batch, repeats, temperature, read)
+    room = max_completion_length + 1  # [RET], if need be
+    decoder = _Decoder(retriever, batch, repeats, room, temperature, read)
     uniform = None if draws is None else draws.flatten(0, 1).to(batch.input_ids.device)
     for step in range(max_completion_length):
         decoder.step(None if uniform is None else uniform[:, step])
@@ -124,30 +164,37 @@ def sample(
 
 
 class _Decoder:
-    """The state of one batched decoding; rows leave it when [RET] has been fed back."""
+    """The state of one batched decoding.
+
+    A row that has ended is decoded on, unheard, until half of the batch has: leaving at once would
+    copy everybody's cache each time.
+    """
 
     def __init__(
         self,
         retriever: Retriever,
         batch: PromptBatch,
         repeats: int,
+        room: int,
         temperature: float,
         read: Reading,
     ) -> None:
         self.read = read
         self.retriever, self.temperature = retriever, temperature
-        self.cache = DynamicCache(config=retriever.decoder.config)
+        self.cache = decoding_cache(retriever.decoder.config, room)
         states = retriever.read(
             batch.input_ids, batch.images, batch.attention_mask, batch.position_ids,
             self.cache,
         )  # fmt: skip
-        if repeats > 1:
-            self.cache.batch_repeat_interleave(repeats)
+        self.cache.batch_repeat_interleave(repeats)
         self.hidden = states[:, -1].repeat_interleave(repeats, 0)
-        self.attention = batch.attention_mask.repeat_interleave(repeats, 0)
+        seen = batch.attention_mask.repeat_interleave(repeats, 0)
+        self.attention = torch.cat([seen, seen.new_ones(len(seen), room)], 1)
         self.position = (batch.position_ids.amax(dim=(0, 2)) + 1).repeat_interleave(repeats)
         count, device = len(self.hidden), self.hidden.device
-        self.live = torch.arange(count, device=device)  # rows still decoding
+        self.rows = torch.arange(count, device=device)  # of the batch, in the results
+        self.live = torch.ones(count, dtype=torch.bool, device=device)  # of the batch
+        self.left = count  # how many are live
         self.finished = torch.zeros(count, dtype=torch.bool, device=device)
         self.embeddings = wide(self.hidden).new_zeros(self.hidden.shape)
         self.tokens: list[Tensor] = []
@@ -155,40 +202,43 @@ class _Decoder:
 
     @property
     def done(self) -> bool:
-        return len(self.live) == 0
+        return self.left == 0
 
     def step(self, uniform: Tensor | None) -> None:
         """Draw one token for every live row and feed it back."""
-        logp = _distribution(
-            self.retriever.plain.lm_head(self.hidden), self.temperature, self.retriever.inputs
-        )
-        if uniform is None:
-            token = logp.argmax(-1)
-        else:
-            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-            threshold = uniform[self.live, None] * cdf[:, -1:]
-            token = torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp_(
-                max=cdf.shape[1] - 1
-            )
-        self._record(token, logp.gather(-1, token[:, None])[:, 0])
+        inputs = self.retriever.inputs
+        head = self.retriever.plain.lm_head
+        shares = None if uniform is None else uniform[self.rows]
+        drawn = []
+        size = max(1, LOGITS_AT_ONCE // self.retriever.plain.config.get_text_config().vocab_size)
+        for start in range(0, len(self.rows), size):
+            part = slice(start, start + size)
+            share = None if shares is None else shares[part]
+            drawn.append(_draw(head(self.hidden[part]), share, self.temperature, inputs))
+        token, logp = (torch.cat(x) for x in zip(*drawn, strict=True))
+        self._record(token, logp)
         before = self.hidden
         self._feed(token)
-        ended = token == self.retriever.inputs.ret_id
-        if bool(ended.any()):
+        ended = ((token == inputs.ret_id) & self.live).nonzero()[:, 0]
+        if len(ended):
             at = self.hidden if self.read == "at_ret" else before
-            self.embeddings[self.live[ended]] = wide(at[ended])
-            self.finished[self.live[ended]] = True
-            self._keep(~ended)
+            self.embeddings[self.rows[ended]] = wide(at[ended])
+            self.finished[self.rows[ended]] = True
+            self.live[ended] = False
+            self.left -= len(ended)
+            if 0 < self.left <= len(self.live) // 2:
+                self._keep(self.live.nonzero()[:, 0])
 
     def finish(self) -> Rollouts:
         """Append [RET] to the rows that never wrote it: their embedding is the documented
         fallback."""
-        if len(self.live):
-            ret = torch.full_like(self.live, self.retriever.inputs.ret_id)
+        if self.left:
+            ret = torch.full_like(self.rows, self.retriever.inputs.ret_id)
             self._record(ret, self.embeddings.new_zeros(len(ret)))
             before = self.hidden
             self._feed(ret)
-            self.embeddings[self.live] = wide(self.hidden if self.read == "at_ret" else before)
+            rows, at = self.rows[self.live], self.hidden if self.read == "at_ret" else before
+            self.embeddings[rows] = wide(at[self.live])
         ids = torch.stack(self.tokens, 1)
         return Rollouts(
             ids.where(ids >= 0, self.retriever.inputs.ret_id),
@@ -200,24 +250,23 @@ class _Decoder:
 
     def _record(self, token: Tensor, logp: Tensor) -> None:
         count = len(self.finished)
-        self.tokens.append(token.new_full((count,), -1).index_copy(0, self.live, token))
-        self.log_probs.append(logp.new_zeros(count).index_copy(0, self.live, logp))
+        token, logp = token.where(self.live, -1), logp.where(self.live, 0.0)
+        self.tokens.append(token.new_full((count,), -1).index_copy(0, self.rows, token))
+        self.log_probs.append(logp.new_zeros(count).index_copy(0, self.rows, logp))
 
     def _feed(self, token: Tensor) -> None:
-        self.attention = torch.cat([self.attention, self.attention.new_ones(len(token), 1)], 1)
+        seen = self.cache.get_seq_length() + 1
         states = self.retriever.read(
-            token[:, None], [], self.attention, self.position[None, :, None].expand(3, -1, 1),
-            self.cache,
+            token[:, None], [], self.attention[:, :seen],
+            self.position[None, :, None].expand(3, -1, 1), self.cache,
         )  # fmt: skip
         self.hidden = states[:, -1]
         self.position = self.position + 1
 
-    def _keep(self, keep: Tensor) -> None:
-        rows = keep.nonzero()[:, 0]
-        self.live, self.hidden = self.live[rows], self.hidden[rows]
-        self.attention, self.position = self.attention[rows], self.position[rows]
-        if len(rows):
-            self.cache.batch_select_indices(rows)
+    def _keep(self, some: Tensor) -> None:
+        self.rows, self.live, self.hidden = self.rows[some], self.live[some], self.hidden[some]
+        self.attention, self.position = self.attention[some], self.position[some]
+        self.cache.batch_select_indices(some)
 
 
 @dataclass

@@ -301,7 +301,7 @@ class Stage:
         })  # fmt: skip
         over = {name: max(1.0, count) / self.processes.count for name, count in counts.items()}
         parts = dict.fromkeys(self._token_losses(), 0.0)
-        batches = [*self.summaries.micro_batches(rolled.prompts, groups)]
+        batches = [*self.summaries.micro_batches(rolled.prompts, rollouts.mask)]
         turns = self.processes.most(len(batches))  # as many for each: forwards may exchange weights
         for turn in range(turns):
             idle = rolled.spare or turn >= len(batches)  # takes part, and adds nothing
@@ -421,14 +421,12 @@ class Stage:
 
     @contextmanager
     def _as_reference(self) -> Iterator[Retriever]:
-        """The model this stage started from: a frozen copy, or the weights under a fresh
-        adapter."""
+        """The model this stage started from: a frozen copy, or its adapter of then."""
         if self.reference is not None:
             yield self.reference
         else:
-            assert isinstance(self.retriever.model, PeftModel)
-            with self.retriever.model.disable_adapter():
-                yield self.retriever
+            with self.retriever.reference() as began:
+                yield began
 
     def _summary_metrics(self, rolled: _Rolled) -> dict[str, float]:
         rollouts, real = rolled.rollouts, not rolled.spare

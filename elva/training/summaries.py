@@ -105,9 +105,8 @@ class Summaries:
     @torch.no_grad()
     def embeddings(self, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
         """[RET] embeddings of kept summaries under the weights of now, [R, D]."""
-        groups = len(rollouts.ids) // len(prompts)
         out = torch.zeros_like(rollouts.embeddings)
-        for rows, batch in self.micro_batches(prompts, groups):
+        for rows, batch in self.micro_batches(prompts, rollouts.mask):
             part = rollouts.select(torch.tensor(rows, device=out.device))
             with self.arithmetic():
                 hidden = self.retriever.hidden_states(batch, part.ids, part.mask)
@@ -126,14 +125,21 @@ class Summaries:
         return out.to(self.retriever.device)
 
     def micro_batches(
-        self, prompts: list[Prompt], groups: int
+        self, prompts: list[Prompt], mask: Tensor
     ) -> Iterator[tuple[list[int], PromptBatch]]:
-        """(rows of the rollouts, their prompts), rows of like length together."""
-        lengths = [len(p) for p in prompts for _ in range(groups)]
-        for rows in batches_by_length(lengths, self.stage.micro_batch_size):
-            yield (
-                rows,
-                self.retriever.inputs.collate(
-                    [prompts[i // groups] for i in rows], self.retriever.device
-                ),
-            )
+        """(rows of the rollouts, their prompts): whole prompts of like length, or, where one's
+        rollouts are more than a micro-batch holds, equal parts of them.
+
+        Args:
+            mask: [len(prompts) * G, T], the rollouts' own.
+        """
+        inputs, device = self.retriever.inputs, self.retriever.device
+        most, groups = self.stage.micro_batch_size, len(mask) // len(prompts)
+        written = mask.sum(1).view(-1, groups).sum(1).tolist()
+        lengths = [len(p) + n for p, n in zip(prompts, written, strict=True)]
+        part = -(-groups // -(-groups // most))
+        for some in batches_by_length(lengths, max(1, most // groups)):
+            batch = inputs.collate([prompts[i] for i in some], device)
+            for start in range(0, groups, part):
+                stop = min(start + part, groups)
+                yield [i * groups + g for i in some for g in range(start, stop)], batch
