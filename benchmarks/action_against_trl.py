@@ -35,7 +35,8 @@ import torch
 from benchmarks import report
 from elva.data import mbeir
 from elva.model.inputs import RET
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
+from elva.model.scratch import create
 from elva.recipe import NegativeConfig, RewardConfig, ScratchModel, StageConfig
 
 NEGATIVES, GROUPS, LONGEST = 20, 8, 32
@@ -184,7 +185,7 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
     from elva.training import stage as stages
     from elva.training.callbacks import Callback
     from elva.training.examples import Examples
-    from elva.training.loop import Length, Loop
+    from elva.training.loop import Length, Loop, Saving
     from elva.training.summaries import Summaries
 
     meter = Meter()
@@ -215,7 +216,7 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
 
     loop = Loop(
         retriever, work, settings, Length(steps), directory=place / "elva" / str(os.getpid()),
-        processes=processes, save_seconds=1e9, arguments={}, callbacks=[Step()],
+        processes=processes, saving=Saving(1e9), arguments={}, callbacks=[Step()],
     )  # fmt: skip
     meter.wrap(loop.accelerator, "backward", "backward")
     meter.wrap(loop.optimizer, "step", "optimizer")
