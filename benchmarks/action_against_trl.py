@@ -35,7 +35,8 @@ import torch
 from benchmarks import report
 from elva.data import mbeir
 from elva.model.inputs import RET
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
+from elva.model.scratch import create
 from elva.recipe import NegativeConfig, RewardConfig, ScratchModel, StageConfig
 
 NEGATIVES, GROUPS, LONGEST = 20, 8, 32
