@@ -205,7 +205,6 @@ def _embed_shards(
         chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
         before = len(faults.found)
         good = list(_readable(encoder, chosen, faults))
-        encoder.retriever.remember(good)
         out = encoder(good, _offset(reporter, done))
         done += len(chosen)
         table = pa.table(
@@ -223,7 +222,6 @@ def _embed_shards(
             plan.shards[shard], [out.embeddings], table,
             dim=encoder.retriever.embedding_size, dtype=dtype, model=plan.model,
         )  # fmt: skip
-        encoder.retriever.forget()
     bad = len(faults.found) - read
     skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
     reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")

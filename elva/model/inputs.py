@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from elva.data import Item, Query
+from elva.files import sha256
 
 RET = "[RET]"
 """The token whose hidden state is the embedding."""
@@ -124,6 +125,7 @@ class Inputs:
         self._prompts: dict[tuple[str | None, str | None], Prompt] = {}
         self._frames: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
         self._pictures: dict[str, Item] = {}
+        self._contents: dict[str, str] = {}
         self._patches: dict[str, tuple[Tensor, Tensor]] = {}
         self._patches_bytes = 0
 
@@ -241,6 +243,13 @@ class Inputs:
             self._patches[image] = (pixels, torch.from_numpy(out["image_grid_thw"][0]))
             self._patches_bytes += pixels.nbytes
         return self._patches[image]
+
+    def content(self, image: str) -> str:
+        """A hash of a prompted picture, wherever it lies."""
+        if image not in self._contents:
+            shown = self._pictures[image].image
+            self._contents[image] = sha256(shown) if isinstance(shown, Path) else image
+        return self._contents[image]
 
     def pixels(self, image: str) -> dict[str, Tensor]:
         """Arguments of the model's `get_image_features` for a picture that was prompted."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from elva.model.retriever import FEATURES_KEPT_MB
+from elva.model.vision import FEATURES_KEPT_MB
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def memory_bytes(
     held = sum(parts[name] for name in ("weights", "optimizer", "reference", "features"))
     if stage.completions == "sampled":
         rows = min(stage.rollout_batch_size, sequences_a_step(stage))
-        tokens = sizes.prompt + stage.max_completion_length
+        tokens = sizes.prompt + stage.max_completion_length + 1  # [RET]
         parts["kv_cache"] = rows * tokens * sizes.layers * 2 * sizes.keys * width
         parts["sampling"] = rows * sizes.vocabulary * _SAMPLED
     backward = parts["gradients"] + parts["activations"]
@@ -168,13 +168,13 @@ def _trained(stage: StageConfig, sizes: Sizes) -> int:
 
 
 def _features(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any]) -> float:
-    """Of pictures that a frozen tower has seen: all where they fit, else a step's."""
+    """Of pictures that a frozen tower has seen: as many as are kept, and a step's at least."""
     one = (sizes.prompt - min(_WORDS, sizes.prompt // 2)) * sizes.features * _FP32
     a_step = sequences_a_step(stage) // stage.num_generations
     every = float(found.get("pictures", math.inf)) * one
     if stage.train_vision or every == 0:
         return 0.0
-    return every if every <= FEATURES_KEPT_MB << 20 else a_step * one
+    return min(every, max(FEATURES_KEPT_MB << 20, a_step * one))
 
 
 def _activations(stage: StageConfig, recipe: Recipe, sizes: Sizes) -> float:
