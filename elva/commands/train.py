@@ -103,6 +103,7 @@ class _Shared:
     ) -> None:  # fmt: skip
         self.data = TrainingData(recipe)
         self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
+        self._model = recipe.model
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -115,6 +116,7 @@ class _Shared:
     def load(self, path: Path, summary_prompt: str | None) -> Retriever:
         retriever = Retriever.load(path, summary_prompt=summary_prompt, inputs=self._inputs)
         self._inputs = retriever.inputs
+        self._inputs.bound_pixels(self._model.min_pixels, self._model.max_pixels)
         return retriever
 
 
@@ -220,7 +222,8 @@ def _begin(
     retriever = shared.load(beginning, recipe.model.summary_prompt)
     if settings.lora.rank:
         retriever.add_lora(settings.lora)
-    retriever.freeze_vision(not settings.train_vision)
+    features = None if recipe.model.features is None else Path(recipe.model.features)
+    retriever.freeze_vision(not settings.train_vision, features)
     retriever.plain.train()
     examples = Examples(shared.data.of(settings), settings, recipe.seed)
     length = stage_length(settings, examples, limit, budget)
