@@ -3,7 +3,8 @@
 recipe.yaml  run.json  metrics.jsonl  report.html  *.png
 start/                      the checkpoint a model from scratch began with
 stage-2/checkpoint-*/       inside a stage, verified on resume
-stage-2/model/              what the stage ended with: an ordinary Qwen2-VL checkpoint
+stage-2/model/              what the stage ended with: an ordinary checkpoint, or an adapter and
+                            where the checkpoint lies that it stands on (`elva export` merges them)
 stage-2/stage.json          steps and seconds it took
 stage-2/evaluation.json     what it retrieves
 control-infonce/...         the same, for what stage 3 is compared with

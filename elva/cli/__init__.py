@@ -10,6 +10,7 @@ from elva.cli import (
     doctor,
     embed,
     evaluate,
+    export,
     grains,
     index,
     mine,
@@ -46,6 +47,7 @@ app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.add_typer(index.app, name="index")
 app.command(epilog=search.EXAMPLES)(search.search)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(mrbench.app, name="mrbench")

@@ -220,8 +220,7 @@ def _begin(
     settings = recipe.stages.get(name) or recipe.controls[name]
     torch.manual_seed(recipe.seed)
     retriever = shared.load(beginning, recipe.model.summary_prompt)
-    if settings.lora.rank:
-        retriever.add_lora(settings.lora)
+    retriever.add_lora(settings.lora, keep=settings.holds)
     features = None if recipe.model.features is None else Path(recipe.model.features)
     retriever.freeze_vision(not settings.train_vision, features)
     retriever.plain.train()

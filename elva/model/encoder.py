@@ -13,6 +13,7 @@ from typing import Any
 from elva.data import Item
 from elva.errors import UserError
 from elva.files import MANIFEST, sha256
+from elva.model.adapters import weight_files
 from elva.model.identity import Identity
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, Reading, encode
@@ -126,13 +127,26 @@ class Encoder:
 
 
 def _revision(retriever: Retriever) -> str:
-    """A hash of the weights: of their files where they are at hand, else the hub's commit."""
-    directory = Path(retriever.name)
-    weights = sorted(directory.glob("*.safetensors"))
+    """A hash of the weights, of an adapter's and its base's together."""
+    own = _of_files(Path(retriever.name))
+    base = retriever.base
+    if own is not None and (base is None or base.path == retriever.name):
+        return own
+    stands_on = None if base is None else _of_files(Path(base.path))
+    if stands_on is None:  # a hub name
+        commit = getattr(retriever.plain.config, "_commit_hash", None)
+        stands_on = str(commit or (retriever.name if base is None else base.path))
+    return stands_on if own is None else hashlib.sha256((stands_on + own).encode()).hexdigest()
+
+
+def _of_files(directory: Path) -> str | None:
+    """A hash of a directory's weights; None where there are none."""
+    weights = weight_files(directory)
     if not weights:
-        return str(getattr(retriever.plain.config, "_commit_hash", None) or retriever.name)
+        return None
     known: dict[str, Any] = {}
     if (directory / MANIFEST).is_file():
         known = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    sums = [known[p.name]["sha256"] if p.name in known else sha256(p) for p in weights]
+    names = [str(p.relative_to(directory)) for p in weights]
+    sums = [known[n]["sha256"] if n in known else sha256(directory / n) for n in names]
     return hashlib.sha256("".join(sums).encode()).hexdigest()

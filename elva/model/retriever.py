@@ -12,26 +12,27 @@ import copy
 import inspect
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from elva.model import adapters
 from elva.model.family import decoder_of, family_of, read_inputs, read_model, unreadable
 from elva.model.inputs import Inputs, Prompt, PromptBatch
 from elva.model.packing import completions_a_reading, pack
 from elva.model.vision import FeatureFile, Features, each_alone, fingerprint
 from elva.recipe import LoraSettings
 
-PROMPT_FILE = "elva.json"
-"""Beside the weights: how a checkpoint wants to be asked (written by `Retriever.save`)."""
+NOTE = "elva.json"
+"""Beside the weights: how a checkpoint wants to be asked, and what its adapter stands on (written
+by `Retriever.save`)."""
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -46,6 +47,7 @@ class Retriever(nn.Module):
         self.family = family_of(self.plain.config)
         self.train_vision = False
         self.name = ""
+        self.base: adapters.Base | None = None
         self.features: Features | None = None  # kept of a frozen tower
 
     def forward(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -57,64 +59,105 @@ class Retriever(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | Path, *, summary_prompt: str | None = None, inputs: Inputs | None = None
+        cls,
+        path: str | Path,
+        *,
+        summary_prompt: str | None = None,
+        inputs: Inputs | None = None,
+        revision: str | None = None,
+        attention: str | None = None,
     ) -> Retriever:
-        """Read a checkpoint directory or a hub name.
+        """Read a checkpoint directory or a hub name; an adapter is opened on its base, unmerged.
 
         Args:
             summary_prompt: how the model is asked to summarise; None takes the checkpoint's own.
             inputs: of an earlier model of the same run, to tokenise nothing twice.
+            revision: of a hub name: a branch, a tag or a commit.
+            attention: transformers' `attn_implementation`.
+
+        Raises:
+            UserError: a model that ELVA cannot read, or an adapter whose base has gone.
         """
+        note = _note(Path(path))
         if inputs is None:
-            saved = Path(path) / PROMPT_FILE
             if summary_prompt is None:
-                known = saved.is_file()
-                summary_prompt = json.loads(saved.read_text())["summary_prompt"] if known else ""
-            inputs = read_inputs(path, summary_prompt)
-        model = read_model(path)
-        if len(inputs.tokenizer) > model.lm_head.out_features:
-            model.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
-        if inputs.ret_is_new and not (Path(path) / PROMPT_FILE).is_file():
-            _begin_as_chat_end(model, inputs)
+                summary_prompt = note.get("summary_prompt", "")
+            inputs = read_inputs(path, summary_prompt, revision)
+        if adapters.is_adapter(Path(path)):
+            base = adapters.Base.read(Path(path), note["base"])
+        else:
+            base = adapters.Base(str(path), revision, inputs.ret_is_new and not note)
+        plain = read_model(base.path, base.revision, attention)
+        if len(inputs.tokenizer) > plain.lm_head.out_features:
+            plain.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
+        if base.ret_is_new:
+            _begin_as_chat_end(plain, inputs)
+        model = adapters.load(plain, Path(path)) if adapters.is_adapter(Path(path)) else plain
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one process a GPU
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
-        retriever.name = str(path)
+        retriever.name, retriever.base = str(path), base
         if retriever.family.probed:
             from elva.model.probe import fault  # which reads by the retriever itself
 
             if reason := fault(retriever):
-                raise unreadable(path, model.config, reason)
+                raise unreadable(path, plain.config, reason)
         return retriever
 
-    def save(self, path: Path) -> None:
-        """Write weights (safetensors), tokenizer and processor; an adapter is merged first, on a
-        copy. A model of which a part was trained, and so is in fp32, is written in fp32 whole."""
-        model = self.merged()
-        kinds = {p.dtype for p in model.parameters()}
-        (model.float() if len(kinds) > 1 else model).save_pretrained(path, safe_serialization=True)
+    def save(self, path: Path, *, merge: bool = False) -> None:
+        """Write weights (safetensors), tokenizer and processor: a model of which a part was
+        trained, and so is in fp32, in fp32 whole; of one with an adapter the adapter alone, and
+        where its base lies.
+
+        Args:
+            merge: write an ordinary checkpoint in fp32 instead, as other programs read it. So is
+                one whose vision tower learnt, or whose base was read from no file.
+        """
+        note: dict[str, Any] = {"summary_prompt": self.inputs.summary_prompt}
+        if isinstance(self.model, PeftModel) and not (
+            merge or self.train_vision or self.base is None
+        ):
+            adapters.save(self.model, path)
+            self.plain.config.save_pretrained(path)
+            if self.plain.generation_config is not None:
+                self.plain.generation_config.save_pretrained(path)
+            note["base"] = self.base.seen_from(path)
+        else:
+            whole = self.merged()
+            mixed = merge or len({p.dtype for p in whole.parameters()}) > 1
+            (whole.float() if mixed else whole).save_pretrained(path)
         self.inputs.save(path)
-        (path / PROMPT_FILE).write_text(json.dumps({"summary_prompt": self.inputs.summary_prompt}))
+        (path / NOTE).write_text(json.dumps(note))
 
     def merged(self) -> PreTrainedModel:
-        """The plain model: itself, or a copy with the LoRA adapter merged into the weights."""
+        """The plain model: itself, or a copy in fp32 with the adapter merged into the weights."""
         if not isinstance(self.model, PeftModel):
             return self.model
-        return copy.deepcopy(self.model).merge_and_unload()
+        whole = copy.deepcopy(self.model).to(self.embedding_dtype)
+        plain: PreTrainedModel = whole.merge_and_unload(adapter_names=[adapters.LEARNER])
+        return plain
 
-    def add_lora(self, settings: LoraSettings) -> None:
-        """Put a fresh adapter on the language model; the rows of [RET] are trained beside it, that
-        of the head too where it has rows of its own."""
-        row = [self.inputs.ret_id]
-        tied = self.plain.lm_head.weight is self.plain.get_input_embeddings().weight
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=0.0,
-            target_modules=_projections(self.plain),
-            trainable_token_indices={"embed_tokens": row} | ({} if tied else {"lm_head": row}),
-        )
-        self.model = get_peft_model(self.plain, config)
+    def add_lora(self, settings: LoraSettings, *, keep: bool = True) -> None:
+        """Put an adapter on the language model and the rows of [RET]: a fresh one, or one that
+        goes on from the model's own. Rank 0 merges what there is, in fp32: all weights learn.
+
+        Args:
+            keep: whether `reference` will be asked for the adapter that there is.
+
+        Raises:
+            UserError: the rank is less than that of the adapter it goes on from.
+        """
+        if settings.rank == 0:
+            self.model = self.merged()
+            return
+        self.model = adapters.begin(self.model, settings, self.inputs.ret_id, keep=keep)
+
+    @contextmanager
+    def reference(self) -> Iterator[Retriever]:
+        """This model as it was before `add_lora`: what a stage under an adapter began with."""
+        assert isinstance(self.model, PeftModel)
+        with adapters.reference(self.model):
+            yield self
 
     def train_in_fp32(self) -> None:
         """Keep what is trained in fp32, whatever the checkpoint's dtype: bf16 swallows updates
@@ -251,10 +294,11 @@ class Retriever(nn.Module):
             after each; column t + 1 is the state *at* completion token t. Columns of what is not
             real hold the states of others.
         """
-        lengths = mask.sum(1).tolist()
-        share = completions_a_reading(
-            self.decoder.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
-        )
+        share, lengths = 1, mask.sum(1).tolist()
+        if not self.family.probed:  # of which it is known that they take a mask of one's own
+            share = completions_a_reading(
+                self.decoder.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
+            )
         packed = pack(prompts, completions, mask, share, self.inputs.tokenizer.pad_token_id)
         states = self.read(
             torch.cat([packed.prompts.input_ids, packed.completion_ids], dim=1),
@@ -265,20 +309,18 @@ class Retriever(nn.Module):
         return packed.unpack(states)
 
 
+def _note(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the weights; nothing of somebody else's checkpoint."""
+    file = path / NOTE
+    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return found
+
+
 @lru_cache
 def _cache_name(decoder: type[nn.Module]) -> str:
     """What its forward calls a cache; transformers has renamed it."""
     names = inspect.signature(decoder.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
-
-
-def _projections(model: PreTrainedModel) -> str:
-    """A regular expression of the language model's linear layers: query, key, value, output and
-    the three of the feed-forward part in Qwen's; the head is none of them."""
-    decoder = decoder_of(model)
-    place = next(name for name, module in model.named_modules() if module is decoder)
-    kinds = {n.rpartition(".")[2] for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
-    return rf".*{re.escape(place)}\..*\.({'|'.join(sorted(kinds))})"
 
 
 @contextmanager

@@ -116,7 +116,8 @@ def _invert(p: Tensor, uniform: Tensor) -> Tensor:
     cumulated = torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], 1).double().cumsum(-1)
     uniform = uniform.clamp(max=1 - 2**-52)[:, None]  # times a sum still below that sum
     wanted = uniform * cumulated[:, -1:]
-    block = torch.searchsorted(cumulated, wanted, right=True)
+    # Clamped for NaN alone, which a guard stops after the step.
+    block = torch.searchsorted(cumulated, wanted, right=True).clamp_(max=cumulated.shape[1] - 1)
     stop = cumulated.gather(1, block)
     start = torch.where(block > 0, cumulated.gather(1, (block - 1).clamp(min=0)), 0.0)
     columns = block * BLOCK + torch.arange(BLOCK, device=p.device)
@@ -124,7 +125,7 @@ def _invert(p: Tensor, uniform: Tensor) -> Tensor:
     inside = inside.masked_fill_(columns >= p.shape[1], 0.0).cumsum(-1)
     share = ((wanted - start) / (stop - start)).clamp(max=1 - 2**-52)
     found = torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    return (block * BLOCK + found)[:, 0]
+    return (block * BLOCK + found)[:, 0].clamp_(max=p.shape[1] - 1)
 
 
 @torch.no_grad()

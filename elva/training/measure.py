@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from elva.data import Item
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
+from elva.model.scratch import create
 from elva.processes import Processes
 from elva.recipe import NegativeConfig, Recipe, StageConfig
 from elva.run import Run

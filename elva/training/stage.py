@@ -418,14 +418,12 @@ class Stage:
 
     @contextmanager
     def _as_reference(self) -> Iterator[Retriever]:
-        """The model this stage started from: a frozen copy, or the weights under a fresh
-        adapter."""
+        """The model this stage started from: a frozen copy, or its adapter of then."""
         if self.reference is not None:
             yield self.reference
         else:
-            assert isinstance(self.retriever.model, PeftModel)
-            with self.retriever.model.disable_adapter():
-                yield self.retriever
+            with self.retriever.reference() as began:
+                yield began
 
     def _summary_metrics(self, rolled: _Rolled) -> dict[str, float]:
         rollouts, real = rolled.rollouts, not rolled.spare

@@ -40,11 +40,16 @@ PLAIN_TEMPLATE = (
 )
 
 
-def write(path: Path, family: str, *, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint with random weights of a `model_type`."""
+def write(path: Path, family: str, *, seed: int = 0, tied: bool = False, **changes: Any) -> Path:
+    """A checkpoint with random weights of a `model_type`.
+
+    Args:
+        tied: whether Qwen's head shares the rows of its embeddings; others have their own.
+        changes: of the language model's config.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, parts = MAKERS[family](changes)
+        model, parts = MAKERS[family]({**changes, **({"tied": True} if tied else {})})
     tokenizer = parts[0].tokenizer if isinstance(parts[0], ProcessorMixin) else parts[0]
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -73,6 +78,7 @@ def _qwen(kind: type, vision: dict[str, Any], patch: int) -> Callable[[dict[str,
             SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE
         )
         ids = dict(zip(SPECIAL, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
+        tied = changes.pop("tied", False)
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
         if kind is Qwen3VLConfig:
             rope["mrope_interleaved"] = True
@@ -83,7 +89,7 @@ def _qwen(kind: type, vision: dict[str, Any], patch: int) -> Callable[[dict[str,
                            "num_heads": 4, "initializer_range": 0.1, **vision},
             image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
             vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
+            vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=tied,
         )  # fmt: skip
         size = {"shortest_edge": patch**2 * 16, "longest_edge": patch**2 * 100}
         processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, size=size)

@@ -75,7 +75,10 @@ def test_ret_is_learnt_and_stage_three_moves_weights(run: Path) -> None:
     assert third[0]["kl"] == 0.0 and third[-1]["kl"] > 0.0
     assert all(step["reward_std"] > 0 and step["frac_zero_std"] < 1 for step in third)
     assert {"reward_share_mined", "reward_share_random", "reward_outranked_mined"} <= set(third[0])
-    before, after = (load_file(run / f"stage-{s}" / "model" / "model.safetensors") for s in (2, 3))
+    before, after = (
+        load_file(run / f"stage-{s}" / "model" / "adapter" / "adapter_model.safetensors")
+        for s in (2, 3)
+    )
     assert max((after[n].float() - w.float()).abs().max() for n, w in before.items()) > 1e-5
 
 

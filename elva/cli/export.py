@@ -1,0 +1,27 @@
+"""`elva export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elva.cli.console import one_line_errors, out, quiet_libraries
+
+EXAMPLES = "Example:  elva export runs/one --output models/one   |   then transformers, vLLM, ..."
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint or hub name.", metavar="MODEL")],
+    output: Annotated[Path, typer.Option(help="Directory to write; it must not exist yet.")],
+    stage: Annotated[
+        str | None, typer.Option(help="Stage or control of a run; its last stage by default.")
+    ] = None,
+) -> None:
+    """Write a model as one ordinary checkpoint in fp32, its adapter merged."""
+    with one_line_errors():
+        quiet_libraries()
+        from elva.commands.export import export as write
+
+        out.print(f"model: {write(model, output, stage=stage)}", soft_wrap=True)
