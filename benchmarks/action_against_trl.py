@@ -185,7 +185,8 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
     from elva.training import stage as stages
     from elva.training.callbacks import Callback
     from elva.training.examples import Examples
-    from elva.training.loop import Length, Loop, Saving
+    from elva.training.loop import Loop
+    from elva.training.plan import Length, Saving
     from elva.training.summaries import Summaries
 
     meter = Meter()

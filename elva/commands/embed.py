@@ -231,7 +231,10 @@ def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterat
     for item in items:
         fine = False
         with faults.row():
-            encoder.retriever.inputs.prompt(item)
+            inputs = encoder.retriever.inputs
+            prompt = inputs.prompt(item)
+            if prompt.image is not None:
+                inputs.pixels(prompt.image)  # decoded, which a prompt is not
             fine = True
         if fine:
             yield item

@@ -138,8 +138,12 @@ def fingerprint(tower: Mapping[str, Tensor], preprocessing: str) -> str:
     digest = hashlib.sha256(f"{VERSION} {preprocessing}".encode())
     for name, weight in sorted(tower.items()):
         digest.update(f"{name} {weight.dtype} {[*weight.shape]}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(_bytes(weight))
     return digest.hexdigest()
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return memoryview(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 class _Place(NamedTuple):
@@ -197,7 +201,7 @@ class FeatureFile:
         data, index = self._own = self._own or self._begin()
         lines = []
         for content, feature in self._pending:
-            raw = feature.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            raw = _bytes(feature)
             dtype = str(feature.dtype).removeprefix("torch.")
             place = _Place(data.descriptor, data.size, tuple(feature.shape), dtype, zlib.crc32(raw))
             data.write(raw)

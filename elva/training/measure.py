@@ -25,7 +25,8 @@ from elva.run import Run
 from elva.training.callbacks import Callback
 from elva.training.estimate import memory_bytes, sequences_a_step, sizes_of
 from elva.training.examples import Examples
-from elva.training.loop import Length, Loop, Saving
+from elva.training.loop import Loop
+from elva.training.plan import Length, Saving
 from elva.training.readiness import TrainingData
 from elva.training.stage import Stage
 

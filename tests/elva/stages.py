@@ -14,7 +14,8 @@ from elva.processes import Processes
 from elva.recipe import NegativeConfig, StageConfig
 from elva.training.callbacks import Callback
 from elva.training.examples import Examples
-from elva.training.loop import Length, Loop, Saving
+from elva.training.loop import Loop
+from elva.training.plan import Length, Saving
 from elva.training.stage import Stage as Work
 
 POLICY = StageConfig(

@@ -51,7 +51,7 @@ def test_the_papers_adapter_is_323_million_values() -> None:
     assert two["weights"] == 2 * 8_291_375_616 + 4 * sizes.adapter(128)
     assert two["gradients"] + two["optimizer"] == 12 * sizes.adapter(128)
     assert one["optimizer"] < 0.51 * two["optimizer"]  # its rank is 64
-    # 512 rollouts of 431 + 128 tokens, 28 layers, keys and values of 512, bf16
+    # 512 rollouts of 431 + 128 tokens and [RET], 28 layers, keys and values of 512, bf16
     assert three["kv_cache"] == 512 * (431 + 128 + 1) * 28 * 2 * 512 * 2
     assert len({tuple(parts.values()) for parts in (one, two, three)}) == 3
     assert 24e9 < three["peak"] < 80e9
