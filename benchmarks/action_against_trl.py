@@ -35,13 +35,14 @@ import torch
 from benchmarks import report
 from elva.data import mbeir
 from elva.model.inputs import RET
-from elva.model.retriever import Retriever, create
+from elva.model.retriever import Retriever
+from elva.model.scratch import create
 from elva.recipe import NegativeConfig, RewardConfig, ScratchModel, StageConfig
 
 NEGATIVES, GROUPS, LONGEST = 20, 8, 32
 ROWS = (2 + NEGATIVES) * GROUPS
 STEM, SPLIT, PROMPT = mbeir.file_stem("made", "t2t"), "train", "Summarise it."
-SIDES = {"elva": (176, 44, 8), "trl": (176, 44, 8)}
+SIDES = {"elva": (44, 8), "trl": (44, 8)}
 """Side -> rows a forward and backward."""
 
 STAGE = StageConfig(
@@ -89,10 +90,10 @@ def _teach(source: Path, target: Path, words: list[str]) -> None:
     inputs, model = retriever.inputs, retriever.plain.train()
     draw = random.Random(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(240):
         rows = []
         for _ in range(16):
-            asked = inputs.text_ids(" ".join(draw.choices(words, k=draw.randint(20, 60))))
+            asked = inputs.text_ids(" ".join(draw.choices(words, k=draw.randint(5, 30))))
             said = inputs.text_ids(" ".join(draw.choices(words, k=30)))
             end = inputs.end_ids[0]
             rows.append([*asked, end, *said[: draw.randint(15, LONGEST - 1)], inputs.ret_id])
@@ -184,7 +185,8 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
     from elva.training import stage as stages
     from elva.training.callbacks import Callback
     from elva.training.examples import Examples
-    from elva.training.loop import Length, Loop
+    from elva.training.loop import Loop
+    from elva.training.plan import Length, Saving
     from elva.training.summaries import Summaries
 
     meter = Meter()
@@ -215,7 +217,7 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
 
     loop = Loop(
         retriever, work, settings, Length(steps), directory=place / "elva" / str(os.getpid()),
-        processes=processes, save_seconds=1e9, arguments={}, callbacks=[Step()],
+        processes=processes, saving=Saving(1e9), arguments={}, callbacks=[Step()],
     )  # fmt: skip
     meter.wrap(loop.accelerator, "backward", "backward")
     meter.wrap(loop.optimizer, "step", "optimizer")
@@ -277,14 +279,6 @@ def measure_trl(place: Path, rows: int, steps: int) -> dict[str, Any]:
         lambda *_, **__: "forward" if torch.is_grad_enabled() else "reference",
     )  # fmt: skip
     meter.wrap(trainer.accelerator, "backward", "backward")
-    meter.wrap(trainer, "create_optimizer", "start")
-    create = trainer.create_optimizer_and_scheduler
-
-    def created(*args: Any, **kwargs: Any) -> None:
-        create(*args, **kwargs)
-        meter.wrap(trainer.optimizer, "step", "optimizer")
-
-    trainer.create_optimizer_and_scheduler = created
     trainer.train()
     return meter.result()
 
@@ -318,7 +312,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["side"], str(row["rows"]), f"{row['cpu_s']:.2f}", f"{row['wall_s']:.2f}"]
         cells += [f"{row['peak_mb']:.0f}", f"{row['tokens']:.0f}"]
-        cells += [f"{row.get(part, 0.0):.3f}" for part in parts]
+        cells += [f"{row[part]:.3f}" if part in row else "-" for part in parts]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

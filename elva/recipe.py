@@ -155,8 +155,13 @@ class ModelConfig:
     """What is trained. `path` (a directory or a hub name) or, where it is None, `scratch`."""
 
     path: Text | None = None
+    revision: Text | None = None  # of a hub name: a branch, a tag or, pinned, a commit
+    attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None  # transformers' choice
     scratch: ScratchModel = ScratchModel()
     summary_prompt: Text = ""
+    max_pixels: Count | None = None  # of a picture, which is made smaller; None: the checkpoint's
+    min_pixels: Count | None = None  # likewise larger
+    features: Text | None = None  # a directory in which a frozen tower's are kept from run to run
     # of a checkpoint that is not at hand, for the memory estimate
     parameters: Annotated[int, between(1, 2**63 - 1)] | None = None
     vision_parameters: Whole = 0  # those of them in its tower
@@ -168,6 +173,11 @@ class ModelConfig:
     vocabulary_size: Count | None = None
     tied: bool = True  # embeddings and head are one table
     deepstack: Whole = 0  # inner layers of the tower that are features too
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """Bounds of a picture that none can meet."""
+        if self.max_pixels and self.min_pixels and self.min_pixels > self.max_pixels:
+            yield "min_pixels", f"be at most max_pixels, {self.max_pixels}"
 
 
 @dataclass(frozen=True)
@@ -356,6 +366,8 @@ class Recipe:
 
     def idle(self) -> Iterator[tuple[str, str]]:
         """Stages that cannot be trained, or not as they say."""
+        if self.model.revision is not None and self.model.path is None:
+            yield "model.revision", "be left out of a model that is made from nothing"
         for name, stage in self.stages.items():
             if stage.steps is None and stage.epochs is None:
                 yield f"stages.{name}", "have steps or epochs"

@@ -184,12 +184,14 @@ def resolve(
     assignments: Iterable[str] = (),
     *,
     model: str | None = None,
+    revision: str | None = None,
     data: str | None = None,
 ) -> Recipe:
     """A named recipe, changed by a YAML file and then by `a.b=c` assignments.
 
     Args:
         model: its `model.path`.
+        revision: its `model.revision`.
         data: the data of every stage and control; an assignment may change one again.
 
     Raises:
@@ -204,14 +206,15 @@ def resolve(
         if not isinstance(changes, Mapping):
             raise UserError(f"{file}:1: must be a mapping of recipe fields, got {shown(changes)}")
         recipe = build(Recipe, _merge(recipe, changes), places)
-    if model is not None:
-        recipe = build(Recipe, _merge(recipe, {"model": {"path": model}}), places)
+    named = {"path": model, "revision": revision}
+    if given := {key: value for key, value in named.items() if value is not None}:
+        recipe = build(Recipe, _merge(recipe, {"model": given}), places)
     if data is not None:
-        given = {
+        sources = {
             kind: {name: {"data": data} for name in getattr(recipe, kind)}
             for kind in ("stages", "controls")
         }
-        recipe = build(Recipe, _merge(recipe, given), places)
+        recipe = build(Recipe, _merge(recipe, sources), places)
     for text in assignments:
         path, separator, value = text.partition("=")
         if not separator or not path:

@@ -32,6 +32,9 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint to start from: a directory or a hub name.")
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub name in --model.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Data of every stage: a directory in M-BEIR's layout.")
     ] = None,
@@ -91,7 +94,7 @@ def train(
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
         wanted = None if stages is None else stages.split(",")
-        given = {"model": model, "data": data}
+        given = {"model": model, "revision": revision, "data": data}
         quiet_libraries()
         from elva.run import Run
 
@@ -113,7 +116,7 @@ def train(
             if mine:
                 run = _run_to_train(
                     Run, lambda: resolve(recipe, config, changes, **given), output, resume, wanted,
-                    began, controls, changed=bool(config is not None or changes or model or data),
+                    began, controls, changed=any((config, changes, model, revision, data)),
                 )  # fmt: skip
         directory = processes.agreed(None if run is None else run.directory)
         run = run or Run.open(directory)

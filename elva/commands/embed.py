@@ -205,7 +205,6 @@ def _embed_shards(
         chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
         before = len(faults.found)
         good = list(_readable(encoder, chosen, faults))
-        encoder.retriever.remember(good)
         out = encoder(good, _offset(reporter, done))
         done += len(chosen)
         table = pa.table(
@@ -223,7 +222,6 @@ def _embed_shards(
             plan.shards[shard], [out.embeddings], table,
             dim=encoder.retriever.embedding_size, dtype=dtype, model=plan.model,
         )  # fmt: skip
-        encoder.retriever.forget()
     bad = len(faults.found) - read
     skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
     reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")
@@ -233,7 +231,10 @@ def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterat
     for item in items:
         fine = False
         with faults.row():
-            encoder.retriever.inputs.prompt(item)
+            inputs = encoder.retriever.inputs
+            prompt = inputs.prompt(item)
+            if prompt.image is not None:
+                inputs.pixels(prompt.image)  # decoded, which a prompt is not
             fine = True
         if fine:
             yield item

@@ -24,8 +24,8 @@ from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
 from elva.training.callbacks import Callback, Trackers
 from elva.training.examples import Examples
-from elva.training.loop import BEST, Length, Loop, Saving
-from elva.training.plan import steps_an_epoch
+from elva.training.loop import BEST, Loop
+from elva.training.plan import Length, Saving, steps_an_epoch
 from elva.training.readiness import TrainingData, no_start, notices
 from elva.training.stage import Stage
 
@@ -101,8 +101,9 @@ class _Shared:
         self, recipe: Recipe, reporter: Reporter, processes: Processes,
         callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
-        self.data = TrainingData(recipe)
+        self.data, self.model = TrainingData(recipe), recipe.model
         self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
+        self._model = recipe.model
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -113,8 +114,13 @@ class _Shared:
             self.reporter.say(f"{title}: {line}")
 
     def load(self, path: Path, summary_prompt: str | None) -> Retriever:
-        retriever = Retriever.load(path, summary_prompt=summary_prompt, inputs=self._inputs)
+        model = self.model
+        retriever = Retriever.load(
+            path, summary_prompt=summary_prompt, inputs=self._inputs, attention=model.attention,
+            revision=model.revision if str(path) == model.path else None,
+        )  # fmt: skip
         self._inputs = retriever.inputs
+        self._inputs.bound_pixels(self._model.min_pixels, self._model.max_pixels)
         return retriever
 
 
@@ -219,7 +225,8 @@ def _begin(
     torch.manual_seed(recipe.seed)
     retriever = shared.load(beginning, recipe.model.summary_prompt)
     retriever.add_lora(settings.lora, keep=settings.holds)
-    retriever.freeze_vision(not settings.train_vision)
+    features = None if recipe.model.features is None else Path(recipe.model.features)
+    retriever.freeze_vision(not settings.train_vision, features)
     retriever.plain.train()
     examples = Examples(shared.data.of(settings), settings, recipe.seed)
     length = stage_length(settings, examples, limit, budget)

@@ -121,6 +121,16 @@ class Item:
         """
         return str(self._opened(lambda image: image.format))
 
+    def image_size(self) -> tuple[int, int]:
+        """Width and height of `load_image`'s picture, from the header; nothing is decoded.
+
+        Raises:
+            DataError: as `load_image`, but for damage beyond the header.
+        """
+        if isinstance(self.image, Image.Image):
+            return self.image.size
+        return self._opened(lambda image: image.size)
+
     def _opened(self, use: Callable[[Image.Image], _T]) -> _T:
         where = self.where or self.id
         if not isinstance(self.image, Path | bytes):

@@ -30,9 +30,6 @@ from elva.run import Run, evaluated
 AT_ONCE = 4096
 """Ours: items that are opened and tokenised at a time."""
 
-REMEMBERED = 4 * AT_ONCE
-"""Ours: with more pictures than this no frozen tower's features are kept across the tasks."""
-
 
 def evaluation_tasks(root: Path, split: str, recipe: Recipe | None = None) -> list[str]:
     """The tasks that are evaluated: those that a split of the data asks, in the order of `TASKS`.
@@ -85,6 +82,7 @@ def evaluate_stage(
         reporter.finish(f"{run.title(name)}: not evaluated, {root} has no queries of test or val")
         return None
     retriever = Retriever.load(run.model(name)) if retriever is None else retriever
+    retriever.freeze_vision(True)
     processes = processes or Processes()
     result = evaluate_model(run, retriever, run.title(name), reporter, processes, split)
     reporter.finish(_line(run.title(name), result))
@@ -116,7 +114,6 @@ def evaluate_model(
     tasks = {task: _Task.of(dataset, task, limit) for task in _tasks(dataset)}
     length = _last(run.recipe).max_completion_length
     encoder = _Encoder(retriever, reporter, title, run.recipe, length, processes)
-    encoder.remember([*tasks.values()])
     result: dict[str, Any] = {"split": split, "figures": {}, "samples": {}}
     training = retriever.plain.training
     retriever.plain.eval()
@@ -199,12 +196,6 @@ class _Encoder:
     recipe: Recipe
     max_completion_length: int
     processes: Processes
-
-    def remember(self, tasks: Sequence[_Task]) -> None:
-        """Keep what a frozen tower makes of the tasks' pictures, where they are few."""
-        if sum(len(task.queries) + len(task) for task in tasks) <= REMEMBERED:
-            items = (i for task in tasks for i in [*task.queries, *task.shown(range(len(task)))])
-            self.retriever.remember(item for item in items if item.image is not None)
 
     def queries(self, what: str, items: Sequence[Query]) -> _Encoded:
         return self._encode(what, len(items), lambda places: [items[i] for i in places])

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
-def decoding_cache(config: PreTrainedConfig, room: int) -> DynamicCache:
+def decoding_cache(config: Any, room: int) -> DynamicCache:
     """transformers' cache of a language model, whose layers of full attention write in place.
 
     Args:
+        config: the language model's.
         room: tokens after the prompt.
     """
     cache = DynamicCache(config=config)

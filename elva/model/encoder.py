@@ -79,6 +79,7 @@ class Encoder:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{unfit}; {reason}") from None
+        retriever.freeze_vision(True)
         if max_completion_length is not None:
             length = max_completion_length
         return cls(retriever, length, read, batch_size or size)

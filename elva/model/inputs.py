@@ -18,9 +18,14 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.image_utils import SizeDict
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 
 from elva.data import Item, Query
+from elva.files import sha256
 
 RET = "[RET]"
 """The token whose hidden state is the embedding."""
@@ -124,6 +129,7 @@ class Inputs:
         self._prompts: dict[tuple[str | None, str | None], Prompt] = {}
         self._frames: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
         self._pictures: dict[str, Item] = {}
+        self._contents: dict[str, str] = {}
         self._patches: dict[str, tuple[Tensor, Tensor]] = {}
         self._patches_bytes = 0
 
@@ -168,6 +174,14 @@ class Inputs:
             )
         return self._never[device]
 
+    def bound_pixels(self, least: int | None, most: int | None) -> None:
+        """Resize pictures to at least, and at most, so many pixels; None leaves the checkpoint's
+        own. It is saved with the checkpoint."""
+        size = self.image_processor.size
+        self.image_processor.size = SizeDict(
+            shortest_edge=least or size["shortest_edge"], longest_edge=most or size["longest_edge"]
+        )
+
     def save(self, path: Path) -> None:
         self.tokenizer.save_pretrained(path)
         self.image_processor.save_pretrained(path)
@@ -190,13 +204,22 @@ class Inputs:
         before, after = self._frame(image is not None, bool(text or self.summary_prompt))
         grid = None
         if image is not None:
-            merge = self.image_processor.merge_size
-            _, height, width = self.patches(image)[1].tolist()
-            grid = (height // merge, width // merge)
+            grid = self._grid(image)
             place = before.index(self.image_id)
             before = [*before[:place], *[self.image_id] * (grid[0] * grid[1]), *before[place + 1 :]]
         ids = torch.tensor([*before, *self._asked(text), *after])
         return Prompt(ids, mrope_positions(ids == self.image_id, grid), image)
+
+    def _grid(self, image: str) -> tuple[int, int]:
+        """Height and width of a picture in merged patches, as `patches` cuts it, from its
+        header."""
+        width, height = self._pictures[image].image_size()
+        processor = self.image_processor
+        cell = processor.patch_size * processor.merge_size
+        height, width = smart_resize(
+            height, width, cell, processor.size["shortest_edge"], processor.size["longest_edge"]
+        )
+        return height // cell, width // cell
 
     def _asked(self, text: str | None) -> list[int]:
         """The tokens of what is said, and of the prompt to summarise it."""
@@ -241,6 +264,13 @@ class Inputs:
             self._patches[image] = (pixels, torch.from_numpy(out["image_grid_thw"][0]))
             self._patches_bytes += pixels.nbytes
         return self._patches[image]
+
+    def content(self, image: str) -> str:
+        """A hash of a prompted picture, wherever it lies."""
+        if image not in self._contents:
+            shown = self._pictures[image].image
+            self._contents[image] = sha256(shown) if isinstance(shown, Path) else image
+        return self._contents[image]
 
     def pixels(self, image: str) -> dict[str, Tensor]:
         """Arguments of the model's `get_image_features` for a picture that was prompted."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
+from elva.errors import UserError
 from elva.model.inputs import Inputs, Prompt
 
 WORDS_ONLY = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -34,6 +35,14 @@ class ProcessorInputs(Inputs):
         inputs = cls(tokenizer, image_processor, summary_prompt, **told)
         inputs.processor = inputs._renderer = processor
         return inputs
+
+    def bound_pixels(self, least: int | None, most: int | None) -> None:
+        if least is not None or most is not None:
+            kind = type(self.image_processor).__name__
+            raise UserError(
+                f"train: model.max_pixels and min_pixels must be left out for pictures that "
+                f"{kind} cuts, got {most} and {least}; set the size in the checkpoint's own files"
+            )
 
     def save(self, path: Path) -> None:
         self.processor.save_pretrained(path)

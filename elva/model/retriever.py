@@ -12,8 +12,9 @@ import copy
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
@@ -23,19 +24,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from elva.data import Item
 from elva.model import adapters
 from elva.model.family import decoder_of, family_of, read_inputs, read_model, unreadable
-from elva.model.inputs import Inputs, PromptBatch
+from elva.model.inputs import Inputs, Prompt, PromptBatch
 from elva.model.packing import completions_a_reading, pack
+from elva.model.vision import FeatureFile, Features, each_alone, fingerprint
 from elva.recipe import LoraSettings
 
 NOTE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked, and what its adapter stands on (written
 by `Retriever.save`)."""
-
-FEATURES_KEPT_MB = 1024
-"""Features of pictures kept while the vision tower is frozen."""
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -51,7 +49,7 @@ class Retriever(nn.Module):
         self.train_vision = False
         self.name = ""
         self.base: adapters.Base | None = None
-        self._features: dict[str, Tensor] = {}
+        self.features: Features | None = None  # kept of a frozen tower
 
     def forward(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`work(...)`: whatever touches weights runs in such a call, which is what a wrapper of
@@ -91,6 +89,7 @@ class Retriever(nn.Module):
         else:
             base = adapters.Base(str(path), revision, inputs.ret_is_new and not note)
         plain = read_model(base.path, base.revision, attention)
+        base = replace(base, revision=getattr(plain.config, "_commit_hash", None) or base.revision)
         if len(inputs.tokenizer) > plain.lm_head.out_features:
             plain.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
         if base.ret_is_new:
@@ -196,66 +195,58 @@ class Retriever(nn.Module):
     # -- pictures ----------------------------------------------------------------------------------
 
     def image_features(self, images: Iterable[str]) -> dict[str, Tensor]:
-        """Vision tower once per distinct picture, each alone: {picture: [tokens, W]}.
+        """{picture: [tokens, W]}, the vision tower once per distinct picture, each as if alone.
 
-        Gradients flow only while the tower trains; a frozen tower's features come from `remember`
-        where they are kept.
+        While the tower trains, with gradients; without autocast where it does not; kept once it is
+        frozen.
         """
-        wanted = list(dict.fromkeys(images))
-        features = {i: self._features[i] for i in wanted if i in self._features}
-        for image in wanted:
-            if image not in features:
-                with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()):
-                    features[image] = self.picture_features(image)
-        return features
+        if self.features is None:
+            wanted = list(dict.fromkeys(images))
+            return dict(zip(wanted, self._towers(wanted), strict=True))
+        return self.features.get(images, self._towers, self.device)
 
     def picture_features(self, image: str) -> Tensor:
         """[tokens, W] of a picture that was prompted, by the vision tower of now."""
-        pixels = {k: v.to(self.device) for k, v in self.inputs.pixels(image).items()}
-        return self.family.features(self.plain, pixels)
+        return self._towers([image])[0]
 
-    def remember(self, items: Iterable[Item], *, at_most: int | None = None) -> bool:
-        """Whether a frozen tower's features of some items' pictures, all of them, are kept now.
+    def _towers(self, images: Sequence[str]) -> list[Tensor]:
+        frozen = not self.train_vision
+        plainly = torch.autocast(self.device.type, enabled=False) if frozen else nullcontext()
+        with torch.set_grad_enabled(self.train_vision and torch.is_grad_enabled()), plainly:
+            return each_alone(self._tower, map(self.inputs.pixels, images))
 
-        All or none: a cache that fills as it goes would make the bits of a feature depend on which
-        pictures happened to share its batch, and a resumed run differ from the one that was not
-        killed.
+    def _tower(self, pixels: Mapping[str, Tensor]) -> Tensor:
+        there = {name: value.to(self.device) for name, value in pixels.items()}
+        return self.family.features(self.plain, there)
+
+    def hold(self, prompts: Iterable[Prompt]) -> None:
+        """Make a step's features at once, and keep them until the next step's."""
+        images = [p.image for p in prompts if p.image is not None]
+        if self.features is not None:
+            self.features.hold(images)
+            self.image_features(images)
+
+    def freeze_vision(self, frozen: bool, features: Path | None = None) -> None:
+        """Choose whether the vision tower learns; either way features of earlier weights are
+        dropped.
 
         Args:
-            at_most: pictures that there can be, where it is known: what cannot fit is not read.
+            features: a directory in which a frozen tower's are kept from run to run.
+
+        Raises:
+            UserError: it holds what cannot be read.
         """
-        token = self.embedding_size * 4  # bytes
-        if self.train_vision or (at_most or 0) * token > FEATURES_KEPT_MB << 20:
-            return False
-        seen: dict[str, None] = {}
-        total = 0
-        for item in items if at_most != 0 else ():
-            if item.image is None:
-                continue
-            prompt = self.inputs.prompt(item)
-            if prompt.image is not None and prompt.image not in seen:
-                seen[prompt.image] = None
-                total += int((prompt.input_ids == self.inputs.image_id).sum()) * token
-            if total > FEATURES_KEPT_MB << 20:
-                return False
-        wanted = [image for image in seen if image not in self._features]
-        with torch.no_grad():
-            self._features.update((k, f.clone()) for k, f in self.image_features(wanted).items())
-        return True
-
-    def forget(self) -> None:
-        """Drop the features that are kept."""
-        self._features = {}
-
-    def freeze_vision(self, frozen: bool) -> None:
-        """Choose whether the vision tower learns; either way features of earlier weights are
-        dropped."""
         self.train_vision = not frozen
-        self._features = {}
         words = {id(p) for p in self.decoder.parameters()}
-        for parameter in self.plain.model.parameters():
-            if id(parameter) not in words:
-                parameter.requires_grad_(not frozen)
+        named = self.plain.model.named_parameters()
+        tower = {name: p for name, p in named if id(p) not in words}
+        file = None
+        if frozen and features is not None:
+            preprocessing = self.inputs.image_processor.to_json_string()
+            file = FeatureFile(features, fingerprint(tower, preprocessing))
+        self.features = Features(file, self.inputs.content) if frozen else None
+        for parameter in tower.values():
+            parameter.requires_grad_(not frozen)
 
     def read(
         self,
@@ -305,10 +296,11 @@ class Retriever(nn.Module):
             after each; column t + 1 is the state *at* completion token t. Columns of what is not
             real hold the states of others.
         """
-        lengths = mask.sum(1).tolist()
-        share = completions_a_reading(
-            self.decoder.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
-        )
+        share, lengths = 1, mask.sum(1).tolist()
+        if not self.family.probed:  # of which it is known that they take a mask of one's own
+            share = completions_a_reading(
+                self.decoder.config, prompts.input_ids.shape[1], lengths, len(mask) // len(prompts)
+            )
         packed = pack(prompts, completions, mask, share, self.inputs.tokenizer.pad_token_id)
         states = self.read(
             torch.cat([packed.prompts.input_ids, packed.completion_ids], dim=1),

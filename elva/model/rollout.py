@@ -255,12 +255,9 @@ class _Decoder:
         self.log_probs.append(logp.new_zeros(count).index_copy(0, self.rows, logp))
 
     def _feed(self, token: Tensor) -> None:
-        seen = self.cache.get_seq_length() + 1
-        states = self.retriever.read(
-            token[:, None], [], self.attention[:, :seen],
-            self.position[None, :, None].expand(3, -1, 1), self.cache,
-        )  # fmt: skip
-        self.hidden = states[:, -1]
+        seen = self.attention[:, : self.cache.get_seq_length() + 1]
+        position = self.position[None, :, None].expand(3, -1, 1)
+        self.hidden = self.retriever.read(token[:, None], [], seen, position, self.cache)[:, -1]
         self.position = self.position + 1
 
     def _keep(self, some: Tensor) -> None:

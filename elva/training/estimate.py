@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from elva.model.retriever import FEATURES_KEPT_MB, base_of
+from elva.model.retriever import base_of
 from elva.model.rollout import LOGITS_AT_ONCE
+from elva.model.vision import FEATURES_KEPT_MB
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def memory_bytes(
         "gradients": trained * _FP32,
         "optimizer": moments * trained * _FP32,
         "reference": stage.holds * (trained * _FP32 + whole * frozen * width),
-        "features": _features(stage, sizes, found or {}),
+        "features": _features(stage, sizes, found or {}, width),
         "activations": _activations(stage, recipe, sizes),
         "kv_cache": 0,
         "sampling": 0,
@@ -169,14 +170,12 @@ def _trained(stage: StageConfig, sizes: Sizes) -> int:
     return sizes.parameters - (0 if stage.train_vision else sizes.vision)
 
 
-def _features(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any]) -> float:
-    """Of pictures that a frozen tower has seen: all where they fit, else a step's."""
-    one = (sizes.prompt - min(_WORDS, sizes.prompt // 2)) * sizes.features * _FP32
+def _features(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any], width: int) -> float:
+    """Of pictures that a frozen tower has seen: a step's, and all others that the cache holds."""
+    one = (sizes.prompt - min(_WORDS, sizes.prompt // 2)) * sizes.features * width
     a_step = sequences_a_step(stage) // stage.num_generations
     every = float(found.get("pictures", math.inf)) * one
-    if stage.train_vision or every == 0:
-        return 0.0
-    return every if every <= FEATURES_KEPT_MB << 20 else a_step * one
+    return 0.0 if stage.train_vision else min(every, max(a_step * one, FEATURES_KEPT_MB << 20))
 
 
 def _activations(stage: StageConfig, recipe: Recipe, sizes: Sizes) -> float:

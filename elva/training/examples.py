@@ -4,7 +4,7 @@ Nothing here is a list of all rows: queries and pools stay the mapped tables tha
 reads, and are named by their row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -124,12 +124,6 @@ class Examples:
         """Pictures of queries and candidates, those that several share counted several times."""
         asked = np.isin(np.concatenate(list(self.rows.values())), self.queries.pictured)
         return self.candidates.pictures + int(asked.sum())
-
-    def items(self) -> Iterator[Item]:
-        """Every query and candidate, in a fixed order."""
-        for found in self.rows.values():
-            yield from (self.query(row) for row in found.tolist())
-        yield from (self.candidates[row] for row in range(len(self.candidates)))
 
 
 class Captions:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,27 +22,11 @@ from elva.run import title_of
 from elva.training.callbacks import Callback
 from elva.training.guards import refuse_broken_weights
 from elva.training.optimizer import make_optimizer, make_schedule, put_schedule
+from elva.training.plan import Length, Saving
 from elva.training.states import moments_of, put_moments, put_weights, weights_of
 
 BEST = "best"
 """Beside a stage's checkpoints: the weights of its best evaluation."""
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a stage runs: `steps`, or until `seconds` have passed and at most `steps`."""
-
-    steps: int
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Saving:
-    """When checkpoints are written inside a stage, and how many are kept: the recipe's fields."""
-
-    seconds: float
-    steps: int | None = None
-    limit: int = 2
 
 
 class Work(Protocol):

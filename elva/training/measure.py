@@ -1,6 +1,6 @@
 """Seconds of a stage, by steps that are trained here before the run: a few, on few queries.
 
-A step's seconds grow with its sequences. The size of the measured step is doubled until it takes
+A step's seconds grow with its sequences. The measured step grows until it takes
 long enough to be told from its overhead, or is the stage's own; the rest is proportion. What the
 model writes at its start runs to `max_completion_length`, so a trained one is faster.
 """
@@ -25,7 +25,8 @@ from elva.run import Run
 from elva.training.callbacks import Callback
 from elva.training.estimate import memory_bytes, sequences_a_step, sizes_of
 from elva.training.examples import Examples
-from elva.training.loop import Length, Loop, Saving
+from elva.training.loop import Loop
+from elva.training.plan import Length, Saving
 from elva.training.readiness import TrainingData
 from elva.training.stage import Stage
 
@@ -74,7 +75,7 @@ def measure(
             elif (why := _unfit(recipe, stage, checkpoint)) is not None:
                 found[name] = f"not measured: {why}"
             else:
-                examples = _Few(data.of(stage), stage, recipe.seed)
+                examples = Examples(data.of(stage), stage, recipe.seed)
                 found[name] = _measure(recipe, stage, examples, checkpoint, Path(scratch))
     return found
 
@@ -128,14 +129,6 @@ def _piece(stage: StageConfig, queries: int) -> StageConfig:
     )  # fmt: skip
 
 
-class _Few(Examples):
-    """Examples of which no more is read ahead than a step asks for."""
-
-    @property
-    def pictures(self) -> int:
-        return 1 << 40
-
-
 class _Clock(Callback):
     """Seconds of each step."""
 
@@ -181,7 +174,7 @@ def _measure(
     if stage.banks or stage.hard_batches or stage.negatives.mined:
         mining = _mining_seconds(work, examples)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    return Measured(seconds * share * stage.num_iterations, mining, piece.batch_size, longest)
+    return Measured(seconds * share, mining, piece.batch_size, longest)
 
 
 def _mining_seconds(work: Stage, examples: Examples) -> float:

@@ -17,6 +17,23 @@ NEIGHBOURS = 7
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long a stage runs: `steps`, or until `seconds` have passed and at most `steps`."""
+
+    steps: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written inside a stage, and how many are kept: the recipe's fields."""
+
+    seconds: float
+    steps: int | None = None
+    limit: int = 2
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's queries, as rows of `Examples.queries`."""
 

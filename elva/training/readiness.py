@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import is_flash_attn_2_available
 
 from elva.data import Dataset, Item, Pool, load
 from elva.data.queries import Queries
@@ -67,7 +68,7 @@ def check(
     if line := next(_problems(recipe, _kinds(recipe, names, controls), start_from), None):
         raise RunError(line)
     if start_from is None:
-        _refuse_unfit(recipe.model.path)
+        _refuse_unfit(recipe.model)
     ready = look(recipe, stages, start_from, controls=controls)
     if not (output / "recipe.yaml").exists():  # a run that goes on has what it needed
         _refuse_full_disk(recipe, _kinds(recipe, names, controls), output)
@@ -148,7 +149,7 @@ def _problems(
         yield no_start(first, list(recipe.stages)[place - 1])
     yield from _missing_data(recipe, kinds)
     if start_from is None:
-        yield from _missing_model(recipe.model.path)
+        yield from _missing_model(recipe.model)
 
 
 def _missing_data(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[str]:
@@ -161,7 +162,13 @@ def _missing_data(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[
             )
 
 
-def _missing_model(model: str | None) -> Iterator[str]:
+def _missing_model(asked: ModelConfig) -> Iterator[str]:
+    if asked.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        yield (
+            "recipe: model.attention must be sdpa or eager here, got flash_attention_2; "
+            "it needs a GPU and flash-attn (pip install flash-attn)"
+        )
+    model = asked.path
     if model is None:
         return
     if Path(model).is_dir():
@@ -174,6 +181,11 @@ def _missing_model(model: str | None) -> Iterator[str]:
             yield (
                 "recipe: model.path must be a checkpoint that takes pictures and text, got "
                 f"{kind} in {model}"
+            )
+        if asked.revision is not None:
+            yield (
+                "recipe: model.revision must be left out of a directory, got "
+                f"{asked.revision!r} of {model}"
             )
     elif not re.fullmatch(HUB_NAME, model):
         yield f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
@@ -195,12 +207,13 @@ def _look(recipe: Recipe, stage: StageConfig, dataset: Dataset) -> Row:
     }
 
 
-def _refuse_unfit(model: str | None) -> None:
+def _refuse_unfit(asked: ModelConfig) -> None:
     """RunError for a checkpoint of which a part is missing or damaged, before a run is made."""
+    model = asked.path
     if model is None:
         return
     try:
-        inputs = read_inputs(model, "")
+        inputs = read_inputs(model, "", asked.revision)
         inputs.prompt(Item("0", "a", None, "text"))
         at_hand(ModelConfig(model))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

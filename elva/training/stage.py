@@ -125,7 +125,6 @@ class Stage:
                 dtype=retriever.embedding_dtype, device=retriever.device,
             )  # fmt: skip
             retriever.log_temperature = nn.Parameter(start)
-        self.remembers = retriever.remember(examples.items(), at_most=examples.pictures)
         self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic, processes)
         self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed)
         neighbours = None
@@ -203,9 +202,6 @@ class Stage:
                 assert self.negatives.bank is not None
                 rows = torch.from_numpy(found.candidates[found.rolled :])
                 bank = self.negatives.bank[rows.to(self.negatives.bank.device)]
-        if not self.remembers and not self.retriever.train_vision:
-            self.retriever.forget()  # a step's own pictures once, for all its forwards
-            self.retriever.remember(items)
         asked = len(found.queries)
         places = [*asks, *(asked + i for i in shows)]  # of the step's prompts
         everyone = asked + (found.rolled if stage.embeds else 0)
@@ -213,6 +209,7 @@ class Stage:
         if spare:
             items, shown, places = [found.queries[0]], [answers[0]], [0]
         prompts = [self.retriever.inputs.prompt(i) for i in items]
+        self.retriever.hold(prompts)
         gold = None
         if examples.captions is not None:
             gold = self.summaries.caption_ids(examples.captions.of(shown))
@@ -459,5 +456,5 @@ def _frozen_copy(retriever: Retriever) -> Retriever | None:
     if isinstance(retriever.model, PeftModel):
         return None
     frozen = Retriever(copy.deepcopy(retriever.model).requires_grad_(False), retriever.inputs)
-    frozen._features = retriever._features  # of the same tower
+    frozen.features = retriever.features  # of the same tower
     return frozen

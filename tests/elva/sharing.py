@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from elva import checkpoint
 from elva.processes import Processes
 from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
+from elva.training.plan import Saving
 from elva.training.states import trained
 from tests.elva.stages import INFO_NCE, POLICY, Stage
 
@@ -79,7 +80,7 @@ def run(name: str, model: str, corpus: str, out: str, resume: str | None = None)
 
     stage.work.step = keeping
     if resume is None:
-        stage.loop.save_seconds = 0.0
+        stage.loop.saving = Saving(0.0)
         stage.loop.train()
     else:
         stage.loop.train(checkpoint.newest(Path(resume)))

@@ -14,7 +14,8 @@ from elva.processes import Processes
 from elva.recipe import NegativeConfig, StageConfig
 from elva.training.callbacks import Callback
 from elva.training.examples import Examples
-from elva.training.loop import Length, Loop, Saving
+from elva.training.loop import Loop
+from elva.training.plan import Length, Saving
 from elva.training.stage import Stage as Work
 
 POLICY = StageConfig(
@@ -44,13 +45,14 @@ class Stage:
     def __init__(
         self, checkpoint: Path, corpus: Path, stage: StageConfig, directory: Path, *,
         steps: int = 3, extra: dict[str, Any] | None = None, seed: int = 0,
+        features: Path | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.retriever = Retriever.load(checkpoint, summary_prompt="Summarise it.")
         self.retriever.to(dtype or self.retriever.plain.dtype)
         if stage.lora.rank:
             self.retriever.add_lora(stage.lora)
-        self.retriever.freeze_vision(True)
+        self.retriever.freeze_vision(True, features)
         self.retriever.plain.train()
         self.said: list[str] = []
         self.log: list[dict[str, float]] = []

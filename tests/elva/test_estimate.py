@@ -106,7 +106,6 @@ def test_activations_are_what_autograd_keeps(
     assert sum(kept.values()) == pytest.approx(parts["activations"] - in_backward, rel=0.3)
 
 
-@torch.no_grad()
 def test_the_cache_of_a_rollout_is_keys_and_values_of_its_rows(
     released: Released, corpus: Path
 ) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from elva.data import Item
 from elva.errors import UserError
 from elva.model import probe
-from elva.model.family import decoder_of
+from elva.model.family import decoder_of, read_model
 from elva.model.inputs import RET, mrope_positions
 from elva.model.retriever import Retriever
 from elva.recipe import LoraSettings
@@ -171,3 +171,15 @@ def test_ret_is_saved_with_a_stock_processor(checkpoint, tmp_path):
     item = Item("0", "a dog", Image.new("RGB", (40, 30), "red"), "image,text")
     prompts = [r.inputs.prompt(item) for r in (first, again)]
     assert torch.equal(prompts[0].input_ids, prompts[1].input_ids)
+
+
+def test_attentions_agree(checkpoint):
+    """`eager` is the definition; what transformers chooses by itself is sdpa."""
+    ids = torch.arange(3, 20)[None]
+    found = []
+    for attention in ("eager", "sdpa", None):
+        model = read_model(checkpoint("qwen3_vl"), attention=attention)
+        assert model.config._attn_implementation == (attention or "sdpa")
+        found.append(model(input_ids=ids).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], found[2])

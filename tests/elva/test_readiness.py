@@ -131,3 +131,22 @@ def test_shares_of_tasks_are_replaced_by_a_mapping_and_changed_by_a_path() -> No
     assert resolve("emoji", None, ["stages.1.tasks={t2i: 1}"]).stages["1"].tasks == {"t2i": 1}
     changed = resolve("emoji", None, ["stages.2.tasks.t2i=0.9"]).stages["2"].tasks
     assert changed == {"t2i": 0.9, "i2t": 0.3, "it2i": 0.2}
+
+
+def test_a_revision_is_a_hub_names(
+    released: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    given = ("--model", released("tied"), "--data", corpus, "--revision", "abc")
+    assert "model.revision must be left out of a directory, got 'abc'" in refused(tmp_path, *given)
+    line = refused(tmp_path, "--recipe", "smoke", "--revision", "abc", "--stages", "0")
+    assert "model.revision must be left out of a model that is made from nothing" in line
+    assert resolve("elva-2b", revision="abc").model.revision == "abc"
+
+
+def test_attention_that_is_not_installed_is_one_line(
+    released: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    given = ("--model", released("tied"), "--data", corpus, "--set")
+    line = refused(tmp_path, *given, "model.attention=flash_attention_2")
+    assert "model.attention must be sdpa or eager here, got flash_attention_2" in line
+    assert "model.attention must be" in refused(tmp_path, *given, "model.attention=fast")

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from elva.data import Item, load
 from elva.draws import permutation, uniforms
 from elva.model import rollout
 from elva.model.cache import decoding_cache
-from elva.model.inputs import RET, Prompt, mrope_positions
+from elva.model.inputs import RET, Inputs, Prompt, mrope_positions
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode, sample, token_log_probs
 from elva.model.scratch import create
@@ -331,3 +332,36 @@ def test_a_decoding_cache_is_transformers_own_without_its_copies(retriever: Retr
             at = found[0].data_ptr()
             assert whole in (None, at)  # no step moves what was written
             whole = at
+
+
+@pytest.mark.parametrize("longest_edge", [56 * 56, 28 * 28 * 40])
+def test_a_picture_is_tokenised_by_its_header(
+    checkpoint: Path, tmp_path: Path, longest_edge: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd sizes, extreme ratios, turned by EXIF, each format: the grid of the decoded patches."""
+    inputs = Retriever.load(checkpoint).inputs
+    inputs.bound_pixels(28 * 28 * 4, longest_edge)
+    inputs.save(tmp_path)
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    inputs = Inputs.load(tmp_path, "")
+    assert dict(inputs.image_processor.size) == {
+        "shortest_edge": 28 * 28 * 4, "longest_edge": longest_edge,
+    }  # fmt: skip
+    decoded: list[str] = []
+    load_image = Item.load_image
+    monkeypatch.setattr(
+        Item, "load_image", lambda self: (decoded.append(self.id), load_image(self))[1]
+    )
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    sizes = [(1, 1), (29, 31), (640, 480), (333, 77), (1500, 11), (7, 900), (41, 41), (1000, 999)]
+    for number, (size, kind) in enumerate((s, k) for s in sizes for k in ("jpg", "png", "webp")):
+        path = tmp_path / f"{number}.{kind}"
+        Image.new("RGB", size, "red").save(path, exif=turned)
+        prompt = inputs.prompt(Item(str(number), None, path, "image"))
+        placeholders = int((prompt.input_ids == inputs.image_id).sum())
+        assert decoded == []
+        _, height, width = inputs.patches(str(path))[1].tolist()
+        assert placeholders * inputs.image_processor.merge_size**2 == height * width
+        assert inputs._grid(str(path)) == (height // 2, width // 2)
+        assert decoded.pop() == str(number)
