@@ -35,7 +35,8 @@ NOTE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked, and what its adapter stands on (written
 by `Retriever.save`)."""
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Retriever(nn.Module):
@@ -44,6 +45,7 @@ class Retriever(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
+        self.log_temperature: nn.Parameter | None = None  # of InfoNCE, while it is learnt
         self.inputs = inputs
         self.family = family_of(self.plain.config)
         self.train_vision = False
@@ -280,7 +282,7 @@ class Retriever(nn.Module):
             # Never left to the model: it would reuse the rope offset of an earlier picture.
             position_ids=self.family.positions(position_ids),
             use_cache=cache is not None,
-            **{_cache_name(type(decoder)): cache},
+            **{_cache_name(type(decoder).forward): cache},
         ).last_hidden_state
         return states
 
@@ -319,9 +321,9 @@ def _note(path: Path) -> dict[str, Any]:
 
 
 @lru_cache
-def _cache_name(decoder: type[nn.Module]) -> str:
-    """What its forward calls a cache; transformers has renamed it."""
-    names = inspect.signature(decoder.forward).parameters
+def _cache_name(forward: Callable[..., Any]) -> str:
+    """What a decoder's forward calls a cache; transformers has renamed it."""
+    names = inspect.signature(forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 

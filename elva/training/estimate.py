@@ -271,7 +271,7 @@ def _described(
     name: str, recipe: Recipe, limit: int | None, data: Mapping[str, Any],
     measured: Measured | str | None,
 ) -> dict[str, Any]:  # fmt: skip
-    stage = {**recipe.stages, **recipe.controls}[name]
+    stage = recipe.stages.get(name) or recipe.controls[name]
     steps = steps_of(stage, limit, data.get("steps_an_epoch"))
     hours: float | str = measured if isinstance(measured, str) else "not measured: no data here"
     seconds = None
