@@ -350,3 +350,10 @@ def _begin_as_chat_end(model: PreTrainedModel, inputs: Inputs) -> None:
         for part in (model.get_input_embeddings(), model.lm_head):
             table = cast(Tensor, part.weight)
             table[inputs.ret_id] = table[inputs.end_ids[0]]
+
+
+def base_of(path: Path) -> Path:
+    """The directory with a checkpoint's weights: itself, or what its adapter stands on."""
+    if not adapters.is_adapter(path):
+        return path
+    return Path(adapters.Base.read(path, _note(path)["base"]).path)
