@@ -256,7 +256,8 @@ class Disturbed:
                     seen = True
                     self.marks.append(mark)
                     index = timeline.place[_name(mark)]
-                    if due is None and target is not None and index >= target:
+                    last = index == len(timeline.marks) - 1  # a busy machine was late: all is done
+                    if due is None and target is not None and target <= index and not last:
                         due = mark["time"] + share * timeline.seconds(index), mark
                 if time.monotonic() - began > PATIENCE_S:
                     raise RuntimeError(f"elva {' '.join(words)} is at work for {PATIENCE_S:.0f} s")
