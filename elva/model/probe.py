@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ def fault(retriever: Retriever) -> str | None:
 def _faults(retriever: Retriever) -> Iterator[str]:
     inputs, plain = retriever.inputs, retriever.plain
     tolerance = TOLERANCE[plain.dtype]
-    rows = min(p.weight.shape[0] for p in (plain.get_input_embeddings(), plain.lm_head))
+    tables = (plain.get_input_embeddings(), plain.lm_head)
+    rows = min(len(cast(Tensor, table.weight)) for table in tables)
     written = inputs.tokenizer(RET, add_special_tokens=False).input_ids
     if list(written) != [inputs.ret_id] or inputs.ret_id >= rows:
         yield f"{RET} cannot be added to its vocabulary"

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -35,7 +34,8 @@ NOTE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked, and what its adapter stands on (written
 by `Retriever.save`)."""
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Retriever(nn.Module):
@@ -280,7 +280,7 @@ class Retriever(nn.Module):
             # Never left to the model: it would reuse the rope offset of an earlier picture.
             position_ids=self.family.positions(position_ids),
             use_cache=cache is not None,
-            **{_cache_name(type(decoder)): cache},
+            **{_cache_name(decoder): cache},
         ).last_hidden_state
         return states
 
@@ -318,8 +318,7 @@ def _note(path: Path) -> dict[str, Any]:
     return found
 
 
-@lru_cache
-def _cache_name(decoder: type[nn.Module]) -> str:
+def _cache_name(decoder: nn.Module) -> str:
     """What its forward calls a cache; transformers has renamed it."""
     names = inspect.signature(decoder.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
