@@ -190,7 +190,7 @@ def _print_plan(
     from elva.training.readiness import look
 
     ready = look(recipe, stages, start_from, controls=controls)
-    every = recipe.stages | recipe.controls
+    every = {**dict(recipe.stages), **dict(recipe.controls)}
     kinds = {name: every[name] for name in ready.stages if every[name].steps or every[name].epochs}
     measured = measure(recipe, kinds, ready.data, start_from)  # not of a control by the clock
     plan = {

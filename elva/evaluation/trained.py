@@ -223,11 +223,11 @@ class _Encoder:
             embeddings[start : start + len(places)] = out.embeddings
             summaries += out.summaries
             finished += int(out.finished.sum())
-        finished = self.processes.total({"finished": finished})["finished"]
+        ended = self.processes.total({"finished": finished})["finished"]
         return _Encoded(
             self.processes.gather(embeddings.to(model.device), count).cpu(),
             self.processes.gather_list(summaries),
-            1 - finished / max(1, count),
+            1 - ended / max(1, count),
         )
 
 

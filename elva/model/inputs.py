@@ -178,7 +178,7 @@ class Inputs:
         """Resize pictures to at least, and at most, so many pixels; None leaves the checkpoint's
         own. It is saved with the checkpoint."""
         size = self.image_processor.size
-        self.image_processor.size = SizeDict(
+        self.image_processor.size = SizeDict(  # type: ignore[assignment]
             shortest_edge=least or size["shortest_edge"], longest_edge=most or size["longest_edge"]
         )
 

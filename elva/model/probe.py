@@ -44,7 +44,7 @@ def _faults(retriever: Retriever) -> Iterator[str]:
     inputs, plain = retriever.inputs, retriever.plain
     tolerance = TOLERANCE[plain.dtype]
     tables = (plain.get_input_embeddings(), plain.lm_head)
-    rows = min(len(cast(Tensor, table.weight)) for table in tables)
+    rows = min(cast(Tensor, p.weight).shape[0] for p in tables)
     written = inputs.tokenizer(RET, add_special_tokens=False).input_ids
     if list(written) != [inputs.ret_id] or inputs.ret_id >= rows:
         yield f"{RET} cannot be added to its vocabulary"

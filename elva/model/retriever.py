@@ -44,6 +44,7 @@ class Retriever(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
+        self.log_temperature: nn.Parameter | None = None  # of InfoNCE, while it is learnt
         self.inputs = inputs
         self.family = family_of(self.plain.config)
         self.train_vision = False
@@ -280,7 +281,7 @@ class Retriever(nn.Module):
             # Never left to the model: it would reuse the rope offset of an earlier picture.
             position_ids=self.family.positions(position_ids),
             use_cache=cache is not None,
-            **{_cache_name(decoder): cache},
+            **{_cache_name(type(decoder).forward): cache},
         ).last_hidden_state
         return states
 
@@ -318,9 +319,10 @@ def _note(path: Path) -> dict[str, Any]:
     return found
 
 
-def _cache_name(decoder: nn.Module) -> str:
-    """What its forward calls a cache; transformers has renamed it."""
-    names = inspect.signature(decoder.forward).parameters
+@lru_cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    """What a decoder's forward calls a cache; transformers has renamed it."""
+    names = inspect.signature(forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 
@@ -349,3 +351,10 @@ def _begin_as_chat_end(model: PreTrainedModel, inputs: Inputs) -> None:
         for part in (model.get_input_embeddings(), model.lm_head):
             table = cast(Tensor, part.weight)
             table[inputs.ret_id] = table[inputs.end_ids[0]]
+
+
+def base_of(path: Path) -> Path:
+    """The directory with a checkpoint's weights: itself, or what its adapter stands on."""
+    if not adapters.is_adapter(path):
+        return path
+    return Path(adapters.Base.read(path, _note(path)["base"]).path)

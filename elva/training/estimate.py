@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from elva.model.retriever import base_of
+from elva.model.rollout import LOGITS_AT_ONCE
 from elva.model.vision import FEATURES_KEPT_MB
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
 
@@ -92,7 +94,7 @@ def at_hand(model: ModelConfig) -> ModelConfig:
     heads = text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // heads
     parameters = vision = 0
-    for file in sorted(Path(model.path).glob("*.safetensors")):
+    for file in sorted(base_of(Path(model.path)).glob("*.safetensors")):
         with safe_open(file, "numpy") as weights:
             for name in weights.keys():  # noqa: SIM118 - no mapping
                 shape = weights.get_slice(name).get_shape()
@@ -139,8 +141,8 @@ def memory_bytes(
         "weights": frozen * width + trained * _FP32,
         "gradients": trained * _FP32,
         "optimizer": moments * trained * _FP32,
-        "reference": (frozen * width + trained * _FP32) if stage.holds and whole else 0,
-        "features": _features(stage, sizes, found or {}),
+        "reference": stage.holds * (trained * _FP32 + whole * frozen * width),
+        "features": _features(stage, sizes, found or {}, width),
         "activations": _activations(stage, recipe, sizes),
         "kv_cache": 0,
         "sampling": 0,
@@ -148,9 +150,10 @@ def memory_bytes(
     held = sum(parts[name] for name in ("weights", "optimizer", "reference", "features"))
     if stage.completions == "sampled":
         rows = min(stage.rollout_batch_size, sequences_a_step(stage))
-        tokens = sizes.prompt + stage.max_completion_length + 1  # [RET]
+        tokens = sizes.prompt + stage.max_completion_length + 1
+        at_once = max(1, LOGITS_AT_ONCE // sizes.vocabulary)
         parts["kv_cache"] = rows * tokens * sizes.layers * 2 * sizes.keys * width
-        parts["sampling"] = rows * sizes.vocabulary * _SAMPLED
+        parts["sampling"] = min(rows, at_once) * sizes.vocabulary * _SAMPLED
     backward = parts["gradients"] + parts["activations"]
     return {**parts, "peak": held + max(backward, parts["kv_cache"] + parts["sampling"])}
 
@@ -167,14 +170,12 @@ def _trained(stage: StageConfig, sizes: Sizes) -> int:
     return sizes.parameters - (0 if stage.train_vision else sizes.vision)
 
 
-def _features(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any]) -> float:
-    """Of pictures that a frozen tower has seen: as many as are kept, and a step's at least."""
-    one = (sizes.prompt - min(_WORDS, sizes.prompt // 2)) * sizes.features * _FP32
+def _features(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any], width: int) -> float:
+    """Of pictures that a frozen tower has seen: a step's, and all others that the cache holds."""
+    one = (sizes.prompt - min(_WORDS, sizes.prompt // 2)) * sizes.features * width
     a_step = sequences_a_step(stage) // stage.num_generations
     every = float(found.get("pictures", math.inf)) * one
-    if stage.train_vision or every == 0:
-        return 0.0
-    return min(every, max(FEATURES_KEPT_MB << 20, a_step * one))
+    return 0.0 if stage.train_vision else min(every, max(a_step * one, FEATURES_KEPT_MB << 20))
 
 
 def _activations(stage: StageConfig, recipe: Recipe, sizes: Sizes) -> float:
@@ -206,10 +207,10 @@ def disk_bytes(stage: StageConfig, recipe: Recipe) -> dict[str, float] | None:
     sizes = sizes_of(recipe.model)
     if sizes is None:
         return None
-    whole = stage.lora.rank == 0  # trained, so in fp32
     trained = _trained(stage, sizes)
+    whole = stage.lora.rank == 0 or stage.train_vision  # else the adapter alone, beside its base
     return {
-        "model": sizes.parameters * (_FP32 if whole else _width(recipe)),
+        "model": _FP32 * (sizes.parameters if whole else trained),
         "checkpoints": (recipe.save_total_limit + 1) * 3 * _FP32 * trained,
     }
 
@@ -270,7 +271,7 @@ def _described(
     name: str, recipe: Recipe, limit: int | None, data: Mapping[str, Any],
     measured: Measured | str | None,
 ) -> dict[str, Any]:  # fmt: skip
-    stage = (recipe.stages | recipe.controls)[name]
+    stage = recipe.stages.get(name) or recipe.controls[name]
     steps = steps_of(stage, limit, data.get("steps_an_epoch"))
     hours: float | str = measured if isinstance(measured, str) else "not measured: no data here"
     seconds = None

@@ -1,6 +1,6 @@
 """Seconds of a stage, by steps that are trained here before the run: a few, on few queries.
 
-A step's seconds grow with its sequences. The size of the measured step is doubled until it takes
+A step's seconds grow with its sequences. The measured step grows until it takes
 long enough to be told from its overhead, or is the stage's own; the rest is proportion. What the
 model writes at its start runs to `max_completion_length`, so a trained one is faster.
 """
@@ -31,7 +31,11 @@ from elva.training.readiness import TrainingData
 from elva.training.stage import Stage
 
 ENOUGH_S = 0.3  # ours: of a step, in which a loop's overhead is a few hundredths
-FIRST, FACTOR = 4, 4  # ours: queries of the first measured step, and how much larger the next is
+FIRST, FACTOR, STEPS = (
+    16,
+    4,
+    3,
+)  # ours: queries of the first measured step, how much larger the next is, and steps of each
 EMBEDDED = 32  # ours: items by which a pool's embedding is measured
 CPU_OPERATIONS = 4e12  # ours: of the first step, about a minute of two cores
 
@@ -71,7 +75,7 @@ def measure(
             elif (why := _unfit(recipe, stage, checkpoint)) is not None:
                 found[name] = f"not measured: {why}"
             else:
-                examples = _Few(data.of(stage), stage, recipe.seed)
+                examples = Examples(data.of(stage), stage, recipe.seed)
                 found[name] = _measure(recipe, stage, examples, checkpoint, Path(scratch))
     return found
 
@@ -125,14 +129,6 @@ def _piece(stage: StageConfig, queries: int) -> StageConfig:
     )  # fmt: skip
 
 
-class _Few(Examples):
-    """Examples of which no more is read ahead than a step asks for."""
-
-    @property
-    def pictures(self) -> int:
-        return 1 << 40
-
-
 class _Clock(Callback):
     """Seconds of each step."""
 
@@ -151,25 +147,24 @@ def _measure(
 ) -> Measured:
     processes = Processes()
     retriever = Retriever.load(checkpoint, summary_prompt=recipe.model.summary_prompt)
-    if stage.lora.rank:
-        retriever.add_lora(stage.lora)
+    retriever.add_lora(stage.lora, keep=stage.holds)
     retriever.freeze_vision(not stage.train_vision)
     retriever.plain.train()
     queries, seconds, mining = FIRST, 0.0, 0.0
     while True:
         piece = _piece(stage, queries)
         work = Stage(
-            retriever, piece, examples, 2, seed=(recipe.seed, "plan"), arguments=recipe.trainer,
+            retriever, piece, examples, STEPS, seed=(recipe.seed, "plan"), arguments=recipe.trainer,
             title="plan", processes=processes, say=lambda line: None,
         )  # fmt: skip
         clock = _Clock()
         loop = Loop(
-            retriever, work, piece, Length(2), directory=scratch / "stage-plan",
+            retriever, work, piece, Length(STEPS), directory=scratch / "stage-plan",
             processes=processes, saving=Saving(float("inf")), arguments=recipe.trainer,
             callbacks=[clock],
         )  # fmt: skip
         loop.train()
-        seconds = clock.seconds[-1]  # the first one's includes what is done once
+        seconds = min(clock.seconds[1:])  # the first one's includes what is done once
         loop.close()
         if seconds >= ENOUGH_S or queries >= stage.batch_size:
             break
@@ -179,7 +174,7 @@ def _measure(
     if stage.banks or stage.hard_batches or stage.negatives.mined:
         mining = _mining_seconds(work, examples)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    return Measured(seconds * share * stage.num_iterations, mining, piece.batch_size, longest)
+    return Measured(seconds * share, mining, piece.batch_size, longest)
 
 
 def _mining_seconds(work: Stage, examples: Examples) -> float:

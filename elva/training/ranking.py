@@ -107,8 +107,8 @@ def info_nce(
     sources = _sources(comparison, columns).repeat(1, groups)[:, None].expand_as(mass)
     sources = sources.where(sources != SOURCES.index("in_batch"), -1)  # the rest of its softmax
     found = dict(_by_source("infonce", scores, mass, sources, total))
-    shares = sum(value for name, value in found.items() if name.startswith("infonce_share"))
-    return loss, {**metrics, **found, "infonce_share_in_batch": max(0.0, 1.0 - shares)}
+    own_shares = sum(value for name, value in found.items() if name.startswith("infonce_share"))
+    return loss, {**metrics, **found, "infonce_share_in_batch": max(0.0, 1.0 - own_shares)}
 
 
 def reward(

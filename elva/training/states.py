@@ -31,7 +31,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state, whole: `name|key` -> tensor; every process calls it."""
-    names = {p: name for name, p in trained(model).items()}
+    names: dict[Any, str] = {p: name for name, p in trained(model).items()}
     return {
         f"{names[p]}|{key}": _whole(value)
         for p, entry in optimizer.state.items()

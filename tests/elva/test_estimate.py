@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from elva.data import Item
 from elva.model.retriever import Retriever
 from elva.model.rollout import _Decoder
 from elva.recipe import LoraSettings, ModelConfig, Recipe, StageConfig
@@ -51,8 +52,9 @@ def test_the_papers_adapter_is_323_million_values() -> None:
     assert two["weights"] == 2 * 8_291_375_616 + 4 * sizes.adapter(128)
     assert two["gradients"] + two["optimizer"] == 12 * sizes.adapter(128)
     assert one["optimizer"] < 0.51 * two["optimizer"]  # its rank is 64
-    # 512 rollouts of 431 + 128 tokens and [RET], 28 layers, keys and values of 512, bf16
-    assert three["kv_cache"] == 512 * (431 + 128 + 1) * 28 * 2 * 512 * 2
+    # rollouts of 431 + 128 tokens and [RET], 28 layers, keys and values of 512, bf16
+    rows = recipe.stages["3"].rollout_batch_size
+    assert three["kv_cache"] == rows * (431 + 129) * 28 * 2 * 512 * 2
     assert len({tuple(parts.values()) for parts in (one, two, three)}) == 3
     assert 24e9 < three["peak"] < 80e9
     kept = replace(recipe, trainer={**recipe.trainer, "gradient_checkpointing": True})
@@ -63,7 +65,7 @@ def test_the_papers_adapter_is_323_million_values() -> None:
 SAVED = {
     "InfoNCE": (replace(INFO_NCE, batch_size=16), {}),
     "an adapter": (replace(INFO_NCE, batch_size=16, lora=LoraSettings(4, 8)), {}),
-    "policy": (replace(POLICY, rollout_candidates="query_positive"), {}),
+    "words": (replace(INFO_NCE, batch_size=16, anchor=1.0), {}),
 }
 
 
@@ -100,23 +102,20 @@ def test_activations_are_what_autograd_keeps(
     sizes = sizes_of(recipe.model)
     assert parts is not None and sizes is not None
     logits = 4 * estimate.sequences_a_step(stage) * stage.max_completion_length * sizes.vocabulary
-    in_backward = 2 * logits * (kind == "policy")  # their gradients, which are not kept
+    in_backward = 2 * logits * (kind == "words")  # their gradients, which are not kept
     assert sum(kept.values()) == pytest.approx(parts["activations"] - in_backward, rel=0.3)
 
 
 def test_the_cache_of_a_rollout_is_keys_and_values_of_its_rows(
     released: Released, corpus: Path
 ) -> None:
-    from elva.data import Item
-
     retriever = Retriever.load(released("untied"), summary_prompt="")
     prompt = retriever.inputs.prompt(Item("0", "a red heart", None, "text"))
     batch = retriever.inputs.collate([prompt] * 3, retriever.device)
-    with torch.no_grad():
-        decoder = _Decoder(retriever, batch, 2, 8 + 1, 1.0, "at_ret")
+    decoder = _Decoder(retriever, batch, 2, 6, 1.0, "at_ret")
     held = sum(x.nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))
     stage = replace(POLICY, batch_size=3, num_generations=2, rollout_candidates="query",
-                    max_completion_length=8)  # fmt: skip
+                    max_completion_length=5)  # fmt: skip
     found = {"prompt_tokens": len(prompt)}
     parts = memory_bytes(stage, described(released("untied"), stage), found)
     assert parts is not None and held == parts["kv_cache"]

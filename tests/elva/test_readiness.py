@@ -15,7 +15,6 @@ from elva.recipes import resolve
 from elva.run import Run, evaluated
 from elva.training import readiness
 from elva.training.estimate import at_hand
-from elva.training.readiness import check
 
 
 def refused(tmp_path: Path, *words: str | Path) -> str:
@@ -97,13 +96,6 @@ def test_stages_that_share_data_have_it_read_once(
     recipe = resolve("smoke", recipe_file)
     assert set(readiness.look(recipe).stages) == {*recipe.stages, *recipe.controls}
     assert len(read) == 1
-
-
-def test_several_gpus_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' Trainer would take one batch a GPU, of which one was trained."""
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    with pytest.raises(UserError, match="number of visible GPUs must be 1, got 4"):
-        check(resolve("smoke"))
 
 
 def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
 from elva.training import ranking
 from elva.training.comparison import SOURCES, Comparison, compare
 from elva.training.examples import Examples
-from elva.training.guards import PATIENCE, Guards
+from elva.training.guards import PATIENCE, RUNAWAY_KL, Guards
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch, plan, steps_an_epoch
 from elva.training.stage import _embedded as step_embeddings
@@ -425,6 +425,34 @@ def test_a_policy_whose_summaries_never_end_is_stopped(
     run = Stage(tmp_path / "endless", corpus, stage, tmp_path, steps=PATIENCE + 1)
     with pytest.raises(RunError, match=r"frac_no_ret is over 0.9 for 8 steps.*nothing is trained"):
         run.train()
+
+
+def test_rewards_that_do_not_vary_are_named_and_train_nothing(
+    corpus: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A temperature at which a group's rollouts are all the same: no advantage, no step."""
+    stage = replace(POLICY, temperature=1e-7, beta=0.0)
+    run = Stage(checkpoint, corpus, stage, tmp_path, steps=PATIENCE + 2).train()
+    assert [step["frac_zero_std"] for step in run.log] == [1.0] * (PATIENCE + 2)
+    line = f"stage 3: rewards do not vary for {PATIENCE} steps: the policy gradient is zero"
+    assert run.said == [line] and run.moved == 0.0
+
+
+def test_a_kl_that_runs_away_is_named(corpus: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """A model whose words are far from those of the stage's start: as if it had run away there."""
+    stage = replace(POLICY, learning_rate=1e-6)
+    run = Stage(checkpoint, corpus, stage, tmp_path, steps=PATIENCE + 2)
+    assert run.work.reference is not None
+    with torch.no_grad():
+        run.work.reference.plain.lm_head.weight.mul_(-20.0)
+    run.train()
+    high = [step["kl"] > RUNAWAY_KL for step in run.log]
+    assert all(high)
+    told = [line for line in run.said if "kl is over" in line]
+    assert told == [
+        f"stage 3: kl is over 10 nats a token for {PATIENCE} steps; lower the learning_rate or "
+        "raise beta"
+    ]
 
 
 def test_sources_are_named_in_their_order() -> None:
