@@ -12,11 +12,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from elva.errors import RunError
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
+
+MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process beside WORLD_SIZE."""
 
 PATIENCE = timedelta(hours=12)
 """Ours: how long processes wait for one that writes a model or draws a report."""
@@ -26,12 +31,21 @@ class Processes:
     """This process among the others: which it is, what is its share, and what they exchange.
 
     The process group is begun where the environment names several (`RANK`, `WORLD_SIZE`).
+
+    Raises:
+        RunError: it names several and not where they meet.
     """
 
     def __init__(self) -> None:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.index = int(os.environ.get("RANK", "0"))
         if self.count > 1:
+            if missing := [name for name in MEETING if name not in os.environ]:
+                raise RunError(
+                    f"train: the environment of {self.count} processes must have "
+                    f"{', '.join(MEETING)}, got no {missing[0]}; start them by torchrun or "
+                    "accelerate launch"
+                )
             import torch
             from accelerate import PartialState
 

@@ -61,6 +61,11 @@ NOT_RUN = {
         "tests/elva/test_published.py",
         '("--recipe", "elva-2b", "--model", released("untied"), "--data", tree)',
     ),
+    "torchrun --nproc-per-node 8 -m elva train": Proof(
+        "it needs eight GPUs; two processes train a small model",
+        "tests/elva/test_processes.py",
+        "test_elva_train_on_two_processes_writes_one_run",
+    ),
     "python -m benchmarks.report": Proof(
         "it draws anew what is kept in the tree", "benchmarks/report.py", "plot(result,"
     ),

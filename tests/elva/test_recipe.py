@@ -216,6 +216,16 @@ def test_names_are_those_that_are_taken_further_down() -> None:
         elva_kernels.info_nce(torch.ones(2, 3), torch.ones(2, 3), temperature=least / 2)
 
 
+def test_processes_that_cannot_meet_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(app, ["train", "--recipe", "smoke", "--output", "run"])
+    assert done.exit_code == 2 and not list(tmp_path.iterdir())
+    assert "processes must have RANK" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
