@@ -18,7 +18,6 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     Qwen2VLImageProcessorPil,
     smart_resize,
@@ -178,9 +177,10 @@ class Inputs:
         """Resize pictures to at least, and at most, so many pixels; None leaves the checkpoint's
         own. It is saved with the checkpoint."""
         size = self.image_processor.size
-        self.image_processor.size = SizeDict(  # type: ignore[assignment]
-            shortest_edge=least or size["shortest_edge"], longest_edge=most or size["longest_edge"]
-        )
+        self.image_processor.size = {
+            "shortest_edge": least or size["shortest_edge"],
+            "longest_edge": most or size["longest_edge"],
+        }
 
     def save(self, path: Path) -> None:
         self.tokenizer.save_pretrained(path)

@@ -16,9 +16,10 @@ from elva.model.inputs import RET, Prompt
 from elva.model.retriever import Retriever
 from elva.model.rollout import sample
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Of a difference to the norm of an embedding, by the weights' dtype. Ours: about ten times what
-orders of summation alone make of twenty layers; a wrong mask or position makes 0.3 and more."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
+"""Of a difference to the norm of an embedding, by the weights' dtype. Ours: random models of four
+families, of 4 and of 24 layers, stay within 8e-7 in fp32 and .017 in bf16; what another picture
+makes of an embedding is .09 to 1."""
 
 WRITTEN = 4
 """Tokens of the summary that each prompt is read with."""
@@ -60,7 +61,7 @@ def _faults(retriever: Retriever) -> Iterator[str]:
     ]
     prompts = [inputs.prompt(item) for item in items]
     alone = [_read(retriever, [prompt])[0] for prompt in prompts]
-    if _difference(alone[2][-1], alone[3][-1]) <= 2 * tolerance:
+    if _difference(alone[2][-1], alone[3][-1]) <= tolerance:
         yield "a picture does not change the embedding"
     for prompt, states in zip(prompts, alone, strict=True):
         own = _own_forward(retriever, prompt)

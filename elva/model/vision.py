@@ -143,7 +143,7 @@ def fingerprint(tower: Mapping[str, Tensor], preprocessing: str) -> str:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    return memoryview(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class _Place(NamedTuple):
