@@ -43,6 +43,7 @@ from elva.training.guards import Guards
 from elva.training.negatives import Negatives
 from elva.training.optimizer import autocast, checkpoint_gradients
 from elva.training.plan import Batch, plan
+from elva.training.states import whole
 from elva.training.summaries import Summaries
 
 LEAST_TEMPERATURE = 0.01
@@ -229,7 +230,8 @@ class Stage:
         if stage.infonce > 0:
             temperature: float | Tensor = stage.infonce_temperature
             if stage.learn_infonce_temperature:
-                log_temperature = self.retriever.log_temperature.detach().clone().requires_grad_()
+                log_temperature = whole(self.retriever.log_temperature.detach()).clone()
+                log_temperature.requires_grad_()
                 temperature = log_temperature.exp()
                 metrics["infonce_temperature"] = temperature.item()
             shares = ranking.Shares(self.processes, rolled.asks, rolled.shows)

@@ -18,7 +18,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What trains, whole; every process calls it."""
-    return {name: _whole(p.detach()) for name, p in trained(model).items()}
+    return {name: whole(p.detach()) for name, p in trained(model).items()}
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -33,7 +33,7 @@ def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """An optimiser's state, whole: `name|key` -> tensor; every process calls it."""
     names: dict[Any, str] = {p: name for name, p in trained(model).items()}
     return {
-        f"{names[p]}|{key}": _whole(value)
+        f"{names[p]}|{key}": whole(value)
         for p, entry in optimizer.state.items()
         for key, value in entry.items()
     }
@@ -56,7 +56,8 @@ def put_moments(
         optimizer.state[parameter][key] = value
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
+    """A tensor, or all of one that is sharded; every process calls it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

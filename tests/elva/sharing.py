@@ -9,13 +9,16 @@ from types import MethodType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from elva import checkpoint
 from elva.processes import Processes
 from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
+from elva.training import loop
 from elva.training.plan import Saving
-from elva.training.states import trained
+from elva.training.states import trained, weights_of, whole
 from tests.elva.stages import INFO_NCE, POLICY, Stage
 
 STEPS = 3
@@ -41,6 +44,18 @@ CASES: dict[str, StageConfig] = {
 }  # fmt: skip
 
 
+class Sharding(Accelerator):
+    """accelerate's own FSDP2, which its configuration grants to GPUs alone, on a CPU."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen2VLDecoderLayer"], cpu_ram_efficient_loading=False,
+        )  # fmt: skip
+
+
 def in_float64(model: torch.nn.Module) -> None:
     """transformers' norms compute in fp32, whatever they are given: a difference of 1e-16 between
     two batches would now and then become one of 1e-8."""
@@ -53,15 +68,25 @@ def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
 
 
-def run(name: str, model: str, corpus: str, out: str, resume: str | None = None) -> None:
+def run(
+    name: str, model: str, corpus: str, out: str, resume: str | None = None, *,
+    sharded: bool = False,
+) -> None:  # fmt: skip
     """One case: gradients after each step, and the weights at its end.
 
     Args:
+        sharded: weights, gradients and optimiser by FSDP2.
         resume: a directory of checkpoints to go on from, after the first step.
     """
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # of an adapter's first weights
     processes = Processes()
-    directory = Path(out) / f"{name}-{processes.count}{'' if resume is None else '-resumed'}"
+    if sharded:
+        loop.Accelerator = Sharding  # type: ignore[misc]
+    directory = (
+        Path(out)
+        / f"{name}-{processes.count}{'-sharded' * sharded}{'' if resume is None else '-resumed'}"
+    )
     stage = Stage(
         Path(model), Path(corpus), CASES[name], directory, steps=STEPS,
         extra={"optim": "sgd"}, dtype=torch.float64,
@@ -73,7 +98,7 @@ def run(name: str, model: str, corpus: str, out: str, resume: str | None = None)
     def keeping(number: int, *given: object) -> Mapping[str, float]:
         found = step(number, *given)
         kept.update({
-            f"{number}|{n}": p.grad.clone()
+            f"{number}|{n}": whole(p.grad).clone()
             for n, p in trained(stage.retriever).items() if p.grad is not None
         })  # fmt: skip
         return found
@@ -84,7 +109,7 @@ def run(name: str, model: str, corpus: str, out: str, resume: str | None = None)
         stage.loop.train()
     else:
         stage.loop.train(checkpoint.newest(Path(resume)))
-    kept.update({f"end|{n}": p.detach().clone() for n, p in trained(stage.retriever).items()})
+    kept.update({f"end|{n}": p.clone() for n, p in weights_of(stage.retriever).items()})
     directory.mkdir(exist_ok=True)
     if processes.first:
         save_file(kept, directory / "kept.safetensors")

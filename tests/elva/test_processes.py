@@ -48,20 +48,18 @@ def together(start: Start, count: int, directory: Path, statements: str) -> None
 def shared(
     start: Start, released: Released, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """Every case by one, two and three processes."""
+    """Every case by one, two and three processes, and by two that share the weights out."""
     out = tmp_path_factory.mktemp("shared")
-    calls = "\n".join(
-        f"sharing.run({name!r}, {str(released('untied'))!r}, {str(corpus)!r}, {str(out)!r})"
-        for name in CASES
-    )
-    for count in (1, 2, 3):
+    given = f"{str(released('untied'))!r}, {str(corpus)!r}, {str(out)!r}"
+    for count, further in ((1, ""), (2, ""), (3, ""), (2, ", sharded=True")):
+        calls = "\n".join(f"sharing.run({name!r}, {given}{further})" for name in CASES)
         together(start, count, out, f"from tests.elva import sharing\n{calls}")
     yield out
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", ["2", "3", "2-sharded"])
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_equal_those_of_one_process(shared: Path, name: str, count: int) -> None:
+def test_gradients_equal_those_of_one_process(shared: Path, name: str, count: str) -> None:
     one, many = (load_file(shared / f"{name}-{n}" / "kept.safetensors") for n in (1, count))
     assert one.keys() == many.keys()
     scale = max(value.abs().max().item() for key, value in one.items() if key[0] in "012")
@@ -84,10 +82,10 @@ def test_two_processes_give_the_same_bits_again(
     assert all(torch.equal(value, again[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [("1", 3), ("3", 2), ("2-sharded", 1)])
 def test_a_run_goes_on_on_another_number_of_processes(
     shared: Path, start: Start, released: Released, corpus: Path, tmp_path: Path,
-    before: int, after: int,
+    before: str, after: int,
 ) -> None:  # fmt: skip
     at = shared / f"mixed-{before}" / "stage-3"
     words = ("mixed", str(released("untied")), str(corpus), str(tmp_path), str(at))
