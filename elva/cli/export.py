@@ -9,7 +9,10 @@ import typer
 
 from elva.cli.console import one_line_errors, out, quiet_libraries
 
-EXAMPLES = "Example:  elva export runs/one --output models/one   |   then transformers, vLLM, ..."
+EXAMPLES = (
+    "Examples:  elva export runs/one --output models/one   |   "
+    "elva export runs/one --stage 2 --output models/two"
+)
 
 
 def export(

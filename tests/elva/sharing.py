@@ -83,10 +83,8 @@ def run(
     processes = Processes()
     if sharded:
         loop.Accelerator = Sharding  # type: ignore[misc]
-    directory = (
-        Path(out)
-        / f"{name}-{processes.count}{'-sharded' * sharded}{'' if resume is None else '-resumed'}"
-    )
+    how = "-sharded" * sharded + "-resumed" * (resume is not None)
+    directory = Path(out) / f"{name}-{processes.count}{how}"
     stage = Stage(
         Path(model), Path(corpus), CASES[name], directory, steps=STEPS,
         extra={"optim": "sgd"}, dtype=torch.float64,
