@@ -28,6 +28,7 @@ from elva.training.loop import BEST, Loop
 from elva.training.plan import Length, Saving, steps_an_epoch
 from elva.training.readiness import TrainingData, no_start, notices
 from elva.training.stage import Stage
+from elva.training.states import is_sharded, put_weights
 
 CLOCKED_STEPS = 20
 """A control that runs for another stage's wall time may take at most this many times its steps."""
@@ -101,9 +102,8 @@ class _Shared:
         self, recipe: Recipe, reporter: Reporter, processes: Processes,
         callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
-        self.data, self.model = TrainingData(recipe), recipe.model
+        self.data, self.model, self.seed = TrainingData(recipe), recipe.model, recipe.seed
         self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
-        self._model = recipe.model
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -120,7 +120,17 @@ class _Shared:
             revision=model.revision if str(path) == model.path else None,
         )  # fmt: skip
         self._inputs = retriever.inputs
-        self._inputs.bound_pixels(self._model.min_pixels, self._model.max_pixels)
+        self._inputs.bound_pixels(model.min_pixels, model.max_pixels)
+        return retriever
+
+    def begin(self, path: Path, stage: StageConfig) -> Retriever:
+        """A model as a stage begins to train it."""
+        torch.manual_seed(self.seed)
+        retriever = self.load(path, self.model.summary_prompt)
+        retriever.add_lora(stage.lora, keep=stage.holds)
+        features = None if self.model.features is None else Path(self.model.features)
+        retriever.freeze_vision(not stage.train_vision, features)
+        retriever.plain.train()
         return retriever
 
 
@@ -200,7 +210,7 @@ def _train_stage(
                 resume = checkpoint.newest(run.stage(name), reporter.say)
                 run.forget_after(name, checkpoint.step_of(resume) if resume else 0)
         loop.train(processes.agreed(resume))
-        _finish(run, name, loop, stage)
+        _finish(run, name, loop, stage, shared, beginning)
         loop.close()
         del loop, stage
         gc.collect()  # wrappers refer to themselves: a model would live beside the next
@@ -222,12 +232,7 @@ def _begin(
     started = time.perf_counter()
     recipe, reporter, title = run.recipe, shared.reporter, run.title(name)
     settings = recipe.stages.get(name) or recipe.controls[name]
-    torch.manual_seed(recipe.seed)
-    retriever = shared.load(beginning, recipe.model.summary_prompt)
-    retriever.add_lora(settings.lora, keep=settings.holds)
-    features = None if recipe.model.features is None else Path(recipe.model.features)
-    retriever.freeze_vision(not settings.train_vision, features)
-    retriever.plain.train()
+    retriever = shared.begin(beginning, settings)
     examples = Examples(shared.data.of(settings), settings, recipe.seed)
     length = stage_length(settings, examples, limit, budget)
     reporter.start(title, length.steps if length.seconds is None else None)
@@ -265,16 +270,22 @@ def stage_length(
     return Length(min(steps, limit) if limit else steps)
 
 
-def _finish(run: Run, name: str, loop: Loop, stage: Stage) -> None:
+def _finish(
+    run: Run, name: str, loop: Loop, stage: Stage, shared: _Shared, beginning: Path
+) -> None:
     """The stage's model as an ordinary checkpoint, then the note that it is done."""
-    loop.whole_weights()
+    weights, retriever = loop.whole_weights(), stage.retriever
     with loop.processes.first_alone() as mine:
         if not mine:
             return
+        if is_sharded(retriever):  # written from a whole one
+            retriever = shared.begin(beginning, stage.stage)
+            retriever.train_in_fp32()
+            put_weights(retriever, weights)
         done = {"steps": loop.step, "seconds": loop.elapsed, "best": loop.best}
         run.write(name, "stage.json", {**done, "flags": stage.guards.said})
         shutil.rmtree(run.model(name), ignore_errors=True)  # left by a kill just before this line
-        write_directory(run.model(name), stage.retriever.save)
+        write_directory(run.model(name), retriever.save)
 
 
 def _line(run: Run, name: str, title: str) -> str:

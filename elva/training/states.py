@@ -16,17 +16,23 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds a part of its weights alone (FSDP2)."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What trains, whole; every process calls it."""
     return {name: whole(p.detach()) for name, p in trained(model).items()}
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give a model what `weights_of` gave."""
+    """Give a model what `weights_of` gave, of the names that it has."""
     parameters = trained(model)
     with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(_like(value, parameters[name]))
+        for name, value in weights.items():  # in one order: a sharded one is an exchange
+            if name in parameters:
+                parameters[name].copy_(_like(value, parameters[name]))
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

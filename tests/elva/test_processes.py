@@ -97,12 +97,17 @@ def test_a_run_goes_on_on_another_number_of_processes(
     assert max((whole[k] - resumed[k]).abs().max().item() for k in ends) <= 1e-12
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 def test_elva_train_on_two_processes_writes_one_run(
-    recipe_file: Path, start: Start, tmp_path: Path
+    recipe_file: Path, start: Start, tmp_path: Path, sharded: bool
 ) -> None:
     words = ["train", "--recipe", "smoke", "--config", str(recipe_file), "--output", "run",
              "--no-controls", "--limit", "2", "--stages", "0,1"]  # fmt: skip
     call = f"sys.argv[:] = ['elva', *{words!r}]\nfrom elva.cli import app\napp()"
+    if sharded:
+        call = (
+            f"from tests.elva import sharing\nsharing.loop.Accelerator = sharing.Sharding\n{call}"
+        )
     together(start, 2, tmp_path, call)
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in lines] == [
