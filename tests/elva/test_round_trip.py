@@ -339,7 +339,7 @@ def test_processes_share_the_shards(by, run, corpus, tmp_path, monkeypatch) -> N
         (("search", "INDEX", ""), "query must hold words"),
         (("search", "INDEX", "a", "--model", "absent"), "must be a run, a checkpoint"),
         (("embed", "RUN", "--data", "absent", "--output", "x"), "absent"),
-        (("embed", "absent", "--data", "CORPUS", "--output", "x"), "must be a run, a Qwen2-VL"),
+        (("embed", "absent", "--data", "CORPUS", "--output", "x"), "must be a run, a checkpoint"),
         (("embed", "RUN", "--data", "CORPUS", "--output", "x", "--dtype", "int8"), "--dtype must"),
         (("index", "build", "x", "CORPUS"), "must hold embeddings, got no readable embeddings.js"),
         (("index", "build", "x"), "must be given embeddings, or --npy"),

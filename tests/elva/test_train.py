@@ -41,8 +41,9 @@ class Silent:
 
 
 def weights(run: Path) -> dict[str, str]:
-    files = sorted(run.glob("*/model/model.safetensors"))
-    return {f.parts[-3]: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    """Of each stage's model: its weights, or its adapter's."""
+    files = sorted(run.glob("*/model/**/*.safetensors"))
+    return {f.relative_to(run).parts[0]: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def test_run_directory_is_complete(finished: Path) -> None:
