@@ -189,8 +189,7 @@ class _Log(Callback):
 
 
 def _shown(loop: Loop, metrics: Mapping[str, float]) -> str:
-    name = f"eval_{loop.stage.metric_for_best_model}"
-    return f"{name} {metrics[name]:.3f}, best at step {loop.best['step']}"
+    return f"{loop.metric} {metrics[loop.metric]:.3f}, best at step {loop.best['step']}"
 
 
 def _train_stage(

@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from elva import checkpoint
+from elva.errors import RunError
 from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.run import title_of
@@ -67,6 +68,7 @@ class Loop:
         self.processes, self.saving = processes, saving
         self.callbacks, self.evaluate = list(callbacks), evaluate
         self.title = title_of(directory)
+        self.metric = f"eval_{stage.metric_for_best_model.removeprefix('eval_')}"
         self.step, self.stop, self.saved_at = 0, False, 0.0
         self.best: dict[str, Any] = {"value": None, "step": 0, "worse": 0}
         self.started = time.perf_counter() if started is None else started
@@ -169,7 +171,12 @@ class Loop:
     def _evaluate(self) -> None:
         assert self.evaluate is not None
         found = {f"eval_{name}": value for name, value in self.evaluate().items()}
-        value = found[f"eval_{self.stage.metric_for_best_model.removeprefix('eval_')}"]
+        if self.metric not in found:
+            raise RunError(
+                f"train: {self.title}: metric_for_best_model must be one of "
+                f"{', '.join(found)}, got {self.stage.metric_for_best_model}"
+            )
+        value = found[self.metric]
         value = value if self.stage.greater_is_better else -value
         if self.best["value"] is None or value > self.best["value"]:
             self.best = {"value": value, "step": self.step, "worse": 0}

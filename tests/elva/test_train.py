@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,8 @@ from elva.errors import UserError
 from elva.recipe import Recipe
 from elva.recipes import resolve
 from elva.run import Run
+from elva.training.callbacks import Callback
+from elva.training.loop import Loop
 
 kills = importlib.import_module("benchmarks.kills")  # which conftest puts there
 
@@ -166,6 +168,44 @@ def test_every_objective_of_stage_three_trains(
         assert min(s["frac_no_ret"] for s in steps) < 1, "no rollout counted"
         assert max(s["kl"] for s in steps) > 0
     assert weights(run.directory)["stage-3"] != weights(finished)["stage-2"]
+
+
+class Heard(Callback):
+    """A user's callback: what it was told of."""
+
+    def __init__(self) -> None:
+        self.figures: list[float] = []
+        self.saved: list[bool] = []
+
+    def on_evaluate(self, loop: Loop, metrics: Mapping[str, float]) -> None:
+        self.figures.append(metrics[loop.metric])
+
+    def on_save(self, loop: Loop, checkpoint: Path) -> None:
+        self.saved.append(checkpoint.is_dir())
+
+
+def test_a_stage_ends_early_with_the_weights_of_its_best_evaluation(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    changes = ("eval_steps=2", "load_best_model_at_end=true", "early_stopping_patience=2",
+               "metric_for_best_model=eval_t2i_recall_at_5")  # fmt: skip
+    recipe = resolve("smoke", recipe_file, [f"stages.0.{change}" for change in changes])
+    run, heard = Run.create(tmp_path / "best", recipe), Heard()
+    train(run, Silent(), stages=["0"], controls=False, limit=40, callbacks=[heard])
+    done, figures = run.read("0", "stage.json"), heard.figures
+    best = figures.index(max(figures))
+    assert done["best"]["step"] == 2 * (best + 1) and done["steps"] == 2 * len(figures) < 40
+    assert len(figures) == best + 1 + 2, "two evaluations without a better one"
+    ended = run.read("0", "evaluation.json")["figures"]["t2i_recall_at_5"]
+    assert ended == max(figures)
+    assert heard.saved and all(heard.saved)
+
+
+def test_a_metric_that_is_none_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
+    changes = ["stages.0.eval_steps=1", "stages.0.metric_for_best_model=nope"]
+    run = Run.create(tmp_path / "none", resolve("smoke", recipe_file, changes))
+    with pytest.raises(UserError, match=r"metric_for_best_model must be one of .*got nope"):
+        train(run, Silent(), stages=["0"], controls=False, limit=1)
 
 
 def test_a_stage_without_its_start_says_what_to_do(recipe: Recipe, tmp_path: Path) -> None:
