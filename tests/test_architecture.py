@@ -36,7 +36,7 @@ ALLOWED = {
     ("elva.index.exact", "argsort"): [ORDER],
     ("elva.index.exact", "normalize"): ["the proof of exact search, in float64"],
     ("elva.training.summaries", "argsort"): [ORDER],
-    ("elva.training.stage", "cross_entropy"): [WORDS],
+    ("elva.training.tokens", "cross_entropy"): [WORDS],
 }
 
 

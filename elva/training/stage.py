@@ -17,67 +17,34 @@ Sampler, reference and learner compute under one autocast. The old log-probabili
 the learner's own first forward, so the first ratio is exactly 1.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor, nn
 
 from elva.data import Item
-from elva.model.inputs import Prompt, PromptBatch
 from elva.model.retriever import Retriever, whole_weights
-from elva.model.rollout import Rollouts, token_log_probs, wide
 from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training import objective, ranking
-from elva.training.comparison import Comparison, compare
+from elva.training.comparison import compare
 from elva.training.examples import Examples
 from elva.training.guards import Guards
 from elva.training.negatives import Negatives
 from elva.training.optimizer import autocast, checkpoint_gradients
 from elva.training.plan import Batch, plan
+from elva.training.rolled import Rolled
 from elva.training.states import whole
 from elva.training.summaries import Summaries
+from elva.training.tokens import Given, TokenLosses
 
 LEAST_TEMPERATURE = 0.01
 """Of one that is learnt: what CLIP allows (arXiv:2103.00020, sec. 2.5)."""
-
-
-@dataclass
-class _Rolled:
-    """A batch after its rollouts.
-
-    Prompts are this process's queries, then, where the stage embeds, its candidates of those that
-    are rolled out.
-    """
-
-    batch: Batch
-    comparison: Comparison
-    asks: range  # of the step's queries
-    shows: range  # of its candidates
-    prompts: list[Prompt]
-    rollouts: Rollouts  # len(prompts) * G rows
-    captions: Tensor | None  # [len(prompts), S], -100 padded
-    bank: Tensor | None  # [K, D], the candidates that are not rolled out
-    spare: bool = False  # a prompt that is nobody's, where there are fewer than processes
-    advantages: Tensor | None = None  # [len(prompts) * G], those of the first pass
-
-    @property
-    def count(self) -> int:
-        """The step's queries."""
-        return len(self.comparison.queries)
-
-    @property
-    def shown(self) -> int:
-        """The step's candidates that are rolled out, where it embeds them."""
-        return self.comparison.rolled
 
 
 @dataclass(frozen=True)
@@ -119,7 +86,7 @@ class Stage:
         self.leaves_unused = stage.train_vision or stage.learn_infonce_temperature or not heads
         checkpoint_gradients(retriever.plain, arguments)
         retriever.train_in_fp32()
-        self.reference = _frozen_copy(retriever) if stage.holds else None
+        self.tokens = TokenLosses(retriever, stage, self.arithmetic)
         if stage.learn_infonce_temperature:
             start = torch.tensor(
                 [math.log(stage.infonce_temperature)],
@@ -133,7 +100,7 @@ class Stage:
             self.negatives.mine()
             neighbours = self.negatives.neighbours()
         self.plan = plan(stage, examples, -(-steps // stage.num_iterations), self.seed, neighbours)
-        self._last: _Rolled | None = None
+        self._last: Rolled | None = None
 
     # -- what the loop asks ------------------------------------------------------------------------
 
@@ -184,7 +151,7 @@ class Stage:
 
     # -- the four steps ----------------------------------------------------------------------------
 
-    def _roll(self, batch: Batch) -> _Rolled:
+    def _roll(self, batch: Batch) -> Rolled:
         stage, examples, share = self.stage, self.examples, self.processes.share
         self.negatives.prepare(batch.step)
         own, sources = self.negatives.of(batch)
@@ -215,16 +182,16 @@ class Stage:
         if examples.captions is not None:
             gold = self.summaries.caption_ids(examples.captions.of(shown))
         rollouts = self.summaries.write(batch.step, prompts, places, everyone, gold)
-        return _Rolled(batch, found, asks, shows, prompts, rollouts, gold, bank, spare)
+        return Rolled(batch, found, asks, shows, prompts, rollouts, gold, bank, spare)
 
-    def _score(self, rolled: _Rolled, first: bool) -> tuple[_Gradients, dict[str, float]]:
+    def _score(self, rolled: Rolled, first: bool) -> tuple[_Gradients, dict[str, float]]:
         """Step 2: d loss / d embeddings and what to log; advantages are kept in `rolled`."""
         stage = self.stage
         metrics = self._summary_metrics(rolled)
         if not stage.embeds:
             return _Gradients(), metrics
-        leaf, rows = self._gathered(rolled)
-        embedded = _embedded(rolled, leaf)
+        leaf, rows = self._gathered(rolled), rolled.own_rows(stage.num_generations)
+        embedded = rolled.embedded(leaf)
         loss = leaf.new_zeros(())
         log_temperature = None
         if stage.infonce > 0:
@@ -243,7 +210,7 @@ class Stage:
             metrics.update(found)
             if first and stage.policy > 0:
                 group = objective.advantages(reward, stage.scale_rewards)  # [B, G]
-                rolled.advantages = self._per_row(group, rolled)[rows]
+                rolled.advantages = rolled.per_row(group, stage.negatives.count)[rows]
             if stage.pathwise > 0:
                 loss = loss - stage.pathwise * self.processes.count * reward.mean()
         if loss.requires_grad:
@@ -252,54 +219,32 @@ class Stage:
         of_temperature = None if log_temperature is None else log_temperature.grad
         return _Gradients(of_rows, of_temperature), metrics
 
-    def _gathered(self, rolled: _Rolled) -> tuple[Tensor, Tensor]:
-        """All processes' embeddings [R, D], a leaf: queries, then candidates; this one's rows."""
+    def _gathered(self, rolled: Rolled) -> Tensor:
+        """All processes' embeddings [R, D], a leaf: queries, then candidates."""
         own, groups = rolled.rollouts.embeddings, self.stage.num_generations
-        first, second = rolled.asks, rolled.shows
-        own = own[: (len(first) + len(second)) * groups]
-        asked, shown = own.unflatten(0, (-1, groups)).split([len(first), len(second)])
+        first, second = len(rolled.asks), len(rolled.shows)
+        own = own[: (first + second) * groups]
+        asked, shown = own.unflatten(0, (-1, groups)).split([first, second])
         gather = self.processes.gather
         parts = [gather(asked, rolled.count), gather(shown, rolled.shown)]
-        places = [*first, *(rolled.count + i for i in second)]
-        rows = torch.tensor(places, device=own.device, dtype=torch.long)[:, None] * groups
-        rows = (rows + torch.arange(groups, device=own.device)).flatten()
-        return torch.cat(parts).flatten(0, 1).detach().requires_grad_(), rows
-
-    def _per_row(self, group: Tensor, rolled: _Rolled) -> Tensor:
-        """[B, G] -> [R]: every sequence shares the advantages of the actions that it is part of."""
-        found, count = rolled.comparison, rolled.count
-        own = found.negatives[:, : self.stage.negatives.count]
-        shared = group.new_zeros(count + rolled.shown, group.shape[1])
-        shared[:count] = group
-        for b in range(count):
-            members = {*found.target[b].tolist(), *own[b].tolist()}
-            rows = [count + place for place in members if 0 <= place < found.rolled]
-            shared[rows] += group[b]
-        return shared.flatten()
+        return torch.cat(parts).flatten(0, 1).detach().requires_grad_()
 
     def _backward(
-        self, rolled: _Rolled, gradients: _Gradients, first: bool, accelerator: Accelerator,
+        self, rolled: Rolled, gradients: _Gradients, first: bool, accelerator: Accelerator,
         model: nn.Module,
     ) -> dict[str, float]:  # fmt: skip
         """Steps 3 and 4; returns the token losses, each as a mean."""
-        stage, rollouts = self.stage, rolled.rollouts
-        groups = stage.num_generations
+        rollouts = rolled.rollouts
         target = None
-        if stage.lm > 0:
+        if self.stage.lm > 0:
             assert rolled.captions is not None
-            captions = rolled.captions.repeat_interleave(groups, 0)
+            captions = rolled.captions.repeat_interleave(self.stage.num_generations, 0)
             target = objective.caption_targets(rollouts.ids, captions)
-        real = not rolled.spare
-        trained = rollouts.mask & rollouts.finished[:, None]
-        policy = objective.normaliser(stage.loss_type, trained, stage.max_completion_length)
-        counts = self.processes.total({
-            "rows": real * len(rollouts.ids),
-            "tokens": 0 if target is None else real * int((target != -100).sum()),
-            "policy": real * int(policy),
-            "trained": real * int(trained.sum()),
-        })  # fmt: skip
-        over = {name: max(1.0, count) / self.processes.count for name, count in counts.items()}
-        parts = dict.fromkeys(self._token_losses(), 0.0)
+        given = Given(
+            gradients.embeddings, gradients.log_temperature, target,
+            self._over(rolled, target), first,
+        )  # fmt: skip
+        parts = dict.fromkeys(self.tokens.names, 0.0)
         batches = [*self.summaries.micro_batches(rolled.prompts, rollouts.mask)]
         turns = self.processes.most(len(batches))  # as many for each: forwards may exchange weights
         for turn in range(turns):
@@ -308,11 +253,9 @@ class Stage:
             index = torch.tensor(rows, device=self.retriever.device)
             last = turn == turns - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                of_temperature = gradients.log_temperature if turn == 0 else None
                 total, found, new = model(
-                    self._losses, prompts, index, rolled, gradients.embeddings, of_temperature,
-                    target, over, first,
-                )  # fmt: skip
+                    self.tokens.losses, prompts, index, rolled, given, turn == 0
+                )
                 if idle:
                     total = total * 0.0
                 else:
@@ -323,111 +266,22 @@ class Stage:
                 accelerator.backward(total)
         return {n: v / self.processes.count for n, v in self.processes.total(parts).items()}
 
-    def _token_losses(self) -> list[str]:
-        """What `_losses` measures in this stage."""
-        stage = self.stage
-        used = {"lm": stage.lm > 0, "ret": stage.ret > 0, "ret_share": stage.ret > 0,
-                "policy": stage.policy > 0, "anchor": stage.anchor > 0,
-                "kl": stage.policy + stage.anchor > 0}  # fmt: skip
-        return [name for name, is_used in used.items() if is_used]
+    def _over(self, rolled: Rolled, target: Tensor | None) -> dict[str, float]:
+        """What this process's sums are divided by: the step's counts over the processes' number."""
+        rollouts, real = rolled.rollouts, not rolled.spare
+        trained = rollouts.mask & rollouts.finished[:, None]
+        policy = objective.normaliser(
+            self.stage.loss_type, trained, self.stage.max_completion_length
+        )
+        counts = self.processes.total({
+            "rows": real * len(rollouts.ids),
+            "tokens": 0 if target is None else real * int((target != -100).sum()),
+            "policy": real * int(policy),
+            "trained": real * int(trained.sum()),
+        })  # fmt: skip
+        return {name: max(1.0, count) / self.processes.count for name, count in counts.items()}
 
-    def _losses(
-        self, prompts: PromptBatch, index: Tensor, rolled: _Rolled, gradient: Tensor | None,
-        of_temperature: Tensor | None, target: Tensor | None, over: Mapping[str, float],
-        first: bool,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:  # fmt: skip
-        """A micro-batch's share of the loss, of each token loss, and its log-probabilities.
-
-        Args:
-            index: [R] rows of the rollouts.
-            gradient: d loss / d embeddings, of every row.
-            of_temperature: [1] d loss / d its logarithm, for one micro-batch of a step.
-            over: what sums are divided by.
-        """
-        stage, part = self.stage, rolled.rollouts.select(index)
-        found: dict[str, Tensor] = {}
-        new = None
-        with self.arithmetic():
-            hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
-            total = wide(hidden).new_zeros(())
-            if gradient is not None:
-                at_ret = wide(hidden[torch.arange(len(index)), part.mask.sum(1)])
-                # A spare prompt has no row of it, and takes part all the same.
-                of_rows = gradient.new_zeros(()) if rolled.spare else gradient[index]
-                total = total + (at_ret * of_rows).sum()
-            if of_temperature is not None:
-                total = total + (self.retriever.log_temperature * of_temperature).sum()
-            if target is not None:
-                wanted = target[index, : part.ids.shape[1]]
-                counted = wanted != -100
-                logits = self.retriever.plain.lm_head(hidden[:, :-1][counted])
-                lm = F.cross_entropy(wide(logits), wanted[counted], reduction="sum")
-                found["lm"] = lm / over["tokens"]
-                total = total + stage.lm * found["lm"]
-            if stage.ret > 0:
-                ret, share = self._ret(hidden, part)
-                found["ret"], found["ret_share"] = ret / over["rows"], share / over["rows"]
-                total = total + stage.ret * found["ret"]
-            if stage.policy > 0 or stage.anchor > 0:
-                known = rolled.advantages is not None and not rolled.spare
-                gains = rolled.advantages[index] if known else None
-                loss, kl, new = self._policy(prompts, part, hidden, gains, first)
-                name = "policy" if stage.policy > 0 else "anchor"
-                found[name], found["kl"] = loss.sum() / over["policy"], kl.sum() / over["trained"]
-                total = total + (stage.policy or stage.anchor) * found[name]
-        return total, {name: value.detach() for name, value in found.items()}, new
-
-    def _ret(self, hidden: Tensor, part: Rollouts) -> tuple[Tensor, Tensor]:
-        """Sums over rows: the loss of [RET] as the end, and its share of the probability to end."""
-        inputs = self.retriever.inputs
-        last = hidden[torch.arange(len(hidden)), part.mask.sum(1) - 1]
-        logits = wide(self.retriever.plain.lm_head(last))
-        loss = objective.ret_loss(logits, part.finished, inputs.ret_id, inputs.end_ids)
-        ends = logits.detach()[:, [inputs.ret_id, *inputs.end_ids]]
-        return loss.sum(), ends.softmax(-1)[:, 0].sum()
-
-    def _policy(
-        self,
-        prompts: PromptBatch,
-        part: Rollouts,
-        hidden: Tensor,
-        advantages: Tensor | None,
-        first: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss [R], KL [R], log-probabilities [R, T] without a graph); None: the KL alone."""
-        stage, inputs = self.stage, self.retriever.inputs
-
-        def log_probs(model: Retriever, states: Tensor) -> Tensor:
-            logits = model.plain.lm_head(states[:, :-1])
-            return token_log_probs(logits, part.ids, stage.temperature, inputs)
-
-        new = log_probs(self.retriever, hidden)
-        reference = None
-        if stage.holds:
-            with torch.no_grad(), self._as_reference() as model:
-                states = model.hidden_states(prompts, part.ids, part.mask)
-                reference = log_probs(model, states)
-        old = new.detach() if first else part.log_probs
-        beta = stage.beta
-        if advantages is None:
-            advantages, beta = new.new_zeros(len(new)), 1.0
-        loss, kl = objective.policy_loss(
-            new, old, reference, advantages, part.mask & part.finished[:, None], beta=beta,
-            epsilon=stage.epsilon, epsilon_high=stage.epsilon_high, loss_type=stage.loss_type,
-            importance_sampling_level=stage.importance_sampling_level,
-        )  # fmt: skip
-        return loss, kl, new.detach()
-
-    @contextmanager
-    def _as_reference(self) -> Iterator[Retriever]:
-        """The model this stage started from: a frozen copy, or its adapter of then."""
-        if self.reference is not None:
-            yield self.reference
-        else:
-            with self.retriever.reference() as began:
-                yield began
-
-    def _summary_metrics(self, rolled: _Rolled) -> dict[str, float]:
+    def _summary_metrics(self, rolled: Rolled) -> dict[str, float]:
         rollouts, real = rolled.rollouts, not rolled.spare
         sums = self.processes.total({
             "rows": real * len(rollouts.ids),
@@ -438,25 +292,3 @@ class Stage:
             "completion_length": sums["length"] / sums["rows"],
             "frac_no_ret": 1.0 - sums["finished"] / sums["rows"],
         }
-
-
-def _embedded(rolled: _Rolled, leaf: Tensor) -> ranking.Embedded:
-    """Where the step's embeddings stand: its rollouts, then rows of the bank."""
-    b, found = rolled.count, rolled.comparison
-    groups = len(leaf) // (b + rolled.shown)
-    rows = leaf[b * groups :]
-    table = rows if rolled.bank is None else torch.cat([rows, rolled.bank.to(rows.dtype)])
-    columns = torch.arange(found.rolled * groups, device=leaf.device).view(-1, groups)
-    kept = torch.arange(len(rows), len(table), device=leaf.device)[:, None].expand(-1, groups)
-    return ranking.Embedded(leaf[: b * groups].unflatten(0, (b, groups)), table,
-                            torch.cat([columns, kept]))  # fmt: skip
-
-
-def _frozen_copy(retriever: Retriever) -> Retriever | None:
-    """The KL reference. Under LoRA none is needed: without the adapter the model is the one that
-    began."""
-    if isinstance(retriever.model, PeftModel):
-        return None
-    frozen = Retriever(copy.deepcopy(retriever.model).requires_grad_(False), retriever.inputs)
-    frozen.features = retriever.features  # of the same tower
-    return frozen

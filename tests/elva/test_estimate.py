@@ -87,14 +87,14 @@ def test_activations_are_what_autograd_keeps(
             kept[storage.data_ptr()] = storage.nbytes()
         return value
 
-    losses = run.work._losses
+    losses = run.work.tokens.losses
 
     def watched(batch, *rest):
         prompts.append(batch.input_ids.shape[1])
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             return losses(batch, *rest)
 
-    run.work._losses = watched
+    run.work.tokens.losses = watched
     run.train()
     assert len(prompts) == 1, "one micro-batch"
     recipe = described(released("untied"), stage, **extra)

@@ -23,7 +23,6 @@ from elva.training.examples import Examples
 from elva.training.guards import PATIENCE, RUNAWAY_KL, Guards
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch, plan, steps_an_epoch
-from elva.training.stage import _embedded as step_embeddings
 from tests.elva.stages import INFO_NCE, POLICY, Stage
 
 Released = Callable[[str], Path]
@@ -366,7 +365,7 @@ def test_a_temperature_is_learnt(corpus: Path, checkpoint: Path, tmp_path: Path)
         last, learnt = run.work._last, run.retriever.log_temperature
         assert last is not None
         again = learnt.detach().clone().requires_grad_()
-        there = step_embeddings(last, last.rollouts.embeddings)
+        there = last.embedded(last.rollouts.embeddings)
         ranking.info_nce(stage, last.comparison, there, again.exp())[0].backward()
         gaps.append((learnt.grad - again.grad).abs().item())
         return found
@@ -442,9 +441,9 @@ def test_a_kl_that_runs_away_is_named(corpus: Path, checkpoint: Path, tmp_path: 
     """A model whose words are far from those of the stage's start: as if it had run away there."""
     stage = replace(POLICY, learning_rate=1e-6)
     run = Stage(checkpoint, corpus, stage, tmp_path, steps=PATIENCE + 2)
-    assert run.work.reference is not None
+    assert run.work.tokens.reference is not None
     with torch.no_grad():
-        run.work.reference.plain.lm_head.weight.mul_(-20.0)
+        run.work.tokens.reference.plain.lm_head.weight.mul_(-20.0)
     run.train()
     high = [step["kl"] > RUNAWAY_KL for step in run.log]
     assert all(high)

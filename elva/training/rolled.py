@@ -1,0 +1,73 @@
+"""A step's batch after its rollouts: what its losses are computed from."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elva.model.inputs import Prompt
+from elva.model.rollout import Rollouts
+from elva.training.comparison import Comparison
+from elva.training.plan import Batch
+from elva.training.ranking import Embedded
+
+
+@dataclass
+class Rolled:
+    """Prompts are this process's queries, then, where the stage embeds, its candidates of those
+    that are rolled out."""
+
+    batch: Batch
+    comparison: Comparison
+    asks: range  # of the step's queries
+    shows: range  # of its candidates
+    prompts: list[Prompt]
+    rollouts: Rollouts  # len(prompts) * G rows
+    captions: Tensor | None  # [len(prompts), S], -100 padded
+    bank: Tensor | None  # [K, D], the candidates that are not rolled out
+    spare: bool = False  # a prompt that is nobody's, where there are fewer than processes
+    advantages: Tensor | None = None  # [len(prompts) * G], those of the first pass
+
+    @property
+    def count(self) -> int:
+        """The step's queries."""
+        return len(self.comparison.queries)
+
+    @property
+    def shown(self) -> int:
+        """The step's candidates that are rolled out, where it embeds them."""
+        return self.comparison.rolled
+
+    def own_rows(self, groups: int) -> Tensor:
+        """[R] of this process's rollouts among those of all: queries' first, then candidates'."""
+        device = self.rollouts.ids.device
+        places = [*self.asks, *(self.count + i for i in self.shows)]
+        first = torch.tensor(places, device=device, dtype=torch.long)[:, None] * groups
+        return (first + torch.arange(groups, device=device)).flatten()
+
+    def embedded(self, rows: Tensor) -> Embedded:
+        """Where the step's embeddings stand, those [(queries + candidates) * G, D] of all processes
+        and then rows of the bank."""
+        groups = len(rows) // (self.count + self.shown)
+        query, shown = rows.split([self.count * groups, self.shown * groups])
+        table = shown if self.bank is None else torch.cat([shown, self.bank.to(rows.dtype)])
+        columns = torch.arange(len(shown), device=rows.device).view(-1, groups)
+        kept = torch.arange(len(shown), len(table), device=rows.device)[:, None].expand(-1, groups)
+        return Embedded(query.unflatten(0, (-1, groups)), table, torch.cat([columns, kept]))
+
+    def per_row(self, advantages: Tensor, negatives: int) -> Tensor:
+        """Advantages [B, G] of queries as those [(B + candidates) * G] of sequences: each shares
+        the advantages of the actions that it is part of.
+
+        Args:
+            negatives: a query's own, the first of those that it is compared with.
+        """
+        found, count = self.comparison, self.count
+        own = found.negatives[:, :negatives]
+        shared = advantages.new_zeros(count + self.shown, advantages.shape[1])
+        shared[:count] = advantages
+        for b in range(count):
+            members = {*found.target[b].tolist(), *own[b].tolist()}
+            rows = [count + place for place in members if 0 <= place < found.rolled]
+            shared[rows] += advantages[b]
+        return shared.flatten()
