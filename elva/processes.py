@@ -33,6 +33,12 @@ large."""
 PATIENCE = timedelta(hours=12)
 """Ours: how long processes wait for the first one, which writes a model."""
 
+GRACE_S = 5.0
+"""Ours: how long the first process stays for others, of which one may be dead."""
+
+OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
+"""Where torchrun tells that the store is its own."""
+
 ENDED = "ended"
 """What a process counts up among all of them when it ends early."""
 
@@ -192,6 +198,15 @@ class Processes:
                 f"train: all {self.count} processes must answer, got nothing of one, which was "
                 "killed or hangs; go on with --resume"
             ) from None
+
+    def see_off(self) -> None:
+        """Where processes end early and the first one holds what they tell each other, stay until
+        the others have looked."""
+        if self.count == 1 or not self.first or os.environ.get(OF_LAUNCHER) == "True":
+            return
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until and 0 < _store().add(ENDED, 0) < self.count:
+            time.sleep(0.05)
 
 
 @cache

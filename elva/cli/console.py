@@ -58,12 +58,18 @@ def one_line_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[Processes]:
-    """The processes that a launcher has started, which end together; the first one prints, an error
-    is said by one."""
-    processes = Processes()
-    out.quiet = not processes.first
-    with processes.ending_together():
-        yield processes
+    """The processes that a launcher has started, which end together, with one line where one of
+    them meets an error; the first one prints."""
+    processes = None
+    try:
+        with one_line_errors():
+            processes = Processes()
+            out.quiet = not processes.first
+            with processes.ending_together():
+                yield processes
+    finally:
+        if processes is not None:
+            processes.see_off()
 
 
 def _fail(line: str) -> None:
