@@ -23,8 +23,38 @@ T = TypeVar("T")
 MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process beside WORLD_SIZE."""
 
+WRAPPERS = {
+    "ACCELERATE_USE_FSDP": {"FSDP_VERSION": ("2",), "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",)},
+    "ACCELERATE_USE_DEEPSPEED": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2")},
+}
+"""What `accelerate launch` tells each process of its configuration, and what of it is kept to: a
+model that the first process alone reads is empty elsewhere until it is wrapped; FSDP2 shards
+weights, and so ZeRO-3 does not."""
+
 PATIENCE = timedelta(hours=12)
 """Ours: how long processes wait for one that writes a model or draws a report."""
+
+
+def check_wrapping(environment: Mapping[str, str]) -> None:
+    """RunError where accelerate's configuration asks for a wrapper that it would leave out, or of
+    it for what we do not keep to."""
+    for wrapper, rules in WRAPPERS.items():
+        if environment.get(wrapper, "false").lower() != "true":
+            continue
+        import torch
+
+        name = wrapper.removeprefix("ACCELERATE_USE_")
+        if not torch.cuda.is_available() or int(environment.get("WORLD_SIZE", "1")) < 2:
+            raise RunError(
+                f"train: {name} must have a GPU for each of several processes, which accelerate "
+                "wraps by it, got none; leave it out of accelerate's configuration"
+            )
+        for key, allowed in rules.items():
+            if (value := environment.get(key, allowed[0]).lower()) not in allowed:
+                raise RunError(
+                    f"train: {key.lower()} must be {' or '.join(allowed)}, got {value}; change "
+                    "accelerate's configuration"
+                )
 
 
 class Processes:
@@ -37,6 +67,7 @@ class Processes:
     """
 
     def __init__(self) -> None:
+        check_wrapping(os.environ)
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.index = int(os.environ.get("RANK", "0"))
         if self.count > 1:

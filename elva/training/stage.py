@@ -252,6 +252,7 @@ class Stage:
             rows, prompts = batches[turn % len(batches)]
             index = torch.tensor(rows, device=self.retriever.device)
             last = turn == turns - 1
+            accelerator.sync_gradients = last  # by which DeepSpeed knows when to step
             with nullcontext() if last else accelerator.no_sync(model):
                 total, found, new = model(
                     self.tokens.losses, prompts, index, rolled, given, turn == 0
