@@ -23,7 +23,7 @@ T = TypeVar("T")
 MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process beside WORLD_SIZE."""
 
-WRAPPERS = {
+WRAPPERS: dict[str, dict[str, tuple[str, ...]]] = {
     "ACCELERATE_USE_FSDP": {"FSDP_VERSION": ("2",), "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",)},
     "ACCELERATE_USE_DEEPSPEED": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2")},
 }
