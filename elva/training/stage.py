@@ -94,7 +94,7 @@ class Stage:
             )  # fmt: skip
             retriever.log_temperature = nn.Parameter(start)
         self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic, processes)
-        self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed)
+        self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed, processes)
         neighbours = None
         if stage.hard_batches:
             self.negatives.mine()
