@@ -86,7 +86,7 @@ class Loop:
         """Run to the end, from a checkpoint where one is given.
 
         Raises:
-            RunError: a guard stops the stage.
+            RunError: a guard stops the stage, or its best weights are damaged.
         """
         if resume is not None:
             self._restore(resume)
@@ -115,9 +115,8 @@ class Loop:
             if boundary and (due or (self.saving.steps and self.step % self.saving.steps == 0)):
                 self.save()
         if self.stage.load_best_model_at_end and self.best["value"] is not None:
-            found = checkpoint.newest(self.directory / BEST)
-            assert found is not None
-            put_weights(self.module, checkpoint.load(found)[0]["weights"])
+            best = checkpoint.place(self.directory / BEST, self.best["step"])
+            put_weights(self.module, checkpoint.load_whole(best)[0]["weights"])
         self._tell("on_stage_end")
 
     @property
@@ -137,9 +136,9 @@ class Loop:
         moments = moments_of(self.module, self.inner, self.optimizer)
         groups |= {"weights": weights, "optimizer": moments}
         facts |= {"step": self.step, "elapsed": self.elapsed, "best": self.best}
-        self._write(self.directory, groups, facts, keep=self.saving.limit)
+        written = self._write(self.directory, groups, facts, keep=self.saving.limit)
         self.saved_at = self.elapsed
-        self._tell("on_save", self.directory / f"{checkpoint.PREFIX}{self.step:08d}")
+        self._tell("on_save", written)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """What trains; RunError where training has made NaN or inf of a weight."""
@@ -151,11 +150,12 @@ class Loop:
         """Let go of the wrapped model, so that the next stage has its memory."""
         self.accelerator.free_memory()
 
-    def _write(self, parent: Path, groups: Any, facts: Mapping[str, Any], keep: int) -> None:
+    def _write(self, parent: Path, groups: Any, facts: Mapping[str, Any], keep: int) -> Path:
         with self.processes.first_alone() as mine:
             if mine:
                 checkpoint.save(parent, self.step, groups, facts)
                 checkpoint.prune(parent, keep)
+        return checkpoint.place(parent, self.step)
 
     def _restore(self, path: Path) -> None:
         groups, facts = checkpoint.load(path)
