@@ -19,12 +19,20 @@ from elva.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
 MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process beside WORLD_SIZE."""
+
+WRAPPERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "ACCELERATE_USE_FSDP": {"FSDP_VERSION": ("2",), "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",)},
+    "ACCELERATE_USE_DEEPSPEED": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2")},
+}
+"""What `accelerate launch` tells each process of its configuration, and what of it is kept to: a
+model that the first process alone reads is empty elsewhere until it is wrapped; FSDP2 shards
+weights, and so ZeRO-3 does not."""
 
 EXCHANGE = timedelta(minutes=30)
 """Ours: how long one process waits in an exchange for another, whose share of the work is as
@@ -46,6 +54,28 @@ _turns = count()
 """Of `first_alone`, in this process: the same number in each."""
 
 
+def check_wrapping(environment: Mapping[str, str]) -> None:
+    """RunError where accelerate's configuration asks for a wrapper that it would leave out, or of
+    it for what we do not keep to."""
+    for wrapper, rules in WRAPPERS.items():
+        if environment.get(wrapper, "false").lower() != "true":
+            continue
+        import torch
+
+        name = wrapper.removeprefix("ACCELERATE_USE_")
+        if not torch.cuda.is_available() or int(environment.get("WORLD_SIZE", "1")) < 2:
+            raise RunError(
+                f"train: {name} must have a GPU for each of several processes, which accelerate "
+                "wraps by it, got none; leave it out of accelerate's configuration"
+            )
+        for key, allowed in rules.items():
+            if (value := environment.get(key, allowed[0]).lower()) not in allowed:
+                raise RunError(
+                    f"train: {key.lower()} must be {' or '.join(allowed)}, got {value}; change "
+                    "accelerate's configuration"
+                )
+
+
 class Processes:
     """This process among the others: which it is, what is its share, and what they exchange.
 
@@ -56,6 +86,7 @@ class Processes:
     """
 
     def __init__(self) -> None:
+        check_wrapping(os.environ)
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.index = int(os.environ.get("RANK", "0"))
         if self.count > 1:
@@ -212,7 +243,7 @@ class Processes:
 @cache
 def _store() -> Store:
     """What the processes can tell each other without an exchange, also when one has ended."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return PrefixStore("elva", TCPStore(place, port, is_master=False))

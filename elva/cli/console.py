@@ -63,8 +63,9 @@ def together() -> Iterator[Processes]:
     processes = None
     try:
         with one_line_errors():
+            out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # what all refuse, one says
             processes = Processes()
-            out.quiet = not processes.first
+            err.quiet = False
             with processes.ending_together():
                 yield processes
     finally:
