@@ -159,6 +159,10 @@ class ModelConfig:
     attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None  # transformers' choice
     scratch: ScratchModel = ScratchModel()
     summary_prompt: Text = ""
+    # of a retriever of somebody else, where its own files do not say how it embeds
+    pooling: Literal["ret", "last", "mean"] | None = None  # ret: read at [RET] whatever they say
+    instruction: Text = ""  # the system message of an item that brings none
+    ends_with: Text | None = None  # after the prompt or summary; None: what its tokenizer adds
     max_pixels: Count | None = None  # of a picture, which is made smaller; None: the checkpoint's
     min_pixels: Count | None = None  # likewise larger
     features: Text | None = None  # a directory in which a frozen tower's are kept from run to run
@@ -178,6 +182,13 @@ class ModelConfig:
         """Bounds of a picture that none can meet."""
         if self.max_pixels and self.min_pixels and self.min_pixels > self.max_pixels:
             yield "min_pixels", f"be at most max_pixels, {self.max_pixels}"
+        if self.pooling in (None, "ret"):
+            if self.instruction:
+                yield "instruction", "be empty where pooling is not last or mean"
+            if self.ends_with is not None:
+                yield "ends_with", "be left out where pooling is not last or mean"
+        elif self.path is None:
+            yield "pooling", "be left out of a model that is made from nothing"
 
 
 @dataclass(frozen=True)
@@ -297,6 +308,8 @@ class StageConfig:
             yield "negatives.in_batch", "be true where infonce is over 0"
         if self.ranks and not (negatives.in_batch or negatives.count):
             yield "negatives", "leave something to rank against"
+        if self.policy + self.anchor > 0 and self.max_completion_length == 0:
+            yield "max_completion_length", "be at least 1 where policy or anchor is over 0"
         if self.policy > 0 and self.num_generations < 2:
             yield "num_generations", "be at least 2 where policy is over 0"
         if self.hard_batches and self.batches == "mixed":

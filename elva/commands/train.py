@@ -16,6 +16,7 @@ from elva.errors import RunError
 from elva.evaluation.trained import evaluate_model, evaluate_stage
 from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
+from elva.model.reading import asked_for
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
@@ -118,6 +119,7 @@ class _Shared:
         retriever = Retriever.load(
             path, summary_prompt=summary_prompt, inputs=self._inputs, attention=model.attention,
             revision=model.revision if str(path) == model.path else None,
+            reading=asked_for(model) if str(path) == model.path else None,
         )  # fmt: skip
         self._inputs = retriever.inputs
         self._inputs.bound_pixels(model.min_pixels, model.max_pixels)

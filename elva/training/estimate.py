@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from elva.model.retriever import base_of
+from elva.model.note import base_of
 from elva.model.rollout import LOGITS_AT_ONCE
 from elva.model.vision import FEATURES_KEPT_MB
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict

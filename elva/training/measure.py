@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from elva.data import Item
+from elva.model.reading import asked_for
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
@@ -146,7 +147,10 @@ def _measure(
     recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path
 ) -> Measured:
     processes = Processes()
-    retriever = Retriever.load(checkpoint, summary_prompt=recipe.model.summary_prompt)
+    retriever = Retriever.load(
+        checkpoint, summary_prompt=recipe.model.summary_prompt,
+        reading=asked_for(recipe.model) if str(checkpoint) == recipe.model.path else None,
+    )  # fmt: skip
     retriever.add_lora(stage.lora, keep=stage.holds)
     retriever.freeze_vision(not stage.train_vision)
     retriever.plain.train()

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from elva.data import Item
+from elva.errors import UserError
 from elva.model.retriever import Retriever, whole_weights
 from elva.processes import Processes
 from elva.recipe import StageConfig
@@ -77,6 +78,11 @@ class Stage:
             arguments: the recipe's `trainer`.
             say: takes what a person should know of the stage, a line each.
         """
+        if stage.max_completion_length and not retriever.writes:
+            raise UserError(
+                f"train: {title}: max_completion_length must be 0 for {retriever.name}, which has "
+                f"no head to write a summary with, got {stage.max_completion_length}"
+            )
         self.retriever, self.stage, self.examples = retriever, stage, examples
         self.seed, self.processes = tuple(seed), processes
         self.guards = Guards(title, stage, say)
@@ -269,7 +275,7 @@ class Stage:
     def _over(self, rolled: Rolled, target: Tensor | None) -> dict[str, float]:
         """What this process's sums are divided by: the step's counts over the processes' number."""
         rollouts, real = rolled.rollouts, not rolled.spare
-        trained = rollouts.mask & rollouts.finished[:, None]
+        trained = rollouts.chosen
         policy = objective.normaliser(
             self.stage.loss_type, trained, self.stage.max_completion_length
         )
@@ -288,7 +294,7 @@ class Stage:
             "length": real * int(rollouts.mask.sum()),
             "finished": real * int(rollouts.finished.sum()),
         })  # fmt: skip
-        return {
-            "completion_length": sums["length"] / sums["rows"],
-            "frac_no_ret": 1.0 - sums["finished"] / sums["rows"],
-        }
+        found = {"completion_length": sums["length"] / sums["rows"]}
+        if self.stage.max_completion_length:  # else nothing is written that could end
+            found["frac_no_ret"] = 1.0 - sums["finished"] / sums["rows"]
+        return found
