@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -140,3 +142,35 @@ def embed(
     if pooling == "mean":
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     return torch.nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+
+def pictures_and_names(root: Path) -> Path:
+    """A data directory in M-BEIR's layout: eight names that ask for pictures of noise, of which
+    there are twelve; the same to train and to test."""
+    rows = []
+    for i in range(12):
+        place = f"mbeir_images/x_images/{i}.png"
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        drawn = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(drawn).resize((56 + 28 * (i % 3), 56)).save(root / place)
+        rows.append({"did": f"90:{i + 1}", "txt": None, "img_path": place, "modality": "image",
+                     "src_content": None})  # fmt: skip
+    asked = [
+        {"qid": f"90:{i + 1}", "query_txt": f"noise of kind {'abcdefgh'[i]}", "task_id": 0,
+         "query_img_path": None, "query_modality": "text", "pos_cand_list": [f"90:{i + 1}"],
+         "neg_cand_list": []}
+        for i in range(8)
+    ]  # fmt: skip
+    head = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1"
+    files = {
+        "instructions/query_instructions.tsv": [head, "text\timage\tX\t90\tFind the picture."],
+        "cand_pool/local/mbeir_x_task0_cand_pool.jsonl": [json.dumps(row) for row in rows],
+        "qrels/test/mbeir_x_task0_test_qrels.txt": [f"90:{i} 0 90:{i} 1 0" for i in range(1, 9)],
+    }
+    for split in ("train", "test"):
+        lines = [json.dumps(row) for row in asked]
+        files[f"query/{split}/mbeir_x_task0_{split}.jsonl"] = lines
+    for place, lines in files.items():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_text("\n".join(lines) + "\n")
+    return root
