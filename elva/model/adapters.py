@@ -222,7 +222,7 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     unfit = f"train: model.path must be a LoRA adapter of its base, got {folder}"
     if not isinstance(config, LoraConfig):
         raise UserError(f"{unfit} of peft's {config.peft_type}; merge it with its own tools")
-    config.lora_dropout = 0.0
+    config.lora_dropout, config.base_model_name_or_path = 0.0, model.name_or_path
     found = get_peft_model(model, config)
     state = load_file(folder / WEIGHTS)
     if other := sorted({*state} ^ {*_state(found, LEARNER)}):

@@ -112,7 +112,7 @@ def test_the_cache_of_a_rollout_is_keys_and_values_of_its_rows(
     retriever = Retriever.load(released("untied"), summary_prompt="")
     prompt = retriever.inputs.prompt(Item("0", "a red heart", None, "text"))
     batch = retriever.inputs.collate([prompt] * 3, retriever.device)
-    decoder = _Decoder(retriever, batch, 2, 6, 1.0, "at_ret")
+    decoder = _Decoder(retriever, batch, 2, 6, 1.0, "at_ret", retriever.inputs.closing)
     held = sum(x.nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))
     stage = replace(POLICY, batch_size=3, num_generations=2, rollout_candidates="query",
                     max_completion_length=5)  # fmt: skip

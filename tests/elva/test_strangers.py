@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
+from elva.cli import app
 from elva.commands.export import export
 from elva.data import Item, Query
 from elva.errors import UserError
@@ -21,7 +23,7 @@ from elva.model.inputs import RET
 from elva.model.note import reading_of
 from elva.model.reading import Reading
 from elva.model.retriever import Retriever
-from elva.model.rollout import encode, sample
+from elva.model.rollout import encode, sample, token_log_probs
 from elva.recipe import LoraSettings, NegativeConfig, StageConfig
 from elva.training import ranking
 from tests.elva import families, strangers
@@ -132,8 +134,8 @@ def test_what_cannot_be_kept_is_named(tmp_path, change, named):
     for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
         strangers.put(tmp_path / name, {})
     types = ["a.Transformer", "a.Pooling", *change.get("modules", ())]
-    strangers.put(tmp_path / "modules.json",
-                  [{"type": kind, "path": f"{i}_X" * bool(i)} for i, kind in enumerate(types)])  # fmt: skip
+    listed = [{"type": kind, "path": f"{i}_X" * bool(i)} for i, kind in enumerate(types)]
+    strangers.put(tmp_path / "modules.json", listed)
     strangers.put(tmp_path / "1_X/config.json", change.get("pooling", {"pooling_mode": "mean"}))
     strangers.put(tmp_path / "config_sentence_transformers.json", change.get("about", {}))
     reads = {k: v for k, v in (strangers.READS | change.get("reads", {})).items() if v is not None}
@@ -164,6 +166,9 @@ def test_a_sampled_summary_is_closed_and_pooled(tmp_path, pooling, ends_with):
     batch = inputs.collate(prompts, retriever.device)
     _, again = retriever.read_out(batch, out.ids, out.mask)
     torch.testing.assert_close(out.embeddings, again, rtol=0, atol=1e-9)
+    logits = retriever.plain.lm_head(retriever.hidden_states(batch, out.ids, out.mask)[:, :-1])
+    drawn = token_log_probs(logits, out.ids, 1.0, inputs)[out.chosen]
+    torch.testing.assert_close(out.log_probs[out.chosen], drawn, rtol=0, atol=1e-9)
     closing = inputs.closing
     assert len(closing) > 1 and closing[0] in inputs.end_ids
     assert inputs.ending == ([] if ends_with is None else closing[1:])
@@ -227,8 +232,9 @@ def test_pathwise_differentiates_the_retrievers_own_embedding(tmp_path, data, po
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("stage", [PATHWISE, POLICY, replace(POLICY, pathwise=1.0, infonce=0.1)])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("stage", "rank"), [(PATHWISE, 0), (PATHWISE, 2), (replace(POLICY, infonce=0.1), 2)]
+)
 def test_a_boosted_retriever_is_still_what_it_was(tmp_path, data, stranger, stage, rank):
     """Steps move its weights; it opens again with the same reading and equal embeddings, and its
     export has its own files, unchanged, beside weights of the same names."""
@@ -297,7 +303,7 @@ def test_an_adapter_that_cannot_go_on_is_named(tmp_path, stranger):
                         base_model_name_or_path=str(stranger))  # fmt: skip
     get_peft_model(plain, config).save_pretrained(tmp_path / "dora")
     retriever = Retriever.load(tmp_path / "dora")
-    with pytest.raises(UserError, match="lora.rank must be 0 for an adapter with use_dora"):
+    with pytest.raises(UserError, match="must be 0 for an adapter with use_dora"):
         retriever.add_lora(LoraSettings(rank=2))
 
 
@@ -309,3 +315,38 @@ def test_identities_tell_readings_apart(stranger):
     assert not opened_.identity.matches(other.identity)
     with pytest.raises(UserError, match="--read must be at_ret"):
         Encoder.open(stranger, read="before_ret")
+
+
+def test_the_commands_boost_and_keep_a_retriever(tmp_path, data, stranger, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def elva(*words: object) -> str:
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    recipe = ("train", "--recipe", "booster", "--model", stranger, "--data", data)
+    short = ("steps=2", "negatives={mined: 3, random: 3}", "share=1", "learning_rate=1e-3",
+             "lora.rank=2")  # fmt: skip
+    elva(*recipe, *(w for s in short for w in ("--set", f"stages.3.{s}")), "--output", "run")
+    evaluated = json.loads((tmp_path / "run/stage-3/evaluation.json").read_text())["figures"]
+    elva("embed", "run", "--data", data, "--dtype", "float32", "--output", "embeddings")
+    found = json.loads(elva("evaluate", "--embeddings", "embeddings", "--data", data, "--json"))
+    assert found["sets"]["x_task0"]["recall_at_1"] == evaluated["t2i_recall_at_1"]
+    elva("export", "run", "--output", "boosted")
+    items = ITEMS[:3]
+    torch.testing.assert_close(
+        Encoder.open("run")(items).embeddings,
+        strangers.embed(tmp_path / "boosted", items, dtype=torch.float32).detach(),
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
+    for change, said in (
+        ({"--recipe": "elva-2b"}, "model.summary_prompt must be empty for a retriever"),
+        ({"--set": "stages.3.ret=1"}, "stages.3.ret must be left out for a retriever"),
+        ({"--set": "stages.3.policy=1"}, "max_completion_length must be at least 1"),
+    ):
+        words = [*recipe, *(w for pair in change.items() for w in pair)]
+        stages = ("--stages", "1") if "--recipe" in change else ()
+        done = CliRunner().invoke(app, [str(w) for w in (*words, *stages, "--output", "other")])
+        assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
+    assert not (tmp_path / "other").exists()
