@@ -68,16 +68,19 @@ def measure(
         stages: those whose data are at hand.
     """
     found: dict[str, Measured | str] = {}
+    processes = Processes()
     with tempfile.TemporaryDirectory(prefix="elva-plan-") as scratch:
         checkpoint = _checkpoint(recipe, data, start_from, Path(scratch))
         for name, stage in stages.items():
             if isinstance(checkpoint, str):
                 found[name] = f"not measured: {checkpoint}"
-            elif (why := _unfit(recipe, stage, checkpoint)) is not None:
+            elif (why := processes.agreed(_unfit(recipe, stage, checkpoint))) is not None:
                 found[name] = f"not measured: {why}"
             else:
                 examples = Examples(data.of(stage), stage, recipe.seed)
-                found[name] = _measure(recipe, stage, examples, checkpoint, Path(scratch))
+                found[name] = _measure(
+                    recipe, stage, examples, checkpoint, Path(scratch), processes
+                )  # fmt: skip
     return found
 
 
@@ -144,9 +147,9 @@ class _Clock(Callback):
 
 
 def _measure(
-    recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path
-) -> Measured:
-    processes = Processes()
+    recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path,
+    processes: Processes,
+) -> Measured:  # fmt: skip
     retriever = Retriever.load(
         checkpoint, summary_prompt=recipe.model.summary_prompt,
         reading=asked_for(recipe.model) if str(checkpoint) == recipe.model.path else None,
@@ -168,7 +171,8 @@ def _measure(
             callbacks=[clock],
         )  # fmt: skip
         loop.train()
-        seconds = min(clock.seconds[1:])  # the first one's includes what is done once
+        # The first one's includes what is done once; all of a launcher's go on or stop together.
+        seconds = processes.agreed(min(clock.seconds[1:]))
         loop.close()
         if seconds >= ENOUGH_S or queries >= stage.batch_size:
             break
