@@ -19,7 +19,7 @@ from elva.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -40,6 +40,12 @@ large."""
 
 PATIENCE = timedelta(hours=12)
 """Ours: how long processes wait for the first one, which writes a model."""
+
+GRACE_S = 5.0
+"""Ours: how long the first process stays for others, of which one may be dead."""
+
+OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
+"""Where torchrun tells that the store is its own."""
 
 ENDED = "ended"
 """What a process counts up among all of them when it ends early."""
@@ -224,11 +230,20 @@ class Processes:
                 "killed or hangs; go on with --resume"
             ) from None
 
+    def see_off(self) -> None:
+        """Where processes end early and the first one holds what they tell each other, stay until
+        the others have looked."""
+        if self.count == 1 or not self.first or os.environ.get(OF_LAUNCHER) == "True":
+            return
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until and 0 < _store().add(ENDED, 0) < self.count:
+            time.sleep(0.05)
+
 
 @cache
 def _store() -> Store:
     """What the processes can tell each other without an exchange, also when one has ended."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return PrefixStore("elva", TCPStore(place, port, is_master=False))

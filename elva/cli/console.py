@@ -58,13 +58,19 @@ def one_line_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def together() -> Iterator[Processes]:
-    """The processes that a launcher has started, which end together; the first one prints, an error
-    is said by one."""
-    out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # what all refuse, one says
-    processes = Processes()
-    err.quiet = False
-    with processes.ending_together():
-        yield processes
+    """The processes that a launcher has started, which end together, with one line where one of
+    them meets an error; the first one prints."""
+    processes = None
+    try:
+        with one_line_errors():
+            out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # what all refuse, one says
+            processes = Processes()
+            err.quiet = False
+            with processes.ending_together():
+                yield processes
+    finally:
+        if processes is not None:
+            processes.see_off()
 
 
 def _fail(line: str) -> None:

@@ -14,7 +14,6 @@ from elva.cli.console import (
     TaskOption,
     choose,
     err,
-    one_line_errors,
     out,
     quiet_libraries,
     say,
@@ -87,7 +86,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""
-    with one_line_errors(), together() as processes:
+    with together() as processes:
         from elva.errors import UserError
 
         asked = {"RUN": run, "--embeddings": embeddings, "--run": run_file}

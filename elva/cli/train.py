@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries, together
+from elva.cli.console import AsJson, err, out, quiet_libraries, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m elva train ..., or accelerate launch.
     """
-    with one_line_errors(), together() as processes:
+    with together() as processes:
         from elva.recipes import resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]

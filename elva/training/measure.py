@@ -70,7 +70,11 @@ def measure(
     found: dict[str, Measured | str] = {}
     processes = Processes()
     with tempfile.TemporaryDirectory(prefix="elva-plan-") as scratch:
-        checkpoint = _checkpoint(recipe, data, start_from, Path(scratch))
+        checkpoint: Path | str = ""
+        with processes.first_alone() as mine:  # where several run, transformers writes in one
+            if mine:
+                checkpoint = _checkpoint(recipe, data, start_from, Path(scratch))
+        checkpoint = processes.agreed(checkpoint)
         for name, stage in stages.items():
             if isinstance(checkpoint, str):
                 found[name] = f"not measured: {checkpoint}"
@@ -81,6 +85,7 @@ def measure(
                 found[name] = _measure(
                     recipe, stage, examples, checkpoint, Path(scratch), processes
                 )  # fmt: skip
+        processes.wait()  # before the first one's scratch goes
     return found
 
 

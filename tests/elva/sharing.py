@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
+from benchmarks.contrastive_batch import in_float64
 from elva import checkpoint
 from elva.processes import Processes
 from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
@@ -71,18 +71,6 @@ class Zero(Accelerator):
         self.state.deepspeed_plugins = {"default": DeepSpeedPlugin(zero_stage=2)}
         self.state.deepspeed_plugins["default"].select(_from_accelerator_state=True)
         self.deepspeed_engine_wrapped = None
-
-
-def in_float64(model: torch.nn.Module) -> None:
-    """transformers' norms compute in fp32, whatever they are given: a difference of 1e-16 between
-    two batches would now and then become one of 1e-8."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = MethodType(_rms_norm, module)  # type: ignore[method-assign]
-
-
-def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
 
 
 WRAPPERS: dict[str, type[Accelerator]] = {"ddp": Accelerator, "fsdp2": Sharding, "zero": Zero}

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from elva import checkpoint
 from elva.errors import RunError
 from elva.processes import Processes, check_wrapping
 from tests.elva.sharing import CASES, STEPS
@@ -138,6 +139,47 @@ def test_elva_train_on_two_processes_writes_one_run(
         together(start, 2, tmp_path, call)
     printed = (tmp_path / "printed").read_text()
     assert printed.count("must be empty") == 1 and "Traceback" not in printed
+
+
+FAULTS = {
+    # How the second of two ends -> what is said, in one line; its exit code, and the first one's.
+    "kill": ("os.kill(os.getpid(), 9)", "elva: train: all 2 processes must answer", -9, 2),
+    "interrupt": ("raise KeyboardInterrupt", "elva: interrupted; go on with --resume", 130, 2),
+    "bad data": ("raise DataError('pool.jsonl:7: no picture')", "elva: pool.jsonl:7", 2, 2),
+    "nan": ("metrics['loss'] = float('nan')", "elva: train: stage 0: loss must be finite", 2, 2),
+}  # fmt: skip
+FAULTY = """
+import os
+from elva.errors import DataError
+from elva.training.callbacks import Callback
+class Faulty(Callback):
+    def on_step_end(self, loop, metrics):
+        if loop.processes.index in {who} and loop.step == 2:
+            {fault}
+"""
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_where_one_ends_all_end_and_one_says_why(
+    name: str, recipe_file: Path, start: Start, tmp_path: Path
+) -> None:
+    """A loss that is no number is one everywhere: the step's losses are sums over processes."""
+    fault, line, code, others = FAULTS[name]
+    who = (0, 1) if name == "nan" else (1,)
+    (tmp_path / "faulty.py").write_text(FAULTY.format(who=who, fault=fault))
+    words = ["train", "--recipe", "smoke", "--config", str(recipe_file), "--output", "run",
+             "--no-controls", "--limit", "4", "--stages", "0", "--callback", "faulty:Faulty",
+             "--set", "save_seconds=1e6", "--set", "save_steps=1"]  # fmt: skip
+    call = f"sys.argv[:] = ['elva', *{words!r}]\nfrom elva.cli import app\napp()"
+    with pytest.raises(AssertionError) as ended:
+        together(start, 2, tmp_path, f"sys.path.append({str(tmp_path)!r})\n{call}")
+    assert f"[{others}, {code}]" in str(ended.value)
+    printed = (tmp_path / "printed").read_text()
+    said = [line for line in printed.splitlines() if line.startswith("elva: ")]
+    assert len(said) == 1 and said[0].startswith(line)
+    assert "Traceback" not in printed
+    found = checkpoint.newest(tmp_path / "run" / "stage-0")
+    assert found is not None and checkpoint.step_of(found) == 1, "there is what to go on from"
 
 
 def test_shares_are_neighbours_of_like_number() -> None:
