@@ -168,6 +168,9 @@ class ModelConfig:
     # of a checkpoint that is not at hand, for the memory estimate
     parameters: Annotated[int, between(1, 2**63 - 1)] | None = None
     vision_parameters: Whole = 0  # those of them in its tower
+    vision_size: Whole = 0  # the tower's width; 0: what it keeps while it learns is not counted
+    vision_layers: Whole = 0
+    patch_values: Count = 1176  # of a patch as the tower takes it: 3 x 2 x 14 x 14
     hidden_size: Count | None = None
     layers: Count | None = None
     intermediate_size: Count | None = None
