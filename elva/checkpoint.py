@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elva.errors import RunError
 from elva.files import PARTIAL, fault, write_directory, write_text
 
 STATE = "state.json"
@@ -45,11 +46,16 @@ def save(
         told = {"step": step, "groups": sorted(tensors), "state": dict(state)}
         write_text(directory / STATE, json.dumps(told))
 
-    final = parent / f"{PREFIX}{step:08d}"
+    final = place(parent, step)
     if final.exists():  # damaged, and so passed over by the run that now comes here again
         shutil.rmtree(final)
     write_directory(final, fill)
     return final
+
+
+def place(parent: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps lies."""
+    return parent / f"{PREFIX}{step:08d}"
 
 
 def load(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -58,6 +64,16 @@ def load(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     tensors = {name: load_file(directory / f"{name}.safetensors") for name in told["groups"]}
     state: dict[str, Any] = told["state"]
     return tensors, state
+
+
+def load_whole(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The same of a checkpoint that no other can stand in for; RunError where it is damaged."""
+    if (why := _damage(directory)) is not None:
+        raise RunError(
+            f"{directory}: must be as it was written, got {why}; delete its stage's directory, "
+            "and --resume trains that stage again"
+        )
+    return load(directory)
 
 
 def newest(parent: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
@@ -83,6 +99,11 @@ def newest(parent: Path, say: Callable[[str], None] = lambda line: None) -> Path
 def step_of(directory: Path) -> int:
     """The steps that were done when a checkpoint was written."""
     return int(directory.name.removeprefix(PREFIX))
+
+
+def last_step(parent: Path) -> int:
+    """Of the latest checkpoint, whole or not; 0 where there is none."""
+    return max(map(step_of, _all(parent)), default=0)
 
 
 def prune(parent: Path, keep: int) -> None:

@@ -7,24 +7,67 @@ in the order of the processes, so that what is gathered stands as one process wo
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
-from elva.errors import RunError
+from elva.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
 
 T = TypeVar("T")
 
 MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process beside WORLD_SIZE."""
 
+WRAPPERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "ACCELERATE_USE_FSDP": {"FSDP_VERSION": ("2",), "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",)},
+    "ACCELERATE_USE_DEEPSPEED": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2")},
+}
+"""What `accelerate launch` tells each process of its configuration, and what of it is kept to: a
+model that the first process alone reads is empty elsewhere until it is wrapped; FSDP2 shards
+weights, and so ZeRO-3 does not."""
+
+EXCHANGE = timedelta(minutes=30)
+"""Ours: how long one process waits in an exchange for another, whose share of the work is as
+large."""
+
 PATIENCE = timedelta(hours=12)
-"""Ours: how long processes wait for one that writes a model or draws a report."""
+"""Ours: how long processes wait for the first one, which writes a model."""
+
+ENDED = "ended"
+"""What a process counts up among all of them when it ends early."""
+
+_turns = count()
+"""Of `first_alone`, in this process: the same number in each."""
+
+
+def check_wrapping(environment: Mapping[str, str]) -> None:
+    """RunError where accelerate's configuration asks for a wrapper that it would leave out, or of
+    it for what we do not keep to."""
+    for wrapper, rules in WRAPPERS.items():
+        if environment.get(wrapper, "false").lower() != "true":
+            continue
+        import torch
+
+        name = wrapper.removeprefix("ACCELERATE_USE_")
+        if not torch.cuda.is_available() or int(environment.get("WORLD_SIZE", "1")) < 2:
+            raise RunError(
+                f"train: {name} must have a GPU for each of several processes, which accelerate "
+                "wraps by it, got none; leave it out of accelerate's configuration"
+            )
+        for key, allowed in rules.items():
+            if (value := environment.get(key, allowed[0]).lower()) not in allowed:
+                raise RunError(
+                    f"train: {key.lower()} must be {' or '.join(allowed)}, got {value}; change "
+                    "accelerate's configuration"
+                )
 
 
 class Processes:
@@ -37,6 +80,7 @@ class Processes:
     """
 
     def __init__(self) -> None:
+        check_wrapping(os.environ)
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.index = int(os.environ.get("RANK", "0"))
         if self.count > 1:
@@ -49,7 +93,7 @@ class Processes:
             import torch
             from accelerate import PartialState
 
-            PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+            PartialState(cpu=not torch.cuda.is_available(), timeout=EXCHANGE)
 
     @property
     def first(self) -> bool:
@@ -129,13 +173,83 @@ class Processes:
         An error there is raised everywhere, so that nobody waits for ever.
         """
         error: BaseException | None = None
+        turn = f"turn {next(_turns)}"
         if self.first:
             try:
                 yield True
             except Exception as found:  # noqa: BLE001 - raised below, in every process
                 error = found
+            if self.count > 1:
+                if not isinstance(error, UserError | OSError | None):
+                    _store().add(ENDED, 1)  # it says so itself; the others may not know the class
+                _store().set(turn, "done")
         else:
             yield False
-        error = self.agreed(error)
-        if error is not None:
-            raise error
+            _wait_for(turn)
+        if self.agreed(not isinstance(error, UserError | OSError | None)):
+            from torch.distributed import DistError
+
+            raise error or DistError("the first process failed")
+        if (told := self.agreed(error)) is not None:
+            raise told
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Ends every process where one ends early, and has each reason said by one.
+
+        Raises:
+            SystemExit: another process has said why.
+            RunError: another process has gone without a word.
+        """
+        try:
+            yield
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            if self.count == 1:
+                raise
+            lost = _is_lost_exchange(error)
+            line = "lost" if lost else f"{type(error).__name__}: {error}"
+            try:
+                ended = _store().add(ENDED, 1)
+                said = _store().add(f"said {line}", 1)
+            except RuntimeError:  # gone with the process that held it
+                ended = said = 1
+            if (lost and ended > 1) or said > 1:
+                raise SystemExit(2) from None
+            if not lost:
+                raise
+            raise RunError(
+                f"train: all {self.count} processes must answer, got nothing of one, which was "
+                "killed or hangs; go on with --resume"
+            ) from None
+
+
+@cache
+def _store() -> Store:
+    """What the processes can tell each other without an exchange, also when one has ended."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return PrefixStore("elva", TCPStore(place, port, is_master=False))
+
+
+def _wait_for(turn: str) -> None:
+    """Until the first process has done what it does alone; DistError where one has ended."""
+    from torch.distributed import DistError
+
+    since, store = time.monotonic(), _store()
+    while not store.check([turn]):
+        waited = time.monotonic() - since
+        if store.check([ENDED]) or waited > PATIENCE.total_seconds():
+            raise DistError("the first process has not done what it does alone")
+        time.sleep(min(0.5, 0.01 + waited / 10))
+
+
+def _is_lost_exchange(error: BaseException) -> bool:
+    """Whether another process did not answer: torch's own errors, and gloo's, which have no
+    class."""
+    from torch.distributed import DistError
+
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return of_gloo or isinstance(error, DistError)

@@ -66,6 +66,11 @@ NOT_RUN = {
         "tests/elva/test_processes.py",
         "test_elva_train_on_two_processes_writes_one_run",
     ),
+    "accelerate launch --config_file elva/launch/": Proof(
+        "it needs eight GPUs; accelerate reads every file, and two processes train by its FSDP2",
+        "tests/elva/test_processes.py",
+        "test_accelerate_reads_the_launch_files_as_they_say",
+    ),
     "python -m benchmarks.report": Proof(
         "it draws anew what is kept in the tree", "benchmarks/report.py", "plot(result,"
     ),

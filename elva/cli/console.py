@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from elva.errors import UserError, refused_by_kernels
+from elva.processes import Processes
 
 out = Console(highlight=False)
 if not out.is_terminal:
@@ -53,6 +54,17 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("elva: interrupted; go on with --resume")
         raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def together() -> Iterator[Processes]:
+    """The processes that a launcher has started, which end together; the first one prints, an error
+    is said by one."""
+    out.quiet = err.quiet = os.environ.get("RANK", "0") != "0"  # what all refuse, one says
+    processes = Processes()
+    err.quiet = False
+    with processes.ending_together():
+        yield processes
 
 
 def _fail(line: str) -> None:

@@ -1,6 +1,7 @@
 """`elva embed`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,6 +97,8 @@ def embed(
             counts = command.plan(data, **which)
             say(counts, [f"{name}: {count:,} items" for name, count in counts.items()], as_json)
             return
+        first = os.environ.get("RANK", "0") == "0"
+        out.quiet = not first  # of a launcher's processes, which take shards in turns
         encoder = Encoder.open(
             model,
             stage=stage,
@@ -108,5 +111,5 @@ def embed(
                 encoder, data, output, **which, dtype=dtype, metadata=metadata, resume=resume,
                 shard_rows=shard_size, skip_bad=skip_bad, reporter=bars,
             )  # fmt: skip
-        if as_json:
+        if as_json and first:
             print(json.dumps({str(one.directory): one.items for one in done}))

@@ -1,8 +1,10 @@
 """`elva evaluate`."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +18,11 @@ from elva.cli.console import (
     out,
     quiet_libraries,
     say,
+    together,
 )
+
+if TYPE_CHECKING:
+    from elva.processes import Processes
 
 EXAMPLES = (
     "Examples:  elva evaluate runs/one   |   elva evaluate runs/one --stage 3 --json   |   "
@@ -81,7 +87,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""
-    with one_line_errors():
+    with one_line_errors(), together() as processes:
         from elva.errors import UserError
 
         asked = {"RUN": run, "--embeddings": embeddings, "--run": run_file}
@@ -96,17 +102,19 @@ def evaluate(
         if lost := [name for name, value in given.items() if value and name not in TAKES[mode]]:
             raise UserError(f"evaluate: {lost[0]} must not come with {mode}; it would do nothing")
         choose("--pools", pools, ("local", "global"))
-        if run_file is not None:
+        if run is not None:
+            _evaluate_run(run, stage, split, as_json, processes)
+        elif not processes.first:
+            return  # files are measured by one
+        elif run_file is not None:
             _evaluate_files(run_file, qrels, as_json)
-        elif embeddings is not None:
+        else:
+            assert embeddings is not None
             which = {
                 "split": split or "test", "tasks": task, "pools": pools, "by_content": by_content,
                 "skip_bad": skip_bad,
             }  # fmt: skip
             _evaluate_embeddings(embeddings, data, output, which, as_json)
-        else:
-            assert run is not None
-            _evaluate_run(run, stage, split, as_json)
 
 
 def _evaluate_files(run: Path, qrels: Path | None, as_json: bool) -> None:
@@ -147,17 +155,21 @@ def _evaluate_embeddings(
     say(result, [*notes, f"runs, qrels and figures: {where}"], as_json)
 
 
-def _evaluate_run(run: Path, stage: list[str] | None, split: str | None, as_json: bool) -> None:
+def _evaluate_run(
+    run: Path, stage: list[str] | None, split: str | None, as_json: bool, processes: Processes
+) -> None:
     quiet_libraries()
     from elva.commands.evaluate import evaluate as measure
-    from elva.progress import Bars
+    from elva.progress import SILENT, Bars
     from elva.report.table import as_json as figures
     from elva.report.table import table
     from elva.run import Run
 
     opened = Run.open(run)
     with Bars(err if as_json else out) as bars:
-        measure(opened, bars, stage or None, split=split)
+        measure(opened, bars if processes.first else SILENT, stage or None, split=split)
+    if not processes.first:
+        return
     if as_json:
         print(json.dumps(figures(opened)))
     else:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
+from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from elva.processes import Processes
     from elva.recipe import Recipe
     from elva.run import Run
 
@@ -89,7 +90,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m elva train ..., or accelerate launch.
     """
-    with one_line_errors():
+    with one_line_errors(), together() as processes:
         from elva.recipes import resolve
 
         changes = [*(assign or []), *([] if seed is None else [f"seed={seed}"])]
@@ -101,16 +102,15 @@ def train(
         began = None if start_from is None else Run.open(start_from)
         if dry_run:
             _print_plan(
-                resolve(recipe, config, changes, **given), wanted, began, controls, limit, as_json
-            )
+                resolve(recipe, config, changes, **given), wanted, began, controls, limit, as_json,
+                processes,
+            )  # fmt: skip
             return
         from elva.commands.train import train as run_stages
-        from elva.processes import Processes
         from elva.progress import Bars
         from elva.training.callbacks import callbacks_of
 
-        processes = Processes()
-        out.quiet = err.quiet = not processes.first  # what all refuse, one says
+        added = callbacks_of(callback or ())
         run = None
         with processes.first_alone() as mine:
             if mine:
@@ -120,8 +120,6 @@ def train(
                 )  # fmt: skip
         directory = processes.agreed(None if run is None else run.directory)
         run = run or Run.open(directory)
-        added = callbacks_of(callback or ())
-        err.quiet = False  # what one meets, such as a full device, it says
         console = err if as_json else out
         if processes.first:
             console.print(f"run directory: {run.directory}", soft_wrap=True)
@@ -184,12 +182,17 @@ def _print_plan(
     controls: bool,
     limit: int | None,
     as_json: bool,
+    processes: Processes,
 ) -> None:
     from elva.training.estimate import describe
     from elva.training.measure import measure
     from elva.training.readiness import look
 
-    ready = look(recipe, stages, start_from, controls=controls)
+    ready = None
+    with processes.first_alone() as mine:
+        if mine:  # what it reads, the others then find read
+            ready = look(recipe, stages, start_from, controls=controls)
+    ready = ready or look(recipe, stages, start_from, controls=controls)
     every = {**dict(recipe.stages), **dict(recipe.controls)}
     kinds = {name: every[name] for name in ready.stages if every[name].steps or every[name].epochs}
     measured = measure(recipe, kinds, ready.data, start_from)  # not of a control by the clock
@@ -198,6 +201,8 @@ def _print_plan(
         "evaluation": ready.evaluation,
         "problems": ready.problems,
     }
+    if not processes.first:
+        return
     if as_json:
         print(json.dumps(plan))
         return

@@ -68,10 +68,10 @@ def train(
         with processes.first_alone() as mine:
             if mine:
                 held.enter_context(run.locked())
-        if run.recipe.report_to != "none":
-            trackers = Trackers(run.recipe, run.directory)
-            shared.callbacks.append(trackers)
-            held.callback(trackers.close)
+                if run.recipe.report_to != "none":
+                    trackers = Trackers(run, reporter.say)
+                    shared.callbacks.append(trackers)
+                    held.callback(trackers.close)
         _train(run, shared, names, start_from, limit, controls)
 
 

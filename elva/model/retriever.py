@@ -58,6 +58,11 @@ class Retriever(nn.Module):
         several processes (DDP, FSDP2, DeepSpeed) sees of the model."""
         return work(*args, **kwargs)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP shards one by one, where its configuration names none."""
+        return [*(self.plain._no_split_modules or [])]
+
     # -- files -------------------------------------------------------------------------------------
 
     @classmethod

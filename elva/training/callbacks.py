@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elva import checkpoint
 from elva.errors import UserError
 from elva.recipe import Recipe, to_dict
+from elva.run import Run
 
 if TYPE_CHECKING:
     from elva.training.loop import Loop
@@ -38,34 +44,106 @@ class Callback:
 
 
 class Trackers(Callback):
-    """Metrics to the trackers of `report_to`, by accelerate: each stage's under its own name."""
+    """Metrics to the trackers of `report_to`, by accelerate, on the first process.
 
-    def __init__(self, recipe: Recipe, directory: Path) -> None:
-        """Raises UserError where a tracker's package is not installed."""
+    Names are of a stage (`stage-2/loss`), steps go on from stage to stage: trackers drop a step
+    that is behind the last one. A run that goes on is the same run to them.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            say: takes a line about a tracker that fails while the stage trains.
+
+        Raises:
+            UserError: a tracker is not installed, or does not start.
+        """
         import torch
         from accelerate import Accelerator
-        from accelerate.tracking import get_available_trackers
 
-        wanted, there = recipe.report_to.split(","), map(str, get_available_trackers())
-        if missing := sorted(set(wanted) - set(there)):
+        if (line := missing_tracker(run.recipe)) is not None:
+            raise UserError(line)
+        self.run, self.say, self._before = run, say, 0
+        goes_on = run.metrics_file.is_file()
+        self._accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), log_with=run.recipe.report_to.split(","),
+            project_dir=run.directory,
+        )  # fmt: skip
+        known = None if goes_on else _flat(to_dict(run.recipe))
+        try:
+            with redirect_stdout(sys.stderr):  # what a tracker says of itself is no result
+                self._accelerator.init_trackers("elva", known, _settings(run, goes_on))
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
-                f"train: report_to must name installed trackers, got {missing[0]}; "
-                f"pip install {missing[0]}"
-            )
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=wanted, project_dir=directory
-        )
-        self.accelerator.init_trackers("elva", _flat(to_dict(recipe)))
+                f"train: report_to must name trackers that start, got {run.recipe.report_to}; "
+                f"{reason}"
+            ) from error
+        self.trackers = self._accelerator.trackers
+
+    def on_stage_begin(self, loop: Loop) -> None:
+        self._before = _steps_beside(self.run, loop.directory)
 
     def on_step_end(self, loop: Loop, metrics: Mapping[str, float]) -> None:
-        name = loop.title.replace(" ", "-")
-        self.accelerator.log({f"{name}/{k}": v for k, v in metrics.items()}, step=loop.step)
+        named = {f"{loop.directory.name}/{k}": v for k, v in metrics.items()}
+        for tracker in [*self.trackers]:
+            try:
+                tracker.log(named, step=self._before + loop.step)
+            except Exception as error:  # noqa: BLE001 - days of training do not end for a log of it
+                self.trackers.remove(tracker)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                self.say(f"{loop.title}: step {loop.step}: {tracker.name} fails and is told no "
+                         f"more, metrics.jsonl has all; {reason}")  # fmt: skip
 
     on_evaluate = on_step_end
 
     def close(self) -> None:
         """Flush what they hold."""
-        self.accelerator.end_training()
+        with redirect_stdout(sys.stderr):
+            for tracker in self.trackers:
+                tracker.finish()
+
+
+def missing_tracker(recipe: Recipe) -> str | None:
+    """What is said of a tracker of `report_to` that is not installed; None: all are."""
+    from accelerate.tracking import get_available_trackers
+
+    wanted = set(recipe.report_to.split(",")) - {"none"}
+    missing = sorted(wanted - set(map(str, get_available_trackers())))
+    if not missing:
+        return None
+    return (
+        f"train: report_to must name installed trackers, got {missing[0]}; pip install {missing[0]}"
+    )
+
+
+def _settings(run: Run, goes_on: bool) -> dict[str, dict[str, Any]]:
+    """By tracker, what its own start is given, so that a run that goes on is continued."""
+    name = run.directory.absolute().name
+    known = hashlib.sha256((run.directory / "run.json").read_bytes()).hexdigest()[:16]
+    return {
+        # What a killed run told beyond its last checkpoint is told again.
+        "tensorboard": {"purge_step": _saved_steps(run) + 1 if goes_on else None},
+        "wandb": {"id": known, "name": name, "resume": "allow", "dir": str(run.directory)},
+        "trackio": {"name": f"{name}-{known}", "resume": "allow"},
+    }
+
+
+def _steps_beside(run: Run, stage: Path | None) -> int:
+    """Steps of the stages and controls that ended, but for the one of a directory."""
+    files = (d / "stage.json" for d in _directories(run) if d != stage)
+    return sum(json.loads(f.read_text(encoding="utf-8"))["steps"] for f in files if f.is_file())
+
+
+def _saved_steps(run: Run) -> int:
+    """Steps of what ended, and those of the latest checkpoint of what did not."""
+    latest = {d: step for d in _directories(run) if (step := checkpoint.last_step(d))}
+    stage = next(iter(latest), None)
+    return _steps_beside(run, stage) + latest.get(stage, 0)
+
+
+def _directories(run: Run) -> list[Path]:
+    return [run.stage(name) for name in (*run.recipe.stages, *run.recipe.controls)]
 
 
 def callbacks_of(names: Sequence[str]) -> list[Callback]:

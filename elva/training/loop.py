@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from elva import checkpoint
@@ -25,6 +25,7 @@ from elva.training.guards import refuse_broken_weights
 from elva.training.optimizer import make_optimizer, make_schedule, put_schedule
 from elva.training.plan import Length, Saving
 from elva.training.states import moments_of, put_moments, put_weights, weights_of
+from elva.training.wrapping import accelerator_of
 
 BEST = "best"
 """Beside a stage's checkpoints: the weights of its best evaluation."""
@@ -73,14 +74,10 @@ class Loop:
         self.best: dict[str, Any] = {"value": None, "step": 0, "worse": 0}
         self.started = time.perf_counter() if started is None else started
         self.elapsed = self.elapsed_before = 0.0
-        wrapping = DistributedDataParallelKwargs(find_unused_parameters=work.leaves_unused)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping], mixed_precision="no"
-        )
+        self.accelerator = accelerator_of(stage, leaves_unused=work.leaves_unused)
         torch.backends.cuda.matmul.allow_tf32 = bool(arguments.get("tf32", False))
-        optimizer = make_optimizer(model, stage, arguments)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.inner = make_optimizer(model, stage, arguments)
+        self.model, self.optimizer = self.accelerator.prepare(model, self.inner)
         seconds = length.seconds
         done = None if seconds is None else lambda: self.elapsed / seconds
         self.schedule = make_schedule(self.inner, stage, length.steps, done, arguments)
@@ -89,7 +86,7 @@ class Loop:
         """Run to the end, from a checkpoint where one is given.
 
         Raises:
-            RunError: a guard stops the stage.
+            RunError: a guard stops the stage, or its best weights are damaged.
         """
         if resume is not None:
             self._restore(resume)
@@ -118,9 +115,8 @@ class Loop:
             if boundary and (due or (self.saving.steps and self.step % self.saving.steps == 0)):
                 self.save()
         if self.stage.load_best_model_at_end and self.best["value"] is not None:
-            found = checkpoint.newest(self.directory / BEST)
-            assert found is not None
-            put_weights(self.module, checkpoint.load(found)[0]["weights"])
+            best = checkpoint.place(self.directory / BEST, self.best["step"])
+            put_weights(self.module, checkpoint.load_whole(best)[0]["weights"])
         self._tell("on_stage_end")
 
     @property
@@ -137,11 +133,12 @@ class Loop:
         """
         weights = self.whole_weights()
         groups, facts = self.work.state()
-        groups |= {"weights": weights, "optimizer": moments_of(self.module, self.inner)}
+        moments = moments_of(self.module, self.inner, self.optimizer)
+        groups |= {"weights": weights, "optimizer": moments}
         facts |= {"step": self.step, "elapsed": self.elapsed, "best": self.best}
-        self._write(self.directory, groups, facts, keep=self.saving.limit)
+        written = self._write(self.directory, groups, facts, keep=self.saving.limit)
         self.saved_at = self.elapsed
-        self._tell("on_save", self.directory / f"{checkpoint.PREFIX}{self.step:08d}")
+        self._tell("on_save", written)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """What trains; RunError where training has made NaN or inf of a weight."""
@@ -153,16 +150,17 @@ class Loop:
         """Let go of the wrapped model, so that the next stage has its memory."""
         self.accelerator.free_memory()
 
-    def _write(self, parent: Path, groups: Any, facts: Mapping[str, Any], keep: int) -> None:
+    def _write(self, parent: Path, groups: Any, facts: Mapping[str, Any], keep: int) -> Path:
         with self.processes.first_alone() as mine:
             if mine:
                 checkpoint.save(parent, self.step, groups, facts)
                 checkpoint.prune(parent, keep)
+        return checkpoint.place(parent, self.step)
 
     def _restore(self, path: Path) -> None:
         groups, facts = checkpoint.load(path)
         put_weights(self.module, groups["weights"])
-        put_moments(self.module, self.inner, groups["optimizer"])
+        put_moments(self.module, self.inner, self.optimizer, groups["optimizer"])
         self.work.restore(groups, facts)
         self.step, self.best = facts["step"], facts["best"]
         self.elapsed = self.elapsed_before = self.saved_at = facts["elapsed"]

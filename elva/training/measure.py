@@ -74,16 +74,19 @@ def measure(
     """
     found: dict[str, Measured | str] = {}
     gc.freeze()  # what is imported by now is no garbage, and not walked through after each piece
+    processes = Processes()
     with tempfile.TemporaryDirectory(prefix="elva-plan-") as scratch:
         checkpoint = _checkpoint(recipe, data, start_from, Path(scratch))
         for name, stage in stages.items():
             if isinstance(checkpoint, str):
                 found[name] = f"not measured: {checkpoint}"
-            elif (why := _unfit(recipe, stage, checkpoint)) is not None:
+            elif (why := processes.agreed(_unfit(recipe, stage, checkpoint))) is not None:
                 found[name] = f"not measured: {why}"
             else:
                 examples = Examples(data.of(stage), stage, recipe.seed)
-                found[name] = _measure(recipe, stage, examples, checkpoint, Path(scratch))
+                found[name] = _measure(
+                    recipe, stage, examples, checkpoint, Path(scratch), processes
+                )  # fmt: skip
     gc.unfreeze()
     return found
 
@@ -151,9 +154,9 @@ class _Clock(Callback):
 
 
 def _measure(
-    recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path
-) -> Measured:
-    processes = Processes()
+    recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path,
+    processes: Processes,
+) -> Measured:  # fmt: skip
     retriever = Retriever.load(checkpoint, summary_prompt=recipe.model.summary_prompt)
     retriever.add_lora(stage.lora, keep=stage.holds)
     retriever.freeze_vision(not stage.train_vision)
@@ -172,7 +175,8 @@ def _measure(
             callbacks=[clock],
         )  # fmt: skip
         loop.train()
-        seconds = min(clock.seconds[1:])  # the first one's includes what is done once
+        # The first one's includes what is done once; all of a launcher's go on or stop together.
+        seconds = processes.agreed(min(clock.seconds[1:]))
         loop.close()
         if seconds >= ENOUGH_S or queries >= stage.batch_size:
             break

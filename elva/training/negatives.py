@@ -13,6 +13,7 @@ from torch import Tensor
 from elva.data import Item, Query
 from elva.draws import Seed, permutation
 from elva.hardest import at_random, hardest
+from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training.comparison import SOURCES
 from elva.training.examples import Candidates, Examples
@@ -30,6 +31,7 @@ class Negatives:
 
     Args:
         embed: items -> [n, D], greedily, with the weights of now.
+        processes: those that share out what is searched.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Negatives:
         examples: Examples,
         seed: Seed,
         embed: Callable[[Sequence[Item]], Tensor],
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         self.stage, self.examples, self.seed, self.embed = stage, examples, tuple(seed), embed
         self.bank: Tensor | None = None  # [candidates, D]
         self.mined: Tensor | None = None  # [queries, K] rows of candidates, hardest first, or -1
@@ -113,9 +117,12 @@ class Negatives:
         if not len(rows):
             return
         assert self.mined is not None
-        right = [self.examples.right(self.examples.query(row)) for row in rows.tolist()]
+        query = self._embedded(self.examples.queries, rows.tolist())
+        own = self.processes.share(len(rows))
+        asked = (self.examples.query(row) for row in rows[own.start : own.stop].tolist())
+        right = [self.examples.right(query) for query in asked]
         found = hardest(
-            self._embedded(self.examples.queries, rows.tolist()),
+            query[own.start : own.stop],
             [pool],
             [[row - start for row in some] for some in right],
             k=self.depth,
@@ -123,7 +130,8 @@ class Negatives:
             identities=lambda some: self.examples.candidates.identities(some + start),
         )
         places = torch.tensor([self._place[row] for row in rows.tolist()])
-        self.mined[places] = torch.where(found.rows < 0, -1, found.rows + start).cpu()
+        mined = torch.where(found.rows < 0, -1, found.rows + start)
+        self.mined[places] = self.processes.gather(mined, len(rows)).cpu()
 
     def neighbours(self) -> dict[int, list[int]]:
         """For each query the queries whose answers it is most likely to be given, likeliest

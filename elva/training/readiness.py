@@ -23,6 +23,7 @@ from elva.evaluation.trained import evaluation_tasks
 from elva.model.family import read_inputs, takes_pictures
 from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
 from elva.run import Run, evaluated, source_of
+from elva.training.callbacks import missing_tracker
 from elva.training.estimate import at_hand, disk_bytes, memory_bytes
 from elva.training.examples import Examples
 from elva.training.plan import steps_an_epoch
@@ -148,6 +149,8 @@ def _problems(
     if first and start_from is None and (place := list(recipe.stages).index(first)):
         yield no_start(first, list(recipe.stages)[place - 1])
     yield from _missing_data(recipe, kinds)
+    if line := missing_tracker(recipe):
+        yield line
     if start_from is None:
         yield from _missing_model(recipe.model)
 

@@ -93,7 +93,7 @@ class Stage:
             )  # fmt: skip
             retriever.log_temperature = nn.Parameter(start)
         self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic, processes)
-        self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed)
+        self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed, processes)
         neighbours = None
         if stage.hard_batches:
             self.negatives.mine()
@@ -241,6 +241,7 @@ class Stage:
             rows, prompts = batches[turn % len(batches)]
             index = torch.tensor(rows, device=self.retriever.device)
             last = turn == turns - 1
+            accelerator.sync_gradients = last  # by which DeepSpeed knows when to step
             with nullcontext() if last else accelerator.no_sync(model):
                 total, found, new = model(
                     self.tokens.losses, prompts, index, rolled, given, turn == 0

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from elva.training import zero
+
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name."""
@@ -23,7 +25,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """What trains, whole; every process calls it."""
-    return {name: whole(p.detach()) for name, p in trained(model).items()}
+    return {name: _weight(p) for name, p in trained(model).items()}
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -31,25 +33,40 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     parameters = trained(model)
     with torch.no_grad():
         for name, value in weights.items():  # in one order: a sharded one is an exchange
-            if name in parameters:
+            if name not in parameters:
+                continue
+            if zero.is_held(parameters[name]):
+                zero.put_weight(parameters[name], value)
+            else:
                 parameters[name].copy_(_like(value, parameters[name]))
 
 
-def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state, whole: `name|key` -> tensor; every process calls it."""
-    names: dict[Any, str] = {p: name for name, p in trained(model).items()}
+def moments_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any
+) -> dict[str, Tensor]:
+    """An optimiser's state, whole: `name|key` -> tensor; every process calls it.
+
+    Args:
+        wrapped: the optimiser as accelerate gave it back.
+    """
+    parameters = trained(model)
+    if any(map(zero.is_held, parameters.values())):
+        return zero.moments_of(parameters, wrapped.optimizer, optimizer)
     return {
-        f"{names[p]}|{key}": whole(value)
-        for p, entry in optimizer.state.items()
-        for key, value in entry.items()
+        f"{name}|{key}": whole(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def put_moments(
-    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any, moments: Mapping[str, Tensor]
 ) -> None:
     """Give an optimiser what `moments_of` gave."""
     parameters = trained(model)
+    if any(map(zero.is_held, parameters.values())):
+        zero.put_moments(parameters, wrapped.optimizer, optimizer, moments)
+        return
     groups: dict[Any, Any] = {p: group for group in optimizer.param_groups for p in group["params"]}
     for name, value in moments.items():
         name, key = name.rsplit("|", 1)
@@ -62,6 +79,11 @@ def put_moments(
         optimizer.state[parameter][key] = value
 
 
+def _weight(parameter: nn.Parameter) -> Tensor:
+    held = zero.is_held(parameter)
+    return zero.weight_of(parameter) if held else whole(parameter.detach())
+
+
 def whole(value: Tensor) -> Tensor:
     """A tensor, or all of one that is sharded; every process calls it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
@@ -69,7 +91,7 @@ def whole(value: Tensor) -> Tensor:
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor where and as a parameter lies."""
-    value = value.to(parameter.device)
+    value = value.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value

@@ -9,14 +9,14 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from elva import checkpoint
 from elva.processes import Processes
 from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
-from elva.training import loop
+from elva.training import wrapping
 from elva.training.plan import Saving
 from elva.training.states import trained, weights_of, whole
 from tests.elva.stages import INFO_NCE, POLICY, Stage
@@ -52,8 +52,25 @@ class Sharding(Accelerator):
         self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Qwen2VLDecoderLayer"], cpu_ram_efficient_loading=False,
+            cpu_ram_efficient_loading=False,
         )  # fmt: skip
+
+
+class Zero(Accelerator):
+    """accelerate's own DeepSpeed, likewise."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        import deepspeed
+        from deepspeed.comm import torch as exchange
+
+        exchange.build_shm_op = lambda: None  # a minute of compiling to exchange faster on a CPU
+        deepspeed.init_distributed("gloo", verbose=False)
+        for state in (self.state, PartialState()):
+            state.distributed_type = DistributedType.DEEPSPEED
+        self.state.deepspeed_plugins = {"default": DeepSpeedPlugin(zero_stage=2)}
+        self.state.deepspeed_plugins["default"].select(_from_accelerator_state=True)
+        self.deepspeed_engine_wrapped = None
 
 
 def in_float64(model: torch.nn.Module) -> None:
@@ -68,28 +85,31 @@ def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt())
 
 
+WRAPPERS: dict[str, type[Accelerator]] = {"ddp": Accelerator, "fsdp2": Sharding, "zero": Zero}
+
+
 def run(
     name: str, model: str, corpus: str, out: str, resume: str | None = None, *,
-    sharded: bool = False,
+    by: str = "ddp", optim: str = "adamw_torch", dtype: torch.dtype = torch.float64,
 ) -> None:  # fmt: skip
     """One case: gradients after each step, and the weights at its end.
 
     Args:
-        sharded: weights, gradients and optimiser by FSDP2.
+        by: what wraps the model.
         resume: a directory of checkpoints to go on from, after the first step.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)  # of an adapter's first weights
     processes = Processes()
-    if sharded:
-        loop.Accelerator = Sharding  # type: ignore[misc]
-    how = "-sharded" * sharded + "-resumed" * (resume is not None)
+    wrapping.Accelerator = WRAPPERS[by]  # type: ignore[misc]
+    how = f"-{by}" * (by != "ddp") + "-resumed" * (resume is not None)
     directory = Path(out) / f"{name}-{processes.count}{how}"
     stage = Stage(
         Path(model), Path(corpus), CASES[name], directory, steps=STEPS,
-        extra={"optim": "sgd"}, dtype=torch.float64,
+        extra={"optim": optim}, dtype=dtype,
     )  # fmt: skip
-    in_float64(stage.retriever)
+    if dtype == torch.float64:
+        in_float64(stage.retriever)
     kept: dict[str, torch.Tensor] = {}
     step = stage.work.step
 

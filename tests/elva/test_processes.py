@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from elva.processes import Processes
+from elva.errors import RunError
+from elva.processes import Processes, check_wrapping
 from tests.elva.sharing import CASES, STEPS
 
+ZERO_CASES = ("grpo", "mixed")
 ROOT = Path(__file__).parent.parent.parent
 Start = Callable[..., BaseProcess]
 Released = Callable[[str], Path]
@@ -48,16 +51,17 @@ def together(start: Start, count: int, directory: Path, statements: str) -> None
 def shared(
     start: Start, released: Released, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """Every case by one, two and three processes, and by two that share the weights out."""
+    """Every case by one, two and three processes, and by two that share weights or moments out."""
     out = tmp_path_factory.mktemp("shared")
     given = f"{str(released('untied'))!r}, {str(corpus)!r}, {str(out)!r}"
-    for count, further in ((1, ""), (2, ""), (3, ""), (2, ", sharded=True")):
-        calls = "\n".join(f"sharing.run({name!r}, {given}{further})" for name in CASES)
+    for count, by in ((1, "ddp"), (2, "ddp"), (3, "ddp"), (2, "fsdp2"), (2, "zero")):
+        names = ZERO_CASES if by == "zero" else CASES
+        calls = "\n".join(f"sharing.run({name!r}, {given}, by={by!r})" for name in names)
         together(start, count, out, f"from tests.elva import sharing\n{calls}")
     yield out
 
 
-@pytest.mark.parametrize("count", ["2", "3", "2-sharded"])
+@pytest.mark.parametrize("count", ["2", "3", "2-fsdp2"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_those_of_one_process(shared: Path, name: str, count: str) -> None:
     one, many = (load_file(shared / f"{name}-{n}" / "kept.safetensors") for n in (1, count))
@@ -73,6 +77,15 @@ def test_gradients_equal_those_of_one_process(shared: Path, name: str, count: st
         assert several == pytest.approx(single, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ZERO_CASES)
+def test_weights_of_deepspeed_equal_those_of_one_process(shared: Path, name: str) -> None:
+    """In fp32, which ZeRO keeps of weights and moments whatever the model's dtype."""
+    one, many = (load_file(shared / f"{name}-{n}" / "kept.safetensors") for n in ("1", "2-zero"))
+    ends = [key for key in one if key.startswith("end|")]
+    assert ends and all(key in many for key in ends)
+    assert max((one[k] - many[k]).abs().max().item() for k in ends) <= 5e-7
+
+
 def test_two_processes_give_the_same_bits_again(
     shared: Path, start: Start, released: Released, corpus: Path, tmp_path: Path
 ) -> None:
@@ -82,32 +95,38 @@ def test_two_processes_give_the_same_bits_again(
     assert all(torch.equal(value, again[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize(("before", "after"), [("1", 3), ("3", 2), ("2-sharded", 1)])
+@pytest.mark.parametrize(
+    ("before", "after", "by", "least"),
+    [
+        ("1", 3, "ddp", 1e-12), ("3", 2, "ddp", 1e-12), ("2-fsdp2", 1, "ddp", 1e-12),
+        ("2-zero", 1, "ddp", 5e-7), ("1", 2, "zero", 5e-7),
+    ],
+)  # fmt: skip
 def test_a_run_goes_on_on_another_number_of_processes(
     shared: Path, start: Start, released: Released, corpus: Path, tmp_path: Path,
-    before: str, after: int,
+    before: str, after: int, by: str, least: float,
 ) -> None:  # fmt: skip
     at = shared / f"mixed-{before}" / "stage-3"
     words = ("mixed", str(released("untied")), str(corpus), str(tmp_path), str(at))
-    together(start, after, tmp_path, f"from tests.elva import sharing\nsharing.run(*{words})")
+    call = f"from tests.elva import sharing\nsharing.run(*{words}, by={by!r})"
+    together(start, after, tmp_path, call)
     whole = load_file(shared / "mixed-1" / "kept.safetensors")
-    resumed = load_file(tmp_path / f"mixed-{after}-resumed" / "kept.safetensors")
+    how = f"-{by}" * (by != "ddp")
+    resumed = load_file(tmp_path / f"mixed-{after}{how}-resumed" / "kept.safetensors")
     ends = [key for key in whole if key.startswith("end|")]
     assert ends and not any(key.startswith("0|") for key in resumed), "it did go on"
-    assert max((whole[k] - resumed[k]).abs().max().item() for k in ends) <= 1e-12
+    assert max((whole[k] - resumed[k]).abs().max().item() for k in ends) <= least
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("by", ["ddp", "fsdp2", "zero"])
 def test_elva_train_on_two_processes_writes_one_run(
-    recipe_file: Path, start: Start, tmp_path: Path, sharded: bool
+    recipe_file: Path, start: Start, tmp_path: Path, by: str
 ) -> None:
     words = ["train", "--recipe", "smoke", "--config", str(recipe_file), "--output", "run",
              "--no-controls", "--limit", "2", "--stages", "0,1"]  # fmt: skip
     call = f"sys.argv[:] = ['elva', *{words!r}]\nfrom elva.cli import app\napp()"
-    if sharded:
-        call = (
-            f"from tests.elva import sharing\nsharing.loop.Accelerator = sharing.Sharding\n{call}"
-        )
+    wrapper = "sharing.wrapping.Accelerator = sharing.WRAPPERS"
+    call = f"from tests.elva import sharing\n{wrapper}[{by!r}]\n{call}"
     together(start, 2, tmp_path, call)
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in lines] == [
@@ -129,3 +148,51 @@ def test_shares_are_neighbours_of_like_number() -> None:
             shares = [one.share(things, i) for i in range(count)]
             assert [i for share in shares for i in share] == list(range(things))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+LAUNCHES = sorted((ROOT / "elva" / "launch").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", LAUNCHES, ids=[file.stem for file in LAUNCHES])
+def test_accelerate_reads_the_launch_files_as_they_say(file: Path) -> None:
+    """By its own parser, to the environment that it gives each process."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    given = ["--config_file", str(file), "-m", "elva", "train"]
+    args, config, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    written = yaml.safe_load(file.read_text())
+    assert config is not None and args.num_processes == written["num_processes"]
+    assert args.num_processes == (16 if written["num_machines"] == 2 else 8)
+    env = prepare_multi_gpu_env(args) if not args.use_deepspeed else {}
+    assert args.use_deepspeed == (file.stem == "zero2")
+    assert str(args.zero_stage) == ("2" if args.use_deepspeed else "None")
+    assert (env.get("ACCELERATE_USE_FSDP") == "true") == (file.stem == "fsdp2")
+    if file.stem == "fsdp2":
+        assert env["FSDP_VERSION"] == "2" and env["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+        assert env["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+        assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in env, "the model's own"
+    if written["num_machines"] == 2:
+        assert (args.machine_rank, args.main_process_port, args.nproc_per_node) == (0, 29500, "8")
+
+
+WRAPPED = {
+    "ACCELERATE_USE_FSDP": {"FSDP_VERSION": "1"},
+    "ACCELERATE_USE_DEEPSPEED": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_a_wrapper_that_is_not_to_be_had_is_refused(
+    wrapper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {wrapper: "true", "WORLD_SIZE": "2"}
+    check_wrapping({**asked, wrapper: "false"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RunError, match="must have a GPU for each of several processes"):
+        check_wrapping(asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_wrapping(asked)
+    for key, value in WRAPPED[wrapper].items():
+        with pytest.raises(RunError, match=f"{key.lower()} must be .*, got {value}; change"):
+            check_wrapping({**asked, key: value})

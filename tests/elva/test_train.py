@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +21,7 @@ from elva.recipe import Recipe
 from elva.recipes import resolve
 from elva.run import Run
 from elva.training.callbacks import Callback
-from elva.training.loop import Loop
+from elva.training.loop import BEST, Loop
 
 kills = importlib.import_module("benchmarks.kills")  # which conftest puts there
 
@@ -199,6 +200,33 @@ def test_a_stage_ends_early_with_the_weights_of_its_best_evaluation(
     ended = run.read("0", "evaluation.json")["figures"]["t2i_recall_at_5"]
     assert ended == max(figures)
     assert heard.saved and all(heard.saved)
+
+
+class Spoils(Callback):
+    """Flips a bit of the best weights after each evaluation."""
+
+    def on_evaluate(self, loop: Loop, metrics: Mapping[str, float]) -> None:
+        for file in (loop.directory / BEST).glob("*/weights.safetensors"):
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+
+
+def test_damaged_best_weights_are_refused_by_name_and_the_stage_trained_again(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    changes = ("eval_steps=1", "load_best_model_at_end=true",
+               "metric_for_best_model=t2i_recall_at_5")  # fmt: skip
+    recipe = resolve("smoke", recipe_file, [f"stages.0.{change}" for change in changes])
+    run = Run.create(tmp_path / "best", recipe)
+    with pytest.raises(
+        UserError, match=r"stage-0/best/checkpoint-0000000\d: .*another SHA"
+    ) as told:
+        train(run, Silent(), stages=["0"], controls=False, limit=2, callbacks=[Spoils()])
+    assert "delete its stage's directory" in str(told.value) and not run.is_trained("0")
+    shutil.rmtree(run.stage("0"))
+    train(run, Silent(), stages=["0"], controls=False, limit=2)
+    assert run.is_trained("0") and not (run.stage("0") / BEST).exists()
 
 
 def test_a_metric_that_is_none_is_one_line(recipe_file: Path, tmp_path: Path) -> None:
