@@ -45,7 +45,7 @@ COLDEST = 1e-6  # elva_kernels' least temperature
 
 TAKEN = (
     "bf16", "tf32", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_kwargs",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "dataloader_num_workers",
 )  # fmt: skip
 """Arguments of transformers' TrainingArguments that a stage can follow. Every other one is said by
 a field of the recipe already, or would be ignored, or would train something else."""
@@ -62,10 +62,13 @@ def _are_in_range(values: Mapping[str, Any]) -> bool:
     """What transformers itself takes without a look."""
     switches = ("bf16", "tf32", "gradient_checkpointing")
     rates = (values.get(name, 0.0) for name in ("adam_beta1", "adam_beta2"))
+    workers = values.get("dataloader_num_workers", 0)
     return (
         all(isinstance(values.get(name, True), bool) for name in switches)
         and all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in rates)
         and not (isinstance(e := values.get("adam_epsilon", 0.0), int | float) and e < 0)
+        and type(workers) is int
+        and workers >= 0
     )
 
 
@@ -169,6 +172,9 @@ class ModelConfig:
     # of a checkpoint that is not at hand, for the memory estimate
     parameters: Annotated[int, between(1, 2**63 - 1)] | None = None
     vision_parameters: Whole = 0  # those of them in its tower
+    vision_size: Whole = 0  # the tower's width; 0: what it keeps while it learns is not counted
+    vision_layers: Whole = 0
+    patch_values: Count = 1176  # of a patch as the tower takes it: 3 x 2 x 14 x 14
     hidden_size: Count | None = None
     layers: Count | None = None
     intermediate_size: Count | None = None

@@ -105,6 +105,7 @@ class _Shared:
     ) -> None:  # fmt: skip
         self.data, self.model, self.seed = TrainingData(recipe), recipe.model, recipe.seed
         self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
+        self.workers: int | None = recipe.trainer.get("dataloader_num_workers")
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -123,6 +124,8 @@ class _Shared:
         )  # fmt: skip
         self._inputs = retriever.inputs
         self._inputs.bound_pixels(model.min_pixels, model.max_pixels)
+        if self.workers is not None:
+            self._inputs.pictures.workers = self.workers
         return retriever
 
     def begin(self, path: Path, stage: StageConfig) -> Retriever:

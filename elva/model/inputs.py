@@ -26,6 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 from elva.data import Item
 from elva.files import sha256
+from elva.model.pictures import Pictures, Pixels
 from elva.model.reading import AT_RET, Reading
 
 RET = "[RET]"
@@ -45,9 +46,6 @@ SYSTEM_HERE = "\ue001"
 
 PROMPTS_KEPT = 100_000
 """Tokenised prompts kept at a time; about 1 KB each."""
-
-PATCHES_KEPT_MB = 512
-"""Pixel patches kept at a time; beyond it a picture is read again."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,7 @@ class Inputs:
         self._frames: dict[tuple[bool, bool, bool], list[list[int]]] = {}
         self._pictures: dict[str, Item] = {}
         self._contents: dict[str, str] = {}
-        self._patches: dict[str, tuple[Tensor, Tensor]] = {}
-        self._patches_bytes = 0
+        self.pictures = Pictures(self._cut)
 
     @classmethod
     def load(
@@ -320,17 +317,16 @@ class Inputs:
     def _ids(self, text: str, **how: Any) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, **how).input_ids) if text else []
 
+    def _cut(self, image: str) -> Pixels:
+        """Decode a picture and cut it into patches; threads do it beside each other."""
+        out = self.image_processor([self._pictures[image].load_image()], return_tensors="np")
+        names = ("pixel_values", "image_grid_thw")
+        return {name: torch.from_numpy(np.ascontiguousarray(out[name])) for name in names}
+
     def patches(self, image: str) -> tuple[Tensor, Tensor]:
         """Pixel patches [P, 3 * t * p * p] and grid (t, h, w) of a picture that was prompted."""
-        if image not in self._patches:
-            if self._patches_bytes > PATCHES_KEPT_MB << 20:
-                self._patches.clear()
-                self._patches_bytes = 0
-            out = self.image_processor([self._pictures[image].load_image()], return_tensors="np")
-            pixels = torch.from_numpy(np.ascontiguousarray(out["pixel_values"]))
-            self._patches[image] = (pixels, torch.from_numpy(out["image_grid_thw"][0]))
-            self._patches_bytes += pixels.nbytes
-        return self._patches[image]
+        pixels = self.pixels(image)
+        return pixels["pixel_values"], pixels["image_grid_thw"][0]
 
     def content(self, image: str) -> str:
         """A hash of a prompted picture, wherever it lies."""
@@ -339,10 +335,9 @@ class Inputs:
             self._contents[image] = sha256(shown) if isinstance(shown, Path) else image
         return self._contents[image]
 
-    def pixels(self, image: str) -> dict[str, Tensor]:
+    def pixels(self, image: str) -> Pixels:
         """Arguments of the model's `get_image_features` for a picture that was prompted."""
-        patches, grid = self.patches(image)
-        return {"pixel_values": patches, "image_grid_thw": grid[None]}
+        return self.pictures.get(image)
 
     def collate(self, prompts: Sequence[Prompt], device: torch.device) -> PromptBatch:
         """Pad on the left. Right padding would put completions at different columns and wrong

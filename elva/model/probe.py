@@ -103,7 +103,7 @@ def _own_forward(retriever: Retriever, prompt: Prompt) -> Any:
     inputs, device = retriever.inputs, retriever.device
     summary = [*inputs.text_ids("a red dog in wet grass")[: WRITTEN - 1], *inputs.closing]
     ids = torch.cat([prompt.input_ids, torch.tensor(summary)])[None].to(device)
-    given = {} if prompt.image is None else inputs.pixels(prompt.image)
+    given = {} if prompt.image is None else dict(inputs.pixels(prompt.image))
     for name in ("mm_token_type_ids", "token_type_ids"):  # Qwen's, and Gemma's
         if name in signature(retriever.plain.forward).parameters:
             given[name] = (ids == inputs.image_id).int()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from elva.errors import UserError
 from elva.model.inputs import SYSTEM_HERE, Inputs, Prompt
+from elva.model.pictures import Pixels
 
 WORDS_ONLY = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns of the text; all else is of the picture."""
@@ -24,6 +26,7 @@ class ProcessorInputs(Inputs):
     """
 
     processor: ProcessorMixin
+    _cutter: ProcessorMixin  # for threads: a tokenizer that is asked in two ways is not for two
 
     @classmethod
     def load(
@@ -33,6 +36,7 @@ class ProcessorInputs(Inputs):
         tokenizer, image_processor = processor.tokenizer, processor.image_processor
         inputs = cls(tokenizer, image_processor, summary_prompt, **how)
         inputs.processor = inputs._renderer = processor
+        inputs._cutter = copy.deepcopy(processor)
         return inputs
 
     def bound_pixels(self, least: int | None, most: int | None) -> None:
@@ -53,21 +57,21 @@ class ProcessorInputs(Inputs):
         if image is None:
             start = self._ids(before)
         else:
-            start = self._seen(before, image)["input_ids"][0].tolist()
+            start = self._seen(before, image, self.processor)["input_ids"][0].tolist()
         if self._opens(before):
             start = [*self._around[0], *start]
         ids = torch.tensor([*start, *self._asked(text), *self._ids(after)])
         return Prompt(ids, torch.arange(len(ids)).expand(3, -1), image)
 
-    def pixels(self, image: str) -> dict[str, Tensor]:
+    def _cut(self, image: str) -> Pixels:
         before, _ = self._rendered(True, True, False)
-        seen = self._seen(before, image)
+        seen = self._seen(before, image, self._cutter)
         return {k: v for k, v in seen.items() if k not in WORDS_ONLY and isinstance(v, Tensor)}
 
-    def _seen(self, before: str, image: str) -> dict[str, Any]:
+    def _seen(self, before: str, image: str, processor: ProcessorMixin) -> dict[str, Any]:
         picture = self._pictures[image].load_image()
         return dict(
-            self.processor(
+            processor(
                 text=[before], images=[picture], return_tensors="pt", add_special_tokens=False,
             )
         )  # fmt: skip

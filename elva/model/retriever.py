@@ -258,12 +258,24 @@ class Retriever(nn.Module):
         there = {name: value.to(self.device) for name, value in pixels.items()}
         return self.family.features(self.plain, there)
 
-    def hold(self, prompts: Iterable[Prompt]) -> None:
-        """Make a step's features at once, and keep them until the next step's."""
+    def hold(self, prompts: Sequence[Prompt], then: Sequence[Prompt] = ()) -> None:
+        """Make a step's features at once, and keep them until the next step's.
+
+        Args:
+            then: the next step's prompts, whose pictures are cut meanwhile.
+        """
+        self.cut_ahead([*prompts, *then])
         images = [p.image for p in prompts if p.image is not None]
         if self.features is not None:
             self.features.hold(images)
             self.image_features(images)
+
+    def cut_ahead(self, prompts: Iterable[Prompt]) -> None:
+        """Let threads cut the pictures of prompts that are read soon, in this order; of a frozen
+        tower those whose features are not kept."""
+        images = dict.fromkeys(p.image for p in prompts if p.image is not None)
+        kept = self.features
+        self.inputs.pictures.ahead(i for i in images if kept is None or not kept.has(i))
 
     def freeze_vision(self, frozen: bool, features: Path | None = None) -> None:
         """Choose whether the vision tower learns; either way features of earlier weights are

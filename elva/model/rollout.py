@@ -337,7 +337,9 @@ def encode(
     summaries = [""] * len(items)
     decode = retriever.inputs.tokenizer.decode
     done = 0
-    for rows in batches_by_length([len(p) for p in prompts], batch_size):
+    batches = [*batches_by_length([len(p) for p in prompts], batch_size)]
+    for number, rows in enumerate(batches):
+        retriever.cut_ahead(prompts[i] for some in batches[number : number + 2] for i in some)
         out = sample(
             retriever,
             [prompts[i] for i in rows],

@@ -27,18 +27,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from elva.data import Item
 from elva.errors import UserError
 from elva.model.retriever import Retriever, whole_weights
 from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training import objective, ranking
-from elva.training.comparison import compare
 from elva.training.examples import Examples
 from elva.training.guards import Guards
 from elva.training.negatives import Negatives
 from elva.training.optimizer import autocast, checkpoint_gradients
 from elva.training.plan import Batch, plan
+from elva.training.prompts import Prompts
 from elva.training.rolled import Rolled
 from elva.training.states import whole
 from elva.training.summaries import Summaries
@@ -106,6 +105,9 @@ class Stage:
             self.negatives.mine()
             neighbours = self.negatives.neighbours()
         self.plan = plan(stage, examples, -(-steps // stage.num_iterations), self.seed, neighbours)
+        self.prompts = Prompts(
+            stage, examples, self.negatives, retriever.inputs, processes, self.seed
+        )
         self._last: Rolled | None = None
 
     # -- what the loop asks ------------------------------------------------------------------------
@@ -158,37 +160,24 @@ class Stage:
     # -- the four steps ----------------------------------------------------------------------------
 
     def _roll(self, batch: Batch) -> Rolled:
-        stage, examples, share = self.stage, self.examples, self.processes.share
         self.negatives.prepare(batch.step)
-        own, sources = self.negatives.of(batch)
-        found = compare(stage, examples, batch, own, sources, self.seed)
-        asks = share(len(found.queries))
-        shows = share(found.rolled) if stage.embeds else range(0)
-        items: list[Item] = [found.queries[i] for i in asks]
-        answers = [examples.candidates[int(found.candidates[t[0]])] for t in found.target]
-        shown = [answers[i] for i in asks]
-        bank = None
-        if stage.embeds:
-            rolled = [examples.candidates[int(found.candidates[i])] for i in shows]
-            items += rolled
-            shown += rolled
-            if found.rolled < len(found.candidates):
-                assert self.negatives.bank is not None
-                rows = torch.from_numpy(found.candidates[found.rolled :])
-                bank = self.negatives.bank[rows.to(self.negatives.bank.device)]
-        asked = len(found.queries)
-        places = [*asks, *(asked + i for i in shows)]  # of the step's prompts
-        everyone = asked + (found.rolled if stage.embeds else 0)
-        spare = not items  # it takes part in every exchange all the same
-        if spare:
-            items, shown, places = [found.queries[0]], [answers[0]], [0]
-        prompts = [self.retriever.inputs.prompt(i) for i in items]
-        self.retriever.hold(prompts)
+        asked = self.prompts.of(batch)
+        found, bank = asked.comparison, None
+        if self.stage.embeds and found.rolled < len(found.candidates):
+            assert self.negatives.bank is not None
+            rows = torch.from_numpy(found.candidates[found.rolled :])
+            bank = self.negatives.bank[rows.to(self.negatives.bank.device)]
+        following = self.plan[batch.step + 1 : batch.step + 2]
+        self.retriever.hold(asked.prompts, [p for b in following for p in self.prompts.ahead(b)])
         gold = None
-        if examples.captions is not None:
-            gold = self.summaries.caption_ids(examples.captions.of(shown))
-        rollouts = self.summaries.write(batch.step, prompts, places, everyone, gold)
-        return Rolled(batch, found, asks, shows, prompts, rollouts, gold, bank, spare)
+        if self.examples.captions is not None:
+            gold = self.summaries.caption_ids(self.examples.captions.of(asked.captioned))
+        rollouts = self.summaries.write(
+            batch.step, asked.prompts, asked.places, asked.everyone, gold
+        )
+        return Rolled(
+            batch, found, asked.asks, asked.shows, asked.prompts, rollouts, gold, bank, asked.spare
+        )
 
     def _score(self, rolled: Rolled, first: bool) -> tuple[_Gradients, dict[str, float]]:
         """Step 2: d loss / d embeddings and what to log; advantages are kept in `rolled`."""
