@@ -1,11 +1,16 @@
 """One ELVA action as a step of our loop and of TRL's GRPOTrainer: `python -m
-benchmarks.action_against_trl`.
+benchmarks.action_against_trl [--pictures]`.
 
 An action is 1 query, its positive and 20 negatives, G = 8 summaries each: 176 rows, of prompts of
 64 to 256 tokens and summaries of about 16 to 32. TRL knows one completion a row, so it is given
 the 22 prompts as rows and a reward that is a hash of the text: it computes no embedding, and ours
 does. Both load the same tiny Qwen2-VL in float32, see the same prompts, and take TRL's names of the
 same values; gradient checkpointing is off in both.
+
+With `--pictures` each row has a picture of 196 x 196 pixels (49 of its tokens) and 10 to 60 words,
+and the vision tower is frozen in both. All rows have one: TRL counts the features of a batch by its
+rows, and one that mixes pictures with text alone crashes in it. It cuts and reads a row's picture
+as often as the row comes; the prompts' tokens are asserted to be those that ours reads.
 
 Each side at each micro-batch runs in a process of its own, one thread, in turns; kept in
 `results/action-<machine>.json`. A figure is the median of a process's steps after its first, and of
@@ -15,6 +20,7 @@ the turns.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -31,9 +37,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
 
 from benchmarks import report
-from elva.data import mbeir
+from elva.data import Item, Query, mbeir
 from elva.model.inputs import RET
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
@@ -41,12 +48,14 @@ from elva.recipe import NegativeConfig, RewardConfig, ScratchModel, StageConfig
 
 NEGATIVES, GROUPS, LONGEST = 20, 8, 32
 ROWS = (2 + NEGATIVES) * GROUPS
-STEM, SPLIT, PROMPT = mbeir.file_stem("made", "t2t"), "train", "Summarise it."
+SPLIT, PROMPT = "train", "Summarise it."
+TASKS = {False: "t2t", True: "it2it"}
+"""Whether rows have pictures -> their task."""
 SIDES = {"elva": (44, 8), "trl": (44, 8)}
 """Side -> rows a forward and backward."""
 
 STAGE = StageConfig(
-    policy=1.0, tasks={"t2t": 1.0}, batch_size=1, num_generations=GROUPS, beta=0.2, epsilon=0.2,
+    policy=1.0, batch_size=1, num_generations=GROUPS, beta=0.2, epsilon=0.2,
     negatives=NegativeConfig(given=NEGATIVES, in_batch=False), rollout_candidates="all",
     max_completion_length=LONGEST, learning_rate=1e-5, warmup_ratio=0.0, schedule="constant",
     reward=RewardConfig(), rollout_batch_size=ROWS,
@@ -56,32 +65,50 @@ STAGE = StageConfig(
 # -- what both are given ---------------------------------------------------------------------------
 
 
-def write(place: Path, steps: int) -> None:
+def write(place: Path, steps: int, pictures: bool) -> None:
     """Data of as many queries as steps, and a model whose summaries end after 16 to 32 tokens."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(120)]
+    task, data = TASKS[pictures], place / "data"
+    stem, kind = mbeir.file_stem("made", task), _modality(pictures)
 
     def text() -> str:
-        return " ".join(draw.choices(words, k=draw.randint(50, 230)))
+        return " ".join(draw.choices(words, k=draw.randint(*((10, 60) if pictures else (50, 230)))))
+
+    def picture(name: str) -> str | None:
+        if not pictures:
+            return None
+        path = Path("mbeir_images", f"{name}.png")
+        (data / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("RGB", (7, 7), draw.randbytes(147)).resize((196, 196)).save(data / path)
+        return str(path)
 
     count = steps * (1 + NEGATIVES)
-    pool = [{"txt": text(), "img_path": None, "modality": "text", "did": f"9:{i + 1}"}
+    pool = [{"txt": text(), "img_path": picture(f"c{i}"), "modality": kind, "did": f"9:{i + 1}"}
             for i in range(count)]  # fmt: skip
-    mbeir.write_pool(place / "data", STEM, pool)
+    mbeir.write_pool(data, stem, pool)
     queries = [
-        {"qid": f"9:{step + 1}", "query_txt": text(), "query_img_path": None,
-         "query_modality": "text", "task_id": 1,
+        {"qid": f"9:{step + 1}", "query_txt": text(), "query_img_path": picture(f"q{step}"),
+         "query_modality": kind, "task_id": 8 if pictures else 1,
          "pos_cand_list": [f"9:{step * (1 + NEGATIVES) + 1}"],
          "neg_cand_list": [f"9:{step * (1 + NEGATIVES) + 2 + i}" for i in range(NEGATIVES)]}
         for step in range(steps)
     ]  # fmt: skip
-    mbeir.write_queries(place / "data", STEM, SPLIT, queries)
+    mbeir.write_queries(data, stem, SPLIT, queries)
     instruction = "Find the candidate that answers this query."
-    mbeir.write_instructions(place / "data", "made", 9, {("text", "text"): [instruction]})
-    spec = ScratchModel(vocabulary=1000, hidden_size=128, intermediate_size=384, layers=2, heads=4)
+    mbeir.write_instructions(data, "made", 9, {(kind, kind): [instruction]})
+    spec = ScratchModel(
+        vocabulary=1000, hidden_size=128, intermediate_size=384, layers=2, heads=4,
+        **({"image_size": 196, "patch_size": 14} if pictures else {}),
+    )  # fmt: skip
     said = [" ".join(words), instruction, PROMPT, *(row["txt"] for row in pool)]
     create(place / "blank", spec, map(str, said), summary_prompt=PROMPT, seed=0)
     _teach(place / "blank", place / "model", words)
+
+
+def _modality(pictures: bool) -> str:
+    """What rows say or show, in M-BEIR's word."""
+    return "image,text" if pictures else "text"
 
 
 def _teach(source: Path, target: Path, words: list[str]) -> None:
@@ -131,10 +158,11 @@ class Meter:
         self.rss = _status("VmRSS")
         self._mark()
 
-    def step(self, tokens: int) -> None:
-        """After each."""
+    def step(self, tokens: int, prompt_tokens: int) -> None:
+        """After each, of which so many tokens were written after so many that were read."""
         wall, cpu = time.perf_counter(), time.process_time()
         found = {"wall_s": wall - self.wall, "cpu_s": cpu - self.cpu, "tokens": tokens}
+        found["prompt_tokens"] = prompt_tokens
         self.steps.append({**found, **{f"{k}_s": v for k, v in self.parts.items()}})
         self._mark()
 
@@ -158,6 +186,7 @@ class Meter:
         """Times a function or method under a part, or under the one that its arguments tell."""
         inner = getattr(owner, name)
 
+        @functools.wraps(inner)  # whose signature transformers looks at
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self.part(part if isinstance(part, str) else part(*args, **kwargs)):
                 return inner(*args, **kwargs)
@@ -176,7 +205,7 @@ def _status(name: str) -> float:
     return int(next(x for x in lines if x.startswith(name)).split()[1]) / 1024
 
 
-def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
+def measure_elva(place: Path, rows: int, steps: int, pictures: bool) -> dict[str, Any]:
     """Our stage on the action, a step a query."""
     from dataclasses import replace
 
@@ -188,24 +217,27 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
     from elva.training.loop import Loop
     from elva.training.plan import Length, Saving
     from elva.training.summaries import Summaries
+    from elva.training.tokens import TokenLosses
 
     meter = Meter()
-    settings = replace(STAGE, micro_batch_size=rows)
+    settings = replace(STAGE, micro_batch_size=rows, tasks={TASKS[pictures]: 1.0})
     retriever = Retriever.load(place / "model")
+    retriever.inputs.pictures.workers = 0  # one thread, as TRL has
     retriever.freeze_vision(True)
     retriever.plain.train()
     processes = Processes()
     for name in ("ranking_reward", "reward_from_scores", "group_advantages"):
         meter.wrap(elva_kernels, name, "kernel")
     meter.wrap(Summaries, "write", "sampling")
-    meter.wrap(stages.Stage, "_losses", "forward")
+    meter.wrap(TokenLosses, "losses", "forward")
+    meter.wrap(retriever, "hold", "vision")
     examples = Examples(mbeir.load(place / "data", split=SPLIT), settings)
     work = stages.Stage(
         retriever, settings, examples, steps, seed=(0, "3"), arguments={}, title="action",
         processes=processes, say=lambda line: None,
     )  # fmt: skip
-    assert work.reference is not None
-    meter.wrap(work.reference, "hidden_states", "reference")
+    assert work.tokens.reference is not None
+    meter.wrap(work.tokens.reference, "hidden_states", "reference")
 
     class Step(Callback):
         def on_stage_begin(self, loop: Loop) -> None:
@@ -213,7 +245,9 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
 
         def on_step_end(self, loop: Loop, metrics: Any) -> None:
             assert metrics["frac_no_ret"] < 0.5 and metrics["policy"] != 0
-            meter.step(round(metrics["completion_length"] * ROWS))
+            assert work._last is not None
+            read = GROUPS * sum(map(len, work._last.prompts))
+            meter.step(round(metrics["completion_length"] * ROWS), read)
 
     loop = Loop(
         retriever, work, settings, Length(steps), directory=place / "elva" / str(os.getpid()),
@@ -225,23 +259,34 @@ def measure_elva(place: Path, rows: int, steps: int) -> dict[str, Any]:
     return meter.result()
 
 
-def measure_trl(place: Path, rows: int, steps: int) -> dict[str, Any]:
+def measure_trl(place: Path, rows: int, steps: int, pictures: bool) -> dict[str, Any]:
     """TRL's trainer on the rows of the action, a step a query's 22 prompts."""
     from datasets import Dataset
+    from datasets import Image as Picture
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     meter = Meter()
     inputs = Retriever.load(place / "model").inputs
     data = mbeir.load(place / "data", split=SPLIT)
-    pool, prompts = data.pool("t2t"), []
+    pool, items = data.pool(TASKS[pictures]), list[Item]()
     for query in data.queries:
         ids = [*query.positives, *query.negatives]
-        items = [query, *(pool[pool.row(id)] for id in ids)]
-        prompts += [inputs.prompt(item).input_ids.tolist() for item in items]
+        items += [query, *(pool[pool.row(id)] for id in ids)]
+    prompts = [inputs.prompt(item).input_ids.tolist() for item in items]
     tokenizer = AutoTokenizer.from_pretrained(place / "model", eos_token=RET, padding_side="left")
     names = {str(i): ids for i, ids in enumerate(prompts)}
-    tokens = [0]
+    tokens, read = [0], [0]
+    processing: Any = tokenizer
+    table: dict[str, list[Any]] = {"prompt": list(names)}
+    if pictures:
+        processing = _processor(inputs.image_processor, tokenizer)
+        said = [item.prompted if isinstance(item, Query) else item.text for item in items]
+        # Words that are followed by a prompt are made tokens of without it, and so end in a space.
+        table = {"prompt": [[{"role": "user", "content": f"{x}  {PROMPT}"}] for x in said],
+                 "image": [str(item.image) for item in items]}  # fmt: skip
+    dataset = Dataset.from_dict(table)
+    dataset = dataset.cast_column("image", Picture()) if pictures else dataset
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         tokens[0] = sum(map(len, completion_ids))
@@ -252,7 +297,7 @@ def measure_trl(place: Path, rows: int, steps: int) -> dict[str, Any]:
             meter.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            meter.step(tokens[0])
+            meter.step(tokens[0], read[0])
 
     config = GRPOConfig(
         output_dir=str(place / "trl" / str(os.getpid())), use_cpu=True, bf16=False, max_steps=steps,
@@ -267,12 +312,23 @@ def measure_trl(place: Path, rows: int, steps: int) -> dict[str, Any]:
     )  # fmt: skip
     model = Qwen2VLForConditionalGeneration.from_pretrained(place / "model")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.model.visual.requires_grad_(False)
+    meter.wrap(model.model, "get_image_features", "vision")
     trainer = GRPOTrainer(
-        model, reward, config, train_dataset=Dataset.from_dict({"prompt": list(names)}),
-        processing_class=tokenizer, callbacks=[Step()],
+        model, reward, config, train_dataset=dataset, processing_class=processing,
+        callbacks=[Step()],
     )  # fmt: skip
-    # The very tokens that ours reads, and no seconds for making them.
-    trainer._tokenize_prompts = lambda some: ([names[name] for name in some], None, {})
+    if not pictures:  # the very tokens that ours reads, and no seconds for making them
+        trainer._tokenize_prompts = lambda some: ([names[name] for name in some], None, {})
+    single = trainer._generate_single_turn
+    known = {tuple(ids) for ids in prompts}
+
+    def turn(prompt_ids: list[list[int]], *rest: Any, **how: Any) -> Any:
+        assert {tuple(ids) for ids in prompt_ids} <= known
+        read[0] = sum(map(len, prompt_ids))
+        return single(prompt_ids, *rest, **how)
+
+    trainer._generate_single_turn = turn
     meter.wrap(trainer, "_generate", "sampling")
     meter.wrap(
         trainer, "_get_per_token_logps_and_entropies",
@@ -283,11 +339,24 @@ def measure_trl(place: Path, rows: int, steps: int) -> dict[str, Any]:
     return meter.result()
 
 
+def _processor(image_processor: Any, tokenizer: Any) -> Any:
+    """Qwen2-VL's, whose part for videos needs torchvision and is left out."""
+    from transformers import Qwen2VLProcessor
+
+    class Pictures(Qwen2VLProcessor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name != "video_processor":
+                super().check_argument_for_proper_class(argument_name, argument)
+
+    return Pictures(image_processor, tokenizer, None, chat_template=tokenizer.chat_template)
+
+
 # -- in turns --------------------------------------------------------------------------------------
 
 
-def _in_a_process(place: Path, side: str, rows: int, steps: int) -> dict[str, Any]:
+def _in_a_process(place: Path, side: str, rows: int, steps: int, pictures: bool) -> dict[str, Any]:
     words = ["--measure", side, "--rows", str(rows), "--steps", str(steps), "--place", str(place)]
+    words += ["--pictures"] * pictures
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -306,25 +375,34 @@ def _in_a_process(place: Path, side: str, rows: int, steps: int) -> dict[str, An
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row a side and micro-batch."""
-    parts = ("sampling_s", "reference_s", "forward_s", "backward_s", "kernel_s", "optimizer_s")
-    heads = ("side", "micro-batch", "cpu_s", "wall_s", "peak_mb", "tokens", *parts)
+    parts = (
+        "vision_s",
+        "sampling_s",
+        "reference_s",
+        "forward_s",
+        "backward_s",
+        "kernel_s",
+        "optimizer_s",
+    )
+    heads = ("side", "micro-batch", "cpu_s", "wall_s", "peak_mb", "tokens", "prompt_tokens", *parts)
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [row["side"], str(row["rows"]), f"{row['cpu_s']:.2f}", f"{row['wall_s']:.2f}"]
         cells += [f"{row['peak_mb']:.0f}", f"{row['tokens']:.0f}"]
+        cells.append(f"{row['prompt_tokens']:.0f}")
         cells += [f"{row[part]:.3f}" if part in row else "-" for part in parts]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def compare(place: Path, turns: int, steps: int) -> list[dict[str, Any]]:
+def compare(place: Path, turns: int, steps: int, pictures: bool) -> list[dict[str, Any]]:
     """Every side at every micro-batch, in turns; medians."""
-    write(place, steps)
+    write(place, steps, pictures)
     cases = [(side, rows) for side, sizes in SIDES.items() for rows in sizes]
     found: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for turn in range(turns):
         for case in cases if turn % 2 == 0 else cases[::-1]:
-            found[case].append(_in_a_process(place, *case, steps))
+            found[case].append(_in_a_process(place, *case, steps, pictures))
     return [
         {"side": side, "rows": rows, "turns": some,
          **{name: median(one.get(name, 0.0) for one in some) for name in some[0]}}
@@ -340,6 +418,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=4, help="of each process; the first is not counted"
     )
+    parser.add_argument("--pictures", action="store_true", help="in every row, beside its words")
     parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
@@ -347,13 +426,13 @@ def main() -> None:
     if given.measure:
         torch.set_num_threads(1)
         measure = {"elva": measure_elva, "trl": measure_trl}[given.measure]
-        print(json.dumps(measure(given.place, given.rows, given.steps)))
+        print(json.dumps(measure(given.place, given.rows, given.steps, given.pictures)))
         return
     with tempfile.TemporaryDirectory() as place:
-        rows = compare(Path(place), given.turns, given.steps)
+        rows = compare(Path(place), given.turns, given.steps, given.pictures)
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
     kept = {"machine": report.machine(), "versions": versions, "steps": given.steps, "rows": rows}
-    print(report.write("action", kept))
+    print(report.write("action-pictures" if given.pictures else "action", kept))
     print(table(rows))
     best = {
         side: min((r for r in rows if r["side"] == side), key=lambda r: r["cpu_s"])

@@ -45,7 +45,7 @@ COLDEST = 1e-6  # elva_kernels' least temperature
 
 TAKEN = (
     "bf16", "tf32", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_kwargs",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "dataloader_num_workers",
 )  # fmt: skip
 """Arguments of transformers' TrainingArguments that a stage can follow. Every other one is said by
 a field of the recipe already, or would be ignored, or would train something else."""
@@ -62,10 +62,13 @@ def _are_in_range(values: Mapping[str, Any]) -> bool:
     """What transformers itself takes without a look."""
     switches = ("bf16", "tf32", "gradient_checkpointing")
     rates = (values.get(name, 0.0) for name in ("adam_beta1", "adam_beta2"))
+    workers = values.get("dataloader_num_workers", 0)
     return (
         all(isinstance(values.get(name, True), bool) for name in switches)
         and all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in rates)
         and not (isinstance(e := values.get("adam_epsilon", 0.0), int | float) and e < 0)
+        and type(workers) is int
+        and workers >= 0
     )
 
 
@@ -159,12 +162,19 @@ class ModelConfig:
     attention: Literal["sdpa", "flash_attention_2", "eager"] | None = None  # transformers' choice
     scratch: ScratchModel = ScratchModel()
     summary_prompt: Text = ""
+    # of a retriever of somebody else, where its own files do not say how it embeds
+    pooling: Literal["ret", "last", "mean"] | None = None  # ret: read at [RET] whatever they say
+    instruction: Text = ""  # the system message of an item that brings none
+    ends_with: Text | None = None  # after the prompt or summary; None: what its tokenizer adds
     max_pixels: Count | None = None  # of a picture, which is made smaller; None: the checkpoint's
     min_pixels: Count | None = None  # likewise larger
     features: Text | None = None  # a directory in which a frozen tower's are kept from run to run
     # of a checkpoint that is not at hand, for the memory estimate
     parameters: Annotated[int, between(1, 2**63 - 1)] | None = None
     vision_parameters: Whole = 0  # those of them in its tower
+    vision_size: Whole = 0  # the tower's width; 0: what it keeps while it learns is not counted
+    vision_layers: Whole = 0
+    patch_values: Count = 1176  # of a patch as the tower takes it: 3 x 2 x 14 x 14
     hidden_size: Count | None = None
     layers: Count | None = None
     intermediate_size: Count | None = None
@@ -178,6 +188,13 @@ class ModelConfig:
         """Bounds of a picture that none can meet."""
         if self.max_pixels and self.min_pixels and self.min_pixels > self.max_pixels:
             yield "min_pixels", f"be at most max_pixels, {self.max_pixels}"
+        if self.pooling in (None, "ret"):
+            if self.instruction:
+                yield "instruction", "be empty where pooling is not last or mean"
+            if self.ends_with is not None:
+                yield "ends_with", "be left out where pooling is not last or mean"
+        elif self.path is None:
+            yield "pooling", "be left out of a model that is made from nothing"
 
 
 @dataclass(frozen=True)
@@ -297,6 +314,8 @@ class StageConfig:
             yield "negatives.in_batch", "be true where infonce is over 0"
         if self.ranks and not (negatives.in_batch or negatives.count):
             yield "negatives", "leave something to rank against"
+        if self.policy + self.anchor > 0 and self.max_completion_length == 0:
+            yield "max_completion_length", "be at least 1 where policy or anchor is over 0"
         if self.policy > 0 and self.num_generations < 2:
             yield "num_generations", "be at least 2 where policy is over 0"
         if self.hard_batches and self.batches == "mixed":

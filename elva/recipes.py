@@ -133,6 +133,19 @@ def _paper(name: str, model: ModelConfig) -> Recipe:
     )  # fmt: skip
 
 
+def _booster() -> Recipe:
+    """The paper's stage 3 alone, on a retriever that keeps its prompt, pooling and normalisation.
+    Ours: no summary is sampled, and the reward is differentiated through the embedding that the
+    retriever's own tools compute; the paper's policy embeds what follows a summary."""
+    paper = _paper("booster", ModelConfig())
+    stage = replace(
+        paper.stages["3"], policy=0.0, pathwise=1.0, num_generations=1, max_completion_length=0
+    )
+    return replace(
+        paper, model=ModelConfig("Qwen/Qwen3-VL-Embedding-2B"), stages={"3": stage}
+    )  # fmt: skip
+
+
 def _smoke() -> Recipe:
     """Every line of `emoji` in minutes: for CI and for a first look, not for its figures."""
     short = {"0": 30, "1": 6, "2": 10, "3": 4}
@@ -154,6 +167,8 @@ RECIPES: dict[str, Recipe] = {
             "Qwen/Qwen2-VL-2B-Instruct",
             parameters=2_208_985_600,
             vision_parameters=665_271_296,
+            vision_size=1280,
+            vision_layers=32,
             hidden_size=1536,
             layers=28,
             intermediate_size=8960,
@@ -167,6 +182,8 @@ RECIPES: dict[str, Recipe] = {
             "Qwen/Qwen2-VL-7B-Instruct",
             parameters=8_291_375_616,
             vision_parameters=675_759_104,
+            vision_size=1280,
+            vision_layers=32,
             hidden_size=3584,
             layers=28,
             intermediate_size=18_944,
@@ -175,6 +192,7 @@ RECIPES: dict[str, Recipe] = {
             tied=False,
         ),
     ),
+    "booster": _booster(),
 }
 
 

@@ -61,6 +61,11 @@ NOT_RUN = {
         "tests/elva/test_published.py",
         '("--recipe", "elva-2b", "--model", released("untied"), "--data", tree)',
     ),
+    "elva train --recipe booster --model": Proof(
+        "it needs a checkpoint and M-BEIR; a small one of each is trained",
+        "tests/elva/test_strangers.py",
+        '"train", "--recipe", "booster", "--model", stranger, "--data", data',
+    ),
     "torchrun --nproc-per-node 8 -m elva train": Proof(
         "it needs eight GPUs; two processes train a small model",
         "tests/elva/test_processes.py",

@@ -8,6 +8,7 @@ turns.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,12 @@ import pyarrow as pa
 from elva.data import Item, Pool, Queries
 from elva.data.mbeir import QuerySet, first_instructions, read_sets
 from elva.data.strict import Faults
-from elva.errors import UserError
+from elva.errors import DataError, UserError
 from elva.files import write_text
 from elva.index import segment as segment_file
 from elva.index.embeddings import PLAN, Embeddings, columns
 from elva.model.encoder import Encoder
+from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
 
@@ -204,8 +206,7 @@ def _embed_shards(
     for shard in mine:
         chosen = [items[i] for i in range(shard * rows, min(plan.items, (shard + 1) * rows))]
         before = len(faults.found)
-        good = list(_readable(encoder, chosen, faults))
-        out = encoder(good, _offset(reporter, done))
+        good, out = _embedded(encoder, chosen, faults, _offset(reporter, done))
         done += len(chosen)
         table = pa.table(
             {
@@ -225,6 +226,21 @@ def _embed_shards(
     bad = len(faults.found) - read
     skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
     reporter.finish(f"{plan.directory}: {plan.items:,} items{skipped}")
+
+
+def _embedded(
+    encoder: Encoder, items: list[Item], faults: Faults, progress: Callable[[int], None]
+) -> tuple[list[Item], Encoded]:
+    """Those that can be read, embedded.
+
+    Raises:
+        DataError: more cannot be read than are allowed.
+    """
+    if not faults.allowed:
+        with suppress(DataError):  # below it is said of the first row of which it is true
+            return items, encoder(items, progress)
+    good = list(_readable(encoder, items, faults))
+    return good, encoder(good, progress)
 
 
 def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterator[Item]:

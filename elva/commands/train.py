@@ -16,6 +16,7 @@ from elva.errors import RunError
 from elva.evaluation.trained import evaluate_model, evaluate_stage
 from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
+from elva.model.reading import asked_for
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
@@ -104,6 +105,7 @@ class _Shared:
     ) -> None:  # fmt: skip
         self.data, self.model, self.seed = TrainingData(recipe), recipe.model, recipe.seed
         self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
+        self.workers: int | None = recipe.trainer.get("dataloader_num_workers")
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -118,9 +120,12 @@ class _Shared:
         retriever = Retriever.load(
             path, summary_prompt=summary_prompt, inputs=self._inputs, attention=model.attention,
             revision=model.revision if str(path) == model.path else None,
+            reading=asked_for(model) if str(path) == model.path else None,
         )  # fmt: skip
         self._inputs = retriever.inputs
         self._inputs.bound_pixels(model.min_pixels, model.max_pixels)
+        if self.workers is not None:
+            self._inputs.pictures.workers = self.workers
         return retriever
 
     def begin(self, path: Path, stage: StageConfig) -> Retriever:

@@ -30,10 +30,17 @@ from transformers import PreTrainedModel
 
 from elva.errors import RunError, UserError
 from elva.model.family import decoder_of
+from elva.model.reading import find
 from elva.recipe import LoraSettings
 
 FOLDER = "adapter"
-"""Of a checkpoint that is an adapter, in peft's own format."""
+"""Of a checkpoint of ours that is an adapter, in peft's own format; somebody else's lies at its
+checkpoint's top."""
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+FURTHER = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""What somebody else's adapter may have, and a learner that goes on from it cannot."""
 
 LEARNER, REFERENCE = "default", "reference"
 """The adapter that is trained and read, and the one that the stage began with."""
@@ -52,6 +59,11 @@ class Base:
     path: str
     revision: str | None
     ret_is_new: bool
+
+    @property
+    def place(self) -> tuple[str, str | None]:
+        """Path and revision."""
+        return self.path, self.revision
 
     def seen_from(self, directory: Path) -> dict[str, str | bool | None]:
         """As it is written beside an adapter in `directory`: relative within one run, which may
@@ -85,23 +97,29 @@ class Base:
 
 
 def begin(
-    model: PreTrainedModel | PeftModel, settings: LoraSettings, ret_id: int, *, keep: bool
+    model: PreTrainedModel | PeftModel, settings: LoraSettings, rows: list[int], *, keep: bool
 ) -> PeftModel:
     """The model with an adapter that learns: a fresh one, or one that goes on from the model's own.
 
-    Its layers are those of the language model; the rows of [RET] are trained beside them, that of
-    the head too where it has rows of its own.
+    Its layers are those of the language model, or those of the adapter that it goes on from; the
+    rows of [RET] are trained beside them, that of the head too where it has rows of its own.
 
     Args:
+        rows: of the vocabulary that learn: [RET]'s, where the model knows it.
         keep: whether the adapter that the model came with stays, frozen, as the reference.
 
     Raises:
-        UserError: the rank is less than that of the adapter it goes on from.
+        UserError: it cannot go on from the adapter that there is.
     """
     if not isinstance(model, PeftModel):
-        return get_peft_model(model, _config(model, settings, ret_id))
+        return get_peft_model(model, _config(model, settings, rows))
     before = model.peft_config[LEARNER]
     assert isinstance(before, LoraConfig)
+    if kind := next((name for name in FURTHER if getattr(before, name)), None):
+        raise UserError(
+            f"train: lora.rank must be 0 for an adapter with {kind}, got {settings.rank}; rank 0 "
+            "merges it in fp32 and trains all weights"
+        )
     if settings.rank < before.r:
         raise UserError(
             f"train: lora.rank must be {before.r} or more, the rank of the adapter that the stage "
@@ -109,7 +127,8 @@ def begin(
         )
     state = _state(model, LEARNER)
     plain = model.unload()
-    config = _config(plain, settings, ret_id)
+    config = copy.deepcopy(before)
+    config.r, config.lora_alpha, config.inference_mode = settings.rank, settings.alpha, False
     learner = get_peft_model(plain, config)
     _fill(learner, LEARNER, state, before.lora_alpha / before.r * config.r / config.lora_alpha)
     if keep:
@@ -150,16 +169,16 @@ def _grown(key: str, value: Tensor, like: Tensor, scale: float) -> Tensor:
     return grown
 
 
-def _config(model: PreTrainedModel, settings: LoraSettings, ret_id: int) -> LoraConfig:
-    rows = {"embed_tokens": [ret_id]}
+def _config(model: PreTrainedModel, settings: LoraSettings, rows: list[int]) -> LoraConfig:
+    tables = {"embed_tokens": rows}
     if model.lm_head.weight is not model.get_input_embeddings().weight:
-        rows["lm_head"] = [ret_id]
+        tables["lm_head"] = rows
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=_projections(model),
-        trainable_token_indices=rows,
+        trainable_token_indices=tables if rows else None,
     )
 
 
@@ -193,17 +212,42 @@ def save(model: PeftModel, directory: Path) -> None:
     )
 
 
-def load(model: PreTrainedModel, directory: Path) -> PeftModel:
-    """What `save` wrote, on its base; nothing learns."""
-    config = PeftConfig.from_pretrained(str(directory / FOLDER))
+def load(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """An adapter in peft's format, on its base; nothing learns, and nothing is dropped out.
+
+    Raises:
+        UserError: it is another kind of adapter, or one of another model.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    unfit = f"train: model.path must be a LoRA adapter of its base, got {folder}"
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{unfit} of peft's {config.peft_type}; merge it with its own tools")
+    config.lora_dropout, config.base_model_name_or_path = 0.0, model.name_or_path
     found = get_peft_model(model, config)
-    _fill(found, LEARNER, load_file(directory / FOLDER / "adapter_model.safetensors"))
+    state = load_file(folder / WEIGHTS)
+    if other := sorted({*state} ^ {*_state(found, LEARNER)}):
+        raise UserError(
+            f"{unfit}, which has {len(other)} other weights than it, first {other[0]}; merge it by "
+            "the version of peft that wrote it"
+        )
+    _fill(found, LEARNER, state)
     return found.requires_grad_(False)
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether a checkpoint is an adapter beside a model that lies elsewhere."""
-    return (directory / FOLDER / "adapter_config.json").is_file()
+def folder_of(path: str | Path, revision: str | None = None) -> Path | None:
+    """Where the adapter of a checkpoint that is one lies: a directory's or a hub name's."""
+    for name in (f"{FOLDER}/", ""):
+        config = find(path, name + CONFIG, revision)
+        if config is not None:
+            find(path, name + WEIGHTS, revision)  # of a hub name: fetched beside it
+            return config.parent
+    return None
+
+
+def base_of_stranger(folder: Path) -> Base:
+    """What somebody else's adapter stands on, as peft wrote it."""
+    config = PeftConfig.from_pretrained(str(folder))
+    return Base(str(config.base_model_name_or_path), config.revision, ret_is_new=False)
 
 
 def weight_files(directory: Path) -> list[Path]:

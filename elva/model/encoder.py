@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -16,14 +17,15 @@ from elva.files import MANIFEST, sha256
 from elva.model.adapters import weight_files
 from elva.model.identity import Identity
 from elva.model.retriever import Retriever
-from elva.model.rollout import Encoded, Reading, encode
+from elva.model.rollout import Encoded, ReadAt, encode
 from elva.run import Run
 
 VERSION = 1
 """Raise it when the same model and item would give another embedding than before."""
 
 MAX_COMPLETION_LENGTH = 128
-"""Of a checkpoint that no run of ours says more about: the recipes of the paper's models."""
+"""Of a checkpoint that no run of ours says more about: the recipes of the paper's models. A
+retriever of somebody else is read after its prompt."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Encoder:
 
     retriever: Retriever
     max_completion_length: int
-    read: Reading = "at_ret"
+    read: ReadAt = "at_ret"
     batch_size: int = 512
 
     @classmethod
@@ -48,7 +50,7 @@ class Encoder:
         *,
         stage: str | None = None,
         max_completion_length: int | None = None,
-        read: Reading = "at_ret",
+        read: ReadAt = "at_ret",
         batch_size: int | None = None,
     ) -> Encoder:
         """A run's model, a checkpoint directory, or a hub name.
@@ -61,7 +63,7 @@ class Encoder:
             UserError: there is no such model.
         """
         unfit = f"{model}: must be a run, a checkpoint or a hub name"
-        path, length, size = Path(model), MAX_COMPLETION_LENGTH, 512
+        path, length, size = Path(model), None, 512
         home = next((p for p in (path, path.absolute().parent.parent)
                      if (p / "recipe.yaml").is_file()), None)  # fmt: skip
         if home is not None:  # a run, or the model of one of its stages
@@ -80,15 +82,24 @@ class Encoder:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{unfit}; {reason}") from None
         retriever.freeze_vision(True)
+        own = retriever.reading.at_ret
+        if not own and read != "at_ret":
+            raise UserError(f"embed: --read must be at_ret of {model}, a retriever that pools its "
+                            f"own way, got {read}; leave it out")  # fmt: skip
         if max_completion_length is not None:
             length = max_completion_length
+        if length is None:
+            length = MAX_COMPLETION_LENGTH if own else 0
+        if length and not retriever.writes:
+            raise UserError(f"embed: --mode must be prompt of {model}, which has no head to write "
+                            "a summary with, got generative")  # fmt: skip
         return cls(retriever, length, read, batch_size or size)
 
     @cached_property
     def identity(self) -> Identity:
         """What embeddings may be compared with this encoder's."""
         inputs = self.retriever.inputs
-        parts = [
+        parts: list[Any] = [
             VERSION,
             inputs.tokenizer.backend_tokenizer.to_str(),
             inputs.tokenizer.chat_template,
@@ -97,6 +108,8 @@ class Encoder:
             self.max_completion_length,
             self.read,
         ]
+        if not self.retriever.reading.at_ret:
+            parts.append(dataclasses.asdict(self.retriever.reading))
         text = json.dumps(parts, sort_keys=True)
         name = self.retriever.name
         return Identity(name, _revision(self.retriever), hashlib.sha256(text.encode()).hexdigest())

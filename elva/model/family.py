@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from elva.errors import UserError
 from elva.model.inputs import Inputs
 from elva.model.processor import ProcessorInputs
+from elva.model.reading import AT_RET, Reading, find, layout
 
 
 class QwenVL:
@@ -86,6 +87,12 @@ KNOWN = {"qwen2_vl": QwenVL(), "qwen2_5_vl": QwenVL(), "qwen3_vl": Qwen3VL()}
 
 OTHER = ImageTextToText()
 
+HEAD = "lm_head.weight"
+
+WORDS = ("tokenizer_config.json",)
+PICTURES = ("preprocessor_config.json", "processor_config.json")
+"""Files of which a checkpoint that reads words, and pictures, has one."""
+
 
 def takes_pictures(model_type: object) -> bool:
     """Whether transformers has an image-text-to-text model of a type."""
@@ -97,25 +104,45 @@ def family_of(config: PreTrainedConfig) -> QwenVL:
     return KNOWN.get(config.model_type, OTHER)
 
 
-def read_inputs(path: str | Path, summary_prompt: str, revision: str | None = None) -> Inputs:
+def read_inputs(
+    path: str | Path,
+    summary_prompt: str,
+    revision: str | None = None,
+    *,
+    reading: Reading = AT_RET,
+    base: tuple[str | Path, str | None] | None = None,
+) -> Inputs:
     """What stands between an item and the model, of a checkpoint directory or a hub name.
+
+    Args:
+        base: the checkpoint that an adapter stands on, and its revision: it has the config, and
+            what reads words and pictures where the adapter brings none of its own.
 
     Raises:
         UserError: no processor of it can be loaded here.
     """
-    config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    stands_on = base or (path, revision)
+    config = AutoConfig.from_pretrained(stands_on[0], revision=stands_on[1] or "main")
     if getattr(config, "image_token_id", None) is None:
         raise unreadable(path, config, "no token of its config holds a picture's place")
+    brings = [any(find(path, name, revision) for name in names) for names in (WORDS, PICTURES)]
+    source = (path, revision) if all(brings) else stands_on
+    how: dict[str, Any] = Inputs.of_config(*stands_on)
+    if not reading.at_ret:
+        how["layout"] = {**layout(*stands_on), **layout(path, revision)}
     try:
-        return family_of(config).inputs.load(path, summary_prompt, revision)
+        return family_of(config).inputs.load(
+            source[0], summary_prompt, source[1], reading=reading, **how
+        )
     except (ImportError, AttributeError, TypeError) as error:  # of a processor, or its packages
         raise unreadable(path, config, " ".join(str(error).split())[:200]) from None
 
 
 def read_model(
     path: str | Path, revision: str | None = None, attention: str | None = None
-) -> PreTrainedModel:
-    """A checkpoint's model, in the dtype that it was written in.
+) -> tuple[PreTrainedModel, bool]:
+    """A checkpoint's model, in the dtype that it was written in, and whether it has a head: that of
+    a retriever that was published without one is random.
 
     Args:
         revision: of a hub name: a branch, a tag or a commit.
@@ -128,13 +155,17 @@ def read_model(
     config = AutoConfig.from_pretrained(path, revision=revision or "main")
     if not takes_pictures(config.model_type):
         raise unreadable(path, config, "transformers has no image-text-to-text model of this type")
-    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-        path, dtype="auto", revision=revision or "main", **how
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        path, dtype="auto", revision=revision or "main", output_loading_info=True, **how
     )
+    model: PreTrainedModel = loaded[0]
+    missing = set(loaded[1]["missing_keys"])
     inner = getattr(model, "model", None)
     if not hasattr(inner, "get_image_features") or decoder_of(model) is inner:
         raise unreadable(path, config, "its pictures and its language model are one module")
-    return model
+    if lost := sorted(missing - {HEAD}):
+        raise unreadable(path, config, f"{len(lost)} of its weights are missing, first {lost[0]}")
+    return model, HEAD not in missing
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -8,8 +8,9 @@ The tokenizer and the image processor of a checkpoint do not change from stage t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize,
 )
 
-from elva.data import Item, Query
+from elva.data import Item
 from elva.files import sha256
+from elva.model.pictures import Pictures, Pixels
+from elva.model.reading import AT_RET, Reading
 
 RET = "[RET]"
 """The token whose hidden state is the embedding."""
@@ -38,11 +41,11 @@ place."""
 WORDS_HERE = "\ue000"
 """Where the chat template puts what is asked; a character for private use."""
 
+SYSTEM_HERE = "\ue001"
+"""Likewise its system message."""
+
 PROMPTS_KEPT = 100_000
 """Tokenised prompts kept at a time; about 1 KB each."""
-
-PATCHES_KEPT_MB = 512
-"""Pixel patches kept at a time; beyond it a picture is read again."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Inputs:
         vocabulary: int | None = None,
         reserved_ids: Iterable[int] = (),
         end_ids: Iterable[int] = (),
+        reading: Reading = AT_RET,
+        layout: Mapping[str, bytes] | None = None,
     ) -> None:
         """
         Args:
@@ -104,49 +109,63 @@ class Inputs:
             vocabulary: rows of the model's head; those beyond the tokenizer's own are no tokens.
             reserved_ids: further ids that a summary may not hold: the config's picture tokens.
             end_ids: further ids that end an answer: the generation config's.
+            reading: whose prompt and embedding it is; [RET] is registered for ELVA's alone.
+            layout: {name: content} of a retriever's own files, which `save` writes unchanged.
         """
+        self.reading, self.layout = reading, layout or {}
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.summary_prompt = summary_prompt
         self.image_id = token_id(tokenizer, IMAGE_PAD) if image_id is None else image_id
         self._renderer: Any = tokenizer  # whose chat template it is
-        self.ret_is_new = RET not in tokenizer.get_vocab()
+        self.ret_is_new = reading.at_ret and RET not in tokenizer.get_vocab()
         if self.ret_is_new:
             # Never `add_special_tokens`: it replaces the list of those that there are.
             tokenizer.add_tokens([AddedToken(RET, special=True, normalized=False)], True)
-        self.ret_id = token_id(tokenizer, RET)
+        own = {tokenizer.get_vocab()[RET]} if reading.at_ret else set()
         ends = [tokenizer.get_vocab().get(CHAT_END), tokenizer.eos_token_id, *end_ids]
-        known_ends = dict.fromkeys(i for i in ends if i is not None and i != self.ret_id)
+        known_ends = dict.fromkeys(i for i in ends if i is not None and i not in own)
         self.end_ids = list(known_ends)  # the chat's own first
         known = tokenizer.added_tokens_decoder
         special = {*tokenizer.all_special_ids, *(i for i, t in known.items() if t.special)}
         unknown = set(range(vocabulary or 0)) - set(tokenizer.get_vocab().values())
         banned = special | unknown | set(reserved_ids)
-        self.banned_ids = sorted(banned - {self.ret_id, *self.end_ids})
+        self.banned_ids = sorted(banned - {*own, *self.end_ids})
         self._special = {int(i) for i in special | set(reserved_ids)}
         self._never: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._prompts: dict[tuple[str | None, str | None], Prompt] = {}
-        self._frames: dict[tuple[bool, bool], tuple[list[int], list[int]]] = {}
+        self._prompts: dict[tuple[str | None, str, str | None], Prompt] = {}
+        self._frames: dict[tuple[bool, bool, bool], list[list[int]]] = {}
         self._pictures: dict[str, Item] = {}
         self._contents: dict[str, str] = {}
-        self._patches: dict[str, tuple[Tensor, Tensor]] = {}
-        self._patches_bytes = 0
+        self.pictures = Pictures(self._cut)
 
     @classmethod
-    def load(cls, path: str | Path, summary_prompt: str, revision: str | None = None) -> Inputs:
+    def load(
+        cls,
+        path: str | Path,
+        summary_prompt: str,
+        revision: str | None = None,
+        **how: Any,
+    ) -> Inputs:
         """Read a checkpoint directory or a hub name; [RET] is registered where the vocabulary lacks
         it.
 
         The image processor is the PIL one on every machine: torchvision resizes to slightly
         different pixels, and an index must not depend on what else is installed.
+
+        Args:
+            how: further arguments of `__init__`.
         """
-        how: Any = {"revision": revision or "main"}
-        tokenizer = AutoTokenizer.from_pretrained(path, **how)
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path, **how)
-        return cls(tokenizer, processor, summary_prompt, **cls._of_config(path, revision))
+        pinned: Any = {"revision": revision or "main"}
+        tokenizer = AutoTokenizer.from_pretrained(path, **pinned)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path, **pinned)
+        inputs = cls(tokenizer, processor, summary_prompt, **how)
+        if inputs.reading.pixels is not None:
+            inputs.bound_pixels(*inputs.reading.pixels)
+        return inputs
 
     @staticmethod
-    def _of_config(path: str | Path, revision: str | None) -> dict[str, Any]:
+    def of_config(path: str | Path, revision: str | None) -> dict[str, Any]:
         """What `__init__` is told of a checkpoint's configuration."""
         how: Any = {"revision": revision or "main"}
         config = AutoConfig.from_pretrained(path, **how)
@@ -163,10 +182,38 @@ class Inputs:
             "end_ids": [ends] if isinstance(ends, int) else ends or (),
         }
 
+    @property
+    def ret_id(self) -> int:
+        """[RET]'s, which a retriever of somebody else does not know."""
+        return token_id(self.tokenizer, RET)
+
+    @cached_property
+    def ending(self) -> list[int]:
+        """What closes a prompt that is embedded by itself: [RET], or the retriever's own tokens, of
+        which there may be none."""
+        if self.reading.at_ret:
+            return [self.ret_id]
+        return self._around[1] if (own := self.reading.ends_with) is None else self._ids(own)
+
+    @cached_property
+    def closing(self) -> list[int]:
+        """What closes a summary, of which the first is its action to end: [RET]; or what closes a
+        prompt, or opens the answer anew where that is nothing, after an end of the chat's."""
+        own = self.ending or self._frame(False, True, False)[-1]
+        return own if self.reading.at_ret or own[0] in self.end_ids else [self.end_ids[0], *own]
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after whatever it is given."""
+        bare, whole = self._ids("a"), list(self.tokenizer("a").input_ids)
+        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
+
     def never(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The ids that are never written, and those that end, [RET] first, on a device."""
+        """The ids that are never written, and those that end, the one that stands for all first, on
+        a device."""
         if device not in self._never:
-            ends = [self.ret_id, *self.end_ids]
+            ends = list(dict.fromkeys([self.closing[0], *self.end_ids]))
             self._never[device] = (
                 torch.tensor(self.banned_ids, dtype=torch.int64, device=device),
                 torch.tensor(ends, dtype=torch.int64, device=device),
@@ -175,33 +222,47 @@ class Inputs:
 
     def bound_pixels(self, least: int | None, most: int | None) -> None:
         """Resize pictures to at least, and at most, so many pixels; None leaves the checkpoint's
-        own. It is saved with the checkpoint."""
+        own. It is saved with the checkpoint, beside the files of a retriever of somebody else."""
         size = self.image_processor.size
-        self.image_processor.size = {
-            "shortest_edge": least or size["shortest_edge"],
-            "longest_edge": most or size["longest_edge"],
-        }
+        bounds = least or size["shortest_edge"], most or size["longest_edge"]
+        if not self.reading.at_ret and (least or most):
+            self.reading = replace(self.reading, pixels=bounds)
+        self.image_processor.size = dict(
+            zip(("shortest_edge", "longest_edge"), bounds, strict=True)
+        )
 
     def save(self, path: Path) -> None:
+        for name, content in self.layout.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+        if not self.layout:
+            self._save(path)
+
+    def _save(self, path: Path) -> None:
         self.tokenizer.save_pretrained(path)
         self.image_processor.save_pretrained(path)
 
     def prompt(self, item: Item) -> Prompt:
         """Tokenise an item once: [picture] [instruction + text] [summary prompt], in the chat
-        template."""
-        text = item.prompted if isinstance(item, Query) else item.text
+        template, or as a retriever of somebody else is asked (`Reading.asked`)."""
+        system, text = self.reading.asked(item)
         image = None if item.image is None else _picture_key(item)
-        key = (image, text)
+        key = (image, system, text)
         if key not in self._prompts:
             if len(self._prompts) >= PROMPTS_KEPT:
                 self._prompts.clear()
             if image is not None:
                 self._pictures[image] = item
-            self._prompts[key] = self._tokenise(image, text)
+            self._prompts[key] = self._tokenise(image, system, text)
         return self._prompts[key]
 
-    def _tokenise(self, image: str | None, text: str | None) -> Prompt:
-        before, after = self._frame(image is not None, bool(text or self.summary_prompt))
+    def _tokenise(self, image: str | None, system: str, text: str | None) -> Prompt:
+        words = bool(text or self.summary_prompt)
+        *opened, before, after = self._frame(image is not None, words, bool(system))
+        if opened:
+            before = [*opened[0], *self.text_ids(system), *before]
+        if not self.reading.at_ret:
+            before = [*self._around[0], *before]
         grid = None
         if image is not None:
             grid = self._grid(image)
@@ -232,20 +293,23 @@ class Inputs:
         ids = self._ids(text, split_special_tokens=True)
         return [i for i in ids if i not in self._special]  # of a tokenizer that splits none
 
-    def _frame(self, picture: bool, words: bool) -> tuple[list[int], list[int]]:
-        """The chat template's tokens before and after what is asked."""
-        key = (picture, words)
+    def _frame(self, picture: bool, words: bool, system: bool) -> list[list[int]]:
+        """The chat template's tokens around what is asked, and around a system message before."""
+        key = (picture, words, system)
         if key not in self._frames:
             before, after = self._rendered(*key)
-            self._frames[key] = self._ids(before), self._ids(after)
+            parts = [*before.split(SYSTEM_HERE), after] if system else [before, after]
+            self._frames[key] = [self._ids(part) for part in parts]
         return self._frames[key]
 
-    def _rendered(self, picture: bool, words: bool) -> tuple[str, str]:
+    def _rendered(self, picture: bool, words: bool, system: bool) -> tuple[str, str]:
         content: list[Any] = [{"type": "image"}] if picture else []
         content += [{"type": "text", "text": WORDS_HERE}] if words else []
         chat: Any = [{"role": "user", "content": content}]
+        if system:
+            chat = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_HERE}]}, *chat]
         rendered = self._renderer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True
+            chat, tokenize=False, add_generation_prompt=self.reading.generation_prompt
         )
         before, _, after = str(rendered).partition(WORDS_HERE)
         return before, after
@@ -253,17 +317,16 @@ class Inputs:
     def _ids(self, text: str, **how: Any) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, **how).input_ids) if text else []
 
+    def _cut(self, image: str) -> Pixels:
+        """Decode a picture and cut it into patches; threads do it beside each other."""
+        out = self.image_processor([self._pictures[image].load_image()], return_tensors="np")
+        names = ("pixel_values", "image_grid_thw")
+        return {name: torch.from_numpy(np.ascontiguousarray(out[name])) for name in names}
+
     def patches(self, image: str) -> tuple[Tensor, Tensor]:
         """Pixel patches [P, 3 * t * p * p] and grid (t, h, w) of a picture that was prompted."""
-        if image not in self._patches:
-            if self._patches_bytes > PATCHES_KEPT_MB << 20:
-                self._patches.clear()
-                self._patches_bytes = 0
-            out = self.image_processor([self._pictures[image].load_image()], return_tensors="np")
-            pixels = torch.from_numpy(np.ascontiguousarray(out["pixel_values"]))
-            self._patches[image] = (pixels, torch.from_numpy(out["image_grid_thw"][0]))
-            self._patches_bytes += pixels.nbytes
-        return self._patches[image]
+        pixels = self.pixels(image)
+        return pixels["pixel_values"], pixels["image_grid_thw"][0]
 
     def content(self, image: str) -> str:
         """A hash of a prompted picture, wherever it lies."""
@@ -272,10 +335,9 @@ class Inputs:
             self._contents[image] = sha256(shown) if isinstance(shown, Path) else image
         return self._contents[image]
 
-    def pixels(self, image: str) -> dict[str, Tensor]:
+    def pixels(self, image: str) -> Pixels:
         """Arguments of the model's `get_image_features` for a picture that was prompted."""
-        patches, grid = self.patches(image)
-        return {"pixel_values": patches, "image_grid_thw": grid[None]}
+        return self.pictures.get(image)
 
     def collate(self, prompts: Sequence[Prompt], device: torch.device) -> PromptBatch:
         """Pad on the left. Right padding would put completions at different columns and wrong

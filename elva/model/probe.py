@@ -46,7 +46,7 @@ def _faults(retriever: Retriever) -> Iterator[str]:
     tables = (plain.get_input_embeddings(), plain.lm_head)
     rows = min(cast(Tensor, p.weight).shape[0] for p in tables)
     written = inputs.tokenizer(RET, add_special_tokens=False).input_ids
-    if list(written) != [inputs.ret_id] or inputs.ret_id >= rows:
+    if inputs.reading.at_ret and (list(written) != [inputs.ret_id] or inputs.ret_id >= rows):
         yield f"{RET} cannot be added to its vocabulary"
     if not inputs.end_ids:
         yield "no token ends its answers"
@@ -81,18 +81,18 @@ def _faults(retriever: Retriever) -> Iterator[str]:
     sampled = sample(retriever, prompts, draws=None, max_completion_length=WRITTEN)
     for i, prompt in enumerate(prompts):
         real = sampled.mask[i]
-        again = retriever.hidden_states(
+        _, again = retriever.read_out(
             inputs.collate([prompt], retriever.device), sampled.ids[i : i + 1, real],
             real[None, real],
         )  # fmt: skip
-        if _difference(sampled.embeddings[i], again[0, -1]) > tolerance:
+        if _difference(sampled.embeddings[i], again[0]) > tolerance:
             yield "decoding with a cache gives other hidden states than reading at once"
 
 
 def _read(retriever: Retriever, prompts: Sequence[Prompt]) -> Tensor:
-    """[R, 1 + WRITTEN, H]: states of the prompts' ends and of a summary, [RET] last."""
+    """[R, 1 + T, H]: states of the prompts' ends and of a summary, closed by [RET]."""
     inputs = retriever.inputs
-    summary = [*inputs.text_ids("a red dog in wet grass")[: WRITTEN - 1], inputs.ret_id]
+    summary = [*inputs.text_ids("a red dog in wet grass")[: WRITTEN - 1], *inputs.closing]
     ids = torch.tensor(summary, device=retriever.device).expand(len(prompts), -1)
     batch = inputs.collate(prompts, retriever.device)
     return retriever.hidden_states(batch, ids, torch.ones_like(ids, dtype=torch.bool))
@@ -101,9 +101,9 @@ def _read(retriever: Retriever, prompts: Sequence[Prompt]) -> Tensor:
 def _own_forward(retriever: Retriever, prompt: Prompt) -> Any:
     """What the model itself makes of the same tokens and pixels, positions being its own matter."""
     inputs, device = retriever.inputs, retriever.device
-    summary = [*inputs.text_ids("a red dog in wet grass")[: WRITTEN - 1], inputs.ret_id]
+    summary = [*inputs.text_ids("a red dog in wet grass")[: WRITTEN - 1], *inputs.closing]
     ids = torch.cat([prompt.input_ids, torch.tensor(summary)])[None].to(device)
-    given = {} if prompt.image is None else inputs.pixels(prompt.image)
+    given = {} if prompt.image is None else dict(inputs.pixels(prompt.image))
     for name in ("mm_token_type_ids", "token_type_ids"):  # Qwen's, and Gemma's
         if name in signature(retriever.plain.forward).parameters:
             given[name] = (ids == inputs.image_id).int()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
 from elva.errors import UserError
-from elva.model.inputs import Inputs, Prompt
+from elva.model.inputs import SYSTEM_HERE, Inputs, Prompt
+from elva.model.pictures import Pixels
 
 WORDS_ONLY = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns of the text; all else is of the picture."""
@@ -24,16 +26,17 @@ class ProcessorInputs(Inputs):
     """
 
     processor: ProcessorMixin
+    _cutter: ProcessorMixin  # for threads: a tokenizer that is asked in two ways is not for two
 
     @classmethod
     def load(
-        cls, path: str | Path, summary_prompt: str, revision: str | None = None
+        cls, path: str | Path, summary_prompt: str, revision: str | None = None, **how: Any
     ) -> ProcessorInputs:
         processor = AutoProcessor.from_pretrained(path, revision=revision or "main")
         tokenizer, image_processor = processor.tokenizer, processor.image_processor
-        told = cls._of_config(path, revision)
-        inputs = cls(tokenizer, image_processor, summary_prompt, **told)
+        inputs = cls(tokenizer, image_processor, summary_prompt, **how)
         inputs.processor = inputs._renderer = processor
+        inputs._cutter = copy.deepcopy(processor)
         return inputs
 
     def bound_pixels(self, least: int | None, most: int | None) -> None:
@@ -44,29 +47,32 @@ class ProcessorInputs(Inputs):
                 f"{kind} cuts, got {most} and {least}; set the size in the checkpoint's own files"
             )
 
-    def save(self, path: Path) -> None:
+    def _save(self, path: Path) -> None:
         self.processor.save_pretrained(path)
 
-    def _tokenise(self, image: str | None, text: str | None) -> Prompt:
-        before, after = self._rendered(image is not None, bool(text or self.summary_prompt))
+    def _tokenise(self, image: str | None, system: str, text: str | None) -> Prompt:
+        words = bool(text or self.summary_prompt)
+        before, after = self._rendered(image is not None, words, bool(system))
+        before = before.replace(SYSTEM_HERE, system)
         if image is None:
-            start = list(self.tokenizer(before, add_special_tokens=self._opens(before)).input_ids)
+            start = self._ids(before)
         else:
-            start = self._seen(before, image)["input_ids"][0].tolist()
+            start = self._seen(before, image, self.processor)["input_ids"][0].tolist()
+        if self._opens(before):
+            start = [*self._around[0], *start]
         ids = torch.tensor([*start, *self._asked(text), *self._ids(after)])
         return Prompt(ids, torch.arange(len(ids)).expand(3, -1), image)
 
-    def pixels(self, image: str) -> dict[str, Tensor]:
-        before, _ = self._rendered(True, True)
-        seen = self._seen(before, image)
+    def _cut(self, image: str) -> Pixels:
+        before, _ = self._rendered(True, True, False)
+        seen = self._seen(before, image, self._cutter)
         return {k: v for k, v in seen.items() if k not in WORDS_ONLY and isinstance(v, Tensor)}
 
-    def _seen(self, before: str, image: str) -> dict[str, Any]:
+    def _seen(self, before: str, image: str, processor: ProcessorMixin) -> dict[str, Any]:
         picture = self._pictures[image].load_image()
         return dict(
-            self.processor(
-                text=[before], images=[picture], return_tensors="pt",
-                add_special_tokens=self._opens(before),
+            processor(
+                text=[before], images=[picture], return_tensors="pt", add_special_tokens=False,
             )
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """The retriever: a model that ends what it writes with [RET] and is read out there.
 
 Liu et al., ELVA, arXiv:2606.20280, sec. 3.4: the model is asked to analyse and summarise its input
-and to end with a registered special token; the hidden state at that token is the embedding.
+and to end with a registered special token; the hidden state at that token is the embedding. A
+retriever of somebody else keeps its own prompt, pooling and normalisation (`reading`).
 
 Nothing here knows how large a model is, or of which family.
 """
@@ -9,6 +10,7 @@ Nothing here knows how large a model is, or of which family.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -23,17 +25,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from elva.model import adapters
-from elva.model.family import decoder_of, family_of, read_inputs, read_model, unreadable
+from elva.model.family import HEAD, decoder_of, family_of, read_inputs, read_model, unreadable
 from elva.model.inputs import Inputs, Prompt, PromptBatch
+from elva.model.note import NOTE, read_note, reading_of, stands_on
 from elva.model.packing import completions_a_reading, pack
+from elva.model.reading import Reading, wide
 from elva.model.vision import FeatureFile, Features, each_alone, fingerprint
 from elva.recipe import LoraSettings
-
-NOTE = "elva.json"
-"""Beside the weights: how a checkpoint wants to be asked, and what its adapter stands on (written
-by `Retriever.save`)."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,6 +52,8 @@ class Retriever(nn.Module):
         self.train_vision = False
         self.name = ""
         self.base: adapters.Base | None = None
+        self.writes = True  # whether its checkpoint has a head
+        self.classes = list(self.plain.config.architectures or ())  # by which its tools know it
         self.features: Features | None = None  # kept of a frozen tower
 
     def forward(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -74,38 +77,45 @@ class Retriever(nn.Module):
         inputs: Inputs | None = None,
         revision: str | None = None,
         attention: str | None = None,
+        reading: Reading | None = None,
     ) -> Retriever:
         """Read a checkpoint directory or a hub name; an adapter is opened on its base, unmerged.
 
         Args:
             summary_prompt: how the model is asked to summarise; None takes the checkpoint's own.
+            reading: how the model is read out; None takes what the checkpoint's files say.
             inputs: of an earlier model of the same run, to tokenise nothing twice.
             revision: of a hub name: a branch, a tag or a commit.
             attention: transformers' `attn_implementation`.
 
         Raises:
-            UserError: a model that ELVA cannot read, or an adapter whose base has gone.
+            UserError: a model that ELVA cannot read, a retriever that it cannot keep, or an adapter
+                whose base has gone.
         """
-        note = _note(Path(path))
+        note = read_note(path)
+        folder, base = stands_on(path, revision)
         if inputs is None:
             if summary_prompt is None:
                 summary_prompt = note.get("summary_prompt", "")
-            inputs = read_inputs(path, summary_prompt, revision)
-        if adapters.is_adapter(Path(path)):
-            base = adapters.Base.read(Path(path), note["base"])
-        else:
+            inputs = read_inputs(
+                path, summary_prompt, revision, base=None if base is None else base.place,
+                reading=reading or reading_of(path, revision),
+            )  # fmt: skip
+        if base is None:
             base = adapters.Base(str(path), revision, inputs.ret_is_new and not note)
-        plain = read_model(base.path, base.revision, attention)
+        elif "base" not in note:
+            base = replace(base, ret_is_new=inputs.ret_is_new)
+        plain, writes = read_model(base.path, base.revision, attention)
         base = replace(base, revision=getattr(plain.config, "_commit_hash", None) or base.revision)
         if len(inputs.tokenizer) > plain.lm_head.out_features:
             plain.resize_token_embeddings(len(inputs.tokenizer), mean_resizing=False)
         if base.ret_is_new:
             _begin_as_chat_end(plain, inputs)
-        model = adapters.load(plain, Path(path)) if adapters.is_adapter(Path(path)) else plain
+        model = plain if folder is None else adapters.load(plain, folder)
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one process a GPU
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
-        retriever.name, retriever.base = str(path), base
+        retriever.name, retriever.base, retriever.writes = str(path), base, writes
         if retriever.family.probed:
             from elva.model.probe import fault  # which reads by the retriever itself
 
@@ -123,6 +133,8 @@ class Retriever(nn.Module):
                 one whose vision tower learnt, or whose base was read from no file.
         """
         note: dict[str, Any] = {"summary_prompt": self.inputs.summary_prompt}
+        if not self.reading.at_ret:
+            note["reading"] = dataclasses.asdict(self.reading)
         if isinstance(self.model, PeftModel) and not (
             merge or self.train_vision or self.base is None
         ):
@@ -134,9 +146,23 @@ class Retriever(nn.Module):
         else:
             whole = self.merged()
             mixed = merge or len({p.dtype for p in whole.parameters()}) > 1
-            (whole.float() if mixed else whole).save_pretrained(path)
+            self._save_whole(whole.float() if mixed else whole, path)
         self.inputs.save(path)
         (path / NOTE).write_text(json.dumps(note))
+
+    def _save_whole(self, whole: PreTrainedModel, path: Path) -> None:
+        """A retriever of somebody else as its own class had it, without a head that it lacked."""
+        if self.reading.at_ret:
+            whole.save_pretrained(path)
+            return
+        inner = type(whole.model).__name__ in self.classes
+        state = None
+        if not (inner or self.writes):
+            state = {name: value for name, value in whole.state_dict().items() if name != HEAD}
+        (whole.model if inner else whole).save_pretrained(path, state_dict=state)
+        config = json.loads((path / CONFIG_NAME).read_text("utf-8"))
+        config["architectures"] = self.classes or config["architectures"]
+        (path / CONFIG_NAME).write_text(json.dumps(config, indent=2))
 
     def merged(self) -> PreTrainedModel:
         """The plain model: itself, or a copy in fp32 with the adapter merged into the weights."""
@@ -159,7 +185,8 @@ class Retriever(nn.Module):
         if settings.rank == 0:
             self.model = self.merged()
             return
-        self.model = adapters.begin(self.model, settings, self.inputs.ret_id, keep=keep)
+        rows = [self.inputs.ret_id] if self.reading.at_ret else []
+        self.model = adapters.begin(self.model, settings, rows, keep=keep)
 
     @contextmanager
     def reference(self) -> Iterator[Retriever]:
@@ -180,6 +207,11 @@ class Retriever(nn.Module):
         """The transformers model, with an adapter's layers inside it where there is one."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return cast(PreTrainedModel, model)
+
+    @property
+    def reading(self) -> Reading:
+        """How it is asked and read out."""
+        return self.inputs.reading
 
     @property
     def decoder(self) -> nn.Module:
@@ -226,12 +258,24 @@ class Retriever(nn.Module):
         there = {name: value.to(self.device) for name, value in pixels.items()}
         return self.family.features(self.plain, there)
 
-    def hold(self, prompts: Iterable[Prompt]) -> None:
-        """Make a step's features at once, and keep them until the next step's."""
+    def hold(self, prompts: Sequence[Prompt], then: Sequence[Prompt] = ()) -> None:
+        """Make a step's features at once, and keep them until the next step's.
+
+        Args:
+            then: the next step's prompts, whose pictures are cut meanwhile.
+        """
+        self.cut_ahead([*prompts, *then])
         images = [p.image for p in prompts if p.image is not None]
         if self.features is not None:
             self.features.hold(images)
             self.image_features(images)
+
+    def cut_ahead(self, prompts: Iterable[Prompt]) -> None:
+        """Let threads cut the pictures of prompts that are read soon, in this order; of a frozen
+        tower those whose features are not kept."""
+        images = dict.fromkeys(p.image for p in prompts if p.image is not None)
+        kept = self.features
+        self.inputs.pictures.ahead(i for i in images if kept is None or not kept.has(i))
 
     def freeze_vision(self, frozen: bool, features: Path | None = None) -> None:
         """Choose whether the vision tower learns; either way features of earlier weights are
@@ -292,6 +336,12 @@ class Retriever(nn.Module):
         return states
 
     def hidden_states(self, prompts: PromptBatch, completions: Tensor, mask: Tensor) -> Tensor:
+        """The hidden states of `read_out` alone."""
+        return self.read_out(prompts, completions, mask)[0]
+
+    def read_out(
+        self, prompts: PromptBatch, completions: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced forward over P prompts, each with G completions.
 
         Args:
@@ -301,7 +351,7 @@ class Retriever(nn.Module):
         Returns:
             [P * G, T + 1, H]: the normalised hidden states that predict each completion token, and
             after each; column t + 1 is the state *at* completion token t. Columns of what is not
-            real hold the states of others.
+            real hold the states of others. And [P * G, D] fp32: the embeddings.
         """
         share, lengths = 1, mask.sum(1).tolist()
         if not self.family.probed:  # of which it is known that they take a mask of one's own
@@ -315,14 +365,12 @@ class Retriever(nn.Module):
             packed.attention_mask,
             packed.position_ids,
         )
-        return packed.unpack(states)
-
-
-def _note(path: Path) -> dict[str, Any]:
-    """What `save` wrote beside the weights; nothing of somebody else's checkpoint."""
-    file = path / NOTE
-    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return found
+        hidden, before, count = packed.unpack(states), None, None
+        if self.reading.pooling == "mean":
+            real = packed.prompts.attention_mask
+            before = (wide(states[:, : real.shape[1]]) * real[..., None]).sum(1)
+            before, count = (x.repeat_interleave(share, 0) for x in (before, real.sum(1)))
+        return hidden, self.reading.pool(hidden, mask, before, count)
 
 
 @lru_cache
@@ -357,10 +405,3 @@ def _begin_as_chat_end(model: PreTrainedModel, inputs: Inputs) -> None:
         for part in (model.get_input_embeddings(), model.lm_head):
             table = cast(Tensor, part.weight)
             table[inputs.ret_id] = table[inputs.end_ids[0]]
-
-
-def base_of(path: Path) -> Path:
-    """The directory with a checkpoint's weights: itself, or what its adapter stands on."""
-    if not adapters.is_adapter(path):
-        return path
-    return Path(adapters.Base.read(path, _note(path)["base"]).path)

@@ -17,9 +17,10 @@ from torch import Tensor
 from elva.data import Item
 from elva.model.cache import decoding_cache
 from elva.model.inputs import Inputs, Prompt, PromptBatch
+from elva.model.reading import wide
 from elva.model.retriever import Retriever
 
-Reading = Literal["at_ret", "before_ret"]
+ReadAt = Literal["at_ret", "before_ret"]
 
 BLOCK = 256
 """Tokens of the vocabulary that are summed at once in search of the one drawn; ours: about the root
@@ -33,11 +34,19 @@ LOGITS_AT_ONCE = 1 << 26
 class Rollouts:
     """R = prompts * G completions, padded on the right; row i * G + g is rollout g of prompt i."""
 
-    ids: Tensor  # [R, T] int64; the last real token of every row is [RET]
+    ids: Tensor  # [R, T] int64; every row ends in [RET], or as its retriever closes a summary
     mask: Tensor  # [R, T] bool, True where real
     log_probs: Tensor  # [R, T] fp32, 0 where masked or where the token was not drawn
-    finished: Tensor  # [R] bool: False where [RET] had to be appended at the length limit
-    embeddings: Tensor  # [R, D] fp32: hidden state at [RET]
+    finished: Tensor  # [R] bool: False where the end had to be appended at the length limit
+    embeddings: Tensor  # [R, D] fp32: hidden state at [RET], or as its retriever pools
+    forced: int = 0  # tokens at each row's end that follow of themselves from the action to end
+
+    @property
+    def chosen(self) -> Tensor:
+        """[R, T] bool: the actions of summaries that ended themselves."""
+        last = self.mask.sum(1, keepdim=True) - self.forced
+        within = torch.arange(self.mask.shape[1], device=self.mask.device) < last
+        return self.mask & within & self.finished[:, None]
 
     @staticmethod
     def cat(parts: Sequence[Rollouts], pad: int) -> Rollouts:
@@ -54,6 +63,7 @@ class Rollouts:
             torch.cat([wide(p.log_probs, 0.0) for p in parts]),
             torch.cat([p.finished for p in parts]),
             torch.cat([p.embeddings for p in parts]),
+            parts[0].forced,
         )
 
     def select(self, rows: Tensor) -> Rollouts:
@@ -64,25 +74,21 @@ class Rollouts:
             self.log_probs[rows, :width],
             self.finished[rows],
             self.embeddings[rows],
+            self.forced,
         )
-
-
-def wide(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is that."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float, inputs: Inputs) -> Tensor:
     """log pi(token) [...] of logits [..., V]: the distribution that `sample` draws from.
 
-    To end is one action: [RET] has the probability of itself and of the chat's ends together, none
-    of which is ever written.
+    To end is one action: [RET], or what closes a retriever's summary, has the probability of itself
+    and of the chat's ends together, none of which is ever written.
     """
     scaled, (banned, ends) = wide(logits) / temperature, inputs.never(logits.device)
     drawn = scaled.gather(-1, tokens[..., None])[..., 0]
     ending = scaled[..., ends].logsumexp(-1)
     total = scaled.index_fill(-1, banned, float("-inf")).logsumexp(-1)
-    return torch.where(tokens == inputs.ret_id, ending, drawn) - total
+    return torch.where(tokens == inputs.closing[0], ending, drawn) - total
 
 
 def _draw(
@@ -94,7 +100,7 @@ def _draw(
     scaled = wide(logits).div_(temperature)
     ending = scaled[:, ends].logsumexp(-1)
     scaled.index_fill_(-1, banned, float("-inf")).index_fill_(-1, ends, float("-inf"))
-    scaled[:, inputs.ret_id] = ending
+    scaled[:, inputs.closing[0]] = ending
     if uniform is None:
         likeliest, token = scaled.max(-1)
         return token, likeliest - scaled.logsumexp(-1)
@@ -136,16 +142,17 @@ def sample(
     draws: Tensor | None,
     max_completion_length: int,
     temperature: float = 1.0,
-    read: Reading = "at_ret",
+    read: ReadAt = "at_ret",
 ) -> Rollouts:
-    """Sample G summaries a prompt, each ended by [RET], where the model ends its answer.
+    """Sample G summaries a prompt, each closed by [RET], or by its retriever's own tokens, where
+    the model ends its answer.
 
     Args:
         draws: [len(prompts), G, max_completion_length] uniform numbers, one a token; None decodes
             greedily with G = 1. top-k and top-p are never applied: the log-probabilities are those
             of the distribution that was drawn from.
-        max_completion_length: tokens before [RET] is appended to a row that did not write it; 0
-            reads the prompt alone.
+        max_completion_length: tokens before the end is appended to a row that did not write it; 0
+            reads the prompt alone, which a retriever of somebody else may close by nothing.
         read: the hidden state at [RET] (ELVA), or at the token before it (LamRA).
 
     Returns:
@@ -153,8 +160,9 @@ def sample(
     """
     batch = retriever.inputs.collate(prompts, retriever.device)
     repeats = 1 if draws is None else draws.shape[1]
-    room = max_completion_length + 1  # [RET], if need be
-    decoder = _Decoder(retriever, batch, repeats, room, temperature, read)
+    closing = retriever.inputs.closing if max_completion_length else retriever.inputs.ending
+    room = max_completion_length + len(closing)
+    decoder = _Decoder(retriever, batch, repeats, room, temperature, read, closing)
     uniform = None if draws is None else draws.flatten(0, 1).to(batch.input_ids.device)
     for step in range(max_completion_length):
         decoder.step(None if uniform is None else uniform[:, step])
@@ -177,9 +185,10 @@ class _Decoder:
         repeats: int,
         room: int,
         temperature: float,
-        read: Reading,
+        read: ReadAt,
+        closing: Sequence[int],
     ) -> None:
-        self.read = read
+        self.read, self.reading = read, retriever.inputs.reading
         self.retriever, self.temperature = retriever, temperature
         self.cache = decoding_cache(retriever.decoder.config, room)
         states = retriever.read(
@@ -192,6 +201,13 @@ class _Decoder:
         self.attention = torch.cat([seen, seen.new_ones(len(seen), room)], 1)
         self.position = (batch.position_ids.amax(dim=(0, 2)) + 1).repeat_interleave(repeats)
         count, device = len(self.hidden), self.hidden.device
+        self.closing = torch.tensor(closing, dtype=torch.long, device=device)
+        self.closed = torch.zeros(count, dtype=torch.long, device=device)  # of it, fed
+        self.summed = None  # [R, D] of all states, for their mean
+        if self.reading.pooling == "mean":
+            real = batch.attention_mask[..., None]
+            self.summed = (wide(states) * real).sum(1).repeat_interleave(repeats, 0)
+            self.count = batch.attention_mask.sum(1).repeat_interleave(repeats)
         self.rows = torch.arange(count, device=device)  # of the batch, in the results
         self.live = torch.ones(count, dtype=torch.bool, device=device)  # of the batch
         self.left = count  # how many are live
@@ -199,6 +215,8 @@ class _Decoder:
         self.embeddings = wide(self.hidden).new_zeros(self.hidden.shape)
         self.tokens: list[Tensor] = []
         self.log_probs: list[Tensor] = []
+        if not closing:
+            self._end(self.rows)
 
     @property
     def done(self) -> bool:
@@ -216,37 +234,52 @@ class _Decoder:
             share = None if shares is None else shares[part]
             drawn.append(_draw(head(self.hidden[part]), share, self.temperature, inputs))
         token, logp = (torch.cat(x) for x in zip(*drawn, strict=True))
+        ends = (token == inputs.closing[0]) & self.live & (self.closed == 0)
+        self.finished[self.rows[ends]] = True
+        writes = self.closed == 0
+        self._write(token.where(writes, self._due), logp.where(writes, 0.0), writes & ~ends)
+
+    def finish(self) -> Rollouts:
+        """Close the rows that never ended: their embedding is the documented fallback."""
+        while self.left:
+            undrawn = self.embeddings.new_zeros(len(self.rows))
+            self._write(self._due, undrawn, torch.zeros_like(self.live))
+        count, pad = len(self.finished), self.retriever.inputs.closing[0]
+        ids = torch.stack(self.tokens, 1) if self.tokens else self.closing.new_empty(count, 0)
+        drawn = torch.stack(self.log_probs, 1) if self.tokens else self.embeddings[:, :0]
+        return Rollouts(
+            ids.where(ids >= 0, pad), ids >= 0, drawn, self.finished, self.embeddings,
+            max(0, len(self.closing) - 1),
+        )  # fmt: skip
+
+    @property
+    def _due(self) -> Tensor:
+        """The next token of what closes each row."""
+        return self.closing[self.closed.clamp(max=len(self.closing) - 1)]
+
+    def _write(self, token: Tensor, logp: Tensor, goes_on: Tensor) -> None:
+        """Feed a token for each row, and read out those that it closes.
+
+        Args:
+            goes_on: [R] bool, whether it is of the summary and no part of its end.
+        """
         self._record(token, logp)
         before = self.hidden
         self._feed(token)
-        ended = ((token == inputs.ret_id) & self.live).nonzero()[:, 0]
+        self.closed = self.closed + (~goes_on).long()
+        ended = ((self.closed == len(self.closing)) & self.live).nonzero()[:, 0]
         if len(ended):
-            at = self.hidden if self.read == "at_ret" else before
-            self.embeddings[self.rows[ended]] = wide(at[ended])
-            self.finished[self.rows[ended]] = True
-            self.live[ended] = False
-            self.left -= len(ended)
+            self._end(ended, before)
             if 0 < self.left <= len(self.live) // 2:
                 self._keep(self.live.nonzero()[:, 0])
 
-    def finish(self) -> Rollouts:
-        """Append [RET] to the rows that never wrote it: their embedding is the documented
-        fallback."""
-        if self.left:
-            ret = torch.full_like(self.rows, self.retriever.inputs.ret_id)
-            self._record(ret, self.embeddings.new_zeros(len(ret)))
-            before = self.hidden
-            self._feed(ret)
-            rows, at = self.rows[self.live], self.hidden if self.read == "at_ret" else before
-            self.embeddings[rows] = wide(at[self.live])
-        ids = torch.stack(self.tokens, 1)
-        return Rollouts(
-            ids.where(ids >= 0, self.retriever.inputs.ret_id),
-            ids >= 0,
-            torch.stack(self.log_probs, 1),
-            self.finished,
-            self.embeddings,
-        )
+    def _end(self, some: Tensor, before: Tensor | None = None) -> None:
+        pooled = wide((self.hidden if self.read == "at_ret" else before)[some])
+        if self.summed is not None:
+            pooled = self.summed[some] / self.count[some, None]
+        self.embeddings[self.rows[some]] = self.reading.scaled(pooled)
+        self.live[some] = False
+        self.left -= len(some)
 
     def _record(self, token: Tensor, logp: Tensor) -> None:
         count = len(self.finished)
@@ -259,10 +292,15 @@ class _Decoder:
         position = self.position[None, :, None].expand(3, -1, 1)
         self.hidden = self.retriever.read(token[:, None], [], seen, position, self.cache)[:, -1]
         self.position = self.position + 1
+        if self.summed is not None:
+            self.summed, self.count = self.summed + wide(self.hidden), self.count + 1
 
     def _keep(self, some: Tensor) -> None:
         self.rows, self.live, self.hidden = self.rows[some], self.live[some], self.hidden[some]
         self.attention, self.position = self.attention[some], self.position[some]
+        self.closed = self.closed[some]
+        if self.summed is not None:
+            self.summed, self.count = self.summed[some], self.count[some]
         self.cache.batch_select_indices(some)
 
 
@@ -281,7 +319,7 @@ def encode(
     *,
     max_completion_length: int,
     batch_size: int = 512,
-    read: Reading = "at_ret",
+    read: ReadAt = "at_ret",
     progress: Callable[[int], None] | None = None,
 ) -> Encoded:
     """Greedy generative embeddings; batches by length, results in the caller's order.
@@ -299,7 +337,9 @@ def encode(
     summaries = [""] * len(items)
     decode = retriever.inputs.tokenizer.decode
     done = 0
-    for rows in batches_by_length([len(p) for p in prompts], batch_size):
+    batches = [*batches_by_length([len(p) for p in prompts], batch_size)]
+    for number, rows in enumerate(batches):
+        retriever.cut_ahead(prompts[i] for some in batches[number : number + 2] for i in some)
         out = sample(
             retriever,
             [prompts[i] for i in rows],
@@ -310,7 +350,8 @@ def encode(
         index = torch.tensor(rows)
         embeddings[index], finished[index] = out.embeddings.cpu(), out.finished.cpu()
         for i, ids, mask in zip(rows, out.ids, out.mask, strict=True):
-            summaries[i] = str(decode(ids[mask], skip_special_tokens=True)).strip()
+            written = ids[mask][: int(mask.sum()) - out.forced]
+            summaries[i] = str(decode(written, skip_special_tokens=True)).strip()
         done += len(rows)
         if progress is not None:
             progress(done)

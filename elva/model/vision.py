@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elva.errors import UserError
 from elva.files import Sink, sync_directory
+from elva.model.pictures import Pixels
 
 FEATURES_KEPT_MB = 1024
 """Features kept in memory beside those of the step at hand; the least recently used are dropped."""
@@ -32,9 +33,6 @@ take a third of the time that they take one by one; larger pictures gain nothing
 
 VERSION = 1
 """Raise it when the same tower and picture would give another feature than before."""
-
-Pixels = Mapping[str, Tensor]
-"""`Inputs.pixels` of a picture."""
 
 
 def each_alone(tower: Callable[[Pixels], Tensor], pictures: Iterable[Pixels]) -> list[Tensor]:
@@ -114,6 +112,11 @@ class Features:
             self.file.commit()
         return found
 
+    def has(self, image: str) -> bool:
+        """Whether a picture's features are kept."""
+        in_file = self.file is not None and self.content(image) in self.file
+        return image in self._kept or in_file
+
     def hold(self, images: Iterable[str]) -> None:
         """Drop none of some pictures' features, however many they are, until the next such
         call."""
@@ -176,6 +179,9 @@ class FeatureFile:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def __contains__(self, content: str) -> bool:
+        return content in self._places
 
     def read(self, content: str) -> Tensor | None:
         """A feature in main memory; None where the file has none of that picture."""

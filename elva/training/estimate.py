@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from elva.model.retriever import base_of
+from elva.model.note import base_of
+from elva.model.pictures import AHEAD_MB, KEPT_MB
 from elva.model.rollout import LOGITS_AT_ONCE
 from elva.model.vision import FEATURES_KEPT_MB
 from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
@@ -28,6 +30,10 @@ _SAMPLED = (
 
 CLOCKED = "as many as fit into the last stage's seconds"
 NOT_COUNTED = "epochs over data that is not here"
+_TOWER_KEPT = 18
+"""Times its width a layer of a vision tower keeps of a patch: what enters and leaves two norms,
+queries and keys before and after they are turned, values, what attention read, and four times two
+inside."""
 _LOGITS_KEPT = 4
 """Copies of a completion's logits in fp32: two for the backward, and their gradients."""
 
@@ -47,6 +53,10 @@ class Sizes:
     tied: bool
     features: int  # of a picture's token
     prompt: int  # tokens, with a picture
+    picture: int  # those of the picture, each of four patches
+    tower: int  # width of the vision tower
+    tower_layers: int
+    patch: int  # values of a picture's patch
 
     def adapter(self, rank: int) -> int:
         """Parameters of an adapter on q, k, v, o, gate, up, down, and the rows of [RET]."""
@@ -70,6 +80,7 @@ def sizes_of(model: ModelConfig) -> Sizes | None:
     return Sizes(
         model.parameters, model.vision_parameters, h, layers, model.query_size or h, keys, inner,
         model.vocabulary_size, model.tied, h * (1 + model.deepstack), _PICTURE_TOKENS + _WORDS,
+        _PICTURE_TOKENS, model.vision_size, model.vision_layers, model.patch_values,
     )  # fmt: skip
 
 
@@ -81,8 +92,11 @@ def _of_scratch(model: ModelConfig) -> Sizes:
     vision = 3 * s.patch_size**2 * v + s.vision_layers * block
     vision += 2 * v + merged * (merged + 1) + (merged + 1) * h
     text = s.layers * layer + h + s.vocabulary * h
-    prompt = (s.image_size // s.patch_size // 2) ** 2 + 16
-    return Sizes(text + vision, vision, h, s.layers, h, h, i, s.vocabulary, True, h, prompt)
+    picture = (s.image_size // s.patch_size // 2) ** 2
+    return Sizes(
+        text + vision, vision, h, s.layers, h, h, i, s.vocabulary, True, h, picture + 16,
+        picture, v, s.vision_layers, 3 * s.patch_size**2,
+    )  # fmt: skip
 
 
 def at_hand(model: ModelConfig) -> ModelConfig:
@@ -104,14 +118,18 @@ def at_hand(model: ModelConfig) -> ModelConfig:
                     raise ValueError(
                         f"config.json says hidden_size {text.hidden_size}, its weights {shape[1]}"
                     )
-    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None) or []
+    seen = config.vision_config
+    deepstack = getattr(seen, "deepstack_visual_indexes", None) or []
+    patch = 3 * getattr(seen, "temporal_patch_size", 1) * seen.patch_size**2
     return replace(
         model, parameters=parameters or None, hidden_size=text.hidden_size,
         layers=text.num_hidden_layers, intermediate_size=text.intermediate_size,
         query_size=heads * head,
         key_value_size=head * (getattr(text, "num_key_value_heads", None) or heads),
         vocabulary_size=text.vocab_size, vision_parameters=vision, deepstack=len(deepstack),
-        tied=bool(config.tie_word_embeddings),
+        tied=bool(config.tie_word_embeddings), patch_values=patch,
+        vision_size=getattr(seen, "embed_dim", None) or seen.hidden_size,
+        vision_layers=getattr(seen, "depth", None) or seen.num_hidden_layers,
     )  # fmt: skip
 
 
@@ -125,14 +143,14 @@ def memory_bytes(
     rollout's, whichever is more.
 
     Args:
-        found: what the stage's data hold (`readiness.Ready.stages`), and `prompt_tokens`, where
-            they were counted.
+        found: what the stage's data hold (`readiness.Ready.stages`), and `prompt_tokens` and
+            `picture_tokens`, where they were counted.
     """
     sizes = sizes_of(recipe.model)
     if sizes is None:
         return None
     if found and "prompt_tokens" in found:
-        sizes = replace(sizes, prompt=found["prompt_tokens"])
+        sizes = replace(sizes, prompt=found["prompt_tokens"], picture=found["picture_tokens"])
     width, trained = _width(recipe), _trained(stage, sizes)
     whole = stage.lora.rank == 0
     frozen = sizes.parameters - (trained if whole else 0)
@@ -143,11 +161,12 @@ def memory_bytes(
         "optimizer": moments * trained * _FP32,
         "reference": stage.holds * (trained * _FP32 + whole * frozen * width),
         "features": _features(stage, sizes, found or {}, width),
-        "activations": _activations(stage, recipe, sizes),
+        "pixels": _pixels(stage, sizes, found or {}),
+        "activations": _activations(stage, recipe, sizes, found or {}),
         "kv_cache": 0,
         "sampling": 0,
     }
-    held = sum(parts[name] for name in ("weights", "optimizer", "reference", "features"))
+    held = sum(parts[name] for name in ("weights", "optimizer", "reference", "features", "pixels"))
     if stage.completions == "sampled":
         rows = min(stage.rollout_batch_size, sequences_a_step(stage))
         tokens = sizes.prompt + stage.max_completion_length + 1
@@ -172,15 +191,31 @@ def _trained(stage: StageConfig, sizes: Sizes) -> int:
 
 def _features(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any], width: int) -> float:
     """Of pictures that a frozen tower has seen: a step's, and all others that the cache holds."""
-    one = (sizes.prompt - min(_WORDS, sizes.prompt // 2)) * sizes.features * width
+    one = sizes.picture * sizes.features * width
     a_step = sequences_a_step(stage) // stage.num_generations
     every = float(found.get("pictures", math.inf)) * one
     return 0.0 if stage.train_vision else min(every, max(a_step * one, FEATURES_KEPT_MB << 20))
 
 
-def _activations(stage: StageConfig, recipe: Recipe, sizes: Sizes) -> float:
-    """Bytes that a micro-batch keeps for its backward, in the language model and its head; the
-    matrix of attention is not kept."""
+def _pixels(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any]) -> float:
+    """Of pictures that are kept, and of those that are cut ahead; they lie in main memory, and so
+    are counted where the model does."""
+    if torch.cuda.is_available():
+        return 0.0
+    one, every = 4 * sizes.picture * sizes.patch * _FP32, float(found.get("pictures", math.inf))
+    a_step = sequences_a_step(stage) // stage.num_generations
+    seen, ahead = min(every, a_step * (stage.steps or math.inf)), min(every, a_step)
+    if stage.banks or stage.hard_batches or stage.negatives.mined:  # all are embedded
+        seen, ahead = every, min(every, 2 * stage.rollout_batch_size)
+    kept = min(seen * one, KEPT_MB << 20) if seen else 0.0
+    return kept + min(ahead * one, AHEAD_MB << 20)
+
+
+def _activations(
+    stage: StageConfig, recipe: Recipe, sizes: Sizes, found: Mapping[str, Any]
+) -> float:
+    """Bytes that a micro-batch keeps for its backward, in the language model and its head, and in a
+    tower that learns; the matrix of attention is not kept."""
     width = _width(recipe)
     rows = min(stage.micro_batch_size, sequences_a_step(stage))
     prompts = -(-rows // stage.num_generations)  # each is read once for its completions
@@ -195,7 +230,10 @@ def _activations(stage: StageConfig, recipe: Recipe, sizes: Sizes) -> float:
         kept = sizes.layers * h * width + layer
     words = stage.lm + stage.ret + stage.anchor + stage.policy > 0
     logits = rows * stage.max_completion_length * sizes.vocabulary * words
-    return tokens * kept + _LOGITS_KEPT * _FP32 * logits
+    pictures = min(prompts, found.get("pictures", prompts)) * stage.train_vision
+    of_patch = sizes.tower_layers * _TOWER_KEPT * sizes.tower * width + sizes.patch * _FP32
+    tower = pictures * 4 * sizes.picture * of_patch
+    return tokens * kept + _LOGITS_KEPT * _FP32 * logits + tower
 
 
 # -- disk and steps --------------------------------------------------------------------------------
@@ -277,6 +315,7 @@ def _described(
     seconds = None
     if measured is not None and not isinstance(measured, str):
         data = {**data, "prompt_tokens": measured.prompt_tokens}
+        data["picture_tokens"] = measured.picture_tokens
         seconds = round(measured.step, 3)
         hours = round(measured.hours(stage, steps or 0), 4)
     return {

@@ -5,6 +5,7 @@ reads, and are named by their row.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -130,11 +131,14 @@ class Captions:
     """What the items of a data set say or show, in words: a summary to learn from."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self._names: dict[str, str] = {}  # picture -> the text that the data says it shows
-        for row in dataset.queries.rows_of("t2i").tolist():
-            query = dataset.queries[row]
-            if query.text:
-                self._names.update((id, query.text) for id in query.positives)
+        self.dataset = dataset
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Picture -> the text that the data says it shows."""
+        queries = self.dataset.queries
+        named = [queries[row] for row in queries.rows_of("t2i").tolist()]
+        return {id: query.text for query in named if query.text for id in query.positives}
 
     def of(self, candidates: Sequence[Item]) -> list[str | None]:
         """A caption each; None where the data has no words for it."""

@@ -7,6 +7,7 @@ model writes at its start runs to `max_completion_length`, so a trained one is f
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -14,9 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from elva.data import Item
+from elva.model.reading import asked_for
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
@@ -36,7 +39,10 @@ FIRST, FACTOR, STEPS = (
     4,
     3,
 )  # ours: queries of the first measured step, how much larger the next is, and steps of each
-EMBEDDED = 32  # ours: items by which a pool's embedding is measured
+EMBEDDED, EMBEDDED_S = (
+    32,
+    1.0,
+)  # ours: items by which a pool's embedding is measured first, and seconds that are long enough
 CPU_OPERATIONS = 4e12  # ours: of the first step, about a minute of two cores
 
 
@@ -48,6 +54,7 @@ class Measured:
     mining: float
     queries: int  # of the largest step that was measured
     prompt_tokens: int  # the longest prompt seen
+    picture_tokens: int  # the largest picture's
 
     def hours(self, stage: StageConfig, steps: int) -> float:
         """Of all its steps; evaluations and the reading of data are not counted."""
@@ -67,6 +74,7 @@ def measure(
         stages: those whose data are at hand.
     """
     found: dict[str, Measured | str] = {}
+    gc.freeze()  # what is imported by now is no garbage, and not walked through after each piece
     processes = Processes()
     with tempfile.TemporaryDirectory(prefix="elva-plan-") as scratch:
         checkpoint: Path | str = ""
@@ -85,6 +93,7 @@ def measure(
                     recipe, stage, examples, checkpoint, Path(scratch), processes
                 )  # fmt: skip
         processes.wait()  # before the first one's scratch goes
+    gc.unfreeze()
     return found
 
 
@@ -154,7 +163,10 @@ def _measure(
     recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path,
     processes: Processes,
 ) -> Measured:  # fmt: skip
-    retriever = Retriever.load(checkpoint, summary_prompt=recipe.model.summary_prompt)
+    retriever = Retriever.load(
+        checkpoint, summary_prompt=recipe.model.summary_prompt,
+        reading=asked_for(recipe.model) if str(checkpoint) == recipe.model.path else None,
+    )  # fmt: skip
     retriever.add_lora(stage.lora, keep=stage.holds)
     retriever.freeze_vision(not stage.train_vision)
     retriever.plain.train()
@@ -162,8 +174,8 @@ def _measure(
     while True:
         piece = _piece(stage, queries)
         work = Stage(
-            retriever, piece, examples, STEPS, seed=(recipe.seed, "plan"), arguments=recipe.trainer,
-            title="plan", processes=processes, say=lambda line: None,
+            retriever, piece, examples, STEPS, seed=(recipe.seed, "plan", queries),
+            arguments=recipe.trainer, title="plan", processes=processes, say=lambda line: None,
         )  # fmt: skip
         clock = _Clock()
         loop = Loop(
@@ -183,16 +195,25 @@ def _measure(
     if stage.banks or stage.hard_batches or stage.negatives.mined:
         mining = _mining_seconds(work, examples)
     longest = max((len(prompt) for prompt in prompts), default=0)
-    return Measured(seconds * share, mining, piece.batch_size, longest)
+    shown = retriever.inputs.image_id
+    largest = max((int((p.input_ids == shown).sum()) for p in prompts), default=0)
+    return Measured(seconds * share, mining, piece.batch_size, longest, largest)
 
 
 def _mining_seconds(work: Stage, examples: Examples) -> float:
-    """Of embedding the pools and the queries once, by a few of them."""
-    rows = [row for found in examples.rows.values() for row in found[: EMBEDDED // 2].tolist()]
-    items: list[Item] = [examples.query(row) for row in rows]
-    items += [examples.candidates[row] for row in range(min(EMBEDDED, len(examples.candidates)))]
-    began = time.perf_counter()
-    with torch.no_grad():
-        work.retriever(work.summaries.embed, items)
-    one = (time.perf_counter() - began) / len(items)
-    return one * (len(examples.candidates) + len(examples))
+    """Of embedding the pools and the queries once, by as many as take long enough: fewer at once
+    than the stage embeds take longer each."""
+    asked = np.concatenate([*examples.rows.values()])
+    everything, done, count = len(asked) + len(examples.candidates), 0, EMBEDDED
+    while True:
+        some = slice(done, done + count // 2)  # others than before, whose features are kept
+        items: list[Item] = [examples.query(row) for row in asked[some].tolist()]
+        rows = range(len(examples.candidates))[some]
+        items += [examples.candidates[row] for row in rows]
+        began = time.perf_counter()
+        with torch.no_grad():
+            work.retriever(work.summaries.embed, items)
+        seconds = time.perf_counter() - began
+        done, count = done + count // 2, count * FACTOR
+        if seconds >= EMBEDDED_S or done + count // 2 > min(len(asked), len(examples.candidates)):
+            return seconds / len(items) * everything

@@ -60,10 +60,15 @@ class Negatives:
 
     def prepare(self, step: int) -> None:
         """Embed and mine where this step needs it and nothing was mined or restored."""
-        every = self.stage.refresh_steps
-        due = every is not None and step > 0 and step % every == 0
-        if (self._mines or self.stage.banks) and (due or (self.bank is None and not self._whole())):
+        wanted = self._mines or self.stage.banks
+        if wanted and (self.due(step) or (self.bank is None and not self._whole())):
             self.mine()
+
+    def due(self, step: int) -> bool:
+        """Whether this step embeds and mines anew."""
+        every = self.stage.refresh_steps
+        again = every is not None and step > 0 and step % every == 0
+        return again and (self._mines or self.stage.banks)
 
     def _whole(self) -> bool:
         """Whether what was mined is there, and no bank is kept."""

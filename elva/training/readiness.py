@@ -21,6 +21,9 @@ from elva.data.sample import unreadable
 from elva.errors import DataError, RunError
 from elva.evaluation.trained import evaluation_tasks
 from elva.model.family import read_inputs, takes_pictures
+from elva.model.inputs import RET
+from elva.model.note import base_of, reading_of, stands_on
+from elva.model.reading import Reading, asked_for
 from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
 from elva.run import Run, evaluated, source_of
 from elva.training.callbacks import missing_tracker
@@ -69,7 +72,7 @@ def check(
     if line := next(_problems(recipe, _kinds(recipe, names, controls), start_from), None):
         raise RunError(line)
     if start_from is None:
-        _refuse_unfit(recipe.model)
+        _refuse_unfit(recipe, _kinds(recipe, names, controls))
     ready = look(recipe, stages, start_from, controls=controls)
     if not (output / "recipe.yaml").exists():  # a run that goes on has what it needed
         _refuse_full_disk(recipe, _kinds(recipe, names, controls), output)
@@ -176,7 +179,7 @@ def _missing_model(asked: ModelConfig) -> Iterator[str]:
         return
     if Path(model).is_dir():
         try:
-            config = json.loads((Path(model) / "config.json").read_text("utf-8"))
+            config = json.loads((base_of(Path(model)) / "config.json").read_text("utf-8"))
             kind = config.get("model_type") if isinstance(config, dict) else "no JSON object"
         except (OSError, ValueError):
             kind = "no readable config.json"
@@ -210,13 +213,18 @@ def _look(recipe: Recipe, stage: StageConfig, dataset: Dataset) -> Row:
     }
 
 
-def _refuse_unfit(asked: ModelConfig) -> None:
-    """RunError for a checkpoint of which a part is missing or damaged, before a run is made."""
-    model = asked.path
+def _refuse_unfit(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> None:
+    """RunError for a checkpoint of which a part is missing or damaged, or a retriever that cannot
+    be trained as it is asked, before a run is made."""
+    asked, model = recipe.model, recipe.model.path
     if model is None:
         return
     try:
-        inputs = read_inputs(model, "", asked.revision)
+        reading = asked_for(asked) or reading_of(model, asked.revision)
+        _, base = stands_on(model, asked.revision)
+        inputs = read_inputs(
+            model, "", asked.revision, reading=reading, base=None if base is None else base.place
+        )
         inputs.prompt(Item("0", "a", None, "text"))
         at_hand(ModelConfig(model))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -224,6 +232,29 @@ def _refuse_unfit(asked: ModelConfig) -> None:
         raise RunError(
             f"recipe: model.path must be a whole checkpoint, got {model}; {reason}"
         ) from None
+    if line := next(_unkept(reading, recipe, kinds), None):
+        raise RunError(line)
+
+
+def _unkept(reading: Reading, recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[str]:
+    """What of a recipe would change how a retriever of somebody else is asked or closed."""
+    if reading.at_ret:
+        return
+    if prompt := recipe.model.summary_prompt:
+        yield (
+            "recipe: model.summary_prompt must be empty for a retriever, which keeps its own "
+            f"prompt, got {prompt[:40]!r}; add --set model.summary_prompt="
+        )
+    for name, stage in kinds.items():
+        kind = "stages" if name in recipe.stages else "controls"
+        gold = stage.completions == "gold"
+        used = {"lm": stage.lm > 0, "ret": stage.ret > 0, "completions": gold}
+        if field_name := next((key for key, is_used in used.items() if is_used), None):
+            yield (
+                f"recipe: {kind}.{name}.{field_name} must be left out for a retriever without "
+                f"{RET}, got {getattr(stage, field_name)}; train its infonce, pathwise or policy: "
+                "--stages 3"
+            )
 
 
 def _refuse_full_disk(recipe: Recipe, kinds: Mapping[str, StageConfig], output: Path) -> None:

@@ -27,17 +27,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from elva.data import Item
+from elva.errors import UserError
 from elva.model.retriever import Retriever, whole_weights
 from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training import objective, ranking
-from elva.training.comparison import compare
 from elva.training.examples import Examples
 from elva.training.guards import Guards
 from elva.training.negatives import Negatives
 from elva.training.optimizer import autocast, checkpoint_gradients
 from elva.training.plan import Batch, plan
+from elva.training.prompts import Prompts
 from elva.training.rolled import Rolled
 from elva.training.states import whole
 from elva.training.summaries import Summaries
@@ -77,6 +77,11 @@ class Stage:
             arguments: the recipe's `trainer`.
             say: takes what a person should know of the stage, a line each.
         """
+        if stage.max_completion_length and not retriever.writes:
+            raise UserError(
+                f"train: {title}: max_completion_length must be 0 for {retriever.name}, which has "
+                f"no head to write a summary with, got {stage.max_completion_length}"
+            )
         self.retriever, self.stage, self.examples = retriever, stage, examples
         self.seed, self.processes = tuple(seed), processes
         self.guards = Guards(title, stage, say)
@@ -100,6 +105,9 @@ class Stage:
             self.negatives.mine()
             neighbours = self.negatives.neighbours()
         self.plan = plan(stage, examples, -(-steps // stage.num_iterations), self.seed, neighbours)
+        self.prompts = Prompts(
+            stage, examples, self.negatives, retriever.inputs, processes, self.seed
+        )
         self._last: Rolled | None = None
 
     # -- what the loop asks ------------------------------------------------------------------------
@@ -152,37 +160,24 @@ class Stage:
     # -- the four steps ----------------------------------------------------------------------------
 
     def _roll(self, batch: Batch) -> Rolled:
-        stage, examples, share = self.stage, self.examples, self.processes.share
         self.negatives.prepare(batch.step)
-        own, sources = self.negatives.of(batch)
-        found = compare(stage, examples, batch, own, sources, self.seed)
-        asks = share(len(found.queries))
-        shows = share(found.rolled) if stage.embeds else range(0)
-        items: list[Item] = [found.queries[i] for i in asks]
-        answers = [examples.candidates[int(found.candidates[t[0]])] for t in found.target]
-        shown = [answers[i] for i in asks]
-        bank = None
-        if stage.embeds:
-            rolled = [examples.candidates[int(found.candidates[i])] for i in shows]
-            items += rolled
-            shown += rolled
-            if found.rolled < len(found.candidates):
-                assert self.negatives.bank is not None
-                rows = torch.from_numpy(found.candidates[found.rolled :])
-                bank = self.negatives.bank[rows.to(self.negatives.bank.device)]
-        asked = len(found.queries)
-        places = [*asks, *(asked + i for i in shows)]  # of the step's prompts
-        everyone = asked + (found.rolled if stage.embeds else 0)
-        spare = not items  # it takes part in every exchange all the same
-        if spare:
-            items, shown, places = [found.queries[0]], [answers[0]], [0]
-        prompts = [self.retriever.inputs.prompt(i) for i in items]
-        self.retriever.hold(prompts)
+        asked = self.prompts.of(batch)
+        found, bank = asked.comparison, None
+        if self.stage.embeds and found.rolled < len(found.candidates):
+            assert self.negatives.bank is not None
+            rows = torch.from_numpy(found.candidates[found.rolled :])
+            bank = self.negatives.bank[rows.to(self.negatives.bank.device)]
+        following = self.plan[batch.step + 1 : batch.step + 2]
+        self.retriever.hold(asked.prompts, [p for b in following for p in self.prompts.ahead(b)])
         gold = None
-        if examples.captions is not None:
-            gold = self.summaries.caption_ids(examples.captions.of(shown))
-        rollouts = self.summaries.write(batch.step, prompts, places, everyone, gold)
-        return Rolled(batch, found, asks, shows, prompts, rollouts, gold, bank, spare)
+        if self.examples.captions is not None:
+            gold = self.summaries.caption_ids(self.examples.captions.of(asked.captioned))
+        rollouts = self.summaries.write(
+            batch.step, asked.prompts, asked.places, asked.everyone, gold
+        )
+        return Rolled(
+            batch, found, asked.asks, asked.shows, asked.prompts, rollouts, gold, bank, asked.spare
+        )
 
     def _score(self, rolled: Rolled, first: bool) -> tuple[_Gradients, dict[str, float]]:
         """Step 2: d loss / d embeddings and what to log; advantages are kept in `rolled`."""
@@ -270,7 +265,7 @@ class Stage:
     def _over(self, rolled: Rolled, target: Tensor | None) -> dict[str, float]:
         """What this process's sums are divided by: the step's counts over the processes' number."""
         rollouts, real = rolled.rollouts, not rolled.spare
-        trained = rollouts.mask & rollouts.finished[:, None]
+        trained = rollouts.chosen
         policy = objective.normaliser(
             self.stage.loss_type, trained, self.stage.max_completion_length
         )
@@ -289,7 +284,7 @@ class Stage:
             "length": real * int(rollouts.mask.sum()),
             "finished": real * int(rollouts.finished.sum()),
         })  # fmt: skip
-        return {
-            "completion_length": sums["length"] / sums["rows"],
-            "frac_no_ret": 1.0 - sums["finished"] / sums["rows"],
-        }
+        found = {"completion_length": sums["length"] / sums["rows"]}
+        if self.stage.max_completion_length:  # else nothing is written that could end
+            found["frac_no_ret"] = 1.0 - sums["finished"] / sums["rows"]
+        return found

@@ -71,7 +71,7 @@ class Summaries:
             parts.append(part)
             order += [i * groups + g for i in rows for g in range(groups)]
         back = torch.tensor(order).argsort().to(self.retriever.device)
-        return Rollouts.cat(parts, pad=self.retriever.inputs.ret_id).select(back)
+        return Rollouts.cat(parts, pad=self.retriever.inputs.closing[0]).select(back)
 
     def _as_written(self, prompts: list[Prompt], gold: Tensor) -> Rollouts:
         """The captions as if the model had written them; [RET] alone where there is none."""
@@ -104,13 +104,13 @@ class Summaries:
 
     @torch.no_grad()
     def embeddings(self, prompts: list[Prompt], rollouts: Rollouts) -> Tensor:
-        """[RET] embeddings of kept summaries under the weights of now, [R, D]."""
+        """Embeddings of kept summaries under the weights of now, [R, D]."""
         out = torch.zeros_like(rollouts.embeddings)
         for rows, batch in self.micro_batches(prompts, rollouts.mask):
             part = rollouts.select(torch.tensor(rows, device=out.device))
             with self.arithmetic():
-                hidden = self.retriever.hidden_states(batch, part.ids, part.mask)
-            out[rows] = hidden[torch.arange(len(rows)), part.mask.sum(1)].to(out.dtype)
+                _, found = self.retriever.read_out(batch, part.ids, part.mask)
+            out[rows] = found.to(out.dtype)
         return out
 
     def caption_ids(self, captions: list[str | None]) -> Tensor:

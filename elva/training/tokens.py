@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from elva.model.inputs import PromptBatch
+from elva.model.reading import wide
 from elva.model.retriever import Retriever
-from elva.model.rollout import Rollouts, token_log_probs, wide
+from elva.model.rollout import Rollouts, token_log_probs
 from elva.recipe import StageConfig
 from elva.training import objective
 from elva.training.rolled import Rolled
@@ -76,13 +77,12 @@ class TokenLosses:
         found: dict[str, Tensor] = {}
         new = None
         with self.arithmetic():
-            hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
-            total = wide(hidden).new_zeros(())
+            hidden, embeddings = self.retriever.read_out(prompts, part.ids, part.mask)
+            total = embeddings.new_zeros(())
             if given.embeddings is not None:
-                at_ret = wide(hidden[torch.arange(len(index)), part.mask.sum(1)])
                 # A spare prompt has no row of it, and takes part all the same.
-                of_rows = at_ret.new_zeros(()) if rolled.spare else given.embeddings[index]
-                total = total + (at_ret * of_rows).sum()
+                of_rows = embeddings.new_zeros(()) if rolled.spare else given.embeddings[index]
+                total = total + (embeddings * of_rows).sum()
             if once and given.log_temperature is not None:
                 total = total + (self.retriever.log_temperature * given.log_temperature).sum()
             if given.target is not None:
@@ -140,7 +140,7 @@ class TokenLosses:
         if advantages is None:
             advantages, beta = new.new_zeros(len(new)), 1.0
         loss, kl = objective.policy_loss(
-            new, old, reference, advantages, part.mask & part.finished[:, None], beta=beta,
+            new, old, reference, advantages, part.chosen, beta=beta,
             epsilon=stage.epsilon, epsilon_high=stage.epsilon_high, loss_type=stage.loss_type,
             importance_sampling_level=stage.importance_sampling_level,
         )  # fmt: skip

@@ -47,8 +47,9 @@ class Stage:
         steps: int = 3, extra: dict[str, Any] | None = None, seed: int = 0,
         features: Path | None = None,
         dtype: torch.dtype | None = None,
+        summary_prompt: str = "Summarise it.",
     ) -> None:  # fmt: skip
-        self.retriever = Retriever.load(checkpoint, summary_prompt="Summarise it.")
+        self.retriever = Retriever.load(checkpoint, summary_prompt=summary_prompt)
         self.retriever.to(dtype or self.retriever.plain.dtype)
         if stage.lora.rank:
             self.retriever.add_lora(stage.lora)

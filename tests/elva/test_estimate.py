@@ -1,5 +1,8 @@
 """What a dry run says of memory, against what is there: counted to the value, or measured."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,8 @@ from elva.recipe import LoraSettings, ModelConfig, Recipe, StageConfig
 from elva.recipes import RECIPES
 from elva.training import estimate
 from elva.training.estimate import memory_bytes, sizes_of
+from tests.elva import families
+from tests.elva.conftest import KEPT
 from tests.elva.stages import INFO_NCE, POLICY, Stage
 
 Released = Callable[[str], Path]
@@ -66,6 +71,7 @@ SAVED = {
     "InfoNCE": (replace(INFO_NCE, batch_size=16), {}),
     "an adapter": (replace(INFO_NCE, batch_size=16, lora=LoraSettings(4, 8)), {}),
     "words": (replace(INFO_NCE, batch_size=16, anchor=1.0), {}),
+    "a tower that learns": (replace(INFO_NCE, batch_size=16, train_vision=True), {}),
 }
 
 
@@ -77,6 +83,7 @@ def test_activations_are_what_autograd_keeps(
     a layer this small keeps beside its widths are left out."""
     stage, extra = SAVED[kind]
     run = Stage(released("untied"), corpus, stage, tmp_path, steps=1, extra=extra)
+    run.retriever.freeze_vision(not stage.train_vision)
     own = {p.untyped_storage().data_ptr() for p in run.retriever.parameters()}
     kept: dict[int, int] = {}
     prompts: list[int] = []
@@ -98,7 +105,11 @@ def test_activations_are_what_autograd_keeps(
     run.train()
     assert len(prompts) == 1, "one micro-batch"
     recipe = described(released("untied"), stage, **extra)
-    parts = memory_bytes(stage, recipe, {"prompt_tokens": prompts[0]})
+    pictured = {p.image: p for p in run.work._last.prompts if p.image is not None}
+    largest = max(int((p.input_ids == run.retriever.inputs.image_id).sum())
+                  for p in pictured.values())  # fmt: skip
+    found = {"prompt_tokens": prompts[0], "picture_tokens": largest, "pictures": len(pictured)}
+    parts = memory_bytes(stage, recipe, found)
     sizes = sizes_of(recipe.model)
     assert parts is not None and sizes is not None
     logits = 4 * estimate.sequences_a_step(stage) * stage.max_completion_length * sizes.vocabulary
@@ -112,10 +123,55 @@ def test_the_cache_of_a_rollout_is_keys_and_values_of_its_rows(
     retriever = Retriever.load(released("untied"), summary_prompt="")
     prompt = retriever.inputs.prompt(Item("0", "a red heart", None, "text"))
     batch = retriever.inputs.collate([prompt] * 3, retriever.device)
-    decoder = _Decoder(retriever, batch, 2, 6, 1.0, "at_ret")
+    decoder = _Decoder(retriever, batch, 2, 6, 1.0, "at_ret", retriever.inputs.closing)
     held = sum(x.nbytes for layer in decoder.cache.layers for x in (layer.keys, layer.values))
     stage = replace(POLICY, batch_size=3, num_generations=2, rollout_candidates="query",
                     max_completion_length=5)  # fmt: skip
-    found = {"prompt_tokens": len(prompt)}
+    found = {"prompt_tokens": len(prompt), "picture_tokens": 0}
     parts = memory_bytes(stage, described(released("untied"), stage), found)
     assert parts is not None and held == parts["kv_cache"]
+
+
+MEASURED = """
+import ctypes, sys
+from pathlib import Path
+import torch
+from elva.recipe import StageConfig
+from tests.elva import stages
+from tests.elva.test_estimate import PEAK
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith(name)).split()[1]) << 10
+
+torch.set_num_threads(1)
+checkpoint, corpus, place = map(Path, sys.argv[1:])
+stages.Stage(checkpoint, corpus, stages.POLICY, place / "first", steps=1).train()  # loads libraries
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+before = resident("VmRSS")
+run = stages.Stage(checkpoint, corpus, PEAK, place / "second", steps=2).train()
+prompts, shown = run.work._last.prompts, run.retriever.inputs.image_id
+print(resident("VmHWM") - before, max(map(len, prompts)),
+      max(int((p.input_ids == shown).sum()) for p in prompts))
+"""
+
+PEAK = replace(POLICY, batch_size=8, num_generations=8, max_completion_length=48)
+
+
+def test_a_measured_peak_is_within_1_5_times_of_the_estimate(corpus: Path, tmp_path: Path) -> None:
+    """Resident memory of a process of its own, from before the model is read to the most in two
+    steps of GRPO, beside what libraries take once; of random weights, whose summaries do not end
+    before the limit."""
+    checkpoint = families.write(tmp_path / "model", "qwen2_vl")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(checkpoint), str(corpus), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, prompt, picture = map(int, done.stdout.split())
+    found = {"prompt_tokens": prompt, "picture_tokens": picture, "pictures": KEPT}
+    parts = memory_bytes(PEAK, described(checkpoint, replace(PEAK, steps=2)), found)
+    assert parts is not None and parts["peak"] > 300 << 20
+    assert 1 / 1.5 < peak / parts["peak"] < 1.5, parts

@@ -178,7 +178,7 @@ def test_attentions_agree(checkpoint):
     ids = torch.arange(3, 20)[None]
     found = []
     for attention in ("eager", "sdpa", None):
-        model = read_model(checkpoint("qwen3_vl"), attention=attention)
+        model, _ = read_model(checkpoint("qwen3_vl"), attention=attention)
         assert model.config._attn_implementation == (attention or "sdpa")
         found.append(model(input_ids=ids).logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
