@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 from elva.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
 
 T = TypeVar("T")
@@ -238,6 +238,24 @@ class Processes:
         until = time.monotonic() + GRACE_S
         while time.monotonic() < until and 0 < _store().add(ENDED, 0) < self.count:
             time.sleep(0.05)
+
+
+@contextmanager
+def brought_together(model: nn.Module) -> Iterator[None]:
+    """Weights that are sharded (FSDP2) brought together once, for what reads them many times and on
+    each process at its own pace."""
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 @cache

@@ -18,7 +18,6 @@ from elva.settings import (
     Count,
     Name,
     Number,
-    Plain,
     Positive,
     Rule,
     Share,
@@ -31,6 +30,7 @@ from elva.settings import (
     read_yaml,
     shown,
 )
+from elva.trainer_arguments import TrainerArguments
 
 TASKS = ("t2i", "t2t", "t2it", "i2t", "i2i", "i2it", "it2t", "it2i", "it2it")
 Task = Annotated[str, Rule(f"be one of {', '.join(TASKS)}", TASKS.__contains__)]
@@ -41,54 +41,6 @@ Schedule = Literal[
 """transformers' schedulers that are functions of the step, and so can be resumed."""
 
 COLDEST = 1e-6  # elva_kernels' least temperature
-
-
-TAKEN = (
-    "bf16", "tf32", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_kwargs",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "dataloader_num_workers",
-)  # fmt: skip
-"""Arguments of transformers' TrainingArguments that a stage can follow. Every other one is said by
-a field of the recipe already, or would be ignored, or would train something else."""
-
-OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
-"""Those whose state is tensors a weight, which a checkpoint holds."""
-
-
-def _are_taken(values: Mapping[str, Any]) -> bool:
-    return set(values) <= set(TAKEN) and values.get("optim", OPTIMISERS[0]) in OPTIMISERS
-
-
-def _are_in_range(values: Mapping[str, Any]) -> bool:
-    """What transformers itself takes without a look."""
-    switches = ("bf16", "tf32", "gradient_checkpointing")
-    rates = (values.get(name, 0.0) for name in ("adam_beta1", "adam_beta2"))
-    workers = values.get("dataloader_num_workers", 0)
-    return (
-        all(isinstance(values.get(name, True), bool) for name in switches)
-        and all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in rates)
-        and not (isinstance(e := values.get("adam_epsilon", 0.0), int | float) and e < 0)
-        and type(workers) is int
-        and workers >= 0
-    )
-
-
-def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
-    """Whether TrainingArguments takes them; transformers is imported only where there are any."""
-    if not values or not _are_taken(values):
-        return True
-    if not _are_in_range(values):
-        return False
-    from transformers import TrainingArguments
-
-    numbers = {f.name for f in dataclasses.fields(TrainingArguments) if type(f.default) is float}
-    if any(isinstance(value, str) for name, value in values.items() if name in numbers):
-        return False
-    try:
-        TrainingArguments(**{"output_dir": ".", "use_cpu": True, **values})
-    except (TypeError, ValueError, ImportError):
-        return False
-    return True
-
 
 RankTemperature = Annotated[
     float,
@@ -105,15 +57,6 @@ Trackers = Annotated[
 Fraction = Annotated[float, Rule("be over 0 and at most 1", lambda s: 0 < s <= 1)]
 Shares = Annotated[
     Mapping[Task, Weight], Rule("have a share over 0", lambda s: not s or any(s.values()))
-]
-TrainerArguments = Annotated[
-    Mapping[Name, Plain],
-    Rule(
-        f"hold no more than {', '.join(TAKEN)}, optim one of {', '.join(OPTIMISERS)} (batch size: "
-        "stages.N.batch_size, memory: stages.N.micro_batch_size)",
-        _are_taken,
-    ),
-    Rule("be arguments of transformers' TrainingArguments", _are_trainer_arguments),
 ]
 
 

@@ -20,9 +20,9 @@ from elva.errors import UserError
 from elva.evaluation.columns import columns
 from elva.evaluation.grains import by_type, probe
 from elva.evaluation.ranks import chance_at_k, rank_all, rank_among, recall_at_k
-from elva.model.retriever import Retriever, whole_weights
+from elva.model.retriever import Retriever
 from elva.model.rollout import encode
-from elva.processes import Processes
+from elva.processes import Processes, brought_together
 from elva.progress import Reporter
 from elva.recipe import Recipe, StageConfig
 from elva.run import Run, evaluated
@@ -117,7 +117,7 @@ def evaluate_model(
     result: dict[str, Any] = {"split": split, "figures": {}, "samples": {}}
     training = retriever.plain.training
     retriever.plain.eval()
-    with whole_weights(retriever):
+    with brought_together(retriever):
         for name, task in tasks.items():
             _evaluate_task(name, task, dataset.minimal_pairs, encoder, result)
     retriever.plain.train(training)

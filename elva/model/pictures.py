@@ -30,7 +30,9 @@ Pixels = Mapping[str, Tensor]
 
 def spare_cores() -> int:
     """Cores of this process's share of the machine beside its own, at most `MOST_WORKERS`."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mine = getattr(os, "sched_getaffinity", None)  # which macOS has not
+    cores = len(mine(0)) if mine else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(0, min(MOST_WORKERS, cores - 1))
 
 

@@ -380,24 +380,6 @@ def _cache_name(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in names else "past_key_values"
 
 
-@contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Weights that are sharded (FSDP2) brought together once, for what reads them many times and on
-    each process at its own pace."""
-    from torch.distributed.fsdp import FSDPModule
-
-    sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
-
-
 def _begin_as_chat_end(model: PreTrainedModel, inputs: Inputs) -> None:
     """Give a new [RET] the rows of the token that it takes the place of: a model that can end an
     answer can then write it from the first step. Ours; the paper does not say."""

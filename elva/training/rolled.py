@@ -5,43 +5,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elva.model.inputs import Prompt
 from elva.model.rollout import Rollouts
-from elva.training.comparison import Comparison
 from elva.training.plan import Batch
+from elva.training.prompts import StepPrompts
 from elva.training.ranking import Embedded
 
 
 @dataclass
 class Rolled:
-    """Prompts are this process's queries, then, where the stage embeds, its candidates of those
-    that are rolled out."""
+    """What was asked in a step, and what the model wrote."""
 
     batch: Batch
-    comparison: Comparison
-    asks: range  # of the step's queries
-    shows: range  # of its candidates
-    prompts: list[Prompt]
-    rollouts: Rollouts  # len(prompts) * G rows
-    captions: Tensor | None  # [len(prompts), S], -100 padded
+    asked: StepPrompts
+    rollouts: Rollouts  # len(asked.prompts) * G rows
+    captions: Tensor | None  # [len(asked.prompts), S], -100 padded
     bank: Tensor | None  # [K, D], the candidates that are not rolled out
-    spare: bool = False  # a prompt that is nobody's, where there are fewer than processes
-    advantages: Tensor | None = None  # [len(prompts) * G], those of the first pass
+    advantages: Tensor | None = None  # [len(asked.prompts) * G], those of the first pass
 
     @property
     def count(self) -> int:
         """The step's queries."""
-        return len(self.comparison.queries)
+        return len(self.asked.comparison.queries)
 
     @property
     def shown(self) -> int:
         """The step's candidates that are rolled out, where it embeds them."""
-        return self.comparison.rolled
+        return self.asked.comparison.rolled
 
     def own_rows(self, groups: int) -> Tensor:
         """[R] of this process's rollouts among those of all: queries' first, then candidates'."""
         device = self.rollouts.ids.device
-        places = [*self.asks, *(self.count + i for i in self.shows)]
+        places = [*self.asked.asks, *(self.count + i for i in self.asked.shows)]
         first = torch.tensor(places, device=device, dtype=torch.long)[:, None] * groups
         return (first + torch.arange(groups, device=device)).flatten()
 
@@ -62,7 +56,7 @@ class Rolled:
         Args:
             negatives: a query's own, the first of those that it is compared with.
         """
-        found, count = self.comparison, self.count
+        found, count = self.asked.comparison, self.count
         own = found.negatives[:, :negatives]
         shared = advantages.new_zeros(count + self.shown, advantages.shape[1])
         shared[:count] = advantages

@@ -28,8 +28,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from elva.errors import UserError
-from elva.model.retriever import Retriever, whole_weights
-from elva.processes import Processes
+from elva.model.retriever import Retriever
+from elva.processes import Processes, brought_together
 from elva.recipe import StageConfig
 from elva.training import objective, ranking
 from elva.training.examples import Examples
@@ -120,13 +120,13 @@ class Stage:
         """
         batch = self.plan[number // self.stage.num_iterations]
         first = self._last is None or self._last.batch.step != batch.step
-        with torch.no_grad(), whole_weights(self.retriever):
+        with torch.no_grad(), brought_together(self.retriever):
             if first:
                 self._last = self.retriever(self._roll, batch)
             elif self.stage.embeds:
                 assert self._last is not None
                 self._last.rollouts.embeddings = self.retriever(
-                    self.summaries.embeddings, self._last.prompts, self._last.rollouts
+                    self.summaries.embeddings, self._last.asked.prompts, self._last.rollouts
                 )
         assert self._last is not None
         gradients, metrics = self._score(self._last, first)
@@ -175,9 +175,7 @@ class Stage:
         rollouts = self.summaries.write(
             batch.step, asked.prompts, asked.places, asked.everyone, gold
         )
-        return Rolled(
-            batch, found, asked.asks, asked.shows, asked.prompts, rollouts, gold, bank, asked.spare
-        )
+        return Rolled(batch, asked, rollouts, gold, bank)
 
     def _score(self, rolled: Rolled, first: bool) -> tuple[_Gradients, dict[str, float]]:
         """Step 2: d loss / d embeddings and what to log; advantages are kept in `rolled`."""
@@ -196,12 +194,14 @@ class Stage:
                 log_temperature.requires_grad_()
                 temperature = log_temperature.exp()
                 metrics["infonce_temperature"] = temperature.item()
-            shares = ranking.Shares(self.processes, rolled.asks, rolled.shows)
-            nce, found = ranking.info_nce(stage, rolled.comparison, embedded, temperature, shares)
+            shares = ranking.Shares(self.processes, rolled.asked.asks, rolled.asked.shows)
+            nce, found = ranking.info_nce(
+                stage, rolled.asked.comparison, embedded, temperature, shares
+            )
             metrics.update(found)
             loss = loss + stage.infonce * nce
         if stage.ranks:
-            reward, found = ranking.reward(stage, rolled.comparison, embedded)
+            reward, found = ranking.reward(stage, rolled.asked.comparison, embedded)
             metrics.update(found)
             if first and stage.policy > 0:
                 group = objective.advantages(reward, stage.scale_rewards)  # [B, G]
@@ -217,7 +217,7 @@ class Stage:
     def _gathered(self, rolled: Rolled) -> Tensor:
         """All processes' embeddings [R, D], a leaf: queries, then candidates."""
         own, groups = rolled.rollouts.embeddings, self.stage.num_generations
-        first, second = len(rolled.asks), len(rolled.shows)
+        first, second = len(rolled.asked.asks), len(rolled.asked.shows)
         own = own[: (first + second) * groups]
         asked, shown = own.unflatten(0, (-1, groups)).split([first, second])
         gather = self.processes.gather
@@ -240,10 +240,10 @@ class Stage:
             self._over(rolled, target), first,
         )  # fmt: skip
         parts = dict.fromkeys(self.tokens.names, 0.0)
-        batches = [*self.summaries.micro_batches(rolled.prompts, rollouts.mask)]
+        batches = [*self.summaries.micro_batches(rolled.asked.prompts, rollouts.mask)]
         turns = self.processes.most(len(batches))  # as many for each: forwards may exchange weights
         for turn in range(turns):
-            idle = rolled.spare or turn >= len(batches)  # takes part, and adds nothing
+            idle = rolled.asked.spare or turn >= len(batches)  # takes part, and adds nothing
             rows, prompts = batches[turn % len(batches)]
             index = torch.tensor(rows, device=self.retriever.device)
             last = turn == turns - 1
@@ -264,7 +264,7 @@ class Stage:
 
     def _over(self, rolled: Rolled, target: Tensor | None) -> dict[str, float]:
         """What this process's sums are divided by: the step's counts over the processes' number."""
-        rollouts, real = rolled.rollouts, not rolled.spare
+        rollouts, real = rolled.rollouts, not rolled.asked.spare
         trained = rollouts.chosen
         policy = objective.normaliser(
             self.stage.loss_type, trained, self.stage.max_completion_length
@@ -278,7 +278,7 @@ class Stage:
         return {name: max(1.0, count) / self.processes.count for name, count in counts.items()}
 
     def _summary_metrics(self, rolled: Rolled) -> dict[str, float]:
-        rollouts, real = rolled.rollouts, not rolled.spare
+        rollouts, real = rolled.rollouts, not rolled.asked.spare
         sums = self.processes.total({
             "rows": real * len(rollouts.ids),
             "length": real * int(rollouts.mask.sum()),

@@ -81,7 +81,9 @@ class TokenLosses:
             total = embeddings.new_zeros(())
             if given.embeddings is not None:
                 # A spare prompt has no row of it, and takes part all the same.
-                of_rows = embeddings.new_zeros(()) if rolled.spare else given.embeddings[index]
+                of_rows = (
+                    embeddings.new_zeros(()) if rolled.asked.spare else given.embeddings[index]
+                )
                 total = total + (embeddings * of_rows).sum()
             if once and given.log_temperature is not None:
                 total = total + (self.retriever.log_temperature * given.log_temperature).sum()
@@ -97,7 +99,7 @@ class TokenLosses:
                 found["ret"], found["ret_share"] = ret / over["rows"], share / over["rows"]
                 total = total + stage.ret * found["ret"]
             if stage.policy > 0 or stage.anchor > 0:
-                known = rolled.advantages is not None and not rolled.spare
+                known = rolled.advantages is not None and not rolled.asked.spare
                 gains = rolled.advantages[index] if known else None
                 loss, kl, new = self._policy(prompts, part, hidden, gains, given.first)
                 name = "policy" if stage.policy > 0 else "anchor"

@@ -154,7 +154,7 @@ def test_a_step_finds_its_pictures_cut(
             assert run.work._last is not None
             rest(run.retriever.inputs.pictures)
             if loop.step % stage.num_iterations == 0:
-                steps.append({p.image for p in run.work._last.prompts if p.image is not None})
+                steps.append({p.image for p in run.work._last.asked.prompts if p.image is not None})
                 known.append({name for name, _ in cuts})
                 cuts[:] = [(name, False) for name, _ in cuts]  # of the first step
 

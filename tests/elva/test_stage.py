@@ -289,11 +289,11 @@ def test_what_is_rolled_out_is_what_the_setting_says(
         run = Stage(checkpoint, corpus, stage, tmp_path / name, steps=2).train()
         last = run.work._last
         assert last is not None
-        counts[name] = len(last.prompts)
+        counts[name] = len(last.asked.prompts)
         assert (last.bank is None) == (name == "all")
         digests.add(run.digest)
     assert counts["query"] == 2 and counts["query_positive"] == 4
-    assert counts["all"] == 2 + len(last.comparison.candidates) > 8
+    assert counts["all"] == 2 + len(last.asked.comparison.candidates) > 8
     assert len(digests) == 3
 
 
@@ -366,7 +366,7 @@ def test_a_temperature_is_learnt(corpus: Path, checkpoint: Path, tmp_path: Path)
         assert last is not None
         again = learnt.detach().clone().requires_grad_()
         there = last.embedded(last.rollouts.embeddings)
-        ranking.info_nce(stage, last.comparison, there, again.exp())[0].backward()
+        ranking.info_nce(stage, last.asked.comparison, there, again.exp())[0].backward()
         gaps.append((learnt.grad - again.grad).abs().item())
         return found
 

@@ -218,11 +218,11 @@ def test_pathwise_differentiates_the_retrievers_own_embedding(tmp_path, data, po
     retriever.zero_grad()
     rolled = stage.work._last
     candidates = stage.work.examples.candidates
-    shown = [candidates[int(i)] for i in rolled.comparison.candidates]
+    shown = [candidates[int(i)] for i in rolled.asked.comparison.candidates]
     rows = strangers.embed(
-        path, [*rolled.comparison.queries, *shown], pooling=pooling, model=retriever.plain
+        path, [*rolled.asked.comparison.queries, *shown], pooling=pooling, model=retriever.plain
     )
-    reward, _ = ranking.reward(PATHWISE, rolled.comparison, rolled.embedded(rows))
+    reward, _ = ranking.reward(PATHWISE, rolled.asked.comparison, rolled.embedded(rows))
     assert reward.mean().item() == pytest.approx(metrics["reward"], abs=1e-12)
     (-reward.mean()).backward()
     expected = {n: p.grad for n, p in retriever.named_parameters()

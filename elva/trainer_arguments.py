@@ -1,0 +1,67 @@
+"""Arguments of transformers' TrainingArguments that a stage follows, as a recipe's `trainer` holds
+them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from elva.settings import Name, Plain, Rule
+
+TAKEN = (
+    "bf16", "tf32", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_kwargs",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "dataloader_num_workers",
+)  # fmt: skip
+"""Arguments of transformers' TrainingArguments that a stage can follow. Every other one is said by
+a field of the recipe already, or would be ignored, or would train something else."""
+
+OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+"""Those whose state is tensors a weight, which a checkpoint holds."""
+
+
+def _are_taken(values: Mapping[str, Any]) -> bool:
+    return set(values) <= set(TAKEN) and values.get("optim", OPTIMISERS[0]) in OPTIMISERS
+
+
+def _are_in_range(values: Mapping[str, Any]) -> bool:
+    """What transformers itself takes without a look."""
+    switches = ("bf16", "tf32", "gradient_checkpointing")
+    rates = (values.get(name, 0.0) for name in ("adam_beta1", "adam_beta2"))
+    workers = values.get("dataloader_num_workers", 0)
+    return (
+        all(isinstance(values.get(name, True), bool) for name in switches)
+        and all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in rates)
+        and not (isinstance(e := values.get("adam_epsilon", 0.0), int | float) and e < 0)
+        and type(workers) is int
+        and workers >= 0
+    )
+
+
+def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
+    """Whether TrainingArguments takes them; transformers is imported only where there are any."""
+    if not values or not _are_taken(values):
+        return True
+    if not _are_in_range(values):
+        return False
+    from transformers import TrainingArguments
+
+    numbers = {f.name for f in dataclasses.fields(TrainingArguments) if type(f.default) is float}
+    if any(isinstance(value, str) for name, value in values.items() if name in numbers):
+        return False
+    try:
+        TrainingArguments(**{"output_dir": ".", "use_cpu": True, **values})
+    except (TypeError, ValueError, ImportError):
+        return False
+    return True
+
+
+TrainerArguments = Annotated[
+    Mapping[Name, Plain],
+    Rule(
+        f"hold no more than {', '.join(TAKEN)}, optim one of {', '.join(OPTIMISERS)} (batch size: "
+        "stages.N.batch_size, memory: stages.N.micro_batch_size)",
+        _are_taken,
+    ),
+    Rule("be arguments of transformers' TrainingArguments", _are_trainer_arguments),
+]
