@@ -84,13 +84,13 @@ class OneGraph(Stage):
         """Every sequence forwarded at once, then InfoNCE in plain torch, then one backward."""
         with torch.no_grad():
             rolled = self.retriever(self._roll, self.plan[number])
-        [(rows, prompts)] = self.summaries.micro_batches(rolled.prompts, rolled.rollouts.mask)
+        [(rows, prompts)] = self.summaries.micro_batches(rolled.asked.prompts, rolled.rollouts.mask)
         part = rolled.rollouts.select(torch.tensor(rows, device=self.retriever.device))
         hidden = self.retriever.hidden_states(prompts, part.ids, part.mask)
         at_ret = F.normalize(hidden[torch.arange(len(rows)), part.mask.sum(1)], dim=-1)
         order = torch.tensor(rows).argsort()
-        query, answer = at_ret[order].split([len(rolled.asks), len(rolled.shows)])
-        target = torch.tensor([places[0] for places in rolled.comparison.target.tolist()])
+        query, answer = at_ret[order].split([len(rolled.asked.asks), len(rolled.asked.shows)])
+        target = torch.tensor([places[0] for places in rolled.asked.comparison.target.tolist()])
         scores = query @ answer.T / self.stage.infonce_temperature
         loss = F.cross_entropy(scores, target.to(scores.device))
         accelerator.backward(loss)
