@@ -22,13 +22,15 @@ EXAMPLES = (
     "Examples:  elva train   |   elva train --seed 1 --output runs/one   |   "
     "elva train --output runs/one --resume   |   elva train --recipe elva-2b --dry-run   |   "
     "elva train --recipe elva-2b --model Qwen2-VL-2B-Instruct --data data/M-BEIR   |   "
-    "elva train --stages 3 --from runs/one --set stages.3.learning_rate=1e-4"
+    "elva train --stages 3 --from runs/one --set stages.3.learning_rate=1e-4   |   "
+    "elva train --recipe booster --model Qwen/Qwen3-VL-Embedding-2B --data data/M-BEIR   |   "
+    "torchrun --nproc-per-node 8 -m elva train --recipe elva-2b --model ..."
 )
 
 
 def train(
     recipe: Annotated[
-        str, typer.Option(help="Recipe to train: emoji, smoke, elva-2b or elva-7b.")
+        str, typer.Option(help="Recipe to train: emoji, smoke, elva-2b, elva-7b or booster.")
     ] = "emoji",
     model: Annotated[
         str | None, typer.Option(help="Checkpoint to start from: a directory or a hub name.")
