@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -28,11 +28,14 @@ MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 WRAPPERS: dict[str, dict[str, tuple[str, ...]]] = {
     "ACCELERATE_USE_FSDP": {"FSDP_VERSION": ("2",), "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",)},
-    "ACCELERATE_USE_DEEPSPEED": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2")},
+    "ACCELERATE_USE_DEEPSPEED": {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("1", "2"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none",),
+    },
 }
 """What `accelerate launch` tells each process of its configuration, and what of it is kept to: a
 model that the first process alone reads is empty elsewhere until it is wrapped; FSDP2 shards
-weights, and so ZeRO-3 does not."""
+weights, and so ZeRO-3 does not; offloading puts another optimiser in ours' place."""
 
 EXCHANGE = timedelta(minutes=30)
 """Ours: how long one process waits in an exchange for another, whose share of the work is as
@@ -57,6 +60,11 @@ _turns = count()
 def check_wrapping(environment: Mapping[str, str]) -> None:
     """RunError where accelerate's configuration asks for a wrapper that it would leave out, or of
     it for what we do not keep to."""
+    arithmetic = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if arithmetic != "no":
+        raise RunError(
+            f"train: accelerate's mixed_precision must be no, got {arithmetic}; set trainer.bf16"
+        )
     for wrapper, rules in WRAPPERS.items():
         if environment.get(wrapper, "false").lower() != "true":
             continue
@@ -210,6 +218,9 @@ class Processes:
         try:
             yield
         except (SystemExit, GeneratorExit):
+            if self.count > 1:
+                with suppress(RuntimeError):
+                    _store().add(ENDED, 1)
             raise
         except BaseException as error:
             if self.count == 1:
@@ -244,6 +255,7 @@ class Processes:
 def brought_together(model: nn.Module) -> Iterator[None]:
     """Weights that are sharded (FSDP2) brought together once, for what reads them many times and on
     each process at its own pace."""
+    from accelerate.state import AcceleratorState
     from torch.distributed.fsdp import FSDPModule
 
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -253,8 +265,10 @@ def brought_together(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        if sharded:
+            again = bool(AcceleratorState().fsdp_plugin.reshard_after_forward)
         for module in sharded:
-            module.set_reshard_after_forward(True, recurse=False)
+            module.set_reshard_after_forward(again, recurse=False)
             module.reshard()
 
 

@@ -20,6 +20,10 @@ OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Those whose state is tensors a weight, which a checkpoint holds."""
 
 
+MOST_WORKERS = 64
+"""Ours: threads that cut pictures, of each process."""
+
+
 def _are_taken(values: Mapping[str, Any]) -> bool:
     return set(values) <= set(TAKEN) and values.get("optim", OPTIMISERS[0]) in OPTIMISERS
 
@@ -28,19 +32,21 @@ def _are_in_range(values: Mapping[str, Any]) -> bool:
     """What transformers itself takes without a look."""
     switches = ("bf16", "tf32", "gradient_checkpointing")
     rates = (values.get(name, 0.0) for name in ("adam_beta1", "adam_beta2"))
-    workers = values.get("dataloader_num_workers", 0)
     return (
         all(isinstance(values.get(name, True), bool) for name in switches)
         and all(isinstance(rate, int | float) and 0 <= rate < 1 for rate in rates)
         and not (isinstance(e := values.get("adam_epsilon", 0.0), int | float) and e < 0)
-        and type(workers) is int
-        and workers >= 0
     )
+
+
+def _has_workers(values: Mapping[str, Any]) -> bool:
+    workers = values.get("dataloader_num_workers", 0)
+    return type(workers) is int and 0 <= workers <= MOST_WORKERS
 
 
 def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
     """Whether TrainingArguments takes them; transformers is imported only where there are any."""
-    if not values or not _are_taken(values):
+    if not values or not _are_taken(values) or not _has_workers(values):
         return True
     if not _are_in_range(values):
         return False
@@ -63,5 +69,6 @@ TrainerArguments = Annotated[
         "stages.N.batch_size, memory: stages.N.micro_batch_size)",
         _are_taken,
     ),
+    Rule(f"have a dataloader_num_workers from 0 to {MOST_WORKERS}", _has_workers),
     Rule("be arguments of transformers' TrainingArguments", _are_trainer_arguments),
 ]

@@ -170,7 +170,7 @@ def _run_to_train(
     if changed:
         raise UserError(
             "train: --resume goes on with the run's own recipe, got --config, --set, --seed, "
-            "--model or --data; leave them out or start a new run"
+            "--model, --revision or --data; leave them out or start a new run"
         )
     run = kind.open(output)
     check(run.recipe, stages, start_from or run, controls=controls, output=output)

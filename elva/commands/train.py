@@ -16,13 +16,13 @@ from elva.errors import RunError
 from elva.evaluation.trained import evaluate_model, evaluate_stage
 from elva.files import is_whole, write_directory
 from elva.model.inputs import Inputs
-from elva.model.reading import asked_for
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
 from elva.progress import SILENT, Reporter
 from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
+from elva.training.beginning import begin, open_model
 from elva.training.callbacks import Callback, Trackers
 from elva.training.examples import Examples
 from elva.training.loop import BEST, Loop
@@ -103,9 +103,8 @@ class _Shared:
         self, recipe: Recipe, reporter: Reporter, processes: Processes,
         callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
-        self.data, self.model, self.seed = TrainingData(recipe), recipe.model, recipe.seed
+        self.recipe, self.data = recipe, TrainingData(recipe)
         self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
-        self.workers: int | None = recipe.trainer.get("dataloader_num_workers")
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -115,27 +114,18 @@ class _Shared:
             self._said.add(line)
             self.reporter.say(f"{title}: {line}")
 
-    def load(self, path: Path, summary_prompt: str | None) -> Retriever:
-        model = self.model
-        retriever = Retriever.load(
-            path, summary_prompt=summary_prompt, inputs=self._inputs, attention=model.attention,
-            revision=model.revision if str(path) == model.path else None,
-            reading=asked_for(model) if str(path) == model.path else None,
-        )  # fmt: skip
-        self._inputs = retriever.inputs
-        self._inputs.bound_pixels(model.min_pixels, model.max_pixels)
-        if self.workers is not None:
-            self._inputs.pictures.workers = self.workers
-        return retriever
+    def load(self, path: Path) -> Retriever:
+        """A trained model, which knows how it is asked."""
+        return self._known(open_model(self.recipe, path, None, self._inputs))
 
     def begin(self, path: Path, stage: StageConfig) -> Retriever:
         """A model as a stage begins to train it."""
-        torch.manual_seed(self.seed)
-        retriever = self.load(path, self.model.summary_prompt)
-        retriever.add_lora(stage.lora, keep=stage.holds)
-        features = None if self.model.features is None else Path(self.model.features)
-        retriever.freeze_vision(not stage.train_vision, features)
-        retriever.plain.train()
+        features = self.recipe.model.features
+        place = None if features is None else Path(features)
+        return self._known(begin(self.recipe, path, stage, self._inputs, place))
+
+    def _known(self, retriever: Retriever) -> Retriever:
+        self._inputs = retriever.inputs
         return retriever
 
 
@@ -224,7 +214,7 @@ def _train_stage(
             checkpoint.prune(run.stage(name), keep=0)
             shutil.rmtree(run.stage(name) / BEST, ignore_errors=True)
     if run.recipe.evaluate and not (run.stage(name) / "evaluation.json").is_file():
-        retriever = shared.load(run.model(name), None)
+        retriever = shared.load(run.model(name))
         evaluate_stage(run, name, reporter, retriever=retriever, processes=processes)
     processes.wait()
 

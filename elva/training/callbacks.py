@@ -67,7 +67,7 @@ class Trackers(Callback):
         goes_on = run.metrics_file.is_file()
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), log_with=run.recipe.report_to.split(","),
-            project_dir=run.directory,
+            project_dir=run.directory, mixed_precision="no",
         )  # fmt: skip
         known = None if goes_on else _flat(to_dict(run.recipe))
         try:
@@ -90,18 +90,28 @@ class Trackers(Callback):
             try:
                 tracker.log(named, step=self._before + loop.step)
             except Exception as error:  # noqa: BLE001 - days of training do not end for a log of it
+                self.say(f"{loop.title}: step {loop.step}: {_failure(tracker, error)}")
                 self.trackers.remove(tracker)
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                self.say(f"{loop.title}: step {loop.step}: {tracker.name} fails and is told no "
-                         f"more, metrics.jsonl has all; {reason}")  # fmt: skip
+                self._finish(tracker)
 
     on_evaluate = on_step_end
 
     def close(self) -> None:
         """Flush what they hold."""
-        with redirect_stdout(sys.stderr):
-            for tracker in self.trackers:
+        for tracker in self.trackers:
+            self._finish(tracker)
+
+    def _finish(self, tracker: Any) -> None:
+        try:
+            with redirect_stdout(sys.stderr):
                 tracker.finish()
+        except Exception as error:  # noqa: BLE001 - as above
+            self.say(_failure(tracker, error))
+
+
+def _failure(tracker: Any, error: Exception) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{tracker.name} fails and is told no more, metrics.jsonl has all; {reason}"
 
 
 def missing_tracker(recipe: Recipe) -> str | None:

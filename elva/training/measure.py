@@ -19,12 +19,11 @@ import numpy as np
 import torch
 
 from elva.data import Item
-from elva.model.reading import asked_for
-from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
 from elva.recipe import NegativeConfig, Recipe, StageConfig
 from elva.run import Run
+from elva.training.beginning import begin
 from elva.training.callbacks import Callback
 from elva.training.estimate import memory_bytes, sequences_a_step, sizes_of
 from elva.training.examples import Examples
@@ -163,13 +162,7 @@ def _measure(
     recipe: Recipe, stage: StageConfig, examples: Examples, checkpoint: Path, scratch: Path,
     processes: Processes,
 ) -> Measured:  # fmt: skip
-    retriever = Retriever.load(
-        checkpoint, summary_prompt=recipe.model.summary_prompt,
-        reading=asked_for(recipe.model) if str(checkpoint) == recipe.model.path else None,
-    )  # fmt: skip
-    retriever.add_lora(stage.lora, keep=stage.holds)
-    retriever.freeze_vision(not stage.train_vision)
-    retriever.plain.train()
+    retriever = begin(recipe, checkpoint, stage)
     queries, seconds, mining = FIRST, 0.0, 0.0
     while True:
         piece = _piece(stage, queries)

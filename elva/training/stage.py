@@ -39,7 +39,7 @@ from elva.training.optimizer import autocast, checkpoint_gradients
 from elva.training.plan import Batch, plan
 from elva.training.prompts import Prompts
 from elva.training.rolled import Rolled
-from elva.training.states import whole
+from elva.training.states import bound_weight, whole
 from elva.training.summaries import Summaries
 from elva.training.tokens import Given, TokenLosses
 
@@ -143,8 +143,7 @@ class Stage:
     def stepped(self, number: int, metrics: Mapping[str, float]) -> None:
         """Bound the temperature, and look at what was measured."""
         if self.stage.learn_infonce_temperature:
-            with torch.no_grad():
-                self.retriever.log_temperature.clamp_(min=math.log(LEAST_TEMPERATURE))
+            bound_weight(self.retriever, "log_temperature", math.log(LEAST_TEMPERATURE))
         self.guards.watch(number, metrics)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

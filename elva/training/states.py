@@ -41,6 +41,11 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 parameters[name].copy_(_like(value, parameters[name]))
 
 
+def bound_weight(model: nn.Module, name: str, least: float) -> None:
+    """Keep a parameter from falling below a value, wherever it is held; every process calls it."""
+    put_weights(model, {name: _weight(trained(model)[name]).clamp(min=least)})
+
+
 def moments_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, wrapped: Any
 ) -> dict[str, Tensor]:

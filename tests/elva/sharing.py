@@ -2,6 +2,7 @@
 effect, from `test_processes`. Gradients and weights of float64 models go to safetensors files."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -62,9 +63,9 @@ class Zero(Accelerator):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         import deepspeed
-        from deepspeed.comm import torch as exchange
 
-        exchange.build_shm_op = lambda: None  # a minute of compiling to exchange faster on a CPU
+        # A minute of compiling, to exchange faster on a CPU; `deepspeed.comm.torch` names torch.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
         deepspeed.init_distributed("gloo", verbose=False)
         for state in (self.state, PartialState()):
             state.distributed_type = DistributedType.DEEPSPEED

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from elva import checkpoint
 from elva.errors import RunError
 from elva.processes import Processes, check_wrapping
+from elva.training.states import bound_weight
 from tests.elva.sharing import CASES, STEPS
 
 ZERO_CASES = ("grpo", "mixed")
@@ -182,6 +183,18 @@ def test_where_one_ends_all_end_and_one_says_why(
     assert found is not None and checkpoint.step_of(found) == 1, "there is what to go on from"
 
 
+def test_a_parameter_is_bounded_wherever_it_is_held() -> None:
+    class Held(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high = (torch.nn.Parameter(torch.tensor([x])) for x in (-3.0, -1.0))
+
+    model = Held()
+    for name in ("low", "high"):
+        bound_weight(model, name, -2.0)
+    assert (model.low.item(), model.high.item()) == (-2.0, -1.0)
+
+
 def test_shares_are_neighbours_of_like_number() -> None:
     one = Processes()
     for count in (1, 2, 3, 7):
@@ -219,8 +232,11 @@ def test_accelerate_reads_the_launch_files_as_they_say(file: Path) -> None:
 
 
 WRAPPED = {
-    "ACCELERATE_USE_FSDP": {"FSDP_VERSION": "1"},
-    "ACCELERATE_USE_DEEPSPEED": {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "ACCELERATE_USE_FSDP": {"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+    "ACCELERATE_USE_DEEPSPEED": {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    },
 }
 
 
@@ -229,6 +245,8 @@ def test_a_wrapper_that_is_not_to_be_had_is_refused(
     wrapper: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {wrapper: "true", "WORLD_SIZE": "2"}
+    with pytest.raises(RunError, match="mixed_precision must be no, got bf16"):
+        check_wrapping({"ACCELERATE_MIXED_PRECISION": "bf16"})
     check_wrapping({**asked, wrapper: "false"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RunError, match="must have a GPU for each of several processes"):

@@ -244,3 +244,10 @@ def test_no_run_directory_is_made_for_what_cannot_be_trained(
     assert done.exit_code == 2, done.output
     assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["-1", "true", "2.0", "null", "'2'", "65"])
+def test_a_number_of_threads_is_refused_by_its_name(value: str) -> None:
+    with pytest.raises(UserError, match="must have a dataloader_num_workers from 0 to 64"):
+        resolve("emoji", None, [f"trainer.dataloader_num_workers={value}"])
+    assert resolve("emoji", None, ["trainer.dataloader_num_workers=0"]).trainer

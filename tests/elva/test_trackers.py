@@ -114,7 +114,8 @@ class _Failing(tracking.GeneralTracker):
         if step == 2:
             raise ConnectionError("no route\nto the server")
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        raise ConnectionError("still no route")
 
 
 def test_a_tracker_that_fails_is_said_and_left_out(
@@ -130,8 +131,9 @@ def test_a_tracker_that_fails_is_said_and_left_out(
     })  # fmt: skip
     train(run, reporter, stages=["0"], controls=False, limit=LIMIT)
     said = [line for line in lines if "trackio" in line]
-    assert len(said) == 1 and said[0].startswith("stage 0: step 2: trackio fails and is told no")
+    assert len(said) == 2 and said[0].startswith("stage 0: step 2: trackio fails and is told no")
     assert said[0].endswith("ConnectionError: no route to the server")
+    assert said[1].endswith("ConnectionError: still no route")
     assert run.is_trained("0") and len(run.metrics("0")) == LIMIT
     events = EventAccumulator(str(run.directory / "elva")).Reload()
     assert [event.step for event in events.Scalars("stage-0/loss")] == [1, 2, 3]
