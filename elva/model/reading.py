@@ -42,7 +42,7 @@ ABOUT, READS = "config_sentence_transformers.json", "sentence_bert_config.json"
 CHAT = ("add_generation_prompt", "restore_suffix")
 """What of a chat template is understood."""
 
-KINDS = {dict: "an object", list: "a list"}
+KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 """What JSON calls them."""
 
 SCRIPT = "scripts/qwen3_vl_embedding.py"
@@ -92,9 +92,16 @@ class Reading:
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> Reading:
-        """What `dataclasses.asdict` gave, from JSON."""
+        """What `dataclasses.asdict` gave, from JSON.
+
+        Raises:
+            TypeError, ValueError, LookupError: it is something else.
+        """
         pixels = written.get("pixels")
-        return cls(**{**written, "pixels": None if pixels is None else (pixels[0], pixels[1])})
+        found = cls(**{**written, "pixels": None if pixels is None else (pixels[0], pixels[1])})
+        if found.pooling not in ("ret", "last", "mean"):
+            raise ValueError(found.pooling)
+        return found
 
     @property
     def at_ret(self) -> bool:

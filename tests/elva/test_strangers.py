@@ -1,6 +1,7 @@
 """Somebody else's retriever: embedded as its own code does, trained, and still what it was."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -365,6 +366,56 @@ def test_identities_tell_readings_apart(stranger):
     assert not opened_.identity.matches(other.identity)
     with pytest.raises(UserError, match="--read must be at_ret"):
         Encoder.open(stranger, read="before_ret")
+
+
+DAMAGES = {
+    "modules.json must hold a list": lambda m: strangers.put(m / "modules.json", {"a": 1}),
+    "1_Pooling/config.json must": lambda m: strangers.put(m / "1_Pooling/config.json", []),
+    "without preprocessor_config.json": lambda m: (m / "preprocessor_config.json").unlink(),
+    "without tokenizer.json": lambda m: [p.unlink() for p in m.glob("tokenizer*")],
+    "whose chat template": lambda m: (m / "chat_template.jinja").unlink(),
+    "elva.json: must hold a JSON object": lambda m: (m / "elva.json").write_text("{"),
+    "elva.json: must hold a reading": lambda m: strangers.put(
+        m / "elva.json", {"reading": {"pooling": "last", "later": 1}}
+    ),
+    "elva.json: must hold the base": lambda m: (
+        strangers.put(m / "elva.json", {"base": {}}), strangers.put(m / "adapter_config.json", {})
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_a_damaged_retriever_is_one_line_of_every_command(tmp_path, data, stranger, said):
+    model = shutil.copytree(stranger, tmp_path / "model")
+    DAMAGES[said](model)
+    train = ("train", "--recipe", "booster", "--model", model, "--data", data)
+    for words in (
+        (*train, "--output", tmp_path / "run"),
+        (*train, "--dry-run"),
+        ("embed", model, "--data", data, "--output", tmp_path / "embeddings"),
+    ):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 2, (words, done.output, done.exception)
+        assert said in done.stderr and str(model) in done.stderr
+        assert done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_a_retriever_without_a_head_writes_no_summary(tmp_path, data, how):
+    model = strangers.qwen3_vl_embedding(tmp_path / "model", tied=False)
+    if how:  # in shards
+        names = dict.fromkeys(weights_of(model), "model-1.safetensors")
+        (model / "model.safetensors").rename(model / "model-1.safetensors")
+        strangers.put(model / "model.safetensors.index.json", {"metadata": {}, "weight_map": names})
+    words = ("train", "--recipe", "booster", "--model", model, "--data", data, *how,
+             "--set", "stages.3.policy=1", "--set", "stages.3.max_completion_length=5",
+             "--set", "stages.3.num_generations=2",
+             *(() if how else ("--output", tmp_path / "run")))  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert "stages.3.max_completion_length must be 0 for" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_commands_boost_and_keep_a_retriever(tmp_path, data, stranger, monkeypatch):
