@@ -193,7 +193,7 @@ def find(path: str | Path, name: str, revision: str | None = None) -> Path | Non
     known = try_to_load_from_cache(str(path), name, revision=revision)
     if known is None:
         raise UserError(
-            f"train: {path} must be at hand to say whether it has a {name}; fetch it whole first, "
+            f"train: {path} must be at hand to say whether it has {name}; fetch it whole first, "
             "and where no hub is reached pass the directory of its snapshot as the model"
         )
     return None if known is _CACHED_NO_EXIST else Path(str(known))

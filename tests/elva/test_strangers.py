@@ -168,7 +168,8 @@ def test_a_file_of_another_form_is_named(tmp_path, name, written, rule):
     modules = [("", "a.Transformer"), ("1_Pooling", "a.Pooling")]
     strangers.put(tmp_path / "modules.json", [{"type": t, "path": p} for p, t in modules])
     strangers.put(tmp_path / "1_Pooling/config.json", {"pooling_mode": "mean"})
-    strangers.put(tmp_path / "sentence_bert_config.json", strangers.READS)
+    reads = strangers.READS | {"max_seq_length": 8192}  # cuts no prompt that is expected
+    strangers.put(tmp_path / "sentence_bert_config.json", reads)
     assert reading_of(tmp_path).pooling == "mean"
     strangers.put(tmp_path / name, written)
     with pytest.raises(UserError) as said:
@@ -397,7 +398,7 @@ def test_a_damaged_retriever_is_one_line_of_every_command(tmp_path, data, strang
         done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code == 2, (words, done.output, done.exception)
         assert said in done.stderr and str(model) in done.stderr
-        assert done.stderr.strip().count("\n") == 0
+        assert "Error:" not in done.stderr and done.stderr.strip().count("\n") == 0
     assert not (tmp_path / "run").exists()
 
 
