@@ -15,6 +15,7 @@ from elva.data import Item
 from elva.errors import UserError
 from elva.files import MANIFEST, sha256
 from elva.model.adapters import weight_files
+from elva.model.family import DAMAGED
 from elva.model.identity import Identity
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
@@ -78,7 +79,9 @@ class Encoder:
             raise UserError(unfit)
         try:
             retriever = Retriever.load(path if path.exists() else str(model))
-        except (OSError, ValueError) as error:
+        except UserError:
+            raise
+        except DAMAGED as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{unfit}; {reason}") from None
         retriever.freeze_vision(True)

@@ -5,13 +5,16 @@ Every family is read by transformers' own classes; nothing here knows how large 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from elva.errors import UserError
 from elva.model.inputs import Inputs
@@ -91,7 +94,11 @@ HEAD = "lm_head.weight"
 
 WORDS = ("tokenizer_config.json",)
 PICTURES = ("preprocessor_config.json", "processor_config.json")
+VOCABULARY = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 """Files of which a checkpoint that reads words, and pictures, has one."""
+
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+"""What reading a checkpoint raises of which a part is missing or damaged."""
 
 
 def takes_pictures(model_type: object) -> bool:
@@ -127,6 +134,12 @@ def read_inputs(
         raise unreadable(path, config, "no token of its config holds a picture's place")
     brings = [any(find(path, name, revision) for name in names) for names in (WORDS, PICTURES)]
     source = (path, revision) if all(brings) else stands_on
+    for names in (PICTURES, VOCABULARY):
+        if not any(find(source[0], name, source[1]) for name in names):
+            raise UserError(
+                f"train: model.path must be a whole checkpoint, got {source[0]} without "
+                f"{names[0]}; fetch it again"
+            )
     how: dict[str, Any] = Inputs.of_config(*stands_on)
     if not reading.at_ret:
         how["layout"] = {**layout(*stands_on), **layout(path, revision)}
@@ -166,6 +179,21 @@ def read_model(
     if lost := sorted(missing - {HEAD}):
         raise unreadable(path, config, f"{len(lost)} of its weights are missing, first {lost[0]}")
     return model, HEAD not in missing
+
+
+def has_head(path: str | Path, revision: str | None = None) -> bool:
+    """Whether a checkpoint's model writes, by its files: its head is there, or is its embedding."""
+    config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    if any(getattr(c, "tie_word_embeddings", False) for c in (config, config.get_text_config())):
+        return True
+    if weights := find(path, SAFE_WEIGHTS_NAME, revision):
+        with safe_open(weights, "pt") as file:
+            names = list(file.keys())
+    elif index := find(path, SAFE_WEIGHTS_INDEX_NAME, revision):
+        names = list(json.loads(index.read_text("utf-8"))["weight_map"])
+    else:
+        return True  # in a form that only reading it tells of
+    return any(name.endswith(HEAD) for name in names)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from elva.data import Item
+from elva.errors import UserError
 from elva.files import sha256
 from elva.model.pictures import Pictures, Pixels
 from elva.model.reading import AT_RET, Reading
@@ -206,7 +208,12 @@ class Inputs:
     def _around(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after whatever it is given."""
         bare, whole = self._ids("a"), list(self.tokenizer("a").input_ids)
-        start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        if not bare or (start := next(starts, None)) is None:
+            raise UserError(
+                "train: model.path must be a checkpoint whose tokenizer keeps what it reads whole, "
+                f"got {self.tokenizer.name_or_path}; fetch it again"
+            )
         return whole[:start], whole[start + len(bare) :]
 
     def never(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -308,9 +315,16 @@ class Inputs:
         chat: Any = [{"role": "user", "content": content}]
         if system:
             chat = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_HERE}]}, *chat]
-        rendered = self._renderer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=self.reading.generation_prompt
-        )
+        try:
+            rendered = self._renderer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=self.reading.generation_prompt
+            )
+        except (ValueError, TypeError, TemplateError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                "train: model.path must be a checkpoint whose chat template (chat_template.jinja) "
+                f"renders a message of parts, got {self.tokenizer.name_or_path}: {reason}"
+            ) from None
         before, _, after = str(rendered).partition(WORDS_HERE)
         return before, after
 

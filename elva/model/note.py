@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from elva.errors import UserError
 from elva.model import adapters
 from elva.model.reading import AT_RET, Reading, detect
 
@@ -24,7 +25,10 @@ def reading_of(path: str | Path, revision: str | None = None) -> Reading:
     """
     note = read_note(path)
     if note:
-        return Reading.read(note["reading"]) if "reading" in note else AT_RET
+        try:
+            return Reading.read(note["reading"]) if "reading" in note else AT_RET
+        except (TypeError, ValueError, LookupError):
+            raise _foreign(path, "a reading") from None
     found, (_, base) = detect(path, revision), stands_on(path, revision)
     if found.at_ret and base is not None:
         return reading_of(base.path, base.revision)
@@ -37,15 +41,34 @@ def stands_on(path: str | Path, revision: str | None) -> tuple[Path | None, adap
     if folder is None:
         return None, None
     if "base" in note:
-        return folder, adapters.Base.read(Path(path), note["base"])
+        try:
+            return folder, adapters.Base.read(Path(path), note["base"])
+        except (TypeError, LookupError):
+            raise _foreign(path, "the base of an adapter") from None
     return folder, adapters.base_of_stranger(folder)
 
 
 def read_note(path: str | Path) -> dict[str, Any]:
-    """What `save` wrote beside the weights; nothing of somebody else's checkpoint."""
+    """What `save` wrote beside the weights; nothing of somebody else's checkpoint.
+
+    Raises:
+        UserError: it is not what `save` writes.
+    """
     file = Path(path) / NOTE
-    found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    try:
+        found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise _foreign(path, "a JSON object")
     return found
+
+
+def _foreign(path: str | Path, what: str) -> UserError:
+    return UserError(
+        f"{Path(path) / NOTE}: must hold {what} as this version of ELVA writes it; copy the "
+        "checkpoint again"
+    )
 
 
 def base_of(path: Path) -> Path:

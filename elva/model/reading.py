@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor
-from transformers.utils.hub import cached_file
 
 from elva.data import Item, Query
 from elva.errors import UserError
@@ -26,9 +32,18 @@ LAYOUT = (
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
     "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "generation_config.json",
 )  # fmt: skip
 """What a retriever's own tools read beside its weights."""
+
+ABOUT, READS = "config_sentence_transformers.json", "sentence_bert_config.json"
+
+CHAT = ("add_generation_prompt", "restore_suffix")
+"""What of a chat template is understood."""
+
+KINDS: dict[type, str] = {dict: "an object", list: "a list"}
+"""What JSON calls them."""
 
 SCRIPT = "scripts/qwen3_vl_embedding.py"
 """By which Qwen3-VL-Embedding is known where it has no files of sentence-transformers."""
@@ -39,6 +54,10 @@ SCRIPT_CLASS = "Qwen3VLForEmbedding"
 SCRIPT_INSTRUCTION = "Represent the user's input."
 SCRIPT_PIXELS = (4 * 32 * 32, 1800 * 32 * 32)
 """What it says to an item without an instruction, and the bounds of its pictures."""
+
+LONGEST = 8192
+"""Ours: a prompt of more tokens is not expected. A retriever that cuts at so many is kept, and read
+whole; one that cuts earlier would embed other tokens than are read here."""
 
 DOCUMENTS = ("document", "passage", "corpus")
 """Names of prompts of what is found, as sentence-transformers looks for them."""
@@ -73,9 +92,16 @@ class Reading:
 
     @classmethod
     def read(cls, written: Mapping[str, Any]) -> Reading:
-        """What `dataclasses.asdict` gave, from JSON."""
+        """What `dataclasses.asdict` gave, from JSON.
+
+        Raises:
+            TypeError, ValueError, LookupError: it is something else.
+        """
         pixels = written.get("pixels")
-        return cls(**{**written, "pixels": None if pixels is None else (pixels[0], pixels[1])})
+        found = cls(**{**written, "pixels": None if pixels is None else (pixels[0], pixels[1])})
+        if found.pooling not in ("ret", "last", "mean"):
+            raise ValueError(found.pooling)
+        return found
 
     @property
     def at_ret(self) -> bool:
@@ -147,16 +173,30 @@ def asked_for(model: ModelConfig) -> Reading | None:
 
 
 def find(path: str | Path, name: str, revision: str | None = None) -> Path | None:
-    """A file of a checkpoint directory or a hub name; None where it has none."""
+    """A file of a checkpoint directory or a hub name; None where it has none.
+
+    Raises:
+        UserError: of a hub name, whether it has one cannot be known here.
+        OSError: there is no such name or revision.
+    """
     if Path(path).is_dir():
         file = Path(path) / name
         return file if file.is_file() else None
-    found = cached_file(
-        str(path), name, revision=revision or "main",
-        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    return None if found is None else Path(found)
+    try:
+        return Path(hf_hub_download(str(path), name, revision=revision))
+    except RemoteEntryNotFoundError:
+        return None
+    except OSError as error:  # offline, no connection, no permission
+        gone = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+        if gone and not isinstance(error, GatedRepoError):
+            raise
+    known = try_to_load_from_cache(str(path), name, revision=revision)
+    if known is None:
+        raise UserError(
+            f"train: {path} must be at hand to say whether it has {name}; fetch it whole first, "
+            "and where no hub is reached pass the directory of its snapshot as the model"
+        )
+    return None if known is _CACHED_NO_EXIST else Path(str(known))
 
 
 def detect(path: str | Path, revision: str | None = None) -> Reading:
@@ -181,16 +221,19 @@ def detect(path: str | Path, revision: str | None = None) -> Reading:
             "that is what it is, say so by model.pooling"
         )
     modules = _modules(path, revision)
-    about = _json(path, "config_sentence_transformers.json", revision)
-    prompts: dict[str, str] = about.get("prompts") or {}
-    usual = prompts.get(about.get("default_prompt_name") or "", SCRIPT_INSTRUCTION * script)
+    about = _json(path, ABOUT, revision)
+    prompts: dict[str, str] = _part(path, ABOUT, about, "prompts")
+    if not all(isinstance(said, str) for said in prompts.values()):
+        raise _unruly(path, ABOUT, "hold strings as prompts")
+    usual = prompts.get(str(about.get("default_prompt_name")), SCRIPT_INSTRUCTION * script)
     shown = next((prompts[name] for name in DOCUMENTS if name in prompts), usual)
-    chat = _json(path, "sentence_bert_config.json", revision).get("processing_kwargs", {})
+    given = _part(path, READS, _json(path, READS, revision), "processing_kwargs")
+    chat = _part(path, READS, given, "chat_template")
     return Reading(
         "mean" if _poolings(path, modules["Pooling"], revision) == ["mean"] else "last",
         normalize="Normalize" in modules, system=True, sentence=script,
         query_instruction=prompts.get("query", usual), item_instruction=shown,
-        generation_prompt=bool(chat.get("chat_template", {}).get("add_generation_prompt", False)),
+        generation_prompt=bool(chat.get("add_generation_prompt", False)),
     )  # fmt: skip
 
 
@@ -202,39 +245,70 @@ def layout(path: str | Path, revision: str | None = None) -> dict[str, bytes]:
     return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
 
-def _json(path: str | Path, name: str, revision: str | None) -> Any:
+def _json(path: str | Path, name: str, revision: str | None, kind: type = dict) -> Any:
+    """What a file holds, of a kind; an empty one where there is no file."""
     file = find(path, name, revision)
+    if file is None:
+        return kind()
     try:
-        return {} if file is None else json.loads(file.read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
     except ValueError:
-        raise UserError(f"train: {file} must be JSON; fetch {path} again") from None
+        raise _unruly(path, name, "be JSON") from None
+    if not isinstance(found, kind):
+        raise _unruly(path, name, f"hold {KINDS[kind]}")
+    return found
+
+
+def _part(path: str | Path, name: str, found: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object inside a file's, empty where it has none."""
+    part = found.get(key)
+    if not isinstance(part, dict | None):
+        raise _unruly(path, name, f"hold an object as {key}")
+    return part or {}
+
+
+def _unruly(path: str | Path, name: str, rule: str) -> UserError:
+    return UserError(f"train: {Path(path) / name} must {rule}; fetch {path} again")
 
 
 def _is_scripts(path: str | Path, revision: str | None) -> bool:
     """Whether it is Qwen3-VL-Embedding as its makers published it."""
-    classes = _json(path, "config.json", revision).get("architectures") or []
-    return SCRIPT_CLASS in classes or find(path, SCRIPT, revision) is not None
+    classes = _json(path, "config.json", revision).get("architectures")
+    named = isinstance(classes, list) and SCRIPT_CLASS in classes
+    return named or find(path, SCRIPT, revision) is not None
 
 
 def _modules(path: str | Path, revision: str | None) -> dict[str, str]:
     """{class: its folder} of sentence-transformers' modules, in their order."""
-    listed = _json(path, "modules.json", revision) or []
-    return {one["type"].rpartition(".")[2]: one["path"] for one in listed}
+    found: dict[str, str] = {}
+    for one in _json(path, "modules.json", revision, list):
+        kind, place = (one.get("type"), one.get("path")) if isinstance(one, dict) else (None, None)
+        if not (isinstance(kind, str) and isinstance(place, str)):
+            raise _unruly(path, "modules.json", "hold objects with a type and a path")
+        if Path(place).is_absolute() or ".." in Path(place).parts:
+            raise _unruly(path, "modules.json", "name folders inside the checkpoint")
+        found[kind.rpartition(".")[2]] = place
+    return found
 
 
 def _poolings(path: str | Path, place: str, revision: str | None) -> list[str]:
     """Modes whose results are joined: of a config of either form."""
-    config = _json(path, f"{place}/config.json", revision)
+    name = f"{place}/config.json"
+    config = _json(path, name, revision)
     mode = config.get("pooling_mode")
     if mode is None:
         head, tail = "pooling_mode_", "_tokens"
         mode = [k.removeprefix(head).removesuffix(tail).removesuffix("_token")
                 for k, used in config.items() if k.startswith(head) and used]  # fmt: skip
-    return [mode] if isinstance(mode, str) else list(mode)
+    modes = [mode] if isinstance(mode, str) else mode
+    if not (isinstance(modes, list) and all(isinstance(one, str) for one in modes)):
+        raise _unruly(path, name, "hold a name, or names, as pooling_mode")
+    return modes
 
 
 def _faults(path: str | Path, revision: str | None) -> Iterator[str]:
-    """What of a layout of sentence-transformers cannot be kept."""
+    """What of a layout of sentence-transformers cannot be kept. A max_seq_length of LONGEST or more
+    is let pass: it cuts no prompt that is expected."""
     modules = _modules(path, revision)
     if unknown := [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]:
         yield f"a module {unknown[0]} in modules.json"
@@ -246,20 +320,25 @@ def _faults(path: str | Path, revision: str | None) -> Iterator[str]:
         yield "pooling mode cls, of a model whose first token sees no other"
     elif poolings not in (["lasttoken"], ["mean"]):
         yield f"pooling mode {' and '.join(poolings) or 'of none'}"
-    about = _json(path, "config_sentence_transformers.json", revision)
+    if _json(path, f"{modules['Pooling']}/config.json", revision).get("include_prompt") is False:
+        yield "include_prompt false: a pooling that leaves the prompt out"
+    about = _json(path, ABOUT, revision)
     name = about.get("similarity_fn_name") or "cosine"
     if name != "cosine" and (name != "dot" or "Normalize" not in modules):
         yield f"similarity {name} where ELVA ranks by the cosine"
     if about.get("truncate_dim"):
         yield "truncate_dim, a part of the embedding"
-    reads = _json(path, "sentence_bert_config.json", revision)
-    way = reads.get("modality_config", {}).get("message")
-    if way is None:
+    reads = _json(path, READS, revision)
+    longest = reads.get("max_seq_length")
+    if longest is not None and not (isinstance(longest, int) and longest >= LONGEST):
+        yield f"max_seq_length {longest}, which cuts what is longer"
+    way = _part(path, READS, _part(path, READS, reads, "modality_config"), "message")
+    if not way:
         yield "no message among modality_config: it reads no chat"
     elif (way.get("method"), way.get("method_output_name")) != ("forward", "last_hidden_state"):
         yield f"its modality_config reads {way.get('method')} and {way.get('method_output_name')}"
-    given = reads.get("processing_kwargs", {})
-    chat = set(given.get("chat_template", {})) - {"add_generation_prompt", "restore_suffix"}
+    given = _part(path, READS, reads, "processing_kwargs")
+    chat = {*_part(path, READS, given, "chat_template")} - {*CHAT}
     if further := sorted({*given} - {"chat_template"} | chat):
         yield f"processing_kwargs of {further[0]}"
     if any(reads.get(name) for name in ("query_expansion", "do_lower_case")):

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from elva.data import Dataset, Item, Pool, load
 from elva.data.queries import Queries
 from elva.data.sample import unreadable
-from elva.errors import DataError, RunError
+from elva.errors import DataError, RunError, UserError
 from elva.evaluation.trained import evaluation_tasks
-from elva.model.family import read_inputs, takes_pictures
+from elva.model.family import DAMAGED, has_head, read_inputs, takes_pictures
 from elva.model.inputs import RET
 from elva.model.note import base_of, reading_of, stands_on
 from elva.model.reading import Reading, asked_for
@@ -73,7 +72,7 @@ def check(
         raise RunError(line)
     if start_from is None:
         _refuse_unfit(recipe, _kinds(recipe, names, controls))
-    ready = look(recipe, stages, start_from, controls=controls)
+    ready = _looked(recipe, names, controls)
     if not (output / "recipe.yaml").exists():  # a run that goes on has what it needed
         _refuse_full_disk(recipe, _kinds(recipe, names, controls), output)
     return ready
@@ -89,12 +88,25 @@ def look(
     """The same with what is not at hand as lines, for `--dry-run`.
 
     Raises:
-        UserError, DataError: data that is there, and not what the recipe asks of it.
+        UserError, DataError: data, or a model's directory, that is there, and not what the recipe
+            asks of it.
     """
     names = chosen(recipe, stages)
     kinds = _kinds(recipe, names, controls)
-    ready = Ready(problems=list(_problems(recipe, kinds, start_from)))
-    if not ready.problems:
+    problems = list(_problems(recipe, kinds, start_from))
+    if start_from is None and recipe.model.path and Path(recipe.model.path).is_dir():
+        _refuse_unfit(recipe, kinds)
+    return replace(_looked(recipe, names, controls, whole=not problems), problems=problems)
+
+
+def _looked(recipe: Recipe, names: Sequence[str], controls: bool, *, whole: bool = True) -> Ready:
+    """What is found of the data at hand.
+
+    Args:
+        whole: whether the model is, so that its sizes can be read.
+    """
+    kinds, ready = _kinds(recipe, names, controls), Ready()
+    if whole:
         recipe = replace(recipe, model=at_hand(recipe.model))
     data = TrainingData(recipe)
     for name, stage in kinds.items():
@@ -181,6 +193,8 @@ def _missing_model(asked: ModelConfig) -> Iterator[str]:
         try:
             config = json.loads((base_of(Path(model)) / "config.json").read_text("utf-8"))
             kind = config.get("model_type") if isinstance(config, dict) else "no JSON object"
+        except UserError:
+            raise
         except (OSError, ValueError):
             kind = "no readable config.json"
         if not takes_pictures(kind):
@@ -227,17 +241,23 @@ def _refuse_unfit(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> None:
         )
         inputs.prompt(Item("0", "a", None, "text"))
         at_hand(ModelConfig(model))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        writes = reading.at_ret or has_head(*(base.place if base else (model, asked.revision)))
+    except UserError:
+        raise
+    except DAMAGED as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise RunError(
             f"recipe: model.path must be a whole checkpoint, got {model}; {reason}"
         ) from None
-    if line := next(_unkept(reading, recipe, kinds), None):
+    if line := next(_unkept(reading, recipe, kinds, writes), None):
         raise RunError(line)
 
 
-def _unkept(reading: Reading, recipe: Recipe, kinds: Mapping[str, StageConfig]) -> Iterator[str]:
-    """What of a recipe would change how a retriever of somebody else is asked or closed."""
+def _unkept(
+    reading: Reading, recipe: Recipe, kinds: Mapping[str, StageConfig], writes: bool
+) -> Iterator[str]:
+    """What of a recipe would change how a retriever of somebody else is asked or closed, or asks
+    for summaries of one that has no head to write them with."""
     if reading.at_ret:
         return
     if prompt := recipe.model.summary_prompt:
@@ -254,6 +274,12 @@ def _unkept(reading: Reading, recipe: Recipe, kinds: Mapping[str, StageConfig]) 
                 f"recipe: {kind}.{name}.{field_name} must be left out for a retriever without "
                 f"{RET}, got {getattr(stage, field_name)}; train its infonce, pathwise or policy: "
                 "--stages 3"
+            )
+        if stage.max_completion_length and not writes:
+            yield (
+                f"recipe: {kind}.{name}.max_completion_length must be 0 for {recipe.model.path}, "
+                "which has no head to write a summary with, got "
+                f"{stage.max_completion_length}; train its infonce or pathwise"
             )
 
 

@@ -1,6 +1,7 @@
 """Somebody else's retriever: embedded as its own code does, trained, and still what it was."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from elva.files import write_directory
 from elva.model.encoder import Encoder
 from elva.model.inputs import RET
 from elva.model.note import reading_of
-from elva.model.reading import Reading
+from elva.model.reading import Reading, find
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode, sample, token_log_probs
 from elva.recipe import LoraSettings, NegativeConfig, StageConfig
@@ -128,6 +129,8 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
         ({"reads": {"modality_config": None}}, "reads no chat"),
         ({"reads": {"processing_kwargs": {"image": {"size": 3}}}}, "processing_kwargs of image"),
         ({"reads": {"query_expansion": {"length": 3}}}, "query_expansion"),
+        ({"reads": {"max_seq_length": 512}}, "max_seq_length 512"),
+        ({"pooling": {"pooling_mode": "mean", "include_prompt": False}}, "include_prompt false"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_named(tmp_path, change, named):
@@ -143,6 +146,56 @@ def test_what_cannot_be_kept_is_named(tmp_path, change, named):
     with pytest.raises(UserError, match=named) as said:
         reading_of(tmp_path)
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "rule"),
+    [
+        ("modules.json", [{"path": ""}], "hold objects with a type and a path"),
+        ("modules.json", [{"type": "a.Transformer", "path": "../b"}], "folders inside"),
+        ("modules.json", {"a": 1}, "hold a list"),
+        ("modules.json", ["x"], "hold objects with a type and a path"),
+        ("modules.json", 3, "hold a list"),
+        ("modules.json", None, "hold a list"),
+        ("1_Pooling/config.json", {"pooling_mode": 3}, "as pooling_mode"),
+        ("1_Pooling/config.json", [], "hold an object"),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, "hold an object as prompts"),
+        ("config_sentence_transformers.json", {"prompts": {"query": 1}}, "hold strings as prompts"),
+        ("sentence_bert_config.json", {"modality_config": 3}, "hold an object as modality_config"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_form_is_named(tmp_path, name, written, rule):
+    modules = [("", "a.Transformer"), ("1_Pooling", "a.Pooling")]
+    strangers.put(tmp_path / "modules.json", [{"type": t, "path": p} for p, t in modules])
+    strangers.put(tmp_path / "1_Pooling/config.json", {"pooling_mode": "mean"})
+    reads = strangers.READS | {"max_seq_length": 8192}  # cuts no prompt that is expected
+    strangers.put(tmp_path / "sentence_bert_config.json", reads)
+    assert reading_of(tmp_path).pooling == "mean"
+    strangers.put(tmp_path / name, written)
+    with pytest.raises(UserError) as said:
+        reading_of(tmp_path)
+    assert f"{tmp_path / name} must" in str(said.value) and rule in str(said.value)
+
+
+@pytest.mark.parametrize("known", [(), ("modules.json",), None])
+def test_whether_a_hub_has_a_file_is_known_or_asked_for(tmp_path, monkeypatch, known):
+    """Without a connection: of a cache, its notes of what does not exist alone say so."""
+    cache = tmp_path / "models--a--b"
+    strangers.put(cache / "snapshots/c0/config.json", {})
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("c0")
+    for name in known or ():
+        strangers.put(cache / ".no_exist/c0" / name, {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find("a/b", "config.json") == cache / "snapshots/c0/config.json"
+    if known:
+        assert find("a/b", "modules.json") is None
+    elif known is None:  # the snapshot itself
+        assert find(cache / "snapshots/c0", "modules.json") is None
+    else:
+        with pytest.raises(UserError, match=r"a/b must be at hand .* modules.json; fetch it"):
+            find("a/b", "modules.json")
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -254,9 +307,8 @@ def test_a_boosted_retriever_is_still_what_it_was(tmp_path, data, stranger, stag
     export(tmp_path / "saved", tmp_path / "export")
     for name in retriever.inputs.layout:
         assert (tmp_path / "export" / name).read_bytes() == (stranger / name).read_bytes(), name
-    assert {"modules.json", "1_Pooling/config.json", "2_Normalize/config.json"} <= {
-        *retriever.inputs.layout
-    }
+    own = {"modules.json", "1_Pooling/config.json", "2_Normalize/config.json"}
+    assert own | {"generation_config.json"} <= {*retriever.inputs.layout}
     assert weights_of(tmp_path / "export").keys() == weights_of(stranger).keys()
     classes = [json.loads((p / "config.json").read_text())["architectures"]
                for p in (stranger, tmp_path / "export")]  # fmt: skip
@@ -315,6 +367,56 @@ def test_identities_tell_readings_apart(stranger):
     assert not opened_.identity.matches(other.identity)
     with pytest.raises(UserError, match="--read must be at_ret"):
         Encoder.open(stranger, read="before_ret")
+
+
+DAMAGES = {
+    "modules.json must hold a list": lambda m: strangers.put(m / "modules.json", {"a": 1}),
+    "1_Pooling/config.json must": lambda m: strangers.put(m / "1_Pooling/config.json", []),
+    "without preprocessor_config.json": lambda m: (m / "preprocessor_config.json").unlink(),
+    "without tokenizer.json": lambda m: [p.unlink() for p in m.glob("tokenizer*")],
+    "whose chat template": lambda m: (m / "chat_template.jinja").unlink(),
+    "elva.json: must hold a JSON object": lambda m: (m / "elva.json").write_text("{"),
+    "elva.json: must hold a reading": lambda m: strangers.put(
+        m / "elva.json", {"reading": {"pooling": "last", "later": 1}}
+    ),
+    "elva.json: must hold the base": lambda m: (
+        strangers.put(m / "elva.json", {"base": {}}), strangers.put(m / "adapter_config.json", {})
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", DAMAGES)
+def test_a_damaged_retriever_is_one_line_of_every_command(tmp_path, data, stranger, said):
+    model = shutil.copytree(stranger, tmp_path / "model")
+    DAMAGES[said](model)
+    train = ("train", "--recipe", "booster", "--model", model, "--data", data)
+    for words in (
+        (*train, "--output", tmp_path / "run"),
+        (*train, "--dry-run"),
+        ("embed", model, "--data", data, "--output", tmp_path / "embeddings"),
+    ):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 2, (words, done.output, done.exception)
+        assert said in done.stderr and str(model) in done.stderr
+        assert "Error:" not in done.stderr and done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_a_retriever_without_a_head_writes_no_summary(tmp_path, data, how):
+    model = strangers.qwen3_vl_embedding(tmp_path / "model", tied=False)
+    if how:  # in shards
+        names = dict.fromkeys(weights_of(model), "model-1.safetensors")
+        (model / "model.safetensors").rename(model / "model-1.safetensors")
+        strangers.put(model / "model.safetensors.index.json", {"metadata": {}, "weight_map": names})
+    words = ("train", "--recipe", "booster", "--model", model, "--data", data, *how,
+             "--set", "stages.3.policy=1", "--set", "stages.3.max_completion_length=5",
+             "--set", "stages.3.num_generations=2",
+             *(() if how else ("--output", tmp_path / "run")))  # fmt: skip
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert "stages.3.max_completion_length must be 0 for" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_commands_boost_and_keep_a_retriever(tmp_path, data, stranger, monkeypatch):
