@@ -54,13 +54,13 @@ class Rollouts:
         its log-probability is -inf and its gradient NaN."""
         width = max(p.ids.shape[1] for p in parts)
 
-        def wide(x: Tensor, value: float) -> Tensor:
+        def padded(x: Tensor, value: float) -> Tensor:
             return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 
         return Rollouts(
-            torch.cat([wide(p.ids, pad) for p in parts]),
-            torch.cat([wide(p.mask, False) for p in parts]),
-            torch.cat([wide(p.log_probs, 0.0) for p in parts]),
+            torch.cat([padded(p.ids, pad) for p in parts]),
+            torch.cat([padded(p.mask, False) for p in parts]),
+            torch.cat([padded(p.log_probs, 0.0) for p in parts]),
             torch.cat([p.finished for p in parts]),
             torch.cat([p.embeddings for p in parts]),
             parts[0].forced,
