@@ -25,6 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 )
 
 from elva.data import Item
+from elva.errors import UserError
 from elva.files import sha256
 from elva.model.pictures import Pictures, Pixels
 from elva.model.reading import AT_RET, Reading
@@ -198,9 +199,29 @@ class Inputs:
     @cached_property
     def closing(self) -> list[int]:
         """What closes a summary, of which the first is its action to end: [RET]; or what closes a
-        prompt, or opens the answer anew where that is nothing, after an end of the chat's."""
+        prompt, or opens the answer anew where that is nothing, after an end of the chat's, which
+        closes it alone where neither is anything.
+
+        Raises:
+            UserError: nothing ends an answer of the checkpoint.
+        """
         own = self.ending or self._frame(False, True, False)[-1]
-        return own if self.reading.at_ret or own[0] in self.end_ids else [self.end_ids[0], *own]
+        if self.reading.at_ret or (own and own[0] in self.end_ids):
+            return own
+        if not self.end_ids:
+            raise UserError(
+                "train: model.path must have a token that ends an answer, which closes its "
+                "summaries, got none; set max_completion_length to 0"
+            )
+        return [self.end_ids[0], *own]
+
+    @cached_property
+    def filler(self) -> int:
+        """A token that may be written, where a row of a batch is too short for one of its own."""
+        if self.reading.at_ret:
+            return self.ret_id
+        words = sorted({*self.tokenizer.get_vocab().values()} - {*self.banned_ids})
+        return [*self.end_ids, *words][0]
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:

@@ -244,7 +244,7 @@ class _Decoder:
         while self.left:
             undrawn = self.embeddings.new_zeros(len(self.rows))
             self._write(self._due, undrawn, torch.zeros_like(self.live))
-        count, pad = len(self.finished), self.retriever.inputs.closing[0]
+        count, pad = len(self.finished), self.retriever.inputs.filler
         ids = torch.stack(self.tokens, 1) if self.tokens else self.closing.new_empty(count, 0)
         drawn = torch.stack(self.log_probs, 1) if self.tokens else self.embeddings[:, :0]
         return Rollouts(

@@ -182,6 +182,37 @@ def test_a_sampled_summary_is_closed_and_pooled(tmp_path, pooling, ends_with):
         torch.testing.assert_close(out.embeddings[row : row + 1], expected, rtol=0, atol=1e-9)
 
 
+def test_a_prompt_may_be_closed_by_nothing(tmp_path):
+    """By its reading, its tokenizer and its chat template: then an end alone closes a summary."""
+    path = families.write(tmp_path / "model", "qwen3_vl", tied=True)
+    reading = Reading("last", generation_prompt=False)
+
+    def opened_with(ends: bool) -> Retriever:
+        retriever = Retriever.load(path, reading=reading)
+        inputs = retriever.inputs
+        inputs._frame = lambda *_: [inputs.text_ids("asked: "), []]
+        inputs.end_ids = inputs.end_ids if ends else []
+        return retriever
+
+    for ends in (True, False):
+        retriever = opened_with(ends)
+        inputs = retriever.inputs
+        prompts = [inputs.prompt(item) for item in ITEMS[::2]]
+        batch = inputs.collate(prompts, retriever.device)
+        ids = torch.zeros(len(prompts), 0, dtype=torch.long)
+        _, expected = retriever.read_out(batch, ids, ids.bool())
+        found = ours(retriever, ITEMS[::2])
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+        assert inputs.ending == [] and inputs.filler not in inputs.banned_ids
+    with pytest.raises(UserError, match="must have a token that ends an answer"):
+        ours(retriever, ITEMS[::2], length=3)
+    retriever = opened_with(True)
+    assert retriever.inputs.closing == retriever.inputs.end_ids[:1]
+    out = sample(retriever, prompts, draws=None, max_completion_length=3)
+    last = out.ids[torch.arange(len(prompts)), out.mask.sum(1) - 1]
+    assert last.tolist() == [retriever.inputs.end_ids[0]] * len(prompts)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return strangers.pictures_and_names(tmp_path_factory.mktemp("data"))
