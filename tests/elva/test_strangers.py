@@ -361,6 +361,7 @@ def test_the_commands_boost_and_keep_a_retriever(tmp_path, data, stranger, monke
              "lora.rank=2")  # fmt: skip
     elva(*recipe, *(w for s in short for w in ("--set", f"stages.3.{s}")), "--output", "run")
     evaluated = json.loads((tmp_path / "run/stage-3/evaluation.json").read_text())["figures"]
+    assert not [name for name in evaluated if name.endswith("frac_no_ret")]
     elva("embed", "run", "--data", data, "--dtype", "float32", "--output", "embeddings")
     found = json.loads(elva("evaluate", "--embeddings", "embeddings", "--data", data, "--json"))
     assert found["sets"]["x_task0"]["recall_at_1"] == evaluated["t2i_recall_at_1"]
