@@ -243,8 +243,22 @@ class Inputs:
 
     def bound_pixels(self, least: int | None, most: int | None) -> None:
         """Resize pictures to at least, and at most, so many pixels; None leaves the checkpoint's
-        own. It is saved with the checkpoint, beside the files of a retriever of somebody else."""
+        own. It is saved with the checkpoint, beside the files of a retriever of somebody else.
+
+        Raises:
+            UserError: one is given, and the checkpoint's own other one leaves no size.
+        """
         size = self.image_processor.size
+        if most and not least and most < size["shortest_edge"]:
+            raise UserError(
+                "train: model.max_pixels must be at least the checkpoint's own minimum "
+                f"{size['shortest_edge']}, got {most}; set model.min_pixels too"
+            )
+        if least and not most and least > size["longest_edge"]:
+            raise UserError(
+                "train: model.min_pixels must be at most the checkpoint's own maximum "
+                f"{size['longest_edge']}, got {least}; set model.max_pixels too"
+            )
         bounds = least or size["shortest_edge"], most or size["longest_edge"]
         if not self.reading.at_ret and (least or most):
             self.reading = replace(self.reading, pixels=bounds)

@@ -232,6 +232,7 @@ def _refuse_unfit(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> None:
         raise RunError(
             f"recipe: model.path must be a whole checkpoint, got {model}; {reason}"
         ) from None
+    inputs.bound_pixels(asked.min_pixels, asked.max_pixels)
     if line := next(_unkept(reading, recipe, kinds), None):
         raise RunError(line)
 

@@ -143,6 +143,18 @@ def test_a_revision_is_a_hub_names(
     assert resolve("elva-2b", revision="abc").model.revision == "abc"
 
 
+def test_bounds_of_a_picture_that_leave_no_size_are_one_line(
+    released: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    given = ("--model", released("tied"), "--data", corpus, "--set")
+    size = json.loads((released("tied") / "preprocessor_config.json").read_text())["size"]
+    least, most = size["shortest_edge"], size["longest_edge"]
+    line = " ".join(refused(tmp_path, *given, f"model.max_pixels={least - 1}").split())
+    assert f"the checkpoint's own minimum {least}, got {least - 1}; set model.min_pixels" in line
+    line = " ".join(refused(tmp_path, *given, f"model.min_pixels={most + 1}").split())
+    assert f"the checkpoint's own maximum {most}, got {most + 1}; set model.max_pixels" in line
+
+
 def test_attention_that_is_not_installed_is_one_line(
     released: Callable[[str], Path], corpus: Path, tmp_path: Path
 ) -> None:
