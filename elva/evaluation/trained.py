@@ -251,7 +251,8 @@ def _evaluate_task(
     figures[f"{name}_reward"] = ranking.reward[answered].mean().item() if answered.any() else 0.0
     figures[f"{name}_queries"], figures[f"{name}_pool"] = len(task.queries), len(task)
     figures[f"{name}_no_answer_inside"] = int((~answered).sum())
-    figures[f"{name}_frac_no_ret"] = shown.silent
+    if encoder.max_completion_length:  # else nothing is written that could end
+        figures[f"{name}_frac_no_ret"] = shown.silent
     result["samples"][name] = [
         {
             "id": q.id,

@@ -200,9 +200,29 @@ class Inputs:
     @cached_property
     def closing(self) -> list[int]:
         """What closes a summary, of which the first is its action to end: [RET]; or what closes a
-        prompt, or opens the answer anew where that is nothing, after an end of the chat's."""
+        prompt, or opens the answer anew where that is nothing, after an end of the chat's, which
+        closes it alone where neither is anything.
+
+        Raises:
+            UserError: nothing ends an answer of the checkpoint.
+        """
         own = self.ending or self._frame(False, True, False)[-1]
-        return own if self.reading.at_ret or own[0] in self.end_ids else [self.end_ids[0], *own]
+        if self.reading.at_ret or (own and own[0] in self.end_ids):
+            return own
+        if not self.end_ids:
+            raise UserError(
+                "train: model.path must have a token that ends an answer, which closes its "
+                "summaries, got none; set max_completion_length to 0"
+            )
+        return [self.end_ids[0], *own]
+
+    @cached_property
+    def filler(self) -> int:
+        """A token that may be written, where a row of a batch is too short for one of its own."""
+        if self.reading.at_ret:
+            return self.ret_id
+        words = sorted({*self.tokenizer.get_vocab().values()} - {*self.banned_ids})
+        return [*self.end_ids, *words][0]
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
@@ -229,8 +249,22 @@ class Inputs:
 
     def bound_pixels(self, least: int | None, most: int | None) -> None:
         """Resize pictures to at least, and at most, so many pixels; None leaves the checkpoint's
-        own. It is saved with the checkpoint, beside the files of a retriever of somebody else."""
+        own. It is saved with the checkpoint, beside the files of a retriever of somebody else.
+
+        Raises:
+            UserError: one is given, and the checkpoint's own other one leaves no size.
+        """
         size = self.image_processor.size
+        if most and not least and most < size["shortest_edge"]:
+            raise UserError(
+                "train: model.max_pixels must be at least the checkpoint's own minimum "
+                f"{size['shortest_edge']}, got {most}; set model.min_pixels too"
+            )
+        if least and not most and least > size["longest_edge"]:
+            raise UserError(
+                "train: model.min_pixels must be at most the checkpoint's own maximum "
+                f"{size['longest_edge']}, got {least}; set model.max_pixels too"
+            )
         bounds = least or size["shortest_edge"], most or size["longest_edge"]
         if not self.reading.at_ret and (least or most):
             self.reading = replace(self.reading, pixels=bounds)

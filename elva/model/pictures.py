@@ -94,10 +94,11 @@ class Pictures:
         return sum(self._sizes.values()) + self._cutting * self._largest
 
     def _fill(self) -> None:
-        """Give work to threads that have none, as far as memory goes; under the lock."""
+        """Give work to threads that have none, as far as memory goes, and to one alone until a
+        picture's size is known; under the lock."""
         while (
             self._waiting
-            and self._cutting < self.workers
+            and self._cutting < (self.workers if self._largest else min(1, self.workers))
             and self.ahead_bytes + self._largest <= AHEAD_MB << 20
         ):
             image, _ = self._waiting.popitem(last=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ class ProcessorInputs(Inputs):
     """
 
     processor: ProcessorMixin
-    _cutter: ProcessorMixin  # for threads: a tokenizer that is asked in two ways is not for two
+    _pristine: ProcessorMixin  # what is copied for threads, and never asked
+    _of_thread: threading.local
+    _copying: threading.Lock
 
     @classmethod
     def load(
@@ -36,7 +39,8 @@ class ProcessorInputs(Inputs):
         tokenizer, image_processor = processor.tokenizer, processor.image_processor
         inputs = cls(tokenizer, image_processor, summary_prompt, **how)
         inputs.processor = inputs._renderer = processor
-        inputs._cutter = copy.deepcopy(processor)
+        inputs._pristine = copy.deepcopy(processor)
+        inputs._of_thread, inputs._copying = threading.local(), threading.Lock()
         return inputs
 
     def bound_pixels(self, least: int | None, most: int | None) -> None:
@@ -67,6 +71,16 @@ class ProcessorInputs(Inputs):
         before, _ = self._rendered(True, True, False)
         seen = self._seen(before, image, self._cutter)
         return {k: v for k, v in seen.items() if k not in WORDS_ONLY and isinstance(v, Tensor)}
+
+    @property
+    def _cutter(self) -> ProcessorMixin:
+        """This thread's own: to ask a tokenizer sets its padding and truncation, at which, before
+        tokenizers 0.23, it fails where another thread is asking it."""
+        if not hasattr(self._of_thread, "processor"):
+            with self._copying:
+                self._of_thread.processor = copy.deepcopy(self._pristine)
+        found: ProcessorMixin = self._of_thread.processor
+        return found
 
     def _seen(self, before: str, image: str, processor: ProcessorMixin) -> dict[str, Any]:
         picture = self._pictures[image].load_image()

@@ -172,6 +172,9 @@ def asked_for(model: ModelConfig) -> Reading | None:
     )  # fmt: skip
 
 
+WHOLE = ".gitattributes"
+
+
 def find(path: str | Path, name: str, revision: str | None = None) -> Path | None:
     """A file of a checkpoint directory or a hub name; None where it has none.
 
@@ -192,6 +195,9 @@ def find(path: str | Path, name: str, revision: str | None = None) -> Path | Non
             raise
     known = try_to_load_from_cache(str(path), name, revision=revision)
     if known is None:
+        # What every repository has and nobody asks for by name: all of it was fetched.
+        if isinstance(try_to_load_from_cache(str(path), WHOLE, revision=revision), str):
+            return None
         raise UserError(
             f"train: {path} must be at hand to say whether it has {name}; fetch it whole first, "
             "and where no hub is reached pass the directory of its snapshot as the model"

@@ -54,13 +54,13 @@ class Rollouts:
         its log-probability is -inf and its gradient NaN."""
         width = max(p.ids.shape[1] for p in parts)
 
-        def wide(x: Tensor, value: float) -> Tensor:
+        def padded(x: Tensor, value: float) -> Tensor:
             return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 
         return Rollouts(
-            torch.cat([wide(p.ids, pad) for p in parts]),
-            torch.cat([wide(p.mask, False) for p in parts]),
-            torch.cat([wide(p.log_probs, 0.0) for p in parts]),
+            torch.cat([padded(p.ids, pad) for p in parts]),
+            torch.cat([padded(p.mask, False) for p in parts]),
+            torch.cat([padded(p.log_probs, 0.0) for p in parts]),
             torch.cat([p.finished for p in parts]),
             torch.cat([p.embeddings for p in parts]),
             parts[0].forced,
@@ -244,7 +244,7 @@ class _Decoder:
         while self.left:
             undrawn = self.embeddings.new_zeros(len(self.rows))
             self._write(self._due, undrawn, torch.zeros_like(self.live))
-        count, pad = len(self.finished), self.retriever.inputs.closing[0]
+        count, pad = len(self.finished), self.retriever.inputs.filler
         ids = torch.stack(self.tokens, 1) if self.tokens else self.closing.new_empty(count, 0)
         drawn = torch.stack(self.log_probs, 1) if self.tokens else self.embeddings[:, :0]
         return Rollouts(

@@ -249,8 +249,23 @@ def _refuse_unfit(recipe: Recipe, kinds: Mapping[str, StageConfig]) -> None:
         raise RunError(
             f"recipe: model.path must be a whole checkpoint, got {model}; {reason}"
         ) from None
+    if inputs.ret_is_new and asked.pooling is None and (line := _unlearnt(model, kinds)):
+        raise RunError(line)
+    inputs.bound_pixels(asked.min_pixels, asked.max_pixels)
     if line := next(_unkept(reading, recipe, kinds, writes), None):
         raise RunError(line)
+
+
+def _unlearnt(model: str, kinds: Mapping[str, StageConfig]) -> str | None:
+    """A line where the first stage reads a new [RET] that it does not teach the model to write."""
+    name, first = next(iter(kinds.items()), ("", StageConfig()))
+    if first.max_completion_length or first.ret > 0:
+        return None
+    return (
+        f"recipe: model.pooling must say how {model} embeds, whose files do not, where stage "
+        f"{name} writes nothing and learns no {RET}, got none; add --set model.pooling=last, mean "
+        "or ret"
+    )
 
 
 def _unkept(

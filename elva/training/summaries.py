@@ -71,7 +71,7 @@ class Summaries:
             parts.append(part)
             order += [i * groups + g for i in rows for g in range(groups)]
         back = torch.tensor(order).argsort().to(self.retriever.device)
-        return Rollouts.cat(parts, pad=self.retriever.inputs.closing[0]).select(back)
+        return Rollouts.cat(parts, pad=self.retriever.inputs.filler).select(back)
 
     def _as_written(self, prompts: list[Prompt], gold: Tensor) -> Rollouts:
         """The captions as if the model had written them; [RET] alone where there is none."""

@@ -4,6 +4,7 @@ same bits however many threads there are."""
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from elva.commands.train import _Shared
 from elva.data import Item, load, mbeir
 from elva.errors import DataError
 from elva.model import pictures
+from elva.model.family import read_inputs
 from elva.model.inputs import Inputs
 from elva.model.pictures import Pictures
 from elva.model.processor import ProcessorInputs
@@ -227,6 +229,22 @@ def test_embedding_cuts_the_next_batch_meanwhile(
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_no_two_threads_ask_one_processor(tmp_path: Path) -> None:
+    """Nor one that prompts are made with."""
+    inputs = read_inputs(families.write(tmp_path / "model", "idefics3"), "")
+    assert isinstance(inputs, ProcessorInputs)
+    found, together = {id(inputs.processor), id(inputs._pristine)}, threading.Barrier(3)
+
+    def cutter(_: int) -> int:
+        together.wait(30)
+        assert inputs._cutter is inputs._cutter
+        return id(inputs._cutter)
+
+    with ThreadPoolExecutor(3) as threads:
+        found.update(threads.map(cutter, range(3)))
+    assert len(found) == 5
+
+
 MB = 1 << 20
 
 
@@ -255,6 +273,25 @@ def test_what_is_cut_ahead_is_bounded(workers: int, monkeypatch: pytest.MonkeyPa
         assert cutter.cut.count(name) == 1 and len(cutter.cut) == min(40, taken + 5)
         assert some.get(name)["pixel_values"][-1] == float(name)
     assert sorted(cutter.cut) == sorted(names) and some.ahead_bytes == 0
+
+
+def test_the_first_picture_is_cut_alone_until_its_size_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pictures, "AHEAD_MB", 2)
+    cutter, go_on = Cutter(), threading.Event()
+
+    def slow(image: str) -> dict[str, Tensor]:
+        pixels = cutter(image)
+        assert go_on.wait(30)
+        return pixels
+
+    some = Pictures(slow, 4)
+    some.ahead([str(i) for i in range(8)])
+    assert some._cutting == 1
+    go_on.set()
+    rest(some)
+    assert len(cutter.cut) == 2 and some.ahead_bytes == 2 * MB
 
 
 def test_what_nobody_asks_for_any_more_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

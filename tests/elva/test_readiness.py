@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,32 @@ def test_a_revision_is_a_hub_names(
     line = refused(tmp_path, "--recipe", "smoke", "--revision", "abc", "--stages", "0")
     assert "model.revision must be left out of a model that is made from nothing" in line
     assert resolve("elva-2b", revision="abc").model.revision == "abc"
+
+
+def test_bounds_of_a_picture_that_leave_no_size_are_one_line(
+    released: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    given = ("--model", released("tied"), "--data", corpus, "--set")
+    size = json.loads((released("tied") / "preprocessor_config.json").read_text())["size"]
+    least, most = size["shortest_edge"], size["longest_edge"]
+    line = " ".join(refused(tmp_path, *given, f"model.max_pixels={least - 1}").split())
+    assert f"the checkpoint's own minimum {least}, got {least - 1}; set model.min_pixels" in line
+    line = " ".join(refused(tmp_path, *given, f"model.min_pixels={most + 1}").split())
+    assert f"the checkpoint's own maximum {most}, got {most + 1}; set model.max_pixels" in line
+
+
+def test_a_booster_of_what_is_no_retriever_is_one_line(
+    released: Callable[[str], Path], corpus: Path, tmp_path: Path
+) -> None:
+    given = ("--recipe", "booster", "--stages", "3", "--model", released("tied"), "--data", corpus)
+    line = " ".join(refused(tmp_path, *given).split())
+    assert "model.pooling must say how" in line and "add --set model.pooling=last" in line
+    recipe = resolve("booster", None, [f"stages.3.data={corpus}"], model=str(released("tied")))
+    for asked in ("last", "ret"):
+        model = replace(recipe.model, pooling=asked)
+        readiness._refuse_unfit(replace(recipe, model=model), recipe.stages)
+    writes = replace(recipe.stages["3"], max_completion_length=4)
+    readiness._refuse_unfit(recipe, {"3": writes})
 
 
 def test_attention_that_is_not_installed_is_one_line(

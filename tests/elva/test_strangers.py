@@ -177,15 +177,18 @@ def test_a_file_of_another_form_is_named(tmp_path, name, written, rule):
     assert f"{tmp_path / name} must" in str(said.value) and rule in str(said.value)
 
 
-@pytest.mark.parametrize("known", [(), ("modules.json",), None])
+@pytest.mark.parametrize("known", [(), ("modules.json",), ("whole",), None])
 def test_whether_a_hub_has_a_file_is_known_or_asked_for(tmp_path, monkeypatch, known):
-    """Without a connection: of a cache, its notes of what does not exist alone say so."""
+    """Without a connection: of a cache, its notes of what does not exist say so, or that all that
+    there is was fetched."""
     cache = tmp_path / "models--a--b"
     strangers.put(cache / "snapshots/c0/config.json", {})
     (cache / "refs").mkdir()
     (cache / "refs/main").write_text("c0")
-    for name in known or ():
-        strangers.put(cache / ".no_exist/c0" / name, {})
+    if known == ("modules.json",):
+        strangers.put(cache / ".no_exist/c0/modules.json", {})
+    elif known == ("whole",):
+        strangers.put(cache / "snapshots/c0/.gitattributes", {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert find("a/b", "config.json") == cache / "snapshots/c0/config.json"
@@ -233,6 +236,37 @@ def test_a_sampled_summary_is_closed_and_pooled(tmp_path, pooling, ends_with):
             path, [ITEMS[row // 3]], pooling=pooling, model=retriever.plain, written=written
         )
         torch.testing.assert_close(out.embeddings[row : row + 1], expected, rtol=0, atol=1e-9)
+
+
+def test_a_prompt_may_be_closed_by_nothing(tmp_path):
+    """By its reading, its tokenizer and its chat template: then an end alone closes a summary."""
+    path = families.write(tmp_path / "model", "qwen3_vl", tied=True)
+    reading = Reading("last", generation_prompt=False)
+
+    def opened_with(ends: bool) -> Retriever:
+        retriever = Retriever.load(path, reading=reading)
+        inputs = retriever.inputs
+        inputs._frame = lambda *_: [inputs.text_ids("asked: "), []]
+        inputs.end_ids = inputs.end_ids if ends else []
+        return retriever
+
+    for ends in (True, False):
+        retriever = opened_with(ends)
+        inputs = retriever.inputs
+        prompts = [inputs.prompt(item) for item in ITEMS[::2]]
+        batch = inputs.collate(prompts, retriever.device)
+        ids = torch.zeros(len(prompts), 0, dtype=torch.long)
+        _, expected = retriever.read_out(batch, ids, ids.bool())
+        found = ours(retriever, ITEMS[::2])
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+        assert inputs.ending == [] and inputs.filler not in inputs.banned_ids
+    with pytest.raises(UserError, match="must have a token that ends an answer"):
+        ours(retriever, ITEMS[::2], length=3)
+    retriever = opened_with(True)
+    assert retriever.inputs.closing == retriever.inputs.end_ids[:1]
+    out = sample(retriever, prompts, draws=None, max_completion_length=3)
+    last = out.ids[torch.arange(len(prompts)), out.mask.sum(1) - 1]
+    assert last.tolist() == [retriever.inputs.end_ids[0]] * len(prompts)
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +466,7 @@ def test_the_commands_boost_and_keep_a_retriever(tmp_path, data, stranger, monke
              "lora.rank=2")  # fmt: skip
     elva(*recipe, *(w for s in short for w in ("--set", f"stages.3.{s}")), "--output", "run")
     evaluated = json.loads((tmp_path / "run/stage-3/evaluation.json").read_text())["figures"]
+    assert not [name for name in evaluated if name.endswith("frac_no_ret")]
     elva("embed", "run", "--data", data, "--dtype", "float32", "--output", "embeddings")
     found = json.loads(elva("evaluate", "--embeddings", "embeddings", "--data", data, "--json"))
     assert found["sets"]["x_task0"]["recall_at_1"] == evaluated["t2i_recall_at_1"]
