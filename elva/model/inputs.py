@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from elva.data import Item
 from elva.errors import UserError
 from elva.files import sha256
 from elva.model.pictures import Pictures, Pixels
+from elva.model.prompt import Prompt, PromptBatch, mrope_positions
 from elva.model.reading import AT_RET, Reading
 
 RET = "[RET]"
@@ -48,44 +49,6 @@ SYSTEM_HERE = "\ue001"
 
 PROMPTS_KEPT = 100_000
 """Tokenised prompts kept at a time; about 1 KB each."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One tokenised input. `image` names the picture whose features replace its placeholder
-    tokens."""
-
-    input_ids: Tensor  # [L] int64
-    position_ids: Tensor  # [3, L] int64: Qwen2-VL's temporal, height and width positions
-    image: str | None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass
-class PromptBatch:
-    """Prompts padded on the left to one length, so that every completion starts in the same
-    column."""
-
-    input_ids: Tensor  # [R, L]
-    attention_mask: Tensor  # [R, L], 1 where real
-    position_ids: Tensor  # [3, R, L]
-    images: list[str | None]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def repeat(self, times: int) -> PromptBatch:
-        """Each prompt `times` times, in order."""
-        if times == 1:
-            return self
-        return PromptBatch(
-            self.input_ids.repeat_interleave(times, 0),
-            self.attention_mask.repeat_interleave(times, 0),
-            self.position_ids.repeat_interleave(times, 1),
-            [image for image in self.images for _ in range(times)],
-        )
 
 
 class Inputs:
@@ -407,30 +370,6 @@ def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(found, int)
     return found
-
-
-def mrope_positions(is_image: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Qwen2-VL's rotary positions of text around at most one picture, [3, L].
-
-    Equivalent to `Qwen2VLModel.get_rope_index` on one unpadded row, without its loop over tokens.
-
-    Args:
-        is_image: [L] bool, the picture's placeholders (one run of grid height * width tokens).
-        grid: height and width of the picture in merged patches.
-    """
-    length = len(is_image)
-    positions = torch.arange(length).expand(3, -1).clone()
-    if grid is None:
-        return positions
-    height, width = grid
-    start = int(is_image.int().argmax())
-    end = start + height * width
-    cells = torch.arange(height * width)
-    positions[0, start:end] = start
-    positions[1, start:end] = start + cells // width
-    positions[2, start:end] = start + cells % width
-    positions[:, end:] = start + max(height, width) + torch.arange(length - end)
-    return positions
 
 
 def _picture_key(item: Item) -> str:

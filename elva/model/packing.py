@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elva.model.inputs import PromptBatch
+from elva.model.prompt import PromptBatch
 
 
 @dataclass

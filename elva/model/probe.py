@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from elva.data import Item
-from elva.model.inputs import RET, Prompt
+from elva.model.inputs import RET
+from elva.model.prompt import Prompt
 from elva.model.retriever import Retriever
 from elva.model.rollout import sample
 

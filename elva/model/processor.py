@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
 from elva.errors import UserError
-from elva.model.inputs import SYSTEM_HERE, Inputs, Prompt
+from elva.model.inputs import SYSTEM_HERE, Inputs
 from elva.model.pictures import Pixels
+from elva.model.prompt import Prompt
 
 WORDS_ONLY = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns of the text; all else is of the picture."""

@@ -29,9 +29,10 @@ from transformers.utils import CONFIG_NAME
 
 from elva.model import adapters
 from elva.model.family import HEAD, decoder_of, family_of, read_inputs, read_model, unreadable
-from elva.model.inputs import Inputs, Prompt, PromptBatch
+from elva.model.inputs import Inputs
 from elva.model.note import NOTE, read_note, reading_of, stands_on
 from elva.model.packing import completions_a_reading, pack
+from elva.model.prompt import Prompt, PromptBatch
 from elva.model.reading import Reading, wide
 from elva.model.vision import FeatureFile, Features, each_alone, fingerprint
 from elva.recipe import LoraSettings

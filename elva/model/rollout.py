@@ -16,7 +16,8 @@ from torch import Tensor
 
 from elva.data import Item
 from elva.model.cache import decoding_cache
-from elva.model.inputs import Inputs, Prompt, PromptBatch
+from elva.model.inputs import Inputs
+from elva.model.prompt import Prompt, PromptBatch
 from elva.model.reading import wide
 from elva.model.retriever import Retriever
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from elva.data import Item
 from elva.errors import UserError
-from elva.model.inputs import Inputs, Prompt
+from elva.model.inputs import Inputs
+from elva.model.prompt import Prompt
 from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training.comparison import Comparison, compare

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elva.data import Item
 from elva.draws import uniforms
-from elva.model.inputs import Prompt, PromptBatch
+from elva.model.prompt import Prompt, PromptBatch
 from elva.model.retriever import Retriever
 from elva.model.rollout import Rollouts, batches_by_length, encode, sample
 from elva.processes import Processes

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
-from elva.model.inputs import PromptBatch
+from elva.model.prompt import PromptBatch
 from elva.model.reading import wide
 from elva.model.retriever import Retriever
 from elva.model.rollout import Rollouts, token_log_probs

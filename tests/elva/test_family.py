@@ -10,7 +10,8 @@ from elva.data import Item
 from elva.errors import UserError
 from elva.model import probe
 from elva.model.family import decoder_of, read_model
-from elva.model.inputs import RET, mrope_positions
+from elva.model.inputs import RET
+from elva.model.prompt import mrope_positions
 from elva.model.retriever import Retriever
 from elva.recipe import LoraSettings
 from tests.elva import families

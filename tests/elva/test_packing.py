@@ -12,8 +12,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from elva.data import load
 from elva.model import retriever as retriever_module
-from elva.model.inputs import Prompt
 from elva.model.packing import completions_a_reading
+from elva.model.prompt import Prompt
 from elva.model.retriever import Retriever
 from elva.processes import Processes
 from elva.recipe import LoraSettings, StageConfig

@@ -15,7 +15,8 @@ from elva.data import Item, load
 from elva.draws import permutation, uniforms
 from elva.model import rollout
 from elva.model.cache import decoding_cache
-from elva.model.inputs import RET, Inputs, Prompt, mrope_positions
+from elva.model.inputs import RET, Inputs
+from elva.model.prompt import Prompt, mrope_positions
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode, sample, token_log_probs
 from elva.model.scratch import create
