@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elva.commands.train import _Shared
 from elva.data import Item, load, mbeir
 from elva.errors import DataError
 from elva.model import pictures
@@ -25,9 +24,8 @@ from elva.model.pictures import Pictures
 from elva.model.processor import ProcessorInputs
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
-from elva.processes import Processes
-from elva.progress import SILENT
 from elva.recipe import ModelConfig, NegativeConfig, Recipe, StageConfig
+from elva.training.beginning import open_model
 from elva.training.callbacks import Callback
 from elva.training.loop import Loop
 from tests.elva import families
@@ -329,8 +327,7 @@ def test_what_was_asked_for_last_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_recipe_says_how_many_threads(checkpoint: Path) -> None:
     def workers(trainer: dict[str, Any]) -> int:
         recipe = Recipe("x", ModelConfig(str(checkpoint)), {"3": I2I}, trainer=trainer)
-        shared = _Shared(recipe, SILENT, Processes(), ())
-        return shared.load(checkpoint, "").inputs.pictures.workers
+        return open_model(recipe, checkpoint, "").inputs.pictures.workers
 
     assert workers({"dataloader_num_workers": 3}) == 3
     assert workers({"dataloader_num_workers": 0}) == 0
