@@ -58,6 +58,16 @@ def stages(run: Path, name: str) -> list[dict[str, Any]]:
     return Run.open(run).metrics(name)
 
 
+def test_the_larger_models_recipe_trains_its_three_stages(
+    tree: Path, released: Callable[[str], Path], tmp_path: Path
+) -> None:
+    elva("train", "--recipe", "elva-7b", "--model", released("untied"), "--data", tree, "--output",
+         tmp_path / "run", *(w for change in SHORT for w in ("--set", change)), "--set",
+         "evaluate=false", "--limit", "2")  # fmt: skip
+    assert Run.open(tmp_path / "run").trained == ["1", "2", "3"]
+    assert [row["step"] for name in "123" for row in stages(tmp_path / "run", name)] == [1, 2] * 3
+
+
 def test_a_published_tree_is_whole(tree: Path) -> None:
     found = json.loads(elva("data", "check", tree, "--json"))
     assert found["bad"] == [] and found["missing_pictures"] == 0
