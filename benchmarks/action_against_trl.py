@@ -245,8 +245,8 @@ def measure_elva(place: Path, rows: int, steps: int, pictures: bool) -> dict[str
 
         def on_step_end(self, loop: Loop, metrics: Any) -> None:
             assert metrics["frac_no_ret"] < 0.5 and metrics["policy"] != 0
-            assert work._last is not None
-            read = GROUPS * sum(map(len, work._last.asked.prompts))
+            assert work.last is not None
+            read = GROUPS * sum(map(len, work.last.asked.prompts))
             meter.step(round(metrics["completion_length"] * ROWS), read)
 
     loop = Loop(

@@ -245,10 +245,6 @@ class Retriever(nn.Module):
             return dict(zip(wanted, self._towers(wanted), strict=True))
         return self.features.get(images, self._towers, self.device)
 
-    def picture_features(self, image: str) -> Tensor:
-        """[tokens, W] of a picture that was prompted, by the vision tower of now."""
-        return self._towers([image])[0]
-
     def _towers(self, images: Sequence[str]) -> list[Tensor]:
         frozen = not self.train_vision
         plainly = torch.autocast(self.device.type, enabled=False) if frozen else nullcontext()

@@ -184,7 +184,7 @@ def _measure(
             break
         queries *= FACTOR
     share = sequences_a_step(stage) / sequences_a_step(piece)
-    prompts = work._last.asked.prompts if work._last is not None else []
+    prompts = work.last.asked.prompts if work.last is not None else []
     if stage.banks or stage.hard_batches or stage.negatives.mined:
         mining = _mining_seconds(work, examples)
     longest = max((len(prompt) for prompt in prompts), default=0)

@@ -108,7 +108,7 @@ class Stage:
         self.prompts = Prompts(
             stage, examples, self.negatives, retriever.inputs, processes, self.seed
         )
-        self._last: Rolled | None = None
+        self.last: Rolled | None = None  # the step at hand
 
     # -- what the loop asks ------------------------------------------------------------------------
 
@@ -119,18 +119,18 @@ class Stage:
             model: the retriever, wrapped for the processes.
         """
         batch = self.plan[number // self.stage.num_iterations]
-        first = self._last is None or self._last.batch.step != batch.step
+        first = self.last is None or self.last.batch.step != batch.step
         with torch.no_grad(), brought_together(self.retriever):
             if first:
-                self._last = self.retriever(self._roll, batch)
+                self.last = self.retriever(self._roll, batch)
             elif self.stage.embeds:
-                assert self._last is not None
-                self._last.rollouts.embeddings = self.retriever(
-                    self.summaries.embeddings, self._last.asked.prompts, self._last.rollouts
+                assert self.last is not None
+                self.last.rollouts.embeddings = self.retriever(
+                    self.summaries.embeddings, self.last.asked.prompts, self.last.rollouts
                 )
-        assert self._last is not None
-        gradients, metrics = self._score(self._last, first)
-        metrics.update(self._backward(self._last, gradients, first, accelerator, model))
+        assert self.last is not None
+        gradients, metrics = self._score(self.last, first)
+        metrics.update(self._backward(self.last, gradients, first, accelerator, model))
         stage = self.stage
         weights = {
             "lm": stage.lm, "ret": stage.ret, "infonce": stage.infonce, "policy": stage.policy,

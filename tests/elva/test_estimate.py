@@ -105,7 +105,7 @@ def test_activations_are_what_autograd_keeps(
     run.train()
     assert len(prompts) == 1, "one micro-batch"
     recipe = described(released("untied"), stage, **extra)
-    pictured = {p.image: p for p in run.work._last.asked.prompts if p.image is not None}
+    pictured = {p.image: p for p in run.work.last.asked.prompts if p.image is not None}
     largest = max(int((p.input_ids == run.retriever.inputs.image_id).sum())
                   for p in pictured.values())  # fmt: skip
     found = {"prompt_tokens": prompts[0], "picture_tokens": largest, "pictures": len(pictured)}
@@ -151,7 +151,7 @@ ctypes.CDLL("libc.so.6").malloc_trim(0)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
 before = resident("VmRSS")
 run = stages.Stage(checkpoint, corpus, PEAK, place / "second", steps=2).train()
-prompts, shown = run.work._last.asked.prompts, run.retriever.inputs.image_id
+prompts, shown = run.work.last.asked.prompts, run.retriever.inputs.image_id
 print(resident("VmHWM") - before, max(map(len, prompts)),
       max(int((p.input_ids == shown).sum()) for p in prompts))
 """

@@ -145,7 +145,7 @@ def test_qwen3s_features_carry_the_deeper_levels(open_in_fp64):
     levels = len(retriever.plain.config.vision_config.deepstack_visual_indexes)
     tokens = int((prompt.input_ids == retriever.inputs.image_id).sum())
     width = retriever.embedding_size * (1 + levels)
-    assert retriever.picture_features(prompt.image).shape == (tokens, width)
+    assert retriever.image_features([prompt.image])[prompt.image].shape == (tokens, width)
 
 
 @pytest.mark.parametrize("family", FITTING)

@@ -151,10 +151,10 @@ def test_a_step_finds_its_pictures_cut(
 
     class Wait(Callback):
         def on_step_end(self, loop: Loop, metrics: Mapping[str, float]) -> None:
-            assert run.work._last is not None
+            assert run.work.last is not None
             rest(run.retriever.inputs.pictures)
             if loop.step % stage.num_iterations == 0:
-                steps.append({p.image for p in run.work._last.asked.prompts if p.image is not None})
+                steps.append({p.image for p in run.work.last.asked.prompts if p.image is not None})
                 known.append({name for name, _ in cuts})
                 cuts[:] = [(name, False) for name, _ in cuts]  # of the first step
 

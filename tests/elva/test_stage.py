@@ -287,7 +287,7 @@ def test_what_is_rolled_out_is_what_the_setting_says(
     for name in ("query", "query_positive", "all"):
         stage = replace(POLICY, pathwise=0.5, rollout_candidates=name)
         run = Stage(checkpoint, corpus, stage, tmp_path / name, steps=2).train()
-        last = run.work._last
+        last = run.work.last
         assert last is not None
         counts[name] = len(last.asked.prompts)
         assert (last.bank is None) == (name == "all")
@@ -362,7 +362,7 @@ def test_a_temperature_is_learnt(corpus: Path, checkpoint: Path, tmp_path: Path)
 
     def compared(*given: Any) -> dict[str, float]:
         found = step(*given)
-        last, learnt = run.work._last, run.retriever.log_temperature
+        last, learnt = run.work.last, run.retriever.log_temperature
         assert last is not None
         again = learnt.detach().clone().requires_grad_()
         there = last.embedded(last.rollouts.embeddings)

@@ -303,7 +303,7 @@ def test_pathwise_differentiates_the_retrievers_own_embedding(tmp_path, data, po
     assert "frac_no_ret" not in metrics
     found = {n: p.grad.clone() for n, p in retriever.named_parameters() if p.grad is not None}
     retriever.zero_grad()
-    rolled = stage.work._last
+    rolled = stage.work.last
     candidates = stage.work.examples.candidates
     shown = [candidates[int(i)] for i in rolled.asked.comparison.candidates]
     rows = strangers.embed(
