@@ -76,9 +76,7 @@ Name = Annotated[
     str, Rule("be a word of letters, digits, _ and -", re.compile(r"\w[\w-]*", re.A).fullmatch)
 ]
 FileSize = Annotated[int, between(0, 2**62)]
-Sha256 = Annotated[
-    str, Rule("be a SHA-256 in hexadecimal", re.compile(r"[0-9a-f]{64}").fullmatch)
-]
+Sha256 = Annotated[str, Rule("be a SHA-256 in hexadecimal", re.compile(r"[0-9a-f]{64}").fullmatch)]
 
 JSON_BYTES, JSON_VALUES = 64 << 20, 4_000_000
 """Ours: what a file that is read as a whole may hold, far over what is ever written."""

@@ -19,7 +19,8 @@ from elva.errors import IndexFault, UserError
 from elva.files import PARTIAL, sha256, write_text
 from elva.index import exact
 from elva.index.exact import Found
-from elva.index.index import Index, Where
+from elva.index.index import Index
+from elva.index.where import Where
 from elva.model.identity import Identity
 
 KINDS = ("ivf", "hnsw")
@@ -102,14 +103,13 @@ class FaissEngine:
     ) -> Found:
         """As `Index.search`, but rows may be missed; a query with fewer than k answers is padded
         with row -1 and score -inf."""
-        self.index.check_query(query, k, model)
+        query, k = self.index.check_query(query, k, model)
         allowed = self.index.allowed(where)
         rows = len(self.index.alive)
         live = rows if allowed is None else int(allowed.sum())
         if allowed is not None and live < min(EXACT_BELOW, rows // 2):
             return self.index.search(query, k, where=where)
         k = min(k, live)
-        query = query.detach().cpu().float()
         if not k or not len(query):
             return exact.merge([], len(query), k)
         depth = min(rows, max(OVERFETCH * k, k + 16))
