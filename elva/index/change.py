@@ -31,16 +31,18 @@ def building(directory: Path, empty: Manifest, overwrite: bool) -> Iterator[Mani
 
 
 def _check_place(directory: Path, overwrite: bool) -> None:
+    ours = {SEGMENTS, manifest.LOCK, manifest.FILE + PARTIAL}  # what a killed one may have left
+    try:
+        names = {path.name for path in directory.iterdir()}
+    except FileNotFoundError:
+        return  # it will be made
     if manifest.exists(directory):
         if not overwrite:
             raise IndexFault(
                 f"{directory}: must not hold an index yet; pass --overwrite, or elva index add"
             )
-        return
-    ours = {SEGMENTS, manifest.LOCK, manifest.FILE + PARTIAL}  # what a killed one may have left
-    with suppress(FileNotFoundError):  # not there: it will be made
-        if any(p.name not in ours for p in directory.iterdir()):
-            raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
+    elif names - ours:
+        raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
 
 
 def written(directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest) -> Entry:
