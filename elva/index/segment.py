@@ -214,7 +214,7 @@ def write(
 
 def damaged(path: Path, rule: str) -> IndexFault:
     """The error for a file that is not what was written."""
-    return IndexFault(f"{path}: must have {rule}; the file is damaged, build the index again")
+    return IndexFault(f"{path}: must have {rule}; the file is damaged, make it again")
 
 
 def read_fields(kind: type[Read], content: bytes, path: Path) -> Read:
