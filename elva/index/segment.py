@@ -31,7 +31,7 @@ from torch import Tensor
 
 from elva.errors import IndexFault, UserError
 from elva.files import open_regular, replacing
-from elva.index import scale
+from elva.index import scale, stream
 from elva.model.identity import Identity
 from elva.settings import FileSize, Places, Sha256, between, build, read_json, shown
 
@@ -111,16 +111,9 @@ class Segment:
         start = HEADER_BYTES + self._row_bytes
         view = memoryview(self._map)[start : self._data_end]
         try:
-            table = pa.ipc.open_stream(pa.py_buffer(view)).read_all()
-            table.validate(full=True)  # offsets out of the buffers would be read as they are
-        except (pa.ArrowException, KeyError, OSError, ValueError):
+            return stream.read(view, self.rows)
+        except ValueError:
             raise damaged(self.path, "a readable table of ids") from None
-        names = table.schema.names
-        if table.num_rows != self.rows or len({*names}) < len(names) or "id" not in names:
-            raise damaged(self.path, "an id for each row, and each field once")
-        if table.schema.field("id").type != pa.string() or table["id"].null_count:
-            raise damaged(self.path, "an id for each row")
-        return table
 
     def verify(self) -> None:
         """Compare every byte with its checksum.
@@ -162,10 +155,7 @@ def write(
         IndexFault: a NaN or infinite embedding, or a wrong count or width.
         OSError: the disk; the path and the byte are in it.
     """
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, table.schema) as writer:
-        writer.write_table(table)
-    ids = buffer.getvalue()
+    ids = stream.write(table)
     rows = 0
     with replacing(path) as sink:
         sink.write(bytes(HEADER_BYTES))
