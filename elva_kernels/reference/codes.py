@@ -125,8 +125,10 @@ def rotated(rows: Tensor) -> Tensor:
 
 
 def sign(turn: int, element: int) -> int:
-    """1 or -1: a bit of a multiplicative hash, so that every backend has the same."""
-    return 1 - 2 * ((2 * element + turn) * 0x9E3779B1 >> 31 & 1)
+    """1 or -1: a bit of a hash of 32 bits, so that every backend has the same."""
+    bits = (2 * element + turn) * 0x9E3779B1 & 0xFFFFFFFF
+    bits = (bits ^ bits >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+    return 1 - 2 * ((bits ^ bits >> 13) & 1)
 
 
 def _coded(rows: Tensor, *, fine: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,6 +139,9 @@ def _coded(rows: Tensor, *, fine: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]
     code = steps.round().clamp(-LARGEST_CODE, LARGEST_CODE)
     rest = ((steps - code) * FINE_STEPS).round().clamp(-128, 127) if fine else 0 * code[:, :0]
     left = steps - code - (rest / FINE_STEPS if fine else 0)
-    lost = left.norm(dim=-1) * scale.double() * (1 + 1e-6) + ROTATION_ERROR * (scale > 0)
+    lost = (
+        left.norm(dim=-1) * scale.double() * (1 + 1e-6)
+        + ROTATION_ERROR * (scale > 0).double().double()
+    )
     lost = torch.where(finite, lost, torch.inf).float()
     return code.to(torch.int8), rest.to(torch.int8), scale, lost
