@@ -20,18 +20,20 @@ import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, TypeVar
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from elva.errors import IndexFault
-from elva.files import replacing
+from elva.errors import IndexFault, UserError
+from elva.files import open_regular, replacing
+from elva.index import scale
 from elva.model.identity import Identity
+from elva.settings import FileSize, Places, Sha256, between, build, read_json, shown
 
 MAGIC = b"ELVASEG1"
 VERSION = 1
@@ -39,6 +41,23 @@ HEADER_BYTES = 4096
 BLOCK_BYTES = 4 << 20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DIGEST = hashlib.sha256().digest_size
+Rows = Annotated[int, between(0, 2**48)]
+Width = Annotated[int, between(1, 2**24)]
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a segment's first page says."""
+
+    dtype: Literal["float16", "bfloat16", "float32"]
+    dim: Width
+    rows: Rows
+    metric: Literal["cosine"]
+    model: Identity
+    table_bytes: FileSize
+    sums: Sha256
+    version: Literal[1] = VERSION
 
 
 class Segment:
@@ -47,32 +66,31 @@ class Segment:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                start = file.read(HEADER_BYTES)
+            descriptor, self.size = open_regular(path)
         except OSError as error:
             raise IndexFault(
                 f"{path}: must be readable, got {error.strerror}; build the index again"
             ) from None
-        header = _header(path, start)
-        self.header_sum = start[16:48].hex()
         try:
-            self.dtype: str = header["dtype"]
-            self.dim, self.rows = int(header["dim"]), int(header["rows"])
-            self.model = Identity(**header["model"])
-            self._table_bytes = int(header["table_bytes"])
-            self._sums = bytes.fromhex(header["sums"])
+            start = os.pread(descriptor, HEADER_BYTES, 0)
+            header = _header(path, start)
+            self.header_sum = start[16:48].hex()
+            self.dtype, self.dim, self.rows = header.dtype, header.dim, header.rows
+            self.model, self._sums = header.model, bytes.fromhex(header.sums)
             self._row_bytes = self.rows * self.dim * DTYPES[self.dtype].itemsize
-        except (KeyError, TypeError, ValueError):
-            raise damaged(path, "a header of this version") from None
-        self._data_end = HEADER_BYTES + self._row_bytes + self._table_bytes
-        blocks = -(-(self._data_end - HEADER_BYTES) // BLOCK_BYTES)
-        expected = self._data_end + blocks * DIGEST
-        if min(self.dim, self.rows, self._table_bytes) < 0 or size != expected:
-            raise damaged(path, f"{expected:,} bytes, got {size:,}")
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.size = size
+            self._data_end = HEADER_BYTES + self._row_bytes + header.table_bytes
+            blocks = -(-(self._data_end - HEADER_BYTES) // BLOCK_BYTES)
+            expected = self._data_end + blocks * DIGEST
+            if self.size != expected:
+                raise damaged(path, f"{expected:,} bytes, got {self.size:,}")
+            self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+
+    @property
+    def content(self) -> memoryview:
+        """The whole file's bytes."""
+        return memoryview(self._map)
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -94,10 +112,14 @@ class Segment:
         view = memoryview(self._map)[start : self._data_end]
         try:
             table = pa.ipc.open_stream(pa.py_buffer(view)).read_all()
-            if table.num_rows != self.rows or table.schema.field("id").type != pa.string():
-                raise damaged(self.path, "an id for each row")
-        except (pa.ArrowInvalid, KeyError, OSError):
+            table.validate(full=True)  # offsets out of the buffers would be read as they are
+        except (pa.ArrowException, KeyError, OSError, ValueError):
             raise damaged(self.path, "a readable table of ids") from None
+        names = table.schema.names
+        if table.num_rows != self.rows or len({*names}) < len(names) or "id" not in names:
+            raise damaged(self.path, "an id for each row, and each field once")
+        if table.schema.field("id").type != pa.string() or table["id"].null_count:
+            raise damaged(self.path, "an id for each row")
         return table
 
     def verify(self) -> None:
@@ -149,12 +171,16 @@ def write(
         sink.write(bytes(HEADER_BYTES))
         sums = _Sums()
         for chunk in chunks:
+            if not chunk.is_floating_point():
+                raise IndexFault(
+                    f"index: embeddings must be of floats, got {chunk.dtype}; convert them"
+                )
             if chunk.ndim != 2 or chunk.shape[1] != dim:
                 raise IndexFault(
                     f"index: embeddings must be [n, {dim}], got {tuple(chunk.shape)}; "
                     "embed all of it with one model"
                 )
-            stored = chunk.detach().to("cpu", DTYPES[dtype]).contiguous()
+            stored = scale.rounded(chunk, DTYPES[dtype])
             _check_finite(stored, rows, table)
             rows += len(stored)
             content = memoryview(stored.view(torch.uint8).flatten().numpy().data)
@@ -169,16 +195,11 @@ def write(
         sink.write(memoryview(ids))
         listed = sums.digest()
         sink.write(listed)
+        sums_sum = hashlib.sha256(listed).hexdigest()
         header = {
-            "version": VERSION,
-            "dtype": dtype,
-            "dim": dim,
-            "rows": rows,
-            "metric": "cosine",
-            "model": asdict(model),
-            "table_bytes": ids.size,
-            "sums": hashlib.sha256(listed).hexdigest(),
-        }
+            "version": VERSION, "dtype": dtype, "dim": dim, "rows": rows, "metric": "cosine",
+            "model": asdict(model), "table_bytes": ids.size, "sums": sums_sum,
+        }  # fmt: skip
         text = json.dumps(header).encode()
         if 48 + len(text) > HEADER_BYTES:
             raise IndexFault(
@@ -186,15 +207,41 @@ def write(
                 "move it to a shorter path"
             )
         digest = hashlib.sha256(text).digest()
-        sink.write_start(MAGIC + struct.pack("<Q", len(text)) + digest + text)
+        start = MAGIC + struct.pack("<Q", len(text)) + digest + text
+        _header(path, start.ljust(HEADER_BYTES, b"\0"))  # nothing is written that is not read
+        sink.write_start(start)
 
 
 def damaged(path: Path, rule: str) -> IndexFault:
     """The error for a file that is not what was written."""
-    return IndexFault(f"{path}: must have {rule}; the file is damaged, build the index again")
+    return IndexFault(f"{path}: must have {rule}; the file is damaged, make it again")
 
 
-def _header(path: Path, start: bytes) -> dict[str, Any]:
+def read_fields(kind: type[Read], content: bytes, path: Path) -> Read:
+    """A dataclass from the JSON of a file that nobody vouches for.
+
+    Raises:
+        IndexFault: another version, or a field that is missing, unknown or against its rule.
+    """
+    places = Places("fields")
+    try:
+        data = read_json(content, places)
+        version = data.get("version") if isinstance(data, dict) else VERSION
+        if type(version) is int and version != VERSION:
+            raise IndexFault(
+                f"{path}: must be of version {VERSION}, got {shown(version)}; "
+                "use the elva that wrote it or build the index again"
+            )
+        found: Read = build(kind, data, places)
+    except IndexFault:
+        raise
+    except UserError as error:
+        reason = str(error).removeprefix("fields: ")
+        raise damaged(path, f"its fields as they are written ({reason})") from None
+    return found
+
+
+def _header(path: Path, start: bytes) -> Header:
     if len(start) < HEADER_BYTES or start[:8] != MAGIC:
         raise damaged(path, "an index segment's first bytes")
     (length,) = struct.unpack("<Q", start[8:16])
@@ -203,13 +250,7 @@ def _header(path: Path, start: bytes) -> dict[str, Any]:
         raise damaged(path, "its header's checksum")
     if any(start[48 + length :]):
         raise damaged(path, "zeros after its header")
-    header: dict[str, Any] = json.loads(text)
-    if header.get("version") != VERSION:
-        raise IndexFault(
-            f"{path}: must be of version {VERSION}, got {header.get('version')!r}; "
-            "use the elva that wrote it or build the index again"
-        )
-    return header
+    return read_fields(Header, text, path)
 
 
 def _block(data: memoryview, number: int) -> memoryview:
@@ -224,8 +265,8 @@ def _check_finite(stored: Tensor, first: int, table: pa.Table) -> None:
     row = first + int((~torch.isfinite(stored)).any(1).int().argmax())
     name = table["id"][row].as_py() if row < table.num_rows else ""
     raise IndexFault(
-        f"index: embeddings must be finite in {str(stored.dtype).removeprefix('torch.')}, "
-        f"got NaN or infinity in row {row} ({name}); mend the model or store another dtype"
+        f"index: embeddings must be finite, got NaN or infinity in row {row} ({name}); "
+        "mend the model"
     )
 
 

@@ -143,6 +143,9 @@ def test_every_write_that_fails_leaves_the_old_or_the_new_index(
                 except OSError as error:
                     done = False
                     assert error.errno == number
+                except IndexFault as error:  # where it was reading
+                    done = False
+                    assert f"got {os.strerror(number)};" in str(error)
             now = content(path)
             assert not list(path.rglob("*.partial"))
             if left[0] > 0:
