@@ -144,6 +144,7 @@ KERNEL_ROOMS = {
     "in_batch": ("reference", "registered", "checks"),
     "info_nce": ("reference", "registered", "checks"),
     "topk": ("reference", "registered", "checks"),
+    "codes": ("reference", "registered", "checks"),
     "modules": ("reference", "checks", "reward", "info_nce"),
     "doctor": ("backends.boundary", "backends.table", "backends.admission", "backends.choice"),
 }
