@@ -76,6 +76,6 @@ def search(
             print(json.dumps([hit.as_json() for hit in hits]))
             return
         for hit in hits:
-            out.print(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}", markup=False)
+            out.line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}")
         if page is not None:
-            out.print(f"contact sheet: {page}", soft_wrap=True)
+            out.line(f"contact sheet: {page}")
