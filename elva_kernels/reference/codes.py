@@ -139,9 +139,6 @@ def _coded(rows: Tensor, *, fine: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]
     code = steps.round().clamp(-LARGEST_CODE, LARGEST_CODE)
     rest = ((steps - code) * FINE_STEPS).round().clamp(-128, 127) if fine else 0 * code[:, :0]
     left = steps - code - (rest / FINE_STEPS if fine else 0)
-    lost = (
-        left.norm(dim=-1) * scale.double() * (1 + 1e-6)
-        + ROTATION_ERROR * (scale > 0).double()
-    )
+    lost = left.norm(dim=-1) * scale.double() * (1 + 1e-6) + ROTATION_ERROR * (scale > 0).double()
     lost = torch.where(finite, lost, torch.inf).float()
     return code.to(torch.int8), rest.to(torch.int8), scale, lost
