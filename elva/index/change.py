@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from elva.errors import IndexFault
 from elva.files import PARTIAL, replacing, sync_directory
-from elva.index import manifest, segment
+from elva.index import codes, manifest, segment
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import Segment
+
+MOST_CODED = 65_536
+"""Columns of rows that `elva_kernels.row_codes` takes."""
 
 
 @contextmanager
@@ -45,15 +48,20 @@ def _check_place(directory: Path, overwrite: bool) -> None:
         raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
 
 
-def written(directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest) -> Entry:
-    """Write a segment into an index's directory; it counts once a manifest names it."""
+def written(
+    directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest, coded: bool
+) -> Entry:
+    """Write a segment into an index's directory; it counts once a manifest names it.
+
+    Args:
+        coded: with codes of its rows.
+    """
     path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
     segment.write(path, chunks, table, dim=base.dim, dtype=base.dtype, model=base.model)
-    one = Segment(path)
-    return Entry(path.name, one.rows, one.header_sum)
+    return entry_of(Segment(path), coded)
 
 
-def linked(directory: Path, one: Segment) -> Entry:
+def linked(directory: Path, one: Segment, coded: bool) -> Entry:
     """Put a segment that is elsewhere into the directory, by a link where the file system can."""
     path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
     try:
@@ -61,7 +69,19 @@ def linked(directory: Path, one: Segment) -> Entry:
         sync_directory(path.parent)
     except OSError:  # another file system, or one without links
         _copy(one, path)
-    return Entry(path.name, one.rows, one.header_sum)
+    return entry_of(Segment(path), coded)
+
+
+def entry_of(one: Segment, coded: bool, progress: Callable[[int], None] | None = None) -> Entry:
+    """What a manifest says of a segment that lies in the index; its codes are written if wanted."""
+    bare = Entry(one.path.name, one.rows, one.header_sum)
+    if not coded or one.dim > MOST_CODED:
+        return bare
+    unnamed = one.path.with_suffix(f".new{codes.SUFFIX}")
+    made = replace(bare, codes=codes.write(one, unnamed, progress).header_sum)
+    os.replace(unnamed, one.path.with_name(made.codes_file))
+    sync_directory(one.path.parent)
+    return made
 
 
 def _copy(one: Segment, path: Path) -> None:

@@ -20,7 +20,8 @@ from elva.data import Item, Query
 from elva.errors import UserError
 from elva.files import read_bounded, write_text
 from elva.index import Found, Segment, exact
-from elva.index.segment import Rows, read_fields
+from elva.index.blocks import read_fields
+from elva.index.segment import Rows
 from elva.model.identity import Identity
 from elva.settings import JSON_BYTES, between
 

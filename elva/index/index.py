@@ -18,11 +18,13 @@ from torch import Tensor
 
 from elva.errors import IndexFault
 from elva.index import change, exact, manifest, scale, segment
+from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import DTYPES, Segment
 from elva.index.where import Condition, Where, checked, held
 from elva.model.identity import Identity
+from elva.progress import SILENT, Reporter
 from elva.settings import shown
 
 
@@ -40,7 +42,7 @@ class Index:
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
-        self.manifest, self.segments = _opened(self.directory)
+        self.manifest, self.segments, self.codes = _opened(self.directory)
         if verify:
             self.verify()
 
@@ -58,6 +60,7 @@ class Index:
         columns: Mapping[str, Sequence[Any]] | None = None,
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        codes: bool = True,
     ) -> Index:
         """Make an index.
 
@@ -69,6 +72,7 @@ class Index:
             columns: metadata, a value for each id.
             about: what its maker wants to find again, as JSON.
             overwrite: replace an index that is there, in one step, instead of refusing.
+            codes: keep 8-bit codes of the rows beside them, by which they are searched.
 
         Raises:
             IndexFault: an index is there, an id comes twice, an embedding is not finite.
@@ -81,7 +85,7 @@ class Index:
         empty = Manifest(0, first.shape[-1], dtype, model, about=dict(about or {}))
         table = change.table_of(ids, columns)
         with change.building(Path(directory), empty, overwrite) as base:
-            entry = change.written(Path(directory), chunks, table, base)
+            entry = change.written(Path(directory), chunks, table, base, codes)
             manifest.write(Path(directory), replace(base, segments=(entry,)))
             return cls(directory, verify=False)
 
@@ -93,6 +97,7 @@ class Index:
         *,
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        codes: bool = True,
     ) -> Index:
         """Make an index of segments that are there, as `elva embed` writes them: linked where the
         file system can, else copied; their checksums are compared either way."""
@@ -103,7 +108,7 @@ class Index:
         empty = Manifest(0, first.dim, first.dtype, first.model, about=dict(about or {}))
         change.check_parts(opened, empty)
         with change.building(Path(directory), empty, overwrite) as base:
-            entries = tuple(change.linked(Path(directory), one) for one in opened)
+            entries = tuple(change.linked(Path(directory), one, codes) for one in opened)
             manifest.write(Path(directory), replace(base, segments=entries))
             return cls(directory, verify=False)
 
@@ -127,7 +132,7 @@ class Index:
             entries = now._making_room(table["id"], overwrite)
             now._check_fields(entries, [table])
             chunks = [embeddings] if isinstance(embeddings, Tensor) else embeddings
-            entry = change.written(self.directory, chunks, table, now.manifest)
+            entry = change.written(self.directory, chunks, table, now.manifest, now.is_coded)
             return now._replaced((*entries, entry))
 
     def add_segments(self, segments: Sequence[Path], *, overwrite: bool = False) -> Index:
@@ -140,7 +145,7 @@ class Index:
             entries = now._making_room(ids, overwrite)
             now._check_fields(entries, [one.table for one in opened])
             return now._replaced(
-                (*entries, *(change.linked(self.directory, one) for one in opened))
+                (*entries, *(change.linked(self.directory, one, now.is_coded) for one in opened))
             )
 
     def delete(self, ids: Sequence[str]) -> Index:
@@ -151,6 +156,26 @@ class Index:
         """
         with self._changing() as now:
             return now._replaced(now._without(now.rows(ids)))
+
+    @classmethod
+    def with_codes(cls, directory: str | Path, reporter: Reporter = SILENT) -> Index:
+        """The index with 8-bit codes beside all rows; those that are there and whole stay."""
+        with manifest.writing(Path(directory)):
+            before = manifest.read(Path(directory))
+            parts = [_part(Path(directory), before, entry) for entry in before.segments]
+            reporter.start(f"{directory}: code rows", sum(one.rows for one in parts), "rows")
+            entries, done = [], 0
+            for entry, one in zip(before.segments, parts, strict=True):
+                if not _has_codes(Path(directory), entry, one):
+                    made = change.entry_of(one, True, lambda n, at=done: reporter.advance(at + n))
+                    entry = replace(entry, codes=made.codes)
+                entries.append(entry)
+                done += one.rows
+                reporter.advance(done)
+            later = replace(before, generation=before.generation + 1, segments=tuple(entries))
+            manifest.write(Path(directory), later)
+            reporter.finish("")
+            return cls(directory, verify=False)
 
     @contextmanager
     def _changing(self) -> Iterator[Index]:
@@ -223,6 +248,11 @@ class Index:
         an index, older versions did; it is mended by deleting the items of all types but one."""
         return change.conflicts([s.table for s in self.segments])
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether all rows have codes beside them."""
+        return all(one is not None for one in self.codes)
+
     @cached_property
     def alive(self) -> np.ndarray:
         """[rows] bool: not deleted."""
@@ -285,10 +315,10 @@ class Index:
         Raises:
             IndexFault: another model's query, a wrong shape, an unknown field.
         """
-        self.check_query(query, k, model)
         query, k = self.check_query(query, k, model)
         parts = [s.embeddings for s in self.segments]
-        return exact.search(query, parts, k, self.allowed(where))
+        codes = [one.codes for one in self.codes if one is not None] if self.is_coded else None
+        return exact.search(query, parts, k, self.allowed(where), codes=codes)
 
     def check_query(self, query: Tensor, k: int, model: Identity | None) -> tuple[Tensor, int]:
         """The query as [Q, D] fp32 on the CPU, and k; IndexFault for what `search` refuses."""
@@ -340,11 +370,12 @@ class Index:
         Raises:
             IndexFault: the file and the place that differ.
         """
-        for one in self.segments:
+        for one in (*self.segments, *(c for c in self.codes if c is not None)):
             one.verify()
 
     def info(self) -> dict[str, Any]:
         """What there is to know, as plain data."""
+        coded = sum(one.size for one in self.codes if one is not None)
         return {
             "directory": str(self.directory),
             "items": len(self),
@@ -355,7 +386,8 @@ class Index:
             "model": asdict(self.model),
             "generation": self.manifest.generation,
             "segments": len(self.segments),
-            "bytes": sum(s.size for s in self.segments),
+            "bytes": sum(s.size for s in self.segments) + coded,
+            "codes_bytes": coded,
             "fields": {f.name: str(f.type) for f in self.table.schema},
             "conflicts": self.conflicts,
         }
@@ -364,11 +396,15 @@ class Index:
 # -- pieces ----------------------------------------------------------------------------------------
 
 
-def _opened(directory: Path) -> tuple[Manifest, list[Segment]]:
+def _opened(
+    directory: Path,
+) -> tuple[Manifest, list[Segment], list[SegmentCodes | None]]:
     while True:
         found = manifest.read(directory)
         try:
-            return found, [_part(directory, found, entry) for entry in found.segments]
+            parts = [_part(directory, found, entry) for entry in found.segments]
+            both = zip(found.segments, parts, strict=True)
+            return found, parts, [_codes(directory, entry, one) for entry, one in both]
         except IndexFault:
             if manifest.read(directory) == found:
                 raise  # else replaced while it was being opened
@@ -387,3 +423,25 @@ def _part(directory: Path, found: Manifest, entry: Entry) -> Segment:
     except ValueError:
         raise segment.damaged(directory / manifest.FILE, "a bit for each deleted row") from None
     return one
+
+
+def _has_codes(directory: Path, entry: Entry, one: Segment) -> bool:
+    """Whether an entry's codes are there, every byte of them."""
+    try:
+        found = _codes(directory, entry, one)
+        if found is not None:
+            found.verify()
+    except IndexFault:
+        return False
+    return found is not None
+
+
+def _codes(directory: Path, entry: Entry, one: Segment) -> SegmentCodes | None:
+    """The codes of an entry's segment, where it has any."""
+    if entry.codes is None:
+        return None
+    found = SegmentCodes(directory / SEGMENTS / entry.codes_file)
+    if found.header_sum != entry.codes:
+        raise segment.damaged(found.path, f"the header that {directory} knows")
+    found.check_of(one)
+    return found

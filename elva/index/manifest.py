@@ -18,12 +18,14 @@ import numpy as np
 
 from elva.errors import IndexFault
 from elva.files import PARTIAL, lock, read_bounded, write_bytes
-from elva.index.segment import Rows, Width, damaged, read_fields
+from elva.index import codes
+from elva.index.blocks import damaged, read_fields
+from elva.index.segment import Rows, Width
 from elva.model.identity import Identity
 from elva.settings import JSON_BYTES, Rule, Sha256, Whole
 
 FILE, SEGMENTS, LOCK = "index.json", "segments", ".lock"
-FORMAT, VERSION = "elva-index", 1
+FORMAT, VERSION, READABLE = "elva-index", 2, (1, 2)
 
 SegmentName = Annotated[
     str,
@@ -39,12 +41,15 @@ class Entry:
         file: its name under `segments/`.
         header: the SHA-256 of its header, so that no other file passes for it.
         deleted: which rows are, as packed bits, compressed; empty for none.
+        codes: the SHA-256 of the header of its codes, in `codes_file`; None where it has none, as
+            in version 1.
     """
 
     file: SegmentName
     rows: Rows
     header: Sha256
     deleted: str = ""
+    codes: Sha256 | None = None
 
     def alive(self) -> np.ndarray | None:
         """[rows] bool, or None where nothing is deleted.
@@ -78,7 +83,14 @@ class Entry:
     @property
     def files(self) -> set[str]:
         """Names of what it keeps under `segments/`."""
-        return {self.file}
+        return {self.file, self.codes_file} if self.codes else {self.file}
+
+    @property
+    def codes_file(self) -> str:
+        """The name of its codes, where it has any: codes that are made again never lie where
+        others are known by another header."""
+        assert self.codes is not None
+        return f"{Path(self.file).stem}.{self.codes[:16]}{codes.SUFFIX}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Manifest:
     segments: tuple[Entry, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
     format: Literal["elva-index"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = VERSION
 
     def faults(self) -> Iterator[tuple[str, str]]:
         names = {name for entry in self.segments for name in entry.files}
@@ -124,7 +136,7 @@ def read(directory: Path) -> Manifest:
     body, _, digest = content.partition(b"\n")
     if digest != hashlib.sha256(body).hexdigest().encode() + b"\n":
         raise damaged(path, "the checksum in its last line")
-    return read_fields(Manifest, body, path)
+    return replace(read_fields(Manifest, body, path, READABLE), version=VERSION)
 
 
 def write(directory: Path, manifest: Manifest) -> None:
@@ -138,7 +150,7 @@ def write(directory: Path, manifest: Manifest) -> None:
     except (TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise IndexFault(f"index: about must be plain JSON; {reason}") from None
-    read_fields(Manifest, body, directory / FILE)
+    read_fields(Manifest, body, directory / FILE, READABLE)
     digest = hashlib.sha256(body).hexdigest().encode()
     write_bytes(directory / FILE, body + b"\n" + digest + b"\n")
 

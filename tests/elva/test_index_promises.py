@@ -12,7 +12,7 @@ import torch
 
 from elva import files
 from elva.errors import IndexFault, UserError
-from elva.index import Index, change, segment
+from elva.index import Index, blocks, change
 from elva.index import manifest as manifest_file
 from elva.model.identity import Identity
 
@@ -143,22 +143,22 @@ def test_of_many_builds_at_once_one_wins_and_readers_see_a_whole_index(tmp_path,
             assert {s.result()[0] for s in seen} <= {*built[0].ids([0]), "e", "f"}
             assert any(a.result() is not None for a in again)
             assert not list(path.rglob("*.partial"))
-            assert len(os.listdir(path / "segments")) == 1
+            assert len(os.listdir(path / "segments")) == 2
             shutil.rmtree(path)
 
 
 def test_a_rebuild_while_a_reader_opens_is_read_whole(tmp_path, monkeypatch):
     build(tmp_path / "i", ["old"])
-    header, rebuilt = segment._header, []
+    header, rebuilt = blocks._header, []
 
-    def rebuild(path, start):
+    def rebuild(path, *rest):
         if not rebuilt:
             rebuilt.append(path)
             Index.build(tmp_path / "i", ["new"], rows(1, seed=3), model=MODEL, overwrite=True)
             assert not path.exists()
-        return header(path, start)
+        return header(path, *rest)
 
-    monkeypatch.setattr(segment, "_header", rebuild)
+    monkeypatch.setattr(blocks, "_header", rebuild)
     index = Index(tmp_path / "i")
     assert rebuilt and index.ids([0]) in (["old"], ["new"])
     assert torch.equal(index.embeddings([0]), rows(1, seed=3 * (index.ids([0]) == ["new"])).half())
