@@ -13,12 +13,12 @@ from typing import Any
 
 from elva.data import Item
 from elva.errors import UserError
-from elva.files import MANIFEST, sha256
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED
 from elva.model.identity import Identity
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
+from elva.model.weights import hash_of_files
 from elva.run import Run
 
 VERSION = 1
@@ -156,13 +156,4 @@ def _revision(retriever: Retriever) -> str:
 
 
 def _of_files(directory: Path) -> str | None:
-    """A hash of a directory's weights; None where there are none."""
-    weights = weight_files(directory)
-    if not weights:
-        return None
-    known: dict[str, Any] = {}
-    if (directory / MANIFEST).is_file():
-        known = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    names = [str(p.relative_to(directory)) for p in weights]
-    sums = [known[n]["sha256"] if n in known else sha256(directory / n) for n in names]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
+    return hash_of_files(directory, weight_files(directory))
