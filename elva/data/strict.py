@@ -4,18 +4,22 @@ Every fault is `file:line: rule`.
 """
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from elva.data.schema import hashed_id
 from elva.errors import DataError
 
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20
+
+HEAD_BYTES = 65_536
+"""Ours: of a file, by which its encoding and line end are known."""
 
 MAX_PATH_BYTES = 3000
 """Ours: Linux's limit is 4,096 with the root, and 255 for each part; beyond it `stat` fails."""
@@ -186,22 +190,43 @@ def modality_of(value: str) -> str | None:
 
 
 def lines(path: Path, faults: Faults | None = None) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text) of every line; strict UTF-8, capped length, no byte order mark."""
+    """(`file:line`, text with its line end) of every line of a text file, of which all that ELVA
+    reads go through here: strict UTF-8, or UTF-16 by its byte order mark; capped length; no mark.
+
+    Raises:
+        DataError: not readable, too long, or in another encoding, as `file:line: rule`.
+    """
     faults = faults or Faults()
     try:
         with open(path, "rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                text = None
-                with faults.row():
-                    text = _decoded(f"{path}:{number}", line)
-                if text is not None:
-                    yield f"{path}:{number}", text
-                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_LINE_BYTES + 1)  # the rest of a line left out
+            encoding, end = _form(path, stream)
+            read = (
+                _texts(path, stream, faults)
+                if (encoding, end) == ("utf-8", "\n")
+                else _other_texts(path, stream, encoding, end)
+            )
+            for number, line in read:
+                yield f"{path}:{number}", line
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+
+
+def read_text(path: Path, limit: int = MAX_LINE_BYTES) -> str:
+    """The whole of a text file, as `lines` reads it.
+
+    Args:
+        limit: Bytes that it has at most.
+
+    Raises:
+        DataError: as `lines`, or larger than that.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if size > limit:
+        raise DataError(f"{path}: has {size:,} bytes; at most {limit:,} are read")
+    return "".join(line for _, line in lines(path))
 
 
 def columns(line: str) -> list[str]:
@@ -223,7 +248,7 @@ def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
                 raise DataError(f"{empty.pop(0)}: not JSON: an empty line")
         record = None
         with faults.row():
-            record = Record(where, _parsed(where, line))
+            record = Record(where, parse(where, line))
         if record is not None:
             yield record
 
@@ -240,20 +265,88 @@ def dump(row: Mapping[str, object]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
+def _form(path: Path, stream: BinaryIO) -> tuple[str, str]:
+    """The encoding and the line end of a file, from its beginning; its mark is passed over."""
+    head = stream.read(HEAD_BYTES)
+    stream.seek(0)
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise DataError(f"{path}:1: is UTF-32; save the file as UTF-8")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = head[: len(head) // 2 * 2].decode("utf-16", "ignore")
+        return "utf-16", _line_end(text)
+    if head.startswith(codecs.BOM_UTF8):
+        stream.seek(len(codecs.BOM_UTF8))
+    if 4 * head[:512].count(0) > len(head[:512]):
+        raise DataError(f"{path}:1: looks like UTF-16 without its mark; save the file as UTF-8")
+    return "utf-8", _line_end(head.decode("latin-1"))
+
+
+def _line_end(head: str) -> str:
+    """Old Macs, and Excel when it saves for them, end lines with a carriage return alone."""
+    return "\r" if "\r" in head and "\n" not in head else "\n"
+
+
+def _texts(path: Path, stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, str]]:
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        text = None
+        with faults.row():
+            text = _decoded(f"{path}:{number}", line)
+        if text is not None:
+            yield number, text
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES + 1)  # the rest of a line left out
+
+
+def _other_texts(
+    path: Path, stream: BinaryIO, encoding: str, end: str
+) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with io.TextIOWrapper(stream, encoding, newline=end) as texts:
+            while line := texts.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{path}:{number}: line is longer than {MAX_LINE_BYTES} characters"
+                    )
+                yield number, line
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number + 1}: {_undecoded(error, encoding.upper())}") from error
+
+
 def _decoded(where: str, line: bytes) -> str:
     if len(line) > MAX_LINE_BYTES:
         raise DataError(f"{where}: line is longer than {MAX_LINE_BYTES} bytes")
-    if where.endswith(":1"):
-        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
-        line = line.removeprefix(codecs.BOM_UTF8)
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+        raise DataError(f"{where}: {_undecoded(error, 'UTF-8')}") from error
 
 
-def _parsed(where: str, line: str) -> dict[str, object]:
+def _undecoded(error: UnicodeDecodeError, encoding: str) -> str:
+    """What is no text, and as what it would be: most such files were saved by Windows."""
+    rule = f"not {encoding} at byte {error.start}"
+    found = error.object[error.start : error.start + 1]
+    try:
+        letter = found.decode("cp1252")
+    except UnicodeDecodeError:
+        return rule
+    if encoding == "UTF-8" and letter.isprintable():
+        rule += f"; in Windows-1252 it is {letter!r}: save the file as UTF-8"
+    return rule
+
+
+def parse(where: str, line: str) -> dict[str, Any]:
+    """The object that a text of JSON is.
+
+    Args:
+        where: `file:line` or a file, for the error.
+
+    Raises:
+        DataError: not JSON, no object, a key twice, NaN or Infinity, a lone surrogate.
+    """
     try:
         fields = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
         # Lone surrogates parse as JSON but are no text, and no tokenizer takes them.

@@ -18,7 +18,7 @@ from elva.errors import DataError
 BATCH_ROWS = 256
 """Rows of parquet at a time: some hold pictures."""
 
-SEPARATORS = ",;\t"
+SEPARATORS = ",;\t|"
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv")
 
 
@@ -31,7 +31,7 @@ def rows(
         path: A .csv, .tsv or .txt file with a header, a .jsonl, or a .parquet file.
         needed: Columns that must be there.
         known: Columns that may be there. A csv header may spell all these in capitals, and the
-            separator (comma, semicolon, tab) is the one that finds most of them.
+            separator (comma, semicolon, tab, bar) is the one that finds most of them.
 
     Raises:
         DataError: no such file, another kind of file, a column that is missing or there twice, a
