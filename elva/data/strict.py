@@ -9,8 +9,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, AnyStr, BinaryIO, NoReturn
 
 from elva.data.schema import hashed_id
 from elva.errors import DataError
@@ -190,64 +191,64 @@ def modality_of(value: str) -> str | None:
 
 
 def lines(path: Path, faults: Faults | None = None) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text with its line end) of every line of a text file, of which all that ELVA
-    reads go through here: strict UTF-8, or UTF-16 by its byte order mark; capped length; no mark.
+    """(`file:line`, text without its line end) of every line of a text file; all that ELVA reads go
+    through here: strict UTF-8, or UTF-16 by its mark; capped length; no byte order mark; lines end
+    as on any system; empty lines at the end are none, and others are "".
 
     Raises:
         DataError: not readable, too long, or in another encoding, as `file:line: rule`.
     """
-    faults = faults or Faults()
+    faults, empty = faults or Faults(), range(0)
     try:
         with open(path, "rb") as stream:
             encoding, end = _form(path, stream)
-            read = (
-                _texts(path, stream, faults)
-                if (encoding, end) == ("utf-8", "\n")
-                else _other_texts(path, stream, encoding, end)
-            )
-            for number, line in read:
-                yield f"{path}:{number}", line
+            usual = (encoding, end) == ("utf-8", "\n")
+            read = _texts if usual else partial(_other_texts, encoding=encoding, end=end)
+            for number, line in read(path, stream, faults):
+                if not line.strip(" \t\r\n"):
+                    empty = range(empty.start or number, number + 1)
+                    continue
+                yield from ((f"{path}:{passed}", "") for passed in empty)
+                empty = range(0)
+                yield f"{path}:{number}", line.rstrip("\r\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
 
 
 def read_text(path: Path, limit: int = MAX_LINE_BYTES) -> str:
-    """The whole of a text file, as `lines` reads it.
-
-    Args:
-        limit: Bytes that it has at most.
+    """The whole of a text file of so many bytes at most, in the encodings of `lines`.
 
     Raises:
-        DataError: as `lines`, or larger than that.
+        DataError: as `lines`, or larger.
     """
     try:
-        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            encoding, _ = _form(path, stream)
+            content = stream.read(limit + 1)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    if size > limit:
-        raise DataError(f"{path}: has {size:,} bytes; at most {limit:,} are read")
-    return "".join(line for _, line in lines(path))
+    if len(content) > limit:
+        raise DataError(f"{path}: is larger than {limit:,} bytes, which are read at most")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = 1 + content[: error.start].count(b"\n")
+        raise DataError(f"{path}:{line}: {_undecoded(error, encoding.upper())}") from error
 
 
 def columns(line: str) -> list[str]:
     """What spaces and tabs separate; nothing else does: ids may hold every other character."""
-    return [field for field in re.split("[ \t]+", line.strip(" \t\r\n")) if field]
+    return [field for field in re.split("[ \t]+", line) if field]
 
 
 def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
-    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity. Empty lines
-    are passed over at the end alone: elsewhere a row may be missing."""
+    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity."""
     faults = faults or Faults()
-    empty: list[str] = []
     for where, line in lines(path, faults):
-        if not line.strip(" \t\r\n"):
-            empty.append(where)
-            continue
-        while empty:
-            with faults.row():
-                raise DataError(f"{empty.pop(0)}: not JSON: an empty line")
         record = None
         with faults.row():
+            if not line:  # a row may be missing
+                raise DataError(f"{where}: not JSON: an empty line")
             record = Record(where, parse(where, line))
         if record is not None:
             yield record
@@ -300,25 +301,32 @@ def _texts(path: Path, stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, 
 
 
 def _other_texts(
-    path: Path, stream: BinaryIO, encoding: str, end: str
+    path: Path, stream: BinaryIO, faults: Faults, encoding: str, end: str
 ) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with io.TextIOWrapper(stream, encoding, newline=end) as texts:
             while line := texts.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{path}:{number}: line is longer than {MAX_LINE_BYTES} characters"
-                    )
-                yield number, line
+                text = None
+                with faults.row():
+                    text = _short_enough(f"{path}:{number}", line)
+                if text is not None:
+                    yield number, text
+                while len(line) > MAX_LINE_BYTES and not line.endswith(end):
+                    line = texts.readline(MAX_LINE_BYTES + 1)  # the rest of a line left out
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number + 1}: {_undecoded(error, encoding.upper())}") from error
 
 
-def _decoded(where: str, line: bytes) -> str:
+def _short_enough(where: str, line: AnyStr) -> AnyStr:
     if len(line) > MAX_LINE_BYTES:
         raise DataError(f"{where}: line is longer than {MAX_LINE_BYTES} bytes")
+    return line
+
+
+def _decoded(where: str, line: bytes) -> str:
+    _short_enough(where, line)
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:

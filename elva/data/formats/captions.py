@@ -17,7 +17,7 @@ from pathlib import Path
 from elva.data.formats import titles
 from elva.data.formats.rows import rows
 from elva.data.formats.source import shown
-from elva.data.strict import Faults, Record, columns, lines, parse, read_text
+from elva.data.strict import Faults, Record, lines, parse, read_text
 from elva.errors import DataError
 
 FILES = ("file", "file_name", "filename", "image", "image_name", "picture", "path")
@@ -284,10 +284,10 @@ def _tokens(known: _Pictures, others: Sequence[Path], faults: Faults) -> Caption
 
 def _token_rows(known: _Pictures, file: Path, faults: Faults) -> Iterator[Row]:
     for where, line in lines(file, faults):
-        if not columns(line):
+        if not line:
             continue
         with faults.row():
-            found = TOKENS.fullmatch(line.rstrip("\r\n"))
+            found = TOKENS.fullmatch(line)
             record = Record(where, {} if found is None else {"file": found[1]})
             name = record.path("file") if found else None
             if found is None or name is None:

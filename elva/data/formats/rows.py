@@ -108,8 +108,8 @@ def _csv(
     csv.field_size_limit(max(csv.field_size_limit(), strict.MAX_LINE_BYTES))
     names = {name.casefold(): name for name in (*needed, *known)}
     numbered = lines(path, faults)
-    first = next((found for found in numbered if found[1].strip()), None)
-    if first is not None and (declared := re.fullmatch("sep=(.)", first[1].rstrip("\r\n"))):
+    first = next((found for found in numbered if found[1]), None)
+    if first is not None and (declared := re.fullmatch("sep=(.)", first[1])):
         separator, first = declared[1], next(numbered, None)
     else:
         separator = "," if first is None else _separator(*first, names)
@@ -151,7 +151,7 @@ def _cells(
         nonlocal where
         for at, line in numbered:
             where = where or at
-            yield line
+            yield f"{line}\n"
 
     reader = csv.reader(texts(), delimiter=separator, strict=True)
     while True:

@@ -34,7 +34,15 @@ def read(path: Path) -> dict[str, str]:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 found = [_xmp(image), _iptc(image), _exif(image), _png(image)]
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError):
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        struct.error,
+        Image.DecompressionBombError,
+    ):  # RuntimeError: of AVIF
         return {}
     own = {}
     for name in ("title", "description"):
