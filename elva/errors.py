@@ -24,3 +24,16 @@ def refused_by_kernels(error: BaseException) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__", ""))
     return isinstance(error, (TypeError, ValueError)) and module.split(".")[0] == "elva_kernels"
+
+
+def printable(name: str) -> str:
+    r"""A name as one line: what does not print stands as `\n` or `\xfc`."""
+    if name.isprintable():
+        return name
+    # A byte that is no UTF-8 is a lone surrogate: U+DCFC is 0xFC.
+    return "".join(
+        c if c.isprintable()
+        else f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff"
+        else c.encode("unicode_escape").decode()
+        for c in name
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
 from elva.run import Run
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same model and item would give another embedding than before."""
 
 MAX_COMPLETION_LENGTH = 128

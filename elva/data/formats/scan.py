@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from elva.data.schema import Item
-from elva.errors import DataError
+from elva.errors import DataError, printable
 from elva.files import sha256
 
 ENDINGS = {
@@ -193,19 +193,6 @@ def _name(root: Path, path: Path) -> str:
 def is_text(name: str) -> bool:
     """Whether a file's name is UTF-8: others cannot be written into a line of JSON."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def printable(name: str) -> str:
-    r"""A name as one line: what does not print stands as `\n` or `\xfc`."""
-    if name.isprintable():
-        return name
-    # A byte that is no UTF-8 is a lone surrogate: U+DCFC is 0xFC.
-    return "".join(
-        c if c.isprintable()
-        else f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff"
-        else c.encode("unicode_escape").decode()
-        for c in name
-    )  # fmt: skip
 
 
 def lines(left_out: dict[str, list[str]], others: Sequence[str] = ()) -> list[str]:

@@ -31,8 +31,8 @@ OWN_BYTES, ID_BYTES = 512, 20
 """Of a line, at most: names, ids and a path of ours; one answer."""
 
 MODALITIES = ("text", "image", "image,text")
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-"""By what Pillow says of a header. MPO is JPEG with further pictures behind the first."""
+SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "HEIF": ".heic"}
+"""By format, where it is not the format's own name."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class _Writer:
             return None, ""
         kind = Item("", None, entry.image, "image", where=entry.where).image_format()
         content = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
-        return hashlib.sha256(content).digest(), SUFFIXES[kind]
+        return hashlib.sha256(content).digest(), SUFFIXES.get(kind, f".{kind.lower()}")
 
     def _content(self, entry: Entry, picture: bytes | None) -> bytes:
         """What an item says and shows: equal where text and decoded picture are."""
