@@ -43,7 +43,7 @@ def build(
     if ids is None or model is None:
         raise UserError("index: --npy must come with --ids and --model, got less; name them")
     rows = _matrix(npy)
-    names = [line.rstrip("\r\n") for _, line in lines(ids)]
+    names = [_id(where, line) for where, line in lines(ids)]
     return Index.build(
         directory,
         names,
@@ -59,6 +59,12 @@ def add(directory: Path, embeddings: Sequence[Path], *, overwrite: bool = False)
     index = Index(directory, verify=False)
     shards = [path for one in embeddings for path in Embeddings.open(one).segments()]
     return index.add_segments(shards, overwrite=overwrite)
+
+
+def _id(where: str, line: str) -> str:
+    if not line:
+        raise UserError(f"{where}: must hold an id, is an empty line; take it out")
+    return line
 
 
 def _matrix(path: Path) -> np.ndarray:

@@ -228,7 +228,7 @@ MALFORMED = {
     "data url": (POOL, as_line(candidate(img_path="data:image/png;base64,")), "is a URL"),
     "null character": (POOL, as_line(candidate(img_path="a\0.png")), "null character"),
     "qrels columns": (QRELS, b"9:1 0 9:1", "3 columns"),
-    "qrels relevance": (QRELS, b"9:1 0 9:1 yes 0", "invalid literal"),
+    "qrels relevance": (QRELS, b"9:1 0 9:1 yes 0", "relevance 'yes' is no whole number"),
     "qrels id": (QRELS, b"nine 0 9:1 1 0", "is not <dataset>:<number>"),
     "qrels query": (QRELS, b"9:99 0 9:1 1 0", "query 9:99 is not in the query file"),
     "qrels candidate": (QRELS, b"9:1 0 9:99 1 0", "candidate 9:99 is not in the pool"),

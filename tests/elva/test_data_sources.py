@@ -103,7 +103,13 @@ def test_lines_that_are_no_text_may_be_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
-        ("sent0,sent1".encode("utf-16"), "a.csv:1: is UTF-16; save the file as UTF-8"),
+        ("sent0,sent1".encode("utf-32"), "a.csv:1: is UTF-32; save the file as UTF-8"),
+        ("sent0,sent1".encode("utf-16-le"), "a.csv:1: looks like UTF-16 without its mark; save"),
+        (
+            b"sent0,sent1\nBl\xfcte,b\n",
+            "a.csv:2: not UTF-8 at byte 2; in Windows-1252 it is 'ü': save the file as UTF-8",
+        ),
+        ("sent0,sent1\na,b\n".encode("utf-16")[:-1], "a.csv:2: not UTF-16 at byte"),
         (b"file;title\na;b\n", "a.csv:1: no columns sent0,sent1 nor .*; there are file, title"),
     ],
 )
@@ -313,19 +319,19 @@ def test_what_a_folder_leaves_out_is_one_line(tmp_path):
     for name in ("a.jpg", "b.jfif", "c.jpe", "d.JPEG"):
         draw(root / name, kind="JPEG")
     for name in ("e.gif", "f.heic", "g.heic", "Makefile", "._a.jpg", ".thumbs/a.jpg",
-                 "@eaDir/a.jpg/x.jpg", "sub/metadata.csv"):  # fmt: skip
+                 "@eaDir/a.jpg/x.jpg", "sub/notes.csv"):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"no picture")
     counts = convert_file("folder", root, tmp_path / "data", split="test")
     assert counts["candidates"] == 4 and counts["notices"] == [
-        "left out: 1 .gif, 2 .heic, 1 without an ending (only JPEG, PNG and WebP are read); "
-        f"{root}/sub/metadata.csv (only a folder's own table is read); "
-        "3 hidden (names with a dot, thumbnails)"
+        "there are no captions: each picture asks for itself",
+        "left out: 1 .csv, 1 .gif, 2 .heic, 1 without an ending "
+        "(only JPEG, PNG and WebP are read); 3 hidden (names with a dot, thumbnails)",
     ]
     for path in root.glob("*.j*"):
         path.unlink()
     (root / "d.JPEG").unlink()
-    with pytest.raises(DataError, match=r"holds no JPEG, PNG or WebP picture; left out: 1 .gif"):
+    with pytest.raises(DataError, match=r"holds no JPEG, PNG or WebP picture; left out: 1 .csv"):
         convert_file("folder", root, tmp_path / "none")
 
 
@@ -359,7 +365,7 @@ def test_captions_by_their_published_names(name, text, tmp_path):
     (tmp_path / "s" / name).write_text(text)
     counts = convert_file("folder", tmp_path / "s", tmp_path / "data")
     assert counts["queries"] == {"t2i": 2} and counts["candidates"] == 2
-    assert not counts["notices"]
+    assert counts["notices"] == [f"2 captions of 1 pictures from {name}; 1 pictures have none"]
     assert {query.text for query in load(tmp_path / "data").queries} == {"One.", "Two."}
 
 
@@ -377,10 +383,10 @@ def test_a_missing_picture_is_named_where_it_is_named(tmp_path):
         draw(tmp_path / "s" / folder / "a.png")
     table = tmp_path / "s" / "captions.csv"
     table.write_text("file,caption\nb.png,x\n")
-    with pytest.raises(DataError, match=r"captions.csv:2: no such picture: b.png"):
+    with pytest.raises(DataError, match=r"captions.csv:2: no such picture: 'b.png'"):
         convert_file("folder", tmp_path / "s", tmp_path / "data")
     table.write_text("file,caption\na.png,x\n")
-    with pytest.raises(DataError, match=r"captions.csv:2: a.png lies in several folders"):
+    with pytest.raises(DataError, match=r"captions.csv:2: 'a.png' lies in several folders: 'x/"):
         convert_file("folder", tmp_path / "s", tmp_path / "data")
 
 

@@ -1,17 +1,16 @@
 """BEIR (Thakur et al., arXiv:2104.08663): a corpus, queries, and what is right a split."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from elva.data import qrels
 from elva.data.formats.rows import rows, table_files
 from elva.data.formats.source import Entry, Example, Reference, Request, Source
-from elva.data.strict import Record
+from elva.data.strict import Faults
 from elva.errors import DataError
 
 SPLITS = {"train": ("train",), "val": ("dev", "val", "validation"), "test": ("test",)}
 """Ours -> theirs."""
-
-QRELS = ("query-id", "corpus-id", "score")
 
 
 def read(request: Request) -> Source:
@@ -25,30 +24,23 @@ def read(request: Request) -> Source:
     return Source("beir", 16, "Find what answers it.", examples, corpus=corpus, notices=notices)
 
 
-def relevant(
-    request: Request, names: tuple[str, ...], needed: tuple[str, ...] = QRELS
-) -> dict[str, list[Reference]]:
-    """Query id -> its answers; a score above 0 is right, and queries without one have none."""
+def relevant(request: Request, names: tuple[str, ...]) -> dict[str, list[Reference]]:
+    """Query id -> its right answers; a query of which none is right has none."""
     folder = request.path / "qrels" if (request.path / "qrels").is_dir() else request.path
-    right: dict[str, list[Reference]] = defaultdict(list)
-    for file in table_files(folder, *names):
-        for record in rows(file, needed, request.faults):
-            with request.faults.row():
-                qid, did = record.name("query-id"), record.name("corpus-id")
-                found = right[qid]
-                if _score(record) > 0:
-                    found.append(Reference(did, record.where))
-    return right
+    files = table_files(folder, *names)
+    judged = qrels.collect(files[0], _judged(files, request.faults), request.faults)
+    return {
+        qid: [Reference(did, one.where) for did, one in answers.items() if one.is_right]
+        for qid, answers in judged.items()
+    }
 
 
-def _score(record: Record) -> float:
-    value = record.value("score")
-    try:
-        if not isinstance(value, str | int | float):
-            raise ValueError
-        return float(value)
-    except ValueError:
-        record.fail(f"score {value!r} is no number")
+def _judged(files: Sequence[Path], faults: Faults) -> Iterator[tuple[str, str, str, object]]:
+    for file in files:
+        for record in rows(file, qrels.BEIR, faults):
+            with faults.row():
+                query, candidate, score = qrels.BEIR
+                yield record.where, record.name(query), record.name(candidate), record.value(score)
 
 
 def _entries(request: Request, table: str) -> Iterator[Entry]:
