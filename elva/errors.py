@@ -11,6 +11,19 @@ class DataError(UserError):
     """Bad data: `file:line: rule`."""
 
 
+class PictureFault(DataError):
+    """Why a picture cannot be shown, without its name.
+
+    Args:
+        kind: `missing`, `large`, `damaged`, or `HEIF` and `AVIF` where what reads them is not
+            there.
+    """
+
+    def __init__(self, reason: str, kind: str = "damaged") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 class RunError(UserError):
     """A run directory that cannot be used as asked."""
 

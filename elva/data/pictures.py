@@ -9,19 +9,15 @@ from __future__ import annotations
 import io
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
-import numpy as np
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
-    ExifTags,
     GifImagePlugin,
     Image,
     ImageFile,
@@ -33,7 +29,8 @@ from PIL import (
     features,
 )
 
-from elva.errors import DataError
+from elva.data import viewing
+from elva.errors import DataError, PictureFault
 
 _T = TypeVar("_T")
 
@@ -77,37 +74,6 @@ _OTHERS = (
 )
 """(place, bytes there, what such a file is) of files that are none of `FORMATS`."""
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF's orientation -> what undoes it."""
-
-_DAMAGED = (
-    EOFError, OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError,
-    AttributeError, AssertionError, RuntimeError, struct.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
-"""What Pillow's readers raise over bytes that nobody vouched for."""
-
-
-class PictureFault(DataError):
-    """Why a picture cannot be shown, without its name.
-
-    Args:
-        kind: `missing`, `large`, `damaged`, or `HEIF` and `AVIF` where what reads them is not
-            there.
-    """
-
-    def __init__(self, reason: str, kind: str = "damaged") -> None:
-        super().__init__(reason)
-        self.kind = kind
-
 
 def load(source: Path | bytes | Image.Image) -> Image.Image:
     """[H, W] RGB: the picture as a viewer shows it.
@@ -115,7 +81,7 @@ def load(source: Path | bytes | Image.Image) -> Image.Image:
     Raises:
         PictureFault: no such file, none of `FORMATS`, too large, or damaged.
     """
-    return _opened(source, _shown)
+    return header(source, viewing.shown)
 
 
 def size(source: Path | bytes | Image.Image) -> tuple[int, int]:
@@ -129,9 +95,9 @@ def size(source: Path | bytes | Image.Image) -> tuple[int, int]:
         width, height = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):  # some Pillows have turned it already
             width, height = image.tag_v2[256], image.tag_v2[257]
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return (height, width) if viewing.orientation(image) >= 5 else (width, height)
 
-    return _opened(source, upright)
+    return header(source, upright)
 
 
 def format_of(source: Path | bytes) -> str:
@@ -140,7 +106,7 @@ def format_of(source: Path | bytes) -> str:
     Raises:
         PictureFault: as `load`, but for damage beyond the header.
     """
-    return _opened(source, lambda image: str(image.format))
+    return header(source, lambda image: str(image.format))
 
 
 def missing(format: str) -> str | None:
@@ -168,7 +134,12 @@ def most_pixels() -> int:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def _opened(source: Path | bytes | Image.Image, use: Callable[[Image.Image], _T]) -> _T:
+def header(source: Path | bytes | Image.Image, use: Callable[[Image.Image], _T]) -> _T:
+    """What `use` says of an opened picture, of which nothing is decoded yet.
+
+    Raises:
+        PictureFault: as `load`, and for whatever `use` stumbles over.
+    """
     if isinstance(source, Image.Image):
         with _own_words():
             return use(source)
@@ -204,7 +175,7 @@ def _own_words() -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         raise PictureFault("damaged in its header") from None
-    except _DAMAGED as error:
+    except viewing.DAMAGED as error:
         said = " ".join(str(error).split())
         if "truncated" in said.lower() or isinstance(error, EOFError):
             raise PictureFault("damaged: it ends early") from None
@@ -293,118 +264,3 @@ def _check(image: ImageFile.ImageFile, limit: int) -> None:
 def _scaled(width: int, height: int, scale: int) -> int:
     """Pixels of a JPEG that is decoded at one part of its sides."""
     return -(-width // scale) * -(-height // scale)
-
-
-# -- showing ---------------------------------------------------------------------------------------
-
-
-def _shown(image: Image.Image) -> Image.Image:
-    said = image.size
-    image.load()
-    if image.format == "HEIF" and image.size != said:
-        raise PictureFault(f"damaged: its header says {said[0]} x {said[1]}, which it is not")
-    upright = _UPRIGHT.get(_orientation(image))
-    if upright is not None:
-        image = image.transpose(upright)
-    alpha = None
-    if image.mode.startswith("I;16"):
-        image, alpha = _eight_bits(image)
-    elif image.mode in ("I", "F"):
-        image = _narrow(image)
-    elif image.has_transparency_data:
-        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
-        alpha = image.getchannel("A")
-        image = image.convert(image.mode.removesuffix("A"))
-    elif image.mode in ("P", "1"):
-        image = image.convert("RGB" if image.mode == "P" else "L")
-    image = _in_srgb(image)
-    if alpha is not None:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {}  # notes and a profile that no longer hold
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 1 where there is none, or none that can be read: so viewers take it."""
-    try:
-        # Pillow decodes a PNG to see whether a note follows its pixels.
-        lazy = image.format == "PNG" and isinstance(image, ImageFile.ImageFile) and image.tile
-        early = lazy and not _late_chunks(image)
-        exif = Image.Image.getexif(image) if early else image.getexif()
-        found = exif.get(ExifTags.Base.Orientation, 1)
-    except _DAMAGED:
-        return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
-
-
-def _late_chunks(image: Any) -> bool:
-    """Whether a PNG has notes behind its pixels."""
-    stream: IO[bytes] = image.fp
-    before, place, pixels = stream.tell(), 8, False
-    try:
-        while True:
-            stream.seek(place)
-            length, name = struct.unpack(">I4s", stream.read(8))
-            if name == b"IDAT":
-                pixels = True
-            elif pixels and name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                return True
-            place += length + 12
-    except struct.error:  # the end
-        return False
-    finally:
-        stream.seek(before)
-
-
-def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit grey as 8 bits, and its transparency: that of one value."""
-    values = np.asarray(image)
-    key = image.info.get("transparency")
-    alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype("u1"))
-    grey = Image.fromarray((values >> 8).astype(np.uint8))
-    grey.info = {"icc_profile": image.info.get("icc_profile")}
-    return grey, alpha
-
-
-def _narrow(image: Image.Image) -> Image.Image:
-    """32-bit pixels that hold 16-bit ones; no viewer agrees with another on the others' range."""
-    low, high = image.getextrema()
-    if image.mode == "F" or not 0 <= low <= high < 2**16:  # type: ignore[operator]
-        raise PictureFault("its pixels have 32 bits, not 8 or 16; save it with fewer")
-    return image.point(lambda value: value * (1 / 256)).convert("L")
-
-
-def _in_srgb(image: Image.Image) -> Image.Image:
-    """RGB by the picture's own colour profile; without one, or with one that is damaged or of
-    other colours than the picture's, as viewers take it."""
-    profile = image.info.get("icc_profile")
-    if image.mode == "LAB":
-        transform = _transform(None, "LAB")
-    elif profile and image.mode in ("L", "RGB", "CMYK"):
-        transform = _transform(profile, image.mode)
-    else:
-        transform = None
-    if transform is None:
-        return image.convert("RGB")
-    shown: Image.Image = transform.apply(image)
-    return shown
-
-
-@lru_cache(maxsize=32)
-def _transform(profile: bytes | None, mode: str) -> Any:
-    """From a profile's colours to sRGB; None for one that does not fit the mode."""
-    from PIL import ImageCms
-
-    spaces = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
-    try:
-        if profile is None:
-            source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
-        else:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space != spaces[mode]:
-            return None
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None

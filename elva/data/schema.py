@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from elva.data import pictures
-from elva.errors import DataError, printable
+from elva.errors import DataError, PictureFault, printable
 
 _T = TypeVar("_T")
 
@@ -127,7 +127,7 @@ class Item:
             raise DataError(f"{where}: has no picture")
         try:
             return ask(self.image)
-        except pictures.PictureFault as fault:
+        except PictureFault as fault:
             rule = "no such picture" if fault.kind == "missing" else "unreadable picture"
             parts = [where, rule]
             if isinstance(self.image, Path) and not f"/{self.image}".endswith(f"/{where}"):

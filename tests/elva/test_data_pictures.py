@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from PIL.Image import Transpose
 
 from elva.data import Item, pictures
-from elva.errors import DataError
+from elva.errors import DataError, PictureFault
 
 CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 SIZE = (48, 32)
@@ -261,7 +261,7 @@ def test_what_is_too_large_is_said_from_the_header(
         if reduced is not None:
             assert pictures.size(bytes(data)) == reduced
             return
-        with pytest.raises(pictures.PictureFault, match=f"{size[0]} x {size[1]} is ") as caught:
+        with pytest.raises(PictureFault, match=f"{size[0]} x {size[1]} is ") as caught:
             pictures.size(bytes(data))
     assert caught.value.kind == "large"
 
@@ -269,7 +269,7 @@ def test_what_is_too_large_is_said_from_the_header(
 def test_a_setting_raises_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     data = encoded(Image.new("1", (14_000, 13_000)), "PNG")
-    with pytest.raises(pictures.PictureFault, match="ELVA_MAX_PIXELS raises the limit"):
+    with pytest.raises(PictureFault, match="ELVA_MAX_PIXELS raises the limit"):
         pictures.size(data)
     monkeypatch.setenv("ELVA_MAX_PIXELS", "182000000")
     with warnings.catch_warnings():
@@ -315,7 +315,7 @@ def test_a_file_is_what_its_bytes_say_and_what_cannot_be_opened_is_said(tmp_path
     item = Item("9:1", None, path, "image")
     assert item.image_format() == "GIF" and item.load_image().size == SIZE
     for place, rule in ((tmp_path, "cannot be read: Is a directory"), (tmp_path / "b", "no such")):
-        with pytest.raises(pictures.PictureFault, match=rule):
+        with pytest.raises(PictureFault, match=rule):
             pictures.load(place)
 
 
@@ -324,7 +324,7 @@ def test_what_is_not_installed_is_named_with_its_cure(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     monkeypatch.setattr(pictures.features, "check", lambda name: False)
     for name, cure in (("HEIF", "pip install 'elva.heif.'"), ("AVIF", "pip install 'pillow")):
-        with pytest.raises(pictures.PictureFault, match=cure) as caught:
+        with pytest.raises(PictureFault, match=cure) as caught:
             pictures.size(data[name])
         assert caught.value.kind == name
 
