@@ -6,13 +6,13 @@ Nothing is opened: a picture is what its name's ending says until somebody reads
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from elva.data.schema import Item
 from elva.errors import DataError, printable
-from elva.files import sha256
+from elva.files import sha256, write_text
 
 ENDINGS = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib",
@@ -29,7 +29,12 @@ SYSTEM = {
 """What systems, servers and archives leave beside pictures, in small letters."""
 
 WHY = {
-    "formats": "formats that are not read",
+    "formats": "of formats that are not read",
+    "HEIF": "HEIC pictures; pip install 'elva[heif]' to read them",
+    "AVIF": "AVIF pictures, which this Pillow cannot read; pip install 'pillow>=11.3'",
+    "large": "too large or too long a picture",
+    "damaged": "damaged",
+    "duplicates": "that show what another picture shows",
     "hidden": "hidden files of systems and tools",
     "thumbnails": "thumbnails that a tool keeps",
     "converted": "pictures in data directories of elva's own",
@@ -79,7 +84,7 @@ class Scan:
     """What lies under a folder.
 
     Args:
-        root: The folder, links to it resolved.
+        root: The folder as it was named.
         pictures: In the order of their names.
         others: Names of files that are no pictures, captions among them.
         left_out: Key of `WHY` -> names.
@@ -111,20 +116,20 @@ def scan(root: Path) -> Scan:
     """
     if not root.is_dir():
         raise DataError(f"{printable(str(root))}: not a folder")
-    found = Scan(root.resolve())
-    folders = [found.root]
+    found, inside = Scan(root), root.resolve()
+    folders = [root]
     while folders:
         folder = folders.pop()
         try:
             with os.scandir(folder) as listing:
                 entries = list(listing)
         except OSError as error:
-            if folder == found.root:
+            if folder == root:
                 raise DataError(f"{printable(str(root))}: {error.strerror}") from error
             found.leave_out("closed", _name(found.root, folder))
             continue
         for entry in entries:
-            if _sorted_in(found, entry):
+            if _sorted_in(found, entry, inside):
                 folders.append(Path(entry.path))
     found.pictures.sort(key=lambda picture: picture.name)
     found.others.sort()
@@ -133,8 +138,12 @@ def scan(root: Path) -> Scan:
     return found
 
 
-def _sorted_in(found: Scan, entry: os.DirEntry[str]) -> bool:
-    """Put an entry where it belongs; whether it is a folder to look into."""
+def _sorted_in(found: Scan, entry: os.DirEntry[str], inside: Path) -> bool:
+    """Put an entry where it belongs; whether it is a folder to look into.
+
+    Args:
+        inside: The folder, links to it resolved.
+    """
     name, small = _name(found.root, Path(entry.path)), entry.name.casefold()
     is_folder = entry.is_dir(follow_symlinks=False)
     if why := _kept_by_a_tool(small):
@@ -142,7 +151,7 @@ def _sorted_in(found: Scan, entry: os.DirEntry[str]) -> bool:
         return False
     if is_folder:
         return True
-    if entry.is_symlink() and (why := _link(found.root, Path(entry.path))):
+    if entry.is_symlink() and (why := _link(inside, Path(entry.path))):
         found.leave_out(why, name)
         return False
     try:
@@ -195,13 +204,20 @@ def is_text(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
-def lines(left_out: dict[str, list[str]], others: Sequence[str] = ()) -> list[str]:
-    """One line a kind of what is left out: its reason, its count and, of formats, the endings."""
-    found = []
-    for why, names in sorted(left_out.items(), key=lambda item: [*WHY].index(item[0])):
-        detail = f" ({_endings(names)})" if why == "formats" else ""
-        found.append(f"left out: {len(names):,} {WHY[why]}{detail}")
-    return found
+def lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line a kind of what is left out: its count, its reason and, of formats, the endings."""
+    kinds = [(why, names) for why in WHY if (names := left_out.get(why))]
+    return [
+        f"left out: {len(names):,} {WHY[why]}" + (f": {_endings(names)}" * (why == "formats"))
+        for why, names in kinds
+    ]
+
+
+def write_list(path: Path, left_out: Mapping[str, Sequence[str]]) -> None:
+    """Write what is left out, a line a file: why, a tab, and the name as one line."""
+    write_text(
+        path, "".join(f"{WHY[why]}\t{printable(n)}\n" for why in WHY for n in left_out.get(why, ()))
+    )
 
 
 def _endings(names: Sequence[str]) -> str:
