@@ -7,6 +7,7 @@ turns.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +17,13 @@ import pyarrow as pa
 
 from elva.data import Item, Pool, Queries
 from elva.data.mbeir import QuerySet, first_instructions, read_sets
+from elva.data.schema import modalities
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError
 from elva.files import write_text
 from elva.index import segment as segment_file
 from elva.index.embeddings import PLAN, Embeddings, columns
-from elva.model.encoder import Encoder
+from elva.model.encoder import Encoder, must_read, unfamiliar
 from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
@@ -70,13 +72,16 @@ def embed(
     """
     faults = Faults(skip_bad)
     sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
+    wanted = [*_wanted(data, sets, split, sides)]
+    for name, items, _ in wanted:
+        must_read(encoder, _modalities(items), name)
     if faults.found and _world_rank() == 0:
         write_text(output / SKIPPED, "".join(f"{line}\n" for line in faults.found))
-    for line in (line for one in sets for line in one.notices if _world_rank() == 0):
+    for line in _notices(encoder, sets, wanted) if _world_rank() == 0 else ():
         reporter.finish(line)
     named = pictures.names(data)
     done = []
-    for name, items, about in _wanted(data, sets, split, sides):
+    for name, items, about in wanted:
         plan = Embeddings(
             output / name,
             len(items),
@@ -160,6 +165,32 @@ def _wanted(
             yield f"mbeir_{one.stem}_{split}", asked, {"side": "queries", "task": one.task}
 
 
+def _modalities(items: Pool | Queries) -> dict[str, int]:
+    """modality -> items."""
+    if isinstance(items, Queries):
+        found: Counter[str] = Counter()
+        for task, count in items.tasks().items():
+            found[modalities(task)[0]] += count
+        return found
+    return {one["values"]: one["counts"]
+            for one in items.table["modality"].value_counts().to_pylist()}  # fmt: skip
+
+
+def _notices(
+    encoder: Encoder,
+    sets: Sequence[QuerySet],
+    wanted: Sequence[tuple[str, Pool | Queries, Mapping[str, Any]]],
+) -> Iterator[str]:
+    """What is to be known before work starts, a line each."""
+    for one in sets:
+        yield from one.notices
+    if not encoder.instructed and any(about["side"] == "queries" for _, _, about in wanted):
+        yield f"note: {encoder.identity.name} reads no instruction; the queries' are left out"
+    datasets = {int(number) for _, items, _ in wanted for number in items.datasets}
+    if line := unfamiliar(encoder, datasets):
+        yield line
+
+
 def _instructions(data: Path, pool: Pool) -> dict[str, str]:
     """Every way in which the data asks for such items as the pool's first."""
     if not len(pool):
@@ -221,7 +252,7 @@ def _embed_shards(
                 file.writelines(f"{line}\n" for line in faults.found[before:])
         segment_file.write(
             plan.shards[shard], [out.embeddings], table,
-            dim=encoder.retriever.embedding_size, dtype=dtype, model=plan.model,
+            dim=encoder.embedding_size, dtype=dtype, model=plan.model,
         )  # fmt: skip
     bad = len(faults.found) - read
     skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
@@ -247,10 +278,7 @@ def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterat
     for item in items:
         fine = False
         with faults.row():
-            inputs = encoder.retriever.inputs
-            prompt = inputs.prompt(item)
-            if prompt.image is not None:
-                inputs.pixels(prompt.image)  # decoded, which a prompt is not
+            encoder.check(item)
             fine = True
         if fine:
             yield item
