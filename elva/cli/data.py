@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from elva.cli.console import AsJson, choose, err, one_line_errors, out, say
+from elva.errors import UserError
 
 PROVED = 1000
 """Ours: queries of a set that `--prove` embeds; its pool's first so many, and their answers."""
@@ -90,6 +91,10 @@ def convert(
         from elva.data.formats.scan import write_list
         from elva.progress import Bars
 
+        if list_left_out is not None and format != "folder":
+            raise UserError(
+                f"--list-left-out must be left out, as a folder's alone, got it for {format}"
+            )
         with Bars(err if as_json else out) as bars:
             counts = convert_file(
                 format, source, output, split=split, name=name, number=number,

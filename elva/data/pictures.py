@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from PIL import (
     AvifImagePlugin,
@@ -134,7 +134,7 @@ def most_pixels() -> int:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def header(source: Path | bytes | Image.Image, use: Callable[[Image.Image], _T]) -> _T:
+def header(source: Path | bytes | Image.Image, use: Callable[[Any], _T]) -> _T:
     """What `use` says of an opened picture, of which nothing is decoded yet.
 
     Raises:

@@ -66,6 +66,8 @@ def convert_file(
         _check_images(format, images)
     if duplicates not in ("keep", "drop"):
         raise DataError(f"duplicates must be keep or drop, got {duplicates!r}")
+    if duplicates != "keep" and format != "folder":
+        raise DataError(f"duplicates is for folder, got it for {format}")
     check_output(output)  # before a reader takes its time
     faults = Faults(skip_bad)
     found = FORMATS[format](Request(source, split, images, faults, duplicates, reporter))

@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elva.data import pictures
 from elva.data.formats import captions
 from elva.data.formats.scan import PictureFile, Scan, lines, scan
 from elva.data.formats.source import Entry, Example, Request, Source
 from elva.data.identity import DECODERS
+from elva.data.strict import Faults
 from elva.errors import DataError, PictureFault, printable
 
 PROMPTS = {
@@ -29,6 +31,9 @@ PROMPTS = {
 NUMBERS = range(1_000_000, 100_000_000)
 """Ours: the numbers of folders among M-BEIR's datasets."""
 
+LEFT_OUT = ("large", "HEIF", "AVIF")
+"""Kinds of pictures that are counted where they are not read; damaged ones are bad rows."""
+
 AT_ONCE = 256
 """Ours: pictures decoded between two looks at the bar and the first fault."""
 
@@ -38,20 +43,58 @@ class _Seen:
     """Pictures that were decoded: those that can be read, and what each shows."""
 
     pictures: list[PictureFile] = field(default_factory=list)
-    looks: dict[str, bytes] = field(default_factory=dict)
+    looks: dict[bytes | str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies in a folder, as far as names, headers and captions say.
+
+    Args:
+        pictures: What can be shown, as far as the files' headers say.
+        left_out: Why other files are left out -> their names.
+        known: Name -> captions and what else is known of a picture.
+        notices: Lines for whoever is to know.
+    """
+
+    pictures: list[PictureFile]
+    left_out: dict[str, list[str]]
+    known: dict[str, dict[str, object]]
+    notices: list[str]
+
+
+def contents(root: Path, faults: Faults) -> Contents:
+    """Look into a folder; nothing is decoded.
+
+    Args:
+        faults: Rows of captions that may be left out, and in which they are listed.
+
+    Raises:
+        DataError: no folder, no picture in it, or captions that are not as their format has them.
+    """
+    found, told = _found(root, faults)
+    shown = []
+    for picture in found.pictures:
+        try:
+            pictures.size(picture.path)
+        except PictureFault as fault:
+            if fault.kind in LEFT_OUT:
+                found.leave_out(fault.kind, picture.name)
+                continue
+        shown.append(picture)  # a damaged one too: whoever decodes it counts it
+    known = {path.relative_to(root).as_posix(): about for path, about in known_of(told).items()}
+    notices = [*([told.notice(len(shown))] if told.captions else []), *lines(found.left_out)]
+    if not shown:
+        raise DataError(
+            "; ".join([f"{printable(str(root))}: holds no picture that is read", *notices])
+        )
+    return Contents(shown, found.left_out, known, notices)
 
 
 def read(request: Request) -> Source:
     """The pictures under a folder, in the order of their names, each decoded once."""
-    found = scan(request.path)
-    told = captions.read(
-        request.path,
-        [picture.path for picture in found.pictures],
-        [request.path / name for name in found.others],
-        request.faults,
-    )
-    named = {file.relative_to(request.path).as_posix() for file in told.files}
-    found.leave_out("formats", *(name for name in found.others if name not in named))
+    root = request.path
+    found, told = _found(root, request.faults)
     seen = _seen(found, request)
     copies = _copies(seen)
     notices = [told.notice(len(seen.pictures)), *_without(told, seen)]
@@ -65,8 +108,20 @@ def read(request: Request) -> Source:
     dropped = copies if request.duplicates == "drop" else {}
     notices += lines({why: names for why, names in found.left_out.items() if why != "damaged"})
     if not seen.pictures:
-        raise DataError("; ".join([f"{request.path}: holds no picture that can be read", *notices]))
-    return _source(request.path, told, seen, dropped, notices, found.left_out)
+        raise DataError(
+            "; ".join([f"{printable(str(root))}: holds no picture that can be read", *notices])
+        )
+    return _source(root, told, seen, dropped, notices, found.left_out)
+
+
+def _found(root: Path, faults: Faults) -> tuple[Scan, captions.Captions]:
+    """What lies in a folder, and what of it says something of its pictures."""
+    found = scan(root)
+    files = [picture.path for picture in found.pictures]
+    told = captions.read(root, files, [root / name for name in found.others], faults)
+    read = {file.relative_to(root).as_posix() for file in told.files}
+    found.leave_out("formats", *(name for name in found.others if name not in read))
+    return found, told
 
 
 def dataset_number(root: Path) -> int:
@@ -133,7 +188,7 @@ def _seen(found: Scan, request: Request) -> _Seen:
                     seen.looks[picture.name] = look
                     continue
                 kind = look.__cause__.kind if isinstance(look.__cause__, PictureFault) else ""
-                if kind in ("large", "HEIF", "AVIF"):
+                if kind in LEFT_OUT:
                     found.leave_out(kind, picture.name)
                     continue
                 with request.faults.row():
@@ -158,7 +213,8 @@ def _copies(seen: _Seen) -> dict[str, str]:
     first: dict[bytes, str] = {}
     for picture in seen.pictures:
         first.setdefault(seen.looks[picture.name], picture.name)
-    return {name: first[look] for name, look in seen.looks.items() if first[look] != name}
+    named = {picture.name: first[seen.looks[picture.name]] for picture in seen.pictures}
+    return {name: other for name, other in named.items() if other != name}
 
 
 def _without(told: captions.Captions, seen: _Seen) -> list[str]:

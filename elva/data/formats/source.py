@@ -103,7 +103,7 @@ class Source:
     sister: int | None = None
     one_query: bool = False
     notices: list[str] = field(default_factory=list)
-    looks: Mapping[str, bytes] = field(default_factory=dict)
+    looks: Mapping[bytes | str, bytes] = field(default_factory=dict)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
