@@ -17,7 +17,7 @@ from elva.errors import DataError, UserError
 from elva.index import Index
 from elva.index.embeddings import columns
 from elva.index.engines import Engine
-from elva.index.index import Where
+from elva.index.where import Where
 from elva.model.encoder import MODALITIES, Encoder, must_read, open_encoder
 from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from PIL.Image import Transpose
 
 from tests.elva.test_data_pictures import LAID, upright
 
