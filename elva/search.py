@@ -18,7 +18,8 @@ from elva.index import Index
 from elva.index.embeddings import columns
 from elva.index.engines import Engine
 from elva.index.where import Where
-from elva.model.encoder import MODALITIES, Encoder, must_read, open_encoder
+from elva.model.encoder import Encoder, open_encoder
+from elva.model.modalities import MODALITIES, must_read
 from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 
@@ -76,7 +77,8 @@ class Searcher:
         return self._encoded(items, reporter).embeddings
 
     def _encoded(self, items: Sequence[Item], reporter: Reporter) -> Encoded:
-        must_read(self.encoder, Counter(item.modality for item in items), "those given")
+        kinds = Counter(item.modality for item in items)
+        must_read(self.encoder.identity.name, self.encoder.modalities, kinds, "those given")
         return self.encoder(items, reporter.advance)
 
     def index(

@@ -92,9 +92,7 @@ def convert(
         from elva.progress import Bars
 
         if list_left_out is not None and format != "folder":
-            raise UserError(
-                f"--list-left-out must be left out, as a folder's alone, got it for {format}"
-            )
+            raise UserError(f"--list-left-out is for folder, got it for {format}; leave it out")
         with Bars(err if as_json else out) as bars:
             counts = convert_file(
                 format, source, output, split=split, name=name, number=number,

@@ -24,7 +24,8 @@ from elva.files import write_text
 from elva.index import fields
 from elva.index import segment as segment_file
 from elva.index.embeddings import PLAN, Embeddings, columns
-from elva.model.encoder import Encoder, must_read, unfamiliar
+from elva.model.encoder import Encoder, unfamiliar
+from elva.model.modalities import must_read
 from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
@@ -75,7 +76,7 @@ def embed(
     sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
     wanted = [*_wanted(data, sets, split, sides)]
     for name, items, _ in wanted:
-        must_read(encoder, _modalities(items), name)
+        must_read(encoder.identity.name, encoder.modalities, _modalities(items), name)
     if faults.found and _world_rank() == 0:
         write_text(output / SKIPPED, "".join(f"{line}\n" for line in faults.found))
     for line in _notices(encoder, sets, wanted) if _world_rank() == 0 else ():

@@ -21,7 +21,8 @@ from elva.errors import DataError, IndexFault, UserError, printable
 from elva.files import PARTIAL, write_text
 from elva.index import Index, fields, folder, manifest, segment
 from elva.index.embeddings import PLAN, Embeddings
-from elva.model.encoder import Encoder, must_read, unfamiliar
+from elva.model.encoder import Encoder
+from elva.model.modalities import must_read, unfamiliar
 from elva.progress import SILENT, Reporter
 
 PART_PICTURES = 1024

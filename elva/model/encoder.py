@@ -18,6 +18,7 @@ from elva.model import sentence_transformer
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED
 from elva.model.identity import Identity, hash_of_files
+from elva.model.modalities import MODALITIES
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
 from elva.model.sentence_transformer import SentenceTransformerEncoder
@@ -29,14 +30,6 @@ VERSION = 2
 MAX_COMPLETION_LENGTH = 128
 """Of a checkpoint that no run of ours says more about: the recipes of the paper's models. A
 retriever of somebody else is read after its prompt."""
-
-
-MODALITIES = {
-    "text": ("text", "texts"),
-    "image": ("pictures", "pictures"),
-    "image,text": ("pictures with text", "pictures with text"),
-}
-"""What an item may be, as it is read and as several of it are counted."""
 
 
 class Encoder(Protocol):
@@ -79,7 +72,7 @@ class Encoder(Protocol):
 
     @property
     def modalities(self) -> frozenset[str]:
-        """Keys of `MODALITIES`: of which items it makes embeddings."""
+        """Keys of `elva.model.modalities.MODALITIES`: of which items it makes embeddings."""
 
     @property
     def instructed(self) -> bool:
@@ -140,23 +133,6 @@ def open_encoder(
                 "which it would not change"
             )
     return SentenceTransformerEncoder.open(model, batch_size=batch_size)
-
-
-def must_read(encoder: Encoder, counts: Mapping[str, int], of: str) -> None:
-    """UserError where an encoder cannot read some of the items that it is to embed.
-
-    Args:
-        counts: items by modality.
-        of: where the items come from, for people.
-    """
-    for modality, count in counts.items():
-        if count and modality not in encoder.modalities:
-            reads = [one for key, (one, _) in MODALITIES.items() if key in encoder.modalities]
-            raise UserError(
-                f"embed: the model must read what it embeds, got {encoder.identity.name}, which "
-                f"reads {' and '.join(reads)} alone: {count:,} of {sum(counts.values()):,} items "
-                f"of {of} are {MODALITIES[modality][1]}; choose another model"
-            )
 
 
 def unfamiliar(encoder: Encoder, datasets: Iterable[int]) -> str | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from elva.data import Item, Query
-from elva.errors import DataError, UserError
+from elva.errors import UserError
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED, KNOWN
 from elva.model.identity import Identity, hash_of_files
+from elva.model.modalities import must_read
 from elva.model.note import read_note, stands_on
 from elva.model.reading import ABOUT, find, modules_of, read_json
 from elva.model.rollout import Encoded
@@ -160,7 +162,7 @@ class SentenceTransformerEncoder:
 
     @property
     def modalities(self) -> frozenset[str]:
-        """Keys of `elva.model.encoder.MODALITIES`: what it reads."""
+        """Keys of `elva.model.modalities.MODALITIES`: what it reads."""
         kinds = {"text": "text", "image": "image", "image,text": ("image", "text")}
         return frozenset(name for name, kind in kinds.items() if self.model.supports(kind))
 
@@ -180,15 +182,20 @@ class SentenceTransformerEncoder:
 
     def check(self, item: Item) -> None:
         """Try whether an item can be read; DataError where it cannot."""
-        if item.modality not in self.modalities:
-            raise DataError(f"{item.where or item.id}: {self.name} reads no {item.modality}")
         if item.image is not None:
             item.load_image()
 
     def __call__(
         self, items: Sequence[Item], progress: Callable[[int], None] | None = None
     ) -> Encoded:
-        """Embeddings [n, D] fp32 of items, in their order, and no summaries."""
+        """Embeddings [n, D] fp32 of items, in their order, and no summaries.
+
+        Raises:
+            UserError: an item of a kind that the model does not read.
+            DataError: an item that cannot be read.
+        """
+        kinds = Counter(item.modality for item in items)
+        must_read(self.name, self.modalities, kinds, "those given")
         rows = torch.zeros(len(items), self.embedding_size)
         done = 0
         with ThreadPoolExecutor(1) as ahead:  # decodes the next pictures meanwhile

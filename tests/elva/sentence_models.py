@@ -1,10 +1,13 @@
-"""Models of sentence-transformers, tiny and random, saved by sentence-transformers itself."""
+"""Models of sentence-transformers, tiny and random, saved by sentence-transformers itself, and
+items for them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -20,6 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from elva.data import Item, Query
+
+PROMPTS = {"query": "ask: ", "document": "tell: "}
 
 LAYERS = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -97,3 +104,26 @@ def _save(path: Path, seed: int, make: Any, processor: Any) -> None:
         model: PreTrainedModel = make()
     model.save_pretrained(path)
     processor.save_pretrained(path)
+
+
+def shown(id: str, text: str | None, image: Image.Image | None = None) -> Item:
+    kinds = ("image", image), ("text", text)
+    return Item(id, text, image, ",".join(k for k, there in kinds if there is not None))
+
+
+def asked(text: str, instruction: str = "") -> Query:
+    return Query("1:1", text, None, "text", instruction=instruction, task="t2t", positives=())
+
+
+def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def own(model: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(model), device="cpu")
+
+
+def equal(found: torch.Tensor, expected: np.ndarray) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
+    assert found.dtype == torch.float32

@@ -1,43 +1,26 @@
-"""Models of sentence-transformers, and encoders of a user's own, where ELVA's stood alone."""
+"""Models of sentence-transformers as encoders: whose rows they give, and what is refused."""
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 
-from elva.data import Item, Query
 from elva.errors import IndexFault, UserError
 from elva.model import sentence_transformer
 from elva.model.encoder import RetrieverEncoder, open_encoder
 from elva.model.reading import ABOUT
+from elva.model.sentence_transformer import SentenceTransformerEncoder
 from elva.search import Searcher
 from tests.elva import families, sentence_models, strangers
+from tests.elva.sentence_models import PROMPTS, asked, equal, noise, own, shown
 
 WORDS = ["cat", "a dog on a beach", "ice cream", "", "flag: Norway", "woman firefighter " * 9]
-PROMPTS = {"query": "ask: ", "document": "tell: "}
 INSTRUCT = {"query": "Instruct: Find it.\nQuery:", "document": ""}
-
-
-def shown(id: str, text: str | None, image: Image.Image | None = None) -> Item:
-    kinds = ("image", image), ("text", text)
-    return Item(id, text, image, ",".join(k for k, there in kinds if there is not None))
-
-
-def asked(text: str, instruction: str = "") -> Query:
-    return Query("1:1", text, None, "text", instruction=instruction, task="t2t", positives=())
-
-
-def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
-    return Image.fromarray(values)
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +31,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sentence_models.clip(tmp_path_factory.mktemp("clip"))
-
-
-def own(model: Path) -> SentenceTransformer:
-    return SentenceTransformer(str(model), device="cpu")
-
-
-def equal(found: torch.Tensor, expected: np.ndarray) -> None:
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
-    assert found.dtype == torch.float32
 
 
 def test_texts_are_embedded_as_its_own_library_does(text: Path) -> None:
@@ -77,7 +51,10 @@ def test_more_texts_than_are_sorted_at_once_keep_their_order(text: Path) -> None
     encoder, told = open_encoder(text, batch_size=2), []
     words = [" ".join(["word"] * (i % 7)) + str(i) for i in range(150)]
     items = [shown(f"1:{i}", word) for i, word in enumerate(words)]
-    mixed = [asked(w) if i % 3 == 0 else item for i, (w, item) in enumerate(zip(words, items))]
+    mixed = [
+        asked(w) if i % 3 == 0 else item
+        for i, (w, item) in enumerate(zip(words, items, strict=True))
+    ]
     found = encoder(mixed, told.append).embeddings
     model = own(text)
     for prompt, places in (("ask: ", range(0, 150, 3)), ("tell: ", range(1, 150, 3))):
@@ -91,7 +68,9 @@ def test_an_instruction_has_the_place_that_a_models_prompt_leaves_for_it(tmp_pat
     encoder = open_encoder(model)
     assert encoder.instructed
     found = encoder([asked("cat", "Find a picture."), asked("cat")]).embeddings
-    for row, prompt in zip(found, ("Instruct: Find a picture.\nQuery:", INSTRUCT["query"])):
+    for row, prompt in zip(
+        found, ("Instruct: Find a picture.\nQuery:", INSTRUCT["query"]), strict=True
+    ):
         equal(row[None], own(model).encode(["cat"], prompt=prompt))
     assert (found[0] - found[1]).abs().max() > 1e-3
 
@@ -106,7 +85,11 @@ def test_pictures_and_texts_of_two_towers(tmp_path: Path, laid_out: bool) -> Non
     assert encoder.modalities == {"text", "image"} and encoder.embedding_size == 24
     pictures = [noise(i, (20 + 9 * i, 33)) for i in range(5)]
     words = ["A cat.", "http://nowhere.invalid/a.png", str(there), "b", "c"]
-    items = [i for w, p in zip(words, pictures) for i in (shown("1:1", w), shown("1:2", None, p))]
+    items = [
+        i
+        for w, p in zip(words, pictures, strict=True)
+        for i in (shown("1:1", w), shown("1:2", None, p))
+    ]
     found = encoder(items).embeddings
     equal(found[1::2], own(model).encode(pictures, batch_size=2))
     equal(found[::2], own(model).encode([{"text": word} for word in words], batch_size=2))
@@ -200,7 +183,7 @@ def test_a_pickle_of_a_later_module_is_not_opened(tmp_path: Path) -> None:
     model = sentence_models.text(tmp_path, modules=[Dense(32, 8)])
     assert open_encoder(model)([shown("1:1", "cat")]).embeddings.shape == (1, 8)
     (model / "2_Dense/model.safetensors").rename(model / "2_Dense/pytorch_model.bin")
-    with pytest.raises(UserError, match="2_Dense/pytorch_model.bin is a pickle"):
+    with pytest.raises(UserError, match=r"2_Dense/pytorch_model\.bin is a pickle"):
         open_encoder(model)
 
 
@@ -232,3 +215,28 @@ def test_which_library_reads_a_model(text: Path, clip: Path, tmp_path: Path) -> 
     for nothing in ("absent", tmp_path):
         with pytest.raises(UserError, match="must be a run, a checkpoint or a hub name"):
             open_encoder(nothing)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava"])
+def test_a_chat_model_has_the_instruction_as_its_system_message(tmp_path: Path, family) -> None:
+    """Texts, pictures and both, of a family in sentence-transformers' layout that is not Qwen's."""
+    encoder = open_encoder(strangers.sentence_transformer(tmp_path / "model", family))
+    assert isinstance(encoder, SentenceTransformerEncoder) and encoder.instructed
+    picture = noise(1, (56, 56))
+    items = [shown("1:1", "A cat."), shown("1:2", None, picture), shown("1:3", "A cat.", picture)]
+    found = encoder([*items, asked("A cat.", "Find a picture.")]).embeddings
+    model = own(tmp_path / "model")
+    given = ["A cat.", picture, {"image": picture, "text": "A cat."}]
+    for row, one in zip(found, given, strict=False):
+        equal(row[None], model.encode([one], prompt=strangers.DOCUMENT))
+    equal(found[3:], model.encode(["A cat."], prompt="Find a picture."))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3"])
+def test_a_cache_has_its_new_name(tmp_path: Path, family: str) -> None:
+    """Where transformers has renamed it, no warning of the old one."""
+    model = families.write(tmp_path / "model", family)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*past_key_values.*")
+        encoder = open_encoder(model, max_completion_length=3)
+        assert encoder([shown("1:1", "A cat.")]).embeddings.isfinite().all()
