@@ -11,6 +11,19 @@ class DataError(UserError):
     """Bad data: `file:line: rule`."""
 
 
+class PictureFault(DataError):
+    """Why a picture cannot be shown, without its name.
+
+    Args:
+        kind: `missing`, `large`, `damaged`, or `HEIF` and `AVIF` where what reads them is not
+            there.
+    """
+
+    def __init__(self, reason: str, kind: str = "damaged") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 class RunError(UserError):
     """A run directory that cannot be used as asked."""
 
@@ -37,3 +50,16 @@ def refused_by_kernels(error: BaseException) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__", ""))
     return isinstance(error, (TypeError, ValueError)) and module.split(".")[0] == "elva_kernels"
+
+
+def printable(name: str) -> str:
+    r"""A name as one line: what does not print stands as `\n` or `\xfc`."""
+    if name.isprintable():
+        return name
+    # A byte that is no UTF-8 is a lone surrogate: U+DCFC is 0xFC.
+    return "".join(
+        c if c.isprintable()
+        else f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff"
+        else c.encode("unicode_escape").decode()
+        for c in name
+    )  # fmt: skip

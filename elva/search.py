@@ -180,7 +180,7 @@ def check_query(query: str, k: int, image: Path | None) -> None:
     except DataError as error:
         why = str(error).removeprefix("search: ")
         raise UserError(
-            f"search: image must be a readable JPEG, PNG or WebP file, got {why}; pass another"
+            f"search: image must be a file that shows a picture, got {why}; pass another"
         ) from None
 
 

@@ -21,6 +21,7 @@ from elva.data.schema import modalities
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError
 from elva.files import write_text
+from elva.index import fields
 from elva.index import segment as segment_file
 from elva.index.embeddings import PLAN, Embeddings, columns
 from elva.model.encoder import Encoder, unfamiliar
@@ -117,16 +118,10 @@ def plan(
 
 
 def _kinds(pool: Pool) -> dict[str, pa.DataType]:
-    """field -> number or text, over the whole pool, so that all its shards agree."""
+    """field -> number or text, over the whole pool."""
     if pool.table["extra"].null_count == len(pool):
         return {}
-    numbers: dict[str, bool] = {}
-    for row in range(len(pool)):
-        for name, value in pool.extra(row).items():
-            numbers[name] = numbers.get(name, True) and _number(value) is not None
-    own = {"id", "text", "image", "modality", "name", "summary"}
-    return {n: pa.float64() if is_number else pa.string()
-            for n, is_number in sorted(numbers.items()) if n not in own}  # fmt: skip
+    return fields.kinds(pool.extra(row) for row in range(len(pool)))
 
 
 def _metadata(
@@ -134,20 +129,17 @@ def _metadata(
 ) -> dict[str, pa.Array]:
     if not kinds or not isinstance(items, Pool):
         return {}
-    known = [items.extra(items.row(item.id)) for item in good]
-    found = {}
-    for name, kind in kinds.items():
-        values = [fields.get(name) for fields in known]
-        read = _number if kind == pa.float64() else str
-        found[name] = pa.array([None if v is None else read(v) for v in values], kind)
-    return found
+    return fields.arrays([items.extra(items.row(item.id)) for item in good], kinds)
 
 
-def _number(value: str | int | float) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
+def _names(
+    items: Pool | Queries, good: Sequence[Item], named: Mapping[str, str]
+) -> Mapping[str, str]:
+    """id -> what to call it: of a person's own picture its path under their folder."""
+    if not isinstance(items, Pool):
+        return named
+    files = {item.id: items.extra(items.row(item.id)).get("file") for item in good if item.image}
+    return {**named, **{id: str(file) for id, file in files.items() if file}}
 
 
 def _wanted(
@@ -240,10 +232,11 @@ def _embed_shards(
         before = len(faults.found)
         good, out = _embedded(encoder, chosen, faults, _offset(reporter, done))
         done += len(chosen)
+        kept = columns(good, _names(items, good, named))
         table = pa.table(
             {
                 "id": pa.array([i.id for i in good], pa.string()),
-                **{k: pa.array(v, pa.string()) for k, v in columns(good, named).items()},
+                **{k: pa.array(v, pa.string()) for k, v in kept.items()},
                 "summary": pa.array(out.summaries, pa.string()),
                 **_metadata(items, good, kinds),
             }

@@ -23,7 +23,8 @@ from elva.progress import SILENT, Reporter
 from elva.settings import Sha256
 from elva_kernels import RowCodes
 
-MAGIC, VERSION = b"ELVACOD1", 1
+MAGIC = b"ELVACOD1"
+VERSION: Literal[1] = 1
 SUFFIX = ".codes"
 CODED_ROWS = 16_384
 """At a time."""

@@ -22,7 +22,7 @@ from elva.model.identity import Identity
 from elva.settings import FileSize, Sha256, between
 
 MAGIC = b"ELVASEG1"
-VERSION = 1
+VERSION: Literal[1] = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Rows = Annotated[int, between(0, 2**48)]
 Width = Annotated[int, between(1, 2**24)]

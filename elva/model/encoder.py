@@ -25,7 +25,7 @@ from elva.model.sentence_transformer import SentenceTransformerEncoder
 from elva.model.weights import hash_of_files
 from elva.run import Run
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same model and item would give another embedding than before."""
 
 MAX_COMPLETION_LENGTH = 128
