@@ -22,7 +22,7 @@ AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/levels.h -> flags of that level's *_simd objects
 if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16"}
+    LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16 -mavx512vnni"}
     LEVELS[4] = LEVELS[3]  # its tiles are in assembler
 # By a compute capability's first number; as far as nvcc knows them.
 CUDA_ARCHS = {"8": "80", "9": "90a", "10": "100", "12": "120"}

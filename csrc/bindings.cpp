@@ -116,6 +116,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("reward_from_scores", &reward_from_scores);
   module.def("group_advantages", &group_advantages);
   elva::bind(module, "topk", elva_topk_cpu);
+  elva::bind(module, "row_codes", elva_row_codes_cpu);
+  elva::bind(module, "nearest_codes", elva_nearest_codes_cpu);
   module.def("empty", &empty);
   elva::bind(module, "unit_rows", elva_unit_rows_cpu);
   elva::bind(module, "unit_gradient", elva_unit_gradient_cpu);

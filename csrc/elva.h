@@ -177,6 +177,44 @@ typedef struct {
 
 ElvaStatus elva_topk_cpu(const ElvaTopkArgs* args);
 
+// Rows as 8-bit codes: (16) of elva_kernels.reference.
+typedef struct {
+  ElvaDtype dtype;
+  int32_t threads;
+  int64_t count;
+  int64_t dim;     // at most 65,536
+  ElvaInput rows;  // [count, dim]
+  int8_t* code;    // [count, dim]
+  int8_t* fine;    // [count, dim], in 256ths of a code's step; null: not wanted
+  float* scale;    // [count]
+  float* lost;     // [count]; infinite for a row that is not finite
+} ElvaRowCodesArgs;
+
+ElvaStatus elva_row_codes_cpu(const ElvaRowCodesArgs* args);
+
+// The rows with the largest bounds of each query, (17) of elva_kernels.reference: bound descending,
+// then index ascending; then -inf and -1.
+typedef struct {
+  int32_t threads;
+  int64_t queries;
+  int64_t rows;
+  int64_t dim;               // at most 65,536
+  int64_t depth;             // at most rows
+  const int8_t* query_code;  // [queries, dim]
+  const int8_t* query_fine;  // [queries, dim]
+  const float* query_scale;  // [queries]
+  const float* query_lost;   // [queries]
+  const int8_t* code;        // [rows, dim]
+  const float* scale;        // [rows]
+  const float* lost;         // [rows]
+  const uint8_t* mask;       // [rows]: 0 for a row that may not be found; null: all may
+  const float* floor;        // [queries]: lower bounds need not be found; null: all are
+  float* bounds;             // [queries, depth]
+  int64_t* index;            // [queries, depth]
+} ElvaNearestCodesArgs;
+
+ElvaStatus elva_nearest_codes_cpu(const ElvaNearestCodesArgs* args);
+
 // Scores of all corpus rows for each query, of which elva_select_cuda takes the best; on a GPU
 // alone, and not for ELVA_FP64.
 typedef struct {

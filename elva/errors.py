@@ -22,6 +22,19 @@ class DataError(UserError):
     """Bad data: `file:line: rule`."""
 
 
+class PictureFault(DataError):
+    """Why a picture cannot be shown, without its name.
+
+    Args:
+        kind: `missing`, `large`, `damaged`, or `HEIF` and `AVIF` where what reads them is not
+            there.
+    """
+
+    def __init__(self, reason: str, kind: str = "damaged") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 class RunError(UserError):
     """A run directory that cannot be used as asked."""
 
@@ -30,8 +43,34 @@ class IndexFault(UserError):
     """An index that is damaged, foreign or busy, or what does not fit into it."""
 
 
+def torchvision_is_foreign(error: BaseException) -> bool:
+    """Whether it began where torchvision, which transformers imports where it is installed, does
+    not load: PyPI's was built for another torch than, say, a CPU's."""
+    link: BaseException | None = error
+    while link is not None:
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            module = str(frame.f_globals.get("__name__", ""))
+            if module.split(".")[0] == "torchvision" and frame.f_code.co_name == "<module>":
+                return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
 def refused_by_kernels(error: BaseException) -> bool:
     """Whether `elva_kernels` raised it: a value out of its range or a shape that does not fit."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__", ""))
     return isinstance(error, (TypeError, ValueError)) and module.split(".")[0] == "elva_kernels"
+
+
+def printable(name: str) -> str:
+    r"""A name as one line: what does not print stands as `\n` or `\xfc`."""
+    if name.isprintable():
+        return name
+    # A byte that is no UTF-8 is a lone surrogate: U+DCFC is 0xFC.
+    return "".join(
+        c if c.isprintable()
+        else f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff"
+        else c.encode("unicode_escape").decode()
+        for c in name
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 A query is embedded exactly as a test query is: same instruction, same greedy summary, same [RET].
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,22 @@ from elva.errors import DataError, UserError
 from elva.index import Index
 from elva.index.embeddings import columns
 from elva.index.engines import Engine
-from elva.index.index import Where
-from elva.model.encoder import Encoder
+from elva.index.where import Where
+from elva.model.encoder import Encoder, open_encoder
+from elva.model.modalities import MODALITIES, must_read
+from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 
 MAX_CHARACTERS = 2000
 """Ours: longer than any query of M-BEIR, short enough for one row of the model."""
+
+
+ASK_OTHERWISE = {
+    "text": "pass --image",
+    "image": "ask in words",
+    "image,text": "leave out the words or --image",
+}
+"""What to do where a model does not read a query of a modality."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,8 @@ class Searcher:
     """A model with three verbs: embed items, index them, search.
 
     Args:
-        model: a run, a checkpoint directory, or a hub name.
-        options: `stage`, `max_completion_length`, `read`, `batch_size` of `Encoder.open`.
+        model: a run, a checkpoint directory, a hub name, or an encoder of your own.
+        options: `stage`, `max_completion_length`, `read`, `batch_size` of `open_encoder`.
 
     Example::
 
@@ -54,11 +65,21 @@ class Searcher:
     """
 
     def __init__(self, model: str | Path | Encoder, **options: Any) -> None:
-        self.encoder = model if isinstance(model, Encoder) else Encoder.open(model, **options)
+        named = isinstance(model, str | Path)
+        self.encoder: Encoder = open_encoder(model, **options) if named else model
 
     def embed(self, items: Sequence[Item], reporter: Reporter = SILENT) -> Tensor:
-        """[n, D] fp32 embeddings."""
-        return self.encoder(items, reporter.advance).embeddings
+        """[n, D] fp32 embeddings.
+
+        Raises:
+            UserError: an item of a kind that the model does not read.
+        """
+        return self._encoded(items, reporter).embeddings
+
+    def _encoded(self, items: Sequence[Item], reporter: Reporter) -> Encoded:
+        kinds = Counter(item.modality for item in items)
+        must_read(self.encoder.identity.name, self.encoder.modalities, kinds, "those given")
+        return self.encoder(items, reporter.advance)
 
     def index(
         self,
@@ -80,7 +101,7 @@ class Searcher:
             about: noted in the index; `instructions` ({modality of a query: instruction}) are used
                 by `search`.
         """
-        out = self.encoder(items, reporter.advance)
+        out = self._encoded(items, reporter)
         return Index.build(
             directory,
             [item.id for item in items],
@@ -120,7 +141,7 @@ class Searcher:
         """
         check_query(query, k, image)
         index.check_model(self.encoder.identity)
-        asked = _query(index, query, image, instruction)
+        asked = _query(self.encoder, index, query, image, instruction)
         found = (engine or index).search(self.embed([asked]), k, where=where)
         rows = found.rows[0][found.rows[0] >= 0].numpy()
         table = index.table.take(rows).to_pylist()
@@ -159,16 +180,31 @@ def check_query(query: str, k: int, image: Path | None) -> None:
     except DataError as error:
         why = str(error).removeprefix("search: ")
         raise UserError(
-            f"search: image must be a readable JPEG, PNG or WebP file, got {why}; pass another"
+            f"search: image must be a file that shows a picture, got {why}; pass another"
         ) from None
 
 
-def _query(index: Index, words: str, image: Path | None, instruction: str | None) -> Query:
+def _query(
+    encoder: Encoder, index: Index, words: str, image: Path | None, instruction: str | None
+) -> Query:
     """The query as the data's own reader would have made it."""
     text = normalise(words) or None
     modality = ",".join(m for m, there in (("image", image), ("text", text)) if there is not None)
+    if modality not in encoder.modalities:
+        reads = " or ".join(MODALITIES[m][0] for m in MODALITIES if m in encoder.modalities)
+        raise UserError(
+            f"search: the query must be {reads} for {encoder.identity.name}, got "
+            f"{MODALITIES[modality][0]}; {ASK_OTHERWISE[modality]}"
+        )
     known = index.about.get("instructions", {})
-    if instruction is None and modality not in known:
+    if not encoder.instructed:
+        if instruction is not None:
+            raise UserError(
+                f"search: --instruction must be left out of {encoder.identity.name}, which reads "
+                "none"
+            )
+        instruction = ""
+    elif instruction is None and modality not in known:
         raise UserError(
             f"search: {modality.replace(',', ' and ')} must have an instruction, got none in "
             f"{index.directory}; pass --instruction, or ask by {' or '.join(known) or 'another'}"

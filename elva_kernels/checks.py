@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.backends.table import BACKENDS
-from elva_kernels.reference import Weights, compute_dtype
+from elva_kernels.reference import MOST_COLUMNS, RowCodes, Weights, compute_dtype
 from elva_kernels.registered.batch import Given
 from elva_kernels.scalars import LARGEST as LARGEST
 from elva_kernels.scalars import LARGEST_INT
@@ -326,6 +326,90 @@ def search(op: str, query: Tensor, corpus: Tensor, k: int, metric: str, backend:
     _one_of(op, "metric", metric, _METRICS)
     known_backend(op, backend)
     return k
+
+
+def coded_rows(op: str, corpus: Tensor, backend: str, name: str = "corpus") -> None:
+    """Rows [P, D] that have codes."""
+    _tensor(op, name, corpus, "[P, D]", 2)
+    if corpus.dim() != 2 or not 1 <= corpus.shape[1] <= MOST_COLUMNS:
+        rule = f"have shape [P, D] with D from 1 to {MOST_COLUMNS}"
+        _refuse(ValueError, op, name, rule, _shape(corpus))
+    known_backend(op, backend)
+
+
+def coded_search(
+    op: str,
+    query: Tensor,
+    corpus: Tensor | Sequence[Tensor],
+    codes: RowCodes | Sequence[RowCodes],
+    k: int,
+    mask: Tensor | None,
+    backend: str,
+) -> tuple[list[Tensor], list[RowCodes], int]:
+    """query [Q, D], one or several corpora [P, D] with codes, mask [all P], k >= 0."""
+    coded_rows(op, query, backend, "query")
+    parts = _several(op, "corpus", corpus, Tensor)
+    coded = _several(op, "codes", codes, RowCodes)
+    if len(parts) != len(coded):
+        _refuse(ValueError, op, "codes", f"be {len(parts)}, one of each corpus", str(len(coded)))
+    for part, its in zip(parts, coded, strict=True):
+        coded_rows(op, part, backend)
+        _codes(op, query, part, its)
+    k = _integer(op, "k", k)
+    if not 0 <= k <= LARGEST_INT:
+        _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", _shown(k))
+    rows = sum(len(part) for part in parts)
+    if mask is not None:
+        _typed_rows(op, "mask", "", mask, torch.bool, (rows,), query)
+    return parts, coded, k
+
+
+def _several(op: str, name: str, given: Any, kind: type) -> list[Any]:
+    """One of a kind, or some of them, as a list."""
+    some = [given] if isinstance(given, kind) else given
+    if not isinstance(some, list | tuple) or not all(isinstance(x, kind) for x in some):
+        rule = f"be a {kind.__name__}, or a list of them"
+        _refuse(TypeError, op, name, rule, type(given).__name__)
+    return [*some]
+
+
+def _codes(op: str, query: Tensor, corpus: Tensor, codes: RowCodes) -> None:
+    """The codes of these rows, as far as shapes say, beside queries that can be compared."""
+    if corpus.shape[1] != query.shape[1]:
+        _refuse(ValueError, op, "corpus", f"have query's D = {query.shape[1]}", _shape(corpus))
+    wider = query.element_size() > corpus.element_size()
+    if not wider and corpus.dtype != query.dtype:
+        rule = f"have query's dtype {query.dtype}, or fewer bits"
+        _refuse(TypeError, op, "corpus", rule, str(corpus.dtype), "convert the query with .float()")
+    if corpus.device != query.device:
+        _refuse_device(op, "corpus", corpus, query.device)
+    shapes = (corpus.shape, corpus.shape[:1], corpus.shape[:1])
+    dtypes = (torch.int8, torch.float32, torch.float32)
+    for name, x, shape, dtype in zip(codes._fields, codes, shapes, dtypes, strict=True):
+        _typed_rows(op, "codes", name, x, dtype, shape, query)
+
+
+def _typed_rows(
+    op: str,
+    argument: str,
+    part: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    query: Tensor,
+) -> None:
+    """A tensor of one dtype and shape, a `part` of an argument or all of it."""
+    of = f"have {part} of" if part else "be a tensor of"
+    rule = f"{of} {str(dtype).removeprefix('torch.')} {list(shape)}"
+    if not isinstance(value, Tensor):
+        _refuse(TypeError, op, argument, rule, type(value).__name__)
+    if value.dtype != dtype:
+        _refuse(TypeError, op, argument, rule, str(value.dtype))
+    _dense(op, argument, value)
+    if value.shape != torch.Size(shape):
+        _refuse(ValueError, op, argument, rule, _shape(value))
+    if value.device != query.device:
+        _refuse_device(op, argument, value, query.device)
 
 
 def finite_rows(

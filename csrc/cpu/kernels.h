@@ -82,6 +82,46 @@ constexpr int64_t kScanAhead = 8;
 
 using Scan = void (*)(const ScanJob&);
 
+// Products of up to kCodeQueries coded queries with `count` rows of codes, and the bounds that they
+// give: gain[c] * dot * scale[r] + missed[c] * (1 + lost[r]) + lost[r].
+struct CodeJob {
+  const int8_t* const* queries;  // each followed by zeros up to a multiple of kCodePadding
+  int32_t query_count;
+  const int32_t* surplus;  // [query_count], of each query
+  const float* gain;       // [query_count]
+  const float* missed;     // [query_count], above 0
+  const int8_t* rows;      // [count, dim]
+  int64_t count;
+  int64_t dim;
+  int64_t ahead;       // rows behind each that are asked for meanwhile; 0: none is
+  const float* scale;  // [count]
+  const float* lost;   // [count]
+  int32_t* dot;        // [query_count, count]
+  float* bound;        // [query_count, count]
+  float* largest;      // [query_count]: of each query's bounds
+};
+
+constexpr int64_t kCodeQueries = 4;
+constexpr int64_t kCodePadding = 64;
+
+struct CodeKernels {
+  void (*scan)(const CodeJob&);
+  // The product of one query, padded as above, and one row.
+  int32_t (*dot)(const int8_t* query, int32_t surplus, const int8_t* row, int64_t dim);
+  // What the level's products of a query are too large by.
+  int32_t (*surplus)(const int8_t* query, int64_t dim);
+  // Elements as floats, and the largest magnitude of them: infinite or NaN if any is. By ElvaDtype;
+  // null for ELVA_FP64, whose range floats do not have.
+  float (*widen[4])(const void* row, int64_t dim, float* out);
+  // The sum of squares of numbers of at most 2.
+  double (*square)(const float* row, int64_t dim);
+  // A Hadamard matrix times `size` numbers, a power of two, over the square root of size.
+  void (*mix)(float* row, int64_t size);
+  // Numbers over a code's step, 1 / inverse, to whole ones and, unless `fine` is null, to 256ths of
+  // a step; the length of what is left, in steps.
+  double (*round)(const float* row, int64_t dim, float inverse, int8_t* code, int8_t* fine);
+};
+
 struct Kernels {
   void (*dots[4])(const DotJob&);  // by ElvaDtype
   void (*gradients[4])(const GradientJob&);
@@ -95,6 +135,7 @@ struct Kernels {
   const Scan* scan;  // [4], by ElvaDtype; of the same level, as what follows
   const InBatchKernels* in_batch;
   const MatrixKernels* matrix;
+  const CodeKernels* codes;
 };
 
 // What is compiled once per CPU level: each *_simd.cpp defines one of these.
@@ -104,6 +145,7 @@ struct Level {
   static const Scan scans[4];
   static const InBatchKernels in_batch;
   static const MatrixKernels matrix;
+  static const CodeKernels codes;
 };
 
 #define ELVA_DECLARE_LEVEL(number, name)        \
@@ -114,7 +156,9 @@ struct Level {
   template <>                                   \
   const InBatchKernels Level<number>::in_batch; \
   template <>                                   \
-  const MatrixKernels Level<number>::matrix;
+  const MatrixKernels Level<number>::matrix;    \
+  template <>                                   \
+  const CodeKernels Level<number>::codes;
 ELVA_EACH_LEVEL(ELVA_DECLARE_LEVEL)
 #undef ELVA_DECLARE_LEVEL
 

@@ -57,8 +57,8 @@ int best_level() {
   const bool f = bit(seven.b, 16), dq = bit(seven.b, 17), bw = bit(seven.b, 30),
              vl = bit(seven.b, 31);
   if (!(os_avx512 && f && dq && bw && vl)) return ELVA_LEVEL_AVX2;
-  const bool bf16 = seven.a >= 1 && bit(cpuid(7, 1).a, 5);
-  if (!bf16) return ELVA_LEVEL_AVX512;
+  const bool bf16 = seven.a >= 1 && bit(cpuid(7, 1).a, 5), vnni = bit(seven.c, 11);
+  if (!(bf16 && vnni)) return ELVA_LEVEL_AVX512;
   const bool os_tiles = (low & 0x60000u) == 0x60000u;
   const bool amx_tile = bit(seven.d, 24), amx_bf16 = bit(seven.d, 22);
   return os_tiles && amx_tile && amx_bf16 && may_use_tiles() ? ELVA_LEVEL_AMX

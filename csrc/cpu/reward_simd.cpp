@@ -323,6 +323,7 @@ const Kernels Level<ELVA_LEVEL>::kernels = {
     Level<ELVA_LEVEL>::scans,
     &Level<ELVA_LEVEL>::in_batch,
     &Level<ELVA_LEVEL>::matrix,
+    &Level<ELVA_LEVEL>::codes,
 };
 
 }  // namespace elva

@@ -73,14 +73,16 @@ class Lists {
     return hits_[(slot * queries_ + query) * k_].score;
   }
 
-  // The k best hits of all slots, in order. out has room for slots * k.
-  void merge(int64_t query, Hit<V>* out) const {
+  // The k best hits of all slots, in order, and how many there are in all. out has room for
+  // slots * k.
+  int64_t merge(int64_t query, Hit<V>* out) const {
     Hit<V>* end = out;
     for (int64_t slot = 0; slot < slots_; ++slot) {
       const Hit<V>* heap = hits_ + (slot * queries_ + query) * k_;
       end = std::copy(heap, heap + sizes_[slot * queries_ + query], end);
     }
     std::partial_sort(out, out + std::min<int64_t>(k_, end - out), end, better<V>);
+    return end - out;
   }
 
  private:

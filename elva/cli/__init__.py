@@ -1,5 +1,6 @@
 """The command line: parses, calls one function, prints. Bad input is one line and exit code 2."""
 
+import warnings
 from typing import Annotated
 
 import typer
@@ -39,6 +40,7 @@ def _options(
     ] = False,
 ) -> None:
     """Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280)."""
+    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture we say ourselves
 
 
 app.command(epilog=train.EXAMPLES)(train.train)

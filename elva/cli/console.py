@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from elva.errors import UserError, refused_by_kernels
+from elva.errors import UserError, refused_by_kernels, torchvision_is_foreign
 from elva.processes import Processes
 
 out = Console(highlight=False)
@@ -46,6 +46,13 @@ def one_line_errors() -> Iterator[None]:
         if not isinstance(error, UserError) and not refused_by_kernels(error):
             raise
         _fail(str(error))
+    except (ImportError, RuntimeError) as error:
+        if not torchvision_is_foreign(error):
+            raise
+        _fail(
+            "torchvision must be of this torch's build, got one that does not load; "
+            "pip uninstall torchvision, or install the one of its build"
+        )
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

@@ -41,11 +41,11 @@ def grains(
     with one_line_errors():
         quiet_libraries()
         from elva.commands import grains as probe
-        from elva.model.encoder import Encoder
+        from elva.model.encoder import open_encoder
         from elva.progress import Bars
 
         opened = [
-            (name, Encoder.open(name, max_completion_length=max_completion_length))
+            (name, open_encoder(name, max_completion_length=max_completion_length))
             for name in models
         ]
         with Bars(err if as_json else out) as bars:

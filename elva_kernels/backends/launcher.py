@@ -17,6 +17,10 @@ read where they lie and never written. Results are contiguous and have no graph.
     reward_from_scores_backward  (scores, mask, grad_reward, weights) -> grad_scores
     group_advantages          (reward, *, scale, std_eps) -> advantages
     topk                      (query, corpus, k, *, metric) -> scores, index
+    row_codes                 (rows, fine) -> the fields of `reference.FineCodes`; the second is
+                              [P, 0] without `fine`
+    nearest_codes             (query, rows, depth, *, mask, floor) -> bounds, index; `query` is
+                              `reference.FineCodes`, `rows` `reference.RowCodes`
     rank_statistics           (query, candidates, batch, *, k, temperature) -> the fields of
                               `reference.RankStatistics`; logsumexp is [0] without a temperature
     in_batch_ranking_reward   (query, candidates, batch, head, weights) -> the values, index

@@ -11,7 +11,7 @@ from elva_kernels.backends.head import slopes_of_head
 from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics
 from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_shape
 from elva_kernels.backends.shares import Exchange
-from elva_kernels.reference import Batch, Wanted, Weights
+from elva_kernels.reference import Batch, FineCodes, RowCodes, Wanted, Weights
 
 
 def ranking_reward(
@@ -200,3 +200,16 @@ def _wanted(gradients: Iterable[Tensor], wrt: Iterable[bool]) -> Gradients:
         gradient if wanted else None
         for gradient, wanted in zip(detached(gradients), wrt, strict=True)
     )
+
+
+def row_codes(rows: Tensor, fine: bool) -> Tensors:
+    if fine:
+        return detached(reference.fine_codes(rows))
+    code, scale, lost = detached(reference.row_codes(rows))
+    return code, code.new_empty((len(code), 0)), scale, lost
+
+
+def nearest_codes(
+    query: FineCodes, rows: RowCodes, depth: int, *, mask: Tensor | None, floor: Tensor | None
+) -> Tensors:
+    return detached(reference.nearest_codes(query, rows, depth, mask=mask, floor=floor))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from elva_kernels.backends import cpu, cuda, in_batch, reference, shares, triton
+from elva_kernels.backends.cpu import codes as cpu_codes
 from elva_kernels.backends.cpu import reward as cpu_reward
 from elva_kernels.backends.cpu import topk as cpu_topk
 from elva_kernels.backends.cpu.in_batch import CpuSteps
@@ -85,6 +86,14 @@ LAUNCHERS: dict[str, dict[str, Launcher]] = {
         "cuda": cuda_topk.topk,
         "triton": triton_topk.topk,
         "reference": reference.topk,
+    },
+    "row_codes": {
+        "cpu": cpu_codes.row_codes,
+        "reference": reference.row_codes,
+    },
+    "nearest_codes": {
+        "cpu": cpu_codes.nearest_codes,
+        "reference": reference.nearest_codes,
     },
     "group_advantages": {
         "cpu": cpu_reward.group_advantages,

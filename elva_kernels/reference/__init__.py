@@ -48,11 +48,26 @@ Search:
 
     (15) topk(q) = the k rows c with the largest s = q . c / (|q| |c|), or s = q . c;
                    equal scores in the order of indices
+    (16) H u(c)  = t b + r with integers |b_i| <= 127, t = max_i |(H u(c))_i| / 127 and |r| <= lost;
+                   H is orthogonal, the same for all rows (`rotated`); for a query b has halves,
+                   quarters, ... down to 1 / 256
+    (17) u(q) . u(c) <= t_q t_c b_q . b_c + lost_q (1 + lost_c) + lost_c, by Cauchy and Schwarz:
+                   (15) is among the rows whose bounds reach the k-th best score of any rows
 
 Inputs are computed in float32 (float64 stays float64), so half inputs are rounded once, in the
 gradient. Shapes broadcast over leading dimensions; arguments are taken as checked by `checks`.
 """
 
+from elva_kernels.reference.codes import (
+    MOST_COLUMNS,
+    SCORE_ERROR,
+    FineCodes,
+    RowCodes,
+    fine_codes,
+    nearest_codes,
+    row_codes,
+    score_bounds,
+)
 from elva_kernels.reference.in_batch import (
     NO_CANDIDATE,
     NO_POSITIVE,
@@ -89,18 +104,23 @@ from elva_kernels.reference.topk import TopK, topk
 
 __all__ = [
     "ALL",
+    "MOST_COLUMNS",
     "NO_CANDIDATE",
     "NO_POSITIVE",
     "SAME_REWARD",
+    "SCORE_ERROR",
     "Batch",
+    "FineCodes",
     "RankStatistics",
     "RankingReward",
+    "RowCodes",
     "TopK",
     "Wanted",
     "Weights",
     "compute_dtype",
     "cosine_matrix",
     "cosine_scores",
+    "fine_codes",
     "gradients_of_slopes",
     "group_advantages",
     "head_slopes",
@@ -110,13 +130,16 @@ __all__ = [
     "info_nce_of_scores",
     "live_scores",
     "mean_of_positives",
+    "nearest_codes",
     "rank_statistics",
     "ranking_reward",
     "ranking_reward_and_grad",
     "reward_from_scores",
     "reward_from_scores_backward",
     "reward_of_head",
+    "row_codes",
     "scaled",
+    "score_bounds",
     "statistics_of_scores",
     "times_power",
     "topk",

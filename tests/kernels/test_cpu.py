@@ -30,8 +30,8 @@ LEVEL_FLAGS = {
     "plain": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
-    "avx512bf16": f"{AVX512} -mavx512bf16",
-    "amx": f"{AVX512} -mavx512bf16",
+    "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+    "amx": f"{AVX512} -mavx512bf16 -mavx512vnni",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"

@@ -1,12 +1,14 @@
 """A picture's own title and description: XMP's, IPTC's, EXIF's, or PNG's text."""
 
 import re
-import struct
 import warnings
 from pathlib import Path
 from xml.parsers import expat
 
 from PIL import Image, ImageFile, IptcImagePlugin
+
+from elva.data import pictures
+from elva.errors import PictureFault
 
 MAX_XMP_BYTES = 4 * 2**20
 """Ours: XMP in a JPEG is at most 64 KiB; beyond this a packet is passed over."""
@@ -32,17 +34,8 @@ def read(path: Path) -> dict[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                found = [_xmp(image), _iptc(image), _exif(image), _png(image)]
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        struct.error,
-        Image.DecompressionBombError,
-    ):  # RuntimeError: of AVIF
+            found = pictures.header(path, lambda i: [_xmp(i), _iptc(i), _exif(i), _png(i)])
+    except PictureFault:
         return {}
     own = {}
     for name in ("title", "description"):

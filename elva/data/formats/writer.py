@@ -6,8 +6,6 @@ What is written, the loader reads: queries are numbered, grouped by task, and re
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from elva.data import extras, mbeir, strict
+from elva.data.formats.places import Places, copy
 from elva.data.formats.source import Entry, Example, Reference, Source
 from elva.data.schema import TASKS, Item, hashed_id, normalise
 from elva.data.strict import Faults, dump
@@ -31,8 +30,6 @@ OWN_BYTES, ID_BYTES = 512, 20
 """Of a line, at most: names, ids and a path of ours; one answer."""
 
 MODALITIES = ("text", "image", "image,text")
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-"""By what Pillow says of a header. MPO is JPEG with further pictures behind the first."""
 
 
 _Part = tuple[str, str]
@@ -44,8 +41,8 @@ class _Checked:
     """An entry that can be written.
 
     Args:
-        key: By which equal candidates are one: the source's id, or the content.
-        picture: SHA-256 of the encoded picture, or None.
+        key: By which equal candidates are one: its name, the source's id, or the content.
+        picture: What tells its picture from others (`Places.key`), or None.
         suffix: Of the picture's file.
         size: Bytes of its line, at most, without a query's answers.
     """
@@ -53,7 +50,7 @@ class _Checked:
     entry: Entry
     modality: str
     key: str | bytes
-    picture: bytes | None
+    picture: bytes | str | None
     suffix: str
     size: int
 
@@ -86,8 +83,7 @@ def convert(
     Raises:
         DataError: a row that is not as its format has it, as `file:line: rule`.
     """
-    if output.exists() and any(output.iterdir()):
-        raise DataError(f"{output}: must be empty; choose another directory")
+    check_output(output)
     faults = faults or Faults()
     counts: dict[str, Any] = {}
 
@@ -111,6 +107,12 @@ def convert(
     return {**counts, "bad": list(faults.found)}
 
 
+def check_output(output: Path) -> None:
+    """Refuse to write where something lies."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output}: must be empty; choose another directory")
+
+
 class _Writer:
     """Numbers what it is given, copies pictures, and groups queries by task."""
 
@@ -123,8 +125,9 @@ class _Writer:
         self.numbers: dict[tuple[str, str | bytes], int] = {}  # by subset and key
         self.modalities = bytearray(MAX_CANDIDATES + 1)  # by number, in MODALITIES
         self.restricted: dict[str, list[str]] = {}
-        self.pictures: dict[bytes, str] = {}
-        self.looks: dict[bytes, bytes] = {}
+        self.taken: set[int] = set()  # the numbers of candidates with names
+        self.places = Places(root, source.name)
+        self.looks: dict[bytes | str, bytes] = dict(source.looks)
         self.asked: set[str] = set()
         self.count = 0
         self.outside = 0
@@ -180,12 +183,13 @@ class _Writer:
         if not self.queries:
             raise DataError(f"{source.name}: no query that can be read")
         self._check_answers()
-        prompts, sets, tasks = {}, {}, dict.fromkeys((task for _, task in self.queries), 0)
+        prompts = {kinds: [prompt] for kinds, prompt in source.prompts.items()}
+        sets, tasks = {}, dict.fromkeys((task for _, task in self.queries), 0)
         for (subset, task), asked in self.queries.items():
             stem = mbeir.file_stem("_".join(filter(None, (source.name, subset))), task)
             kinds = mbeir.modalities(task)
             prompts[kinds] = [source.prompts.get(kinds, source.instruction)]
-            _copy(self._pool_file(subset, kinds[1]), self._pool_file(stem))
+            copy(self._pool_file(subset, kinds[1]), self._pool_file(stem))
             mbeir.write_queries(self.root, stem, self.split, list(self._rows(asked)))
             sets[stem] = len(asked)
             tasks[task] += len(asked)
@@ -198,7 +202,7 @@ class _Writer:
             "queries": tasks,
             "sets": sets,
             "candidates": len(self.numbers),
-            "pictures": len(self.pictures),
+            "pictures": len(self.places),
             "notices": [*source.notices, *self._notices()],
         }
 
@@ -227,19 +231,13 @@ class _Writer:
         there = (("image", entry.image is not None), ("text", has_text))
         modality = ",".join(name for name, found in there if found)
         size = _size(entry)
-        picture, suffix = self._picture(entry)
-        key = self._content(entry, picture) if entry.id is None else entry.id
+        picture, suffix = None, ""
+        if entry.image is not None:
+            picture, suffix = self.places.key(entry.image, entry.name, entry.where)
+        key = entry.name or entry.id or self._content(entry, picture)
         return _Checked(entry, modality, key, picture, suffix, size)
 
-    def _picture(self, entry: Entry) -> tuple[bytes | None, str]:
-        """Digest of the encoded picture and its file's suffix, checked by the header."""
-        if entry.image is None:
-            return None, ""
-        kind = Item("", None, entry.image, "image", where=entry.where).image_format()
-        content = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
-        return hashlib.sha256(content).digest(), SUFFIXES[kind]
-
-    def _content(self, entry: Entry, picture: bytes | None) -> bytes:
+    def _content(self, entry: Entry, picture: bytes | str | None) -> bytes:
         """What an item says and shows: equal where text and decoded picture are."""
         said = Item("", normalise(entry.text or ""), None, "text").content_hash()
         if picture is None:
@@ -262,6 +260,17 @@ class _Writer:
             raise DataError(f"{entry.where}: id {id!r} is not {prefix}<number> as the first is")
         return int(id[len(prefix) :])
 
+    def _named_number(self, entry: Entry) -> int | None:
+        """A number that a name keeps when others come or go, next to those that got it first."""
+        if entry.name is None:
+            return None
+        digest = hashlib.sha256(entry.name.encode()).digest()
+        number = int.from_bytes(digest[:8], "big") % MAX_CANDIDATES + 1
+        while number in self.taken:
+            number = number % MAX_CANDIDATES + 1
+        self.taken.add(number)
+        return number
+
     def _number(self, one: _Checked | int, subset: str) -> int:
         """The number of a candidate, which is written if it is new to its subset."""
         if isinstance(one, int):
@@ -270,7 +279,7 @@ class _Writer:
             return self.numbers[subset, one.key]
         if len(self.numbers) >= MAX_CANDIDATES:
             raise DataError(f"{one.entry.where}: more than {MAX_CANDIDATES:,} candidates")
-        number = self._own_number(one.entry, len(self.numbers))
+        number = self._named_number(one.entry) or self._own_number(one.entry, len(self.numbers))
         part = subset, one.modality
         if part not in self.pools:
             path = self._pool_file(*part)
@@ -345,21 +354,10 @@ class _Writer:
         return self.root / "cand_pool" / "local" / name
 
     def _place(self, checked: _Checked) -> str | None:
-        """Put a picture into the directory once; its path there."""
-        image, digest = checked.entry.image, checked.picture
-        if image is None or digest is None:
+        image, picture = checked.entry.image, checked.picture
+        if image is None or picture is None:
             return None
-        if digest not in self.pictures:
-            number = len(self.pictures)
-            folder = Path("mbeir_images") / f"{self.source.name}_images" / f"{number // 1000:04d}"
-            place = folder / f"{number:07d}{checked.suffix}"
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
-            if isinstance(image, bytes):
-                (self.root / place).write_bytes(image)
-            else:
-                _copy(image, self.root / place)
-            self.pictures[digest] = str(place)
-        return self.pictures[digest]
+        return self.places.put(image, picture, checked.suffix)
 
 
 def _size(entry: Entry) -> int:
@@ -373,14 +371,6 @@ def _size(entry: Entry) -> int:
     if size > strict.MAX_LINE_BYTES:
         raise DataError(f"{entry.where}: longer than a line of {strict.MAX_LINE_BYTES} bytes")
     return size
-
-
-def _copy(path: Path, place: Path) -> None:
-    """Link a file to a second place, or copy it to another file system or one without links."""
-    try:
-        os.link(path.resolve(), place)
-    except OSError:
-        shutil.copyfile(path, place)
 
 
 def _only(where: str, modalities: Sequence[str]) -> str:
@@ -407,4 +397,6 @@ def _is_id(id: str) -> bool:
 
 def _extra(entry: Entry) -> str | None:
     fields = {**({"id": entry.id} if entry.id is not None else {}), **entry.extra}
+    if entry.name is not None:
+        fields = {"file": entry.name, **fields}
     return dump(fields) if fields else None
