@@ -2,9 +2,20 @@
 
 import traceback
 
+MAX_MESSAGE = 600
+"""Ours, characters: what is wrong in a cell of megabytes is still a line to read."""
+
 
 class UserError(ValueError):
-    """Bad input or a state that the user can change, in one line."""
+    """Bad input or a state that the user can change, in one line.
+
+    Args:
+        message: Shortened in its middle: it begins with the place and ends with what to do.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text, half = str(message), MAX_MESSAGE // 2
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:half]}...{text[-half:]}")
 
 
 class DataError(UserError):

@@ -253,7 +253,7 @@ def _columns(file: Path, record: Record) -> tuple[str, list[str]]:
     if names is None or not (words or file.name in IMAGEFOLDER):
         lacks = FILES[0] if names is None else WORDS[0]
         found = ", ".join(map(repr, record.fields))
-        raise DataError(f"{file}:1: no column {lacks}; there are {found}"[:1000])
+        raise DataError(f"{file}:1: no column {lacks}; there are {found}")
     return names, words
 
 
