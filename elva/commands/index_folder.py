@@ -21,8 +21,8 @@ from elva.errors import DataError, IndexFault, UserError, printable
 from elva.files import PARTIAL, write_text
 from elva.index import Index, fields, folder, manifest, segment
 from elva.index.embeddings import PLAN, Embeddings
-from elva.model.encoder import Encoder
-from elva.model.modalities import must_read, unfamiliar
+from elva.model.encoder import Encoder, unfamiliar
+from elva.model.modalities import must_read
 from elva.progress import SILENT, Reporter
 
 PART_PICTURES = 1024
@@ -68,7 +68,8 @@ def build(
     check(directory, root, overwrite=overwrite)
     faults = Faults(skip_bad)
     found = contents(root, faults)
-    must_read(encoder, {"image": len(found.pictures)}, printable(str(root)))
+    counts = {"image": len(found.pictures)}
+    must_read(encoder.identity.name, encoder.modalities, counts, printable(str(root)))
     for line in [*found.notices, *filter(None, [unfamiliar(encoder, [dataset_number(root)])])]:
         reporter.say(line)
     about = folder.about(encoder, root)

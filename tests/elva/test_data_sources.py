@@ -1,6 +1,7 @@
 """Files as people have them: spreadsheets' csv, published layouts, folders of pictures."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from elva.cli import app
 from elva.data import load, strict
 from elva.data.formats import convert_file
 from elva.data.formats.rows import rows, table_files
+from elva.data.mbeir import read_sets
 from elva.data.strict import Faults
 from elva.errors import DataError
 
@@ -160,7 +162,12 @@ def test_mmeb_as_it_lies(tmp_path):
     parquet(root / "HatefulMemes" / "original-00000-of-00001.parquet", [{**row, "qry": "r"}])
     with pytest.raises(DataError, match=r"no such picture: VisDial/1.png in .*; images names"):
         convert_file("mmeb", root, tmp_path / "data")
-    _, found = converted("mmeb", root, tmp_path / "data", images=images)
+    counts, found = converted("mmeb", root, tmp_path / "data", images=images)
+    assert counts["queries"] == {"it2t": 3}
+    assert counts["sets"] == {"mmeb_HatefulMemes_task6": 1, "mmeb_VisDial_task6": 2}
+    sets = read_sets(tmp_path / "data", split="train")
+    assert [(one.stem, len(one.queries), len(one.pool)) for one in sets] == [
+        ("mmeb_HatefulMemes_task6", 1, 3), ("mmeb_VisDial_task6", 2, 4)]  # fmt: skip
     assert found == [
         ("R.", ["P."], ["A.", "B."]),
         ("Q.", ["P0.", "P1."], ["A.", "B."]),
@@ -168,8 +175,11 @@ def test_mmeb_as_it_lies(tmp_path):
     ]
     (root / "VisDial" / "VisDial").mkdir()
     picture.rename(root / "VisDial" / "VisDial" / "1.png")
-    counts = convert_file("mmeb", root / "VisDial", tmp_path / "subset")
-    assert counts["queries"] == {"it2t": 2} and counts["pictures"] == 1
+    counts = convert_file("mmeb", root / "VisDial", tmp_path / "subset", name="own")
+    assert counts["sets"] == {"own_VisDial_task6": 2} and counts["pictures"] == 1
+    shutil.copytree(root / "VisDial", root / "ImageNet-1K")
+    counts = convert_file("mmeb", root / "ImageNet-1K", tmp_path / "dash")
+    assert counts["sets"] == {"mmeb_ImageNet_1K_task6": 2}
     (root / "VisDial" / "original-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match=r"VisDial: 1 of 2 shards original-\*"):
         convert_file("mmeb", root / "VisDial", tmp_path / "torn")

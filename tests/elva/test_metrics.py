@@ -95,7 +95,7 @@ def test_files_come_back_as_they_were(tmp_path):
         (
             read_qrels,
             "q 0 d",
-            r"3 columns, not qid 0 did relevance \[task\], nor BEIR's under query-id",
+            r"3 columns, not qid 0 did relevance \[task\], nor BEIR's",
         ),
         (read_qrels, "q Q0 d 1 0.5 tag", "6 columns, not qid 0 did relevance"),
         (read_qrels, "q 0 d 1.5", "relevance '1.5' is no whole number"),

@@ -65,12 +65,14 @@ class Example:
 
     Args:
         candidates: What it is to be ranked against, where that is not the whole pool.
+        subset: The part of the source, with a pool of its own, that it belongs to.
     """
 
     query: Entry
     positives: Sequence[Entry | Reference]
     negatives: Sequence[Entry | Reference] = ()
     candidates: Sequence[Entry] = ()
+    subset: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ What is written, the loader reads: queries are numbered, grouped by task, and re
 `src_content`. Candidates go to disk as they come.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +29,10 @@ OWN_BYTES, ID_BYTES = 512, 20
 """Of a line, at most: names, ids and a path of ours; one answer."""
 
 MODALITIES = ("text", "image", "image,text")
+
+
+_Part = tuple[str, str]
+"""A subset, and a task or a modality."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,13 @@ class _Writer:
 
     def __init__(self, source: Source, root: Path, split: str, files: ExitStack) -> None:
         self.source, self.root, self.split, self.files = source, root, split, files
-        self.pools: dict[str, IO[str]] = {}
-        self.queries: dict[str, list[_Asked]] = {}
+        self.pools: dict[_Part, IO[str]] = {}
+        self.queries: dict[_Part, list[_Asked]] = {}
         self.groups: dict[bytes, dict[int, None]] = {}
         self.first: dict[bytes, _Asked] = {}
-        self.numbers: dict[str | bytes, int] = {}
+        self.numbers: dict[tuple[str, str | bytes], int] = {}  # by subset and key
         self.modalities = bytearray(MAX_CANDIDATES + 1)  # by number, in MODALITIES
         self.restricted: dict[str, list[str]] = {}
-        self.taken: set[int] = set()  # the numbers of candidates with names
         self.places = Places(root, source.name)
         self.looks: dict[bytes | str, bytes] = dict(source.looks)
         self.asked: set[str] = set()
@@ -130,7 +132,7 @@ class _Writer:
 
     def add(self, example: Example) -> None:
         """One query; nothing of it is kept if any part of it is bad."""
-        query, where = example.query, example.query.where
+        query, where, subset = example.query, example.query.where, example.subset
         if query.id is not None and query.id in self.asked:
             raise DataError(f"{where}: query {query.id} again")
         asked = self._checked(query)
@@ -142,14 +144,16 @@ class _Writer:
         if not positives and not written:
             raise DataError(f"{where}: has no right answer")
         found = [self._modality(one) for one in (*positives, *negatives, *candidates)]
-        task = _task(where, asked.modality, _only(where, found or list(self.pools)))
+        shown = [modality for part, modality in self.pools if part == subset]
+        task = _task(where, asked.modality, _only(where, found or shown))
         if self.count >= MAX_QUERIES:
             raise DataError(f"{where}: more than {MAX_QUERIES:,} queries; split the source")
         number = self._own_number(query, self.count)
         asks = asked.key if isinstance(asked.key, bytes) else self._content(query, asked.picture)
-        group = task.encode() + asks
+        group = f"{subset} {task} ".encode() + asks
         right, wrong, among = (
-            [self._number(one) for one in some] for some in (positives, negatives, candidates)
+            [self._number(one, subset) for one in some]
+            for some in (positives, negatives, candidates)
         )
         self.outside += len(outside)
         if query.id is not None:
@@ -160,7 +164,7 @@ class _Writer:
             return
         fields = self._query(asked, number, task)
         one = _Asked(fields, where, asked.size, group, right, wrong, written)
-        self.queries.setdefault(task, []).append(one)
+        self.queries.setdefault((subset, task), []).append(one)
         self.count += 1
         if self.source.one_query:
             self.first[group] = one
@@ -169,7 +173,7 @@ class _Writer:
 
     def candidate(self, entry: Entry) -> None:
         """One candidate; equal ones of a source without ids are one."""
-        self._number(self._found(entry))
+        self._number(self._found(entry), "")
 
     def finish(self) -> dict[str, Any]:
         """Write all that was given, and count it."""
@@ -178,19 +182,23 @@ class _Writer:
             raise DataError(f"{source.name}: no query that can be read")
         self._check_answers()
         prompts = {kinds: [prompt] for kinds, prompt in source.prompts.items()}
-        for task, asked in self.queries.items():
-            stem = mbeir.file_stem(source.name, task)
+        sets, tasks = {}, dict.fromkeys((task for _, task in self.queries), 0)
+        for (subset, task), asked in self.queries.items():
+            stem = mbeir.file_stem("_".join(filter(None, (source.name, subset))), task)
             kinds = mbeir.modalities(task)
             prompts[kinds] = [source.prompts.get(kinds, source.instruction)]
-            copy(self._pool_file(kinds[1]), self._pool_file(stem))
+            copy(self._pool_file(subset, kinds[1]), self._pool_file(stem))
             mbeir.write_queries(self.root, stem, self.split, list(self._rows(asked)))
-        for modality in self.pools:
-            self._pool_file(modality).unlink()
+            sets[stem] = len(asked)
+            tasks[task] += len(asked)
+        for part in self.pools:
+            self._pool_file(*part).unlink()
         mbeir.write_instructions(self.root, source.name, source.number, prompts)
         if self.restricted:
             extras.write_extras(self.root, {}, {}, self.restricted)
         return {
-            "queries": {task: len(rows) for task, rows in self.queries.items()},
+            "queries": tasks,
+            "sets": sets,
             "candidates": len(self.numbers),
             "pictures": len(self.places),
             "notices": [*source.notices, *self._notices()],
@@ -198,8 +206,8 @@ class _Writer:
 
     def _found(self, entry: Entry | Reference) -> _Checked | int:
         """An answer that can be written, or the number of one that is."""
-        if entry.id in self.numbers:
-            return self.numbers[entry.id]
+        if entry.id is not None and ("", entry.id) in self.numbers:
+            return self.numbers["", entry.id]
         if isinstance(entry, Reference):
             raise DataError(f"{entry.where}: {entry.id!r} is not in the corpus")
         return self._checked(entry)
@@ -209,7 +217,7 @@ class _Writer:
         return (
             self.source.sister is not None
             and isinstance(one, Reference)
-            and one.id not in self.numbers
+            and ("", one.id) not in self.numbers
             and one.id.startswith(f"{self.source.sister}:")
             and _is_id(one.id)
         )
@@ -250,31 +258,24 @@ class _Writer:
             raise DataError(f"{entry.where}: id {id!r} is not {prefix}<number> as the first is")
         return int(id[len(prefix) :])
 
-    def _named_number(self, entry: Entry) -> int | None:
-        """A number that a name keeps when others come or go, next to those that got it first."""
-        if entry.name is None:
-            return None
-        digest = hashlib.sha256(entry.name.encode()).digest()
-        number = int.from_bytes(digest[:8], "big") % MAX_CANDIDATES + 1
-        while number in self.taken:
-            number = number % MAX_CANDIDATES + 1
-        self.taken.add(number)
-        return number
-
-    def _number(self, one: _Checked | int) -> int:
-        """The number of a candidate, which is written if it is new."""
+    def _number(self, one: _Checked | int, subset: str) -> int:
+        """The number of a candidate, which is written if it is new to its subset."""
         if isinstance(one, int):
             return one
-        if one.key in self.numbers:
-            return self.numbers[one.key]
+        if (subset, one.key) in self.numbers:
+            return self.numbers[subset, one.key]
         if len(self.numbers) >= MAX_CANDIDATES:
             raise DataError(f"{one.entry.where}: more than {MAX_CANDIDATES:,} candidates")
-        number = self._named_number(one.entry) or self._own_number(one.entry, len(self.numbers))
-        if one.modality not in self.pools:
-            path = self._pool_file(one.modality)
+        if one.entry.name is None:
+            number = self._own_number(one.entry, len(self.numbers))
+        else:
+            number = self.places.number(one.entry.name, MAX_CANDIDATES)
+        part = subset, one.modality
+        if part not in self.pools:
+            path = self._pool_file(*part)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (the stack's)
-            self.pools[one.modality] = self.files.enter_context(file)
+            self.pools[part] = self.files.enter_context(file)
         row = {
             "txt": one.entry.text if "text" in one.modality else None,
             "img_path": self._place(one),
@@ -282,8 +283,8 @@ class _Writer:
             "did": self._did(number),
             "src_content": _extra(one.entry),
         }
-        self.pools[one.modality].write(dump(row) + "\n")
-        self.numbers[one.key] = number
+        self.pools[part].write(dump(row) + "\n")
+        self.numbers[subset, one.key] = number
         self.modalities[number] = MODALITIES.index(one.modality)
         return number
 
@@ -322,11 +323,10 @@ class _Writer:
             )
 
     def _notices(self) -> list[str]:
-        shown = {mbeir.modalities(task)[1] for task in self.queries}
+        shown = {(subset, mbeir.modalities(task)[1]) for subset, task in self.queries}
         found = [
             f"candidates of kind {modality} are in no pool: no query asks for them"
-            for modality in self.pools
-            if modality not in shown
+            for _, modality in (part for part in self.pools if part not in shown)
         ]
         if self.outside:
             alone = sum(not self.groups[one.group] for one in self._all())
@@ -339,8 +339,9 @@ class _Writer:
     def _did(self, number: int) -> str:
         return f"{self.source.number}:{number}"
 
-    def _pool_file(self, stem: str) -> Path:
-        return self.root / "cand_pool" / "local" / f"mbeir_{stem}_cand_pool.jsonl"
+    def _pool_file(self, *stem: str) -> Path:
+        name = f"mbeir_{' '.join(stem)}_cand_pool.jsonl"
+        return self.root / "cand_pool" / "local" / name
 
     def _place(self, checked: _Checked) -> str | None:
         image, picture = checked.entry.image, checked.picture
