@@ -68,8 +68,8 @@ def build(
     check(directory, root, overwrite=overwrite)
     faults = Faults(skip_bad)
     found = contents(root, faults)
-    pictures = {"image": len(found.pictures)}
-    must_read(encoder.identity.name, encoder.modalities, pictures, printable(str(root)))
+    counts = {"image": len(found.pictures)}
+    must_read(encoder.identity.name, encoder.modalities, counts, printable(str(root)))
     for line in [*found.notices, *filter(None, [unfamiliar(encoder, [dataset_number(root)])])]:
         reporter.say(line)
     about = folder.about(encoder, root)
