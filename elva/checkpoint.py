@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elva.errors import RunError
-from elva.files import PARTIAL, fault, write_directory, write_text
+from elva.errors import RunError, UserError
+from elva.files import PARTIAL, fault, listed, read_bounded, write_directory, write_text
+from elva.settings import JSON_BYTES, FileSize, Name, Places, build, read_json
 
 STATE = "state.json"
 PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `state.json` holds."""
+
+    step: FileSize
+    groups: tuple[Name, ...]
+    state: Mapping[str, Any]
 
 
 def save(
@@ -60,10 +71,9 @@ def place(parent: Path, step: int) -> Path:
 
 def load(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `save` wrote."""
-    told = json.loads((directory / STATE).read_text(encoding="utf-8"))
-    tensors = {name: load_file(directory / f"{name}.safetensors") for name in told["groups"]}
-    state: dict[str, Any] = told["state"]
-    return tensors, state
+    told = _state(directory)
+    tensors = {name: load_file(directory / f"{name}.safetensors") for name in told.groups}
+    return tensors, dict(told.state)
 
 
 def load_whole(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -126,14 +136,22 @@ def _damage(directory: Path) -> str | None:
     if (why := fault(directory)) is not None:
         return why
     try:
-        told = json.loads((directory / STATE).read_text(encoding="utf-8"))
-        if told["step"] != step_of(directory):
-            return f"{STATE} is of step {told['step']}"
-        if not isinstance(told["state"], dict):
-            return f"{STATE} holds no state"
-        for name in told["groups"]:
+        told = _state(directory)
+        if told.step != step_of(directory):
+            return f"{STATE} is of step {told.step}"
+        lacking = {f"{name}.safetensors" for name in told.groups} - {*listed(directory)}
+        if lacking:
+            return f"{min(lacking)} is missing"
+        for name in told.groups:
             with safe_open(directory / f"{name}.safetensors", "pt") as file:
                 file.keys()
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, UserError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _state(directory: Path) -> _State:
+    places = Places(STATE)
+    content = read_bounded(directory / STATE, JSON_BYTES)
+    found: _State = build(_State, read_json(content, places), places)
+    return found

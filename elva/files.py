@@ -4,18 +4,25 @@ Every file here goes through `os.open`, `os.write`, `os.pwrite`, `os.fsync` and 
 test that makes the n-th of them fail has covered every place where a disk can.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from elva.errors import UserError
+from elva.settings import JSON_BYTES, FileSize, Places, Sha256, build, read_json
 
 PARTIAL = ".partial"  # after a name: not whole yet, or what a killed process left
 MANIFEST = "manifest.json"
@@ -57,18 +64,82 @@ def replacing(path: Path) -> Iterator[Sink]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
+    descriptor = _own(partial)
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            yield Sink(path, descriptor)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        yield Sink(path, descriptor)
+        os.fsync(descriptor)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
     sync_directory(path.parent)
+
+
+def _own(partial: Path) -> int:
+    """A new file that this call alone writes, locked while it does.
+
+    What lies there is never written to: another writer is waited for, and what a killed one left
+    or anybody planted there (a link, a pipe) is removed.
+    """
+    new, seen = os.O_WRONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY | os.O_NONBLOCK
+    while True:
+        try:
+            descriptor, made = os.open(partial, new | os.O_NOFOLLOW, 0o666), True
+        except FileExistsError:
+            try:
+                descriptor, made = os.open(partial, seen | os.O_NOFOLLOW), False
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                partial.unlink(missing_ok=True)
+                continue
+        locked = False
+        try:
+            locked = lock(partial, descriptor)
+            if locked and not made:
+                partial.unlink()
+        finally:
+            if not (locked and made):
+                os.close(descriptor)
+        if locked and made:
+            return descriptor
+
+
+def lock(path: Path, descriptor: int, *, wait: bool = True) -> bool:
+    """Lock an open file; False where the path names another by then, which was not locked.
+
+    Raises:
+        BlockingIOError: another holds it, and `wait` is False.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """A descriptor of a regular file, to read, and its size; OSError for anything else."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode):
+        return descriptor, found.st_size
+    os.close(descriptor)
+    code = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
+    raise OSError(code, os.strerror(code), str(path))
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """A regular file's bytes; OSError where it is none or has more than `most`."""
+    descriptor, size = open_regular(path)
+    with open(descriptor, "rb") as file:
+        if size > most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return file.read(most)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -153,21 +224,50 @@ def is_whole(directory: Path) -> bool:
     return fault(directory) is None
 
 
+@dataclass(frozen=True)
+class _Listed:
+    bytes: FileSize
+    sha256: Sha256
+
+
+LOADED = (".safetensors", ".json", ".bin", ".pt", ".py")
+"""Files that change what a directory is loaded as: not there unless the manifest lists them."""
+
+
+def listed(directory: Path) -> Mapping[str, _Listed]:
+    """The manifest's files; UserError where it is none that `write_directory` writes."""
+    places = Places(MANIFEST)
+    try:
+        data = read_json(read_bounded(directory / MANIFEST, JSON_BYTES), places)
+    except OSError as error:
+        places.refuse("", f"must be readable, got {error.strerror}")
+    found: Mapping[str, _Listed] = build(Mapping[str, _Listed], data, places)
+    for name in found:
+        if not name or "\\" in name or "\0" in name or name != os.path.normpath(name) or (
+            name.startswith(("/", ".."))
+        ):  # fmt: skip
+            places.refuse("", "must list files under it by their plain names", name)
+    return found
+
+
 def fault(directory: Path) -> str | None:
     """What of a directory is not as its manifest says; None: nothing."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        wanted = listed(directory)
+    except UserError:
         return f"no readable {MANIFEST}"
-    for name, (size, digest) in wanted.items():
+    for name, entry in wanted.items():
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
-        if (there := path.stat().st_size) != size:
-            return f"{name} has {there:,} bytes, {size:,} were written"
-        if sha256(path) != digest:
+        if (there := path.stat().st_size) != entry.bytes:
+            return f"{name} has {there:,} bytes, {entry.bytes:,} were written"
+        if sha256(path) != entry.sha256:
             return f"{name} has another SHA-256"
+    for path in sorted(p for p in directory.rglob("*") if p.suffix in LOADED):
+        name = str(path.relative_to(directory))
+        if name not in wanted and name != MANIFEST:
+            return f"{name} is not listed in {MANIFEST}"
     return None
 
 

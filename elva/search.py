@@ -16,7 +16,7 @@ from elva.errors import DataError, UserError
 from elva.index import Index
 from elva.index.embeddings import columns
 from elva.index.engines import Engine
-from elva.index.index import Where
+from elva.index.where import Where
 from elva.model.encoder import Encoder
 from elva.progress import SILENT, Reporter
 

@@ -1,5 +1,7 @@
 """Frozen dataclasses from plain data: every key, type and value checked, every fault one line.
 
+The data is a YAML file's (`read_yaml`) or JSON that nobody vouches for (`read_json`).
+
 A field states its rule in its annotation: `Annotated[float, at_least(0)]`, a `Literal` of names, or
 a dataclass of further fields. A dataclass whose fields depend on each other yields the broken
 rules from a method `faults`.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import re
 import reprlib
@@ -72,6 +75,11 @@ Text = Annotated[str, Rule("be valid text without null characters", _is_text)]
 Name = Annotated[
     str, Rule("be a word of letters, digits, _ and -", re.compile(r"\w[\w-]*", re.A).fullmatch)
 ]
+FileSize = Annotated[int, between(0, 2**62)]
+Sha256 = Annotated[str, Rule("be a SHA-256 in hexadecimal", re.compile(r"[0-9a-f]{64}").fullmatch)]
+
+JSON_BYTES, JSON_VALUES = 64 << 20, 4_000_000
+"""Ours: what a file that is read as a whole may hold, far over what is ever written."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,38 @@ def _locate(node: yaml.Node, path: str, file: Path, places: dict[str, str], seen
         _locate(value, inner, file, places, seen)
 
 
+def read_json(content: bytes, places: Places) -> Any:
+    """The data of a JSON file, as if nobody vouched for it: bounded time and memory.
+
+    Raises:
+        UserError: no JSON in UTF-8, over `JSON_BYTES`, a key twice, NaN, a lone surrogate.
+    """
+    values = sum(content.count(mark) for mark in (b"[", b"{", b",", b":"))
+    if len(content) > JSON_BYTES or values > JSON_VALUES:
+        places.refuse("", f"must be JSON of up to {JSON_BYTES:,} bytes and {JSON_VALUES:,} values")
+    try:
+        data = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+        if b"\\u" in content:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        places.refuse("", "must be readable JSON; it is nested too deeply")
+    except ValueError as error:  # the codec's too, and that of a number of thousands of digits
+        places.refuse("", f"must be readable JSON; {' '.join(str(error).split())[:200]}")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
 def read_value(text: str) -> Any:
     """One YAML value; what is none is a string."""
     try:
@@ -175,9 +215,14 @@ def build(kind: Any, data: Any, places: Places, path: str = "") -> Any:
         return None if data is None else build(inner, data, places, path)
     if origin is Literal:
         allowed = typing.get_args(kind)
-        if data not in allowed:
-            places.refuse(path, f"must be one of {', '.join(allowed)}", data)
+        if type(data) not in map(type, allowed) or data not in allowed:  # True is no 1
+            places.refuse(path, f"must be one of {', '.join(map(str, allowed))}", data)
         return data
+    if origin is tuple:
+        if not isinstance(data, list):
+            places.refuse(path, "must be a list", data)
+        one = typing.get_args(kind)[0]
+        return tuple(build(one, value, places, f"{path}.{i}") for i, value in enumerate(data))
     if dataclasses.is_dataclass(kind) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(data, Mapping):
             places.refuse(path or "recipe", "must be a mapping", data)

@@ -360,11 +360,7 @@ def coded_search(
         _refuse(ValueError, op, "k", "be in [0, 2^63 - 1]", _shown(k))
     rows = sum(len(part) for part in parts)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (rows,):
-            got = _shape(mask) if isinstance(mask, Tensor) else type(mask).__name__
-            _refuse(TypeError, op, "mask", f"be a bool tensor [{rows}]", got)
-        if mask.device != query.device:
-            _refuse_device(op, "mask", mask, query.device)
+        _typed_rows(op, "mask", "", mask, torch.bool, (rows,), query)
     return parts, coded, k
 
 
@@ -390,12 +386,30 @@ def _codes(op: str, query: Tensor, corpus: Tensor, codes: RowCodes) -> None:
     shapes = (corpus.shape, corpus.shape[:1], corpus.shape[:1])
     dtypes = (torch.int8, torch.float32, torch.float32)
     for name, x, shape, dtype in zip(codes._fields, codes, shapes, dtypes, strict=True):
-        if not isinstance(x, Tensor) or x.dtype != dtype or x.shape != shape:
-            got = f"{x.dtype} {_shape(x)}" if isinstance(x, Tensor) else type(x).__name__
-            rule = f"be {dtype} {list(shape)}, as row_codes(corpus) gives it"
-            _refuse(ValueError, op, f"codes.{name}", rule, got)
-        if x.device != query.device:
-            _refuse_device(op, f"codes.{name}", x, query.device)
+        _typed_rows(op, "codes", name, x, dtype, shape, query)
+
+
+def _typed_rows(
+    op: str,
+    argument: str,
+    part: str,
+    value: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    query: Tensor,
+) -> None:
+    """A tensor of one dtype and shape, a `part` of an argument or all of it."""
+    of = f"have {part} of" if part else "be a tensor of"
+    rule = f"{of} {str(dtype).removeprefix('torch.')} {list(shape)}"
+    if not isinstance(value, Tensor):
+        _refuse(TypeError, op, argument, rule, type(value).__name__)
+    if value.dtype != dtype:
+        _refuse(TypeError, op, argument, rule, str(value.dtype))
+    _dense(op, argument, value)
+    if value.shape != torch.Size(shape):
+        _refuse(ValueError, op, argument, rule, _shape(value))
+    if value.device != query.device:
+        _refuse_device(op, argument, value, query.device)
 
 
 def finite_rows(

@@ -20,7 +20,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
-    "errors", "draws", "files", "progress", "processes", "settings", "trainer_arguments", "recipe",
+    "errors", "draws", "settings", "files", "progress", "processes", "trainer_arguments", "recipe",
     "recipes", "checkpoint", "data", "run", "model", "index", "hardest", "search", "evaluation",
     "training", "report", "mrbench", "commands", "cli", "__main__",
 )  # fmt: skip

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "../elva.h"
 #include "arena.h"
@@ -38,8 +39,9 @@ constexpr int64_t kListBytes = 64 << 20;
 
 // 1 or -1: `sign` of elva_kernels.reference.
 float sign(int64_t turn, int64_t element) {
-  const uint32_t hash = static_cast<uint32_t>(2 * element + turn) * 0x9E3779B1U;
-  return hash >> 31 == 0 ? 1.0F : -1.0F;
+  uint32_t bits = static_cast<uint32_t>(2 * element + turn) * 0x9E3779B1U;
+  bits = (bits ^ bits >> 15) * 0x85EBCA77U;
+  return ((bits ^ bits >> 13) & 1U) == 0 ? 1.0F : -1.0F;
 }
 
 // The signs of both turns of a rotation: [2, dim].
@@ -59,73 +61,72 @@ class Coder {
       : kernels_(kernels),
         args_(args),
         signs_(signs),
-        mixed_(arena->take<float>(args.dim)),
-        row_(arena->take<double>(args.dim)) {}
+        row_(arena->take<float>(args.dim)),
+        packed_(arena->take<double>(args.dim)) {}
 
   template <class T>
   void code(int64_t at) {
-    const T* data = static_cast<const T*>(args_.rows.data) + at * args_.rows.row_stride;
+    const float largest = take(Row<T>{
+        static_cast<const T*>(args_.rows.data) + at * args_.rows.row_stride, args_.rows.stride});
     int8_t* code = args_.code + at * args_.dim;
     int8_t* fine = args_.fine == nullptr ? nullptr : args_.fine + at * args_.dim;
-    int exponent;
-    const RowKind kind = inspect(Row<T>{data, args_.rows.stride}, args_.dim, &exponent);
-    if (kind != RowKind::kFinite) {
+    if (largest == 0 || !std::isfinite(largest)) {
       std::fill(code, code + args_.dim, int8_t{0});
       if (fine != nullptr) std::fill(fine, fine + args_.dim, int8_t{0});
       args_.scale[at] = 0;
-      args_.lost[at] = kind == RowKind::kZero ? 0 : std::numeric_limits<float>::infinity();
+      args_.lost[at] = largest == 0 ? 0 : std::numeric_limits<float>::infinity();
       return;
     }
-    const PowerOfTwo power(-exponent);
-    double square = 0;
-    for (int64_t i = 0; i < args_.dim; ++i) {
-      row_[i] = power(to_double(data[i * args_.rows.stride]));
-      square += row_[i] * row_[i];
-    }
-    const double inverse = 1 / std::sqrt(square);
-    for (int64_t i = 0; i < args_.dim; ++i) mixed_[i] = static_cast<float>(row_[i] * inverse);
+    const PowerOfTwo power(-std::ilogb(largest));
+    for (int64_t i = 0; i < args_.dim; ++i) row_[i] = static_cast<float>(power(row_[i]));
+    const float inverse = static_cast<float>(1 / std::sqrt(kernels_.square(row_, args_.dim)));
+    for (int64_t i = 0; i < args_.dim; ++i) row_[i] *= inverse;
     rotate();
-    round(at, code, fine);
+    float most = 0;
+    for (int64_t i = 0; i < args_.dim; ++i) most = std::max(most, std::fabs(row_[i]));
+    const float scale = most / kLargestCode;
+    const double left = kernels_.round(row_, args_.dim, 1 / scale, code, fine);
+    args_.scale[at] = scale;
+    args_.lost[at] = static_cast<float>(left * scale * (1 + 1e-5) + kRotationError);
   }
 
  private:
+  // Into row_, by a power of two where floats do not have the range; the largest magnitude.
+  template <class T>
+  float take(Row<T> row) {
+    T* packed = reinterpret_cast<T*>(packed_);
+    const T* data = row.data;
+    if (row.stride != 1) {
+      pack(row, args_.dim, packed);
+      data = packed;
+    }
+    if constexpr (!std::is_same_v<T, double>) {
+      return kernels_.widen[args_.dtype](data, args_.dim, row_);
+    } else {
+      int exponent;
+      const RowKind kind = inspect(Row<T>{data, 1}, args_.dim, &exponent);
+      if (kind == RowKind::kNotFinite) return std::numeric_limits<float>::infinity();
+      const PowerOfTwo power(-exponent);
+      for (int64_t i = 0; i < args_.dim; ++i) row_[i] = static_cast<float>(power(data[i]));
+      return kind == RowKind::kZero ? 0 : 1;
+    }
+  }
+
   void rotate() {
     int64_t size = 1;
     while (2 * size <= args_.dim) size *= 2;
     for (int64_t turn = 0; turn < 2; ++turn) {
       const float* signs = signs_ + turn * args_.dim;
-      for (int64_t i = 0; i < args_.dim; ++i) mixed_[i] *= signs[i];
-      kernels_.mix(mixed_ + (turn == 0 ? 0 : args_.dim - size), size);
+      for (int64_t i = 0; i < args_.dim; ++i) row_[i] *= signs[i];
+      kernels_.mix(row_ + (turn == 0 ? 0 : args_.dim - size), size);
     }
-  }
-
-  void round(int64_t at, int8_t* code, int8_t* fine) {
-    float largest = 0;
-    for (int64_t i = 0; i < args_.dim; ++i) largest = std::max(largest, std::fabs(mixed_[i]));
-    const float scale = largest / kLargestCode;
-    const double inverse = 1 / static_cast<double>(scale);
-    double square = 0;
-    for (int64_t i = 0; i < args_.dim; ++i) {
-      const double steps = mixed_[i] * inverse;
-      const double whole = std::min(127.0, std::max(-127.0, std::nearbyint(steps)));
-      double left = steps - whole;
-      code[i] = static_cast<int8_t>(whole);
-      if (fine != nullptr) {
-        const double part = std::min(127.0, std::max(-128.0, std::nearbyint(left * kFineSteps)));
-        fine[i] = static_cast<int8_t>(part);
-        left -= part / kFineSteps;
-      }
-      square += left * left;
-    }
-    args_.scale[at] = scale;
-    args_.lost[at] = static_cast<float>(std::sqrt(square) * scale * (1 + 1e-6) + kRotationError);
   }
 
   const CodeKernels& kernels_;
   const ElvaRowCodesArgs& args_;
   const float* const signs_;
-  float* mixed_;
-  double* row_;
+  float* row_;
+  double* packed_;
 };
 
 template <class T>

@@ -231,24 +231,121 @@ int32_t dot(const int8_t* query, int32_t surplus, const int8_t* row, int64_t dim
   return Codes::total(sums) - surplus;
 }
 
-void mix(float* row, int64_t size) {
-  for (int64_t half = size / 2; half > 0; half /= 2) {
-    for (int64_t first = 0; first < size; first += 2 * half) {
-      float *left = row + first, *right = left + half;
-      for (int64_t i = 0; i < half; ++i) {
-        const float a = left[i], b = right[i];
-        left[i] = a + b;
-        right[i] = a - b;
-      }
+template <class T>
+float widen(const void* row, int64_t dim, float* out) {
+  const T* data = static_cast<const T*>(row);
+  const int64_t whole = dim - dim % F32::kLanes;
+  for (int64_t i = 0; i < whole; i += F32::kLanes) F32::load(data + i).store(out + i);
+  if (whole < dim) {
+    alignas(64) T padded[F32::kLanes] = {};
+    alignas(64) float wide[F32::kLanes];
+    memcpy(padded, data + whole, static_cast<size_t>(dim - whole) * sizeof(T));
+    F32::load(padded).store(wide);
+    memcpy(out + whole, wide, static_cast<size_t>(dim - whole) * sizeof(float));
+  }
+  // As integers, magnitudes are in their order, with infinity and NaN behind all numbers.
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < dim; ++i) {
+    uint32_t bits;
+    memcpy(&bits, out + i, sizeof(bits));
+    bits &= 0x7fffffffU;
+    largest = bits > largest ? bits : largest;
+  }
+  float magnitude;
+  memcpy(&magnitude, &largest, sizeof(magnitude));
+  return magnitude;
+}
+
+double square(const float* row, int64_t dim) {
+  constexpr int64_t kLanes = 16;
+  double sums[kLanes] = {};
+  const int64_t whole = dim - dim % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const double x = row[i + j];
+      sums[j] += x * x;
     }
   }
+  double sum = 0;
+  for (int64_t i = whole; i < dim; ++i) sum += static_cast<double>(row[i]) * row[i];
+  for (int64_t j = 0; j < kLanes; ++j) sum += sums[j];
+  return sum;
+}
+
+// To the nearest whole number, ties to even: below 2^22 adding 1.5 * 2^23 leaves no other bits.
+float nearest(float x) {
+  constexpr float kShift = 12582912.0F;
+  return (x + kShift) - kShift;
+}
+
+double round(const float* row, int64_t dim, float inverse, int8_t* code, int8_t* fine) {
+  constexpr int64_t kLanes = 16;
+  float sums[kLanes] = {};
+  const auto one = [&](int64_t i, int64_t lane) {
+    const float steps = row[i] * inverse;
+    float whole = nearest(steps);
+    whole = whole > 127.0F ? 127.0F : whole < -127.0F ? -127.0F : whole;
+    float left = steps - whole;
+    code[i] = static_cast<int8_t>(static_cast<int32_t>(whole));
+    if (fine != nullptr) {
+      float part = nearest(left * 256.0F);
+      part = part > 127.0F ? 127.0F : part;
+      fine[i] = static_cast<int8_t>(static_cast<int32_t>(part));
+      left -= part / 256.0F;
+    }
+    sums[lane] += left * left;
+  };
+  const int64_t rest = dim - dim % kLanes;
+  for (int64_t i = 0; i < rest; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) one(i + j, j);
+  }
+  for (int64_t i = rest; i < dim; ++i) one(i, i - rest);
+  double sum = 0;
+  for (int64_t j = 0; j < kLanes; ++j) sum += sums[j];
+  return sqrt(sum);
+}
+
+// Sums and differences of elements `half` apart.
+void butterfly(float* row, int64_t size, int64_t half) {
+  for (int64_t first = 0; first < size; first += 2 * half) {
+    float *left = row + first, *right = left + half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = left[i], b = right[i];
+      left[i] = a + b;
+      right[i] = a - b;
+    }
+  }
+}
+
+// Of 16 elements, whose distances are constants: in registers.
+template <int half>
+void butterfly_of_16(const float* in, float* out) {
+  for (int i = 0; i < 16; ++i) {
+    const float a = in[i & ~half], b = in[i | half];
+    out[i] = (i & half) == 0 ? a + b : a - b;
+  }
+}
+
+void mix(float* row, int64_t size) {
   const float factor = static_cast<float>(1 / sqrt(static_cast<double>(size)));
+  int64_t half = size / 2;
+  for (; half >= (size < 16 ? 1 : 16); half /= 2) butterfly(row, size, half);
+  for (int64_t first = 0; half > 0 && first < size; first += 16) {
+    float a[16], b[16];
+    butterfly_of_16<8>(row + first, a);
+    butterfly_of_16<4>(a, b);
+    butterfly_of_16<2>(b, a);
+    butterfly_of_16<1>(a, row + first);
+  }
   for (int64_t i = 0; i < size; ++i) row[i] *= factor;
 }
 
 }  // namespace
 
 template <>
-const CodeKernels Level<ELVA_LEVEL>::codes = {scan, dot, Codes::surplus, mix};
+const CodeKernels Level<ELVA_LEVEL>::codes = {
+    scan,   dot, Codes::surplus, {widen<Bf16>, widen<Fp16>, widen<float>, nullptr},
+    square, mix, round,
+};
 
 }  // namespace elva

@@ -110,8 +110,16 @@ struct CodeKernels {
   int32_t (*dot)(const int8_t* query, int32_t surplus, const int8_t* row, int64_t dim);
   // What the level's products of a query are too large by.
   int32_t (*surplus)(const int8_t* query, int64_t dim);
+  // Elements as floats, and the largest magnitude of them: infinite or NaN if any is. By ElvaDtype;
+  // null for ELVA_FP64, whose range floats do not have.
+  float (*widen[4])(const void* row, int64_t dim, float* out);
+  // The sum of squares of numbers of at most 2.
+  double (*square)(const float* row, int64_t dim);
   // A Hadamard matrix times `size` numbers, a power of two, over the square root of size.
   void (*mix)(float* row, int64_t size);
+  // Numbers over a code's step, 1 / inverse, to whole ones and, unless `fine` is null, to 256ths of
+  // a step; the length of what is left, in steps.
+  double (*round)(const float* row, int64_t dim, float inverse, int8_t* code, int8_t* fine);
 };
 
 struct Kernels {

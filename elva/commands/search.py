@@ -15,7 +15,7 @@ from elva.data.mbeir import first_instructions
 from elva.errors import IndexFault, UserError
 from elva.index import Index
 from elva.index.engines import open_engine
-from elva.index.index import Where
+from elva.index.where import Where
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
 from elva.run import Run

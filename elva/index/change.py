@@ -1,9 +1,8 @@
 """How an index changes on disk: its segments first, then one manifest in the place of another."""
 
 import os
-import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -16,42 +15,53 @@ from torch import Tensor
 
 from elva.errors import IndexFault
 from elva.files import PARTIAL, replacing, sync_directory
-from elva.index import manifest, segment
+from elva.index import codes, manifest, segment
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import Segment
+
+MOST_CODED = 65_536
+"""Columns of rows that `elva_kernels.row_codes` takes."""
 
 
 @contextmanager
 def building(directory: Path, empty: Manifest, overwrite: bool) -> Iterator[Manifest]:
-    """The manifest to start from; a directory that was made for nothing is removed."""
-    there = manifest.exists(directory)
-    if there and not overwrite:
-        raise IndexFault(
-            f"{directory}: must not hold an index yet; pass --overwrite, or elva index add"
-        )
-    made = not directory.exists()
+    """The manifest to start from, of an index that nobody else writes meanwhile."""
+    _check_place(directory, overwrite)  # before anything is made there
+    with manifest.writing(directory, make=True):
+        _check_place(directory, overwrite)  # nothing changes from here on
+        there = manifest.exists(directory)
+        yield replace(empty, generation=manifest.read(directory).generation + 1 if there else 0)
+
+
+def _check_place(directory: Path, overwrite: bool) -> None:
     ours = {SEGMENTS, manifest.LOCK, manifest.FILE + PARTIAL}  # what a killed one may have left
-    if not made and not there and any(p.name not in ours for p in directory.iterdir()):
-        raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
-    generation = manifest.read(directory).generation + 1 if there else 0
     try:
-        with manifest.writing(directory):
-            yield replace(empty, generation=generation)
-    except BaseException:
-        if made:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
+        names = {path.name for path in directory.iterdir()}
+    except FileNotFoundError:
+        return  # it will be made
+    if manifest.exists(directory):
+        if not overwrite:
+            raise IndexFault(
+                f"{directory}: must not hold an index yet; pass --overwrite, or elva index add"
+            )
+    elif names - ours:
+        raise IndexFault(f"{directory}: must be empty or an index; choose another directory")
 
 
-def written(directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest) -> Entry:
-    """Write a segment into an index's directory; it counts once a manifest names it."""
+def written(
+    directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest, coded: bool
+) -> Entry:
+    """Write a segment into an index's directory; it counts once a manifest names it.
+
+    Args:
+        coded: with codes of its rows.
+    """
     path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
     segment.write(path, chunks, table, dim=base.dim, dtype=base.dtype, model=base.model)
-    one = Segment(path)
-    return Entry(path.name, one.rows, one.header_sum)
+    return entry_of(Segment(path), coded)
 
 
-def linked(directory: Path, one: Segment) -> Entry:
+def linked(directory: Path, one: Segment, coded: bool) -> Entry:
     """Put a segment that is elsewhere into the directory, by a link where the file system can."""
     path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
     try:
@@ -59,13 +69,40 @@ def linked(directory: Path, one: Segment) -> Entry:
         sync_directory(path.parent)
     except OSError:  # another file system, or one without links
         _copy(one, path)
-    return Entry(path.name, one.rows, one.header_sum)
+    return entry_of(Segment(path), coded)
+
+
+def entry_of(one: Segment, coded: bool, progress: Callable[[int], None] | None = None) -> Entry:
+    """What a manifest says of a segment that lies in the index; its codes are written if wanted."""
+    bare = Entry(one.path.name, one.rows, one.header_sum)
+    if not coded or one.dim > MOST_CODED:
+        return bare
+    unnamed = one.path.with_suffix(f".new{codes.SUFFIX}")
+    made = replace(bare, codes=codes.write(one, unnamed, progress).header_sum)
+    os.replace(unnamed, one.path.with_name(made.codes_file))
+    sync_directory(one.path.parent)
+    return made
 
 
 def _copy(one: Segment, path: Path) -> None:
-    with replacing(path) as sink, open(one.path, "rb") as source:
-        while content := source.read(segment.BLOCK_BYTES):
-            sink.write(content)
+    with replacing(path) as sink:
+        sink.write(one.content)
+
+
+def check_parts(parts: Sequence[Segment], base: Manifest) -> pa.ChunkedArray:
+    """The ids of segments that fit an index and each other, every byte compared.
+
+    Raises:
+        IndexFault: another model, width or dtype, a damaged byte, an id twice, fields apart.
+    """
+    for one in parts:
+        check_fits(one, base)
+        one.verify()
+    tables = [one.table for one in parts]
+    check_fields(tables)
+    ids = pa.chunked_array([c for t in tables for c in t["id"].chunks], pa.string())
+    check_unique(ids)
+    return ids
 
 
 def check_fits(one: Segment, base: Manifest) -> None:
@@ -77,11 +114,47 @@ def check_fits(one: Segment, base: Manifest) -> None:
         )
 
 
+def check_fields(tables: Sequence[pa.Table]) -> None:
+    """Refuse what would not be one table: values of one field that no type holds."""
+    for name, reason in conflicts(tables).items():
+        raise IndexFault(
+            f"index: field {name} must have one type in all of an index, got {reason}; convert "
+            "it or give it another name"
+        )
+
+
+def conflicts(tables: Sequence[pa.Table]) -> dict[str, str]:
+    """field -> why its columns are no one column, of those that are not."""
+    found = {}
+    for name in dict.fromkeys(name for table in tables for name in table.schema.names):
+        columns = [table.select([name]) for table in tables if name in table.schema.names]
+        if all(column.schema == columns[0].schema for column in columns):
+            continue
+        try:
+            pa.concat_tables(columns, promote_options="permissive")
+        except pa.ArrowException:
+            kinds = dict.fromkeys(str(column.schema.field(0).type) for column in columns)
+            found[name] = " and ".join(kinds)
+    return found
+
+
+def merged(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables under each other; without the fields that are no one column."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        apart = conflicts(tables)
+        kept = [t.select([n for n in t.schema.names if n not in apart]) for t in tables]
+        return pa.concat_tables(kept, promote_options="permissive")
+
+
 def table_of(ids: Sequence[str], columns: Mapping[str, Sequence[Any]] | None) -> pa.Table:
     """Ids and metadata as a table; IndexFault where they do not fit each other."""
+    if columns and "id" in columns:
+        raise IndexFault("index: columns must have names beside id, got id; rename it")
     try:
         table = pa.table({"id": pa.array(ids, pa.string()), **(columns or {})})
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise IndexFault(f"index: ids and columns must be as long and text; {reason}") from None
     if table["id"].null_count:

@@ -7,22 +7,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from elva.data import Item, Query
 from elva.errors import UserError
-from elva.files import write_text
+from elva.files import read_bounded, write_text
 from elva.index import Found, Segment, exact
+from elva.index.blocks import read_fields
+from elva.index.segment import Rows
 from elva.model.identity import Identity
+from elva.settings import JSON_BYTES, between
 
 PLAN, SHARDS = "embeddings.json", "shards"
+
+
+MOST_SHARDS = 1_000_000
+"""Ours: of a plan that names more, each would be looked for."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What `embeddings.json` holds."""
+
+    items: Rows
+    shard_rows: Annotated[int, between(1, 2**48)]
+    model: Identity
+    about: Mapping[str, Any]
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if self.items > MOST_SHARDS * self.shard_rows:
+            yield "items", f"fit into {MOST_SHARDS:,} shards"
 
 
 @dataclass(frozen=True)
@@ -45,13 +66,13 @@ class Embeddings:
         """Read the plan; UserError where there is none."""
         path = directory / PLAN
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            model = Identity(**data["model"])
-            return cls(directory, data["items"], data["shard_rows"], model, data["about"])
-        except (OSError, KeyError, TypeError, ValueError):
+            content = read_bounded(path, JSON_BYTES)
+        except OSError:
             raise UserError(
                 f"{directory}: must hold embeddings, got no readable {PLAN}; run elva embed"
             ) from None
+        plan = read_fields(_Plan, content, path)
+        return cls(directory, plan.items, plan.shard_rows, plan.model, plan.about)
 
     @property
     def shards(self) -> list[Path]:
@@ -74,8 +95,15 @@ class Embeddings:
 
     @cached_property
     def opened(self) -> list[Segment]:
-        """The shards, mapped."""
-        return [Segment(path) for path in self.segments()]
+        """The shards, mapped; UserError where one is not of this plan's model."""
+        found = [Segment(path) for path in self.segments()]
+        for one in found:
+            if one.dim != found[0].dim or not one.model.matches(self.model):
+                raise UserError(
+                    f"{one.path}: must be of {self.model.name} as all of {self.directory}, got "
+                    f"{one.model.name} with {one.dim} numbers a row; run elva embed again"
+                )
+        return found
 
     @cached_property
     def ids(self) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,19 +13,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from elva.errors import IndexFault
-from elva.index import change, exact, manifest, segment
+from elva.index import change, exact, manifest, scale, segment
+from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import DTYPES, Segment
+from elva.index.where import Condition, Where, checked, held
 from elva.model.identity import Identity
-
-Where = Sequence[tuple[str, str, Any]]
-"""Conditions that must all hold: (field, one of = != < <= > >= in, value)."""
+from elva.progress import SILENT, Reporter
+from elva.settings import shown
 
 
 class Index:
@@ -40,7 +42,7 @@ class Index:
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
-        self.manifest, self.segments = _opened(self.directory)
+        self.manifest, self.segments, self.codes = _opened(self.directory)
         if verify:
             self.verify()
 
@@ -58,6 +60,7 @@ class Index:
         columns: Mapping[str, Sequence[Any]] | None = None,
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        codes: bool = True,
     ) -> Index:
         """Make an index.
 
@@ -69,6 +72,7 @@ class Index:
             columns: metadata, a value for each id.
             about: what its maker wants to find again, as JSON.
             overwrite: replace an index that is there, in one step, instead of refusing.
+            codes: keep 8-bit codes of the rows beside them, by which they are searched.
 
         Raises:
             IndexFault: an index is there, an id comes twice, an embedding is not finite.
@@ -78,12 +82,12 @@ class Index:
             raise IndexFault(f"index: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         chunks = [embeddings] if isinstance(embeddings, Tensor) else iter(embeddings)
         first, chunks = change.peek(chunks)
-        empty = Manifest(0, first.shape[-1], dtype, model, about=about or {})
+        empty = Manifest(0, first.shape[-1], dtype, model, about=dict(about or {}))
+        table = change.table_of(ids, columns)
         with change.building(Path(directory), empty, overwrite) as base:
-            table = change.table_of(ids, columns)
-            entry = change.written(Path(directory), chunks, table, base)
+            entry = change.written(Path(directory), chunks, table, base, codes)
             manifest.write(Path(directory), replace(base, segments=(entry,)))
-        return cls(directory, verify=False)
+            return cls(directory, verify=False)
 
     @classmethod
     def assemble(
@@ -93,6 +97,7 @@ class Index:
         *,
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        codes: bool = True,
     ) -> Index:
         """Make an index of segments that are there, as `elva embed` writes them: linked where the
         file system can, else copied; their checksums are compared either way."""
@@ -100,15 +105,12 @@ class Index:
         if not opened:
             raise IndexFault("index: embeddings must hold a segment, got none; run elva embed")
         first = opened[0]
-        empty = Manifest(0, first.dim, first.dtype, first.model, about=about or {})
+        empty = Manifest(0, first.dim, first.dtype, first.model, about=dict(about or {}))
+        change.check_parts(opened, empty)
         with change.building(Path(directory), empty, overwrite) as base:
-            for one in opened:
-                change.check_fits(one, base)
-                one.verify()
-            change.check_unique(pa.chunked_array([c for s in opened for c in s.table["id"].chunks]))
-            entries = tuple(change.linked(Path(directory), one) for one in opened)
+            entries = tuple(change.linked(Path(directory), one, codes) for one in opened)
             manifest.write(Path(directory), replace(base, segments=entries))
-        return cls(directory, verify=False)
+            return cls(directory, verify=False)
 
     def add(
         self,
@@ -124,43 +126,62 @@ class Index:
         Args:
             overwrite: an id that is there already is replaced instead of refused.
         """
-        with manifest.writing(self.directory):
-            now = Index(self.directory, verify=False)
+        table = change.table_of(ids, columns)
+        with self._changing() as now:
             now.check_model(model)
-            table = change.table_of(ids, columns)
             entries = now._making_room(table["id"], overwrite)
+            now._check_fields(entries, [table])
             chunks = [embeddings] if isinstance(embeddings, Tensor) else embeddings
-            entry = change.written(self.directory, chunks, table, now.manifest)
-            now._replace((*entries, entry))
-        return Index(self.directory, verify=False)
+            entry = change.written(self.directory, chunks, table, now.manifest, now.is_coded)
+            return now._replaced((*entries, entry))
 
     def add_segments(self, segments: Sequence[Path], *, overwrite: bool = False) -> Index:
         """The index with segments of `elva embed` added."""
-        with manifest.writing(self.directory):
-            now = Index(self.directory, verify=False)
-            opened = [Segment(path) for path in segments]
+        opened = [Segment(path) for path in segments]
+        ids = change.check_parts(opened, self.manifest)
+        with self._changing() as now:
             for one in opened:
-                change.check_fits(one, now.manifest)
-                one.verify()
-            ids = pa.chunked_array(
-                [c for s in opened for c in s.table["id"].chunks], type=pa.string()
-            )
-            change.check_unique(ids)
+                change.check_fits(one, now.manifest)  # another index may lie there by now
             entries = now._making_room(ids, overwrite)
-            now._replace((*entries, *(change.linked(self.directory, one) for one in opened)))
-        return Index(self.directory, verify=False)
+            now._check_fields(entries, [one.table for one in opened])
+            return now._replaced(
+                (*entries, *(change.linked(self.directory, one, now.is_coded) for one in opened))
+            )
 
     def delete(self, ids: Sequence[str]) -> Index:
-        """The index without these items; their bytes stay until it is built again.
+        """The index without these items; their bytes stay until it is compacted.
 
         Raises:
             IndexFault: an id is not there.
         """
+        with self._changing() as now:
+            return now._replaced(now._without(now.rows(ids)))
+
+    @classmethod
+    def with_codes(cls, directory: str | Path, reporter: Reporter = SILENT) -> Index:
+        """The index with 8-bit codes beside all rows; those that are there and whole stay."""
+        with manifest.writing(Path(directory)):
+            before = manifest.read(Path(directory))
+            parts = [_part(Path(directory), before, entry) for entry in before.segments]
+            reporter.start(f"{directory}: code rows", sum(one.rows for one in parts), "rows")
+            entries, done = [], 0
+            for entry, one in zip(before.segments, parts, strict=True):
+                if not _has_codes(Path(directory), entry, one):
+                    made = change.entry_of(one, True, lambda n, at=done: reporter.advance(at + n))
+                    entry = replace(entry, codes=made.codes)
+                entries.append(entry)
+                done += one.rows
+                reporter.advance(done)
+            later = replace(before, generation=before.generation + 1, segments=tuple(entries))
+            manifest.write(Path(directory), later)
+            reporter.finish("")
+            return cls(directory, verify=False)
+
+    @contextmanager
+    def _changing(self) -> Iterator[Index]:
+        """The index as it is now, while nobody else changes it."""
         with manifest.writing(self.directory):
-            now = Index(self.directory, verify=False)
-            rows = now.rows(ids)
-            now._replace(now._without(rows))
-        return Index(self.directory, verify=False)
+            yield Index(self.directory, verify=False)
 
     def _making_room(self, ids: pa.ChunkedArray, overwrite: bool) -> tuple[Entry, ...]:
         there = self._rows_of(ids)
@@ -172,15 +193,26 @@ class Index:
         return self._without(there)
 
     def _without(self, rows: np.ndarray) -> tuple[Entry, ...]:
+        """The entries with these rows deleted; one without any other row is none any more."""
         entries = []
         for entry, start in zip(self.manifest.segments, self._starts, strict=True):
             here = rows[(rows >= start) & (rows < start + entry.rows)] - start
-            entries.append(entry.without(here) if len(here) else entry)
+            left = entry.without(here) if len(here) else entry
+            alive = left.alive()
+            if alive is None or alive.any():
+                entries.append(left)
         return tuple(entries)
 
-    def _replace(self, entries: tuple[Entry, ...]) -> None:
+    def _check_fields(self, entries: Sequence[Entry], more: Sequence[pa.Table]) -> None:
+        """Refuse further items whose fields have other types than those of the rest."""
+        kept = {entry.file for entry in entries}
+        here = [s.table for s in self.segments if s.path.name in kept]
+        change.check_fields([*here, *more])
+
+    def _replaced(self, entries: tuple[Entry, ...]) -> Index:
         later = replace(self.manifest, generation=self.manifest.generation + 1, segments=entries)
         manifest.write(self.directory, later)
+        return Index(self.directory, verify=False)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -204,11 +236,22 @@ class Index:
     @cached_property
     def table(self) -> pa.Table:
         """`id` and metadata of every row, deleted ones included, mapped; a column that a segment
-        lacks is null there."""
+        lacks is null there, and one whose types differ (`conflicts`) is left out."""
         tables = [s.table for s in self.segments]
         if not tables:
             return pa.table({"id": pa.array([], pa.string())})
-        return pa.concat_tables(tables, promote_options="permissive")
+        return change.merged(tables)
+
+    @cached_property
+    def conflicts(self) -> dict[str, str]:
+        """field -> its types, of fields that differ from segment to segment. No change makes such
+        an index, older versions did; it is mended by deleting the items of all types but one."""
+        return change.conflicts([s.table for s in self.segments])
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether all rows have codes beside them."""
+        return all(one is not None for one in self.codes)
 
     @cached_property
     def alive(self) -> np.ndarray:
@@ -272,57 +315,45 @@ class Index:
         Raises:
             IndexFault: another model's query, a wrong shape, an unknown field.
         """
-        self.check_query(query, k, model)
+        query, k = self.check_query(query, k, model)
         parts = [s.embeddings for s in self.segments]
-        return exact.search(query.detach().cpu().float(), parts, k, self.allowed(where))
+        codes = [one.codes for one in self.codes if one is not None] if self.is_coded else None
+        return exact.search(query, parts, k, self.allowed(where), codes=codes)
 
-    def check_query(self, query: Tensor, k: int, model: Identity | None) -> None:
-        """Refuse what `search` refuses."""
+    def check_query(self, query: Tensor, k: int, model: Identity | None) -> tuple[Tensor, int]:
+        """The query as [Q, D] fp32 on the CPU, and k; IndexFault for what `search` refuses."""
         if model is not None:
             self.check_model(model)
+        if not isinstance(query, Tensor):
+            raise IndexFault(
+                f"search: query must be a tensor [Q, {self.dim}], got a {type(query).__name__}; "
+                "embed it with the index's model"
+            )
         if query.ndim != 2 or query.shape[1] != self.dim or not query.is_floating_point():
             raise IndexFault(
                 f"search: query must be [Q, {self.dim}] of floats, got {tuple(query.shape)} of "
                 f"{query.dtype}; embed it with the index's model"
             )
-        if k < 1:
-            raise IndexFault(f"search: k must be at least 1, got {k}; ask for 10")
+        if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
+            raise IndexFault(f"search: k must be at least 1, got {shown(k)}; ask for 10")
+        query = scale.rounded(query, torch.float32)
+        finite = query.isfinite().all(1)
+        if not bool(finite.all()):
+            raise IndexFault(
+                "search: query must be finite, got NaN or infinity in row "
+                f"{int((~finite).int().argmax())}; mend the model"
+            )
+        return query, operator.index(k)
 
     def allowed(self, where: Where | None) -> np.ndarray | None:
         """[rows] bool of what may be found, or None for every row."""
         if not where:
             return None if self.alive.all() else self.alive
-        conditions = self.conditions(where)
-        numbered = self.table.append_column("#row", pa.array(np.arange(self.table.num_rows)))
-        kept = numbered.filter(pq.filters_to_expression(conditions))["#row"].to_numpy()
-        mask = np.zeros(self.table.num_rows, bool)
-        mask[kept] = True
-        return mask & self.alive
+        return self.alive & held(self.table, self.conditions(where))
 
-    def conditions(self, where: Where | None) -> list[tuple[str, str, Any]]:
+    def conditions(self, where: Where | None) -> list[Condition]:
         """The conditions with values of their fields' types; IndexFault for one that cannot be."""
-        return [self._condition(*condition) for condition in where or ()]
-
-    def _condition(self, name: str, comparison: str, value: Any) -> tuple[str, str, Any]:
-        fields = self.table.schema.names
-        if name not in fields:
-            raise IndexFault(
-                f"search: where must name a field, got {name!r}; there are {', '.join(fields)}"
-            )
-        kind = self.table.schema.field(name).type
-        known = ("=", "==", "!=", "<", "<=", ">", ">=", "in")
-        if comparison not in known:
-            raise IndexFault(
-                f"search: where must compare by one of {' '.join(known)}, got {comparison!r}"
-            )
-        try:
-            if comparison == "in":
-                return name, comparison, [pa.scalar(v).cast(kind).as_py() for v in value]
-            return name, comparison, pa.scalar(value).cast(kind).as_py()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError):
-            raise IndexFault(
-                f"search: where must give {name} a value of type {kind}, got {value!r}"
-            ) from None
+        return checked(where, self.table.schema, self.conflicts)
 
     def check_model(self, model: Identity) -> None:
         """Refuse embeddings of another model."""
@@ -339,11 +370,12 @@ class Index:
         Raises:
             IndexFault: the file and the place that differ.
         """
-        for one in self.segments:
+        for one in (*self.segments, *(c for c in self.codes if c is not None)):
             one.verify()
 
     def info(self) -> dict[str, Any]:
         """What there is to know, as plain data."""
+        coded = sum(one.size for one in self.codes if one is not None)
         return {
             "directory": str(self.directory),
             "items": len(self),
@@ -354,26 +386,62 @@ class Index:
             "model": asdict(self.model),
             "generation": self.manifest.generation,
             "segments": len(self.segments),
-            "bytes": sum(s.size for s in self.segments),
+            "bytes": sum(s.size for s in self.segments) + coded,
+            "codes_bytes": coded,
             "fields": {f.name: str(f.type) for f in self.table.schema},
+            "conflicts": self.conflicts,
         }
 
 
 # -- pieces ----------------------------------------------------------------------------------------
 
 
-def _opened(directory: Path) -> tuple[Manifest, list[Segment]]:
+def _opened(
+    directory: Path,
+) -> tuple[Manifest, list[Segment], list[SegmentCodes | None]]:
     while True:
         found = manifest.read(directory)
-        segments = []
         try:
-            for entry in found.segments:
-                one = Segment(directory / SEGMENTS / entry.file)
-                if (one.rows, one.header_sum) != (entry.rows, entry.header):
-                    raise segment.damaged(one.path, f"the header that {directory} knows")
-                segments.append(one)
+            parts = [_part(directory, found, entry) for entry in found.segments]
+            both = zip(found.segments, parts, strict=True)
+            return found, parts, [_codes(directory, entry, one) for entry, one in both]
         except IndexFault:
-            if manifest.read(directory) != found:
-                continue  # replaced while it was being opened
-            raise
-        return found, segments
+            if manifest.read(directory) == found:
+                raise  # else replaced while it was being opened
+
+
+def _part(directory: Path, found: Manifest, entry: Entry) -> Segment:
+    """An entry's segment; what an entry says of its rows is believed after the file has said it."""
+    one = Segment(directory / SEGMENTS / entry.file)
+    known = (found.dim, found.dtype, entry.rows, entry.header)
+    if (one.dim, one.dtype, one.rows, one.header_sum) != known or not one.model.matches(
+        found.model
+    ):
+        raise segment.damaged(one.path, f"the header that {directory} knows")
+    try:
+        entry.alive()
+    except ValueError:
+        raise segment.damaged(directory / manifest.FILE, "a bit for each deleted row") from None
+    return one
+
+
+def _has_codes(directory: Path, entry: Entry, one: Segment) -> bool:
+    """Whether an entry's codes are there, every byte of them."""
+    try:
+        found = _codes(directory, entry, one)
+        if found is not None:
+            found.verify()
+    except IndexFault:
+        return False
+    return found is not None
+
+
+def _codes(directory: Path, entry: Entry, one: Segment) -> SegmentCodes | None:
+    """The codes of an entry's segment, where it has any."""
+    if entry.codes is None:
+        return None
+    found = SegmentCodes(directory / SEGMENTS / entry.codes_file)
+    if found.header_sum != entry.codes:
+        raise segment.damaged(found.path, f"the header that {directory} knows")
+    found.check_of(one)
+    return found

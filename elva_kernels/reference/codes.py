@@ -124,8 +124,10 @@ def rotated(rows: Tensor) -> Tensor:
 
 
 def sign(turn: int, element: Tensor) -> Tensor:
-    """1 or -1 at each place of a row: a bit of a multiplicative hash, the same on every backend."""
-    return 1 - 2 * ((2 * element + turn) * 0x9E3779B1 >> 31 & 1)
+    """1 or -1 at each place of a row: a bit of a hash of 32 bits, the same on every backend."""
+    bits = (2 * element + turn) * 0x9E3779B1 & 0xFFFFFFFF
+    bits = (bits ^ bits >> 15) * 0x85EBCA77 & 0xFFFFFFFF
+    return 1 - 2 * ((bits ^ bits >> 13) & 1)
 
 
 def _coded(rows: Tensor, *, fine: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -136,6 +138,6 @@ def _coded(rows: Tensor, *, fine: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]
     code = steps.round().clamp(-LARGEST_CODE, LARGEST_CODE)
     rest = ((steps - code) * FINE_STEPS).round().clamp(-128, 127) if fine else 0 * code[:, :0]
     left = steps - code - (rest / FINE_STEPS if fine else 0)
-    lost = left.norm(dim=-1) * scale.double() * (1 + 1e-6) + ROTATION_ERROR * (scale > 0)
+    lost = left.norm(dim=-1) * scale.double() * (1 + 1e-6) + ROTATION_ERROR * (scale > 0).double()
     lost = torch.where(finite, lost, torch.inf).float()
     return code.to(torch.int8), rest.to(torch.int8), scale, lost

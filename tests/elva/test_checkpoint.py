@@ -65,6 +65,17 @@ def forge(directory: Path, name: str, content: bytes | None) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest))
 
 
+def strike(directory: Path, name: str) -> None:
+    manifest = json.loads((directory / MANIFEST).read_text())
+    del manifest[name]
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def rename(directory: Path, name: str, other: str) -> None:
+    text = (directory / MANIFEST).read_text()
+    (directory / MANIFEST).write_text(text.replace(f'"{name}"', f'"{other}"'))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped byte of the weights": (lambda d: flip(d / WEIGHTS), f"{WEIGHTS} has another"),
     "a flipped byte of the state": (lambda d: flip(d / STATE), f"{STATE} has another"),
@@ -75,7 +86,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest that is a list": (lambda d: (d / MANIFEST).write_text("[]"), "no readable"),
     "a manifest of nothing": (lambda d: (d / MANIFEST).write_text('{"a": 1}'), "no readable"),
     "a manifest that forgets the weights": (
-        lambda d: forge(d, WEIGHTS, None), "No such file or directory",
+        lambda d: forge(d, WEIGHTS, None), f"{WEIGHTS} is missing",
     ),
     "a manifest that agrees with a cut file": (
         lambda d: forge(d, WEIGHTS, (d / WEIGHTS).read_bytes()[:40]), "SafetensorError",
@@ -84,7 +95,33 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: forge(d, STATE, (d / STATE).read_bytes().replace(b'"step": 3', b'"step": 2')),
         f"{STATE} is of step 2",
     ),
-    "a state that is a list": (lambda d: forge(d, STATE, b"[]"), "TypeError"),
+    "a state that is a list": (lambda d: forge(d, STATE, b"[]"), "must be a mapping"),
+    "a manifest that strikes the optimizer out": (
+        lambda d: strike(d, "optimizer.safetensors"), "optimizer.safetensors is not listed",
+    ),
+    "a file that nobody listed": (
+        lambda d: shutil.copy(d / WEIGHTS, d / "evil.safetensors"), "evil.safetensors is not",
+    ),
+    "an empty manifest": (lambda d: (d / MANIFEST).write_text("{}"), "is not listed"),
+    "a manifest that leads out": (
+        lambda d: rename(d, "state.json", "../checkpoint-00000002/state.json"), "no readable",
+    ),
+    "a manifest nested without end": (
+        lambda d: (d / MANIFEST).write_text("[" * 100_000), "no readable",
+    ),
+    "a manifest of null": (lambda d: (d / MANIFEST).write_text("null"), "no readable"),
+    "a manifest of a number without end": (
+        lambda d: (d / MANIFEST).write_text('{"x": {"bytes": ' + "9" * 5000 + "}}"), "no readable",
+    ),
+    "a manifest that is a pipe": (
+        lambda d: ((d / MANIFEST).unlink(), os.mkfifo(d / MANIFEST)), "no readable",
+    ),
+    "a group that leads out": (
+        lambda d: forge(
+            d, STATE, (d / STATE).read_bytes().replace(b'"weights"', b'"../../weights"')
+        ),
+        "must be a word of letters",
+    ),
 }  # fmt: skip
 
 
@@ -99,6 +136,20 @@ def test_a_damaged_newest_one_is_named_and_passed_over(damage: str, stage: Path)
     assert why in lines[0] and all("\n" not in line for line in lines)
     assert lines[1:] == ["stage-2: goes on from checkpoint-00000002"]
     checkpoint.save(stage, 3, groups(3), {"elapsed": 1.0})  # comes to the same step again
+    assert is_of(checkpoint.newest(stage), 3)
+
+
+@pytest.mark.parametrize("bits", [(0, 3), pytest.param(range(8), marks=pytest.mark.thorough)])
+def test_no_flipped_bit_of_a_manifest_is_passed_over_or_raises(bits, stage: Path) -> None:
+    place = stage / "checkpoint-00000003" / MANIFEST
+    content = place.read_bytes()
+    for at in range(len(content)):
+        for bit in bits:
+            place.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+            # A blank may become another blank; whatever else changes is named.
+            same = content[at : at + 1].isspace() and place.read_bytes().split() == content.split()
+            assert same or files.fault(place.parent) is not None, (at, bit)
+    place.write_bytes(content)
     assert is_of(checkpoint.newest(stage), 3)
 
 

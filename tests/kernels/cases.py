@@ -176,7 +176,7 @@ def same_bits(a, b):
         return False
     if a.is_floating_point():
         a, b = (torch.where(x.isnan(), torch.nan, x) for x in (a, b))
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 

@@ -124,6 +124,15 @@ def in_batch(scale, dtype):
 
 
 SOFT = {"rank_temperature": 0.05}
+
+
+def coded(query, corpus, **given):
+    """Its results, and the codes behind them."""
+    codes = ek.row_codes(corpus, **given)
+    found = ek.coded_topk(query, corpus, codes, 4, **given)
+    return [*codes, *found[:3]]
+
+
 LOSSES = {
     f"info_nce {t} {reduction}{' symmetric' * symmetric}": (
         in_batch,
@@ -168,6 +177,7 @@ OPS = {
     "info_nce_and_grad": (in_batch, ek.info_nce_and_grad, {}),
     "topk cosine": (in_batch, lambda q, c, **given: ek.topk(q, c, 4, **given), {}),
     "topk dot": (in_batch, lambda q, c, **given: ek.topk(q, c, 4, metric="dot", **given), {}),
+    "coded_topk": (in_batch, coded, {}),
     **{
         f"group_advantages {scale}": (
             lambda *x: [grouped(*x)[0]],

@@ -32,6 +32,8 @@ CALLS = {
     ek.info_nce: {"query": Q, "candidates": C},
     ek.info_nce_and_grad: {"query": Q, "candidates": C},
     ek.topk: {"query": Q, "corpus": C, "k": 2},
+    ek.row_codes: {"corpus": C},
+    ek.coded_topk: {"query": Q, "corpus": C, "codes": ek.row_codes(C), "k": 2},
     ek.group_advantages: {"reward": torch.randn(3, 4)},
     RankingRewardLoss: {},
     InfoNCELoss: {},

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from elva.errors import UserError
 from elva.index.exact import Found
-from elva.index.index import Index, Where
+from elva.index.index import Index
+from elva.index.where import Where
 from elva.model.identity import Identity
 
 ENGINES = ("exact", "faiss-ivf", "faiss-hnsw", "milvus:URI")

@@ -6,7 +6,9 @@ derived/ivf.json                          of which index, and the file's SHA-256
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault, UserError
-from elva.files import PARTIAL, sha256, write_text
+from elva.files import PARTIAL, read_bounded, sha256, write_text
 from elva.index import exact
 from elva.index.exact import Found
-from elva.index.index import Index, Where
+from elva.index.index import Index
+from elva.index.where import Where
 from elva.model.identity import Identity
+from elva.settings import JSON_BYTES, Places, Sha256, Whole, build, read_json
 
 KINDS = ("ivf", "hnsw")
 DERIVED = "derived"
@@ -36,6 +40,14 @@ EXACT_BELOW = 16_384
 
 OVERFETCH = 4
 """Ours: candidates asked for, times k, that rescoring may choose among."""
+
+
+@dataclass(frozen=True)
+class _About:
+    """What lies beside FAISS's file: of which index it is, and its SHA-256."""
+
+    generation: Whole
+    sha256: Sha256
 
 
 def export(index: Index, kind: str) -> Path:
@@ -56,16 +68,13 @@ def export(index: Index, kind: str) -> Path:
         made.add(block)
     place = index.directory / DERIVED / f"{kind}.faiss"
     place.parent.mkdir(exist_ok=True)
-    partial = place.with_name(place.name + PARTIAL)
-    try:
-        faiss.write_index(made, str(partial))
-        digest = sha256(partial)
-        os.replace(partial, place)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    about = {"generation": index.manifest.generation, "sha256": digest}
-    write_text(place.with_suffix(".json"), json.dumps(about) + "\n")
+    with tempfile.TemporaryDirectory(prefix=f"{kind}{PARTIAL}", dir=place.parent) as beside:
+        written = Path(beside) / place.name  # FAISS follows links, so in a folder of our own
+        faiss.write_index(made, str(written))
+        digest = sha256(written)
+        os.replace(written, place)
+    about = _About(index.manifest.generation, digest)
+    write_text(place.with_suffix(".json"), json.dumps(asdict(about)) + "\n")
     return place
 
 
@@ -87,13 +96,14 @@ class FaissEngine:
         place = index.directory / DERIVED / f"{kind}.faiss"
         again = f"run elva index export {index.directory} --to faiss-{kind}"
         try:
-            about = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
-            whole = sha256(place) == about["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
+            content = read_bounded(place.with_suffix(".json"), JSON_BYTES)
+            about = build(_About, read_json(content, Places("")), Places(""))
+            whole = sha256(place) == about.sha256
+        except (OSError, UserError):
             raise IndexFault(f"{place}: must be exported first, got nothing; {again}") from None
         if not whole:
             raise IndexFault(f"{place}: must have its checksum, got another; {again}")
-        if about["generation"] != index.manifest.generation:
+        if about.generation != index.manifest.generation:
             raise IndexFault(f"{place}: must be of the index as it is, got an older one; {again}")
         self._found = self._lib.read_index(str(place))
 
@@ -102,14 +112,13 @@ class FaissEngine:
     ) -> Found:
         """As `Index.search`, but rows may be missed; a query with fewer than k answers is padded
         with row -1 and score -inf."""
-        self.index.check_query(query, k, model)
+        query, k = self.index.check_query(query, k, model)
         allowed = self.index.allowed(where)
         rows = len(self.index.alive)
         live = rows if allowed is None else int(allowed.sum())
         if allowed is not None and live < min(EXACT_BELOW, rows // 2):
             return self.index.search(query, k, where=where)
         k = min(k, live)
-        query = query.detach().cpu().float()
         if not k or not len(query):
             return exact.merge([], len(query), k)
         depth = min(rows, max(OVERFETCH * k, k + 16))

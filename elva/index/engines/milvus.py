@@ -12,7 +12,8 @@ from torch import Tensor
 from elva.errors import IndexFault, UserError
 from elva.index import exact
 from elva.index.exact import Found
-from elva.index.index import Index, Where
+from elva.index.index import Index
+from elva.index.where import Where
 from elva.model.identity import Identity
 
 PREFIX = "elva_"
@@ -76,11 +77,10 @@ class MilvusEngine:
         self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
     ) -> Found:
         """As `Index.search`; a query with fewer than k answers is padded with row -1 and -inf."""
-        self.index.check_query(query, k, model)
+        query, k = self.index.check_query(query, k, model)
         allowed = self.index.allowed(where)
         live = len(self.index.alive) if allowed is None else int(allowed.sum())
         k = min(k, live)
-        query = query.detach().cpu().float()
         if not k or not len(query):
             return exact.merge([], len(query), k)
         depth = min(live, max(OVERFETCH * k, k + 16), MAX_ANSWERS)
