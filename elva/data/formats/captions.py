@@ -34,7 +34,7 @@ TOKENS = re.compile(r"([^\t]+)#\d+\t(.*)")
 """Flickr8k's and Flickr30k's own form: `1000268201.jpg#0<TAB>A child ...`."""
 
 MAX_JSON_BYTES = 512 * 2**20
-"""Ours: COCO's captions of its training split are 92 MB; Python holds them in about 1 GB."""
+"""Ours: COCO's captions of its training split are 92 MB, and take 0.9 GB of memory."""
 
 MAX_NOTE_BYTES = 2**20
 """Ours: of a text beside one picture."""
@@ -109,28 +109,32 @@ class _Pictures:
     def __init__(self, root: Path, pictures: Sequence[Path]) -> None:
         self.root, self.pictures = root, pictures
 
-    def find(self, record: Record, name: str, base: Path) -> Path:
-        """The picture of a name: its path from the table's folder or from the root, or the only
-        one below the table that is called so; then without regard to letters' case and form.
-
-        Raises:
-            DataError: none, or several.
-        """
-        name = re.sub(r"^(\./)+", "", name.replace("\\", "/").strip())
+    def called(self, name: str, base: Path) -> list[Path]:
+        """The pictures that a name may mean: its path from the table's folder or from the root, or
+        those below the table that are called so; then without regard to letters' case and form."""
+        name = _slashed(name)
         places = [f"{self._under(base)}{name}", name]
         loose = [_loose(place) for place in places]
-        found = (
+        return (
             next((f for place in places if (f := self._paths.get(place))), None)
             or [p for p in self._names.get(name, []) if p.is_relative_to(base)]
             or next((f for place in loose if (f := self._loose_paths.get(place))), None)
             or [p for p in self._loose_names.get(loose[-1], []) if p.is_relative_to(base)]
         )
+
+    def find(self, record: Record, name: str, base: Path) -> Path:
+        """The picture of a name.
+
+        Raises:
+            DataError: none, or several.
+        """
+        found = self.called(name, base)
         if len(found) > 1:
             which = " and ".join(repr(p.relative_to(self.root).as_posix()) for p in found[:2])
             record.fail(f"{name!r} lies in several folders: {which}")
         if found:
             return found[0]
-        if any((self.root / place).is_file() for place in places):
+        if any((place / _slashed(name)).is_file() for place in (base, self.root)):
             record.fail(f"{name!r} is no picture that is read")
         return record.fail(f"no such picture: {name!r}")
 
@@ -160,6 +164,10 @@ class _Pictures:
         for path in self.pictures:
             found[key(path)].append(path)
         return found
+
+
+def _slashed(name: str) -> str:
+    return re.sub(r"^(\./)+", "", name.replace("\\", "/").strip())
 
 
 def _loose(name: str) -> str:
@@ -219,7 +227,7 @@ def _table(known: _Pictures, file: Path, faults: Faults) -> Iterator[Row]:
         return
     chosen: tuple[str, list[str]] | None = None
     for record in rows(file, (), faults, known=(*FILES, *WORDS)):
-        chosen = chosen or _columns(file, record)
+        chosen = chosen or _columns(known, file, record)
         with faults.row():
             names, words = chosen
             paths = record.paths(names) if names in record.fields else []
@@ -236,15 +244,20 @@ def _said(record: Record, column: str) -> list[str]:
     return [one for one in found if one.strip()]
 
 
-def _columns(file: Path, record: Record) -> tuple[str, list[str]]:
+def _columns(known: _Pictures, file: Path, record: Record) -> tuple[str, list[str]]:
     """The column of the picture's file, and those of what is said of it.
 
-    A table of imagefolder may have none of these; a column beside the file alone says it.
+    The first is known by its name or, in any language, by the picture that it names in the first
+    row. A table of imagefolder may have none of the others; a single other column is one.
     """
     folded = {name.casefold(): name for name in reversed(record.fields)}
-    names = next((folded[n] for n in FILES if n in folded), None) or next(
-        (name for fold, name in folded.items() if re.fullmatch("(.*_)?file_names?", fold)), None
+    names = (
+        next((folded[n] for n in FILES if n in folded), None)
+        or next((n for f, n in folded.items() if re.fullmatch("(.*_)?file_names?", f)), None)
+        or next((n for n, v in record.fields.items() if known.called(str(v), file.parent)), None)
     )
+    if names not in FILES and any(known.called(name, file.parent) for name in record.fields):
+        raise DataError(f"{file}:1: names a picture; the first line must name the columns")
     others = [name for name in record.fields if name != names]
     words = next((w for stem in WORDS if (w := _numbered(stem, others))), [])
     if names is not None and not words and len(others) == 1:
@@ -252,7 +265,9 @@ def _columns(file: Path, record: Record) -> tuple[str, list[str]]:
     if names is None or not (words or file.name in IMAGEFOLDER):
         lacks = FILES[0] if names is None else WORDS[0]
         found = ", ".join(map(repr, record.fields))
-        raise DataError(f"{file}:1: no column {lacks}; there are {found}")
+        raise DataError(
+            f"{file}:1: no column {lacks}; the first line must name them, it has {found}"
+        )
     return names, words
 
 
