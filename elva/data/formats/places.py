@@ -26,6 +26,7 @@ class Places:
         self.root, self.folder = root, Path("mbeir_images") / f"{dataset}_images"
         self._places: dict[bytes | str, str] = {}
         self._numbered = 0
+        self._taken: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -42,6 +43,15 @@ class Places:
             return name, ""
         content = image if isinstance(image, bytes) else image.read_bytes()
         return hashlib.sha256(content).digest(), SUFFIXES.get(kind, f".{kind.lower()}")
+
+    def number(self, name: str, most: int) -> int:
+        """A number from 1 that a name keeps when others come or go, or the next free one."""
+        digest = hashlib.sha256(name.encode()).digest()
+        number = int.from_bytes(digest[:8], "big") % most + 1
+        while number in self._taken:
+            number = number % most + 1
+        self._taken.add(number)
+        return number
 
     def put(self, image: Path | bytes, key: bytes | str, suffix: str) -> str:
         """Put a picture into the directory once; its path there.

@@ -5,7 +5,6 @@ What is written, the loader reads: queries are numbered, grouped by task, and re
 `src_content`. Candidates go to disk as they come.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -125,7 +124,6 @@ class _Writer:
         self.numbers: dict[tuple[str, str | bytes], int] = {}  # by subset and key
         self.modalities = bytearray(MAX_CANDIDATES + 1)  # by number, in MODALITIES
         self.restricted: dict[str, list[str]] = {}
-        self.taken: set[int] = set()  # the numbers of candidates with names
         self.places = Places(root, source.name)
         self.looks: dict[bytes | str, bytes] = dict(source.looks)
         self.asked: set[str] = set()
@@ -260,17 +258,6 @@ class _Writer:
             raise DataError(f"{entry.where}: id {id!r} is not {prefix}<number> as the first is")
         return int(id[len(prefix) :])
 
-    def _named_number(self, entry: Entry) -> int | None:
-        """A number that a name keeps when others come or go, next to those that got it first."""
-        if entry.name is None:
-            return None
-        digest = hashlib.sha256(entry.name.encode()).digest()
-        number = int.from_bytes(digest[:8], "big") % MAX_CANDIDATES + 1
-        while number in self.taken:
-            number = number % MAX_CANDIDATES + 1
-        self.taken.add(number)
-        return number
-
     def _number(self, one: _Checked | int, subset: str) -> int:
         """The number of a candidate, which is written if it is new to its subset."""
         if isinstance(one, int):
@@ -279,7 +266,10 @@ class _Writer:
             return self.numbers[subset, one.key]
         if len(self.numbers) >= MAX_CANDIDATES:
             raise DataError(f"{one.entry.where}: more than {MAX_CANDIDATES:,} candidates")
-        number = self._named_number(one.entry) or self._own_number(one.entry, len(self.numbers))
+        if one.entry.name is None:
+            number = self._own_number(one.entry, len(self.numbers))
+        else:
+            number = self.places.number(one.entry.name, MAX_CANDIDATES)
         part = subset, one.modality
         if part not in self.pools:
             path = self._pool_file(*part)
