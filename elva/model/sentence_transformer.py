@@ -295,7 +295,10 @@ def _whole(load: Callable[[], SentenceTransformer]) -> SentenceTransformer | Non
             return model  # nothing was drawn
         torch.manual_seed(torch.initial_seed() + 1)
         other = load().eval()
-    tried = {"text": "A text.", "image": Image.effect_noise((64, 64), 60).convert("RGB")}
+    tried: dict[Any, Any] = {
+        "text": "A text.",
+        "image": Image.effect_noise((64, 64), 60).convert("RGB"),
+    }
     for kind, one in tried.items():
         if model.supports(kind):
             rows = [m.encode([one], convert_to_tensor=True) for m in (model, other)]
