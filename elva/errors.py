@@ -1,10 +1,22 @@
 """Errors that a person can mend, one family: one line each, `<what>: <rule>; <what to do>`."""
 
 import traceback
+import unicodedata
+
+MAX_MESSAGE = 600
+"""Ours, characters: what is wrong in a cell of megabytes is still a line to read."""
 
 
 class UserError(ValueError):
-    """Bad input or a state that the user can change, in one line."""
+    """Bad input or a state that the user can change, in one line.
+
+    Args:
+        message: Shortened in its middle: it begins with the place and ends with what to do.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text, half = str(message), MAX_MESSAGE // 2
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:half]}...{text[-half:]}")
 
 
 class DataError(UserError):
@@ -52,14 +64,29 @@ def refused_by_kernels(error: BaseException) -> bool:
     return isinstance(error, (TypeError, ValueError)) and module.split(".")[0] == "elva_kernels"
 
 
-def printable(name: str) -> str:
-    r"""A name as one line: what does not print stands as `\n` or `\xfc`."""
-    if name.isprintable():
-        return name
-    # A byte that is no UTF-8 is a lone surrogate: U+DCFC is 0xFC.
-    return "".join(
-        c if c.isprintable()
-        else f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff"
-        else c.encode("unicode_escape").decode()
-        for c in name
-    )  # fmt: skip
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of what moves, hides or turns other text: controls (ESC, DEL, C1), bidi and
+zero-width marks, halves of surrogate pairs, separators of lines."""
+
+JOINERS = "\u200c\u200d"
+"""They spell words of some scripts and compose emoji; next to a letter of ASCII they only hide."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with every hidden character as its escape: `\n`, `\x1b`, `\u202e`.
+
+    Args:
+        keep: characters that stay as they are.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    shown = []
+    for before, letter in zip(" " + text, text, strict=False):
+        joins = letter in JOINERS and not before.isascii()
+        if unicodedata.category(letter) not in HIDDEN or letter in keep or joins:
+            shown.append(letter)
+        elif "\udc80" <= letter <= "\udcff":  # a byte of a file's name that is no UTF-8
+            shown.append(f"\\x{ord(letter) - 0xDC00:02x}")
+        else:
+            shown.append(letter.encode("unicode_escape").decode())
+    return "".join(shown)

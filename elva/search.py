@@ -17,6 +17,7 @@ from elva.errors import DataError, UserError
 from elva.index import Index
 from elva.index.embeddings import columns
 from elva.index.engines import Engine
+from elva.index.exact import Found
 from elva.index.where import Where
 from elva.model.encoder import Encoder, open_encoder
 from elva.model.modalities import MODALITIES, must_read
@@ -45,6 +46,8 @@ class Hit:
     score: float  # cosine similarity to the query
     summary: str  # what the model wrote about it
     image: Path | None
+    proven_by: str | None = None  # what shows that nothing better is there: codes, rows
+    rows_read: int | None = None  # embeddings that the search read, besides codes
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "image": None if self.image is None else str(self.image)}
@@ -143,6 +146,7 @@ class Searcher:
         index.check_model(self.encoder.identity)
         asked = _query(self.encoder, index, query, image, instruction)
         found = (engine or index).search(self.embed([asked]), k, where=where)
+        proven_by = _proof(found) if engine is None or engine is index else None
         rows = found.rows[0][found.rows[0] >= 0].numpy()
         table = index.table.take(rows).to_pylist()
         return [
@@ -153,11 +157,18 @@ class Searcher:
                 score,
                 item.get("summary") or "",
                 Path(item["image"]) if item.get("image") else None,
+                proven_by,
+                found.rows_read,
             )
             for rank, (score, item) in enumerate(
                 zip(found.scores[0].tolist(), table, strict=False), start=1
             )
         ]
+
+
+def _proof(found: Found) -> str:
+    """What shows that an exact search has missed nothing."""
+    return "codes" if found.by_codes is not None and bool(found.by_codes.all()) else "rows"
 
 
 def check_query(query: str, k: int, image: Path | None) -> None:

@@ -20,9 +20,10 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
-    "errors", "draws", "settings", "files", "progress", "processes", "trainer_arguments", "recipe",
-    "recipes", "checkpoint", "data", "run", "model", "index", "hardest", "search", "evaluation",
-    "training", "report", "mrbench", "commands", "cli", "__main__",
+    "errors", "terminal", "draws", "settings", "files", "progress", "processes",
+    "trainer_arguments", "recipe", "recipes", "checkpoint", "data", "run", "model", "index",
+    "hardest", "search", "evaluation", "training", "report", "mrbench", "commands", "cli",
+    "__main__",
 )  # fmt: skip
 
 # What only elva_kernels should compute, and the calls of such names that elva still has.
@@ -80,7 +81,7 @@ KERNEL_ROOMS = {
     "backends.skipped": ("reference",),
     "backends.head": ("reference", "backends.launcher"),
     "backends.steps": ("reference", "backends.launcher", "backends.skipped", "backends.head"),
-    "backends.gpu": ("reference", "backends.steps"),
+    "backends.gpu": ("reference", "backends.launcher", "backends.steps"),
     "backends.in_batch": ("reference", "backends.launcher", "backends.head", "backends.steps"),
     "backends.shares": (
         "reference",

@@ -59,9 +59,7 @@ def grains(
         out.print(probe.table(found))
         last = found["models"][models[-1]]
         for one in last["queries"][:show]:
-            out.print(
-                f"{one['distance']:.3f}  {one['text']}  without  {one['grain']} ({one['type']})",
-                markup=False,
-                soft_wrap=True,
+            out.line(
+                f"{one['distance']:.3f}  {one['text']}  without  {one['grain']} ({one['type']})"
             )
-        out.print(f"figures and pictures: {output}", soft_wrap=True)
+        out.line(f"figures and pictures: {output}")

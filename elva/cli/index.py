@@ -58,6 +58,12 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index that is there, in one step.")
     ] = False,
+    codes: Annotated[
+        bool,
+        typer.Option(
+            help="8-bit codes beside the rows: half as many bytes more, read in their place."
+        ),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count what of the folder is embedded; embed nothing.")
     ] = False,
@@ -70,8 +76,8 @@ def build(
             if embeddings or npy or ids:
                 raise UserError("index: --folder must come alone, got embeddings too; leave one")
             _build_folder(
-                index, folder, model, dtype=dtype, overwrite=overwrite, skip_bad=skip_bad,
-                list_left_out=list_left_out, dry_run=dry_run, as_json=as_json,
+                index, folder, model, dtype=dtype, overwrite=overwrite, codes=codes,
+                skip_bad=skip_bad, list_left_out=list_left_out, dry_run=dry_run, as_json=as_json,
             )  # fmt: skip
             return
         if skip_bad or list_left_out or dry_run:
@@ -79,8 +85,9 @@ def build(
         from elva.commands import build_index as indexing
 
         made = indexing.build(
-            index, embeddings or [], npy=npy, ids=ids, model=model, dtype=dtype, overwrite=overwrite
-        )
+            index, embeddings or [], npy=npy, ids=ids, model=model, dtype=dtype,
+            overwrite=overwrite, codes=codes,
+        )  # fmt: skip
         _say_index(made.info(), as_json)
 
 

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
-from elva.errors import printable
 
 EXAMPLES = (
     'Examples:  elva search runs/one "woman firefighter"   |   '
@@ -78,7 +77,6 @@ def search(
             print(json.dumps([hit.as_json() for hit in hits]))
             return
         for hit in hits:
-            name = printable(hit.name)
-            out.print(f"{hit.rank:3d}  {hit.score:.3f}  {name}", markup=False, soft_wrap=True)
+            out.line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}")
         if page is not None:
-            out.print(f"contact sheet: {page}", soft_wrap=True)
+            out.line(f"contact sheet: {page}")

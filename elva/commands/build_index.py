@@ -25,6 +25,7 @@ def build(
     model: str | None = None,
     dtype: str = "float16",
     overwrite: bool = False,
+    codes: bool = True,
 ) -> Index:
     """Make an index of what `elva embed` wrote, or of a .npy file and its ids.
 
@@ -39,7 +40,7 @@ def build(
         asked = [one.about.get("instructions", {}) for one in reversed(opened)]
         about["instructions"] = {k: v for known in asked for k, v in known.items()}
         shards = [path for one in opened for path in one.segments()]
-        return Index.assemble(directory, shards, about=about, overwrite=overwrite)
+        return Index.assemble(directory, shards, about=about, overwrite=overwrite, codes=codes)
     if ids is None or model is None:
         raise UserError("index: --npy must come with --ids and --model, got less; name them")
     rows = _matrix(npy)
@@ -51,6 +52,7 @@ def build(
         model=Identity(model, model, "unknown"),
         dtype=dtype,
         overwrite=overwrite,
+        codes=codes,
     )
 
 

@@ -47,6 +47,7 @@ def build(
     *,
     dtype: str = "float16",
     overwrite: bool = False,
+    codes: bool = True,
     skip_bad: int = 0,
     part_pictures: int = PART_PICTURES,
     reporter: Reporter = SILENT,
@@ -55,6 +56,7 @@ def build(
 
     Args:
         dtype: what is stored: float16, bfloat16 or float32.
+        codes: keep 8-bit codes of the rows beside them, by which they are searched.
         skip_bad: so many pictures that cannot be read, and rows of captions, are left out and
             listed; one more ends it.
         part_pictures: pictures embedded between two moments at which a kill costs nothing.
@@ -75,7 +77,9 @@ def build(
     about = folder.about(encoder, root)
     parts = _parts(directory, found, encoder, {**about, "dtype": dtype}, part_pictures)
     _embed(parts, found, encoder, dtype, faults, reporter)
-    made = Index.assemble(directory, parts.segments(), about=about, overwrite=overwrite)
+    made = Index.assemble(
+        directory, parts.segments(), about=about, overwrite=overwrite, codes=codes
+    )
     shutil.rmtree(parts.directory)
     copies = len(made) - len(set(made.table["digest"].to_pylist()))
     notices = [*found.notices]

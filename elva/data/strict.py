@@ -64,7 +64,7 @@ class Record:
 
     def fail(self, rule: str) -> NoReturn:
         """Raise the DataError for this line."""
-        raise DataError(f"{self.where}: {_short(rule)}")
+        raise DataError(f"{self.where}: {rule}")
 
     def value(self, key: str) -> object:
         """A field that must be there."""
@@ -361,7 +361,7 @@ def parse(where: str, line: str) -> dict[str, Any]:
         if "\\u" in line:
             json.dumps(fields, ensure_ascii=False).encode()
     except DataError as error:
-        raise DataError(f"{where}: {_short(str(error))}") from error
+        raise DataError(f"{where}: {error}") from error
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: holds a lone surrogate") from error
     except RecursionError as error:
@@ -372,11 +372,6 @@ def parse(where: str, line: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise DataError(f"{where}: not a JSON object")
     return fields
-
-
-def _short(rule: str) -> str:
-    """A rule that quotes a 60 MiB field is still one line to read."""
-    return rule if len(rule) <= 300 else f"{rule[:300]}..."
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -18,6 +18,7 @@ from elva.files import PARTIAL, replacing, sync_directory
 from elva.index import codes, manifest, segment
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import Segment
+from elva.progress import SILENT, Reporter
 
 MOST_CODED = 65_536
 """Columns of rows that `elva_kernels.row_codes` takes."""
@@ -72,13 +73,17 @@ def linked(directory: Path, one: Segment, coded: bool) -> Entry:
     return entry_of(Segment(path), coded)
 
 
-def entry_of(one: Segment, coded: bool, progress: Callable[[int], None] | None = None) -> Entry:
-    """What a manifest says of a segment that lies in the index; its codes are written if wanted."""
+def entry_of(one: Segment, coded: bool, reporter: Reporter = SILENT, done: int = 0) -> Entry:
+    """What a manifest says of a segment that lies in the index; its codes are written if wanted.
+
+    Args:
+        done: rows of other segments that the reporter has been told of.
+    """
     bare = Entry(one.path.name, one.rows, one.header_sum)
     if not coded or one.dim > MOST_CODED:
         return bare
     unnamed = one.path.with_suffix(f".new{codes.SUFFIX}")
-    made = replace(bare, codes=codes.write(one, unnamed, progress).header_sum)
+    made = replace(bare, codes=codes.write(one, unnamed, reporter, done).header_sum)
     os.replace(unnamed, one.path.with_name(made.codes_file))
     sync_directory(one.path.parent)
     return made

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault
-from elva.index import change, exact, manifest, scale, segment
+from elva.index import change, exact, manifest, scale
+from elva.index.blocks import damaged
 from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
 from elva.index.manifest import SEGMENTS, Entry, Manifest
@@ -167,7 +168,7 @@ class Index:
             entries, done = [], 0
             for entry, one in zip(before.segments, parts, strict=True):
                 if not _has_codes(Path(directory), entry, one):
-                    made = change.entry_of(one, True, lambda n, at=done: reporter.advance(at + n))
+                    made = change.entry_of(one, True, reporter, done)
                     entry = replace(entry, codes=made.codes)
                 entries.append(entry)
                 done += one.rows
@@ -370,8 +371,11 @@ class Index:
         Raises:
             IndexFault: the file and the place that differ.
         """
-        for one in (*self.segments, *(c for c in self.codes if c is not None)):
+        for one in self.segments:
             one.verify()
+        for coded in self.codes:
+            if coded is not None:
+                coded.verify()
 
     def info(self) -> dict[str, Any]:
         """What there is to know, as plain data."""
@@ -417,11 +421,11 @@ def _part(directory: Path, found: Manifest, entry: Entry) -> Segment:
     if (one.dim, one.dtype, one.rows, one.header_sum) != known or not one.model.matches(
         found.model
     ):
-        raise segment.damaged(one.path, f"the header that {directory} knows")
+        raise damaged(one.path, f"the header that {directory} knows")
     try:
         entry.alive()
     except ValueError:
-        raise segment.damaged(directory / manifest.FILE, "a bit for each deleted row") from None
+        raise damaged(directory / manifest.FILE, "a bit for each deleted row") from None
     return one
 
 
@@ -442,6 +446,6 @@ def _codes(directory: Path, entry: Entry, one: Segment) -> SegmentCodes | None:
         return None
     found = SegmentCodes(directory / SEGMENTS / entry.codes_file)
     if found.header_sum != entry.codes:
-        raise segment.damaged(found.path, f"the header that {directory} knows")
+        raise damaged(found.path, f"the header that {directory} knows")
     found.check_of(one)
     return found

@@ -25,7 +25,9 @@ from elva.model.identity import Identity
 from elva.settings import JSON_BYTES, Rule, Sha256, Whole
 
 FILE, SEGMENTS, LOCK = "index.json", "segments", ".lock"
-FORMAT, VERSION, READABLE = "elva-index", 2, (1, 2)
+FORMAT: Literal["elva-index"] = "elva-index"
+VERSION: Literal[2] = 2
+READABLE = (1, 2)
 
 SegmentName = Annotated[
     str,

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault
-from elva.index import blocks, scale
+from elva.index import blocks, scale, stream
 from elva.index.blocks import HEADER_BYTES, Blocks, damaged
 from elva.model.identity import Identity
 from elva.settings import FileSize, Sha256, between
 
 MAGIC = b"ELVASEG1"
-VERSION = 1
+VERSION: Literal[1] = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Rows = Annotated[int, between(0, 2**48)]
 Width = Annotated[int, between(1, 2**24)]
@@ -78,16 +78,9 @@ class Segment:
         start = HEADER_BYTES + self._row_bytes
         view = self.content[start : self._file.end]
         try:
-            table = pa.ipc.open_stream(pa.py_buffer(view)).read_all()
-            table.validate(full=True)  # offsets out of the buffers would be read as they are
-        except (pa.ArrowException, KeyError, OSError, ValueError):
+            return stream.read(view, self.rows)
+        except ValueError:
             raise damaged(self.path, "a readable table of ids") from None
-        names = table.schema.names
-        if table.num_rows != self.rows or len({*names}) < len(names) or "id" not in names:
-            raise damaged(self.path, "an id for each row, and each field once")
-        if table.schema.field("id").type != pa.string() or table["id"].null_count:
-            raise damaged(self.path, "an id for each row")
-        return table
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Compare every byte with its checksum; see `Blocks.verify`."""
@@ -107,10 +100,7 @@ def write(
         IndexFault: a NaN or infinite embedding, or a wrong count or width.
         OSError: the disk; the path and the byte are in it.
     """
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, table.schema) as writer:
-        writer.write_table(table)
-    ids = buffer.getvalue()
+    ids = stream.write(table)
     rows = 0
     with blocks.writing(path, MAGIC, Header) as file:
         for chunk in chunks:
@@ -135,7 +125,7 @@ def write(
         file.write(memoryview(ids))
         file.finish(
             {"version": VERSION, "dtype": dtype, "dim": dim, "rows": rows, "metric": "cosine",
-             "model": asdict(model), "table_bytes": ids.size}
+             "model": asdict(model), "table_bytes": len(ids)}
         )  # fmt: skip
 
 

@@ -17,11 +17,12 @@ from elva.errors import UserError
 from elva.model import sentence_transformer
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED
-from elva.model.identity import Identity, hash_of_files
+from elva.model.identity import Identity
 from elva.model.modalities import MODALITIES
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
 from elva.model.sentence_transformer import SentenceTransformerEncoder
+from elva.model.weights import hash_of_files
 from elva.run import Run
 
 VERSION = 2

@@ -31,11 +31,12 @@ from elva.data import Item, Query
 from elva.errors import UserError
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED, KNOWN
-from elva.model.identity import Identity, hash_of_files
+from elva.model.identity import Identity
 from elva.model.modalities import must_read
 from elva.model.note import read_note, stands_on
 from elva.model.reading import ABOUT, find, modules_of, read_json
 from elva.model.rollout import Encoded
+from elva.model.weights import hash_of_files
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

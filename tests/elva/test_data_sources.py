@@ -266,7 +266,7 @@ def test_beir_by_split_with_its_titles_and_grades(tmp_path):
     (root / "qrels" / "test.tsv").write_text(header + "z\tb\t1\nw\tb\t1\nz\tc\t1\n")
     with pytest.raises(DataError, match=r"test.tsv:4: 'c' is not in the corpus"):
         convert_file("beir", root, tmp_path / "bad", split="test")
-    with pytest.raises(DataError, match=r"test.tsv:3: query 'w' is not in queries; 1 bad rows"):
+    with pytest.raises(DataError, match=r"test.tsv:3: query 'w' is not among the .*; 1 bad"):
         convert_file("beir", root, tmp_path / "bad", split="test", skip_bad=1)
 
 
@@ -287,14 +287,15 @@ def mirror(root, name, corpus, asked, qrels):
 
 
 def test_a_mirror_keeps_ids_grades_and_instructions(tmp_path):
-    qrels = [("2:5", "2:900", 2), ("2:5", "2:7", 0), ("2:5", "2:8", -1)]
+    qrels = [("2:5", "2:900", 2), ("2:5", "2:7", 0), ("2:5", "2:8", -1), ("2:6", "2:8", 0)]
     folder = mirror(tmp_path, "mbeir_webqa_task1", {f"2:{i}": f"t{i}" for i in (900, 7, 8)},
-                    {"2:5": "q"}, qrels)  # fmt: skip
+                    {"2:5": "q", "2:6": "r", "2:7": "s"}, qrels)  # fmt: skip
     header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
     prompts = tmp_path / "instructions" / "query_instructions.tsv"
     prompts.parent.mkdir()
     prompts.write_text(f"{header}text\ttext\tWebQA\t2\tfind the fact\n")
-    convert_file("mteb", folder, tmp_path / "data", split="test")
+    counts = convert_file("mteb", folder, tmp_path / "data", split="test")
+    assert counts["notices"] == ["2 queries without a right answer are left out"]
     data = load(tmp_path / "data", split="test")
     (query,) = data.queries
     assert (query.id, query.positives, query.instruction) == ("2:5", ("2:900",), "Find the fact.")

@@ -109,7 +109,10 @@ def test_hits_carry_name_summary_and_picture(run: Run, root: Path) -> None:
     assert hits["7:4"].name == "b disc" and hits["7:4"].image == root / "4.png"
     assert hits["7:11"].name == "11.png"  # nobody named it
     data = json.loads(json.dumps([h.as_json() for h in hits.values()], allow_nan=False))
-    assert set(data[0]) == {"rank", "id", "name", "score", "summary", "image"}
+    assert set(data[0]) == {
+        "rank", "id", "name", "score", "summary", "image", "proven_by", "rows_read",
+    }  # fmt: skip
+    assert (data[0]["proven_by"], data[0]["rows_read"]) == ("codes", 12)
 
 
 def test_text_picture_and_both_are_different_queries(run: Run, root: Path) -> None:

@@ -39,6 +39,9 @@ TRIALS = [
     ("info_nce_and_grad", torch.float32, False),
     ("topk", torch.bfloat16, True),
     ("topk", torch.float32, False),
+    ("row_codes", torch.bfloat16, True),
+    ("nearest_codes", torch.float32, False),
+    ("nearest_codes", torch.float32, True),
 ]
 
 

@@ -1,6 +1,6 @@
 """BEIR (Thakur et al., arXiv:2104.08663): a corpus, queries, and what is right a split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from elva.data import qrels
@@ -18,8 +18,14 @@ def read(request: Request) -> Source:
 
     The queries of a split are those that its qrels judge; a title comes before its text.
     """
-    notices: list[str] = []
-    examples = _examples(request, notices)
+    path, notices = request.path, list[str]()
+    if not path.is_dir():
+        raise DataError(f"{path}: not a folder with corpus, queries and qrels")
+    for table in ("corpus", "queries"):
+        table_files(path, table)
+    right = relevant(request, SPLITS[request.split])
+    queries = (query for query in _entries(request, "queries") if query.id in right)
+    examples = asked(queries, right, request.faults, notices)
     corpus = _entries(request, "corpus")
     return Source("beir", 16, "Find what answers it.", examples, corpus=corpus, notices=notices)
 
@@ -57,20 +63,23 @@ def _entries(request: Request, table: str) -> Iterator[Entry]:
                 yield Entry(text, None, record.where, id)
 
 
-def _examples(request: Request, notices: list[str]) -> Iterator[Example]:
-    if not request.path.is_dir():
-        raise DataError(f"{request.path}: not a folder with corpus, queries and qrels")
-    right = relevant(request, SPLITS[request.split])
-    without = 0
-    for query in _entries(request, "queries"):
-        answers = right.pop(str(query.id), None)
-        if answers:
+def asked(
+    queries: Iterable[Entry],
+    right: Mapping[str, list[Reference]],
+    faults: Faults,
+    notices: list[str],
+) -> Iterator[Example]:
+    """The queries with their right answers; those without are left out, and counted."""
+    without, unknown = 0, dict(right)
+    for query in queries:
+        unknown.pop(str(query.id), None)
+        if answers := right.get(str(query.id)):
             yield Example(query, answers)
-        elif answers is not None:
+        else:
             without += 1
-    for qid, answers in right.items():
+    for qid, answers in unknown.items():
         for answer in answers[:1]:
-            with request.faults.row():
-                raise DataError(f"{answer.where}: query {qid!r} is not in queries")
+            with faults.row():
+                raise DataError(f"{answer.where}: query {qid!r} is not among the queries")
     if without:
         notices.append(f"{without:,} queries without a right answer are left out")

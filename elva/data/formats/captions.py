@@ -16,9 +16,8 @@ from pathlib import Path
 
 from elva.data.formats import titles
 from elva.data.formats.rows import rows
-from elva.data.formats.source import shown
 from elva.data.strict import Faults, Record, lines, parse, read_text
-from elva.errors import DataError
+from elva.errors import DataError, printable
 
 FILES = ("file", "file_name", "filename", "image", "image_name", "picture", "path")
 WORDS = ("caption", "text", "description", "comment", "title")
@@ -209,7 +208,7 @@ def _all(
             for path in pictures:
                 extra[path] = {**fields, **extra.get(path, {})}
     more = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
-    source = f"{shown(files[0].relative_to(known.root))}{more}"
+    source = f"{printable(str(files[0].relative_to(known.root)))}{more}"
     kept = {path: fields for path, fields in extra.items() if fields}
     return Captions(captions, kept, tuple(files), source, without)
 
@@ -253,7 +252,7 @@ def _columns(file: Path, record: Record) -> tuple[str, list[str]]:
     if names is None or not (words or file.name in IMAGEFOLDER):
         lacks = FILES[0] if names is None else WORDS[0]
         found = ", ".join(map(repr, record.fields))
-        raise DataError(f"{file}:1: no column {lacks}; there are {found}"[:1000])
+        raise DataError(f"{file}:1: no column {lacks}; there are {found}")
     return names, words
 
 
@@ -363,7 +362,7 @@ def _notes(known: _Pictures, others: Sequence[Path], faults: Faults) -> Captions
                 captions.append(Caption(said, picture, f"{note}:1"))
     if not files:
         return None
-    source = f"texts beside them ({shown(files[0].relative_to(known.root))}, ...)"
+    source = f"texts beside them ({printable(str(files[0].relative_to(known.root)))}, ...)"
     return Captions(captions, {}, tuple(files), source, len(files) - len(captions))
 
 
@@ -375,7 +374,8 @@ def _own(known: _Pictures) -> Captions:
         if own := titles.read(picture):
             extra[picture] = {**own}
             captions += [
-                Caption(one, picture, shown(picture)) for one in dict.fromkeys(own.values())
+                Caption(one, picture, printable(str(picture)))
+                for one in dict.fromkeys(own.values())
             ]
     source = "titles and descriptions in their files" if captions else ""
     return Captions(captions, extra, (), source)

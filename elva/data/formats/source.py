@@ -107,8 +107,3 @@ class Source:
     notices: list[str] = field(default_factory=list)
     looks: Mapping[bytes | str, bytes] = field(default_factory=dict)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-
-def shown(path: Path) -> str:
-    """A path as one printable line."""
-    return str(path) if str(path).isprintable() else ascii(str(path))

@@ -1,7 +1,6 @@
 """A picture's own title and description: XMP's, IPTC's, EXIF's, or PNG's text."""
 
 import re
-import warnings
 from pathlib import Path
 from xml.parsers import expat
 
@@ -17,9 +16,9 @@ DC = "http://purl.org/dc/elements/1.1/"
 LANGUAGE = "http://www.w3.org/XML/1998/namespace lang"
 
 BY_CAMERAS = re.compile(
-    r"(OLYMPUS|KONICA|MINOLTA|SAMSUNG|KODAK|SONY|CASIO|VIVITAR|\s)*\s*(DIGITAL (STILL )?CAMERA|DSC)"
-    r"|SONY DSC|SAMSUNG|default|<?MENU>?|cof|hdr|dav|edf|sdr|Screenshot|Created with .*"
-    r"|(DCIM|PIC|YDXJ|DJI|IMG|DSC)[\\/_-]?.*\d+(\.\w+)?|untitled",
+    r"((OLYMPUS|KONICA|MINOLTA|SAMSUNG|KODAK|SONY|CASIO|VIVITAR) )*(DIGITAL (STILL )?CAMERA|DSC)"
+    r"|SAMSUNG|default|cof|hdr|dav|edf|sdr|Screenshot|Created with \w+|untitled"
+    r"|DCIM[\\/].*|(PICT?|YDXJ|DJI|IMG|DSC[NF]?|P)[_-]?\d+(\.\w+)?",
     re.IGNORECASE,
 )
 """What cameras and programs write into every file, and nobody said of the picture."""
@@ -32,9 +31,7 @@ def read(path: Path) -> dict[str, str]:
     cannot be read are none: who decodes the picture says what is wrong with it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = pictures.header(path, lambda i: [_xmp(i), _iptc(i), _exif(i), _png(i)])
+        found = pictures.header(path, lambda i: [_xmp(i), _iptc(i), _exif(i), _png(i)])
     except PictureFault:
         return {}
     own = {}
