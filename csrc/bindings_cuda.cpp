@@ -27,6 +27,8 @@ void bind_cuda(py::module_& module) {
   bind(module, "cuda_topk_scores", elva_topk_scores_cuda);
   bind(module, "cuda_topk_factors", elva_topk_factors_cuda);
   bind(module, "cuda_topk_far", elva_topk_far_cuda);
+  module.attr("CUDA_CODE_PIECE") = static_cast<int>(ELVA_CODE_PIECE);
+  bind(module, "cuda_code_bounds", elva_code_bounds_cuda);
   module.attr("CUDA_SELECT_MOST") = static_cast<int>(ELVA_SELECT_MOST);
   module.def("cuda_select_scratch_bytes", &elva_select_scratch_bytes_cuda);
   bind(module, "cuda_select", elva_select_cuda);

@@ -215,6 +215,27 @@ typedef struct {
 
 ElvaStatus elva_nearest_codes_cpu(const ElvaNearestCodesArgs* args);
 
+// Bounds (17) of all rows for each query, of which elva_select_cuda takes the best; on a GPU alone.
+typedef struct {
+  int32_t device;
+  void* stream;
+  int64_t queries;
+  int64_t rows;
+  int64_t dim;               // at most 65,536
+  int64_t padded_dim;        // of a query: dim or more, a multiple of ELVA_CODE_PIECE
+  const int8_t* query;       // [queries, 2, padded_dim] on 16 bytes: codes and fine codes
+  const float* query_scale;  // [queries]
+  const float* query_lost;   // [queries]
+  const int8_t* code;        // [rows, dim]
+  const float* scale;        // [rows]
+  const float* lost;         // [rows]
+  const uint8_t* mask;       // [rows]: 0 for a row that may not be found; null: all may
+  float* bounds;             // [queries, rows]; -inf where the mask is 0
+} ElvaCodeBoundsArgs;
+
+enum { ELVA_CODE_PIECE = 512 };
+ElvaStatus elva_code_bounds_cuda(const ElvaCodeBoundsArgs* args);
+
 // Scores of all corpus rows for each query, of which elva_select_cuda takes the best; on a GPU
 // alone, and not for ELVA_FP64.
 typedef struct {

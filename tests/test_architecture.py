@@ -81,7 +81,7 @@ KERNEL_ROOMS = {
     "backends.skipped": ("reference",),
     "backends.head": ("reference", "backends.launcher"),
     "backends.steps": ("reference", "backends.launcher", "backends.skipped", "backends.head"),
-    "backends.gpu": ("reference", "backends.steps"),
+    "backends.gpu": ("reference", "backends.launcher", "backends.steps"),
     "backends.in_batch": ("reference", "backends.launcher", "backends.head", "backends.steps"),
     "backends.shares": (
         "reference",

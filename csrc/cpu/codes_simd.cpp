@@ -212,8 +212,8 @@ void scan(const CodeJob& job) {
     float* bound = job.bound + c * job.count;
     float largest = -INFINITY;
     for (int64_t r = 0; r < job.count; ++r) {
-      const float x =
-          gain * job.scale[r] * static_cast<float>(dot[r]) + (missed + (1 + missed) * job.lost[r]);
+      const float x = gain * job.scale[r] * static_cast<float>(dot[r]) +
+                      (missed * (1 + job.lost[r]) + job.lost[r]);
       bound[r] = x;
       largest = x > largest ? x : largest;
     }

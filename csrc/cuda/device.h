@@ -70,14 +70,14 @@ struct alignas(16) Vector {
   T at[kSize];
 };
 
-// Two elements of 2 bytes, or one of 4, as a word.
+// Elements of 1, 2 or 4 bytes, as a word.
 template <class T>
 __device__ inline uint32_t word_of(const Vector<T>& x, int word) {
   if constexpr (sizeof(T) == 2) {
     return x.at[2 * word].bits | static_cast<uint32_t>(x.at[2 * word + 1].bits) << 16;
   } else {
     uint32_t bits;
-    memcpy(&bits, x.at + word, sizeof(bits));
+    memcpy(&bits, x.at + word * 4 / sizeof(T), sizeof(bits));
     return bits;
   }
 }

@@ -1,5 +1,5 @@
 // A block's rows of the corpus times a group of queries: the rows come through rings ahead of their
-// use, the queries by pieces, and products leave as scores. For topk.cu.
+// use, the queries by pieces; scores of products leave, for topk.cu, or products, for codes.cu.
 #ifndef ELVA_CUDA_TOPK_PRODUCTS_H_
 #define ELVA_CUDA_TOPK_PRODUCTS_H_
 
@@ -16,6 +16,13 @@ constexpr int64_t kSegment = 2048;                             // of a row that 
 constexpr int kStageBytes = 128, kStages = 2;                  // of a row in the ring
 constexpr int kRingBytes = kWarpRows * kStageBytes * kStages;  // a warp's
 
+// What products of elements are summed in.
+template <class T>
+using Sum = std::conditional_t<sizeof(T) == 1, int32_t, float>;
+// Whether a row's magnitude is asked for: 8-bit codes have one range, and a scale beside them.
+template <class T>
+constexpr bool kHasNorms = sizeof(T) > 1;
+
 // Which 16 bytes of a row hold its `vector`th, in shared memory, where rows are multiples of 128
 // bytes: of what eight lanes read of two neighbours, all are in different banks.
 __device__ inline int swizzled(int row, int vector) { return vector ^ (row % 2 * 4); }
@@ -23,7 +30,7 @@ __device__ inline int swizzled(int row, int vector) { return vector ^ (row % 2 *
 // A warp's 32 rows times a group's queries. Lane l has rows l / 4 + 8 r, r < 4, and of the columns
 // those whose vector in a step of 64 bytes is the l % 4th.
 template <class T, int kGroup>
-class Tile {  // by matrix instructions on 16 rows, 8 queries and 16 columns
+class Tile {  // by matrix instructions on 16 rows, 8 queries and 32 bytes of columns
  public:
   static constexpr int kQueries = kGroup, kSize = Vector<T>::kSize;
   static constexpr int kPiece = (kGroup == 32 ? 512 : 256) / static_cast<int>(sizeof(T));
@@ -39,8 +46,8 @@ class Tile {  // by matrix instructions on 16 rows, 8 queries and 16 columns
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int half = 0; half < kSize; half += 4) {
-          multiply_add<T>(sum_[m][n], x[2 * m], x[2 * m + 1], q, half);
+        for (int word = 0; word < 4; word += 2) {
+          multiply_add(sum_[m][n], x[2 * m], x[2 * m + 1], q, word);
         }
       }
     }
@@ -61,7 +68,7 @@ class Tile {  // by matrix instructions on 16 rows, 8 queries and 16 columns
   }
 
  private:
-  float sum_[2][kQueries / 8][4] = {};
+  Sum<T> sum_[2][kQueries / 8][4] = {};
 };
 
 template <int kGroup>
@@ -245,7 +252,9 @@ class Ring {
 #pragma unroll 1
     for (; row < kWarpRows; row += kTogether) {
       Vector<T> x = corpus_row<T>(topk_, first_row_ + row).packed(column, topk_.dim, dense);
-      if (exponent_ != nullptr) x = rescaled(x, scale_of(exponent_[row]));
+      if constexpr (kHasNorms<T>) {
+        if (exponent_ != nullptr) x = rescaled(x, scale_of(exponent_[row]));
+      }
       store16_shared(to, x);
       to += kTogether * kColumns;
     }
@@ -260,9 +269,9 @@ class Ring {
 };
 
 // A group's products when the last column has been read.
-template <int kGroup>
+template <class T, int kGroup>
 struct Results {
-  float dot[kGroup][kBlockRows + 4];  // what a warp writes at a time lies in different banks
+  Sum<T> dot[kGroup][kBlockRows + 4];  // what a warp writes at a time lies in different banks
   double inverse[kBlockRows];
 };
 
@@ -273,7 +282,7 @@ struct Shared {
       unsigned char ring[kWarps][kRingBytes];
       T pieces[2][kGroup * Tile<T, kGroup>::kPiece];  // of the queries, in use and next
     };
-    Results<kGroup> results;
+    Results<T, kGroup> results;
   };
   int exponent[kBlockRows];
 };
@@ -312,14 +321,16 @@ class Products {
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             x[r] = ring.read(from + at, r, step / kSize);
-            float own[kSize];
-            widen_all(x[r], own);
+            if constexpr (kHasNorms<T>) {
+              float own[kSize];
+              widen_all(x[r], own);
 #pragma unroll
-            for (int i = 0; i < kSize; ++i) squares[r] = fmaf(own[i], own[i], squares[r]);
+              for (int i = 0; i < kSize; ++i) squares[r] = fmaf(own[i], own[i], squares[r]);
+            }
           }
           tile_.add(x, piece, (at + step) / kSize);
         }
-        square_ += own_sum(squares);
+        if constexpr (kHasNorms<T>) square_ += own_sum(squares);
         ring.fetch_after(from + at);
       }
     }
@@ -355,7 +366,7 @@ class Products {
   // wanted(row): whether the scores of a row are written.
   template <class Wanted>
   __device__ void write(int64_t first_query, bool has_exponents, const Wanted& wanted) const {
-    Results<kGroup>& results = shared_.results;
+    Results<T, kGroup>& results = shared_.results;
     const int lane = static_cast<int>(threadIdx.x % 32), own = static_cast<int>(threadIdx.x);
     const int quad = own / 32 * kWarpRows + lane / 4;
     __syncthreads();  // the ring and the piece have been read
@@ -378,6 +389,17 @@ class Products {
       }
     }
     __syncthreads();  // before the ring is filled again
+  }
+
+  // take(row, dots): of this thread's row, if there is one, dots(n) with the group's query n.
+  template <class Take>
+  __device__ void visit(const Take& take) const {
+    const int own = static_cast<int>(threadIdx.x), quad = own / 32 * kWarpRows + own % 32 / 4;
+    __syncthreads();  // the ring and the piece have been read
+    tile_.visit([&](int r, int n, Sum<T> dot) { shared_.results.dot[n][quad + 8 * r] = dot; });
+    __syncthreads();
+    const int64_t row = first_row_ - own / 32 * kWarpRows + own;
+    if (row < args_.topk.rows) take(row, [&](int n) { return shared_.results.dot[n][own]; });
   }
 
  private:

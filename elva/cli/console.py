@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elva.errors import UserError, refused_by_kernels
+from elva.errors import UserError, refused_by_kernels, torchvision_is_foreign
 from elva.processes import Processes
 from elva.terminal import Terminal
 
@@ -46,6 +46,13 @@ def one_line_errors() -> Iterator[None]:
         if not isinstance(error, UserError) and not refused_by_kernels(error):
             raise
         _fail(str(error))
+    except (ImportError, RuntimeError) as error:
+        if not torchvision_is_foreign(error):
+            raise
+        _fail(
+            "torchvision must be of this torch's build, got one that does not load; "
+            "pip uninstall torchvision, or install the one of its build"
+        )
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -74,7 +81,7 @@ def together() -> Iterator[Processes]:
 
 
 def _fail(line: str) -> None:
-    err.line(f"elva: {line}")
+    err.print_line(f"elva: {line}")
     raise typer.Exit(2) from None
 
 
@@ -100,4 +107,4 @@ def say(data: Any, lines: list[str], as_json: bool) -> None:
         print(json.dumps(data))
         return
     for line in lines:
-        out.line(line)
+        out.print_line(line)

@@ -26,6 +26,7 @@ def build(
     model: str | None = None,
     dtype: str = "float16",
     overwrite: bool = False,
+    codes: bool = True,
     reporter: Reporter = SILENT,
 ) -> Index:
     """Make an index of what `elva embed` wrote, or of a .npy file and its ids.
@@ -42,12 +43,12 @@ def build(
         about["instructions"] = {k: v for known in asked for k, v in known.items()}
         shards = [path for one in opened for path in one.segments()]
         return Index.assemble(
-            directory, shards, about=about, overwrite=overwrite, reporter=reporter
+            directory, shards, about=about, overwrite=overwrite, codes=codes, reporter=reporter
         )
     if ids is None or model is None:
         raise UserError("index: --npy must come with --ids and --model, got less; name them")
     rows = _matrix(npy)
-    names = [line.rstrip("\r\n") for _, line in lines(ids)]
+    names = [_id(where, line) for where, line in lines(ids)]
     reporter.start(f"{directory}: write rows", len(rows), "rows")
     return Index.build(
         directory,
@@ -56,6 +57,7 @@ def build(
         model=Identity(model, model, "unknown"),
         dtype=dtype,
         overwrite=overwrite,
+        codes=codes,
         reporter=reporter,
     )
 
@@ -71,6 +73,12 @@ def add(
     index = Index(directory, verify=False)
     shards = [path for one in embeddings for path in Embeddings.open(one).segments()]
     return index.add_segments(shards, overwrite=overwrite, reporter=reporter)
+
+
+def _id(where: str, line: str) -> str:
+    if not line:
+        raise UserError(f"{where}: must hold an id, is an empty line; take it out")
+    return line
 
 
 def _matrix(path: Path) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -69,7 +69,7 @@ def written(
     one = Segment(path)
     if coded:
         reporter.start(f"{directory}: code rows", one.rows, "rows")
-    return entry_of(one, coded, reporter.advance)
+    return entry_of(one, coded, reporter)
 
 
 def linked(
@@ -81,7 +81,7 @@ def linked(
     entries, done = [], 0
     for one in parts:
         there = Segment(_linked(directory, one))
-        entries.append(entry_of(there, coded, lambda n, at=done: reporter.advance(at + n)))
+        entries.append(entry_of(there, coded, reporter, done))
         done += one.rows
     return tuple(entries)
 
@@ -96,13 +96,17 @@ def _linked(directory: Path, one: Segment) -> Path:
     return path
 
 
-def entry_of(one: Segment, coded: bool, progress: Callable[[int], None] | None = None) -> Entry:
-    """What a manifest says of a segment that lies in the index; its codes are written if wanted."""
+def entry_of(one: Segment, coded: bool, reporter: Reporter = SILENT, done: int = 0) -> Entry:
+    """What a manifest says of a segment that lies in the index; its codes are written if wanted.
+
+    Args:
+        done: rows of other segments that the reporter has been told of.
+    """
     bare = Entry(one.path.name, one.rows, one.header_sum)
     if not coded or one.dim > MOST_CODED:
         return bare
     unnamed = one.path.with_suffix(f".new{codes.SUFFIX}")
-    made = replace(bare, codes=codes.write(one, unnamed, progress).header_sum)
+    made = replace(bare, codes=codes.write(one, unnamed, reporter, done).header_sum)
     os.replace(unnamed, one.path.with_name(made.codes_file))
     sync_directory(one.path.parent)
     return made

@@ -60,13 +60,13 @@ def compact(directory: str | Path, reporter: Reporter = SILENT) -> Index:
 def wasted(index: Index) -> int:
     """Bytes that compacting saves, or, of many segments, 1 where it saves none."""
     gone = int((~index.alive).sum())
-    size = sum(one.size for one in (*index.segments, *index.codes) if one is not None)
+    size = sum(one.size for one in index.files)
     many = len(index.segments) > 1
     return max(int(many), gone * size // max(1, len(index.alive)))
 
 
 def _check_space(index: Index) -> None:
-    size = sum(one.size for one in (*index.segments, *index.codes) if one is not None)
+    size = sum(one.size for one in index.files)
     needed = size * len(index) // max(1, len(index.alive))
     free = shutil.disk_usage(index.directory).free
     if free < needed:

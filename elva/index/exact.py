@@ -10,7 +10,7 @@ scores lie closer than the rounding), rows are widened block by block instead: s
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -48,8 +48,8 @@ class Found:
 
     scores: Tensor
     rows: Tensor
-    by_codes: Tensor | None = None
-    rows_read: int | None = None
+    by_codes: Tensor | None = field(default=None, kw_only=True)
+    rows_read: int | None = field(default=None, kw_only=True)
 
 
 def search(
@@ -74,7 +74,7 @@ def search(
     if codes is not None and live > len(stack) // FEW:
         mask = None if live == len(stack) else torch.from_numpy(np.ascontiguousarray(allowed))
         out = elva_kernels.coded_topk(query, parts, codes, k, mask=mask)
-        return Found(out.scores, out.index, out.proven, out.rows_read)
+        return Found(out.scores, out.index, by_codes=out.proven, rows_read=out.rows_read)
     if allowed is None or allowed.all():
         return _proven(query, stack, min(k, len(stack)), progress)
     dropped = len(stack) - live

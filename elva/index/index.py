@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from elva.errors import IndexFault
 from elva.index import change, exact, manifest, scale
+from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
 from elva.index.manifest import Entry, Manifest
 from elva.index.opening import has_codes, opened, part
-from elva.index.segment import DTYPES, Segment
+from elva.index.segment import DTYPES, Dtype, Segment
 from elva.index.where import Condition, Where, checked, held
 from elva.model.identity import Identity
 from elva.progress import SILENT, Reporter
@@ -85,7 +86,8 @@ class Index:
             raise IndexFault(f"index: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         chunks = [embeddings] if isinstance(embeddings, Tensor) else iter(embeddings)
         first, chunks = change.peek(chunks)
-        empty = Manifest(0, first.shape[-1], dtype, model, about=dict(about or {}))
+        kept = cast(Dtype, dtype)
+        empty = Manifest(0, first.shape[-1], kept, model, about=dict(about or {}))
         table = change.table_of(ids, columns)
         with change.building(Path(directory), empty, overwrite) as base:
             entry = change.written(Path(directory), chunks, table, base, codes, reporter)
@@ -173,7 +175,7 @@ class Index:
             entries, done = [], 0
             for entry, one in zip(before.segments, parts, strict=True):
                 if not has_codes(Path(directory), entry, one):
-                    made = change.entry_of(one, True, lambda n, at=done: reporter.advance(at + n))
+                    made = change.entry_of(one, True, reporter, done)
                     entry = replace(entry, codes=made.codes)
                 entries.append(entry)
                 done += one.rows
@@ -259,6 +261,11 @@ class Index:
         """A hash of what can be found: which segments, byte for byte, and which of their rows."""
         parts = [(entry.header, entry.deleted) for entry in self.manifest.segments]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def files(self) -> list[Segment | SegmentCodes]:
+        """All that is mapped: segments, then codes."""
+        return [*self.segments, *(one for one in self.codes if one is not None)]
 
     @property
     def is_coded(self) -> bool:
@@ -382,14 +389,13 @@ class Index:
         Raises:
             IndexFault: the file and the place that differ.
         """
-        files = (*self.segments, *(c for c in self.codes if c is not None))
-        change.verify(self.directory, files, reporter)
+        change.verify(self.directory, self.files, reporter)
 
     def info(self) -> dict[str, Any]:
         """What there is to know, as plain data."""
-        coded = sum(one.size for one in self.codes if one is not None)
+        size = sum(one.size for one in self.files)
         rows = sum(one.rows_bytes for one in self.segments)
-        size = sum(one.size for one in self.segments)
+        fields = sum(one.size for one in self.segments) - rows
         deleted = int((~self.alive).sum())
         return {
             "directory": str(self.directory),
@@ -402,11 +408,11 @@ class Index:
             "folder": self.about.get("folder"),
             "generation": self.manifest.generation,
             "segments": len(self.segments),
-            "bytes": size + coded,
+            "bytes": size,
             "rows_bytes": rows,
-            "fields_bytes": size - rows,
-            "codes_bytes": coded,
-            "deleted_bytes": deleted * (size + coded) // max(1, len(self.alive)),
+            "fields_bytes": fields,
+            "codes_bytes": size - rows - fields,
+            "deleted_bytes": deleted * size // max(1, len(self.alive)),
             "fields": {f.name: str(f.type) for f in self.table.schema},
             "conflicts": self.conflicts,
         }

@@ -22,7 +22,8 @@ from elva.model.identity import Identity
 from elva.settings import FileSize, Sha256, between
 
 MAGIC = b"ELVASEG1"
-VERSION = 1
+VERSION: Literal[1] = 1
+Dtype = Literal["float16", "bfloat16", "float32"]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Rows = Annotated[int, between(0, 2**48)]
 Width = Annotated[int, between(1, 2**24)]
@@ -32,7 +33,7 @@ Width = Annotated[int, between(1, 2**24)]
 class Header:
     """What a segment's first page says."""
 
-    dtype: Literal["float16", "bfloat16", "float32"]
+    dtype: Dtype
     dim: Width
     rows: Rows
     metric: Literal["cosine"]

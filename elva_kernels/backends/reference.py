@@ -13,6 +13,8 @@ from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_s
 from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import Batch, FineCodes, RowCodes, Wanted, Weights
 
+_CODED_ELEMENTS = 2**23  # at once; ours
+
 
 def ranking_reward(
     query: Tensor,
@@ -203,6 +205,14 @@ def _wanted(gradients: Iterable[Tensor], wrt: Iterable[bool]) -> Gradients:
 
 
 def row_codes(rows: Tensor, fine: bool) -> Tensors:
+    """Of GPUs too. In blocks: its steps in float64 are many times the rows."""
+    blocks = [
+        _row_codes(some, fine) for some in rows.split(max(1, _CODED_ELEMENTS // rows.shape[1]))
+    ]
+    return blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
+
+
+def _row_codes(rows: Tensor, fine: bool) -> Tensors:
     if fine:
         return detached(reference.fine_codes(rows))
     code, scale, lost = detached(reference.row_codes(rows))

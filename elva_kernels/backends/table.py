@@ -15,10 +15,12 @@ from elva_kernels.backends.cpu import codes as cpu_codes
 from elva_kernels.backends.cpu import reward as cpu_reward
 from elva_kernels.backends.cpu import topk as cpu_topk
 from elva_kernels.backends.cpu.in_batch import CpuSteps
+from elva_kernels.backends.cuda import codes as cuda_codes
 from elva_kernels.backends.cuda import reward as cuda_reward
 from elva_kernels.backends.cuda import topk as cuda_topk
 from elva_kernels.backends.cuda.in_batch import CudaSteps
 from elva_kernels.backends.launcher import Launcher
+from elva_kernels.backends.triton import codes as triton_codes
 from elva_kernels.backends.triton import reward as triton_reward
 from elva_kernels.backends.triton import topk as triton_topk
 from elva_kernels.backends.triton.in_batch import TritonSteps
@@ -89,10 +91,14 @@ LAUNCHERS: dict[str, dict[str, Launcher]] = {
     },
     "row_codes": {
         "cpu": cpu_codes.row_codes,
+        "cuda": reference.row_codes,
+        "triton": reference.row_codes,
         "reference": reference.row_codes,
     },
     "nearest_codes": {
         "cpu": cpu_codes.nearest_codes,
+        "cuda": cuda_codes.nearest_codes,
+        "triton": triton_codes.nearest_codes,
         "reference": reference.nearest_codes,
     },
     "group_advantages": {

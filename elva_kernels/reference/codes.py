@@ -112,8 +112,7 @@ def rotated(rows: Tensor) -> Tensor:
     dim = rows.shape[-1]
     size = 1 << (dim.bit_length() - 1)
     for turn, first in enumerate((0, dim - size)):
-        signs = [sign(turn, i) for i in range(dim)]
-        rows = rows * torch.tensor(signs, dtype=rows.dtype, device=rows.device)
+        rows = rows * sign(turn, torch.arange(dim, device=rows.device)).to(rows.dtype)
         mixed = rows[..., first : first + size]
         half = size
         while half > 1:
@@ -124,8 +123,8 @@ def rotated(rows: Tensor) -> Tensor:
     return rows
 
 
-def sign(turn: int, element: int) -> int:
-    """1 or -1: a bit of a hash of 32 bits, so that every backend has the same."""
+def sign(turn: int, element: Tensor) -> Tensor:
+    """1 or -1 at each place of a row: a bit of a hash of 32 bits, the same on every backend."""
     bits = (2 * element + turn) * 0x9E3779B1 & 0xFFFFFFFF
     bits = (bits ^ bits >> 15) * 0x85EBCA77 & 0xFFFFFFFF
     return 1 - 2 * ((bits ^ bits >> 13) & 1)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from elva.errors import UserError
-from elva.index import Index, segment
+from elva.index import Index, blocks, segment
 from elva.index.embeddings import Embeddings
 from elva.model.identity import Identity
 
@@ -146,12 +146,12 @@ def test_a_forged_header_is_refused_or_the_same_segment(place, rows):
     listed = json.loads(manifest.read_bytes().split(b"\n")[0])
 
     def write(text):
-        if len(text) > segment.HEADER_BYTES - 48:
-            text = text[: segment.HEADER_BYTES - 48]
+        if len(text) > blocks.HEADER_BYTES - 48:
+            text = text[: blocks.HEADER_BYTES - 48]
         digest = hashlib.sha256(text).digest()
         start = segment.MAGIC + struct.pack("<Q", len(text)) + digest + text
         with open(path, "r+b") as file:
-            file.write(start.ljust(segment.HEADER_BYTES, b"\0"))
+            file.write(start.ljust(blocks.HEADER_BYTES, b"\0"))
         body = json.dumps(changed(listed, ("segments", 0, "header"), digest.hex())).encode()
         manifest.write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
 

@@ -13,12 +13,12 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from elva.cli import app, console
-from elva.errors import UserError
+from elva.errors import UserError, printable
 from elva.index import Index
 from elva.model.identity import Identity
 from elva.progress import Bars
 from elva.report.render import render
-from elva.terminal import Terminal, visible
+from elva.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\r\x7f\x9b31m\u202egnp\u200b\u2028[link=http://evil]b[/a]:cat:"
@@ -48,7 +48,7 @@ def harmless(printed: str) -> bool:
     ],
 )  # fmt: skip
 def test_what_hides_is_shown_and_what_is_read_stays(text, shown):
-    assert visible(text) == shown and visible(shown) == shown
+    assert printable(text) == shown and printable(shown) == shown
 
 
 @pytest.mark.parametrize("terminal", [False, True])

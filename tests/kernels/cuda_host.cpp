@@ -361,6 +361,26 @@ void multiply_add(float* sum, const uint32_t* a, const uint32_t* b, bool bf16) {
   sync_warp();
 }
 
+// The same of m16n8k32: a word holds four terms.
+void multiply_add(int32_t* sum, const uint32_t* a, const uint32_t* b) {
+  Warp& warp = machine.warps[machine.fiber().warp];
+  const unsigned lane = own_lane();
+  memcpy(warp.left[lane], a, sizeof(warp.left[lane]));
+  memcpy(warp.right[lane], b, sizeof(warp.right[lane]));
+  sync_warp();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned word = 0; word < 8; ++word) {
+      const unsigned t = word % 4, high = word / 4;
+      const uint32_t left = warp.left[row % 8 * 4 + t][row / 8 + 2 * high];
+      const uint32_t right = warp.right[column * 4 + t][high];
+      for (unsigned term = 0; term < 32; term += 8)
+        sum[i] += static_cast<int8_t>(left >> term) * static_cast<int8_t>(right >> term);
+    }
+  }
+  sync_warp();
+}
+
 void Arrivals::expect(uint32_t bytes) {
   pending += static_cast<int32_t>(bytes);
   if (pending == 0) phase ^= 1;

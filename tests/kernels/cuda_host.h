@@ -79,6 +79,7 @@ uint64_t exchange(uint64_t x, int lane_mask);
 uint64_t take(uint64_t x, int lane);
 // As the matrix instruction: see multiply.h.
 void multiply_add(float* sum, const uint32_t* a, const uint32_t* b, bool bf16);
+void multiply_add(int32_t* sum, const uint32_t* a, const uint32_t* b);
 int capability();
 int most_shared();  // bytes of a block
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& body);

@@ -71,6 +71,10 @@ def in_batch_launchers():
     return importlib.import_module("elva_kernels.backends.triton.in_batch")
 
 
+def codes_launcher():
+    return importlib.import_module("elva_kernels.backends.triton.codes")
+
+
 def grouped_launch():
     return importlib.import_module("elva_kernels.backends.triton.launch")
 
@@ -149,7 +153,17 @@ def batch_variants():
         "fp32", "score_rows_kernel", temperature=None, **one
     )
     found["slope_rows-fp32-one"] = _statistics("fp32", "slope_rows_kernel", ONE=True)
+    found["code_bounds-few"] = _codes(codes_launcher().FEW)
+    found["code_bounds-many"] = _codes(codes_launcher().MANY)
+    found["code_bounds-many-masked"] = _codes(codes_launcher().MANY, masked=True)
     return found
+
+
+def _codes(tile, masked=False):
+    types = dict.fromkeys(("query_code", "query_fine", "code"), "*i8")
+    types |= dict.fromkeys(("query_scale", "query_lost", "scale", "lost", "bounds"), "*fp32")
+    types |= {"mask": "*i1" if masked else None, "queries": "i32", "rows": "i32", "dim": "i32 16"}
+    return "codes", "code_bounds_kernel", types | {"tile": tile}
 
 
 def _type(name):
@@ -167,6 +181,10 @@ def _compile_batch(name, aligned, target):
         sizes = grouped_launch().bank_blocks(TARGETS[target][1])
         types |= {"ROWS": sizes.rows, "BLOCK": sizes.columns}
         options = sizes.options()
+    if module == "codes":
+        tile = types["tile"] if aligned else codes_launcher().ODD
+        types |= codes_launcher().constants_of(tile)
+        options = codes_launcher().options_of(TARGETS[target][1], tile)
     kernel = getattr(
         importlib.import_module(f"elva_kernels.backends.triton.kernels.{module}"), kernel
     )

@@ -27,12 +27,13 @@ def _try_topk(launchers: Launchers, dtype: torch.dtype, device: torch.device, so
     truth = reference.topk(query.cpu().double(), corpus.cpu().double(), 6, metric=metric)
     for times in (1, _TIMES):
         found = launchers("topk")(query.repeat(times, 1), corpus, 6, metric=metric)
-        _check(found, TopK(*(x.repeat(times, 1) for x in truth)))
+        check_found(found, TopK(*(x.repeat(times, 1) for x in truth)))
 
 
-def _check(found: Tensors, truth: TopK) -> None:
+def check_found(found: Tensors, truth: TopK, name: str = "scores") -> None:
+    """Raises Wrong where scores, or rows whose scores are apart, are not the truth's."""
     scores, index = found
-    check("scores", scores, truth.scores, 1e-5 * truth.scores.abs().nan_to_num(posinf=0.0))
+    check(name, scores, truth.scores, 1e-5 * truth.scores.abs().nan_to_num(posinf=0.0))
     gap = truth.scores.diff(dim=1).abs() > _GAP * truth.scores[:, 1:].abs()
     apart = torch.ones_like(truth.index, dtype=torch.bool)
     apart[:, 1:] &= gap

@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 
-from elva_kernels.backends.admission import in_batch, reward, topk
+from elva_kernels.backends.admission import codes, in_batch, reward, topk
 from elva_kernels.backends.admission.trial import Launchers, Wrong
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-TRIALS = reward.TRIALS | in_batch.TRIALS | topk.TRIALS
+TRIALS = reward.TRIALS | in_batch.TRIALS | topk.TRIALS | codes.TRIALS
 
 
 class Capturing(RuntimeError):

@@ -28,7 +28,7 @@ def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
     k = min(k, p)
     if q > 0 and k > 0 and not takes(k):
         by_scan = _Search(query, corpus, metric)
-        return search(query, corpus, k, by_scan.scanned_rows, by_scan.scores_of)
+        return search(query, p, k, by_scan.scanned_rows, by_scan.scores_of)
     scores = query.new_empty((q, k), dtype=torch.float32)
     index = query.new_empty((q, k), dtype=torch.int64)
     if q == 0 or k == 0:
@@ -66,10 +66,10 @@ class _Search:
     def scan(self, found: Best) -> None:
         p, step = len(self.corpus), self.scanned_rows
         for first in range(0, p, step):
-            rows = self.corpus[first : first + step] if step < p else self.corpus
-            found.add(self.scores_of(rows), first)
+            found.add(self.scores_of(slice(first, first + step)), first)
 
-    def scores_of(self, rows: Tensor) -> Tensor:
+    def scores_of(self, some: slice) -> Tensor:
+        rows = self.corpus[some]
         scores = self.query.new_empty((len(self.query), len(rows)), dtype=torch.float32)
         self.call(launch.module().cuda_topk_scores, rows, scores, None, None)
         return scores

@@ -9,22 +9,23 @@ from elva_kernels.reference import compute_dtype
 
 
 def search(
-    query: Tensor, corpus: Tensor, k: int, step: int, scores_of: Callable[[Tensor], Tensor]
+    query: Tensor, rows: int, k: int, step: int, scores_of: Callable[[slice], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Scores and indices [Q, min(k, P)], as `reference.topk`.
+    """Scores and indices [Q, min(k, rows)], as `reference.topk`.
 
     Args:
-        step: rows of the corpus at a time.
-        scores_of: of such rows [n, D], the scores [Q, n] in `compute_dtype`, without NaN.
+        query: [Q, ...], on the device and of the dtype that scores follow.
+        rows: of the corpus.
+        step: as many at a time.
+        scores_of: of those of a slice, n, the scores [Q, n] in `compute_dtype`, without NaN.
     """
-    q, p = len(query), len(corpus)
-    k, dtype = min(k, p), compute_dtype(query.dtype)
+    q, k, dtype = len(query), min(k, rows), compute_dtype(query.dtype)
     best = torch.empty(q, 0, dtype=dtype, device=query.device)
     index = torch.empty(q, 0, dtype=torch.int64, device=query.device)
     if q == 0 or k == 0:
         return best.new_empty(q, k), index.new_empty(q, k)
-    for first in range(0, p, step):
-        scores = scores_of(corpus[first : first + step])
+    for first in range(0, rows, step):
+        scores = scores_of(slice(first, first + step))
         found, place = best_of(scores, min(k, scores.shape[1]))
         # Earlier rows stand first, so that a place among both decides as an index does.
         both, indices = torch.cat([best, found], 1), torch.cat([index, place + first], 1)

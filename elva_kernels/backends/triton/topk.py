@@ -24,10 +24,10 @@ def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> Tensors:
     row_bytes = max(1, len(query) * 8, corpus.shape[1] * corpus.element_size())
     step = max(BLOCK, _WORKSPACE_BYTES // row_bytes)
 
-    def scores_of(rows: Tensor) -> Tensor:
-        return _scores(queries, _scaled(units_of(rows), cosine), cosine)
+    def scores_of(some: slice) -> Tensor:
+        return _scores(queries, _scaled(units_of(corpus[some]), cosine), cosine)
 
-    return search(query, corpus, k, step, scores_of)
+    return search(query, len(corpus), k, step, scores_of)
 
 
 def _scaled(units: Units, cosine: bool) -> Units:
