@@ -381,9 +381,9 @@ def test_own_titles_are_captions_and_metadata(root):
     assert found.columns == {root / "a.jpg": BLOSSOM, root / "b.jpg": {"description": "a dog"}}
     counts = convert_file("folder", root, root.parent / "data", split="test")
     assert counts["queries"] == {"t2i": 3} and counts["candidates"] == 5
-    assert counts["notices"] == [
+    assert counts["notices"][0] == (
         "3 captions of 2 pictures from titles and descriptions in their files; 3 pictures have none"
-    ]
+    )
     pool = load(root.parent / "data", split="test").pool("t2i")
     assert pool.extra(0)["title"] == "A blossom & bee"
 
