@@ -115,6 +115,8 @@ SOURCES = {
         {"results.csv": "image_name| comment_number| comment\na.png| 0| one\nb.png| 0| two\n"},
         [("a.png", " one"), ("b.png", " two")], "results.csv",
     ),
+    "results of something else": ({"results.csv": "model,score\nx,1\n", "a.txt": "one"},
+                                  AB[:1], "texts beside them (a.txt, ...)"),
     "coco": ({"annotations/captions_val2017.json": COCO}, ABB, "annotations/captions_val2017.json"),
     "coco of another split": (
         {"annotations/captions_val2017.json": COCO,
