@@ -231,9 +231,7 @@ def test_another_model_or_folder_is_refused(place: Path) -> None:
     with pytest.raises(IndexFault, match="model must be the one that made"):
         sync(place, Colours("2"))
     draw(place / "o" / "a.png", 1)
-    with pytest.raises(
-        IndexFault, match=r"must be synced with its own folder, .*/s, got .*/o;"
-    ):
+    with pytest.raises(IndexFault, match=r"must be synced with its own folder, .*/s, got .*/o;"):
         sync_index.sync(place / "i", place / "o", Colours)
     (place / "link").symlink_to(place / "s")  # the same folder by another way
     assert sync_index.sync(place / "i", place / "link", Colours)[1]["new"] == 1
