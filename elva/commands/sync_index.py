@@ -146,9 +146,7 @@ def sync(
         reporter.start(f"{directory}: embed", len(fresh), "pictures")
         for start in range(0, len(fresh), batch):
             some = fresh[start : start + batch]
-            good, out = folder.embedded(
-                model, some, faults, lambda n, at=start: reporter.advance(at + n)
-            )
+            good, out = folder.embedded(model, some, faults, _offset(reporter, start))
             kept = [one.name for one in good]
             index = _added(index, there, good, out)
             late += [one.name for one in some if one.name not in {*kept}]
@@ -162,6 +160,10 @@ def sync(
         reporter.say(line)
     done = {**plan.counts(), "left_out": found.left_out, "bad": [*faults.found], "notices": notices}
     return index, done
+
+
+def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
+    return lambda more: reporter.advance(done + more)
 
 
 def _kinds(index: Index, found: Contents) -> dict[str, pa.DataType]:
