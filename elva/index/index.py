@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -253,6 +255,12 @@ class Index:
         """field -> its types, of fields that differ from segment to segment. No change makes such
         an index, older versions did; it is mended by deleting the items of all types but one."""
         return change.conflicts([s.table for s in self.segments])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what can be found: which segments, byte for byte, and which of their rows."""
+        parts = [(entry.header, entry.deleted) for entry in self.manifest.segments]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def files(self) -> list[Segment | SegmentCodes]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elva_kernels import coded_topk, reference, row_codes, topk
+from elva_kernels import codes as public
 from elva_kernels.backends.table import LAUNCHERS
 from elva_kernels.reference import RowCodes
 from tests.kernels.cases import (
@@ -192,6 +193,23 @@ def test_the_answer_is_topks_to_the_bit(backend, dtype, kind):
             found = coded_topk(query, corpus, codes, k, mask=mask, backend=backend)
             assert same_bits(found.scores, right.scores)
             assert torch.equal(found.index, live[right.index])
+
+
+@each_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpus_pace_gives_the_same_answer(backend, kind, monkeypatch):
+    """All proposals read at once, two or three queries at a time; more of them than rows."""
+    monkeypatch.setattr(public, "_ON_A_CPU", public._ON_A_GPU._replace(together=3, alike=2))
+    monkeypatch.setattr(public, "_PROPOSED", 20)
+    corpus = rows(kind, 70 if INTERPRETED else 300, 40, torch.float32)
+    query, mask = queries(5, corpus, torch.float32), torch.arange(len(corpus)) % 4 != 2
+    parts = corpus.split(len(corpus) // 3)
+    of_parts = [row_codes(part, backend=backend) for part in parts]
+    for k in (1, 7):
+        right = topk(query, corpus[mask], k, backend=backend)
+        found = coded_topk(query, parts, of_parts, k, mask=mask, backend=backend)
+        assert same_bits(found.scores, right.scores)
+        assert torch.equal(found.index, mask.nonzero()[:, 0][right.index])
 
 
 @given(

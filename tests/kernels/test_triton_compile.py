@@ -64,7 +64,7 @@ def test_compiled_arithmetic_is_what_the_numerics_rest_on():
 
 
 def test_codes_are_copied_sixteen_at_a_time_and_multiplied_as_bytes():
-    """Both bytes of a query, summed in integers; by bytes alone where rows are not on 16."""
+    """Both bytes of a query, in the GPU's products of integers; nothing is fused behind them."""
     for name, columns in (("few", 16), ("many", 64)):
         compiled = compile_variant(f"code_bounds-{name}", True, "sm_90")
         product = rf"wgmma\S*\.m64n{columns}k32\.s32\.s8\.s8"
