@@ -68,8 +68,9 @@ class Searcher:
     """
 
     def __init__(self, model: str | Path | Encoder, **options: Any) -> None:
-        named = isinstance(model, str | Path)
-        self.encoder: Encoder = open_encoder(model, **options) if named else model
+        self.encoder: Encoder = (
+            open_encoder(model, **options) if isinstance(model, str | Path) else model
+        )
 
     def embed(self, items: Sequence[Item], reporter: Reporter = SILENT) -> Tensor:
         """[n, D] fp32 embeddings.
@@ -208,20 +209,17 @@ def _query(
             f"{MODALITIES[modality][0]}; {ASK_OTHERWISE[modality]}"
         )
     known = index.about.get("instructions", {})
-    if not encoder.instructed:
-        if instruction is not None:
-            raise UserError(
-                f"search: --instruction must be left out of {encoder.identity.name}, which reads "
-                "none"
-            )
-        instruction = ""
-    elif instruction is None and modality not in known:
+    if encoder.instructions == "unread" and instruction is not None:
+        raise UserError(
+            f"search: --instruction must be left out of {encoder.identity.name}, which reads none"
+        )
+    asked = known.get(modality) if instruction is None else instruction
+    if asked is None and encoder.instructions == "required":
         raise UserError(
             f"search: {modality.replace(',', ' and ')} must have an instruction, got none in "
             f"{index.directory}; pass --instruction, or ask by {' or '.join(known) or 'another'}"
         )
-    asked = known[modality] if instruction is None else instruction
     return Query(
-        "search", text, image, modality, instruction=asked, task="t2i",
+        "search", text, image, modality, instruction=asked or "", task="t2i",
         positives=(), raw_text=words, where="search",
     )  # fmt: skip

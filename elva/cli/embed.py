@@ -22,7 +22,11 @@ from elva.cli.console import (
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A run, a checkpoint or a hub name.", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="A run, a checkpoint or a hub name: ELVA's, Qwen-VL's, or of sentence-transformers.",
+        metavar="MODEL",
+    ),
 ]
 
 EXAMPLES = (

@@ -177,7 +177,9 @@ def _notices(
     """What is to be known before work starts, a line each."""
     for one in sets:
         yield from one.notices
-    if not encoder.instructed and any(about["side"] == "queries" for _, _, about in wanted):
+    if encoder.instructions == "unread" and any(
+        about["side"] == "queries" for _, _, about in wanted
+    ):
         yield f"note: {encoder.identity.name} reads no instruction; the queries' are left out"
     datasets = {int(number) for _, items, _ in wanted for number in items.datasets}
     if line := unfamiliar(encoder, datasets):

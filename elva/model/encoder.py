@@ -18,7 +18,7 @@ from elva.model import sentence_transformer
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED
 from elva.model.identity import Identity
-from elva.model.modalities import MODALITIES
+from elva.model.modalities import MODALITIES, Instructions
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
 from elva.model.sentence_transformer import SentenceTransformerEncoder
@@ -44,7 +44,7 @@ class Encoder(Protocol):
             about: dict[str, str] = {}
             embedding_size = 3
             modalities = frozenset({"image"})
-            instructed = False
+            instructions = "unread"
 
             def check(self, item):
                 item.load_image()
@@ -76,8 +76,8 @@ class Encoder(Protocol):
         """Keys of `elva.model.modalities.MODALITIES`: of which items it makes embeddings."""
 
     @property
-    def instructed(self) -> bool:
-        """Whether a query's instruction changes its embedding."""
+    def instructions(self) -> Instructions:
+        """Whether a query's instruction must be there, may be, or changes nothing."""
 
     def check(self, item: Item) -> None:
         """Try whether an item can be read.
@@ -259,7 +259,9 @@ class RetrieverEncoder:
     def modalities(self) -> frozenset[str]:
         return frozenset(MODALITIES)
 
-    instructed = True
+    @property
+    def instructions(self) -> Instructions:
+        return "required"
 
     def check(self, item: Item) -> None:
         """Try whether an item can be read; DataError where it cannot."""

@@ -1,8 +1,12 @@
-"""What of items a model reads: texts, pictures, both in one."""
+"""What of items a model reads: texts, pictures, both in one, and instructions."""
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
 from elva.errors import UserError
+
+Instructions = Literal["required", "optional", "unread"]
+"""Whether a query must, may or cannot say in words what to look for."""
 
 MODALITIES = {
     "text": ("text", "texts"),

@@ -15,24 +15,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import snapshot_download
 from packaging.version import Version
+from PIL import Image
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES as TWO_TOWERS,
 )
 
 from elva.data import Item, Query
 from elva.errors import UserError
-from elva.model.adapters import weight_files
+from elva.model.adapters import folder_of
 from elva.model.family import DAMAGED, KNOWN
 from elva.model.identity import Identity
-from elva.model.modalities import must_read
+from elva.model.modalities import Instructions, must_read
 from elva.model.note import read_note, stands_on
 from elva.model.reading import ABOUT, find, modules_of, read_json
 from elva.model.rollout import Encoded
@@ -49,8 +52,12 @@ NEEDED = "6"
 OWN_CODE = "sentence_transformers."
 """Where the classes of a model's modules must come from."""
 
+FETCHED = [f"*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja", "tiktoken")]
+OTHERS = ["onnx/*", "openvino/*"]
+"""Of a hub name: what is fetched, and the same weights in other forms, which are not."""
+
 PICKLE = "pytorch_model.bin"
-SAFE = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+SAFE = ("model.safetensors", "model.safetensors.index.json")
 
 SETTINGS_VERSION = 1
 """Raise it when the same model and item would give another embedding than before."""
@@ -76,6 +83,8 @@ def owns(model: str | Path) -> bool:
         return False
     try:
         base = stands_on(model, None)[1]
+        if base is not None and not Path(base.path).is_dir():
+            return False
         config = read_json(model if base is None else base.path, "config.json")
         laid_out = any(find(model, name) is not None for name in ("modules.json", ABOUT))
     except OSError:
@@ -89,11 +98,12 @@ class SentenceTransformerEncoder:
     """A model of sentence-transformers.
 
     Args:
-        name: the directory or hub name that it was read from.
+        identity: what embeddings may be compared with this encoder's; `name` is the directory or
+            hub name that it was read from.
         batch_size: items at once; it changes an embedding by rounding only.
     """
 
-    name: str
+    identity: Identity
     model: SentenceTransformer
     batch_size: int = 32
 
@@ -110,50 +120,46 @@ class SentenceTransformerEncoder:
             UserError: sentence-transformers is absent or too old, or the model cannot be used: it
                 is damaged, has code or pickles for weights, or is not ranked by the cosine.
         """
-        if reason := next(_faults(model), None):
+        directory = _fetched(model)
+        if reason := next(_faults(directory), None):
             raise UserError(
                 f"embed: the model must give one embedding an item, to be ranked by the cosine, "
                 f"from safetensors and sentence-transformers' own classes, got {model}: {reason}; "
                 "choose another"
             )
-        if find_spec("sentence_transformers") is None:
-            raise UserError(
-                f"embed: {model} must be read by sentence-transformers, which is not installed; "
-                f"{EXTRA}"
-            )
-        if Version(found := version("sentence-transformers")) < Version(NEEDED):
-            raise UserError(
-                f"embed: sentence-transformers must be {NEEDED} or later, got {found}; {EXTRA}"
-            )
-        from sentence_transformers import SentenceTransformer
-
         gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's, one process a GPU
+        load = partial(
+            _library(model).SentenceTransformer,
+            str(directory),
+            device=gpu if torch.cuda.is_available() else "cpu",
+            trust_remote_code=False,
+            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+        )
         try:
-            opened = SentenceTransformer(
-                str(model),
-                device=gpu if torch.cuda.is_available() else "cpu",
-                trust_remote_code=False,
-                model_kwargs={"dtype": torch.float32, "use_safetensors": True},
-            )
+            weights = str(hash_of_files(directory, sorted(directory.rglob("*.safetensors"))))
+            opened = _whole(load)
+        except UserError:
+            raise
         except (ImportError, *DAMAGED) as error:
             said = " ".join(str(error).split())[:300]
             raise UserError(
                 f"embed: {model} must be a model that sentence-transformers can read; {said}"
             ) from None
-        return cls(str(model), opened.eval(), batch_size or 32)
-
-    @cached_property
-    def identity(self) -> Identity:
-        """What embeddings may be compared with this encoder's."""
-        settings = [SETTINGS_VERSION, *_settings(self.model)]
+        if opened is None:
+            raise UserError(
+                f"embed: {model} must have all of its weights, got some that are missing; fetch it "
+                "again"
+            )
+        settings = [SETTINGS_VERSION, *_settings(opened)]
         text = json.dumps(settings, sort_keys=True, default=str)
         preprocessing = hashlib.sha256(text.encode()).hexdigest()
-        return Identity(self.name, _weights(self.name), preprocessing)
+        return cls(Identity(str(model), weights, preprocessing), opened, batch_size or 32)
 
     @property
     def about(self) -> dict[str, Any]:
         """How to open it again."""
-        return {"model": str(Path(self.name).absolute()) if Path(self.name).exists() else self.name}
+        name = self.identity.name
+        return {"model": str(Path(name).absolute()) if Path(name).exists() else name}
 
     @cached_property
     def embedding_size(self) -> int:
@@ -164,14 +170,15 @@ class SentenceTransformerEncoder:
     @property
     def modalities(self) -> frozenset[str]:
         """Keys of `elva.model.modalities.MODALITIES`: what it reads."""
-        kinds = {"text": "text", "image": "image", "image,text": ("image", "text")}
+        both = ("image", "text")
+        kinds: dict[str, Any] = {"text": "text", "image": "image", "image,text": both}
         return frozenset(name for name, kind in kinds.items() if self.model.supports(kind))
 
     @property
-    def instructed(self) -> bool:
-        """Whether a query's instruction is read: as the system message of a chat, or in the place
-        that the model's own prompt for queries has for one."""
-        return self._chats or self._template is not None
+    def instructions(self) -> Instructions:
+        """Read as the system message of a chat, or in the place that the model's own prompt for
+        queries has for one."""
+        return "optional" if self._chats or self._template is not None else "unread"
 
     @property
     def _chats(self) -> bool:
@@ -196,7 +203,7 @@ class SentenceTransformerEncoder:
             DataError: an item that cannot be read.
         """
         kinds = Counter(item.modality for item in items)
-        must_read(self.name, self.modalities, kinds, "those given")
+        must_read(self.identity.name, self.modalities, kinds, "those given")
         rows = torch.zeros(len(items), self.embedding_size)
         done = 0
         with ThreadPoolExecutor(1) as ahead:  # decodes the next pictures meanwhile
@@ -253,6 +260,53 @@ class SentenceTransformerEncoder:
         return found
 
 
+def _library(model: str | Path) -> Any:
+    """sentence-transformers; UserError where it is absent or too old."""
+    if find_spec("sentence_transformers") is None:
+        raise UserError(
+            f"embed: {model} must be read by sentence-transformers, which is not installed; {EXTRA}"
+        )
+    if Version(found := version("sentence-transformers")) < Version(NEEDED):
+        raise UserError(
+            f"embed: sentence-transformers must be {NEEDED} or later, got {found}; {EXTRA}"
+        )
+    return import_module("sentence_transformers")
+
+
+def _fetched(model: str | Path) -> Path:
+    """A model's directory, of a hub name its snapshot: sentence-transformers, given a name whose
+    files it cannot see, makes a model of its own devising instead."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=FETCHED, ignore_patterns=OTHERS))
+    except OSError as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"embed: {model} must be a hub name that can be fetched; {said}") from None
+
+
+def _whole(load: Callable[[], SentenceTransformer]) -> SentenceTransformer | None:
+    """A model; None where weights are missing that an embedding depends on. What is missing is
+    drawn at random, so that the same model, drawn otherwise, embeds otherwise."""
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        model = load().eval()
+        if torch.equal(torch.get_rng_state(), before):
+            return model  # nothing was drawn
+        torch.manual_seed(torch.initial_seed() + 1)
+        other = load().eval()
+    tried: dict[Any, Any] = {
+        "text": "A text.",
+        "image": Image.effect_noise((64, 64), 60).convert("RGB"),
+    }
+    for kind, one in tried.items():
+        if model.supports(kind):
+            rows = [m.encode([one], convert_to_tensor=True) for m in (model, other)]
+            if not torch.equal(*rows):
+                return None
+    return model
+
+
 def _faults(model: str | Path) -> Iterator[str]:
     """Why a model cannot be used, by its files."""
     modules_of(model)  # of the form that it must have
@@ -268,25 +322,13 @@ def _faults(model: str | Path) -> Iterator[str]:
     unit = any(one["type"].endswith(".Normalize") for one in listed)
     if similarity != "cosine" and not (similarity == "dot" and unit):
         yield f"its similarity is {similarity}"
+    if folder_of(model) is not None:
+        yield "it is an adapter; merge it into its base"
     for place in {one["path"] for one in listed} or {""}:
         lies = f"{place}/" if place else ""
         pickled = find(model, lies + PICKLE) is not None
         if pickled and not any(find(model, lies + name) is not None for name in SAFE):
             yield f"{lies}{PICKLE} is a pickle, and no safetensors lie beside it"
-
-
-def _weights(name: str) -> str:
-    """A hash of the weights, of an adapter's and its base's together."""
-    lies = next(f for n in ("modules.json", "config.json") if (f := find(name, n)) is not None)
-    directory = lies.parent
-    own = str(hash_of_files(directory, sorted(directory.rglob("*.safetensors"))))
-    base = stands_on(name, None)[1]
-    if base is None:
-        return own
-    under = Path(base.path)
-    below = hash_of_files(under, weight_files(under)) if under.is_dir() else None
-    below = below or f"{base.path}@{base.revision}"
-    return hashlib.sha256((below + own).encode()).hexdigest()
 
 
 def _settings(model: SentenceTransformer) -> Iterator[Any]:
@@ -295,7 +337,7 @@ def _settings(model: SentenceTransformer) -> Iterator[Any]:
     for name, module in model.named_modules():
         if not type(module).__module__.startswith(OWN_CODE) or module is model:
             continue
-        kept = getattr(module, "get_config_dict", dict)()
+        kept: dict[str, Any] = getattr(module, "get_config_dict", dict)()
         yield [name, type(module).__name__, {str(k): str(v) for k, v in kept.items()}]
         inner = getattr(getattr(module, "model", None), "config", None)
         if inner is not None:

