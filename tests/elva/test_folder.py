@@ -372,7 +372,8 @@ def test_answers_bear_the_pictures_names_by_way_of_data(
 
 def test_a_folder_becomes_an_index_in_one_command(root: Path, model: Path, tmp_path: Path) -> None:
     words = ("index", "build", tmp_path / "i", "--folder", root, "--model", model)
-    dry = json.loads(call(*words, "--dry-run", "--json"))
+    dry = json.loads(call(*words, "--dry-run", "--list-left-out", tmp_path / "left", "--json"))
+    assert len((tmp_path / "left").read_text().splitlines()) == sum(dry["left_out"].values())
     assert dry["pictures"] == len(GOOD) + 3 and not (tmp_path / "i").exists()
     assert "abgebrochen.jpg: unreadable picture: damaged" in call(*words, code=2)
     made = json.loads(call(*words, "--skip-bad", 3, "--list-left-out", tmp_path / "left", "--json"))
@@ -510,6 +511,19 @@ def test_a_killed_build_of_other_pictures_begins_anew(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"i.partial: must not exist"):
         build(index, root, MeanColour(), skip_bad=1, overwrite=True)
     assert (tmp_path / "i.partial" / "mine.txt").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("elva.commands.index_folder.check", interrupted)
+    monkeypatch.setattr("elva.data.formats.folder.scan", interrupted)
+    root = small(tmp_path / "s")
+    words = ("index", "build", tmp_path / "i", "--folder", root, "--model", "m")
+    assert "call it again, and a folder's goes on" in call(*words, code=130)
+    words = ("data", "convert", "folder", root, "--output", tmp_path / "o")
+    assert call(*words, code=130) == "elva: interrupted; nothing is written\n"
 
 
 def test_captions_are_fields_of_the_index(tmp_path: Path) -> None:
