@@ -236,10 +236,12 @@ def test_pillows_own_warnings_are_nobodys_matter(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "s" / "a.jpg", exif=exif)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        Image.open(tmp_path / "s" / "a.jpg").getexif()
-        assert "Corrupt EXIF" in str(told.pop().message)
+        with Image.open(tmp_path / "s" / "a.jpg") as image:
+            image.getexif()
+        assert any("Corrupt EXIF" in str(one.message) for one in told)
+        told.clear()
         call("data", "convert", "folder", tmp_path / "s", "--output", tmp_path / "o")
-    assert [str(one.message) for one in told if "EXIF" in str(one.message)] == []
+    assert not any("EXIF" in str(one.message) for one in told)
 
 
 # -- names and places ------------------------------------------------------------------------------
