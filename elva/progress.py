@@ -91,7 +91,7 @@ class Bars:
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        self.console.line(line)
+        self.console.print_line(line)
 
     def finish(self, line: str) -> None:
         """End the bar, with a line or, for an empty one, without."""

@@ -31,6 +31,6 @@ class Terminal(Console):
                 renderable.plain = shown
         return super().render(renderable, options)
 
-    def line(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print one line, whatever the text holds, not wrapped."""
         self.print(printable(text), soft_wrap=True)

@@ -1,5 +1,6 @@
 """Exact search that reads a quarter or a half of the bytes: codes of rows, as users call them."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,10 +17,21 @@ from elva_kernels.registered.topk import topk as registered_topk
 _PROPOSED, _PROPOSED_A_RESULT = 256, 4
 _READ, _READ_A_RESULT = 32, 2
 _MORE = 8
-# Queries whose rows are read together, on a CPU so that they stay in its cache.
-_TOGETHER = {"cpu": 16}
-_TOGETHER_ELSEWHERE = 256
-_BLOCK_BYTES = 16 << 20  # of rows that are copied at a time
+
+
+class _Pace(NamedTuple):
+    """How much is done at once; ours."""
+
+    together: int  # queries whose rows are read together
+    alike: int  # queries in a batch of which a score has the same bits as alone
+    block_bytes: int  # of rows that are copied at a time
+    in_two: bool  # the better proposals are read first, and others only as far as they matter
+
+
+# A CPU keeps the rows of some queries in its cache. On a GPU, reading a few hundred rows takes less
+# time than waiting to know how many matter; products of more than 128 queries are torch's.
+_ON_A_CPU = _Pace(16, sys.maxsize, 16 << 20, in_two=True)
+_ON_A_GPU = _Pace(128, 128, 256 << 20, in_two=False)
 
 
 class CodedTopK(NamedTuple):
@@ -87,7 +99,8 @@ def coded_topk(
 
     Returns:
         CodedTopK: `scores` and `index` as `topk(query, corpus.to(query.dtype), k)` gives them, of
-        the rows that `mask` allows; `proven` [Q]; `rows_read`.
+        the rows that `mask` allows (on a GPU, as it gives them of at most 128 queries); `proven`
+        [Q]; `rows_read`.
 
     Raises:
         ValueError: a shape, device, layout or number out of its range, codes of other rows.
@@ -119,7 +132,9 @@ class _Search:
                 self.parts.append(part)
                 self.codes.append(coded)
                 self.starts.append(self.starts[-1] + len(part))
+        self.edges = torch.tensor(self.starts, device=query.device)
         self.total = self.starts[-1]
+        self.pace = _ON_A_CPU if query.device.type == "cpu" else _ON_A_GPU
         self.read = 0
 
     def best(self, k: int) -> CodedTopK:
@@ -136,10 +151,9 @@ class _Search:
             for wanted in (depth, _MORE * depth):
                 some = FineCodes(*(x[pending] for x in coded))
                 for rows, found in self._proposed(pending, some, min(wanted, live), k):
-                    settled = rows[found.proven]
-                    scores[settled] = found.scores[found.proven]
-                    index[settled] = found.index[found.proven]
-                    proven[settled] = True
+                    # What is not proven is found again; a GPU need not wait to know it.
+                    scores[rows], index[rows] = found.scores, found.index
+                    proven[rows] = found.proven
                 pending = (~proven).nonzero()[:, 0]
                 if not len(pending) or wanted >= live:
                     break
@@ -152,10 +166,8 @@ class _Search:
     ) -> Iterator[tuple[Tensor, CodedTopK]]:
         """Some of the pending queries at a time, and what their proposals prove."""
         bounds, index = self._nearest(coded, depth)
-        together = _TOGETHER.get(self.query.device.type, _TOGETHER_ELSEWHERE)
-        for rows, high, at in zip(
-            pending.split(together), bounds.split(together), index.split(together), strict=True
-        ):
+        some = (x.split(self.pace.together) for x in (pending, bounds, index))
+        for rows, high, at in zip(*some, strict=True):
             yield rows, self._verified(rows, high, at, k)
 
     def _nearest(self, coded: FineCodes, depth: int) -> TopK:
@@ -182,27 +194,37 @@ class _Search:
         `proven` is where nothing else can be among the k best: all rows were proposed, or the least
         bound does not reach the k-th best score.
         """
-        query, first = self.query[pending], max(_READ, _READ_A_RESULT * k)
+        query, first = self.query[pending], index.shape[1]
+        if self.pace.in_two:
+            first = max(_READ, _READ_A_RESULT * k)
         near = index[:, :first].unique()
-        found = self._scored(query, near[near >= 0], k)
-        reach = bounds >= found.scores[:, -1:]
-        more = torch.cat([near, index[:, first:][reach[:, first:]]]).unique()
-        more = more[more >= 0]
-        if len(more) > len(near):
-            found = self._scored(query, more, k)
-        self.read += len(more)
+        found, read = self._scored(query, near, k)
+        if first < index.shape[1]:
+            reach = bounds >= found.scores[:, -1:]
+            more = torch.cat([near, index[:, first:][reach[:, first:]]]).unique()
+            if len(more) > len(near):
+                found, read = self._scored(query, more, k)
+        self.read += read
         last = bounds[:, -1]
         proven = (index[:, -1] < 0) | (last < found.scores[:, -1]) | (index.shape[1] == self.total)
         return CodedTopK(*found, proven, 0)
 
-    def _scored(self, query: Tensor, rows: Tensor, k: int) -> TopK:
-        """The k best of some rows of the corpus, which come ascending."""
-        best = None
+    def _scored(self, query: Tensor, rows: Tensor, k: int) -> tuple[TopK, int]:
+        """The k best of some rows, which come ascending behind -1 for none; how many were read."""
+        best, read = None, 0
         for block in rows.split(self._block_rows()):
-            found = TopK(*registered_topk(query, self._take(block), k, "cosine", self.backend))
-            best = _merged(best, TopK(found.scores, block[found.index]), k)
+            taken, there = self._take(block)
+            best = _merged(best, self._best(query, taken, there, k), k)
+            read += len(there)
         assert best is not None
-        return best
+        return best, read
+
+    def _best(self, query: Tensor, taken: Tensor, rows: Tensor, k: int) -> TopK:
+        """The k best of what was taken: `rows` of the corpus."""
+        some = query.split(self.pace.alike)
+        found = [registered_topk(x, taken, k, "cosine", self.backend) for x in some]
+        scores, index = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        return TopK(scores, rows[index])
 
     def _plain(self, pending: Tensor, k: int) -> TopK:
         """The k best of all rows, read block by block."""
@@ -215,16 +237,13 @@ class _Search:
                     allowed = self.mask[start + first : start + first + len(block)]
                     block, rows = block[allowed], rows[allowed]
                 self.read += len(block)
-                found = TopK(
-                    *registered_topk(query, block.to(query.dtype), k, "cosine", self.backend)
-                )
-                best = _merged(best, TopK(found.scores, rows[found.index]), k)
+                best = _merged(best, self._best(query, block.to(query.dtype), rows, k), k)
         assert best is not None
         return best
 
-    def _take(self, rows: Tensor) -> Tensor:
-        """Rows of the corpus, ascending, as wide as the query."""
-        edges = torch.searchsorted(rows, torch.tensor(self.starts, device=rows.device)).tolist()
+    def _take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the corpus, ascending, as wide as the query; which they are, without -1."""
+        edges = torch.searchsorted(rows, self.edges).tolist()
         taken = [
             part[rows[low:high] - start]
             for part, start, low, high in zip(
@@ -232,10 +251,11 @@ class _Search:
             )
             if low < high
         ]
-        return (taken[0] if len(taken) == 1 else torch.cat(taken)).to(self.query.dtype)
+        dense = taken[0] if len(taken) == 1 else torch.cat(taken)
+        return dense.to(self.query.dtype), rows[edges[0] :]
 
     def _block_rows(self) -> int:
-        return max(1, _BLOCK_BYTES // (self.query.shape[1] * self.query.element_size()))
+        return max(1, self.pace.block_bytes // (self.query.shape[1] * self.query.element_size()))
 
 
 def _merged(best: TopK | None, found: TopK, k: int) -> TopK:

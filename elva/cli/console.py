@@ -81,7 +81,7 @@ def together() -> Iterator[Processes]:
 
 
 def _fail(line: str) -> None:
-    err.line(f"elva: {line}")
+    err.print_line(f"elva: {line}")
     raise typer.Exit(2) from None
 
 
@@ -107,4 +107,4 @@ def say(data: Any, lines: list[str], as_json: bool) -> None:
         print(json.dumps(data))
         return
     for line in lines:
-        out.line(line)
+        out.print_line(line)

@@ -112,10 +112,12 @@ def convert(
             f"{output}: queries {found}; {counts['candidates']:,} candidates, "
             f"{counts['pictures']:,} pictures"
         )
+        several = len(counts["sets"]) > len(counts["queries"])
+        sets = [f"  {stem}: {n:,}" for stem, n in counts["sets"].items() if several]
         bad = counts["bad"]
         rows = [f"{len(bad)} bad rows left out:", *(f"  {row}" for row in bad)] if bad else []
         made = [f"contact sheet: {sheet}"] if sheet else []
-        say(counts, [line, *counts["notices"], *rows, *made], as_json)
+        say(counts, [line, *sets, *counts["notices"], *rows, *made], as_json)
 
 
 DataArgument = Annotated[Path, typer.Argument(help="Data directory in M-BEIR's layout.")]

@@ -27,4 +27,4 @@ def export(
         quiet_libraries()
         from elva.commands.export import export as write
 
-        out.line(f"model: {write(model, output, stage=stage)}")
+        out.print_line(f"model: {write(model, output, stage=stage)}")

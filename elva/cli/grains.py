@@ -59,7 +59,7 @@ def grains(
         out.print(probe.table(found))
         last = found["models"][models[-1]]
         for one in last["queries"][:show]:
-            out.line(
+            out.print_line(
                 f"{one['distance']:.3f}  {one['text']}  without  {one['grain']} ({one['type']})"
             )
-        out.line(f"figures and pictures: {output}")
+        out.print_line(f"figures and pictures: {output}")

@@ -1,5 +1,6 @@
 """`elva index`."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,11 +84,13 @@ def build(
         if skip_bad or list_left_out or dry_run:
             raise UserError("index: --skip-bad, --list-left-out and --dry-run are for --folder")
         from elva.commands import build_index as indexing
+        from elva.progress import Bars
 
-        made = indexing.build(
-            index, embeddings or [], npy=npy, ids=ids, model=model, dtype=dtype,
-            overwrite=overwrite, codes=codes,
-        )  # fmt: skip
+        with Bars(err if as_json else out) as bars:
+            made = indexing.build(
+                index, embeddings or [], npy=npy, ids=ids, model=model, dtype=dtype,
+                overwrite=overwrite, codes=codes, reporter=bars,
+            )  # fmt: skip
         _say_index(made.info(), as_json)
 
 
@@ -147,8 +150,11 @@ def add(
     """Add embeddings; what is there is not written again."""
     with one_line_errors():
         from elva.commands import build_index as indexing
+        from elva.progress import Bars
 
-        _say_index(indexing.add(index, embeddings, overwrite=overwrite).info(), as_json)
+        with Bars(err if as_json else out) as bars:
+            made = indexing.add(index, embeddings, overwrite=overwrite, reporter=bars)
+        _say_index(made.info(), as_json)
 
 
 @app.command("delete", epilog="Example:  elva index delete my.index 10:17 10:18")
@@ -157,11 +163,44 @@ def delete(
     ids: Annotated[list[str], typer.Argument(help="Ids of the items to delete.")],
     as_json: AsJson = False,
 ) -> None:
-    """Delete items; their bytes go when the index is built again."""
+    """Delete items; their bytes go by elva index compact."""
     with one_line_errors():
         from elva.index import Index
 
         _say_index(Index(index, verify=False).delete(ids).info(), as_json)
+
+
+@app.command("compact", epilog="Example:  elva index compact my.index")
+def compact(
+    index: IndexArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would save and write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an index anew as one segment without its deleted items, in one step: killed at any
+    moment it is as it was, and the next call does it."""
+    with one_line_errors():
+        from elva.index import Index
+        from elva.index import compact as compacting
+        from elva.progress import Bars
+
+        before = Index(index, verify=False).info()
+        if dry_run:
+            line = (
+                f"{index}: {before['segments']} segments, {before['deleted']:,} deleted items of "
+                f"{_size(before['deleted_bytes'])}"
+            )
+            say(before, [line], as_json)
+            return
+        with Bars(err if as_json else out) as bars:
+            after = compacting.compact(index, bars).info()
+        if not as_json:
+            out.print_line(
+                f"{index}: {_size(before['bytes'])} and {before['segments']} segments before, "
+                f"{_size(after['bytes'])} and {after['segments']} now"
+            )
+        _say_index(after, as_json)
 
 
 @app.command("codes", epilog="Example:  elva index codes my.index")
@@ -191,11 +230,20 @@ def verify(index: IndexArgument, as_json: AsJson = False) -> None:
     """Read every byte of an index and compare it with its checksum."""
     with one_line_errors():
         from elva.index import Index
+        from elva.progress import Bars
 
-        info = Index(index).info()
+        began = time.perf_counter()
+        opened = Index(index, verify=False)
+        with Bars(err if as_json else out) as bars:
+            opened.verify(bars)
+            bars.finish("")
+        info, seconds = opened.info(), time.perf_counter() - began
         say(
-            {"whole": True, "bytes": info["bytes"]},
-            [f"{index}: {info['items']:,} items, {info['bytes']:,} bytes, every one as written"],
+            {"whole": True, "bytes": info["bytes"], "seconds": seconds},
+            [
+                f"{index}: {info['items']:,} items, {info['bytes']:,} bytes, every one as written; "
+                f"{info['bytes'] / seconds / 1e6:,.0f} MB/s"
+            ],
             as_json,
         )
 
@@ -224,10 +272,25 @@ def export(
 
 def _say_index(info: dict[str, Any], as_json: bool, more: Sequence[str] = ()) -> None:
     model = info["model"]
+    parts = {"rows": "rows", "fields": "ids and fields", "codes": "codes"}
+    sizes = [f"{_size(info[f'{key}_bytes'])} {words}" for key, words in parts.items()]
+    deleted = f"{info['deleted']:,} deleted"
+    if info["deleted"]:
+        deleted += f" ({_size(info['deleted_bytes'])}, elva index compact frees them)"
     lines = [
         f"{info['directory']}: {info['items']:,} items of {info['dim']} {info['dtype']}, "
-        f"{info['segments']} segments, {info['bytes']:,} bytes, {info['deleted']:,} deleted",
+        f"{info['segments']} segments, {info['bytes']:,} bytes, {deleted}",
+        "sizes: " + ", ".join(sizes),
         f"model: {model['name']} ({model['revision'][:12]}, {model['preprocessing'][:12]})",
         "fields: " + ", ".join(f"{name} ({kind})" for name, kind in info["fields"].items()),
     ]
+    if info["folder"]:
+        lines.insert(3, f"folder: {info['folder']}")
+    for name, kinds in info["conflicts"].items():
+        lines.append(f"field {name} is left out: {kinds}; delete the items of one of them")
     say(info, [*lines, *more], as_json)
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

@@ -9,4 +9,4 @@ def report(run: RunArgument) -> None:
         from elva.commands.report import report as write
         from elva.run import Run
 
-        out.line(f"report: {write(Run.open(run))}")
+        out.print_line(f"report: {write(Run.open(run))}")

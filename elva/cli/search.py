@@ -77,6 +77,6 @@ def search(
             print(json.dumps([hit.as_json() for hit in hits]))
             return
         for hit in hits:
-            out.line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}")
+            out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}")
         if page is not None:
-            out.line(f"contact sheet: {page}")
+            out.print_line(f"contact sheet: {page}")

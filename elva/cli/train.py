@@ -124,7 +124,7 @@ def train(
         run = run or Run.open(directory)
         console = err if as_json else out
         if processes.first:
-            console.line(f"run directory: {run.directory}")
+            console.print_line(f"run directory: {run.directory}")
         with Bars(console) as bars:
             run_stages(
                 run, bars, stages=wanted, start_from=began, limit=limit, controls=controls,
@@ -144,7 +144,7 @@ def _print_result(run: Run, as_json: bool) -> None:
         print(json.dumps(figures(run)))
     else:
         out.print(table(run))
-        out.line(f"report: {page}")
+        out.print_line(f"report: {page}")
 
 
 def _run_to_train(

@@ -133,6 +133,7 @@ def _embed(
         files = found.pictures[part * rows : (part + 1) * rows]
         good, out = folder.embedded(encoder, files, faults, _offset(reporter, before))
         before += len(files)
+        reporter.advance(before)
         if len(faults.found) > known:
             write_text(listed, "".join(f"{line}\n" for line in faults.found[known:]))
         columns = folder.columns(good, out.summaries, found.known, kinds)

@@ -84,7 +84,7 @@ def _datasets(index: Index) -> list[int]:
 
 def condition(text: str) -> tuple[str, str, str]:
     """(field, comparison, value) of `field>=value`; UserError for anything else."""
-    match = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
+    match = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text, re.DOTALL)
     if match is None:
         raise UserError(
             f"search: --where must read FIELD=VALUE (or != < <= > >=), got {text!r}; "

@@ -31,7 +31,7 @@ MAX_DROPPED = 256
 """Ours: so many excluded rows are searched and dropped; beyond it the others are gathered."""
 
 FEW = 8
-"""Ours: where a filter leaves an eighth of the rows or less, they take less time than all codes."""
+"""Ours: an eighth of the rows, left by a filter or asked for, takes less time than all codes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def search(
     """
     stack = Stack(parts)
     live = len(stack) if allowed is None else int(allowed.sum())
-    if codes is not None and live > len(stack) // FEW:
+    if codes is not None and live > max(k * FEW, len(stack) // FEW):
         mask = None if live == len(stack) else torch.from_numpy(np.ascontiguousarray(allowed))
         out = elva_kernels.coded_topk(query, parts, codes, k, mask=mask)
         return Found(out.scores, out.index, by_codes=out.proven, rows_read=out.rows_read)

@@ -4,8 +4,10 @@ Arrow reads offsets as they are and unpacks what says that it is packed, into as
 says. Here offsets are compared with the buffers, and what is packed, as no segment is, is refused.
 """
 
+import io
 import struct
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -13,12 +15,38 @@ _HEADER, _DICTIONARY_DATA, _COMPRESSION = 2, 1, 3
 """Numbers of fields in Arrow's Message.fbs: of Message, DictionaryBatch, RecordBatch."""
 
 
-def write(table: pa.Table) -> pa.Buffer:
-    """The stream's bytes."""
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, table.schema) as writer:
-        writer.write_table(table)
-    return buffer.getvalue()
+class Written(NamedTuple):
+    """What was written of a table."""
+
+    rows: int
+    bytes: int
+
+
+def write(put: Callable[[memoryview], None], table: pa.Table | pa.RecordBatchReader) -> Written:
+    """Write a table, or the batches of one that is too large to be held, by `put`."""
+    sink = _Sink(put)
+    rows = 0
+    with pa.ipc.new_stream(pa.PythonFile(sink, "w"), table.schema) as writer:
+        for batch in table.to_batches() if isinstance(table, pa.Table) else table:
+            writer.write_batch(batch)
+            rows += batch.num_rows
+    return Written(rows, sink.count)
+
+
+class _Sink(io.RawIOBase):
+    """Arrow's way out to `put`."""
+
+    def __init__(self, put: Callable[[memoryview], None]) -> None:
+        self.put, self.count = put, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        self.put(view)
+        self.count += len(view)
+        return len(view)
 
 
 def read(view: memoryview, rows: int) -> pa.Table:

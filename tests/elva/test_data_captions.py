@@ -81,7 +81,11 @@ SOURCES = {
         [("a.png", "one"), ("a.png", "two"), ("b.png", "more")], "captions.csv",
     ),
     "a language of their own": (
-        {"captions.csv": "image;Beschreibung\na.png;eins\n"}, [("a.png", "eins")], "captions.csv",
+        {"captions.csv": "Jahr;Datei;Caption\n1999;.\\A.png;eins\n"}, [("a.png", "eins")],
+        "captions.csv",
+    ),
+    "two columns of any name": (
+        {"captions.csv": "Datei;Beschreibung\na.png;eins\n"}, [("a.png", "eins")], "captions.csv",
     ),
     "imagefolder": (
         {"sub/metadata.csv": "file_name,text\nc.png,three\n",
@@ -111,6 +115,8 @@ SOURCES = {
         {"results.csv": "image_name| comment_number| comment\na.png| 0| one\nb.png| 0| two\n"},
         [("a.png", " one"), ("b.png", " two")], "results.csv",
     ),
+    "results of something else": ({"results.csv": "model,score\nx,1\n", "a.txt": "one"},
+                                  AB[:1], "texts beside them (a.txt, ...)"),
     "coco": ({"annotations/captions_val2017.json": COCO}, ABB, "annotations/captions_val2017.json"),
     "coco of another split": (
         {"annotations/captions_val2017.json": COCO,
@@ -224,12 +230,15 @@ def test_names_are_found_in_every_form_of_unicode(root):
         ("captions.csv", "file,caption\nnote.md,x\n", "csv:2: 'note.md' is no picture that is re"),
         ("captions.csv", "file,caption\n../a.png,x\n", "csv:2: file '../a.png' leaves the root"),
         ("captions.csv", "file,caption\nC:\\x\\a.png,x\n", r"csv:2: file 'C:.* is absolute"),
-        ("captions.csv", "one,two\na.png,x\n", "csv:1: no column file; there are 'one', 'two'"),
-        ("captions.csv", "file,one,two\na.png,x,y\n", "csv:1: no column caption; there are 'file'"),
+        ("captions.csv", "one,two\nz.png,x\n",
+         "csv:1: no column file; the first line must name them, it has 'one', 'two'"),
+        ("captions.csv", "a.png,x\nb.png,y\nc.png,z\n", "csv:1: names a picture; the first line m"),
+        ("captions.csv", "x|a.png|sub/c.png\ny|b.png|\n", "csv:1: names a picture; the first line"),
+        ("captions.csv", "file,one,two\na.png,x,y\n", "csv:1: no column caption; the first line m"),
         ("captions.csv", ROWS.replace("one", "Blüte").encode("cp1252"),
          "csv:2: not UTF-8 at byte 8; in Windows-1252 it is 'ü': save the file as UTF-8"),
         ("captions.csv", ROWS.encode("utf-16-le"), "csv:1: looks like UTF-16 without its mark"),
-        ("captions.csv", "x" * 10**6 + ",caption\na.png,x\n", "captions.csv:1: no column file"),
+        ("captions.csv", "x" * 10**6 + ",caption\nz.png,x\n", "captions.csv:1: no column file"),
         ("sub/metadata.csv", "file_name,text\nz.png,x\n", "metadata.csv:2: no such picture"),
         ("Flickr8k.token.txt", "a.png#0\tone\na.png one\n", "txt:2: not <picture>#<number>, a tab"),
         ("captions_val.json", "[]", "captions_val.json: not a JSON object"),
@@ -374,9 +383,9 @@ def test_own_titles_are_captions_and_metadata(root):
     assert found.columns == {root / "a.jpg": BLOSSOM, root / "b.jpg": {"description": "a dog"}}
     counts = convert_file("folder", root, root.parent / "data", split="test")
     assert counts["queries"] == {"t2i": 3} and counts["candidates"] == 5
-    assert counts["notices"] == [
+    assert counts["notices"][0] == (
         "3 captions of 2 pictures from titles and descriptions in their files; 3 pictures have none"
-    ]
+    )
     pool = load(root.parent / "data", split="test").pool("t2i")
     assert pool.extra(0)["title"] == "A blossom & bee"
 

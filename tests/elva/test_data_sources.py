@@ -165,6 +165,9 @@ def test_mmeb_as_it_lies(tmp_path):
     counts, found = converted("mmeb", root, tmp_path / "data", images=images)
     assert counts["queries"] == {"it2t": 3}
     assert counts["sets"] == {"mmeb_HatefulMemes_task6": 1, "mmeb_VisDial_task6": 2}
+    words = ["data", "convert", "mmeb", str(root), "--images", str(images), "--output"]
+    done = CliRunner().invoke(app, [*words, str(tmp_path / "called")])
+    assert "  mmeb_HatefulMemes_task6: 1\n  mmeb_VisDial_task6: 2\n" in done.stdout
     sets = read_sets(tmp_path / "data", split="train")
     assert [(one.stem, len(one.queries), len(one.pool)) for one in sets] == [
         ("mmeb_HatefulMemes_task6", 1, 3), ("mmeb_VisDial_task6", 2, 4)]  # fmt: skip
@@ -323,27 +326,6 @@ def test_answers_in_the_sister_set_are_counted(tmp_path):
 
 
 # -- folders -------------------------------------------------------------------------------------
-
-
-def test_what_a_folder_leaves_out_is_one_line(tmp_path):
-    root = tmp_path / "s"
-    for name in ("a.jpg", "b.jfif", "c.jpe", "d.JPEG"):
-        draw(root / name, kind="JPEG")
-    for name in ("e.gif", "f.heic", "g.heic", "Makefile", "._a.jpg", ".thumbs/a.jpg",
-                 "@eaDir/a.jpg/x.jpg", "sub/notes.csv"):  # fmt: skip
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"no picture")
-    counts = convert_file("folder", root, tmp_path / "data", split="test")
-    assert counts["candidates"] == 4 and counts["notices"] == [
-        "there are no captions: each picture asks for itself",
-        "left out: 1 .csv, 1 .gif, 2 .heic, 1 without an ending "
-        "(only JPEG, PNG and WebP are read); 3 hidden (names with a dot, thumbnails)",
-    ]
-    for path in root.glob("*.j*"):
-        path.unlink()
-    (root / "d.JPEG").unlink()
-    with pytest.raises(DataError, match=r"holds no JPEG, PNG or WebP picture; left out: 1 .csv"):
-        convert_file("folder", root, tmp_path / "none")
 
 
 def test_a_first_picture_of_several_in_one_file(tmp_path):

@@ -255,6 +255,31 @@ def test_sanitized_search(shape, dtype):
         assert (same | ((scores.double() - right.scores).abs() <= allowed)).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 300, 33), (35, 70, 528)], ids=str)
+def test_sanitized_codes(shape, masked):
+    """Ragged tiles of rows, queries and columns; rows on 16 bytes and not, some not finite."""
+    q, p, d = shape
+    query, corpus = torch.randn(q, d), torch.randn(p, d)
+    if p > 1:
+        corpus[1], corpus[p // 2, 0], query[0], query[1, 0] = 0, torch.nan, 0, torch.inf
+    asked, codes = reference.fine_codes(query), reference.row_codes(corpus)
+    if masked:
+        code = torch.cat([codes.code[0, :1], codes.code.flatten()])[1:]
+        codes = codes._replace(code=code.view(p, d))
+    mask = torch.arange(p) % 3 != 1 if masked else None
+    exact = reference.score_bounds(asked, codes)
+    exact = exact if mask is None else exact.where(mask, -torch.inf)
+    for depth in {1, min(p, 20), p}:
+        bounds, index = LAUNCHERS["nearest_codes"](asked, codes, depth, mask=mask, floor=None)
+        right = exact.sort(dim=1, descending=True).values[:, :depth]
+        torch.testing.assert_close(bounds, right, rtol=0, atol=1e-6)
+        there = index >= 0
+        own = exact.gather(1, index.clamp(min=0))
+        torch.testing.assert_close(own[there], bounds[there], rtol=0, atol=1e-6)
+        assert torch.equal(there, bounds > -torch.inf)
+
+
 HALVES = [torch.bfloat16, torch.float16]
 
 

@@ -228,10 +228,12 @@ F64 = torch.float64
 THREADS = [
     *cases("test_reward::test_threads_and_repeats_give_the_same_bits"),
     *cases("test_topk::test_bits_do_not_depend_on_the_number_of_threads"),
+    *cases("test_codes::test_the_number_of_threads_changes_nothing"),
     *cases("test_info_nce::test_any_number_of_threads_gives_the_same_bits"),
     *cases("test_in_batch_relations::test_chunks_and_threads_change_no_bit"),
 ]
 CHUNKS = cases("test_info_nce::test_workspace_changes_no_loss")
+LONGEST = cases("test_codes::test_the_largest_products_of_the_longest_rows")
 HEADS = cases("test_rank_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
 COMPILED = [
     *cases("test_reward_torch::test_compiles_without_a_graph_break"),
@@ -245,6 +247,7 @@ COMPILED = [
     *cases("test_reward_index::test_compiles_without_a_graph_break test_opcheck"),
     *cases("test_info_nce_torch::test_opcheck"),
     *cases("test_topk::test_opcheck"),
+    *cases("test_codes::test_opcheck"),
 ]
 TURNS = [
     clause
@@ -266,7 +269,7 @@ LONG = {
 SESSIONS = {
     "fibers": Session(
         own="cuda_on_fibers",
-        contract=(*GROUPED, *IN_BATCH, "test_topk", "test_mutants"),
+        contract=(*GROUPED, *IN_BATCH, "test_topk", "test_codes", "test_mutants"),
         never={
             "float64, which the CUDA backend does not take": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
@@ -297,6 +300,7 @@ SESSIONS = {
         | {
             "sizes that take seconds": [
                 *HEADS,
+                *LONGEST,
                 *cases(
                     COPIES,
                     b=13,
@@ -310,7 +314,14 @@ SESSIONS = {
     ),
     "interpreter": Session(
         own="triton_interpreted",
-        contract=(*GROUPED, "test_reward_scores", *IN_BATCH, "test_topk", "test_mutants"),
+        contract=(
+            *GROUPED,
+            "test_reward_scores",
+            *IN_BATCH,
+            "test_topk",
+            "test_codes",
+            "test_mutants",
+        ),
         never={
             "torch's threads, which the interpreter does not use": THREADS,
             "millions of scores, which take hours": [*CHUNKS, *HEADS],
@@ -339,6 +350,7 @@ SESSIONS = {
                 *cases("test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1.0),
             ],
             "sizes that take seconds": [
+                *LONGEST,
                 *cases("test_reward::test_masked_rows_are_never_read", n=70),
                 *cases("test_topk::test_copies_of_a_row_tie_wherever_they_are", dim=1536),
                 *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=48),

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elva_kernels import coded_topk, reference, row_codes, topk
+from elva_kernels import codes as public
 from elva_kernels.backends.table import LAUNCHERS
 from elva_kernels.reference import RowCodes
 from tests.kernels.cases import (
@@ -13,6 +14,7 @@ from tests.kernels.cases import (
     DTYPES,
     EVERY_LEVEL,
     INTERPRETED,
+    ON_FIBERS,
     computing,
     layouts,
     same_bits,
@@ -125,6 +127,7 @@ def test_codes_do_not_depend_on_the_layout(backend):
 def test_the_nearest_codes_have_the_largest_bounds(backend, masked, shape):
     q, p, dim = shape
     corpus = rows("clustered", p, dim, torch.float32)
+    corpus[-1] = corpus[0]  # they tie
     asked = reference.fine_codes(queries(q, corpus, torch.float32))
     codes = reference.row_codes(corpus)
     mask = torch.arange(p) % 3 != 1 if masked else None
@@ -151,10 +154,25 @@ def test_the_nearest_codes_have_the_largest_bounds(backend, masked, shape):
 
 
 @searching
+def test_the_largest_products_of_the_longest_rows(backend):
+    """127 or -128 everywhere: integers of 32 bits still hold them, and those of either sign."""
+    dim, sign = 65_536, torch.tensor([1.0, -1.0])
+    code = (127 * sign).to(torch.int8).unsqueeze(1).expand(2, dim)
+    scale = torch.full((2,), 1 / (127 * dim**0.5))
+    codes = reference.RowCodes(code, scale, torch.zeros(2))
+    for fine in (127, -128):
+        asked = reference.FineCodes(code, torch.full_like(code, fine), scale, torch.zeros(2))
+        found, index = LAUNCHERS["nearest_codes"][backend](asked, codes, 2, mask=None, floor=None)
+        exact = reference.score_bounds(asked, codes).gather(1, index)
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+        assert index.tolist() == [[0, 1], [1, 0]]
+
+
+@searching
 @each_dtype
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_answer_is_topks_to_the_bit(backend, dtype, kind):
-    count, dim = (70, 40) if INTERPRETED else (900, 96)
+    count, dim = (70, 40) if INTERPRETED else (300, 96) if ON_FIBERS else (900, 96)
     corpus = rows(kind, count, dim, dtype)
     codes = row_codes(corpus, backend=backend)
     parts = (corpus[: count // 3], corpus[:0], corpus[count // 3 :])
@@ -175,6 +193,23 @@ def test_the_answer_is_topks_to_the_bit(backend, dtype, kind):
             found = coded_topk(query, corpus, codes, k, mask=mask, backend=backend)
             assert same_bits(found.scores, right.scores)
             assert torch.equal(found.index, live[right.index])
+
+
+@each_backend
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpus_pace_gives_the_same_answer(backend, kind, monkeypatch):
+    """All proposals read at once, two or three queries at a time; more of them than rows."""
+    monkeypatch.setattr(public, "_ON_A_CPU", public._ON_A_GPU._replace(together=3, alike=2))
+    monkeypatch.setattr(public, "_PROPOSED", 20)
+    corpus = rows(kind, 70 if INTERPRETED else 300, 40, torch.float32)
+    query, mask = queries(5, corpus, torch.float32), torch.arange(len(corpus)) % 4 != 2
+    parts = corpus.split(len(corpus) // 3)
+    of_parts = [row_codes(part, backend=backend) for part in parts]
+    for k in (1, 7):
+        right = topk(query, corpus[mask], k, backend=backend)
+        found = coded_topk(query, parts, of_parts, k, mask=mask, backend=backend)
+        assert same_bits(found.scores, right.scores)
+        assert torch.equal(found.index, mask.nonzero()[:, 0][right.index])
 
 
 @given(
@@ -205,10 +240,12 @@ def test_rows_and_queries_that_are_not_finite(backend):
     query = queries(4, corpus, torch.float32)
     query[3, 0] = torch.inf
     codes = row_codes(corpus, backend=backend)
-    for k in (3, 60):
-        found, right = coded_topk(query, corpus, codes, k, backend=backend), topk(query, corpus, k)
-        assert torch.equal(found.index, right.index)
-        assert torch.equal(found.scores.isinf(), right.scores.isinf())
+    for asked in (query, query[3:]):
+        for k in (3, 60):
+            found = coded_topk(asked, corpus, codes, k, backend=backend)
+            right = topk(asked, corpus, k)
+            assert torch.equal(found.index, right.index)
+            assert torch.equal(found.scores.isinf(), right.scores.isinf())
 
 
 @pytest.mark.skipif(INTERPRETED, reason="20,000 rows take the interpreter minutes")

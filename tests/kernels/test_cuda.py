@@ -24,6 +24,7 @@ SANITIZED = (
     "test_sanitized_bank",
     "test_sanitized_search",
     "test_sanitized_search_by_products",
+    "test_sanitized_codes",
     "test_sanitized_select",
     "test_sanitized_batch",
     "test_sanitized_product",

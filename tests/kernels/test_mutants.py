@@ -12,6 +12,7 @@ import torch
 from elva_kernels.backends import choice
 from elva_kernels.backends.table import LAUNCHERS
 from tests.kernels import (
+    test_codes,
     test_group_of_one,
     test_in_batch_positives,
     test_in_batch_reward,
@@ -106,6 +107,26 @@ def best_row_last(found):
     found[:] = [x.roll(-1, -1) for x in found]
 
 
+def mask_forgotten(launch):
+    """Hidden rows are found by a search among codes."""
+
+    def mutant(*inputs, mask, **options):
+        return launch(*inputs, mask=None, **options)
+
+    return mutant
+
+
+@results
+def losses_forgotten(found):
+    """Bounds by such codes would lie below cosines."""
+    found[3] = torch.zeros_like(found[3])
+
+
+@inputs
+def second_byte_dropped(given):
+    given[0] = given[0]._replace(fine=torch.zeros_like(given[0].fine))
+
+
 @inputs
 def mask_read(given):
     """The mask, the only bool among the inputs, is ignored: masked negatives leak into all."""
@@ -174,6 +195,13 @@ MUTANTS = {
         "ties reversed": ties_of_a_search_reversed,
         "element dropped": last_element_dropped(1),
     },
+    "row_codes": {"element dropped": last_element_dropped(0), "losses forgotten": losses_forgotten},
+    "nearest_codes": {
+        "rank off by one": best_row_last,
+        "ties reversed": ties_of_a_search_reversed,
+        "mask forgotten": mask_forgotten,
+        "second byte dropped": second_byte_dropped,
+    },
     "rank_statistics": IN_BATCH
     | {"rank off by one": rank_off_by_one(0), "ties won": ties_won_at(0)},
     "in_batch_ranking_reward": OF_A_REWARD | IN_BATCH,
@@ -231,6 +259,19 @@ CLAIMS = {
             nan_filled_memory=None,
         ),
         partial(test_topk.test_ties_of_an_exact_lattice_come_by_index, **F32, metric="dot"),
+    ],
+    "row_codes": [
+        partial(test_codes.test_codes_are_the_references, **F32),
+        partial(
+            test_codes.test_no_cosine_lies_above_its_bound, **F32, kind="ties", shape=(3, 9, 5)
+        ),
+    ],
+    "nearest_codes": [
+        partial(
+            test_codes.test_the_nearest_codes_have_the_largest_bounds,
+            masked=True,
+            shape=(2, 9, 31),
+        )
     ],
     "rank_statistics": [
         partial(test_rank_statistics.test_values, **F32, b=3, m=7, d=5),

@@ -61,3 +61,14 @@ def test_compiled_arithmetic_is_what_the_numerics_rest_on():
     assert "ld.global.nc" not in compiled.asm["ptx"]
     assert not re.search(r"(add|sub|mul|fma)\S*\.ftz", compiled.asm["ptx"])
     assert not re.search(r"fma\.rn\.f32", compiled.asm["ptx"])
+
+
+def test_codes_are_copied_sixteen_at_a_time_and_multiplied_as_bytes():
+    """Both bytes of a query, in the GPU's products of integers; nothing is fused behind them."""
+    for name, columns in (("few", 16), ("many", 64)):
+        compiled = compile_variant(f"code_bounds-{name}", True, "sm_90")
+        product = rf"wgmma\S*\.m64n{columns}k32\.s32\.s8\.s8"
+        assert len(re.findall(product, compiled.asm["ptx"])) % 2 == 0
+        assert re.search(product, compiled.asm["ptx"])
+        assert "cp.async.cg.shared.global" in compiled.asm["ptx"]
+        assert "fma.rn.f32" not in compiled.asm["ptx"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from elva_kernels.backends import triton
-from elva_kernels.backends.triton import in_batch, launch, reward, topk
-from elva_kernels.reference import ALL, Batch, Weights
+from elva_kernels.backends.triton import codes, in_batch, launch, reward, topk
+from elva_kernels.reference import ALL, Batch, FineCodes, RowCodes, Weights
 from tests.kernels.cases import OPEN_HINGE
 
 pytestmark = [
@@ -126,3 +126,29 @@ def test_another_batch_of_queries_compiles_little(compiled):
     step(13, 99)
     assert first == {key for key in compiled if key[0] != "product_kernel"}
     assert len(compiled) - len(first) == 2 * products + 1
+
+
+def test_another_search_among_codes_compiles_nothing(compiled):
+    """But for few queries and for many, with a mask and without; and rows that are not aligned."""
+
+    def search(queries, rows, dim, masked, first=0):
+        code = torch.zeros(first + rows * dim, dtype=torch.int8)[first:].view(rows, dim)
+        asked = torch.zeros(queries, dim, dtype=torch.int8)
+        mask = torch.ones(first + rows, dtype=torch.bool)[first:] if masked else None
+        numbers = torch.zeros(first + queries)[first:]
+        found = FineCodes(asked, asked, numbers, numbers)
+        numbers = torch.zeros(first + rows)[first:]
+        codes.nearest_codes(found, RowCodes(code, numbers, numbers), 1, mask=mask, floor=None)
+
+    for dim in (64, 1536):
+        for queries, rows in ((1, 16), (3, 99), (16, 1000), (17, 128), (64, 1), (300, 77)):
+            for masked in (False, True):
+                search(queries, rows, dim, masked)
+    assert len(compiled) == 4
+    search(1, 99, 64, masked=False, first=32)
+    assert len(compiled) == 4
+    search(1, 99, 64, masked=False, first=1)
+    search(100, 99, 64, masked=False, first=1)
+    assert len(compiled) == 5
+    search(1, 99, 77, masked=False)
+    assert len(compiled) == 6

@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 
-from elva_kernels import ranking_reward, ranking_reward_and_grad
+from elva_kernels import ranking_reward, ranking_reward_and_grad, reference
 from elva_kernels.backends import choice
 from elva_kernels.backends.admission import in_batch as admitted
 from elva_kernels.backends.admission import verdicts
 from elva_kernels.backends.table import LAUNCHERS
-from elva_kernels.backends.triton import in_batch, launch, reward, topk
+from elva_kernels.backends.triton import codes, in_batch, launch, reward, topk
 from elva_kernels.backends.triton.kernels.in_batch import score_rows_kernel
 from elva_kernels.reference import ALL, Batch, Weights
 from tests.kernels import score_rows
@@ -189,6 +189,27 @@ def test_red_zones_of_a_batch_are_neither_read_nor_written(monkeypatch):
     guarded = Guarded()
     monkeypatch.setattr(launch, "empty", guarded.empty)
     found = list(every_batch_launch(*(guarded.copy(x) for x in given)))
+    guarded.check()
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_red_zones_of_codes_are_neither_read_nor_written(monkeypatch, masked):
+    asked = reference.fine_codes(torch.randn(18, 35))
+    coded = reference.row_codes(torch.randn(70, 35))
+    mask = torch.rand(70) < 0.7 if masked else None
+    floor = torch.full((18,), -0.1)
+    expected = codes.nearest_codes(asked, coded, 70, mask=mask, floor=floor)
+    guarded = Guarded()
+    monkeypatch.setattr(launch, "empty", guarded.empty)
+    found = codes.nearest_codes(
+        reference.FineCodes(*map(guarded.copy, asked)),
+        reference.RowCodes(*map(guarded.copy, coded)),
+        70,
+        mask=guarded.copy(mask) if masked else None,
+        floor=floor,
+    )
     guarded.check()
     for a, b in zip(found, expected, strict=True):
         assert same_bits(a, b)

@@ -6,15 +6,13 @@ stays with it.
 
 import datetime
 import re
-import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cached_property
 from pathlib import Path
 
 from elva.data.formats import titles
+from elva.data.formats.named import Named
 from elva.data.formats.rows import rows
 from elva.data.strict import Faults, Record, lines, parse, read_text
 from elva.errors import DataError, printable
@@ -27,14 +25,14 @@ TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.parquet", 
 IMAGEFOLDER = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Hugging Face's `imagefolder`: beside the pictures that it names, in any folder."""
 
-FLICKR30K = ("results.csv",)
-"""Flickr30k's `image_name| comment_number| comment`, as it is published on Kaggle."""
+FLICKR30K = re.compile(r"image_name *\| *comment_number *\| *comment *")
+"""The header of Flickr30k's `results.csv`, as it is published on Kaggle."""
 
 TOKENS = re.compile(r"([^\t]+)#\d+\t(.*)")
 """Flickr8k's and Flickr30k's own form: `1000268201.jpg#0<TAB>A child ...`."""
 
 MAX_JSON_BYTES = 512 * 2**20
-"""Ours: COCO's captions of its training split are 92 MB; Python holds them in about 1 GB."""
+"""Ours: COCO's captions of its training split are 92 MB, and take 0.9 GB of memory."""
 
 MAX_NOTE_BYTES = 2**20
 """Ours: of a text beside one picture."""
@@ -95,79 +93,15 @@ def read(root: Path, pictures: Sequence[Path], others: Sequence[Path], faults: F
         DataError: a row that names no picture, as `file:line: rule`; a file of captions that is
             none.
     """
-    known = _Pictures(root, pictures)
-    for kind in (_tables(TABLES), _tables(IMAGEFOLDER), _tokens, _tables(FLICKR30K), _coco, _notes):
+    known = Named(root, pictures)
+    for kind in (_tables(TABLES), _tables(IMAGEFOLDER), _tokens, _flickr30k, _coco, _notes):
         found = kind(known, sorted(others), faults)
         if found is not None:
             return found
     return _own(known)
 
 
-class _Pictures:
-    """The pictures of a folder by the names under which tables know them."""
-
-    def __init__(self, root: Path, pictures: Sequence[Path]) -> None:
-        self.root, self.pictures = root, pictures
-
-    def find(self, record: Record, name: str, base: Path) -> Path:
-        """The picture of a name: its path from the table's folder or from the root, or the only
-        one below the table that is called so; then without regard to letters' case and form.
-
-        Raises:
-            DataError: none, or several.
-        """
-        name = re.sub(r"^(\./)+", "", name.replace("\\", "/").strip())
-        places = [f"{self._under(base)}{name}", name]
-        loose = [_loose(place) for place in places]
-        found = (
-            next((f for place in places if (f := self._paths.get(place))), None)
-            or [p for p in self._names.get(name, []) if p.is_relative_to(base)]
-            or next((f for place in loose if (f := self._loose_paths.get(place))), None)
-            or [p for p in self._loose_names.get(loose[-1], []) if p.is_relative_to(base)]
-        )
-        if len(found) > 1:
-            which = " and ".join(repr(p.relative_to(self.root).as_posix()) for p in found[:2])
-            record.fail(f"{name!r} lies in several folders: {which}")
-        if found:
-            return found[0]
-        if any((self.root / place).is_file() for place in places):
-            record.fail(f"{name!r} is no picture that is read")
-        return record.fail(f"no such picture: {name!r}")
-
-    def _under(self, path: Path) -> str:
-        """A folder below the root as the beginning of a path."""
-        below = path.relative_to(self.root).as_posix()
-        return "" if below == "." else f"{below}/"
-
-    @cached_property
-    def _paths(self) -> dict[str, list[Path]]:
-        return self._by(lambda path: path.relative_to(self.root).as_posix())
-
-    @cached_property
-    def _names(self) -> dict[str, list[Path]]:
-        return self._by(lambda path: path.name)
-
-    @cached_property
-    def _loose_paths(self) -> dict[str, list[Path]]:
-        return self._by(lambda path: _loose(path.relative_to(self.root).as_posix()))
-
-    @cached_property
-    def _loose_names(self) -> dict[str, list[Path]]:
-        return self._by(lambda path: _loose(path.name))
-
-    def _by(self, key: Callable[[Path], str]) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = defaultdict(list)
-        for path in self.pictures:
-            found[key(path)].append(path)
-        return found
-
-
-def _loose(name: str) -> str:
-    """A name without case, in one Unicode form: macOS writes `ü` as two characters."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-Kind = Callable[[_Pictures, Sequence[Path], Faults], Captions | None]
+Kind = Callable[[Named, Sequence[Path], Faults], Captions | None]
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -176,7 +110,7 @@ Kind = Callable[[_Pictures, Sequence[Path], Faults], Captions | None]
 def _tables(names: Sequence[str]) -> Kind:
     """The first of some names in each folder."""
 
-    def kind(known: _Pictures, others: Sequence[Path], faults: Faults) -> Captions | None:
+    def kind(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:
         first: dict[Path, Path] = {}
         for path in sorted(
             (p for p in others if p.name in names), key=lambda p: names.index(p.name)
@@ -192,10 +126,10 @@ Row = tuple[Record, list[Path], list[str], dict[str, object]]
 
 
 def _all(
-    known: _Pictures,
+    known: Named,
     files: Sequence[Path],
     faults: Faults,
-    read_rows: Callable[[_Pictures, Path, Faults], Iterator[Row]],
+    read_rows: Callable[[Named, Path, Faults], Iterator[Row]],
 ) -> Captions:
     """The rows of some files."""
     captions: list[Caption] = []
@@ -213,13 +147,13 @@ def _all(
     return Captions(captions, kept, tuple(files), source, without)
 
 
-def _table(known: _Pictures, file: Path, faults: Faults) -> Iterator[Row]:
+def _table(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
     if file.suffix == ".txt" and TOKENS.match(next(lines(file, faults), ("", ""))[1]):
         yield from _token_rows(known, file, faults)
         return
     chosen: tuple[str, list[str]] | None = None
     for record in rows(file, (), faults, known=(*FILES, *WORDS)):
-        chosen = chosen or _columns(file, record)
+        chosen = chosen or _columns(known, file, record)
         with faults.row():
             names, words = chosen
             paths = record.paths(names) if names in record.fields else []
@@ -236,15 +170,20 @@ def _said(record: Record, column: str) -> list[str]:
     return [one for one in found if one.strip()]
 
 
-def _columns(file: Path, record: Record) -> tuple[str, list[str]]:
+def _columns(known: Named, file: Path, record: Record) -> tuple[str, list[str]]:
     """The column of the picture's file, and those of what is said of it.
 
-    A table of imagefolder may have none of these; a column beside the file alone says it.
+    The first is known by its name or, in any language, by the picture that it names in the first
+    row. A table of imagefolder may have none of the others; a single other column is one.
     """
     folded = {name.casefold(): name for name in reversed(record.fields)}
-    names = next((folded[n] for n in FILES if n in folded), None) or next(
-        (name for fold, name in folded.items() if re.fullmatch("(.*_)?file_names?", fold)), None
+    names = (
+        next((folded[n] for n in FILES if n in folded), None)
+        or next((n for f, n in folded.items() if re.fullmatch("(.*_)?file_names?", f)), None)
+        or next((n for n, v in record.fields.items() if known.called(str(v), file.parent)), None)
     )
+    if names not in FILES and any(known.called(name, file.parent) for name in record.fields):
+        raise DataError(f"{file}:1: names a picture; the first line must name the columns")
     others = [name for name in record.fields if name != names]
     words = next((w for stem in WORDS if (w := _numbered(stem, others))), [])
     if names is not None and not words and len(others) == 1:
@@ -252,7 +191,10 @@ def _columns(file: Path, record: Record) -> tuple[str, list[str]]:
     if names is None or not (words or file.name in IMAGEFOLDER):
         lacks = FILES[0] if names is None else WORDS[0]
         found = ", ".join(map(repr, record.fields))
-        raise DataError(f"{file}:1: no column {lacks}; there are {found}")
+        raise DataError(
+            f"{file}:1: no column {lacks}; the first line must name them, it has {found}; "
+            "rename the file if it holds no captions"
+        )
     return names, words
 
 
@@ -276,12 +218,12 @@ def _plain(value: object) -> object:
 # -- published captions --------------------------------------------------------------------------
 
 
-def _tokens(known: _Pictures, others: Sequence[Path], faults: Faults) -> Captions | None:
+def _tokens(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:
     files = [path for path in others if re.search(r"\.token(\.txt)?$", path.name)]
     return _all(known, files, faults, _token_rows) if files else None
 
 
-def _token_rows(known: _Pictures, file: Path, faults: Faults) -> Iterator[Row]:
+def _token_rows(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
     for where, line in lines(file, faults):
         if not line:
             continue
@@ -295,20 +237,26 @@ def _token_rows(known: _Pictures, file: Path, faults: Faults) -> Iterator[Row]:
             yield record, [known.find(record, name, file.parent)], said, {}
 
 
-def _coco(known: _Pictures, others: Sequence[Path], faults: Faults) -> Captions | None:
+def _flickr30k(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:
+    named = [path for path in others if path.name == "results.csv"]
+    files = [path for path in named if FLICKR30K.fullmatch(next(lines(path, faults), ("", ""))[1])]
+    return _all(known, files, faults, _table) if files else None
+
+
+def _coco(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:
     """COCO's captions of those splits of which the folder has any picture."""
     named = [path for path in others if re.fullmatch(r"captions(_.*)?\.json", path.name)]
     found = [(path, images) for path in named if (images := _coco_images(known, path))]
     if not found:
         return None
 
-    def read_rows(known: _Pictures, file: Path, faults: Faults) -> Iterator[Row]:
+    def read_rows(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
         return _coco_rows(known, file, dict(found)[file], faults)
 
     return _all(known, [path for path, _ in found], faults, read_rows)
 
 
-def _coco_images(known: _Pictures, file: Path) -> dict[str, list[dict[str, object]]]:
+def _coco_images(known: Named, file: Path) -> dict[str, list[dict[str, object]]]:
     """`images` and `annotations` of a file; nothing where the folder has none of its images."""
     whole = parse(str(file), read_text(file, MAX_JSON_BYTES))
     for key, needed in (("images", ("id", "file_name")), ("annotations", ("image_id", "caption"))):
@@ -323,7 +271,7 @@ def _coco_images(known: _Pictures, file: Path) -> dict[str, list[dict[str, objec
 
 
 def _coco_rows(
-    known: _Pictures, file: Path, whole: dict[str, list[dict[str, object]]], faults: Faults
+    known: Named, file: Path, whole: dict[str, list[dict[str, object]]], faults: Faults
 ) -> Iterator[Row]:
     pictures: dict[str, Path] = {}
     for place, row in enumerate(whole["images"]):
@@ -345,7 +293,7 @@ def _coco_rows(
 # -- beside the pictures, and inside -------------------------------------------------------------
 
 
-def _notes(known: _Pictures, others: Sequence[Path], faults: Faults) -> Captions | None:
+def _notes(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:
     """`a.txt` or `a.png.txt` beside `a.png`, as diffusion models are trained."""
     there = {path for path in others if path.suffix.lower() in (".txt", ".caption")}
     captions, files = [], []
@@ -366,7 +314,7 @@ def _notes(known: _Pictures, others: Sequence[Path], faults: Faults) -> Captions
     return Captions(captions, {}, tuple(files), source, len(files) - len(captions))
 
 
-def _own(known: _Pictures) -> Captions:
+def _own(known: Named) -> Captions:
     """What the pictures' own files say of them."""
     captions: list[Caption] = []
     extra: dict[Path, dict[str, object]] = {}

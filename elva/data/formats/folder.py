@@ -97,7 +97,8 @@ def read(request: Request) -> Source:
     found, told = _found(root, request.faults)
     seen = _seen(found, request)
     copies = _copies(seen)
-    notices = [told.notice(len(seen.pictures)), *_without(told, seen)]
+    notices = [told.notice(len(seen.pictures))] if seen.pictures else []
+    notices += _without(told, seen)
     if copies and request.duplicates == "drop":
         found.leave_out("duplicates", *sorted(copies))
     elif copies:
