@@ -359,6 +359,8 @@ def _say_index(info: dict[str, Any], as_json: bool, more: Sequence[str] = ()) ->
         f"model: {model['name']} ({model['revision'][:12]}, {model['preprocessing'][:12]})",
         "fields: " + ", ".join(f"{name} ({kind})" for name, kind in info["fields"].items()),
     ]
+    if isinstance(info["trained_on"], list) and info["trained_on"]:
+        lines.insert(3, f"trained on: {', '.join(map(str, info['trained_on']))} alone")
     if info["folder"]:
         lines.insert(3, f"folder: {info['folder']}")
     for name, kinds in info["conflicts"].items():
