@@ -1,4 +1,4 @@
-"""The index: speed of exact search from the map, memory, building, and the engines' recall.
+"""The index: exact search by codes and by rows, memory, building, and other libraries beside it.
 
 `python -m benchmarks.bench_index` builds 1,000,000 x 1536 in fp16 (3 GB on disk) and keeps
 `benchmarks/results/index-<machine>.json`; `--rows` makes it smaller, `--queries 0` leaves out the
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import report
+from benchmarks import index_rivals, report
 from elva.index import Index, exact
-from elva.index.engines import export, open_engine
 from elva.model.identity import Identity
 
 MODEL = Identity("random rows", "none", "none")
@@ -82,54 +82,108 @@ def large(place: Path, count: int, dim: int = 1536) -> dict[str, Any]:
     read = seconds(flat.sum)  # as benchmarks/ceilings.py reads, from the same map
     before = anonymous_mb()
     peak = before
+    found["read_gbps"], found["searches"] = size / read / 1e9, []
+    codes_bytes = sum(one.size for one in index.codes)
     for count_of_queries in (1, 32, 256):
         asked = query[:count_of_queries]
-        taken = seconds(lambda asked=asked: index.search(asked, 10), 5)
-        found[f"search_q{count_of_queries}_ms"] = 1e3 * taken
-        found[f"search_q{count_of_queries}_gbps"] = size / taken / 1e9
+        by_codes, by_rows, answer = in_turns(index, asked, 5)
         peak = max(peak, anonymous_mb())
-    found |= {
-        "read_gbps": size / read / 1e9,
-        "q1_of_read": read / (found["search_q1_ms"] / 1e3),
-        "anonymous_mb_over": peak - before,
-    }
+        found["searches"].append({
+            "queries": count_of_queries, "codes_ms": 1e3 * by_codes, "rows_ms": 1e3 * by_rows,
+            "codes_over_rows": by_rows / by_codes, "rows_read": answer.rows_read,
+            "proven": float(answer.by_codes.double().mean()),
+            "codes_gbps": codes_bytes / by_codes / 1e9, "rows_gbps": size / by_rows / 1e9,
+        })  # fmt: skip
+        print(found["searches"][-1], flush=True)
+    found |= {"codes_bytes": codes_bytes, "anonymous_mb_over": peak - before}
     return found
 
 
-def engines(place: Path, clustered: bool) -> list[dict[str, Any]]:
-    """Recall@10 against exact and queries a second: rows in 1000 clusters, or in none (the worst
-    case: nothing lies near anything)."""
+def in_turns(index: Index, query: Tensor, times: int) -> tuple[float, float, exact.Found]:
+    """Median seconds by codes and by rows, of calls in turns, and the answer, which is one."""
+    parts = [s.embeddings for s in index.segments]
+    taken: tuple[list[float], list[float]] = ([], [])
+    for turn in range(times + 1):
+        began = time.perf_counter()
+        answer = index.search(query, 10)
+        middle = time.perf_counter()
+        right = exact.search(query, parts, 10)
+        if turn:  # the first one warms up
+            taken[0].append(middle - began)
+            taken[1].append(time.perf_counter() - middle)
+        assert torch.equal(answer.rows, right.rows)
+        assert torch.equal(answer.scores, right.scores)
+    return statistics.median(taken[0]), statistics.median(taken[1]), answer
+
+
+def hard_cases(place: Path, count: int = 100_000, dim: int = 1536) -> list[dict[str, Any]]:
+    """Where codes prove less: clusters, one large element, a collapsed model, copies."""
+    plain = torch.cat([*rows(count, dim)]).float()
+    generator = torch.Generator().manual_seed(4)
+    centre = torch.randn(100, dim, generator=generator)
+    kinds = {
+        "random": plain,
+        "100 clusters": centre[torch.randint(0, 100, (count,), generator=generator)] + 0.3 * plain,
+        "an element of 40": torch.cat([plain[:, :-1], torch.full((count, 1), 40.0)], 1),
+        "a collapsed model": 1 + 1e-3 * plain,
+        "copies of one row": plain[:1].expand(count, dim),
+    }
+    table = []
+    for kind, embeddings in kinds.items():
+        ids = [f"14:{i}" for i in range(count)]
+        index = Index.build(place / kind.replace(" ", "-"), ids, embeddings, model=MODEL)
+        query = embeddings[:32] + 0.5 * embeddings.std() * torch.randn(32, dim, generator=generator)
+        for queries in (1, 32):
+            by_codes, by_rows, answer = in_turns(index, query[:queries], 3)
+            table.append({
+                "kind": kind, "queries": queries, "codes_ms": 1e3 * by_codes,
+                "rows_ms": 1e3 * by_rows, "codes_over_rows": by_rows / by_codes,
+                "rows_read": answer.rows_read,
+                "proven": float(answer.by_codes.double().mean()),
+            })  # fmt: skip
+            print(table[-1], flush=True)
+    return table
+
+
+def rivals(place: Path, clustered: bool) -> list[dict[str, Any]]:
+    """Recall@10, bytes read and queries a second: rows in 1000 clusters, or in none (the worst case
+    for cells and graphs: nothing lies near anything)."""
     generator = torch.Generator().manual_seed(2)
     centres = clustered * torch.randn(1000, ENGINE_DIM, generator=generator)
 
     def drawn(count: int) -> Tensor:
         chosen = torch.randint(len(centres), (count,), generator=generator)
-        return centres[chosen] + 0.7 * torch.randn(count, ENGINE_DIM, generator=generator)
+        one = centres[chosen] + 0.7 * torch.randn(count, ENGINE_DIM, generator=generator)
+        return torch.nn.functional.normalize(one)
 
-    ids = [f"14:{i}" for i in range(ENGINE_ROWS)]
     place.mkdir()
-    index = Index.build(place / "engines", ids, drawn(ENGINE_ROWS), model=MODEL)
-    query = drawn(ENGINE_QUERIES)
-    truth = index.search(query, 10).rows
-    table = []
-    for spec in ("exact", "faiss-ivf", "faiss-hnsw", f"milvus:{place}/items.db"):
-        began = time.perf_counter()
-        if spec != "exact":
-            export(index, spec)
-        built = time.perf_counter() - began
-        engine = open_engine(index, spec)
-        found = engine.search(query, 10).rows
-        hits = sum(
-            len(set(a) & set(b)) for a, b in zip(found.tolist(), truth.tolist(), strict=True)
-        )
-        one = seconds(lambda engine=engine: engine.search(query[:1], 10), 15)
-        many = seconds(lambda engine=engine: engine.search(query, 10), 3)
+    embeddings, query = drawn(ENGINE_ROWS), drawn(ENGINE_QUERIES)
+    ids = [f"14:{i}" for i in range(ENGINE_ROWS)]
+    index = Index.build(place / "index", ids, embeddings, model=MODEL)
+    truth = index.search(query, 10)
+    for name, x in (("rows", embeddings), ("query", query), ("truth", truth.rows)):
+        np.save(place / f"{name}.npy", x.numpy())
+    parts = [s.embeddings for s in index.segments]
+    own = {
+        "elva, codes": (lambda q: index.search(q, 10), sum(one.size for one in index.codes)),
+        "elva, rows": (lambda q: exact.search(q, parts, 10), sum(p.nbytes for p in parts)),
+    }
+    table: list[dict[str, Any]] = []
+    for name, (call, read) in own.items():
+        one = seconds(lambda call=call: call(query[:1]), 15)
+        many = seconds(lambda call=call: call(query), 3)
+        rows_read = call(query[:1]).rows_read or 0
         table.append({
-            "engine": spec.split(":")[0], "clustered": clustered,
-            "recall_at_10": hits / truth.numel(), "one_query_ms": 1e3 * one,
-            "queries_a_second": len(query) / many, "export_seconds": built,
+            "library": name, "clustered": clustered, "recall_at_10": 1.0, "one_query_ms": 1e3 * one,
+            "queries_a_second": len(query) / many,
+            "bytes_a_query": read + 2 * ENGINE_DIM * rows_read,
         })  # fmt: skip
-        print(table[-1], flush=True)
+    threads = torch.get_num_threads()
+    for name in index_rivals.RIVALS:
+        found = index_rivals.figures(name, place, 10, threads, 2.0)
+        table.append({"library": name, "clustered": clustered, **found})
+    for row in table:
+        print(row, flush=True)
     return table
 
 
@@ -157,10 +211,11 @@ def main() -> None:
         if given.queries:
             found["streaming"] = streaming(place, given.queries, given.rows, 1536)
             print(found["streaming"], flush=True)
-        found["engines"] = [
+        found["hard cases"] = hard_cases(place)
+        found["rivals"] = [
             row
             for clustered in (True, False)
-            for row in engines(place / f"clustered-{clustered}", clustered)
+            for row in rivals(place / f"clustered-{clustered}", clustered)
         ]
     print(report.write("index", found))
 

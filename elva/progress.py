@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from elva.terminal import Terminal
 
 SHOWN = ("loss", "lm", "infonce", "reward", "rank_1", "kl")
 """Values worth a place beside the bar, in this order, where a stage has them."""
@@ -53,16 +54,16 @@ class _Rate(ProgressColumn):
 class Bars:
     """The reporter of the command line; on a console that is no terminal only the lines appear."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -90,7 +91,7 @@ class Bars:
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print_line(line)
 
     def finish(self, line: str) -> None:
         """End the bar, with a line or, for an empty one, without."""

@@ -3,6 +3,7 @@
 A query is embedded exactly as a test query is: same instruction, same greedy summary, same [RET].
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,23 @@ from elva.errors import DataError, UserError
 from elva.index import Index
 from elva.index.embeddings import columns
 from elva.index.engines import Engine
+from elva.index.exact import Found
 from elva.index.where import Where
-from elva.model.encoder import Encoder
+from elva.model.encoder import Encoder, open_encoder
+from elva.model.modalities import MODALITIES, must_read
+from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 
 MAX_CHARACTERS = 2000
 """Ours: longer than any query of M-BEIR, short enough for one row of the model."""
+
+
+ASK_OTHERWISE = {
+    "text": "pass --image",
+    "image": "ask in words",
+    "image,text": "leave out the words or --image",
+}
+"""What to do where a model does not read a query of a modality."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,8 @@ class Hit:
     score: float  # cosine similarity to the query
     summary: str  # what the model wrote about it
     image: Path | None
+    proven_by: str | None = None  # what shows that nothing better is there: codes, rows
+    rows_read: int | None = None  # embeddings that the search read, besides codes
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "image": None if self.image is None else str(self.image)}
@@ -43,8 +57,8 @@ class Searcher:
     """A model with three verbs: embed items, index them, search.
 
     Args:
-        model: a run, a checkpoint directory, or a hub name.
-        options: `stage`, `max_completion_length`, `read`, `batch_size` of `Encoder.open`.
+        model: a run, a checkpoint directory, a hub name, or an encoder of your own.
+        options: `stage`, `max_completion_length`, `read`, `batch_size` of `open_encoder`.
 
     Example::
 
@@ -54,11 +68,22 @@ class Searcher:
     """
 
     def __init__(self, model: str | Path | Encoder, **options: Any) -> None:
-        self.encoder = model if isinstance(model, Encoder) else Encoder.open(model, **options)
+        self.encoder: Encoder = (
+            open_encoder(model, **options) if isinstance(model, str | Path) else model
+        )
 
     def embed(self, items: Sequence[Item], reporter: Reporter = SILENT) -> Tensor:
-        """[n, D] fp32 embeddings."""
-        return self.encoder(items, reporter.advance).embeddings
+        """[n, D] fp32 embeddings.
+
+        Raises:
+            UserError: an item of a kind that the model does not read.
+        """
+        return self._encoded(items, reporter).embeddings
+
+    def _encoded(self, items: Sequence[Item], reporter: Reporter) -> Encoded:
+        kinds = Counter(item.modality for item in items)
+        must_read(self.encoder.identity.name, self.encoder.modalities, kinds, "those given")
+        return self.encoder(items, reporter.advance)
 
     def index(
         self,
@@ -80,7 +105,7 @@ class Searcher:
             about: noted in the index; `instructions` ({modality of a query: instruction}) are used
                 by `search`.
         """
-        out = self.encoder(items, reporter.advance)
+        out = self._encoded(items, reporter)
         return Index.build(
             directory,
             [item.id for item in items],
@@ -120,8 +145,9 @@ class Searcher:
         """
         check_query(query, k, image)
         index.check_model(self.encoder.identity)
-        asked = _query(index, query, image, instruction)
+        asked = _query(self.encoder, index, query, image, instruction)
         found = (engine or index).search(self.embed([asked]), k, where=where)
+        proven_by = _proof(found) if engine is None or engine is index else None
         rows = found.rows[0][found.rows[0] >= 0].numpy()
         table = index.table.take(rows).to_pylist()
         return [
@@ -132,11 +158,18 @@ class Searcher:
                 score,
                 item.get("summary") or "",
                 Path(item["image"]) if item.get("image") else None,
+                proven_by,
+                found.rows_read,
             )
             for rank, (score, item) in enumerate(
                 zip(found.scores[0].tolist(), table, strict=False), start=1
             )
         ]
+
+
+def _proof(found: Found) -> str:
+    """What shows that an exact search has missed nothing."""
+    return "codes" if found.by_codes is not None and bool(found.by_codes.all()) else "rows"
 
 
 def check_query(query: str, k: int, image: Path | None) -> None:
@@ -159,22 +192,34 @@ def check_query(query: str, k: int, image: Path | None) -> None:
     except DataError as error:
         why = str(error).removeprefix("search: ")
         raise UserError(
-            f"search: image must be a readable JPEG, PNG or WebP file, got {why}; pass another"
+            f"search: image must be a file that shows a picture, got {why}; pass another"
         ) from None
 
 
-def _query(index: Index, words: str, image: Path | None, instruction: str | None) -> Query:
+def _query(
+    encoder: Encoder, index: Index, words: str, image: Path | None, instruction: str | None
+) -> Query:
     """The query as the data's own reader would have made it."""
     text = normalise(words) or None
     modality = ",".join(m for m, there in (("image", image), ("text", text)) if there is not None)
+    if modality not in encoder.modalities:
+        reads = " or ".join(MODALITIES[m][0] for m in MODALITIES if m in encoder.modalities)
+        raise UserError(
+            f"search: the query must be {reads} for {encoder.identity.name}, got "
+            f"{MODALITIES[modality][0]}; {ASK_OTHERWISE[modality]}"
+        )
     known = index.about.get("instructions", {})
-    if instruction is None and modality not in known:
+    if encoder.instructions == "unread" and instruction is not None:
+        raise UserError(
+            f"search: --instruction must be left out of {encoder.identity.name}, which reads none"
+        )
+    asked = known.get(modality) if instruction is None else instruction
+    if asked is None and encoder.instructions == "required":
         raise UserError(
             f"search: {modality.replace(',', ' and ')} must have an instruction, got none in "
             f"{index.directory}; pass --instruction, or ask by {' or '.join(known) or 'another'}"
         )
-    asked = known[modality] if instruction is None else instruction
     return Query(
-        "search", text, image, modality, instruction=asked, task="t2i",
+        "search", text, image, modality, instruction=asked or "", task="t2i",
         positives=(), raw_text=words, where="search",
     )  # fmt: skip

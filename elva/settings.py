@@ -126,7 +126,7 @@ def read_yaml(file: Path) -> tuple[Any, Places]:
     """
     places: dict[str, str] = {}
     try:
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(file.read_bytes())
         node = loader.get_single_node()
         if node is not None:
             _locate(node, "", file, places, set())

@@ -20,9 +20,10 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # elva's rooms, each knowing only those before it: data flows one way.
 ROOMS = (
-    "errors", "draws", "settings", "files", "progress", "processes", "trainer_arguments", "recipe",
-    "recipes", "checkpoint", "data", "run", "model", "index", "hardest", "search", "evaluation",
-    "training", "report", "mrbench", "commands", "cli", "__main__",
+    "errors", "terminal", "draws", "settings", "files", "progress", "processes",
+    "trainer_arguments", "recipe", "recipes", "checkpoint", "data", "run", "model", "index",
+    "hardest", "search", "evaluation", "training", "report", "mrbench", "commands", "cli",
+    "__main__",
 )  # fmt: skip
 
 # What only elva_kernels should compute, and the calls of such names that elva still has.

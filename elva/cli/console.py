@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from elva.errors import UserError, refused_by_kernels
+from elva.errors import UserError, refused_by_kernels, torchvision_is_foreign
 from elva.processes import Processes
+from elva.terminal import Terminal
 
-out = Console(highlight=False)
+out = Terminal()
 if not out.is_terminal:
     out.width = 120  # a file or a pipe has no width: the table's own
-err = Console(stderr=True, highlight=False)
+err = Terminal(stderr=True)
 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory of elva train.", metavar="RUN")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -32,7 +32,7 @@ PoolsOption = Annotated[str, typer.Option(help="Candidate pools: local (a set's)
 
 UNWRITABLE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EISDIR,
 )  # fmt: skip
 """System errors that a person can mend: a full, read-only or foreign disk."""
 
@@ -46,6 +46,13 @@ def one_line_errors() -> Iterator[None]:
         if not isinstance(error, UserError) and not refused_by_kernels(error):
             raise
         _fail(str(error))
+    except (ImportError, RuntimeError) as error:
+        if not torchvision_is_foreign(error):
+            raise
+        _fail(
+            "torchvision must be of this torch's build, got one that does not load; "
+            "pip uninstall torchvision, or install the one of its build"
+        )
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -74,7 +81,7 @@ def together() -> Iterator[Processes]:
 
 
 def _fail(line: str) -> None:
-    err.print(f"elva: {line}", soft_wrap=True, markup=False)
+    err.print_line(f"elva: {line}")
     raise typer.Exit(2) from None
 
 
@@ -100,4 +107,4 @@ def say(data: Any, lines: list[str], as_json: bool) -> None:
         print(json.dumps(data))
         return
     for line in lines:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print_line(line)

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from elva.cli.console import AsJson, choose, err, one_line_errors, out, say
+from elva.errors import UserError
 
 PROVED = 1000
 """Ours: queries of a set that `--prove` embeds; its pool's first so many, and their answers."""
@@ -38,7 +39,8 @@ def emoji_corpus(
 
 @app.command(
     "convert",
-    epilog="Examples:  elva data convert folder ~/Pictures --output data/mine --split test   |   "
+    epilog="Examples:  elva data convert folder ~/Pictures --output data/mine --split test "
+    "--sheet mine.png   |   "
     "elva data convert nli nli_for_simcse.csv --output data/nli   |   "
     "elva data convert mteb mbeir_cirr_task7 --output data/cirr --split test",
 )
@@ -52,7 +54,9 @@ def convert(
     name: Annotated[str | None, typer.Option(help="Name of the dataset, in file names.")] = None,
     number: Annotated[
         int | None,
-        typer.Option(min=0, max=99, help="Number of the dataset in M-BEIR's ids, 0 to 99."),
+        typer.Option(
+            min=0, max=99_999_999, help="Number of the dataset in M-BEIR's ids, 0 to 99,999,999."
+        ),
     ] = None,
     instruction: Annotated[
         str | None, typer.Option(help="Instruction before every query: what it looks for.")
@@ -63,26 +67,57 @@ def convert(
     ] = None,
     skip_bad: Annotated[
         int,
-        typer.Option(min=0, help="Bad rows left out and listed, at most; one more is an error."),
+        typer.Option(
+            min=0,
+            help="Bad rows and pictures left out and listed, at most; one more is an error.",
+        ),
     ] = 0,
+    duplicates: Annotated[
+        str,
+        typer.Option(help="Pictures of a folder that show what another one shows: keep or drop."),
+    ] = "keep",
+    list_left_out: Annotated[
+        Path | None,
+        typer.Option(help="File to list what of a folder is left out, and why: a line a file."),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Contact sheet (PNG) to write of the pictures that are in.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write another format's data in M-BEIR's layout, which every command reads."""
     with one_line_errors():
         from elva.data.formats import convert_file
+        from elva.data.formats.scan import write_list
+        from elva.progress import Bars
 
-        counts = convert_file(
-            format, source, output, split=split, name=name, number=number,
-            instruction=instruction, images=images, skip_bad=skip_bad,
-        )  # fmt: skip
+        if list_left_out is not None and format != "folder":
+            raise UserError(f"--list-left-out is for folder, got it for {format}; leave it out")
+        with Bars(err if as_json else out) as bars:
+            counts = convert_file(
+                format, source, output, split=split, name=name, number=number,
+                instruction=instruction, images=images, skip_bad=skip_bad, duplicates=duplicates,
+                reporter=bars,
+            )  # fmt: skip
+        left_out = counts["left_out"]
+        if list_left_out is not None:
+            write_list(list_left_out, left_out)
+        if sheet is not None:
+            from elva.commands.inspect import write_sheet
+
+            write_sheet(output, split, sheet, str(source))
+        counts |= {"left_out": {why: len(names) for why, names in left_out.items()}}
         found = ", ".join(f"{task} {count:,}" for task, count in counts["queries"].items())
         line = (
             f"{output}: queries {found}; {counts['candidates']:,} candidates, "
             f"{counts['pictures']:,} pictures"
         )
+        several = len(counts["sets"]) > len(counts["queries"])
+        sets = [f"  {stem}: {n:,}" for stem, n in counts["sets"].items() if several]
         bad = counts["bad"]
-        left_out = [f"{len(bad)} bad rows left out:", *(f"  {row}" for row in bad)] if bad else []
-        say(counts, [line, *counts["notices"], *left_out], as_json)
+        rows = [f"{len(bad)} bad rows left out:", *(f"  {row}" for row in bad)] if bad else []
+        made = [f"contact sheet: {sheet}"] if sheet else []
+        say(counts, [line, *sets, *counts["notices"], *rows, *made], as_json)
 
 
 DataArgument = Annotated[Path, typer.Argument(help="Data directory in M-BEIR's layout.")]

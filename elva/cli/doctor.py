@@ -19,4 +19,4 @@ def doctor(as_json: AsJson = False) -> None:
             print(json.dumps(found, default=str))
             return
         for line in command.lines(found):
-            out.print(line, markup=False, soft_wrap=True)
+            out.print_line(line)

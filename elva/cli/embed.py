@@ -22,7 +22,11 @@ from elva.cli.console import (
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A run, a checkpoint or a hub name.", metavar="MODEL")
+    str,
+    typer.Argument(
+        help="A run, a checkpoint or a hub name: ELVA's, Qwen-VL's, or of sentence-transformers.",
+        metavar="MODEL",
+    ),
 ]
 
 EXAMPLES = (
@@ -89,7 +93,7 @@ def embed(
         choose("--dtype", dtype, ("float16", "bfloat16", "float32"))
         quiet_libraries()
         from elva.commands import embed as command
-        from elva.model.encoder import Encoder
+        from elva.model.encoder import open_encoder
         from elva.progress import Bars
 
         which: dict[str, Any] = {"split": split, "tasks": task, "sides": sides, "pools": pools}
@@ -99,7 +103,7 @@ def embed(
             return
         first = os.environ.get("RANK", "0") == "0"
         out.quiet = not first  # of a launcher's processes, which take shards in turns
-        encoder = Encoder.open(
+        encoder = open_encoder(
             model,
             stage=stage,
             max_completion_length=0 if mode == "prompt" else max_completion_length,

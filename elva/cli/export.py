@@ -27,4 +27,4 @@ def export(
         quiet_libraries()
         from elva.commands.export import export as write
 
-        out.print(f"model: {write(model, output, stage=stage)}", soft_wrap=True)
+        out.print_line(f"model: {write(model, output, stage=stage)}")

@@ -41,11 +41,11 @@ def grains(
     with one_line_errors():
         quiet_libraries()
         from elva.commands import grains as probe
-        from elva.model.encoder import Encoder
+        from elva.model.encoder import open_encoder
         from elva.progress import Bars
 
         opened = [
-            (name, Encoder.open(name, max_completion_length=max_completion_length))
+            (name, open_encoder(name, max_completion_length=max_completion_length))
             for name in models
         ]
         with Bars(err if as_json else out) as bars:
@@ -59,9 +59,7 @@ def grains(
         out.print(probe.table(found))
         last = found["models"][models[-1]]
         for one in last["queries"][:show]:
-            out.print(
-                f"{one['distance']:.3f}  {one['text']}  without  {one['grain']} ({one['type']})",
-                markup=False,
-                soft_wrap=True,
+            out.print_line(
+                f"{one['distance']:.3f}  {one['text']}  without  {one['grain']} ({one['type']})"
             )
-        out.print(f"figures and pictures: {output}", soft_wrap=True)
+        out.print_line(f"figures and pictures: {output}")

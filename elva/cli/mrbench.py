@@ -54,7 +54,7 @@ def build(
     with one_line_errors():
         quiet_libraries()
         from elva.commands import mrbench
-        from elva.model.encoder import Encoder
+        from elva.model.encoder import RetrieverEncoder
         from elva.mrbench.judges import judge_of
         from elva.mrbench.review import PAGE
         from elva.progress import Bars
@@ -62,7 +62,7 @@ def build(
         asked = judge_of(judge, judge_model)
         words = None
         if describe is not None:
-            encoder = Encoder.open(describe)
+            encoder = RetrieverEncoder.open(describe)
             words = lambda query: encoder([query]).summaries[0]  # noqa: E731
         with Bars(err if as_json else out) as bars:
             notes = mrbench.build(

@@ -9,4 +9,4 @@ def report(run: RunArgument) -> None:
         from elva.commands.report import report as write
         from elva.run import Run
 
-        out.print(f"report: {write(Run.open(run))}", soft_wrap=True)
+        out.print_line(f"report: {write(Run.open(run))}")

@@ -23,7 +23,8 @@ def search(
         str, typer.Argument(help="Query words: what the item should show or say.")
     ] = "",
     image: Annotated[
-        Path | None, typer.Option(help="Query picture: a JPEG, PNG or WebP file.")
+        Path | None,
+        typer.Option(help="Query picture: a file of any format that pictures are read from."),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Answers a query, 1 or more.")] = 10,
     where: Annotated[
@@ -76,6 +77,6 @@ def search(
             print(json.dumps([hit.as_json() for hit in hits]))
             return
         for hit in hits:
-            out.print(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}", markup=False)
+            out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}")
         if page is not None:
-            out.print(f"contact sheet: {page}", soft_wrap=True)
+            out.print_line(f"contact sheet: {page}")

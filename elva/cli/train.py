@@ -124,7 +124,7 @@ def train(
         run = run or Run.open(directory)
         console = err if as_json else out
         if processes.first:
-            console.print(f"run directory: {run.directory}", soft_wrap=True)
+            console.print_line(f"run directory: {run.directory}")
         with Bars(console) as bars:
             run_stages(
                 run, bars, stages=wanted, start_from=began, limit=limit, controls=controls,
@@ -144,7 +144,7 @@ def _print_result(run: Run, as_json: bool) -> None:
         print(json.dumps(figures(run)))
     else:
         out.print(table(run))
-        out.print(f"report: {page}", soft_wrap=True)
+        out.print_line(f"report: {page}")
 
 
 def _run_to_train(
@@ -210,4 +210,4 @@ def _print_plan(
         return
     import yaml
 
-    out.print(yaml.safe_dump(plan, sort_keys=False, width=100), markup=False, end="")
+    out.print(yaml.safe_dump(plan, sort_keys=False, width=100), end="")

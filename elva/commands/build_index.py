@@ -12,6 +12,7 @@ from elva.errors import UserError
 from elva.index import Index
 from elva.index.embeddings import Embeddings
 from elva.model.identity import Identity
+from elva.progress import SILENT, Reporter
 
 ROWS_AT_ONCE = 16_384
 
@@ -25,6 +26,8 @@ def build(
     model: str | None = None,
     dtype: str = "float16",
     overwrite: bool = False,
+    codes: bool = True,
+    reporter: Reporter = SILENT,
 ) -> Index:
     """Make an index of what `elva embed` wrote, or of a .npy file and its ids.
 
@@ -39,26 +42,43 @@ def build(
         asked = [one.about.get("instructions", {}) for one in reversed(opened)]
         about["instructions"] = {k: v for known in asked for k, v in known.items()}
         shards = [path for one in opened for path in one.segments()]
-        return Index.assemble(directory, shards, about=about, overwrite=overwrite)
+        return Index.assemble(
+            directory, shards, about=about, overwrite=overwrite, codes=codes, reporter=reporter
+        )
     if ids is None or model is None:
         raise UserError("index: --npy must come with --ids and --model, got less; name them")
     rows = _matrix(npy)
-    names = [line.rstrip("\r\n") for _, line in lines(ids)]
+    names = [_id(where, line) for where, line in lines(ids)]
+    reporter.start(f"{directory}: write rows", len(rows), "rows")
     return Index.build(
         directory,
         names,
-        _chunks(rows),
+        _chunks(rows, reporter),
         model=Identity(model, model, "unknown"),
         dtype=dtype,
         overwrite=overwrite,
+        codes=codes,
+        reporter=reporter,
     )
 
 
-def add(directory: Path, embeddings: Sequence[Path], *, overwrite: bool = False) -> Index:
+def add(
+    directory: Path,
+    embeddings: Sequence[Path],
+    *,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> Index:
     """Add what `elva embed` wrote to an index of the same model."""
     index = Index(directory, verify=False)
     shards = [path for one in embeddings for path in Embeddings.open(one).segments()]
-    return index.add_segments(shards, overwrite=overwrite)
+    return index.add_segments(shards, overwrite=overwrite, reporter=reporter)
+
+
+def _id(where: str, line: str) -> str:
+    if not line:
+        raise UserError(f"{where}: must hold an id, is an empty line; take it out")
+    return line
 
 
 def _matrix(path: Path) -> np.ndarray:
@@ -72,6 +92,7 @@ def _matrix(path: Path) -> np.ndarray:
     return rows
 
 
-def _chunks(rows: np.ndarray) -> Iterator[Tensor]:
+def _chunks(rows: np.ndarray, reporter: Reporter) -> Iterator[Tensor]:
     for start in range(0, max(1, len(rows)), ROWS_AT_ONCE):
         yield torch.from_numpy(np.array(rows[start : start + ROWS_AT_ONCE]))
+        reporter.advance(min(start + ROWS_AT_ONCE, len(rows)))

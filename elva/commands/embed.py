@@ -7,6 +7,7 @@ turns.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,12 +17,15 @@ import pyarrow as pa
 
 from elva.data import Item, Pool, Queries
 from elva.data.mbeir import QuerySet, first_instructions, read_sets
+from elva.data.schema import modalities
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError
 from elva.files import write_text
+from elva.index import fields
 from elva.index import segment as segment_file
 from elva.index.embeddings import PLAN, Embeddings, columns
-from elva.model.encoder import Encoder
+from elva.model.encoder import Encoder, unfamiliar
+from elva.model.modalities import must_read
 from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
@@ -70,13 +74,16 @@ def embed(
     """
     faults = Faults(skip_bad)
     sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
+    wanted = [*_wanted(data, sets, split, sides)]
+    for name, items, _ in wanted:
+        must_read(encoder.identity.name, encoder.modalities, _modalities(items), name)
     if faults.found and _world_rank() == 0:
         write_text(output / SKIPPED, "".join(f"{line}\n" for line in faults.found))
-    for line in (line for one in sets for line in one.notices if _world_rank() == 0):
+    for line in _notices(encoder, sets, wanted) if _world_rank() == 0 else ():
         reporter.finish(line)
     named = pictures.names(data)
     done = []
-    for name, items, about in _wanted(data, sets, split, sides):
+    for name, items, about in wanted:
         plan = Embeddings(
             output / name,
             len(items),
@@ -111,16 +118,10 @@ def plan(
 
 
 def _kinds(pool: Pool) -> dict[str, pa.DataType]:
-    """field -> number or text, over the whole pool, so that all its shards agree."""
+    """field -> number or text, over the whole pool."""
     if pool.table["extra"].null_count == len(pool):
         return {}
-    numbers: dict[str, bool] = {}
-    for row in range(len(pool)):
-        for name, value in pool.extra(row).items():
-            numbers[name] = numbers.get(name, True) and _number(value) is not None
-    own = {"id", "text", "image", "modality", "name", "summary"}
-    return {n: pa.float64() if is_number else pa.string()
-            for n, is_number in sorted(numbers.items()) if n not in own}  # fmt: skip
+    return fields.kinds(pool.extra(row) for row in range(len(pool)))
 
 
 def _metadata(
@@ -128,20 +129,17 @@ def _metadata(
 ) -> dict[str, pa.Array]:
     if not kinds or not isinstance(items, Pool):
         return {}
-    known = [items.extra(items.row(item.id)) for item in good]
-    found = {}
-    for name, kind in kinds.items():
-        values = [fields.get(name) for fields in known]
-        read = _number if kind == pa.float64() else str
-        found[name] = pa.array([None if v is None else read(v) for v in values], kind)
-    return found
+    return fields.arrays([items.extra(items.row(item.id)) for item in good], kinds)
 
 
-def _number(value: str | int | float) -> float | None:
-    try:
-        return float(value)
-    except ValueError:
-        return None
+def _names(
+    items: Pool | Queries, good: Sequence[Item], named: Mapping[str, str]
+) -> Mapping[str, str]:
+    """id -> what to call it: of a person's own picture its path under their folder."""
+    if not isinstance(items, Pool):
+        return named
+    files = {item.id: items.extra(items.row(item.id)).get("file") for item in good if item.image}
+    return {**named, **{id: str(file) for id, file in files.items() if file}}
 
 
 def _wanted(
@@ -158,6 +156,34 @@ def _wanted(
         for one in sets:
             asked = one.queries.distinct()
             yield f"mbeir_{one.stem}_{split}", asked, {"side": "queries", "task": one.task}
+
+
+def _modalities(items: Pool | Queries) -> dict[str, int]:
+    """modality -> items."""
+    if isinstance(items, Queries):
+        found: Counter[str] = Counter()
+        for task, count in items.tasks().items():
+            found[modalities(task)[0]] += count
+        return found
+    return {one["values"]: one["counts"]
+            for one in items.table["modality"].value_counts().to_pylist()}  # fmt: skip
+
+
+def _notices(
+    encoder: Encoder,
+    sets: Sequence[QuerySet],
+    wanted: Sequence[tuple[str, Pool | Queries, Mapping[str, Any]]],
+) -> Iterator[str]:
+    """What is to be known before work starts, a line each."""
+    for one in sets:
+        yield from one.notices
+    if encoder.instructions == "unread" and any(
+        about["side"] == "queries" for _, _, about in wanted
+    ):
+        yield f"note: {encoder.identity.name} reads no instruction; the queries' are left out"
+    datasets = {int(number) for _, items, _ in wanted for number in items.datasets}
+    if line := unfamiliar(encoder, datasets):
+        yield line
 
 
 def _instructions(data: Path, pool: Pool) -> dict[str, str]:
@@ -208,10 +234,11 @@ def _embed_shards(
         before = len(faults.found)
         good, out = _embedded(encoder, chosen, faults, _offset(reporter, done))
         done += len(chosen)
+        kept = columns(good, _names(items, good, named))
         table = pa.table(
             {
                 "id": pa.array([i.id for i in good], pa.string()),
-                **{k: pa.array(v, pa.string()) for k, v in columns(good, named).items()},
+                **{k: pa.array(v, pa.string()) for k, v in kept.items()},
                 "summary": pa.array(out.summaries, pa.string()),
                 **_metadata(items, good, kinds),
             }
@@ -221,7 +248,7 @@ def _embed_shards(
                 file.writelines(f"{line}\n" for line in faults.found[before:])
         segment_file.write(
             plan.shards[shard], [out.embeddings], table,
-            dim=encoder.retriever.embedding_size, dtype=dtype, model=plan.model,
+            dim=encoder.embedding_size, dtype=dtype, model=plan.model,
         )  # fmt: skip
     bad = len(faults.found) - read
     skipped = f", {bad} bad ones left out, see {SKIPPED}" if bad else ""
@@ -247,10 +274,7 @@ def _readable(encoder: Encoder, items: Sequence[Item], faults: Faults) -> Iterat
     for item in items:
         fine = False
         with faults.row():
-            inputs = encoder.retriever.inputs
-            prompt = inputs.prompt(item)
-            if prompt.image is not None:
-                inputs.pixels(prompt.image)  # decoded, which a prompt is not
+            encoder.check(item)
             fine = True
         if fine:
             yield item

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from elva.errors import UserError
 from elva.files import write_directory
-from elva.model.encoder import Encoder
+from elva.model.encoder import RetrieverEncoder
 
 
 def export(model: str | Path, output: Path, *, stage: str | None = None) -> Path:
@@ -19,6 +19,6 @@ def export(model: str | Path, output: Path, *, stage: str | None = None) -> Path
     """
     if output.exists():
         raise UserError(f"export: --output must not exist yet, got {output}; choose another")
-    retriever = Encoder.open(model, stage=stage).retriever
+    retriever = RetrieverEncoder.open(model, stage=stage).retriever
     write_directory(output, lambda partial: retriever.save(partial, merge=True))
     return output

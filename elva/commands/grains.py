@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 
 from elva.data import load
+from elva.data.schema import modalities
 from elva.errors import UserError
 from elva.evaluation.grains import figures as measure
 from elva.evaluation.grains import minimal_pair_recall, probe
@@ -54,7 +55,8 @@ def grains(
 
     Returns:
         What `grains.json` holds: for each model `mean`, `least` (over types), `types` (mean and
-        count), `blind` (the share of queries with a grain not seen), `minimal_pair_recall_at_1`,
+        count), `blind` (the share of queries with a grain not seen), `minimal_pair_recall_at_1`
+        (None where there are no such pairs, or the model does not read the candidates),
         `queries` (each one's least seen grain, the most blind first) and every `probe`.
 
     Raises:
@@ -77,7 +79,10 @@ def grains(
         asked = encode(queries)
         probes = probe(queries, asked, encode)
         figures = measure(probes, delta)
-        figures["minimal_pair_recall_at_1"] = minimal_pair_recall(dataset, queries, asked, encode)
+        shown = modalities(queries[0].task)[1] in encoder.modalities
+        figures["minimal_pair_recall_at_1"] = (
+            minimal_pair_recall(dataset, queries, asked, encode) if shown else None
+        )
         found["models"][title] = figures
         reporter.finish("")
     write_text(output / FIGURES, json.dumps(found, indent=1) + "\n")

@@ -114,6 +114,30 @@ def sample(
     return rows
 
 
+def write_sheet(root: Path, split: str, output: Path, title: str) -> None:
+    """Draw a contact sheet of a data directory's candidates, each under what the data calls it:
+    all of them, or as many as a sheet holds, spread over their order.
+
+    Args:
+        output: the sheet, a .png.
+    """
+    pools = {one.pool_name: one.pool for one in read_sets(root, split=split)}
+    places = [(pool, int(row)) for pool in pools.values() for row in pool.pictured]
+    if not places:
+        raise DataError(f"{root}: holds no candidates with pictures, of which a sheet could be")
+    count = min(len(places), pictures.SHEET_TILES)
+    chosen = [places[i * len(places) // count] for i in range(count)]
+    named = pictures.names(root)
+    tiles = []
+    for pool, row in chosen:
+        item = pool[row]
+        name = pool.extra(row).get("file") or named.get(item.id) or item.text or item.id
+        tiles.append((pictures.small(item), "", str(name)))
+    shown = "" if count == len(places) else f"{count} of "
+    footer = pictures.attribution(pool[row].id for pool, row in chosen)
+    pictures.sheet(output, f"{title}: {shown}{len(places):,} pictures", tiles, footer)
+
+
 def splits(root: Path, split: str | None) -> list[str]:
     """The named split, or those that a data directory has; DataError where it has none."""
     if split is not None:

@@ -7,6 +7,7 @@ are named as in sentence-transformers' `mine_hard_negatives`; `num_random` is ou
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -257,12 +258,13 @@ def _write(
     at = {query.where: query.id for query in one.queries if query.id in chosen}
     rows = (
         dump(json.loads(line) | {"neg_cand_list": chosen[at[where]]})
-        for where, line in lines(one.path)
+        for where, line in lines(one.path, Faults(sys.maxsize))  # its faults are known
         if where in at
     )
     write_lines(query_file(partial, one.stem, split), rows)
     qrels = Path("qrels") / split / f"mbeir_{one.stem}_{split}_qrels.txt"
     if (data / qrels).exists():
-        judged = (line.rstrip("\r\n") for _, line in lines(data / qrels))
-        kept = (row for row in judged if chosen.keys() & columns(row)[:1])
-        write_lines(partial / qrels, kept)
+        judged = lines(data / qrels, Faults(sys.maxsize))
+        kept = [line for _, line in judged if chosen.keys() & columns(line)[:1]]
+        if kept:
+            write_lines(partial / qrels, kept)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elva.data import Query
-from elva.data.strict import Faults
+from elva.data.strict import Faults, lines
 from elva.errors import DataError, UserError
 from elva.files import write_directory, write_text
 from elva.mrbench.build import PER_SET, SPARE, Asker, judge_set, sets_of, stratified, write_data
@@ -115,9 +115,8 @@ def review(directory: Path, decisions: Path | None = None) -> dict[str, int]:
         rows = {q: [taken[q][0] if q in taken else row[0], *row[1:]] for q, row in rows.items()}
     dropped = {q for q, row in rows.items() if row[0] == "drop"}
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        kept = [line for line in path.read_text("utf-8").splitlines(keepends=True)
-                if qid_of(line) not in dropped]  # fmt: skip
-        write_text(directory / path.relative_to(source), "".join(kept))
+        kept = [line for _, line in lines(path) if qid_of(line) not in dropped]
+        write_text(directory / path.relative_to(source), "".join(f"{line}\n" for line in kept))
     write_review(directory, rows.values())
     tally = Counter(row[0] or "undecided" for row in rows.values())
     return {name: tally[name] for name in ("keep", "drop", "undecided")}

@@ -10,12 +10,15 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from elva.data import Item, Pool, load
 from elva.data.mbeir import first_instructions
 from elva.errors import IndexFault, UserError
 from elva.index import Index
 from elva.index.engines import open_engine
 from elva.index.where import Where
+from elva.model.encoder import unfamiliar
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
 from elva.run import Run
@@ -64,15 +67,24 @@ def search(
             max_completion_length=about.get("max_completion_length"),
             read=about.get("read", "at_ret"),
         )  # fmt: skip
+    if line := unfamiliar(searcher.encoder, _datasets(index)):
+        reporter.finish(line)
     return searcher.search(
         index, query, image=image, k=k, where=where, instruction=instruction,
         engine=open_engine(index, engine),
     )  # fmt: skip
 
 
+def _datasets(index: Index) -> list[int]:
+    """The numbers of the datasets whose items are here; -1 for items of no dataset."""
+    before = pc.split_pattern(index.table["id"], ":", max_splits=1)
+    names = pc.unique(pc.list_element(before, 0)).to_pylist()
+    return [int(name) if name.isascii() and name.isdigit() else -1 for name in names]
+
+
 def condition(text: str) -> tuple[str, str, str]:
     """(field, comparison, value) of `field>=value`; UserError for anything else."""
-    match = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text)
+    match = re.fullmatch(r"\s*([^\s=!<>]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", text, re.DOTALL)
     if match is None:
         raise UserError(
             f"search: --where must read FIELD=VALUE (or != < <= > >=), got {text!r}; "

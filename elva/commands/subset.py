@@ -92,7 +92,7 @@ def _cut(
         _cut_qrels(data, partial, one.stem, split, set(some.column("id").tolist()))
     for path, kept in chosen.items():
         numbered = enumerate((line for _, line in lines(path)), start=1)
-        text = (line.rstrip("\r\n") for number, line in numbered if number in kept)
+        text = (line for number, line in numbered if number in kept)
         write_lines(partial / path.relative_to(data), text)
     return counts
 
@@ -100,6 +100,7 @@ def _cut(
 def _cut_qrels(data: Path, partial: Path, stem: str, split: str, asked: set[int]) -> None:
     path = qrels_file(data, stem, split)
     if path.exists():
-        text = (line.rstrip("\r\n") for _, line in lines(path))
-        kept = (line for line in text if (ids := columns(line)) and hashed_id(ids[0]) in asked)
-        write_lines(qrels_file(partial, stem, split), kept)
+        text = (line for _, line in lines(path))
+        kept = [line for line in text if (ids := columns(line)) and hashed_id(ids[0]) in asked]
+        if kept:
+            write_lines(qrels_file(partial, stem, split), kept)

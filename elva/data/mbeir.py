@@ -344,12 +344,13 @@ def _datasets(path: Path) -> list[tuple[str, int]]:
 
 def _instruction_rows(path: Path) -> Iterator[tuple[str, int, str, str, tuple[str, ...]]]:
     for number, (where, line) in enumerate(lines(path)):
-        fields = line.rstrip("\r\n").split("\t")
-        if number == 0:
+        fields = line.split("\t")
+        is_number = len(fields) > 3 and re.fullmatch("[0-9]{1,8}", fields[3])
+        if number == 0 and not is_number:
             continue  # The header.
         found = tuple(normalise(field) for field in fields[4:] if field.strip())
         modalities = [modality_of(field) for field in fields[:2]]
-        if not found or None in modalities or not re.fullmatch("[0-9]{1,8}", fields[3]):
+        if not found or None in modalities or not is_number:
             raise DataError(
                 f"{where}: not query_modality, cand_modality, dataset, dataset_id, prompts"
             )

@@ -1,6 +1,13 @@
-"""Qrels as M-BEIR has them, and whether they agree with the query file."""
+"""Judgements: which candidates are right for a query. One rule, whichever file they stand in.
 
+A relevance is a whole number; above 0 is right, and 0 and less is judged and wrong. A pair may be
+judged twice alike, not twice otherwise. Judgements of which none is right measure nothing.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,33 +18,106 @@ from elva.data.schema import hashed_id
 from elva.data.strict import Faults, columns, lines
 from elva.errors import DataError
 
+BEIR = ("query-id", "corpus-id", "score")
+"""The columns of BEIR's and MTEB's qrels."""
 
-def _read(path: Path) -> dict[tuple[str, str], str]:
-    """(query, candidate) -> `file:line`, of the lines with a relevance above zero."""
-    relevant: dict[tuple[str, str], str] = {}
-    for where, line in lines(path):
+
+class Judgement(NamedTuple):
+    """A relevance, and the `file:line` that says it."""
+
+    relevance: int
+    where: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.relevance > 0
+
+
+Judgements = Mapping[str, Mapping[str, Judgement]]
+"""Query -> candidate -> judgement."""
+
+
+def read(path: Path, faults: Faults | None = None) -> dict[str, dict[str, Judgement]]:
+    """Qrels of four columns (TREC's), five (M-BEIR's), or three under BEIR's header.
+
+    Raises:
+        DataError: a line that is no judgement, as `file:line: rule`; see `collect`.
+    """
+    faults = faults or Faults()
+    return collect(path, _rows(path, faults), faults)
+
+
+def collect(
+    path: Path, rows: Iterable[tuple[str, str, str, object]], faults: Faults
+) -> dict[str, dict[str, Judgement]]:
+    """The judgements of (`file:line`, query, candidate, relevance), in their order.
+
+    Args:
+        path: What they are read from, for errors that are of no line.
+        rows: Relevance as a number or as a file spells one.
+
+    Raises:
+        DataError: no whole number, a pair judged otherwise before; none at all, or none right.
+    """
+    found: dict[str, dict[str, Judgement]] = {}
+    any_right = False
+    for where, qid, did, value in rows:
+        with faults.row():
+            one = Judgement(_relevance(where, value), where)
+            known = found.setdefault(qid, {}).setdefault(did, one)
+            if known.relevance != one.relevance:
+                raise DataError(
+                    f"{where}: candidate {did} was judged otherwise before, at {known.where}"
+                )
+            any_right = any_right or one.is_right
+    if not found:
+        raise DataError(f"{path}: holds no judgements")
+    if not any_right:
+        raise DataError(f"{path}: judges no candidate right: no relevance is above 0")
+    return found
+
+
+def _relevance(where: str, value: object) -> int:
+    """`2`, `-1`, `1.0`: parquet's columns of numbers are often floats."""
+    is_number = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not (is_number and re.fullmatch(r"[+-]?[0-9]{1,9}(\.0*)?", str(value))):
+        raise DataError(f"{where}: relevance {str(value)[:80]!r} is no whole number")
+    return int(str(value).partition(".")[0])
+
+
+def _rows(path: Path, faults: Faults) -> Iterator[tuple[str, str, str, str]]:
+    widths: tuple[int, ...] = (4, 5)
+    first = True
+    for where, line in lines(path, faults):
         fields = columns(line)
         if not fields:
             continue
-        if len(fields) not in (4, 5):
-            raise DataError(f"{where}: {len(fields)} columns, not qid 0 did relevance task_id")
-        try:
-            for id in (fields[0], fields[2]):
-                hashed_id(id)
-            relevance = int(fields[3])
-        except ValueError as error:
-            raise DataError(f"{where}: {error}") from error
-        if relevance > 0:
-            relevant[fields[0], fields[2]] = where
-    return relevant
+        if first and [field.casefold() for field in fields] == list(BEIR):
+            widths, first = (3,), False
+            continue
+        first = False
+        with faults.row():
+            if len(fields) not in widths:
+                forms = "qid 0 did relevance [task], nor BEIR's under query-id corpus-id score"
+                raise DataError(f"{where}: {len(fields)} columns, not {forms}")
+            qid, did, value = fields if widths == (3,) else (fields[0], *fields[2:4])
+            yield where, qid, did, value
 
 
 def check(path: Path, kept: tables.Kept, pool: Pool, faults: Faults) -> None:
-    """Every relevant pair of the qrels must be one of the queries' own, inside the pool or not."""
-    relevant = _read(path)
-    if not relevant:
+    """Every right pair of the qrels must be one of the queries' own, inside the pool or not."""
+    judged: Judgements = {}
+    with faults.row():
+        judged = read(path, faults)
+    found = [
+        (qid, did, one.where)
+        for qid, answers in judged.items()
+        for did, one in answers.items()
+        if one.is_right and _is_named(qid, did, one.where, faults)
+    ]
+    if not found:
         return
-    qids, dids = (np.array([hashed_id(pair[i]) for pair in relevant]) for i in (0, 1))
+    qids, dids = (np.array([hashed_id(pair[i]) for pair in found]) for i in (0, 1))
     rows = tables.find(kept.order, qids)
     answers, owner = _answers(kept)
     every = np.unique(np.concatenate([answers, dids]))
@@ -45,9 +125,8 @@ def check(path: Path, kept: tables.Kept, pool: Pool, faults: Faults) -> None:
     asked = rows * len(every) + np.searchsorted(every, dids)
     wrong = np.flatnonzero((rows < 0) | ~np.isin(asked, own))
     held = pool.find(dids[wrong]) >= 0
-    found = list(relevant.items())
     for place, is_held in zip(wrong.tolist(), held.tolist(), strict=True):
-        (qid, did), where = found[place]
+        qid, did, where = found[place]
         with faults.row():
             if rows[place] < 0:
                 if faults.found:  # it may be one of those that were left out
@@ -56,6 +135,17 @@ def check(path: Path, kept: tables.Kept, pool: Pool, faults: Faults) -> None:
             if not is_held:
                 raise DataError(f"{where}: candidate {did} is not in the pool")
             raise DataError(f"{where}: {did} is not a positive of query {qid}")
+
+
+def _is_named(qid: str, did: str, where: str, faults: Faults) -> bool:
+    """Whether both are ids of M-BEIR's form."""
+    named = False
+    with faults.row():
+        try:
+            named = hashed_id(qid) >= 0 and hashed_id(did) >= 0
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
+    return named
 
 
 def _answers(kept: tables.Kept) -> tuple[np.ndarray, np.ndarray]:

@@ -5,25 +5,19 @@ turns ids into `Item`s.
 """
 
 import hashlib
-import io
 import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
-from elva.errors import DataError
+from elva.data import pictures
+from elva.errors import DataError, PictureFault, printable
 
 _T = TypeVar("_T")
-
-# Ours: 64 Mpx holds every M-BEIR picture and stays under Pillow's own warning (89 Mpx).
-MAX_PIXELS = 64_000_000
-MAX_ASPECT_RATIO = 200
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 # UniIR's task numbers; M-BEIR has no set of task 5.
 TASKS = {
@@ -88,15 +82,13 @@ class Item:
     where: str = field(default="", compare=False, kw_only=True)
 
     def load_image(self) -> Image.Image:
-        """The picture as RGB, transparency over white.
+        """The picture as RGB, as every viewer shows it (`elva.data.pictures`).
 
         Raises:
-            DataError: no picture, not JPEG/PNG/WebP, too large, or damaged. Size is judged
-                from the header, before anything is decoded.
+            DataError: no picture, none of the formats that are read, too large, or damaged. Size is
+                judged from the header, before anything is decoded.
         """
-        if isinstance(self.image, Image.Image):
-            return _flatten(self.image)
-        return self._opened(_flatten)
+        return self._of_picture(pictures.load)
 
     def content_hash(self) -> bytes:
         """A SHA-256 of what the item says and shows, whatever it is called and however it is
@@ -114,12 +106,12 @@ class Item:
         return digest.digest()
 
     def image_format(self) -> str:
-        """`JPEG`, `PNG` or `WEBP`, from the header; nothing is decoded.
+        """One of `elva.data.pictures.FORMATS`, from the header; nothing is decoded.
 
         Raises:
             DataError: as `load_image`, but for damage beyond the header.
         """
-        return str(self._opened(lambda image: image.format))
+        return self._of_picture(pictures.format_of)
 
     def image_size(self) -> tuple[int, int]:
         """Width and height of `load_image`'s picture, from the header; nothing is decoded.
@@ -127,30 +119,21 @@ class Item:
         Raises:
             DataError: as `load_image`, but for damage beyond the header.
         """
-        if isinstance(self.image, Image.Image):
-            return self.image.size
-        return self._opened(lambda image: image.size)
+        return self._of_picture(pictures.size)
 
-    def _opened(self, use: Callable[[Image.Image], _T]) -> _T:
+    def _of_picture(self, ask: Callable[[Any], _T]) -> _T:
         where = self.where or self.id
-        if not isinstance(self.image, Path | bytes):
+        if self.image is None:
             raise DataError(f"{where}: has no picture")
-        shown = self.image if isinstance(self.image, Path) else "picture"
         try:
-            return _open(self.image, use)
-        except FileNotFoundError as error:
-            raise DataError(f"{where}: no such picture: {shown}") from error
-        except (
-            Image.DecompressionBombError,
-            Image.DecompressionBombWarning,
-            EOFError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            struct.error,
-        ) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{where}: unreadable picture: {shown}: {reason}") from error
+            return ask(self.image)
+        except PictureFault as fault:
+            rule = "no such picture" if fault.kind == "missing" else "unreadable picture"
+            parts = [where, rule]
+            if isinstance(self.image, Path) and not f"/{self.image}".endswith(f"/{where}"):
+                parts.append(printable(str(self.image)))
+            reason = [] if fault.kind == "missing" else [str(fault)]
+            raise DataError(": ".join([*parts, *reason])) from fault
 
 
 @dataclass(frozen=True)
@@ -222,25 +205,3 @@ def normalise(text: str) -> str:
         if text[-1] not in ".?!":
             text += "."
     return text
-
-
-def _open(source: Path | bytes, use: Callable[[Image.Image], _T]) -> _T:
-    opened = io.BytesIO(source) if isinstance(source, bytes) else source
-    # Whatever Pillow would warn of as a decompression bomb is refused here, still undecoded.
-    with Image.open(opened, formats=IMAGE_FORMATS) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} is more than {MAX_PIXELS} pixels")
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(f"{width} x {height} is longer than {MAX_ASPECT_RATIO}:1")
-        return use(image)
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16 bits a pixel; Pillow would clip them to 8 instead of scaling.
-        image = image.point(lambda value: value * (1 / 256))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

@@ -4,18 +4,23 @@ Every fault is `file:line: rule`.
 """
 
 import codecs
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, AnyStr, BinaryIO, NoReturn
 
 from elva.data.schema import hashed_id
 from elva.errors import DataError
 
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20
+
+HEAD_BYTES = 65_536
+"""Ours: of a file, by which its encoding and line end are known."""
 
 MAX_PATH_BYTES = 3000
 """Ours: Linux's limit is 4,096 with the root, and 255 for each part; beyond it `stat` fails."""
@@ -59,7 +64,7 @@ class Record:
 
     def fail(self, rule: str) -> NoReturn:
         """Raise the DataError for this line."""
-        raise DataError(f"{self.where}: {_short(rule)}")
+        raise DataError(f"{self.where}: {rule}")
 
     def value(self, key: str) -> object:
         """A field that must be there."""
@@ -186,44 +191,65 @@ def modality_of(value: str) -> str | None:
 
 
 def lines(path: Path, faults: Faults | None = None) -> Iterator[tuple[str, str]]:
-    """(`file:line`, text) of every line; strict UTF-8, capped length, no byte order mark."""
-    faults = faults or Faults()
+    """(`file:line`, text without its line end) of every line of a text file; all that ELVA reads go
+    through here: strict UTF-8, or UTF-16 by its mark; capped length; no byte order mark; lines end
+    as on any system; empty lines at the end are none, and others are "".
+
+    Raises:
+        DataError: not readable, too long, or in another encoding, as `file:line: rule`.
+    """
+    faults, empty = faults or Faults(), range(0)
     try:
         with open(path, "rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                text = None
-                with faults.row():
-                    text = _decoded(f"{path}:{number}", line)
-                if text is not None:
-                    yield f"{path}:{number}", text
-                while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    line = stream.readline(MAX_LINE_BYTES + 1)  # the rest of a line left out
+            encoding, end = _form(path, stream)
+            usual = (encoding, end) == ("utf-8", "\n")
+            read = _texts if usual else partial(_other_texts, encoding=encoding, end=end)
+            for number, line in read(path, stream, faults):
+                if not line.strip(" \t\r\n"):
+                    empty = range(empty.start or number, number + 1)
+                    continue
+                yield from ((f"{path}:{passed}", "") for passed in empty)
+                empty = range(0)
+                yield f"{path}:{number}", line.rstrip("\r\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
 
 
+def read_text(path: Path, limit: int = MAX_LINE_BYTES) -> str:
+    """The whole of a text file of so many bytes at most, in the encodings of `lines`.
+
+    Raises:
+        DataError: as `lines`, or larger.
+    """
+    try:
+        with open(path, "rb") as stream:
+            encoding, _ = _form(path, stream)
+            content = stream.read(limit + 1)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if len(content) > limit:
+        raise DataError(f"{path}: is larger than {limit:,} bytes, which are read at most")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = 1 + content[: error.start].count(b"\n")
+        raise DataError(f"{path}:{line}: {_undecoded(error, encoding.upper())}") from error
+
+
 def columns(line: str) -> list[str]:
     """What spaces and tabs separate; nothing else does: ids may hold every other character."""
-    return [field for field in re.split("[ \t]+", line.strip(" \t\r\n")) if field]
+    return [field for field in re.split("[ \t]+", line) if field]
 
 
 def records(path: Path, faults: Faults | None = None) -> Iterator[Record]:
-    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity. Empty lines
-    are passed over at the end alone: elsewhere a row may be missing."""
+    """The JSON objects of a file, one a line; no duplicate keys, no NaN or Infinity."""
     faults = faults or Faults()
-    empty: list[str] = []
     for where, line in lines(path, faults):
-        if not line.strip(" \t\r\n"):
-            empty.append(where)
-            continue
-        while empty:
-            with faults.row():
-                raise DataError(f"{empty.pop(0)}: not JSON: an empty line")
         record = None
         with faults.row():
-            record = Record(where, _parsed(where, line))
+            if not line:  # a row may be missing
+                raise DataError(f"{where}: not JSON: an empty line")
+            record = Record(where, parse(where, line))
         if record is not None:
             yield record
 
@@ -240,27 +266,102 @@ def dump(row: Mapping[str, object]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
-def _decoded(where: str, line: bytes) -> str:
+def _form(path: Path, stream: BinaryIO) -> tuple[str, str]:
+    """The encoding and the line end of a file, from its beginning; its mark is passed over."""
+    head = stream.read(HEAD_BYTES)
+    stream.seek(0)
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        raise DataError(f"{path}:1: is UTF-32; save the file as UTF-8")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = head[: len(head) // 2 * 2].decode("utf-16", "ignore")
+        return "utf-16", _line_end(text)
+    if head.startswith(codecs.BOM_UTF8):
+        stream.seek(len(codecs.BOM_UTF8))
+    if 4 * head[:512].count(0) > len(head[:512]):
+        raise DataError(f"{path}:1: looks like UTF-16 without its mark; save the file as UTF-8")
+    return "utf-8", _line_end(head.decode("latin-1"))
+
+
+def _line_end(head: str) -> str:
+    """Old Macs, and Excel when it saves for them, end lines with a carriage return alone."""
+    return "\r" if "\r" in head and "\n" not in head else "\n"
+
+
+def _texts(path: Path, stream: BinaryIO, faults: Faults) -> Iterator[tuple[int, str]]:
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        text = None
+        with faults.row():
+            text = _decoded(f"{path}:{number}", line)
+        if text is not None:
+            yield number, text
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES + 1)  # the rest of a line left out
+
+
+def _other_texts(
+    path: Path, stream: BinaryIO, faults: Faults, encoding: str, end: str
+) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with io.TextIOWrapper(stream, encoding, newline=end) as texts:
+            while line := texts.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                text = None
+                with faults.row():
+                    text = _short_enough(f"{path}:{number}", line)
+                if text is not None:
+                    yield number, text
+                while len(line) > MAX_LINE_BYTES and not line.endswith(end):
+                    line = texts.readline(MAX_LINE_BYTES + 1)  # the rest of a line left out
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number + 1}: {_undecoded(error, encoding.upper())}") from error
+
+
+def _short_enough(where: str, line: AnyStr) -> AnyStr:
     if len(line) > MAX_LINE_BYTES:
         raise DataError(f"{where}: line is longer than {MAX_LINE_BYTES} bytes")
-    if where.endswith(":1"):
-        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{where}: is UTF-16; save the file as UTF-8")
-        line = line.removeprefix(codecs.BOM_UTF8)
+    return line
+
+
+def _decoded(where: str, line: bytes) -> str:
+    _short_enough(where, line)
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+        raise DataError(f"{where}: {_undecoded(error, 'UTF-8')}") from error
 
 
-def _parsed(where: str, line: str) -> dict[str, object]:
+def _undecoded(error: UnicodeDecodeError, encoding: str) -> str:
+    """What is no text, and as what it would be: most such files were saved by Windows."""
+    rule = f"not {encoding} at byte {error.start}"
+    found = error.object[error.start : error.start + 1]
+    try:
+        letter = found.decode("cp1252")
+    except UnicodeDecodeError:
+        return rule
+    if encoding == "UTF-8" and letter.isprintable():
+        rule += f"; in Windows-1252 it is {letter!r}: save the file as UTF-8"
+    return rule
+
+
+def parse(where: str, line: str) -> dict[str, Any]:
+    """The object that a text of JSON is.
+
+    Args:
+        where: `file:line` or a file, for the error.
+
+    Raises:
+        DataError: not JSON, no object, a key twice, NaN or Infinity, a lone surrogate.
+    """
     try:
         fields = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
         # Lone surrogates parse as JSON but are no text, and no tokenizer takes them.
         if "\\u" in line:
             json.dumps(fields, ensure_ascii=False).encode()
     except DataError as error:
-        raise DataError(f"{where}: {_short(str(error))}") from error
+        raise DataError(f"{where}: {error}") from error
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: holds a lone surrogate") from error
     except RecursionError as error:
@@ -271,11 +372,6 @@ def _parsed(where: str, line: str) -> dict[str, object]:
     if not isinstance(fields, dict):
         raise DataError(f"{where}: not a JSON object")
     return fields
-
-
-def _short(rule: str) -> str:
-    """A rule that quotes a 60 MiB field is still one line to read."""
-    return rule if len(rule) <= 300 else f"{rule[:300]}..."
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -31,8 +31,9 @@ if sys.platform != "win32":
 MAPPED_FROM_BYTES = 32 << 20
 """Ours: a file from here on is worth a table on disk; reading a smaller one takes a second."""
 
-VERSION = 3
-"""Of the tables on disk; raise it when the same file would give another one."""
+VERSION = 4
+"""Of the tables on disk; raise it when the same file would give another one, or its rows other
+identities."""
 
 BATCH_ROWS = 32_768
 """Ours: rows held as Python objects at a time."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from elva.data import qrels
 from elva.data.strict import Faults, columns, lines
 from elva.errors import DataError
 from elva.files import replacing
@@ -18,9 +19,6 @@ Answers = Mapping[str, Sequence[tuple[str, float]]]
 
 Qrels = Mapping[str, Mapping[str, int]]
 """qid -> did -> relevance; 0 and less is wrong."""
-
-BEIR = ["query-id", "corpus-id", "score"]
-"""The header of BEIR's qrels."""
 
 
 def read_run(path: Path, faults: Faults | None = None) -> dict[str, list[tuple[str, float]]]:
@@ -59,38 +57,21 @@ def read_qrels(path: Path, faults: Faults | None = None) -> dict[str, dict[str, 
     """Read qrels of four or five columns, or BEIR's of three under their header.
 
     Raises:
-        DataError: a line that is no judgement, two that differ, as `file:line: rule`.
+        DataError: a line that is no judgement, two that differ, as `file:line: rule`; none right.
     """
-    found: dict[str, dict[str, int]] = {}
-    faults = faults or Faults()
-    widths: tuple[int, ...] = (4, 5)
-    for where, fields in _rows(path, faults):
-        if not found and [field.casefold() for field in fields] == BEIR:
-            widths = (3,)
-            continue
-        with faults.row():
-            if len(fields) not in widths:
-                form = "qid 0 did relevance, nor BEIR's under query-id corpus-id score"
-                raise DataError(f"{where}: {len(fields)} columns, not {form}")
-            qid, did, value = fields if widths == (3,) else (fields[0], *fields[2:4])
-            relevance = _whole(where, value)
-            judged = found.setdefault(qid, {})
-            if judged.setdefault(did, relevance) != relevance:
-                raise DataError(f"{where}: candidate {did} was judged otherwise before")
-    if not found:
-        raise DataError(f"{path}: holds no judgements")
-    return found
+    judged = qrels.read(path, faults)
+    return {qid: {did: one.relevance for did, one in some.items()} for qid, some in judged.items()}
 
 
-def write_qrels(path: Path, qrels: Qrels) -> None:
+def write_qrels(path: Path, judged: Qrels) -> None:
     """Write qrels of four columns, which every reader of TREC's takes."""
     with replacing(path) as sink:
-        sink.write("".join(_judgements(qrels)).encode())
+        sink.write("".join(_judgements(judged)).encode())
 
 
-def _judgements(qrels: Qrels) -> Iterator[str]:
-    for qid, judged in qrels.items():
-        for did, relevance in judged.items():
+def _judgements(judged: Qrels) -> Iterator[str]:
+    for qid, some in judged.items():
+        for did, relevance in some.items():
             yield f"{qid} 0 {did} {relevance}\n"
 
 
@@ -99,13 +80,6 @@ def _rows(path: Path, faults: Faults) -> Iterator[tuple[str, list[str]]]:
     for where, line in lines(path, faults):
         if fields := columns(line):
             yield where, fields
-
-
-def _whole(where: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{where}: relevance {text!r} is no whole number") from None
 
 
 def _number(where: str, text: str) -> float:

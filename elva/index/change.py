@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import chain
@@ -16,8 +16,10 @@ from torch import Tensor
 from elva.errors import IndexFault
 from elva.files import PARTIAL, replacing, sync_directory
 from elva.index import codes, manifest, segment
+from elva.index.codes import SegmentCodes
 from elva.index.manifest import SEGMENTS, Entry, Manifest
 from elva.index.segment import Segment
+from elva.progress import SILENT, Reporter
 
 MOST_CODED = 65_536
 """Columns of rows that `elva_kernels.row_codes` takes."""
@@ -26,14 +28,15 @@ MOST_CODED = 65_536
 @contextmanager
 def building(directory: Path, empty: Manifest, overwrite: bool) -> Iterator[Manifest]:
     """The manifest to start from, of an index that nobody else writes meanwhile."""
-    _check_place(directory, overwrite)  # before anything is made there
+    check_place(directory, overwrite)  # before anything is made there
     with manifest.writing(directory, make=True):
-        _check_place(directory, overwrite)  # nothing changes from here on
+        check_place(directory, overwrite)  # nothing changes from here on
         there = manifest.exists(directory)
         yield replace(empty, generation=manifest.read(directory).generation + 1 if there else 0)
 
 
-def _check_place(directory: Path, overwrite: bool) -> None:
+def check_place(directory: Path, overwrite: bool) -> None:
+    """Refuse a place where no index can be built."""
     ours = {SEGMENTS, manifest.LOCK, manifest.FILE + PARTIAL}  # what a killed one may have left
     try:
         names = {path.name for path in directory.iterdir()}
@@ -49,7 +52,12 @@ def _check_place(directory: Path, overwrite: bool) -> None:
 
 
 def written(
-    directory: Path, chunks: Iterable[Tensor], table: pa.Table, base: Manifest, coded: bool
+    directory: Path,
+    chunks: Iterable[Tensor],
+    table: pa.Table | pa.RecordBatchReader,
+    base: Manifest,
+    coded: bool,
+    reporter: Reporter = SILENT,
 ) -> Entry:
     """Write a segment into an index's directory; it counts once a manifest names it.
 
@@ -58,27 +66,47 @@ def written(
     """
     path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
     segment.write(path, chunks, table, dim=base.dim, dtype=base.dtype, model=base.model)
-    return entry_of(Segment(path), coded)
+    one = Segment(path)
+    if coded:
+        reporter.start(f"{directory}: code rows", one.rows, "rows")
+    return entry_of(one, coded, reporter)
 
 
-def linked(directory: Path, one: Segment, coded: bool) -> Entry:
-    """Put a segment that is elsewhere into the directory, by a link where the file system can."""
+def linked(
+    directory: Path, parts: Sequence[Segment], coded: bool, reporter: Reporter = SILENT
+) -> tuple[Entry, ...]:
+    """Put segments that are elsewhere into the directory, by links where the file system can."""
+    if coded:
+        reporter.start(f"{directory}: code rows", sum(one.rows for one in parts), "rows")
+    entries, done = [], 0
+    for one in parts:
+        there = Segment(_linked(directory, one))
+        entries.append(entry_of(there, coded, reporter, done))
+        done += one.rows
+    return tuple(entries)
+
+
+def _linked(directory: Path, one: Segment) -> Path:
     path = directory / SEGMENTS / f"{uuid.uuid4().hex}.elva"
     try:
         os.link(one.path, path)
         sync_directory(path.parent)
     except OSError:  # another file system, or one without links
         _copy(one, path)
-    return entry_of(Segment(path), coded)
+    return path
 
 
-def entry_of(one: Segment, coded: bool, progress: Callable[[int], None] | None = None) -> Entry:
-    """What a manifest says of a segment that lies in the index; its codes are written if wanted."""
+def entry_of(one: Segment, coded: bool, reporter: Reporter = SILENT, done: int = 0) -> Entry:
+    """What a manifest says of a segment that lies in the index; its codes are written if wanted.
+
+    Args:
+        done: rows of other segments that the reporter has been told of.
+    """
     bare = Entry(one.path.name, one.rows, one.header_sum)
     if not coded or one.dim > MOST_CODED:
         return bare
     unnamed = one.path.with_suffix(f".new{codes.SUFFIX}")
-    made = replace(bare, codes=codes.write(one, unnamed, progress).header_sum)
+    made = replace(bare, codes=codes.write(one, unnamed, reporter, done).header_sum)
     os.replace(unnamed, one.path.with_name(made.codes_file))
     sync_directory(one.path.parent)
     return made
@@ -89,7 +117,25 @@ def _copy(one: Segment, path: Path) -> None:
         sink.write(one.content)
 
 
-def check_parts(parts: Sequence[Segment], base: Manifest) -> pa.ChunkedArray:
+def verify(
+    place: Path, files: Sequence[Segment | SegmentCodes], reporter: Reporter = SILENT
+) -> None:
+    """Compare every byte of files with its checksum; IndexFault where one differs."""
+    total, done = sum(one.size for one in files), 0
+    reporter.start(f"{place}: verify", max(1, total >> 20), "MB")
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        reporter.advance(done >> 20)
+
+    for one in files:
+        one.verify(advance)
+
+
+def check_parts(
+    parts: Sequence[Segment], base: Manifest, place: Path, reporter: Reporter = SILENT
+) -> pa.ChunkedArray:
     """The ids of segments that fit an index and each other, every byte compared.
 
     Raises:
@@ -97,7 +143,7 @@ def check_parts(parts: Sequence[Segment], base: Manifest) -> pa.ChunkedArray:
     """
     for one in parts:
         check_fits(one, base)
-        one.verify()
+    verify(place, parts, reporter)
     tables = [one.table for one in parts]
     check_fields(tables)
     ids = pa.chunked_array([c for t in tables for c in t["id"].chunks], pa.string())

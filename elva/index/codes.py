@@ -19,10 +19,12 @@ import elva_kernels
 from elva.index import blocks
 from elva.index.blocks import HEADER_BYTES, Blocks, damaged
 from elva.index.segment import Rows, Segment, Width
+from elva.progress import SILENT, Reporter
 from elva.settings import Sha256
 from elva_kernels import RowCodes
 
-MAGIC, VERSION = b"ELVACOD1", 1
+MAGIC = b"ELVACOD1"
+VERSION: Literal[1] = 1
 SUFFIX = ".codes"
 CODED_ROWS = 16_384
 """At a time."""
@@ -80,13 +82,13 @@ class SegmentCodes:
             return torch.frombuffer(self._file.map, dtype=dtype, count=count, offset=offset)
 
 
-def write(one: Segment, path: Path, progress: Callable[[int], None] | None = None) -> SegmentCodes:
+def write(one: Segment, path: Path, reporter: Reporter = SILENT, done: int = 0) -> SegmentCodes:
     """Write the codes of a segment's rows, whole or not at all.
 
     Args:
-        progress: called with the rows that were coded so far.
+        done: rows that the reporter has been told of before.
     """
-    scales, losses, done = [], [], 0
+    scales, losses = [], []
     with blocks.writing(path, MAGIC, Header) as file:
         for part in one.embeddings.split(CODED_ROWS):
             coded = elva_kernels.row_codes(part)
@@ -94,8 +96,7 @@ def write(one: Segment, path: Path, progress: Callable[[int], None] | None = Non
             scales.append(coded.scale)
             losses.append(coded.lost)
             done += len(part)
-            if progress is not None:
-                progress(done)
+            reporter.advance(done)
         file.write(memoryview(bytes(_padded(one.rows * one.dim) - one.rows * one.dim)))
         for numbers in (scales, losses):
             file.write(_bytes(torch.cat(numbers)))

@@ -10,7 +10,7 @@ scores lie closer than the rounding), rows are widened block by block instead: s
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ MAX_DROPPED = 256
 """Ours: so many excluded rows are searched and dropped; beyond it the others are gathered."""
 
 FEW = 8
-"""Ours: where a filter leaves an eighth of the rows or less, they take less time than all codes."""
+"""Ours: an eighth of the rows, left by a filter or asked for, takes less time than all codes."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Found:
 
     scores: Tensor
     rows: Tensor
-    by_codes: Tensor | None = None
-    rows_read: int | None = None
+    by_codes: Tensor | None = field(default=None, kw_only=True)
+    rows_read: int | None = field(default=None, kw_only=True)
 
 
 def search(
@@ -71,10 +71,10 @@ def search(
     """
     stack = Stack(parts)
     live = len(stack) if allowed is None else int(allowed.sum())
-    if codes is not None and live > len(stack) // FEW:
+    if codes is not None and live > max(k * FEW, len(stack) // FEW):
         mask = None if live == len(stack) else torch.from_numpy(np.ascontiguousarray(allowed))
         out = elva_kernels.coded_topk(query, parts, codes, k, mask=mask)
-        return Found(out.scores, out.index, out.proven, out.rows_read)
+        return Found(out.scores, out.index, by_codes=out.proven, rows_read=out.rows_read)
     if allowed is None or allowed.all():
         return _proven(query, stack, min(k, len(stack)), progress)
     dropped = len(stack) - live

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +19,12 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault
-from elva.index import change, exact, manifest, scale, segment
+from elva.index import change, exact, manifest, scale
 from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
-from elva.index.manifest import SEGMENTS, Entry, Manifest
-from elva.index.segment import DTYPES, Segment
+from elva.index.manifest import Entry, Manifest
+from elva.index.opening import has_codes, opened, part
+from elva.index.segment import DTYPES, Dtype, Segment
 from elva.index.where import Condition, Where, checked, held
 from elva.model.identity import Identity
 from elva.progress import SILENT, Reporter
@@ -42,7 +45,7 @@ class Index:
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
-        self.manifest, self.segments, self.codes = _opened(self.directory)
+        self.manifest, self.segments, self.codes = opened(self.directory)
         if verify:
             self.verify()
 
@@ -61,6 +64,7 @@ class Index:
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         codes: bool = True,
+        reporter: Reporter = SILENT,
     ) -> Index:
         """Make an index.
 
@@ -82,10 +86,11 @@ class Index:
             raise IndexFault(f"index: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         chunks = [embeddings] if isinstance(embeddings, Tensor) else iter(embeddings)
         first, chunks = change.peek(chunks)
-        empty = Manifest(0, first.shape[-1], dtype, model, about=dict(about or {}))
+        kept = cast(Dtype, dtype)
+        empty = Manifest(0, first.shape[-1], kept, model, about=dict(about or {}))
         table = change.table_of(ids, columns)
         with change.building(Path(directory), empty, overwrite) as base:
-            entry = change.written(Path(directory), chunks, table, base, codes)
+            entry = change.written(Path(directory), chunks, table, base, codes, reporter)
             manifest.write(Path(directory), replace(base, segments=(entry,)))
             return cls(directory, verify=False)
 
@@ -98,6 +103,7 @@ class Index:
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         codes: bool = True,
+        reporter: Reporter = SILENT,
     ) -> Index:
         """Make an index of segments that are there, as `elva embed` writes them: linked where the
         file system can, else copied; their checksums are compared either way."""
@@ -106,9 +112,10 @@ class Index:
             raise IndexFault("index: embeddings must hold a segment, got none; run elva embed")
         first = opened[0]
         empty = Manifest(0, first.dim, first.dtype, first.model, about=dict(about or {}))
-        change.check_parts(opened, empty)
+        change.check_place(Path(directory), overwrite)  # before all of it is read
+        change.check_parts(opened, empty, Path(directory), reporter)
         with change.building(Path(directory), empty, overwrite) as base:
-            entries = tuple(change.linked(Path(directory), one, codes) for one in opened)
+            entries = change.linked(Path(directory), opened, codes, reporter)
             manifest.write(Path(directory), replace(base, segments=entries))
             return cls(directory, verify=False)
 
@@ -135,18 +142,19 @@ class Index:
             entry = change.written(self.directory, chunks, table, now.manifest, now.is_coded)
             return now._replaced((*entries, entry))
 
-    def add_segments(self, segments: Sequence[Path], *, overwrite: bool = False) -> Index:
+    def add_segments(
+        self, segments: Sequence[Path], *, overwrite: bool = False, reporter: Reporter = SILENT
+    ) -> Index:
         """The index with segments of `elva embed` added."""
         opened = [Segment(path) for path in segments]
-        ids = change.check_parts(opened, self.manifest)
+        ids = change.check_parts(opened, self.manifest, self.directory, reporter)
         with self._changing() as now:
             for one in opened:
                 change.check_fits(one, now.manifest)  # another index may lie there by now
             entries = now._making_room(ids, overwrite)
             now._check_fields(entries, [one.table for one in opened])
-            return now._replaced(
-                (*entries, *(change.linked(self.directory, one, now.is_coded) for one in opened))
-            )
+            more = change.linked(self.directory, opened, now.is_coded, reporter)
+            return now._replaced((*entries, *more))
 
     def delete(self, ids: Sequence[str]) -> Index:
         """The index without these items; their bytes stay until it is compacted.
@@ -162,12 +170,12 @@ class Index:
         """The index with 8-bit codes beside all rows; those that are there and whole stay."""
         with manifest.writing(Path(directory)):
             before = manifest.read(Path(directory))
-            parts = [_part(Path(directory), before, entry) for entry in before.segments]
+            parts = [part(Path(directory), before, entry) for entry in before.segments]
             reporter.start(f"{directory}: code rows", sum(one.rows for one in parts), "rows")
             entries, done = [], 0
             for entry, one in zip(before.segments, parts, strict=True):
-                if not _has_codes(Path(directory), entry, one):
-                    made = change.entry_of(one, True, lambda n, at=done: reporter.advance(at + n))
+                if not has_codes(Path(directory), entry, one):
+                    made = change.entry_of(one, True, reporter, done)
                     entry = replace(entry, codes=made.codes)
                 entries.append(entry)
                 done += one.rows
@@ -247,6 +255,17 @@ class Index:
         """field -> its types, of fields that differ from segment to segment. No change makes such
         an index, older versions did; it is mended by deleting the items of all types but one."""
         return change.conflicts([s.table for s in self.segments])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what can be found: which segments, byte for byte, and which of their rows."""
+        parts = [(entry.header, entry.deleted) for entry in self.manifest.segments]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def files(self) -> list[Segment | SegmentCodes]:
+        """All that is mapped: segments, then codes."""
+        return [*self.segments, *(one for one in self.codes if one is not None)]
 
     @property
     def is_coded(self) -> bool:
@@ -364,84 +383,36 @@ class Index:
                 f"({model.revision[:12]}, {model.preprocessing[:12]}); use that or build anew"
             )
 
-    def verify(self) -> None:
+    def verify(self, reporter: Reporter = SILENT) -> None:
         """Read every byte and compare it with its checksum.
 
         Raises:
             IndexFault: the file and the place that differ.
         """
-        for one in (*self.segments, *(c for c in self.codes if c is not None)):
-            one.verify()
+        change.verify(self.directory, self.files, reporter)
 
     def info(self) -> dict[str, Any]:
         """What there is to know, as plain data."""
-        coded = sum(one.size for one in self.codes if one is not None)
+        size = sum(one.size for one in self.files)
+        rows = sum(one.rows_bytes for one in self.segments)
+        fields = sum(one.size for one in self.segments) - rows
+        deleted = int((~self.alive).sum())
         return {
             "directory": str(self.directory),
             "items": len(self),
-            "deleted": int((~self.alive).sum()),
+            "deleted": deleted,
             "dim": self.dim,
             "dtype": self.manifest.dtype,
             "metric": "cosine",
             "model": asdict(self.model),
+            "folder": self.about.get("folder"),
             "generation": self.manifest.generation,
             "segments": len(self.segments),
-            "bytes": sum(s.size for s in self.segments) + coded,
-            "codes_bytes": coded,
+            "bytes": size,
+            "rows_bytes": rows,
+            "fields_bytes": fields,
+            "codes_bytes": size - rows - fields,
+            "deleted_bytes": deleted * size // max(1, len(self.alive)),
             "fields": {f.name: str(f.type) for f in self.table.schema},
             "conflicts": self.conflicts,
         }
-
-
-# -- pieces ----------------------------------------------------------------------------------------
-
-
-def _opened(
-    directory: Path,
-) -> tuple[Manifest, list[Segment], list[SegmentCodes | None]]:
-    while True:
-        found = manifest.read(directory)
-        try:
-            parts = [_part(directory, found, entry) for entry in found.segments]
-            both = zip(found.segments, parts, strict=True)
-            return found, parts, [_codes(directory, entry, one) for entry, one in both]
-        except IndexFault:
-            if manifest.read(directory) == found:
-                raise  # else replaced while it was being opened
-
-
-def _part(directory: Path, found: Manifest, entry: Entry) -> Segment:
-    """An entry's segment; what an entry says of its rows is believed after the file has said it."""
-    one = Segment(directory / SEGMENTS / entry.file)
-    known = (found.dim, found.dtype, entry.rows, entry.header)
-    if (one.dim, one.dtype, one.rows, one.header_sum) != known or not one.model.matches(
-        found.model
-    ):
-        raise segment.damaged(one.path, f"the header that {directory} knows")
-    try:
-        entry.alive()
-    except ValueError:
-        raise segment.damaged(directory / manifest.FILE, "a bit for each deleted row") from None
-    return one
-
-
-def _has_codes(directory: Path, entry: Entry, one: Segment) -> bool:
-    """Whether an entry's codes are there, every byte of them."""
-    try:
-        found = _codes(directory, entry, one)
-        if found is not None:
-            found.verify()
-    except IndexFault:
-        return False
-    return found is not None
-
-
-def _codes(directory: Path, entry: Entry, one: Segment) -> SegmentCodes | None:
-    """The codes of an entry's segment, where it has any."""
-    if entry.codes is None:
-        return None
-    found = SegmentCodes(directory / SEGMENTS / entry.codes_file)
-    if found.header_sum != entry.codes:
-        raise segment.damaged(found.path, f"the header that {directory} knows")
-    found.check_of(one)
-    return found

@@ -20,12 +20,14 @@ from elva.errors import IndexFault
 from elva.files import PARTIAL, lock, read_bounded, write_bytes
 from elva.index import codes
 from elva.index.blocks import damaged, read_fields
-from elva.index.segment import Rows, Width
+from elva.index.segment import Dtype, Rows, Width
 from elva.model.identity import Identity
 from elva.settings import JSON_BYTES, Rule, Sha256, Whole
 
 FILE, SEGMENTS, LOCK = "index.json", "segments", ".lock"
-FORMAT, VERSION, READABLE = "elva-index", 2, (1, 2)
+FORMAT: Literal["elva-index"] = "elva-index"
+VERSION: Literal[2] = 2
+READABLE = (1, 2)
 
 SegmentName = Annotated[
     str,
@@ -103,7 +105,7 @@ class Manifest:
 
     generation: Whole
     dim: Width
-    dtype: Literal["float16", "bfloat16", "float32"]
+    dtype: Dtype
     model: Identity
     segments: tuple[Entry, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault
-from elva.index import blocks, scale
+from elva.index import blocks, scale, stream
 from elva.index.blocks import HEADER_BYTES, Blocks, damaged
 from elva.model.identity import Identity
 from elva.settings import FileSize, Sha256, between
 
 MAGIC = b"ELVASEG1"
-VERSION = 1
+VERSION: Literal[1] = 1
+Dtype = Literal["float16", "bfloat16", "float32"]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Rows = Annotated[int, between(0, 2**48)]
 Width = Annotated[int, between(1, 2**24)]
@@ -32,7 +33,7 @@ Width = Annotated[int, between(1, 2**24)]
 class Header:
     """What a segment's first page says."""
 
-    dtype: Literal["float16", "bfloat16", "float32"]
+    dtype: Dtype
     dim: Width
     rows: Rows
     metric: Literal["cosine"]
@@ -52,7 +53,7 @@ class Segment:
         self.size, self.header_sum = self._file.size, self._file.header_sum
         self.dtype, self.dim, self.rows = header.dtype, header.dim, header.rows
         self.model = header.model
-        self._row_bytes = _row_bytes(header)
+        self.rows_bytes = _row_bytes(header)
 
     @property
     def content(self) -> memoryview:
@@ -63,7 +64,7 @@ class Segment:
     def embeddings(self) -> Tensor:
         """[rows, dim], mapped, read-only."""
         kind = DTYPES[self.dtype]
-        if not self._row_bytes:
+        if not self.rows_bytes:
             return torch.empty(self.rows, self.dim, dtype=kind)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
@@ -75,19 +76,12 @@ class Segment:
     @cached_property
     def table(self) -> pa.Table:
         """`id` and metadata, a row an embedding, mapped."""
-        start = HEADER_BYTES + self._row_bytes
+        start = HEADER_BYTES + self.rows_bytes
         view = self.content[start : self._file.end]
         try:
-            table = pa.ipc.open_stream(pa.py_buffer(view)).read_all()
-            table.validate(full=True)  # offsets out of the buffers would be read as they are
-        except (pa.ArrowException, KeyError, OSError, ValueError):
+            return stream.read(view, self.rows)
+        except ValueError:
             raise damaged(self.path, "a readable table of ids") from None
-        names = table.schema.names
-        if table.num_rows != self.rows or len({*names}) < len(names) or "id" not in names:
-            raise damaged(self.path, "an id for each row, and each field once")
-        if table.schema.field("id").type != pa.string() or table["id"].null_count:
-            raise damaged(self.path, "an id for each row")
-        return table
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Compare every byte with its checksum; see `Blocks.verify`."""
@@ -95,22 +89,24 @@ class Segment:
 
 
 def write(
-    path: Path, chunks: Iterable[Tensor], table: pa.Table, *, dim: int, dtype: str, model: Identity
+    path: Path,
+    chunks: Iterable[Tensor],
+    table: pa.Table | pa.RecordBatchReader,
+    *,
+    dim: int,
+    dtype: str,
+    model: Identity,
 ) -> None:
     """Write a segment whole or not at all.
 
     Args:
         chunks: [n, dim] each, finite, together as many rows as `table`; rounded once to `dtype`.
-        table: a string column `id`, unique, and any others.
+        table: a string column `id`, unique, and any others; or the batches of such a table.
 
     Raises:
         IndexFault: a NaN or infinite embedding, or a wrong count or width.
         OSError: the disk; the path and the byte are in it.
     """
-    buffer = pa.BufferOutputStream()
-    with pa.ipc.new_stream(buffer, table.schema) as writer:
-        writer.write_table(table)
-    ids = buffer.getvalue()
     rows = 0
     with blocks.writing(path, MAGIC, Header) as file:
         for chunk in chunks:
@@ -127,15 +123,15 @@ def write(
             _check_finite(stored, rows, table)
             rows += len(stored)
             file.write(memoryview(stored.view(torch.uint8).flatten().numpy().data))
-        if rows != table.num_rows:
+        written = stream.write(file.write, table)
+        if rows != written.rows:
             raise IndexFault(
-                f"index: ids must be one a row, got {table.num_rows} for {rows} embeddings; "
+                f"index: ids must be one a row, got {written.rows} for {rows} embeddings; "
                 "give as many of each"
             )
-        file.write(memoryview(ids))
         file.finish(
             {"version": VERSION, "dtype": dtype, "dim": dim, "rows": rows, "metric": "cosine",
-             "model": asdict(model), "table_bytes": ids.size}
+             "model": asdict(model), "table_bytes": written.bytes}
         )  # fmt: skip
 
 
@@ -143,13 +139,13 @@ def _row_bytes(header: Header) -> int:
     return header.rows * header.dim * DTYPES[header.dtype].itemsize
 
 
-def _check_finite(stored: Tensor, first: int, table: pa.Table) -> None:
+def _check_finite(stored: Tensor, first: int, table: pa.Table | pa.RecordBatchReader) -> None:
     # The smallest and the largest are NaN or infinite if any number is: no mask is written.
     if not stored.numel() or bool(torch.isfinite(torch.stack(stored.aminmax())).all()):
         return
     row = first + int((~torch.isfinite(stored)).any(1).int().argmax())
-    name = table["id"][row].as_py() if row < table.num_rows else ""
+    known = isinstance(table, pa.Table) and row < table.num_rows
+    name = f" ({table['id'][row].as_py()})" if known else ""
     raise IndexFault(
-        f"index: embeddings must be finite, got NaN or infinity in row {row} ({name}); "
-        "mend the model"
+        f"index: embeddings must be finite, got NaN or infinity in row {row}{name}; mend the model"
     )

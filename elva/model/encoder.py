@@ -1,27 +1,31 @@
-"""A model as it embeds: its weights and everything else on which an embedding depends."""
+"""A model as it embeds: what every encoder is asked for, and which one a model's files ask for."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from elva.data import Item
+from elva.data.emoji.prompts import EMOJI_DATASET
 from elva.errors import UserError
-from elva.files import MANIFEST, sha256
+from elva.model import sentence_transformer
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED
 from elva.model.identity import Identity
+from elva.model.modalities import MODALITIES, Instructions
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
+from elva.model.sentence_transformer import SentenceTransformerEncoder
+from elva.model.weights import hash_of_files
 from elva.run import Run
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same model and item would give another embedding than before."""
 
 MAX_COMPLETION_LENGTH = 128
@@ -29,9 +33,126 @@ MAX_COMPLETION_LENGTH = 128
 retriever of somebody else is read after its prompt."""
 
 
+class Encoder(Protocol):
+    """What makes embeddings of items. `elva.search.Searcher` and `elva.commands.embed.embed` take
+    any object that has these; it need not inherit, nor be a model.
+
+    Example::
+
+        class MeanColour:
+            identity = Identity("mean colour", revision="1", preprocessing="RGB over white")
+            about: dict[str, str] = {}
+            embedding_size = 3
+            modalities = frozenset({"image"})
+            instructions = "unread"
+
+            def check(self, item):
+                item.load_image()
+
+            def __call__(self, items, progress=None):
+                pictures = [np.asarray(item.load_image()) for item in items]
+                rows = [torch.tensor(p.mean((0, 1)), dtype=torch.float32) for p in pictures]
+                return Encoded(torch.stack(rows), [""] * len(items))
+
+        searcher = Searcher(MeanColour())
+    """
+
+    @property
+    def identity(self) -> Identity:
+        """What embeddings may be compared with this encoder's: where weights or preprocessing
+        change, so must it."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Kept with the embeddings, as JSON; `model`, where there is one, is what `open_encoder`
+        opens it again by."""
+
+    @property
+    def embedding_size(self) -> int:
+        """D of the embeddings."""
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """Keys of `elva.model.modalities.MODALITIES`: of which items it makes embeddings."""
+
+    @property
+    def instructions(self) -> Instructions:
+        """Whether a query's instruction must be there, may be, or changes nothing."""
+
+    def check(self, item: Item) -> None:
+        """Try whether an item can be read.
+
+        Raises:
+            DataError: it cannot: why, in one line.
+        """
+
+    def __call__(
+        self, items: Sequence[Item], progress: Callable[[int], None] | None = None
+    ) -> Encoded:
+        """Embeddings [n, D] fp32 and summaries of items, in their order.
+
+        Args:
+            items: what is asked for is an `Item`, what asks a `Query`.
+            progress: called with the number of items done so far.
+
+        Raises:
+            DataError: an item that cannot be read.
+        """
+
+
+def open_encoder(
+    model: str | Path,
+    *,
+    stage: str | None = None,
+    max_completion_length: int | None = None,
+    read: ReadAt = "at_ret",
+    batch_size: int | None = None,
+) -> Encoder:
+    """The encoder of a run, a checkpoint directory or a hub name: a retriever of ours or of the
+    families that ELVA reads, or any other model of sentence-transformers.
+
+    Args:
+        stage, max_completion_length, read, batch_size: as of `RetrieverEncoder.open`; the first
+            three are of a retriever alone.
+
+    Raises:
+        UserError: there is no such model, or an option does nothing with it.
+    """
+    if not sentence_transformer.owns(model):
+        return RetrieverEncoder.open(
+            model, stage=stage, max_completion_length=max_completion_length, read=read,
+            batch_size=batch_size,
+        )  # fmt: skip
+    for option, given in (
+        ("--stage", stage is not None),
+        ("--max-completion-length", bool(max_completion_length)),
+        ("--read", read != "at_ret"),
+    ):
+        if given:
+            raise UserError(
+                f"embed: {option} must be left out of {model}, a model of sentence-transformers, "
+                "which it would not change"
+            )
+    return SentenceTransformerEncoder.open(model, batch_size=batch_size)
+
+
+def unfamiliar(encoder: Encoder, datasets: Iterable[int]) -> str | None:
+    """One line of a model that knows emoji alone, where other data are embedded or searched.
+
+    Args:
+        datasets: the numbers before the colon of the data's ids.
+    """
+    if encoder.about.get("trained_on") != ["emoji"] or {*datasets} <= {EMOJI_DATASET}:
+        return None
+    return (
+        f"note: {encoder.identity.name} was trained on emoji pictures alone; photographs mean "
+        "little to it; for them name a pretrained model"
+    )
+
+
 @dataclass(frozen=True)
-class Encoder:
-    """A model and how it is read.
+class RetrieverEncoder:
+    """A retriever and how it is read.
 
     Args:
         max_completion_length: tokens of a summary (paper, sec. 3.4); 0 reads a fixed prompt.
@@ -53,7 +174,7 @@ class Encoder:
         max_completion_length: int | None = None,
         read: ReadAt = "at_ret",
         batch_size: int | None = None,
-    ) -> Encoder:
+    ) -> RetrieverEncoder:
         """A run's model, a checkpoint directory, or a hub name.
 
         Args:
@@ -119,14 +240,34 @@ class Encoder:
 
     @property
     def about(self) -> dict[str, Any]:
-        """How to open it again."""
+        """How to open it again, and what it was trained on where that is known."""
+        learnt = self.retriever.trained_on
         return {
+            **({} if learnt is None else {"trained_on": learnt}),
             "model": str(Path(self.retriever.name).absolute())
             if Path(self.retriever.name).exists()
             else self.retriever.name,
             "max_completion_length": self.max_completion_length,
             "read": self.read,
         }
+
+    @property
+    def embedding_size(self) -> int:
+        return self.retriever.embedding_size
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        return frozenset(MODALITIES)
+
+    @property
+    def instructions(self) -> Instructions:
+        return "required"
+
+    def check(self, item: Item) -> None:
+        """Try whether an item can be read; DataError where it cannot."""
+        prompt = self.retriever.inputs.prompt(item)
+        if prompt.image is not None:
+            self.retriever.inputs.pixels(prompt.image)  # decoded, which a prompt is not
 
     def __call__(
         self, items: Sequence[Item], progress: Callable[[int], None] | None = None
@@ -156,13 +297,4 @@ def _revision(retriever: Retriever) -> str:
 
 
 def _of_files(directory: Path) -> str | None:
-    """A hash of a directory's weights; None where there are none."""
-    weights = weight_files(directory)
-    if not weights:
-        return None
-    known: dict[str, Any] = {}
-    if (directory / MANIFEST).is_file():
-        known = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    names = [str(p.relative_to(directory)) for p in weights]
-    sums = [known[n]["sha256"] if n in known else sha256(directory / n) for n in names]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
+    return hash_of_files(directory, weight_files(directory))

@@ -226,14 +226,14 @@ def detect(path: str | Path, revision: str | None = None) -> Reading:
             f"{fault}; ELVA keeps the last token's state or the mean, normalised or not; where "
             "that is what it is, say so by model.pooling"
         )
-    modules = _modules(path, revision)
-    about = _json(path, ABOUT, revision)
+    modules = modules_of(path, revision)
+    about = read_json(path, ABOUT, revision)
     prompts: dict[str, str] = _part(path, ABOUT, about, "prompts")
     if not all(isinstance(said, str) for said in prompts.values()):
         raise _unruly(path, ABOUT, "hold strings as prompts")
     usual = prompts.get(str(about.get("default_prompt_name")), SCRIPT_INSTRUCTION * script)
     shown = next((prompts[name] for name in DOCUMENTS if name in prompts), usual)
-    given = _part(path, READS, _json(path, READS, revision), "processing_kwargs")
+    given = _part(path, READS, read_json(path, READS, revision), "processing_kwargs")
     chat = _part(path, READS, given, "chat_template")
     return Reading(
         "mean" if _poolings(path, modules["Pooling"], revision) == ["mean"] else "last",
@@ -245,13 +245,13 @@ def detect(path: str | Path, revision: str | None = None) -> Reading:
 
 def layout(path: str | Path, revision: str | None = None) -> dict[str, bytes]:
     """{name: content} of the files that a retriever's own tools read beside its weights."""
-    modules = [f"{place}/config.json" for place in _modules(path, revision).values() if place]
+    modules = [f"{place}/config.json" for place in modules_of(path, revision).values() if place]
     names = [*LAYOUT, *modules, *[SCRIPT] * _is_scripts(path, revision)]
     found = {name: find(path, name, revision) for name in names}
     return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
 
-def _json(path: str | Path, name: str, revision: str | None, kind: type = dict) -> Any:
+def read_json(path: str | Path, name: str, revision: str | None = None, kind: type = dict) -> Any:
     """What a file holds, of a kind; an empty one where there is no file."""
     file = find(path, name, revision)
     if file is None:
@@ -279,15 +279,15 @@ def _unruly(path: str | Path, name: str, rule: str) -> UserError:
 
 def _is_scripts(path: str | Path, revision: str | None) -> bool:
     """Whether it is Qwen3-VL-Embedding as its makers published it."""
-    classes = _json(path, "config.json", revision).get("architectures")
+    classes = read_json(path, "config.json", revision).get("architectures")
     named = isinstance(classes, list) and SCRIPT_CLASS in classes
     return named or find(path, SCRIPT, revision) is not None
 
 
-def _modules(path: str | Path, revision: str | None) -> dict[str, str]:
+def modules_of(path: str | Path, revision: str | None = None) -> dict[str, str]:
     """{class: its folder} of sentence-transformers' modules, in their order."""
     found: dict[str, str] = {}
-    for one in _json(path, "modules.json", revision, list):
+    for one in read_json(path, "modules.json", revision, list):
         kind, place = (one.get("type"), one.get("path")) if isinstance(one, dict) else (None, None)
         if not (isinstance(kind, str) and isinstance(place, str)):
             raise _unruly(path, "modules.json", "hold objects with a type and a path")
@@ -300,7 +300,7 @@ def _modules(path: str | Path, revision: str | None) -> dict[str, str]:
 def _poolings(path: str | Path, place: str, revision: str | None) -> list[str]:
     """Modes whose results are joined: of a config of either form."""
     name = f"{place}/config.json"
-    config = _json(path, name, revision)
+    config = read_json(path, name, revision)
     mode = config.get("pooling_mode")
     if mode is None:
         head, tail = "pooling_mode_", "_tokens"
@@ -315,7 +315,7 @@ def _poolings(path: str | Path, place: str, revision: str | None) -> list[str]:
 def _faults(path: str | Path, revision: str | None) -> Iterator[str]:
     """What of a layout of sentence-transformers cannot be kept. A max_seq_length of LONGEST or more
     is let pass: it cuts no prompt that is expected."""
-    modules = _modules(path, revision)
+    modules = modules_of(path, revision)
     if unknown := [name for name in modules if name not in ("Transformer", "Pooling", "Normalize")]:
         yield f"a module {unknown[0]} in modules.json"
     if list(modules)[:2] != ["Transformer", "Pooling"] or modules["Transformer"]:
@@ -326,15 +326,18 @@ def _faults(path: str | Path, revision: str | None) -> Iterator[str]:
         yield "pooling mode cls, of a model whose first token sees no other"
     elif poolings not in (["lasttoken"], ["mean"]):
         yield f"pooling mode {' and '.join(poolings) or 'of none'}"
-    if _json(path, f"{modules['Pooling']}/config.json", revision).get("include_prompt") is False:
+    if (
+        read_json(path, f"{modules['Pooling']}/config.json", revision).get("include_prompt")
+        is False
+    ):
         yield "include_prompt false: a pooling that leaves the prompt out"
-    about = _json(path, ABOUT, revision)
+    about = read_json(path, ABOUT, revision)
     name = about.get("similarity_fn_name") or "cosine"
     if name != "cosine" and (name != "dot" or "Normalize" not in modules):
         yield f"similarity {name} where ELVA ranks by the cosine"
     if about.get("truncate_dim"):
         yield "truncate_dim, a part of the embedding"
-    reads = _json(path, READS, revision)
+    reads = read_json(path, READS, revision)
     longest = reads.get("max_seq_length")
     if longest is not None and not (isinstance(longest, int) and longest >= LONGEST):
         yield f"max_seq_length {longest}, which cuts what is longer"

@@ -52,6 +52,7 @@ class Retriever(nn.Module):
         self.family = family_of(self.plain.config)
         self.train_vision = False
         self.name = ""
+        self.trained_on: list[str] | None = None  # of one that began from nothing, its data
         self.base: adapters.Base | None = None
         self.writes = True  # whether its checkpoint has a head
         self.classes = list(self.plain.config.architectures or ())  # by which its tools know it
@@ -117,6 +118,7 @@ class Retriever(nn.Module):
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
         retriever.name, retriever.base, retriever.writes = str(path), base, writes
+        retriever.trained_on = note.get("trained_on")
         if retriever.family.probed:
             from elva.model.probe import fault  # which reads by the retriever itself
 
@@ -136,6 +138,8 @@ class Retriever(nn.Module):
         note: dict[str, Any] = {"summary_prompt": self.inputs.summary_prompt}
         if not self.reading.at_ret:
             note["reading"] = dataclasses.asdict(self.reading)
+        if self.trained_on is not None:
+            note["trained_on"] = self.trained_on
         if isinstance(self.model, PeftModel) and not (
             merge or self.train_vision or self.base is None
         ):

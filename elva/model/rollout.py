@@ -310,8 +310,8 @@ class Encoded:
     """Embeddings of a list of items, in its order, and the summaries they were read from."""
 
     embeddings: Tensor  # [n, D] fp32
-    summaries: list[str]
-    finished: Tensor  # [n] bool
+    summaries: list[str]  # "" where nothing was written
+    finished: Tensor | None = None  # [n] bool, whether a summary ended; of what writes one
 
 
 def encode(

@@ -86,7 +86,9 @@ def create(
         image_mean=[spec.image_mean] * 3,
         image_std=[spec.image_std] * 3,
     )
-    Retriever(model, Inputs(tokenizer, processor, summary_prompt)).save(path)
+    retriever = Retriever(model, Inputs(tokenizer, processor, summary_prompt))
+    retriever.trained_on = []
+    retriever.save(path)
 
 
 def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:

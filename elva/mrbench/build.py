@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +97,7 @@ def _answers(log: Path) -> dict[str, dict[str, Any]]:
     """What was judged before; a line torn by a kill is left out."""
     found = {}
     if log.exists():
-        for line in log.read_text(encoding="utf-8").splitlines():
+        for _, line in lines(log, Faults(sys.maxsize)):
             try:
                 row = json.loads(line)
                 found[row["qid"]] = {"words": row["words"], "grains": row["grains"]}
@@ -132,8 +133,10 @@ def write_data(
             (source, query_file(whole, stem, split)), (judged, qrels_file(whole, stem, split)),
         ):  # fmt: skip
             if path.exists():
-                text = "".join(line for _, line in lines(path) if qid_of(line) in ids)
-                write_text(copy, text)
+                read = lines(path, Faults(sys.maxsize))  # its faults are known
+                of_these = [line for _, line in read if qid_of(line) in ids]
+                if of_these:
+                    write_text(copy, "".join(f"{line}\n" for line in of_these))
     write_text(whole / "grains.jsonl", "".join(_grain_line(row) for row in kept))
     shutil.copytree(whole, partial, dirs_exist_ok=True)
     for name in LINKED:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elva.data import Grain, Query
-from elva.data.strict import lines
+from elva.data.strict import columns, lines
 from elva.errors import DataError
 from elva.files import write_text
 from elva.report.pictures import attribution
@@ -34,7 +34,7 @@ def qid_of(line: str) -> str:
     """The query that a line of a query file, grains or qrels belongs to."""
     if line.startswith("{"):
         return str(json.loads(line).get("qid"))
-    return line.split(maxsplit=1)[0] if line.strip() else ""
+    return next(iter(columns(line)), "")
 
 
 def review_row(row: Judged, data: Path) -> list[str]:
@@ -60,9 +60,9 @@ def read_review(path: Path) -> dict[str, list[str]]:
     """qid -> the row, decision first."""
     rows: dict[str, list[str]] = {}
     for number, (where, line) in enumerate(lines(path)):
-        cells = line.rstrip("\r\n").split("\t")
-        if number == 0:
-            continue
+        cells = line.split("\t")
+        if number == 0 and cells[0].strip() == "decision":
+            continue  # The header.
         if len(cells) < 2 or cells[0].strip() not in DECISIONS:
             raise DataError(f"{where}: must start with keep, drop or nothing, then a qid")
         rows[cells[1]] = [cells[0].strip(), *cells[1:]]

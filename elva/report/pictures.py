@@ -16,6 +16,7 @@ from elva.data.emoji import ATTRIBUTION
 from elva.data.emoji.prompts import EMOJI_DATASET
 from elva.data.schema import TASKS
 from elva.data.strict import records
+from elva.errors import printable
 from elva.report.charts import LIGHT, Theme, draw_themes
 
 THUMBNAIL = 256  # pixels a side at most: more than twice what a page shows, for dense screens
@@ -89,7 +90,7 @@ def sheet(
         for axes, (picture, heading, words) in zip(cells, tiles, strict=False):
             axes.imshow(picture, interpolation="lanczos")
             axes.set_title(heading, fontsize=9, color=theme.muted, parse_math=False)
-            lines = textwrap.wrap(words, 22, max_lines=3, placeholder=" …")
+            lines = textwrap.wrap(_short(words, 56), 22, max_lines=3, placeholder=" …")
             axes.text(
                 0.5, -0.03, "\n".join(lines + [""] * (3 - len(lines))), transform=axes.transAxes,
                 ha="center", va="top", fontsize=9, parse_math=False,
@@ -101,3 +102,10 @@ def sheet(
             )
 
     draw_themes(path, (2.0 * columns, height), draw, themes=(LIGHT,), layout=None)
+
+
+def _short(words: str, most: int) -> str:
+    """Words in one line, their middle left out where they are long: a file's name tells pictures
+    apart at its end."""
+    line = printable(words)
+    return line if len(line) <= most else f"{line[: most // 3]}…{line[len(line) - most * 2 // 3 :]}"

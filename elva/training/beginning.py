@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from elva.data import emoji
 from elva.model.inputs import Inputs
 from elva.model.reading import asked_for
 from elva.model.retriever import Retriever
@@ -52,4 +53,6 @@ def begin(
     retriever.add_lora(stage.lora, keep=stage.holds)
     retriever.freeze_vision(not stage.train_vision, features)
     retriever.plain.train()
+    if retriever.trained_on is not None:
+        retriever.trained_on = [*dict.fromkeys([*retriever.trained_on, emoji.called(stage.data)])]
     return retriever

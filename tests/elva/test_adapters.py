@@ -14,7 +14,7 @@ from elva.data import Item
 from elva.errors import RunError, UserError
 from elva.files import write_directory
 from elva.model.adapters import LEARNER, REFERENCE
-from elva.model.encoder import Encoder
+from elva.model.encoder import RetrieverEncoder
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 from elva.recipe import LoraSettings
@@ -173,13 +173,13 @@ def test_an_embeddings_identity_is_of_the_base_and_the_adapter(tmp_path):
     families.write(tmp_path / "run" / "start", "qwen2_vl")
     model = tmp_path / "run" / "stage-1" / "model"
     taught(tmp_path / "run" / "start", model)
-    first = Encoder.open(model).identity
-    assert first.revision != Encoder.open(tmp_path / "run" / "start").identity.revision
+    first = RetrieverEncoder.open(model).identity
+    assert first.revision != RetrieverEncoder.open(tmp_path / "run" / "start").identity.revision
     shutil.move(tmp_path / "run", tmp_path / "moved")  # base and adapter together
     moved = tmp_path / "moved" / "stage-1" / "model"
-    assert Encoder.open(moved).identity.revision == first.revision
+    assert RetrieverEncoder.open(moved).identity.revision == first.revision
     families.write(tmp_path / "moved" / "start", "qwen2_vl", seed=1)
-    assert Encoder.open(moved).identity.revision != first.revision
+    assert RetrieverEncoder.open(moved).identity.revision != first.revision
     shutil.rmtree(tmp_path / "moved" / "start")
     with pytest.raises(RunError, match=r"that its adapter stands on must be at .*start, got none"):
         Retriever.load(moved)

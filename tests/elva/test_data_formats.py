@@ -255,7 +255,7 @@ def test_metadata_of_captions_is_kept(sources, tmp_path):
         ("tevatron", "", None, "no queries or train as .jsonl, .parquet or .csv"),
         ("beir", "", None, "no corpus as .jsonl, .parquet or .csv"),
         ("mteb", "", None, "no corpus as .jsonl, .parquet or .csv"),
-        ("folder", "", None, "holds no JPEG, PNG or WebP picture"),
+        ("folder", "", None, "s: holds no picture that can be read$"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_written(

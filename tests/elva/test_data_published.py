@@ -115,7 +115,7 @@ def test_qrels_may_name_what_lies_outside_and_nothing_else(sisters):
         ("6:10 0 6:2 1 1", "6:2 is not a positive of query 6:10"),
         ("6:11 0 6:1 1 1", "query 6:11 is not in the query file"),
     ):
-        write(qrels, ["6:10 0 5:7 1 1", "6:10 0 6:2 0 1", line])
+        write(qrels, ["6:10 0 5:7 1 1", "6:10 0 6:9 0 1", line])
         with pytest.raises(DataError, match=f"qrels.txt:3: {rule}"):
             load(sisters, split="test")
 

@@ -1,6 +1,7 @@
 """Files as people have them: spreadsheets' csv, published layouts, folders of pictures."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from elva.cli import app
 from elva.data import load, strict
 from elva.data.formats import convert_file
 from elva.data.formats.rows import rows, table_files
+from elva.data.mbeir import read_sets
 from elva.data.strict import Faults
 from elva.errors import DataError
 
@@ -103,7 +105,13 @@ def test_lines_that_are_no_text_may_be_left_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "rule"),
     [
-        ("sent0,sent1".encode("utf-16"), "a.csv:1: is UTF-16; save the file as UTF-8"),
+        ("sent0,sent1".encode("utf-32"), "a.csv:1: is UTF-32; save the file as UTF-8"),
+        ("sent0,sent1".encode("utf-16-le"), "a.csv:1: looks like UTF-16 without its mark; save"),
+        (
+            b"sent0,sent1\nBl\xfcte,b\n",
+            "a.csv:2: not UTF-8 at byte 2; in Windows-1252 it is 'ü': save the file as UTF-8",
+        ),
+        ("sent0,sent1\na,b\n".encode("utf-16")[:-1], "a.csv:2: not UTF-16 at byte"),
         (b"file;title\na;b\n", "a.csv:1: no columns sent0,sent1 nor .*; there are file, title"),
     ],
 )
@@ -154,7 +162,15 @@ def test_mmeb_as_it_lies(tmp_path):
     parquet(root / "HatefulMemes" / "original-00000-of-00001.parquet", [{**row, "qry": "r"}])
     with pytest.raises(DataError, match=r"no such picture: VisDial/1.png in .*; images names"):
         convert_file("mmeb", root, tmp_path / "data")
-    _, found = converted("mmeb", root, tmp_path / "data", images=images)
+    counts, found = converted("mmeb", root, tmp_path / "data", images=images)
+    assert counts["queries"] == {"it2t": 3}
+    assert counts["sets"] == {"mmeb_HatefulMemes_task6": 1, "mmeb_VisDial_task6": 2}
+    words = ["data", "convert", "mmeb", str(root), "--images", str(images), "--output"]
+    done = CliRunner().invoke(app, [*words, str(tmp_path / "called")])
+    assert "  mmeb_HatefulMemes_task6: 1\n  mmeb_VisDial_task6: 2\n" in done.stdout
+    sets = read_sets(tmp_path / "data", split="train")
+    assert [(one.stem, len(one.queries), len(one.pool)) for one in sets] == [
+        ("mmeb_HatefulMemes_task6", 1, 3), ("mmeb_VisDial_task6", 2, 4)]  # fmt: skip
     assert found == [
         ("R.", ["P."], ["A.", "B."]),
         ("Q.", ["P0.", "P1."], ["A.", "B."]),
@@ -162,8 +178,11 @@ def test_mmeb_as_it_lies(tmp_path):
     ]
     (root / "VisDial" / "VisDial").mkdir()
     picture.rename(root / "VisDial" / "VisDial" / "1.png")
-    counts = convert_file("mmeb", root / "VisDial", tmp_path / "subset")
-    assert counts["queries"] == {"it2t": 2} and counts["pictures"] == 1
+    counts = convert_file("mmeb", root / "VisDial", tmp_path / "subset", name="own")
+    assert counts["sets"] == {"own_VisDial_task6": 2} and counts["pictures"] == 1
+    shutil.copytree(root / "VisDial", root / "ImageNet-1K")
+    counts = convert_file("mmeb", root / "ImageNet-1K", tmp_path / "dash")
+    assert counts["sets"] == {"mmeb_ImageNet_1K_task6": 2}
     (root / "VisDial" / "original-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match=r"VisDial: 1 of 2 shards original-\*"):
         convert_file("mmeb", root / "VisDial", tmp_path / "torn")
@@ -250,7 +269,7 @@ def test_beir_by_split_with_its_titles_and_grades(tmp_path):
     (root / "qrels" / "test.tsv").write_text(header + "z\tb\t1\nw\tb\t1\nz\tc\t1\n")
     with pytest.raises(DataError, match=r"test.tsv:4: 'c' is not in the corpus"):
         convert_file("beir", root, tmp_path / "bad", split="test")
-    with pytest.raises(DataError, match=r"test.tsv:3: query 'w' is not in queries; 1 bad rows"):
+    with pytest.raises(DataError, match=r"test.tsv:3: query 'w' is not among the .*; 1 bad"):
         convert_file("beir", root, tmp_path / "bad", split="test", skip_bad=1)
 
 
@@ -271,14 +290,15 @@ def mirror(root, name, corpus, asked, qrels):
 
 
 def test_a_mirror_keeps_ids_grades_and_instructions(tmp_path):
-    qrels = [("2:5", "2:900", 2), ("2:5", "2:7", 0), ("2:5", "2:8", -1)]
+    qrels = [("2:5", "2:900", 2), ("2:5", "2:7", 0), ("2:5", "2:8", -1), ("2:6", "2:8", 0)]
     folder = mirror(tmp_path, "mbeir_webqa_task1", {f"2:{i}": f"t{i}" for i in (900, 7, 8)},
-                    {"2:5": "q"}, qrels)  # fmt: skip
+                    {"2:5": "q", "2:6": "r", "2:7": "s"}, qrels)  # fmt: skip
     header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
     prompts = tmp_path / "instructions" / "query_instructions.tsv"
     prompts.parent.mkdir()
     prompts.write_text(f"{header}text\ttext\tWebQA\t2\tfind the fact\n")
-    convert_file("mteb", folder, tmp_path / "data", split="test")
+    counts = convert_file("mteb", folder, tmp_path / "data", split="test")
+    assert counts["notices"] == ["2 queries without a right answer are left out"]
     data = load(tmp_path / "data", split="test")
     (query,) = data.queries
     assert (query.id, query.positives, query.instruction) == ("2:5", ("2:900",), "Find the fact.")
@@ -306,27 +326,6 @@ def test_answers_in_the_sister_set_are_counted(tmp_path):
 
 
 # -- folders -------------------------------------------------------------------------------------
-
-
-def test_what_a_folder_leaves_out_is_one_line(tmp_path):
-    root = tmp_path / "s"
-    for name in ("a.jpg", "b.jfif", "c.jpe", "d.JPEG"):
-        draw(root / name, kind="JPEG")
-    for name in ("e.gif", "f.heic", "g.heic", "Makefile", "._a.jpg", ".thumbs/a.jpg",
-                 "@eaDir/a.jpg/x.jpg", "sub/metadata.csv"):  # fmt: skip
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"no picture")
-    counts = convert_file("folder", root, tmp_path / "data", split="test")
-    assert counts["candidates"] == 4 and counts["notices"] == [
-        "left out: 1 .gif, 2 .heic, 1 without an ending (only JPEG, PNG and WebP are read); "
-        f"{root}/sub/metadata.csv (only a folder's own table is read); "
-        "3 hidden (names with a dot, thumbnails)"
-    ]
-    for path in root.glob("*.j*"):
-        path.unlink()
-    (root / "d.JPEG").unlink()
-    with pytest.raises(DataError, match=r"holds no JPEG, PNG or WebP picture; left out: 1 .gif"):
-        convert_file("folder", root, tmp_path / "none")
 
 
 def test_a_first_picture_of_several_in_one_file(tmp_path):
@@ -359,7 +358,7 @@ def test_captions_by_their_published_names(name, text, tmp_path):
     (tmp_path / "s" / name).write_text(text)
     counts = convert_file("folder", tmp_path / "s", tmp_path / "data")
     assert counts["queries"] == {"t2i": 2} and counts["candidates"] == 2
-    assert not counts["notices"]
+    assert counts["notices"] == [f"2 captions of 1 pictures from {name}; 1 pictures have none"]
     assert {query.text for query in load(tmp_path / "data").queries} == {"One.", "Two."}
 
 
@@ -377,10 +376,10 @@ def test_a_missing_picture_is_named_where_it_is_named(tmp_path):
         draw(tmp_path / "s" / folder / "a.png")
     table = tmp_path / "s" / "captions.csv"
     table.write_text("file,caption\nb.png,x\n")
-    with pytest.raises(DataError, match=r"captions.csv:2: no such picture: b.png"):
+    with pytest.raises(DataError, match=r"captions.csv:2: no such picture: 'b.png'"):
         convert_file("folder", tmp_path / "s", tmp_path / "data")
     table.write_text("file,caption\na.png,x\n")
-    with pytest.raises(DataError, match=r"captions.csv:2: a.png lies in several folders"):
+    with pytest.raises(DataError, match=r"captions.csv:2: 'a.png' lies in several folders: 'x/"):
         convert_file("folder", tmp_path / "s", tmp_path / "data")
 
 

@@ -39,7 +39,7 @@ def ids(count):
 @given(
     kind=st.sampled_from(["random", "ties", "near ties", "clustered", "scales"]),
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
-    count=st.integers(1, 400),
+    count=st.integers(1, 800),
     added=st.integers(0, 50),
     dim=st.integers(1, 70),
     k=st.integers(1, 20),

@@ -1,5 +1,9 @@
-"""One suite for every engine: exact, FAISS's IVF and HNSW, Milvus."""
+"""One suite for every engine: exact, FAISS's IVF and HNSW, Milvus as a file and over TCP."""
 
+import contextlib
+import datetime
+import json
+import shutil
 import sys
 
 import pytest
@@ -7,13 +11,20 @@ import torch
 
 from elva.errors import IndexFault, UserError
 from elva.index import Index
-from elva.index.engines import export, open_engine
+from elva.index.engines import export, milvus, open_engine
 from elva.model.identity import Identity
+from tests.elva import milvus_server
 
 MODEL = Identity("a model", "revision", "preprocessing")
-ENGINES = ("exact", "faiss-ivf", "faiss-hnsw", "milvus")
+ENGINES = ("exact", "faiss-ivf", "faiss-hnsw", "milvus", "milvus server")
 ROWS, DIM = 3000, 32
-FLOOR = {"exact": 1.0, "faiss-ivf": 0.95, "faiss-hnsw": 0.98, "milvus": 0.999}
+FLOOR = {
+    "exact": 1.0,
+    "faiss-ivf": 0.95,
+    "faiss-hnsw": 0.98,
+    "milvus": 0.999,
+    "milvus server": 0.999,
+}
 
 
 def clustered(count, seed):
@@ -40,11 +51,21 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request, index, tmp_path_factory):
     spec = request.param
-    if spec == "milvus":
-        spec = f"milvus:{tmp_path_factory.mktemp('milvus')}/items.db"
-    if spec != "exact":
-        export(index, spec)
-    return request.param, open_engine(index, spec)
+    with contextlib.ExitStack() as stack:
+        if spec == "milvus server":
+            place = tmp_path_factory.mktemp("server")
+            spec = f"milvus:{stack.enter_context(milvus_server.serving(place))[0]}"
+        if spec == "milvus":
+            spec = f"milvus:{tmp_path_factory.mktemp('milvus')}/items.db"
+        if spec != "exact":
+            export(index, spec)
+        yield request.param, open_engine(index, spec)
+
+
+@pytest.fixture
+def server(tmp_path):
+    with milvus_server.serving(tmp_path) as (uri, recorded):
+        yield f"milvus:{uri}", recorded
 
 
 def test_recall_and_scores_against_exact(engine, index):
@@ -162,3 +183,110 @@ def test_a_missing_package_names_the_extra(index, module, spec, extra, monkeypat
 def test_a_server_that_is_not_there_is_one_line(index):
     with pytest.raises(UserError, match=r"must be a Milvus file or server|Milvus must answer"):
         open_engine(index, "milvus:http://127.0.0.1:9")
+
+
+# -- what a server is asked ------------------------------------------------------------------------
+
+
+def small(path, count=40, **columns):
+    return Index.build(path, [f"i{i}" for i in range(count)], clustered(count, 1), model=MODEL,
+                       columns=columns)  # fmt: skip
+
+
+def test_what_a_server_is_asked(tmp_path, server, monkeypatch):
+    """The calls of an export and a search; where a filter leaves few rows, none."""
+    spec, recorded = server
+    index = small(tmp_path / "i", year=[*range(40)])
+    export(index, spec)
+    done = [name for name, _ in recorded.calls]
+    order = ("CreateCollection", "CreateIndex", "Insert", "Flush", "RenameCollection")
+    assert [name for name in done if name in order] == [*order]
+    (asked,) = recorded.asked("CreateIndex")
+    given = {pair.key: pair.value for pair in asked.extra_params}
+    assert given == {
+        "index_type": "HNSW", "metric_type": "COSINE", "M": "32", "efConstruction": "200"
+    }  # fmt: skip
+    answers = open_engine(index, spec)
+    recorded.calls.clear()
+    answers.search(clustered(2, 2), 3, where=[("year", "<", 20)])
+    assert recorded.calls == []
+    monkeypatch.setattr(milvus, "EXACT_BELOW", 0)
+    found = answers.search(clustered(2, 2), 3, where=[("year", "<", 20)])
+    assert torch.equal(found.rows, index.search(clustered(2, 2), 3, where=[("year", "<", 20)]).rows)
+    (asked,) = recorded.asked("Search")
+    assert asked.dsl == "m_year < 20" and list(asked.output_fields) == ["row"]
+    given = {pair.key: pair.value for pair in asked.search_params}
+    assert given["topk"] == "19" and json.loads(given["params"])["ef"] == 64
+
+
+@pytest.mark.parametrize("call", ["CreateCollection", "CreateIndex", "Insert", "Flush",
+                                  "RenameCollection"])  # fmt: skip
+def test_an_export_that_fails_leaves_what_was_there(tmp_path, server, call):
+    """At any of its calls, and the next one is not hindered by what it left."""
+    spec, recorded = server
+    index = small(tmp_path / "i")
+    export(index, spec)
+    wanted = open_engine(index, spec).search(clustered(3, 2), 5).rows
+    shutil.copytree(tmp_path / "i", tmp_path / "copy" / "i")
+    later = Index(tmp_path / "copy" / "i").delete(["i0"])
+    recorded.fails = call
+    with pytest.raises(UserError, match=r"Milvus must answer; .*the disk is full") as caught:
+        export(later, spec)
+    assert "\n" not in str(caught.value)
+    recorded.fails = ""
+    assert torch.equal(open_engine(index, spec).search(clustered(3, 2), 5).rows, wanted)
+    with pytest.raises(IndexFault, match="must be of the index as it is"):
+        open_engine(later, spec)
+    export(later, spec)
+    assert 0 not in open_engine(later, spec).search(clustered(3, 2), 39).rows
+
+
+def test_indexes_on_one_server_leave_each_other_alone(tmp_path, server):
+    spec, recorded = server
+    one, two = small(tmp_path / "one"), small(tmp_path / "two", 30)
+    export(one, spec)
+    export(two, spec)
+    export(one, spec)
+    assert len(recorded.asked("DropCollection")) == 1  # its own, of the export before
+    for index in (one, two):
+        own = index.embeddings([*range(30)])
+        found = open_engine(index, spec).search(own, 1).rows[:, 0]
+        assert torch.equal(found, torch.arange(30))
+
+
+@pytest.mark.parametrize("kind", ["faiss-hnsw", "milvus"])
+def test_an_index_built_anew_in_the_same_place_is_another(kind, tmp_path):
+    """As many changes in, with the same model: told by what it holds."""
+    spec = f"milvus:{tmp_path}/items.db" if kind == "milvus" else kind
+    first = small(tmp_path / "i")
+    export(first, spec)
+    kept = tmp_path / "derived"
+    if kind != "milvus":
+        shutil.copytree(tmp_path / "i" / "derived", kept)
+    shutil.rmtree(tmp_path / "i")
+    index = Index.build(tmp_path / "i", [*"abc"], clustered(3, 5), model=MODEL)
+    assert index.manifest.generation == first.manifest.generation
+    if kind != "milvus":
+        shutil.copytree(kept, tmp_path / "i" / "derived")
+    with pytest.raises(IndexFault, match="must be of the index as it is"):
+        open_engine(index, spec)
+
+
+def test_fields_of_any_name_and_type_are_kept_apart_from_milvus_own(tmp_path):
+    spec = f"milvus:{tmp_path}/items.db"
+    day = datetime.date(2020, 1, 1)
+    index = small(
+        tmp_path / "i", 40, row=[*range(100, 140)], vector=["v"] * 40, day=[day] * 40,
+        **{"or": [True, False] * 20, "a b' or 1 == 1": [*range(40)], "#row": [0.5] * 40},
+    )  # fmt: skip
+    export(index, spec)
+    answers = open_engine(index, spec)
+    for where in (
+        [("row", "<", 110)], [("vector", "=", "v"), ("or", "=", True)],
+        [("a b' or 1 == 1", ">", 30)], [("#row", "<", 1), ("row", "in", [101, 139])],
+    ):  # fmt: skip
+        query = clustered(4, 2)
+        assert torch.equal(answers.search(query, 5, where=where).rows,
+                           index.search(query, 5, where=where).rows), where  # fmt: skip
+    with pytest.raises(IndexFault, match="must name a field of numbers, texts or booleans"):
+        answers.search(clustered(1, 2), 1, where=[("day", "=", day)])

@@ -92,7 +92,11 @@ def test_files_come_back_as_they_were(tmp_path):
         (read_run, "q Q0 d 1 high tag", "score 'high' is no number"),
         (read_run, "q Q0 d 1 nan tag", "score is NaN"),
         (read_run, "q Q0 a 1 0.5 tag", "candidate a again for query q"),
-        (read_qrels, "q 0 d", "3 columns, not qid 0 did relevance, nor BEIR's under query-id"),
+        (
+            read_qrels,
+            "q 0 d",
+            r"3 columns, not qid 0 did relevance \[task\], nor BEIR's",
+        ),
         (read_qrels, "q Q0 d 1 0.5 tag", "6 columns, not qid 0 did relevance"),
         (read_qrels, "q 0 d 1.5", "relevance '1.5' is no whole number"),
         (read_qrels, "q 0 a 0", "candidate a was judged otherwise before"),

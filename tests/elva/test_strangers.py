@@ -19,7 +19,7 @@ from elva.commands.export import export
 from elva.data import Item, Query
 from elva.errors import UserError
 from elva.files import write_directory
-from elva.model.encoder import Encoder
+from elva.model.encoder import RetrieverEncoder
 from elva.model.inputs import RET
 from elva.model.note import reading_of
 from elva.model.reading import Reading, find
@@ -97,7 +97,7 @@ def test_qwen3_vl_embeddings_layout(tmp_path, tied):
     assert retriever.writes == tied  # an untied one was published without what writes
     if not tied:
         with pytest.raises(UserError, match="has no head"):
-            Encoder.open(path, max_completion_length=4)
+            RetrieverEncoder.open(path, max_completion_length=4)
     retriever.model.float()
     before = ours(retriever)
     retriever.save(tmp_path / "saved")
@@ -394,13 +394,13 @@ def test_an_adapter_that_cannot_go_on_is_named(tmp_path, stranger):
 
 
 def test_identities_tell_readings_apart(stranger):
-    opened_ = Encoder.open(stranger)
+    opened_ = RetrieverEncoder.open(stranger)
     assert opened_.max_completion_length == 0
-    other = Encoder.open(stranger)
+    other = RetrieverEncoder.open(stranger)
     other.retriever.inputs.reading = replace(other.retriever.reading, item_instruction="Else.")
     assert not opened_.identity.matches(other.identity)
     with pytest.raises(UserError, match="--read must be at_ret"):
-        Encoder.open(stranger, read="before_ret")
+        RetrieverEncoder.open(stranger, read="before_ret")
 
 
 DAMAGES = {
@@ -473,7 +473,7 @@ def test_the_commands_boost_and_keep_a_retriever(tmp_path, data, stranger, monke
     elva("export", "run", "--output", "boosted")
     items = ITEMS[:3]
     torch.testing.assert_close(
-        Encoder.open("run")(items).embeddings,
+        RetrieverEncoder.open("run")(items).embeddings,
         strangers.embed(tmp_path / "boosted", items, dtype=torch.float32).detach(),
         rtol=0, atol=1e-5,
     )  # fmt: skip

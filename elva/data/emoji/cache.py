@@ -32,6 +32,14 @@ _SCRATCH = ".tmp-"
 _POOLS = {"t2i": "image", "t2t": "text", "i2t": "text", "i2i": "image", "it2i": "image"}
 
 
+def called(data: str) -> str:
+    """What a stage's data are called in a checkpoint that learnt from them: `emoji` where they are
+    this corpus, or drawn or mined from it, else their directory's own name."""
+    files = [*Path(data).glob("query/*/mbeir_*.jsonl")]
+    ours = all(file.name.startswith("mbeir_emoji_") for file in files)
+    return "emoji" if data == "emoji" or (files and ours) else Path(data).name
+
+
 def cached(size: int = 64) -> Path:
     """The corpus in the user's cache directory, built there if it is missing or torn.
 

@@ -9,9 +9,10 @@ from typing import Any
 from elva.data import mbeir
 from elva.data.formats import beir, folder, mmeb, mteb, nli, tevatron
 from elva.data.formats.source import Request, Source
-from elva.data.formats.writer import convert
+from elva.data.formats.writer import check_output, convert
 from elva.data.strict import Faults
 from elva.errors import DataError
+from elva.progress import SILENT, Reporter
 
 FORMATS: dict[str, Callable[[Request], Source]] = {
     "beir": beir.read,
@@ -38,6 +39,8 @@ def convert_file(
     instruction: str | None = None,
     images: Path | None = None,
     skip_bad: int = 0,
+    duplicates: str = "keep",
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Convert a file or folder of a known format to a data directory.
 
@@ -45,6 +48,10 @@ def convert_file(
         name, number, instruction: the reader's own for None.
         images: the folder that pictures' paths start from; the reader's rule for None.
         skip_bad: so many bad rows are left out and listed; one more ends it.
+        duplicates: of a folder, `keep` or `drop` pictures that show what another one shows.
+
+    Returns:
+        As `convert`, and `left_out`: why files of a folder are not in the data -> their names.
 
     Raises:
         DataError: an unknown format, or a row that is not as its format has it.
@@ -57,14 +64,20 @@ def convert_file(
         raise DataError(f"{source}: no such file or folder")
     if images is not None:
         _check_images(format, images)
+    if duplicates not in ("keep", "drop"):
+        raise DataError(f"duplicates must be keep or drop, got {duplicates!r}")
+    if duplicates != "keep" and format != "folder":
+        raise DataError(f"duplicates is for folder, got it for {format}")
+    check_output(output)  # before a reader takes its time
     faults = Faults(skip_bad)
-    found = FORMATS[format](Request(source, split, images, faults))
+    found = FORMATS[format](Request(source, split, images, faults, duplicates, reporter))
     found = replace(found, name=_name(found.name if name is None else name))
     if number is not None and number != found.number:
         found = replace(found, number=number, keeps_ids=False)
     if instruction is not None:
-        found = replace(found, instruction=_line(instruction), prompts={})
-    return convert(found, output, split=split, faults=faults)
+        line = _line(instruction)
+        found = replace(found, instruction=line, prompts=dict.fromkeys(found.prompts, line))
+    return {**convert(found, output, split=split, faults=faults), "left_out": found.left_out}
 
 
 def _check_images(format: str, images: Path) -> None:

@@ -1,17 +1,16 @@
 """BEIR (Thakur et al., arXiv:2104.08663): a corpus, queries, and what is right a split."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+from elva.data import qrels
 from elva.data.formats.rows import rows, table_files
 from elva.data.formats.source import Entry, Example, Reference, Request, Source
-from elva.data.strict import Record
+from elva.data.strict import Faults
 from elva.errors import DataError
 
 SPLITS = {"train": ("train",), "val": ("dev", "val", "validation"), "test": ("test",)}
 """Ours -> theirs."""
-
-QRELS = ("query-id", "corpus-id", "score")
 
 
 def read(request: Request) -> Source:
@@ -19,36 +18,35 @@ def read(request: Request) -> Source:
 
     The queries of a split are those that its qrels judge; a title comes before its text.
     """
-    notices: list[str] = []
-    examples = _examples(request, notices)
+    path, notices = request.path, list[str]()
+    if not path.is_dir():
+        raise DataError(f"{path}: not a folder with corpus, queries and qrels")
+    for table in ("corpus", "queries"):
+        table_files(path, table)
+    right = relevant(request, SPLITS[request.split])
+    queries = (query for query in _entries(request, "queries") if query.id in right)
+    examples = asked(queries, right, request.faults, notices)
     corpus = _entries(request, "corpus")
     return Source("beir", 16, "Find what answers it.", examples, corpus=corpus, notices=notices)
 
 
-def relevant(
-    request: Request, names: tuple[str, ...], needed: tuple[str, ...] = QRELS
-) -> dict[str, list[Reference]]:
-    """Query id -> its answers; a score above 0 is right, and queries without one have none."""
+def relevant(request: Request, names: tuple[str, ...]) -> dict[str, list[Reference]]:
+    """Query id -> its right answers; a query of which none is right has none."""
     folder = request.path / "qrels" if (request.path / "qrels").is_dir() else request.path
-    right: dict[str, list[Reference]] = defaultdict(list)
-    for file in table_files(folder, *names):
-        for record in rows(file, needed, request.faults):
-            with request.faults.row():
-                qid, did = record.name("query-id"), record.name("corpus-id")
-                found = right[qid]
-                if _score(record) > 0:
-                    found.append(Reference(did, record.where))
-    return right
+    files = table_files(folder, *names)
+    judged = qrels.collect(files[0], _judged(files, request.faults), request.faults)
+    return {
+        qid: [Reference(did, one.where) for did, one in answers.items() if one.is_right]
+        for qid, answers in judged.items()
+    }
 
 
-def _score(record: Record) -> float:
-    value = record.value("score")
-    try:
-        if not isinstance(value, str | int | float):
-            raise ValueError
-        return float(value)
-    except ValueError:
-        record.fail(f"score {value!r} is no number")
+def _judged(files: Sequence[Path], faults: Faults) -> Iterator[tuple[str, str, str, object]]:
+    for file in files:
+        for record in rows(file, qrels.BEIR, faults):
+            with faults.row():
+                query, candidate, score = qrels.BEIR
+                yield record.where, record.name(query), record.name(candidate), record.value(score)
 
 
 def _entries(request: Request, table: str) -> Iterator[Entry]:
@@ -65,20 +63,23 @@ def _entries(request: Request, table: str) -> Iterator[Entry]:
                 yield Entry(text, None, record.where, id)
 
 
-def _examples(request: Request, notices: list[str]) -> Iterator[Example]:
-    if not request.path.is_dir():
-        raise DataError(f"{request.path}: not a folder with corpus, queries and qrels")
-    right = relevant(request, SPLITS[request.split])
-    without = 0
-    for query in _entries(request, "queries"):
-        answers = right.pop(str(query.id), None)
-        if answers:
+def asked(
+    queries: Iterable[Entry],
+    right: Mapping[str, list[Reference]],
+    faults: Faults,
+    notices: list[str],
+) -> Iterator[Example]:
+    """The queries with their right answers; those without are left out, and counted."""
+    without, unknown = 0, dict(right)
+    for query in queries:
+        unknown.pop(str(query.id), None)
+        if answers := right.get(str(query.id)):
             yield Example(query, answers)
-        elif answers is not None:
+        else:
             without += 1
-    for qid, answers in right.items():
+    for qid, answers in unknown.items():
         for answer in answers[:1]:
-            with request.faults.row():
-                raise DataError(f"{answer.where}: query {qid!r} is not in queries")
+            with faults.row():
+                raise DataError(f"{answer.where}: query {qid!r} is not among the queries")
     if without:
         notices.append(f"{without:,} queries without a right answer are left out")

@@ -1,145 +1,225 @@
 """A folder of pictures, with captions where there are any: people's own pictures.
 
-With a table of captions (`file`, `caption`, and whatever else is known) each caption asks for its
-pictures. Without, each picture asks for itself: enough to embed, index and search the folder.
+Where somebody captioned them (`captions.py`), each caption asks for its pictures. Else each picture
+asks for itself: enough to embed, index and search the folder. A picture keeps its own name, its
+path under the folder, and a number by that name.
 """
 
+import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elva.data.formats.rows import rows
-from elva.data.formats.source import Entry, Example, Request, Source, shown
-from elva.data.strict import Faults, Record
-from elva.errors import DataError
+from elva.data import pictures
+from elva.data.formats import captions
+from elva.data.formats.scan import PictureFile, Scan, lines, scan
+from elva.data.formats.source import Entry, Example, Request, Source
+from elva.data.identity import DECODERS
+from elva.data.strict import Faults
+from elva.errors import DataError, PictureFault, printable
 
-CAPTIONS = ("captions.csv", "captions.jsonl", "captions.txt", "metadata.csv", "metadata.jsonl")
-"""Ours, Flickr8k's, imagefolder's; the first that is there is read."""
+PROMPTS = {
+    ("text", "image"): "Find the picture.",
+    ("image", "image"): "Find the same picture.",
+    ("image,text", "image"): "Find the picture that is so changed.",
+}
+"""(query, candidate modality) -> how a folder is asked."""
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
-THUMBNAILS = {"@eaDir", "__MACOSX"}
-"""What a server and an archive leave beside pictures, besides hidden files."""
+NUMBERS = range(1_000_000, 100_000_000)
+"""Ours: the numbers of folders among M-BEIR's datasets."""
 
-FILE, CAPTION = ("file", "image", "file_name", "filename"), ("caption", "text")
+LEFT_OUT = ("large", "HEIF", "AVIF")
+"""Kinds of pictures that are counted where they are not read; damaged ones are bad rows."""
+
+AT_ONCE = 256
+"""Ours: pictures decoded between two looks at the bar and the first fault."""
 
 
 @dataclass
-class _Found:
-    """The files of a folder: pictures in the order of their names, and what is no picture."""
+class _Seen:
+    """Pictures that were decoded: those that can be read, and what each shows."""
 
-    pictures: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
-    hidden: int = 0
+    pictures: list[PictureFile] = field(default_factory=list)
+    looks: dict[bytes | str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What lies in a folder, as far as names, headers and captions say.
+
+    Args:
+        pictures: What can be shown, as far as the files' headers say.
+        left_out: Why other files are left out -> their names.
+        known: Name -> captions and what else is known of a picture.
+        notices: Lines for whoever is to know.
+    """
+
+    pictures: list[PictureFile]
+    left_out: dict[str, list[str]]
+    known: dict[str, dict[str, object]]
+    notices: list[str]
+
+
+def contents(root: Path, faults: Faults) -> Contents:
+    """Look into a folder; nothing is decoded.
+
+    Args:
+        faults: Rows of captions that may be left out, and in which they are listed.
+
+    Raises:
+        DataError: no folder, no picture in it, or captions that are not as their format has them.
+    """
+    found, told = _found(root, faults)
+    shown = []
+    for picture in found.pictures:
+        try:
+            pictures.size(picture.path)
+        except PictureFault as fault:
+            if fault.kind in LEFT_OUT:
+                found.leave_out(fault.kind, picture.name)
+                continue
+        shown.append(picture)  # a damaged one too: whoever decodes it counts it
+    known = {path.relative_to(root).as_posix(): about for path, about in known_of(told).items()}
+    notices = [*([told.notice(len(shown))] if told.captions else []), *lines(found.left_out)]
+    if not shown:
+        raise DataError(
+            "; ".join([f"{printable(str(root))}: holds no picture that is read", *notices])
+        )
+    return Contents(shown, found.left_out, known, notices)
 
 
 def read(request: Request) -> Source:
-    """The pictures under a folder, in the order of their names."""
-    path = request.path
-    if not path.is_dir():
-        raise DataError(f"{path}: not a folder")
-    found = _files(path)
-    tables = [path / name for name in CAPTIONS if (path / name).is_file()]
-    left_out = _left_out(found, tables[:1])
-    if not found.pictures:
-        raise DataError("; ".join([f"{path}: holds no JPEG, PNG or WebP picture", *left_out]))
-    entries = (_entry(path, p, {}, shown(p)) for p in found.pictures)
-    if not tables:
-        alone = (Example(entry, [entry]) for entry in entries)
-        return Source("folder", 14, "Find the same picture.", alone, notices=left_out)
-    examples = _captioned(path, tables[0], found.pictures, request.faults)
-    return Source(
-        "folder", 14, "Find the picture.", examples, entries, one_query=True, notices=left_out
-    )
-
-
-def _files(root: Path) -> _Found:
-    found = _Found()
-    for folder, folders, names in os.walk(root):
-        kept = [name for name in folders if not (name.startswith(".") or name in THUMBNAILS)]
-        hidden = [Path(folder, name) for name in folders if name not in kept]
-        found.hidden += sum(len(files) for top in hidden for _, _, files in os.walk(top))
-        folders[:] = kept
-        for name in names:
-            if name.startswith("."):
-                found.hidden += 1
-            elif Path(name).suffix.lower() in SUFFIXES and _is_text(name):
-                found.pictures.append(Path(folder, name))
-            else:
-                found.others.append(Path(folder, name))
-    found.pictures.sort()
-    return found
-
-
-def _is_text(name: str) -> bool:
-    """Whether a file's name is UTF-8: others cannot be written into a line of JSON."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _left_out(found: _Found, tables: Sequence[Path]) -> list[str]:
-    """One line of what the folder holds and the data will not, by ending and with its reason."""
-    others = [path for path in found.others if path not in tables]
-    captions = [path for path in others if path.name in CAPTIONS]
-    endings = Counter(_ending(path) for path in others if path not in captions)
-    parts = [f"{count:,} {ending}" for ending, count in sorted(endings.items())]
-    reasons = [f"{', '.join(parts)} (only JPEG, PNG and WebP are read)"] if parts else []
-    if captions:
-        more = f" and {len(captions) - 3:,} more" if len(captions) > 3 else ""
-        named = ", ".join(shown(path) for path in captions[:3]) + more
-        used = tables[0].name if tables else "a folder's own table"
-        reasons.append(f"{named} (only {used} is read)")
-    if found.hidden:
-        reasons.append(f"{found.hidden:,} hidden (names with a dot, thumbnails)")
-    return [f"left out: {'; '.join(reasons)}"] if reasons else []
-
-
-def _ending(path: Path) -> str:
-    if not _is_text(path.name):
-        return "with names that are not UTF-8"
-    return path.suffix.lower() or "without an ending"
-
-
-def _captioned(
-    path: Path, captions: Path, pictures: Sequence[Path], faults: Faults
-) -> Iterator[Example]:
-    places: dict[str, list[Path]] = defaultdict(list)
-    for picture in pictures:
-        places[picture.name].append(picture)
-    columns: tuple[str, str] | None = None
-    for record in rows(captions, (), faults, known=(*FILE, *CAPTION)):
-        columns = columns or _columns(captions, record)
-        with faults.row():
-            name = record.path(columns[0]) or record.fail(f"{columns[0]} is empty")
-            picture = _picture(record, path, name, places)
-            extra = {k: v for k, v in record.fields.items() if k not in columns}
-            caption = Entry(record.text(columns[1]), None, record.where)
-            yield Example(caption, [_entry(path, picture, extra, record.where)])
-
-
-def _columns(captions: Path, record: Record) -> tuple[str, str]:
-    """The columns of the picture's file and of its caption."""
-    file, caption = (
-        next((n for n in some if n in record.fields), None) for some in (FILE, CAPTION)
-    )
-    if file is None or caption is None:
-        found = ", ".join(record.fields)
-        raise DataError(
-            f"{captions}:1: no column {FILE[0]} or no column {CAPTION[0]}; there are {found}"
+    """The pictures under a folder, in the order of their names, each decoded once."""
+    root = request.path
+    found, told = _found(root, request.faults)
+    seen = _seen(found, request)
+    copies = _copies(seen)
+    notices = [told.notice(len(seen.pictures))] if seen.pictures else []
+    notices += _without(told, seen)
+    if copies and request.duplicates == "drop":
+        found.leave_out("duplicates", *sorted(copies))
+    elif copies:
+        notices.append(
+            f"{len(copies):,} pictures show what another one shows, and are kept; "
+            "--duplicates drop leaves them out"
         )
-    return file, caption
+    dropped = copies if request.duplicates == "drop" else {}
+    notices += lines({why: names for why, names in found.left_out.items() if why != "damaged"})
+    if not seen.pictures:
+        raise DataError(
+            "; ".join([f"{printable(str(root))}: holds no picture that can be read", *notices])
+        )
+    return _source(root, told, seen, dropped, notices, found.left_out)
 
 
-def _picture(record: Record, root: Path, name: str, places: Mapping[str, Sequence[Path]]) -> Path:
-    """The file of a name: its path under the folder, or the only file below that is called so."""
-    if (root / name).is_file():
-        return root / name
-    found = places.get(name, [])
-    if len(found) == 1:
-        return found[0]
-    rule = f"{name} lies in several folders" if found else f"no such picture: {name}"
-    raise DataError(f"{record.where}: {rule}")
+def _found(root: Path, faults: Faults) -> tuple[Scan, captions.Captions]:
+    """What lies in a folder, and what of it says something of its pictures."""
+    found = scan(root)
+    files = [picture.path for picture in found.pictures]
+    told = captions.read(root, files, [root / name for name in found.others], faults)
+    read = {file.relative_to(root).as_posix() for file in told.files}
+    found.leave_out("formats", *(name for name in found.others if name not in read))
+    return found, told
 
 
-def _entry(root: Path, path: Path, extra: dict[str, object], where: str) -> Entry:
-    return Entry(None, path, where, path.relative_to(root).as_posix(), extra)
+def dataset_number(root: Path) -> int:
+    """The number of a folder among M-BEIR's datasets, by where it lies."""
+    digest = hashlib.sha256(os.fsencode(root.resolve())).digest()
+    return NUMBERS[int.from_bytes(digest[:8], "big") % len(NUMBERS)]
+
+
+def known_of(told: captions.Captions) -> dict[Path, dict[str, object]]:
+    """Picture -> what is known of it beside what it shows: its captions, and a table's columns."""
+    said: dict[Path, list[str]] = defaultdict(list)
+    for one in told.captions:
+        said[one.picture].append(one.text)
+    known: dict[Path, dict[str, object]] = {p: {"caption": " / ".join(t)} for p, t in said.items()}
+    for picture, columns in told.columns.items():
+        known[picture] = {**known.get(picture, {}), **columns}
+    return known
+
+
+def _source(
+    root: Path,
+    told: captions.Captions,
+    seen: _Seen,
+    dropped: Mapping[str, str],
+    notices: list[str],
+    left_out: Mapping[str, Sequence[str]],
+) -> Source:
+    known = known_of(told)
+    names = {picture.path: picture.name for picture in seen.pictures}
+    kept = {path: dropped.get(name, name) for path, name in names.items()}
+    entries = {
+        picture.name: Entry(None, picture.path, printable(str(picture.path)), None,
+                            known.get(picture.path, {}), picture.name)
+        for picture in seen.pictures if picture.name not in dropped
+    }  # fmt: skip
+    examples: Iterator[Example]
+    if told.captions:
+        examples = (
+            Example(Entry(one.text, None, one.where), [entries[kept[one.picture]]])
+            for one in told.captions
+            if one.picture in kept
+        )
+        candidates: Sequence[Entry] = [*entries.values()]
+    else:
+        examples = (Example(entry, [entry]) for entry in entries.values())
+        candidates = []
+    return Source(
+        "folder", dataset_number(root), "", examples, candidates, prompts=PROMPTS,
+        one_query=bool(told.captions), notices=notices, looks=seen.looks, left_out=left_out,
+    )  # fmt: skip
+
+
+def _seen(found: Scan, request: Request) -> _Seen:
+    """Those pictures that can be shown; the others are left out, damaged ones as far as allowed."""
+    seen = _Seen()
+    total = len(found.pictures)
+    request.reporter.start(f"look at {printable(str(request.path))}", total, "pictures")
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for start in range(0, total, AT_ONCE):
+            some = found.pictures[start : start + AT_ONCE]
+            for picture, look in zip(some, pool.map(_look, some), strict=True):
+                if isinstance(look, bytes):
+                    seen.pictures.append(picture)
+                    seen.looks[picture.name] = look
+                    continue
+                kind = look.__cause__.kind if isinstance(look.__cause__, PictureFault) else ""
+                if kind in LEFT_OUT:
+                    found.leave_out(kind, picture.name)
+                    continue
+                with request.faults.row():
+                    hint = "" if request.faults.allowed else "; --skip-bad leaves out as many"
+                    raise DataError(f"{look}{hint}")
+                found.leave_out("damaged", picture.name)
+            request.reporter.advance(start + len(some))
+    request.reporter.finish("")
+    return seen
+
+
+def _look(picture: PictureFile) -> bytes | DataError:
+    """What a picture shows, or why it cannot be shown."""
+    try:
+        return picture.item().content_hash()
+    except DataError as error:
+        return error
+
+
+def _copies(seen: _Seen) -> dict[str, str]:
+    """Name -> the first name of what shows the same."""
+    first: dict[bytes, str] = {}
+    for picture in seen.pictures:
+        first.setdefault(seen.looks[picture.name], picture.name)
+    named = {picture.name: first[seen.looks[picture.name]] for picture in seen.pictures}
+    return {name: other for name, other in named.items() if other != name}
+
+
+def _without(told: captions.Captions, seen: _Seen) -> list[str]:
+    """A line on captions whose picture is left out."""
+    there = {picture.path for picture in seen.pictures}
+    count = sum(one.picture not in there for one in told.captions)
+    return [f"{count:,} captions are left out with their pictures"] if count else []

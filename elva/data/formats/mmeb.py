@@ -5,7 +5,9 @@ VLM2Vec puts the picture; here it comes first by the chat template, so the mark 
 Every other word of a text stays.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,7 +25,8 @@ COLUMNS = {
 
 def read(request: Request) -> Source:
     """Training rows: a file, a subset's folder (`original-0000k-of-0000N.parquet`), or a folder of
-    subsets. Pictures' paths start at `images`, the file's folder, or the one above it."""
+    subsets, each of which becomes a set of its name. Pictures' paths start at `images`, the file's
+    folder, or the one above it."""
     return Source("mmeb", 12, "", _examples(request, "original", _train))
 
 
@@ -44,9 +47,10 @@ def _files(path: Path, name: str) -> list[Path]:
 def _examples(request: Request, name: str, row: Callable[..., Example]) -> Iterator[Example]:
     for file in _files(request.path, name):
         roots = (file.parent, file.parent.parent) if request.images is None else (request.images,)
+        subset = re.sub(r"\W+", "_", file.absolute().parent.name) if request.path.is_dir() else ""
         for record in rows(file, COLUMNS[name], request.faults):
             with request.faults.row():
-                yield row(record, roots)
+                yield replace(row(record, roots), subset=subset)
 
 
 def _train(record: Record, roots: Sequence[Path]) -> Example:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from elva.data import mbeir
-from elva.data.formats.beir import relevant
+from elva.data.formats.beir import asked, relevant
 from elva.data.formats.rows import first_row, rows, table_files
-from elva.data.formats.source import Entry, Example, Request, Source
+from elva.data.formats.source import Entry, Request, Source
 from elva.errors import DataError
 
 DATASETS = (
@@ -37,13 +37,15 @@ def read(request: Request) -> Source:
     if not path.is_dir():
         raise DataError(f"{path}: not a folder with corpus, query and qrels")
     first = first_row(table_files(path, "corpus")[0])
+    right, notices = relevant(request, ("qrels",)), list[str]()
     return Source(
         name,
         number,
         "Find what is asked for.",
-        _examples(request),
+        asked(_items(request, "query", "queries"), right, request.faults, notices),
         corpus=_items(request, "corpus"),
         prompts=_prompts(path, number),
+        notices=notices,
         keeps_ids=str(first.get("id")).startswith(f"{number}:"),
         sister=DATASETS.index(SISTERS[name]) if name in SISTERS else None,
     )
@@ -73,13 +75,3 @@ def _items(request: Request, *names: str) -> Iterator[Entry]:
                 if ",".join(found) != modality:
                     record.fail(f"modality is {modality}, but there is {','.join(found) or 'none'}")
                 yield Entry(text, image, record.where, id)
-
-
-def _examples(request: Request) -> Iterator[Example]:
-    right = relevant(request, ("qrels",))
-    for query in _items(request, "query", "queries"):
-        yield Example(query, right.pop(str(query.id), []))
-    for qid, answers in right.items():
-        for answer in answers[:1]:
-            with request.faults.row():
-                raise DataError(f"{answer.where}: query {qid!r} is not among the queries")

@@ -18,7 +18,7 @@ from elva.errors import DataError
 BATCH_ROWS = 256
 """Rows of parquet at a time: some hold pictures."""
 
-SEPARATORS = ",;\t"
+SEPARATORS = ",;\t|"
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv")
 
 
@@ -31,7 +31,7 @@ def rows(
         path: A .csv, .tsv or .txt file with a header, a .jsonl, or a .parquet file.
         needed: Columns that must be there.
         known: Columns that may be there. A csv header may spell all these in capitals, and the
-            separator (comma, semicolon, tab) is the one that finds most of them.
+            separator (comma, semicolon, tab, bar) is the one that finds most of them.
 
     Raises:
         DataError: no such file, another kind of file, a column that is missing or there twice, a
@@ -108,8 +108,8 @@ def _csv(
     csv.field_size_limit(max(csv.field_size_limit(), strict.MAX_LINE_BYTES))
     names = {name.casefold(): name for name in (*needed, *known)}
     numbered = lines(path, faults)
-    first = next((found for found in numbered if found[1].strip()), None)
-    if first is not None and (declared := re.fullmatch("sep=(.)", first[1].rstrip("\r\n"))):
+    first = next((found for found in numbered if found[1]), None)
+    if first is not None and (declared := re.fullmatch("sep=(.)", first[1])):
         separator, first = declared[1], next(numbered, None)
     else:
         separator = "," if first is None else _separator(*first, names)
@@ -151,7 +151,7 @@ def _cells(
         nonlocal where
         for at, line in numbered:
             where = where or at
-            yield line
+            yield f"{line}\n"
 
     reader = csv.reader(texts(), delimiter=separator, strict=True)
     while True:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elva.data.strict import Faults
+from elva.progress import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,16 @@ class Request:
         split: train, val or test.
         images: The folder that pictures' paths start from, where that is not the reader's rule.
         faults: Rows that may be left out, and in which they are listed.
+        duplicates: `keep` or `drop` pictures that show what another one shows.
+        reporter: Who is told how far a reader is that decodes pictures.
     """
 
     path: Path
     split: str = "train"
     images: Path | None = None
     faults: Faults = field(default_factory=Faults)
+    duplicates: str = "keep"
+    reporter: Reporter = SILENT
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Entry:
         image: A file or encoded bytes.
         extra: Further fields, kept in `src_content`.
         where: `file:line`.
+        name: Of a person's own picture, its path under their folder: it is kept under it, numbered
+            by it, and called so in every answer. No other candidate has it.
     """
 
     text: str | None
@@ -41,6 +48,7 @@ class Entry:
     where: str
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,14 @@ class Example:
 
     Args:
         candidates: What it is to be ranked against, where that is not the whole pool.
+        subset: The part of the source, with a pool of its own, that it belongs to.
     """
 
     query: Entry
     positives: Sequence[Entry | Reference]
     negatives: Sequence[Entry | Reference] = ()
     candidates: Sequence[Entry] = ()
+    subset: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Source:
 
     Args:
         name: Of the dataset, for file names.
-        number: M-BEIR's number of it; ours are above 10.
+        number: M-BEIR's number of it; ours are above 10, a folder's above 1,000,000.
         instruction: What to look for; empty where the queries say it themselves.
         corpus: Candidates with ids, read before the first example, whose answers may name them.
         candidates: Of the pool, beyond the answers; read after the last example.
@@ -80,6 +90,8 @@ class Source:
         sister: The number of the dataset in which further right answers of these queries lie.
         one_query: Rows that ask the same are one query with all their answers.
         notices: Lines for whoever converts; a reader may add to them as it reads.
+        looks: `Item.content_hash` of named pictures, where the reader has it.
+        left_out: Why files are not in the data -> their names.
     """
 
     name: str
@@ -93,8 +105,5 @@ class Source:
     sister: int | None = None
     one_query: bool = False
     notices: list[str] = field(default_factory=list)
-
-
-def shown(path: Path) -> str:
-    """A path as one printable line."""
-    return str(path) if str(path).isprintable() else ascii(str(path))
+    looks: Mapping[bytes | str, bytes] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -5,9 +5,6 @@ What is written, the loader reads: queries are numbered, grouped by task, and re
 `src_content`. Candidates go to disk as they come.
 """
 
-import hashlib
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from elva.data import extras, mbeir, strict
+from elva.data.formats.places import Places, copy
 from elva.data.formats.source import Entry, Example, Reference, Source
 from elva.data.schema import TASKS, Item, hashed_id, normalise
 from elva.data.strict import Faults, dump
@@ -31,8 +29,10 @@ OWN_BYTES, ID_BYTES = 512, 20
 """Of a line, at most: names, ids and a path of ours; one answer."""
 
 MODALITIES = ("text", "image", "image,text")
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-"""By what Pillow says of a header. MPO is JPEG with further pictures behind the first."""
+
+
+_Part = tuple[str, str]
+"""A subset, and a task or a modality."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class _Checked:
     """An entry that can be written.
 
     Args:
-        key: By which equal candidates are one: the source's id, or the content.
-        picture: SHA-256 of the encoded picture, or None.
+        key: By which equal candidates are one: its name, the source's id, or the content.
+        picture: What tells its picture from others (`Places.key`), or None.
         suffix: Of the picture's file.
         size: Bytes of its line, at most, without a query's answers.
     """
@@ -49,7 +49,7 @@ class _Checked:
     entry: Entry
     modality: str
     key: str | bytes
-    picture: bytes | None
+    picture: bytes | str | None
     suffix: str
     size: int
 
@@ -82,8 +82,7 @@ def convert(
     Raises:
         DataError: a row that is not as its format has it, as `file:line: rule`.
     """
-    if output.exists() and any(output.iterdir()):
-        raise DataError(f"{output}: must be empty; choose another directory")
+    check_output(output)
     faults = faults or Faults()
     counts: dict[str, Any] = {}
 
@@ -107,27 +106,33 @@ def convert(
     return {**counts, "bad": list(faults.found)}
 
 
+def check_output(output: Path) -> None:
+    """Refuse to write where something lies."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output}: must be empty; choose another directory")
+
+
 class _Writer:
     """Numbers what it is given, copies pictures, and groups queries by task."""
 
     def __init__(self, source: Source, root: Path, split: str, files: ExitStack) -> None:
         self.source, self.root, self.split, self.files = source, root, split, files
-        self.pools: dict[str, IO[str]] = {}
-        self.queries: dict[str, list[_Asked]] = {}
+        self.pools: dict[_Part, IO[str]] = {}
+        self.queries: dict[_Part, list[_Asked]] = {}
         self.groups: dict[bytes, dict[int, None]] = {}
         self.first: dict[bytes, _Asked] = {}
-        self.numbers: dict[str | bytes, int] = {}
+        self.numbers: dict[tuple[str, str | bytes], int] = {}  # by subset and key
         self.modalities = bytearray(MAX_CANDIDATES + 1)  # by number, in MODALITIES
         self.restricted: dict[str, list[str]] = {}
-        self.pictures: dict[bytes, str] = {}
-        self.looks: dict[bytes, bytes] = {}
+        self.places = Places(root, source.name)
+        self.looks: dict[bytes | str, bytes] = dict(source.looks)
         self.asked: set[str] = set()
         self.count = 0
         self.outside = 0
 
     def add(self, example: Example) -> None:
         """One query; nothing of it is kept if any part of it is bad."""
-        query, where = example.query, example.query.where
+        query, where, subset = example.query, example.query.where, example.subset
         if query.id is not None and query.id in self.asked:
             raise DataError(f"{where}: query {query.id} again")
         asked = self._checked(query)
@@ -139,14 +144,16 @@ class _Writer:
         if not positives and not written:
             raise DataError(f"{where}: has no right answer")
         found = [self._modality(one) for one in (*positives, *negatives, *candidates)]
-        task = _task(where, asked.modality, _only(where, found or list(self.pools)))
+        shown = [modality for part, modality in self.pools if part == subset]
+        task = _task(where, asked.modality, _only(where, found or shown))
         if self.count >= MAX_QUERIES:
             raise DataError(f"{where}: more than {MAX_QUERIES:,} queries; split the source")
         number = self._own_number(query, self.count)
         asks = asked.key if isinstance(asked.key, bytes) else self._content(query, asked.picture)
-        group = task.encode() + asks
+        group = f"{subset} {task} ".encode() + asks
         right, wrong, among = (
-            [self._number(one) for one in some] for some in (positives, negatives, candidates)
+            [self._number(one, subset) for one in some]
+            for some in (positives, negatives, candidates)
         )
         self.outside += len(outside)
         if query.id is not None:
@@ -157,7 +164,7 @@ class _Writer:
             return
         fields = self._query(asked, number, task)
         one = _Asked(fields, where, asked.size, group, right, wrong, written)
-        self.queries.setdefault(task, []).append(one)
+        self.queries.setdefault((subset, task), []).append(one)
         self.count += 1
         if self.source.one_query:
             self.first[group] = one
@@ -166,7 +173,7 @@ class _Writer:
 
     def candidate(self, entry: Entry) -> None:
         """One candidate; equal ones of a source without ids are one."""
-        self._number(self._found(entry))
+        self._number(self._found(entry), "")
 
     def finish(self) -> dict[str, Any]:
         """Write all that was given, and count it."""
@@ -174,29 +181,33 @@ class _Writer:
         if not self.queries:
             raise DataError(f"{source.name}: no query that can be read")
         self._check_answers()
-        prompts = {}
-        for task, asked in self.queries.items():
-            stem = mbeir.file_stem(source.name, task)
+        prompts = {kinds: [prompt] for kinds, prompt in source.prompts.items()}
+        sets, tasks = {}, dict.fromkeys((task for _, task in self.queries), 0)
+        for (subset, task), asked in self.queries.items():
+            stem = mbeir.file_stem("_".join(filter(None, (source.name, subset))), task)
             kinds = mbeir.modalities(task)
             prompts[kinds] = [source.prompts.get(kinds, source.instruction)]
-            _copy(self._pool_file(kinds[1]), self._pool_file(stem))
+            copy(self._pool_file(subset, kinds[1]), self._pool_file(stem))
             mbeir.write_queries(self.root, stem, self.split, list(self._rows(asked)))
-        for modality in self.pools:
-            self._pool_file(modality).unlink()
+            sets[stem] = len(asked)
+            tasks[task] += len(asked)
+        for part in self.pools:
+            self._pool_file(*part).unlink()
         mbeir.write_instructions(self.root, source.name, source.number, prompts)
         if self.restricted:
             extras.write_extras(self.root, {}, {}, self.restricted)
         return {
-            "queries": {task: len(rows) for task, rows in self.queries.items()},
+            "queries": tasks,
+            "sets": sets,
             "candidates": len(self.numbers),
-            "pictures": len(self.pictures),
+            "pictures": len(self.places),
             "notices": [*source.notices, *self._notices()],
         }
 
     def _found(self, entry: Entry | Reference) -> _Checked | int:
         """An answer that can be written, or the number of one that is."""
-        if entry.id in self.numbers:
-            return self.numbers[entry.id]
+        if entry.id is not None and ("", entry.id) in self.numbers:
+            return self.numbers["", entry.id]
         if isinstance(entry, Reference):
             raise DataError(f"{entry.where}: {entry.id!r} is not in the corpus")
         return self._checked(entry)
@@ -206,7 +217,7 @@ class _Writer:
         return (
             self.source.sister is not None
             and isinstance(one, Reference)
-            and one.id not in self.numbers
+            and ("", one.id) not in self.numbers
             and one.id.startswith(f"{self.source.sister}:")
             and _is_id(one.id)
         )
@@ -218,19 +229,13 @@ class _Writer:
         there = (("image", entry.image is not None), ("text", has_text))
         modality = ",".join(name for name, found in there if found)
         size = _size(entry)
-        picture, suffix = self._picture(entry)
-        key = self._content(entry, picture) if entry.id is None else entry.id
+        picture, suffix = None, ""
+        if entry.image is not None:
+            picture, suffix = self.places.key(entry.image, entry.name, entry.where)
+        key = entry.name or entry.id or self._content(entry, picture)
         return _Checked(entry, modality, key, picture, suffix, size)
 
-    def _picture(self, entry: Entry) -> tuple[bytes | None, str]:
-        """Digest of the encoded picture and its file's suffix, checked by the header."""
-        if entry.image is None:
-            return None, ""
-        kind = Item("", None, entry.image, "image", where=entry.where).image_format()
-        content = entry.image if isinstance(entry.image, bytes) else entry.image.read_bytes()
-        return hashlib.sha256(content).digest(), SUFFIXES[kind]
-
-    def _content(self, entry: Entry, picture: bytes | None) -> bytes:
+    def _content(self, entry: Entry, picture: bytes | str | None) -> bytes:
         """What an item says and shows: equal where text and decoded picture are."""
         said = Item("", normalise(entry.text or ""), None, "text").content_hash()
         if picture is None:
@@ -253,20 +258,24 @@ class _Writer:
             raise DataError(f"{entry.where}: id {id!r} is not {prefix}<number> as the first is")
         return int(id[len(prefix) :])
 
-    def _number(self, one: _Checked | int) -> int:
-        """The number of a candidate, which is written if it is new."""
+    def _number(self, one: _Checked | int, subset: str) -> int:
+        """The number of a candidate, which is written if it is new to its subset."""
         if isinstance(one, int):
             return one
-        if one.key in self.numbers:
-            return self.numbers[one.key]
+        if (subset, one.key) in self.numbers:
+            return self.numbers[subset, one.key]
         if len(self.numbers) >= MAX_CANDIDATES:
             raise DataError(f"{one.entry.where}: more than {MAX_CANDIDATES:,} candidates")
-        number = self._own_number(one.entry, len(self.numbers))
-        if one.modality not in self.pools:
-            path = self._pool_file(one.modality)
+        if one.entry.name is None:
+            number = self._own_number(one.entry, len(self.numbers))
+        else:
+            number = self.places.number(one.entry.name, MAX_CANDIDATES)
+        part = subset, one.modality
+        if part not in self.pools:
+            path = self._pool_file(*part)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (the stack's)
-            self.pools[one.modality] = self.files.enter_context(file)
+            self.pools[part] = self.files.enter_context(file)
         row = {
             "txt": one.entry.text if "text" in one.modality else None,
             "img_path": self._place(one),
@@ -274,8 +283,8 @@ class _Writer:
             "did": self._did(number),
             "src_content": _extra(one.entry),
         }
-        self.pools[one.modality].write(dump(row) + "\n")
-        self.numbers[one.key] = number
+        self.pools[part].write(dump(row) + "\n")
+        self.numbers[subset, one.key] = number
         self.modalities[number] = MODALITIES.index(one.modality)
         return number
 
@@ -314,11 +323,10 @@ class _Writer:
             )
 
     def _notices(self) -> list[str]:
-        shown = {mbeir.modalities(task)[1] for task in self.queries}
+        shown = {(subset, mbeir.modalities(task)[1]) for subset, task in self.queries}
         found = [
             f"candidates of kind {modality} are in no pool: no query asks for them"
-            for modality in self.pools
-            if modality not in shown
+            for _, modality in (part for part in self.pools if part not in shown)
         ]
         if self.outside:
             alone = sum(not self.groups[one.group] for one in self._all())
@@ -331,25 +339,15 @@ class _Writer:
     def _did(self, number: int) -> str:
         return f"{self.source.number}:{number}"
 
-    def _pool_file(self, stem: str) -> Path:
-        return self.root / "cand_pool" / "local" / f"mbeir_{stem}_cand_pool.jsonl"
+    def _pool_file(self, *stem: str) -> Path:
+        name = f"mbeir_{' '.join(stem)}_cand_pool.jsonl"
+        return self.root / "cand_pool" / "local" / name
 
     def _place(self, checked: _Checked) -> str | None:
-        """Put a picture into the directory once; its path there."""
-        image, digest = checked.entry.image, checked.picture
-        if image is None or digest is None:
+        image, picture = checked.entry.image, checked.picture
+        if image is None or picture is None:
             return None
-        if digest not in self.pictures:
-            number = len(self.pictures)
-            folder = Path("mbeir_images") / f"{self.source.name}_images" / f"{number // 1000:04d}"
-            place = folder / f"{number:07d}{checked.suffix}"
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
-            if isinstance(image, bytes):
-                (self.root / place).write_bytes(image)
-            else:
-                _copy(image, self.root / place)
-            self.pictures[digest] = str(place)
-        return self.pictures[digest]
+        return self.places.put(image, picture, checked.suffix)
 
 
 def _size(entry: Entry) -> int:
@@ -363,14 +361,6 @@ def _size(entry: Entry) -> int:
     if size > strict.MAX_LINE_BYTES:
         raise DataError(f"{entry.where}: longer than a line of {strict.MAX_LINE_BYTES} bytes")
     return size
-
-
-def _copy(path: Path, place: Path) -> None:
-    """Link a file to a second place, or copy it to another file system or one without links."""
-    try:
-        os.link(path.resolve(), place)
-    except OSError:
-        shutil.copyfile(path, place)
 
 
 def _only(where: str, modalities: Sequence[str]) -> str:
@@ -397,4 +387,6 @@ def _is_id(id: str) -> bool:
 
 def _extra(entry: Entry) -> str | None:
     fields = {**({"id": entry.id} if entry.id is not None else {}), **entry.extra}
+    if entry.name is not None:
+        fields = {"file": entry.name, **fields}
     return dump(fields) if fields else None

@@ -24,7 +24,7 @@ from elva.index.exact import Found
 from elva.index.index import Index
 from elva.index.where import Where
 from elva.model.identity import Identity
-from elva.settings import JSON_BYTES, Places, Sha256, Whole, build, read_json
+from elva.settings import JSON_BYTES, Places, Sha256, build, read_json
 
 KINDS = ("ivf", "hnsw")
 DERIVED = "derived"
@@ -44,9 +44,9 @@ OVERFETCH = 4
 
 @dataclass(frozen=True)
 class _About:
-    """What lies beside FAISS's file: of which index it is, and its SHA-256."""
+    """What lies beside FAISS's file: its SHA-256, and of which index it is by its fingerprint."""
 
-    generation: Whole
+    index: Sha256
     sha256: Sha256
 
 
@@ -73,7 +73,7 @@ def export(index: Index, kind: str) -> Path:
         faiss.write_index(made, str(written))
         digest = sha256(written)
         os.replace(written, place)
-    about = _About(index.manifest.generation, digest)
+    about = _About(index.fingerprint, digest)
     write_text(place.with_suffix(".json"), json.dumps(asdict(about)) + "\n")
     return place
 
@@ -103,7 +103,7 @@ class FaissEngine:
             raise IndexFault(f"{place}: must be exported first, got nothing; {again}") from None
         if not whole:
             raise IndexFault(f"{place}: must have its checksum, got another; {again}")
-        if about.generation != index.manifest.generation:
+        if about.index != index.fingerprint:
             raise IndexFault(f"{place}: must be of the index as it is, got an older one; {again}")
         self._found = self._lib.read_index(str(place))
 

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -23,36 +26,58 @@ MAX_ANSWERS = 16_384
 
 OVERFETCH = 4
 
+EXACT_BELOW = 16_384
+"""Ours: where a filter leaves so few rows, exact search among them is as fast and misses none, as a
+graph that is searched around the filter does."""
+
+PLAIN = (
+    pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string,
+    pa.types.is_large_string,
+)  # fmt: skip
+"""Kinds of fields that Milvus filters by."""
+
 
 def export(index: Index, uri: str) -> str:
-    """Put an index's items and metadata into a collection, in the place of the one there."""
+    """Put an index's items and metadata into a collection, in the place of the one there.
+
+    It gets its name once it is whole: an export that is killed leaves what was there.
+    """
+    final, unfinished = _collection(index), f"unfinished_{_collection(index)}"
     with _client(uri) as client:
         types = _types()
         schema = client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field("row", types.INT64, is_primary=True)
         schema.add_field("vector", types.FLOAT_VECTOR, dim=index.dim)
         kinds = client.prepare_index_params()
-        lite = not uri.startswith(("http://", "https://"))
-        kinds.add_index("vector", index_type="FLAT" if lite else "HNSW", metric_type="COSINE",
-                        params={} if lite else {"M": 32, "efConstruction": 200})  # fmt: skip
-        collection = _collection(index)
-        for old in _collections(client):
-            client.drop_collection(old)
-        client.create_collection(collection, schema=schema, index_params=kinds)
+        flat = _is_file(uri)
+        kinds.add_index("vector", index_type="FLAT" if flat else "HNSW", metric_type="COSINE",
+                        params={} if flat else {"M": 32, "efConstruction": 200})  # fmt: skip
+        if unfinished in client.list_collections():
+            client.drop_collection(unfinished)
+        client.create_collection(unfinished, schema=schema, index_params=kinds)
+        names = _names(index.table.schema)
+        fields = index.table.select([*names]).rename_columns([*names.values()])
         rows = index.alive.nonzero()[0]
         for start in range(0, len(rows), BATCH_ROWS):
             some = rows[start : start + BATCH_ROWS]
             vectors = index.embeddings(some).tolist()
-            known = index.table.take(some).to_pylist()
+            known = fields.take(some).to_pylist()
             client.insert(
-                collection,
+                unfinished,
                 [
                     {"row": int(row), "vector": vector,
-                     **{k: v for k, v in fields.items() if v is not None}}
-                    for row, vector, fields in zip(some, vectors, known, strict=True)
+                     **{k: v for k, v in one.items() if v is not None and v == v}}
+                    for row, vector, one in zip(some, vectors, known, strict=True)
                 ],
             )  # fmt: skip
-        client.flush(collection)
+        client.flush(unfinished)
+        old = _collections(client, index)
+        if final in old:
+            client.drop_collection(final)
+        client.rename_collection(unfinished, final)
+        for name in old:
+            if name != final:
+                client.drop_collection(name)
     return uri
 
 
@@ -67,7 +92,7 @@ class MilvusEngine:
         self.index, self.uri = index, uri
         with _client(uri) as client:
             again = f"run elva index export {index.directory} --to milvus:{uri}"
-            there = _collections(client)
+            there = _collections(client, index)
         if not there:
             raise IndexFault(f"{uri}: must be exported first, got no collection; {again}")
         if _collection(index) not in there:
@@ -80,16 +105,19 @@ class MilvusEngine:
         query, k = self.index.check_query(query, k, model)
         allowed = self.index.allowed(where)
         live = len(self.index.alive) if allowed is None else int(allowed.sum())
+        if allowed is not None and not _is_file(self.uri) and live < EXACT_BELOW:
+            return self.index.search(query, k, where=where)
         k = min(k, live)
         if not k or not len(query):
             return exact.merge([], len(query), k)
         depth = min(live, max(OVERFETCH * k, k + 16), MAX_ANSWERS)
-        chosen = _expression(self.index.conditions(where))
+        chosen = _expression(self.index.conditions(where), _names(self.index.table.schema))
+        effort = {} if _is_file(self.uri) else {"ef": max(64, depth)}
         with _client(self.uri) as client:
             client.load_collection(_collection(self.index))
             answers = client.search(
                 _collection(self.index), query.tolist(), limit=depth, filter=chosen,
-                search_params={"metric_type": "COSINE"}, output_fields=["row"],
+                search_params={"metric_type": "COSINE", "params": effort}, output_fields=["row"],
             )  # fmt: skip
         candidates = []
         for hits in answers:
@@ -101,24 +129,49 @@ class MilvusEngine:
 
 
 def _collection(index: Index) -> str:
-    """Named after what must match: the index's generation and model."""
-    made = f"{index.directory.name} {index.model.revision} {index.model.preprocessing}"
-    digest = hashlib.sha256(made.encode()).hexdigest()[:16]
-    return f"{PREFIX}{index.manifest.generation}_{digest}"
+    """Named after the index, and after what must match: its items."""
+    return f"{_prefix(index)}{index.fingerprint[:16]}"
 
 
-def _collections(client: Any) -> list[str]:
-    return [name for name in client.list_collections() if name.startswith(PREFIX)]
+def _prefix(index: Index) -> str:
+    made = f"{index.directory.resolve().name} {index.model.revision} {index.model.preprocessing}"
+    return f"{PREFIX}{hashlib.sha256(made.encode()).hexdigest()[:16]}_"
 
 
-def _expression(conditions: Where) -> str:
+def _collections(client: Any, index: Index) -> list[str]:
+    """Those of this index, as it is or was; a server may hold others'."""
+    return [name for name in client.list_collections() if name.startswith(_prefix(index))]
+
+
+def _names(schema: pa.Schema) -> dict[str, str]:
+    """field -> its name in Milvus, of the fields that it can filter by: none is a word of its
+    language or a field of ours there."""
+    found = {}
+    for number, field in enumerate(schema):
+        if any(is_kind(field.type) for is_kind in PLAIN):
+            word = re.fullmatch(r"[A-Za-z_]\w*", field.name, re.A)
+            found[field.name] = f"m_{field.name if word else number}"
+    return found
+
+
+def _expression(conditions: Where, names: Mapping[str, str]) -> str:
     """Milvus's filter of conditions that the index has checked."""
     parts = []
     for name, comparison, value in conditions:
+        if name not in names:
+            raise IndexFault(
+                f"search: where must name a field of numbers, texts or booleans for milvus, got "
+                f"{name}; search by --engine exact"
+            )
         said = "==" if comparison == "=" else comparison
         values = list(value) if comparison == "in" else value
-        parts.append(f"{name} {said} {json.dumps(values, ensure_ascii=False)}")
+        parts.append(f"{names[name]} {said} {json.dumps(values, ensure_ascii=False)}")
     return " and ".join(parts)
+
+
+def _is_file(uri: str) -> bool:
+    """Whether it is milvus-lite's, whose search is exact."""
+    return not uri.startswith(("http://", "https://", "tcp://", "unix:"))
 
 
 def _types() -> Any:
@@ -130,21 +183,31 @@ def _types() -> Any:
 @contextmanager
 def _client(uri: str) -> Iterator[Any]:
     try:
+        from grpc import RpcError
         from pymilvus import MilvusClient
         from pymilvus.exceptions import MilvusException
     except ImportError:
         raise UserError(
             "search: engine milvus must have pymilvus, got none; pip install 'elva[milvus]'"
         ) from None
+    log = logging.getLogger("pymilvus")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints tracebacks of what is one line below
     try:
-        client = MilvusClient(uri)
-    except (MilvusException, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{uri}: must be a Milvus file or server; {reason}") from None
-    try:
-        yield client
-    except MilvusException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{uri}: Milvus must answer; {reason}") from None
+        try:
+            client = MilvusClient(uri)
+        except (MilvusException, RpcError, ValueError, OSError) as error:
+            raise UserError(f"{uri}: must be a Milvus file or server; {_reason(error)}") from None
+        try:
+            yield client
+        except (MilvusException, RpcError) as error:
+            raise UserError(f"{uri}: Milvus must answer; {_reason(error)}") from None
+        finally:
+            client.close()
     finally:
-        client.close()
+        log.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    details = error.details() if hasattr(error, "details") else error
+    return " ".join(str(details).split())[:200]

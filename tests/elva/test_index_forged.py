@@ -1,0 +1,264 @@
+"""Files that somebody else wrote, every checksum right: refused in one line, or they answer as the
+real ones; never another error, nor memory or time beyond what the files hold."""
+
+import base64
+import copy
+import hashlib
+import json
+import os
+import struct
+import time
+import tracemalloc
+import zlib
+
+import pyarrow as pa
+import pytest
+import torch
+
+from elva.errors import UserError
+from elva.index import Index, blocks, segment
+from elva.index.embeddings import Embeddings
+from elva.model.identity import Identity
+
+MODEL = Identity("a model", "revision", "preprocessing")
+BITS = base64.b64encode(zlib.compress(b"\x20\x00")).decode()  # the third of ten rows
+BOMB = base64.b64encode(zlib.compress(bytes(300 << 20), 9)).decode()  # 400 kB that unpack to 300 MB
+VALUES = [
+    None, True, False, 0, 1, -1, 9, 10**9, 2**31, 2**63, 2**64, 10**300, 0.5, 1e308, "", "x", "0",
+    "../" * 9 + "etc/passwd", "/dev/zero", "a\0b", "\x1b[2J", "\ud800", "f" * 64, "x" * 100_000, [],
+    {}, [None], [{}], {"x": 1}, BITS, BOMB, BITS + "\n",
+]  # fmt: skip
+TEXTS = [
+    b"", b"[]", b"null", b"{}", b"1", b'"x"', b"[" * 100_000, b"{" * 100_000, b'{"a":' * 9_000,
+    b"NaN", b"9" * 5_000, b"\xff\xfe", b"\xef\xbb\xbf{}", b"[" + b"{}," * 2_500_000 + b"{}]",
+    b"[[],[]" * 1_000_000, b'{"version": 1, "version": 1}',
+]  # fmt: skip
+MOST_BYTES, MOST_SECONDS = 120 << 20, 2.0
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def place(tmp_path, rows):
+    """An index of two segments, one with a deleted row, and an embedded pool of one shard."""
+    names = [f"item {i}" for i in range(10)]
+    index = Index.build(tmp_path / "i", names, rows, model=MODEL, columns={"year": [*range(10)]})
+    index = index.add(["late"], rows[:1] + 1, model=MODEL, columns={"year": [11]})
+    index.delete(["item 2"])
+    plan = Embeddings(tmp_path / "e", 10, 16, MODEL, {"side": "queries"})
+    plan.save()
+    plan.shards[0].parent.mkdir()
+    os.link(index.segments[0].path, plan.shards[0])
+    return tmp_path
+
+
+def fields(data, path=()):
+    """The place of every value in a document."""
+    if path:
+        yield path
+    if isinstance(data, (dict, list)):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from fields(value, (*path, key))
+
+
+def changed(data, path, value):
+    """A copy of a document with one value replaced."""
+    data = copy.deepcopy(data)
+    around = data
+    for key in path[:-1]:
+        around = around[key]
+    around[path[-1]] = value
+    return data
+
+
+def forgeries(data):
+    """(what, document's bytes): every field by every value, missing, and beside one too many."""
+    for path in fields(data):
+        for value in VALUES:
+            yield f"{path} = {str(value)[:40]!r}", json.dumps(changed(data, path, value)).encode()
+        around = copy.deepcopy(data)
+        inner = around
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        yield f"no {path}", json.dumps(around).encode()
+    yield "a field too many", json.dumps({**data, "codes_of_mine": 1}).encode()
+    if data.get("segments"):
+        yield "one twice", json.dumps({**data, "segments": data["segments"][:1] * 2}).encode()
+        yield "one of two", json.dumps({**data, "segments": data["segments"][:1]}).encode()
+    yield from ((f"text {text[:20]!r}", text) for text in TEXTS)
+
+
+def hold(tried, answer, wanted):
+    """Every forgery is refused in one line or answers as the real file, within bounds."""
+    refused = 0
+    for what, write in tried:
+        write()
+        tracemalloc.start()
+        began = time.perf_counter()
+        try:
+            found = answer()
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 1_000, what
+        else:
+            assert found in wanted, what
+        took, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert took < MOST_SECONDS and peak < MOST_BYTES, (what, took, peak)
+    return refused
+
+
+def test_a_forged_manifest_is_refused_or_the_same_index(place, rows):
+    path = place / "i" / "index.json"
+    data = json.loads(path.read_bytes().split(b"\n")[0])
+
+    def write(body):
+        path.write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
+
+    def answer():
+        index = Index(place / "i")
+        return [index.ids(r.tolist()) for r in index.search(rows, 3).rows], len(index)
+
+    wanted = [answer()]
+    first, last = data["segments"]
+    whole = {**first, "deleted": ""}
+    # What its writer might have written: fewer segments, or none of their rows deleted.
+    for segments in ([whole, last], [first], [last], []):
+        write(json.dumps({**data, "segments": segments}).encode())
+        wanted.append(answer())
+    assert [count for _, count in wanted] == [10, 11, 9, 1, 0]
+    tried = [(what, lambda b=body: write(b)) for what, body in forgeries(data)]
+    refused = hold(tried, answer, wanted)
+    print(f"\n{refused} of {len(tried)} forged manifests refused")
+    assert len(tried) > 500 and refused > 0.9 * len(tried)
+
+
+def test_a_forged_header_is_refused_or_the_same_segment(place, rows):
+    """The manifest names the forged header, so that nothing but its fields is wrong."""
+    path, manifest = Index(place / "i").segments[0].path, place / "i" / "index.json"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[8:16])
+    data = json.loads(content[48 : 48 + length])
+    listed = json.loads(manifest.read_bytes().split(b"\n")[0])
+
+    def write(text):
+        if len(text) > blocks.HEADER_BYTES - 48:
+            text = text[: blocks.HEADER_BYTES - 48]
+        digest = hashlib.sha256(text).digest()
+        start = segment.MAGIC + struct.pack("<Q", len(text)) + digest + text
+        with open(path, "r+b") as file:
+            file.write(start.ljust(blocks.HEADER_BYTES, b"\0"))
+        body = json.dumps(changed(listed, ("segments", 0, "header"), digest.hex())).encode()
+        manifest.write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
+
+    def answer():
+        index = Index(place / "i")
+        return [index.ids(r.tolist()) for r in index.search(rows, 3).rows], len(index)
+
+    real = answer()
+    tried = [(what, lambda b=body: write(b)) for what, body in forgeries(data)]
+    refused = hold(tried, answer, [real])
+    print(f"\n{refused} of {len(tried)} forged headers refused")
+    assert len(tried) > 300 and refused > 0.85 * len(tried)
+
+
+def test_a_forged_plan_is_refused_or_the_same_embeddings(place, rows):
+    path = place / "e" / "embeddings.json"
+    data = json.loads(path.read_bytes())
+
+    def answer():
+        ids, query = Embeddings.open(place / "e").queries()
+        return ids, query.tolist()
+
+    real = answer()
+    tried = [(what, lambda b=body: path.write_bytes(b)) for what, body in forgeries(data)]
+    refused = hold(tried, answer, [real])
+    print(f"\n{refused} of {len(tried)} forged plans refused")
+    assert len(tried) > 250 and refused > 0.7 * len(tried)
+
+
+def stream(table, packed=None):
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=packed)
+    with pa.ipc.new_stream(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def broken_offsets():
+    """Ten texts of which one claims to reach a gigabyte beyond the buffer."""
+    good = stream(pa.table({"id": [f"item {i}" for i in range(10)]}))
+    offsets = struct.pack("<11i", *range(0, 66, 6))
+    assert good.count(offsets) == 1
+    return good.replace(offsets, struct.pack("<11i", 0, 6, 2**30, *range(18, 66, 6)))
+
+
+LONG = pa.table({"id": [*"abcdefghi", "j" * (64 << 20)]})
+KINDS = pa.table({"id": [*"abcdefghij"], "kind": pa.array(["x" * 99] * 10).dictionary_encode()})
+TABLES = {
+    "64 MB in a few kB": stream(LONG, "zstd"),
+    "the same by another packer": stream(LONG, "lz4"),
+    "a packed dictionary": stream(KINDS, "zstd"),
+    "no ids": stream(pa.table({"name": ["a"] * 10})),
+    "a null id": stream(pa.table({"id": pa.array([None, *"abcdefghi"])})),
+    "ids that are numbers": stream(pa.table({"id": [*range(10)]})),
+    "another count": stream(pa.table({"id": [*"abc"]})),
+    "a field twice": stream(pa.table([pa.array([*"abcdefghij"])] * 2, names=["id", "id"])),
+    "offsets out of the buffer": broken_offsets(),
+    "no UTF-8": stream(pa.table({"id": [*"abcdefghiQ"]})).replace(b"abcdefghiQ", b"abcdefghi\xff"),
+    "no stream": b"\xff" * 512,
+    "nothing": b"",
+    "a stream that ends early": stream(pa.table({"id": [*"abcdefghij"]}))[:200],
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_forged_table_is_refused(place, name):
+    path = Index(place / "i").segments[0].path
+    one = segment.Segment(path)
+    body = one.content[4096 : 4096 + one.rows * one.dim * 2].tobytes() + TABLES[name]
+    (length,) = struct.unpack("<Q", one.content[8:16])
+    header = json.loads(one.content[48 : 48 + length].tobytes())
+    sums = hashlib.sha256(body).digest()
+    header |= {"table_bytes": len(TABLES[name]), "sums": hashlib.sha256(sums).hexdigest()}
+    text = json.dumps(header).encode()
+    start = segment.MAGIC + struct.pack("<Q", len(text)) + hashlib.sha256(text).digest() + text
+    target = place / "forged.elva"
+    target.write_bytes(start.ljust(4096, b"\0") + body + sums)
+    forged = segment.Segment(target)
+    forged.verify()
+    before = pa.total_allocated_bytes()
+    with pytest.raises(UserError, match=r"forged.elva: must have a readable table of ids"):
+        _ = forged.table
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_a_dictionary_is_kept_as_it_is(tmp_path, rows):
+    index = Index.build(
+        tmp_path / "i", KINDS["id"].to_pylist(), rows, model=MODEL, columns={"kind": KINDS["kind"]}
+    )
+    assert index.table["kind"].to_pylist() == KINDS["kind"].to_pylist()
+    assert index.allowed([("kind", "=", "x" * 99)]) is not None
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "loop", "endless", "absent"])
+def test_what_is_no_file_is_one_line(place, kind):
+    for path in (place / "i" / "index.json", Index(place / "i").segments[0].path,
+                 place / "e" / "embeddings.json"):  # fmt: skip
+        kept = path.read_bytes()
+        path.unlink()
+        if kind == "directory":
+            path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind != "absent":
+            path.symlink_to(path.name if kind == "loop" else "/dev/zero")
+        with pytest.raises(UserError, match=r"must be|must hold") as caught:
+            (Embeddings.open(place / "e") if "embeddings" in path.name else Index(place / "i"))
+        assert "\n" not in str(caught.value)
+        path.rmdir() if kind == "directory" else path.unlink(missing_ok=True)
+        path.write_bytes(kept)
