@@ -38,11 +38,11 @@ UNWRITABLE = (
 
 
 @contextlib.contextmanager
-def one_line_errors(again: str = "go on with --resume") -> Iterator[None]:
+def one_line_errors(interrupted: str = "go on with --resume") -> Iterator[None]:
     """What a user can mend is one line and exit code 2; a defect of ours keeps its traceback.
 
     Args:
-        again: what to do after an interruption.
+        interrupted: what to do after Ctrl-C.
     """
     try:
         yield
@@ -63,7 +63,7 @@ def one_line_errors(again: str = "go on with --resume") -> Iterator[None]:
         where = error.filename or "the output directory"
         _fail(f"{where}: cannot write, {error.strerror}; free space or choose another directory")
     except KeyboardInterrupt:
-        err.print(f"elva: interrupted; {again}")
+        err.print(f"elva: interrupted; {interrupted}")
         raise typer.Exit(130) from None
 
 

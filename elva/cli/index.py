@@ -72,7 +72,7 @@ def build(
 ) -> None:
     """Make an index: of embeddings, whose shards are linked, not copied, or of a folder's pictures,
     which are embedded; a killed one goes on where it was."""
-    with one_line_errors():
+    with one_line_errors("call it again, and a folder's goes on where it was"):
         if folder is not None:
             if embeddings or npy or ids:
                 raise UserError("index: --folder must come alone, got embeddings too; leave one")
@@ -108,11 +108,15 @@ def _build_folder(
     choose("--dtype", dtype, ("float16", "bfloat16", "float32"))
     if model is None:
         raise UserError("index: --folder must come with --model, got none; name the model")
+    from elva.data.formats.scan import write_list
+
     if dry_run:
         from elva.data.formats.folder import contents
         from elva.data.strict import Faults
 
         there = contents(folder, Faults(options["skip_bad"]))
+        if list_left_out is not None:
+            write_list(list_left_out, there.left_out)
         counts = {why: len(names) for why, names in there.left_out.items()}
         line = f"{len(there.pictures):,} pictures to embed"
         say({"pictures": len(there.pictures), "left_out": counts}, [line, *there.notices], as_json)
@@ -120,7 +124,6 @@ def _build_folder(
     quiet_libraries()
     from elva.commands.index_folder import build as build_folder
     from elva.commands.index_folder import check
-    from elva.data.formats.scan import write_list
     from elva.model.encoder import open_encoder
     from elva.progress import Bars
 
@@ -356,6 +359,8 @@ def _say_index(info: dict[str, Any], as_json: bool, more: Sequence[str] = ()) ->
         f"model: {model['name']} ({model['revision'][:12]}, {model['preprocessing'][:12]})",
         "fields: " + ", ".join(f"{name} ({kind})" for name, kind in info["fields"].items()),
     ]
+    if isinstance(info["trained_on"], list) and info["trained_on"]:
+        lines.insert(3, f"trained on: {', '.join(map(str, info['trained_on']))} alone")
     if info["folder"]:
         lines.insert(3, f"folder: {info['folder']}")
     for name, kinds in info["conflicts"].items():

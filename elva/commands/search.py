@@ -67,7 +67,7 @@ def search(
             read=about.get("read", "at_ret"),
         )  # fmt: skip
     if line := unfamiliar(searcher.encoder, _datasets(index)):
-        reporter.finish(line)
+        reporter.say(line)
     return searcher.search(
         index, query, image=image, k=k, where=where, instruction=instruction,
         engine=open_engine(index, engine),

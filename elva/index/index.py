@@ -385,6 +385,7 @@ class Index:
             "dtype": self.manifest.dtype,
             "metric": "cosine",
             "model": asdict(self.model),
+            "trained_on": self.about.get("trained_on"),
             "folder": self.about.get("folder"),
             "generation": self.manifest.generation,
             "segments": len(self.segments),

@@ -23,7 +23,7 @@ TASKS = ("--task", "t2i", "--task", "i2t", "--task", "it2i")
 def call(*words: object, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(w) for w in words])
     assert result.exit_code == code, (result.output, result.exception)
-    return result.output if code == 0 else result.stderr
+    return result.stdout if code == 0 else result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def test_a_sheet_is_a_picture_of_any_hits(run: Run, tmp_path: Path) -> None:
         ({"query": "a", "k": 0}, "k must be at least 1, got 0"),
         (
             {"query": "a", "image": Path("absent.png")},
-            "image must be a file that shows .* absent.png",
+            "image must be a file .* absent.png",
         ),
         ({"query": "a", "image": Path(__file__)}, "image must be a file that shows a picture"),
         ({"query": "a", "stage": "2"}, "stage must be trained, got '2'; .*: 1, infonce"),
