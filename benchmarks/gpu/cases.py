@@ -10,6 +10,8 @@ from torch import Tensor
 import elva_kernels
 from benchmarks import in_batch_rivals, rivals, search_rivals
 from benchmarks.gpu.clock import Call
+from elva_kernels.backends.choice import launcher
+from elva_kernels.reference import FineCodes, RowCodes
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 CACHE_BYTES = 256 << 20  # more than a GPU's second-level cache
@@ -169,6 +171,38 @@ class Cases:
         for queries in (1, 16) if self.dry else (1, 16, 64, 256, 1024):
             build = functools.partial(self.search, corpus, queries)
             yield Case(f"topk {queries}x{rows}x{dim}", "topk", build)
+        codes = functools.cache(lambda: elva_kernels.row_codes(corpus(), backend=self.backend))
+        for queries in (1, 16) if self.dry else (1, 32, 64, 256):
+            build = functools.partial(self.coded_search, corpus, codes, queries)
+            yield Case(f"coded_topk {queries}x{rows}x{dim}", "nearest_codes", build)
+
+    def coded_search(
+        self, corpus: Callable[[], Tensor], codes: Callable[[], RowCodes], queries: int
+    ) -> Built:
+        """Of random rows, the bounds alone too, and the search that reads all rows.
+
+        A search by codes waits for the device between its steps, and that is in its time.
+        """
+        rows, coded = corpus(), codes()
+        asked = [(self.randn(queries, rows.shape[1]),) for _ in range(4)]
+        device = torch.device(self.device)
+        code = launcher("row_codes", self.backend, device, rows.dtype)
+        bounds = launcher("nearest_codes", self.backend, device, torch.float32)
+        fine = [(FineCodes(*code(query, True)),) for (query,) in asked]
+        ours = f"ours, {self.backend}"
+        calls = {
+            f"{ours}, codes": self.rotating(
+                asked, self.ours(elva_kernels.coded_topk, corpus=rows, codes=coded, k=K)
+            ),
+            f"{ours}, bounds of codes alone": self.rotating(
+                fine, lambda query: bounds(query, coded, 256, mask=None, floor=None)
+            ),
+            f"{ours}, all rows": self.rotating(
+                asked, self.ours(elva_kernels.topk, corpus=rows, k=K, metric="cosine")
+            ),
+        }
+        read = sum(x.nbytes for x in coded)
+        return Built(calls, {"read": read, "operations": 2 * queries * rows.numel()})
 
     def search(self, corpus: Callable[[], Tensor], queries: int) -> Built:
         rows = corpus()

@@ -11,7 +11,7 @@ from benchmarks.gpu.schedule import Part
 CHECKS = {
     "reward": ("values", "layouts", "odd rows", "many groups", "clusters", "banks", "names"),
     "in-batch": ("values", "positives", "wrt", "ties", "names", "repeats"),
-    "topk": ("values", "order", "copies", "repeats"),
+    "topk": ("values", "order", "copies", "repeats", "codes"),
 }
 CHECKS["reward"] += ("repeats", "offsets")
 SUBJECTS = ("reward", "statistics", "info_nce", "in-batch reward", "topk")

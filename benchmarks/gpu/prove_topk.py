@@ -4,10 +4,13 @@ import functools
 import math
 
 import torch
+from torch import Tensor
 
 import elva_kernels
 from benchmarks.gpu.place import BATCHED, Place, Red, within
 from benchmarks.gpu.prove_reward import repeat
+from elva_kernels.backends.choice import launcher
+from elva_kernels.reference import FineCodes, RowCodes, score_bounds
 
 
 def values(place: Place) -> None:
@@ -81,9 +84,52 @@ def repeats(place: Place) -> None:
         repeat(place, op)
 
 
+def codes(place: Place) -> None:
+    """Bounds by codes are the reference's, and what they prove is what reading all rows gives."""
+    for dim in (96, 100):  # rows of codes on 16 bytes and not
+        corpus = place.randn(3000 if place.small else 50_000, dim)
+        corpus[1000:2000] = corpus[7] + 2.0**-6 * place.randn(1000, dim)
+        corpus[11], corpus[13, 0] = corpus[7], math.nan
+        coded = elva_kernels.row_codes(corpus, backend=place.backend)
+        mask = torch.arange(len(corpus), device=place.device) % 5 != 2
+        live = mask.nonzero()[:, 0]
+        for count in (1, 5, 33, 200):
+            query = corpus[7:8] + 2.0**-4 * place.randn(count, dim)
+            bounds_of_codes(place, query, coded)
+            for k in (1, 10, 100):
+                found = elva_kernels.coded_topk(
+                    query, corpus, coded, k, mask=mask, backend=place.backend
+                )
+                for some in torch.arange(count, device=place.device).split(128):
+                    right = elva_kernels.topk(
+                        query[some], corpus[live], k, metric="cosine", backend=place.backend
+                    )
+                    same = torch.equal(found.index[some], live[right.index])
+                    if not (same and torch.equal(found.scores[some], right.scores)):
+                        raise Red(f"{count} queries, D = {dim}, k = {k}: codes give other answers")
+
+
+def bounds_of_codes(place: Place, query: Tensor, coded: RowCodes) -> None:
+    """Of all rows, as many as two ways of choosing take."""
+    device = torch.device(place.device)
+    asked = FineCodes(*launcher("row_codes", place.backend, device, place.dtype)(query, True))
+    search = launcher("nearest_codes", place.backend, device, torch.float32)
+    exact = score_bounds(
+        FineCodes(*(x.cpu() for x in asked)), RowCodes(*(x.cpu() for x in coded))
+    ).double()
+    for depth in (20, 300):
+        found, index = (x.cpu() for x in search(asked, coded, depth, mask=None, floor=None))
+        right = exact.sort(dim=1, descending=True, stable=True).values[:, :depth]
+        what = f"{len(query)} queries, D = {query.shape[1]}, {depth} bounds"
+        # SCORE_ERROR leaves room for this much.
+        within(found[:, 1:], right[:, 1:], 2e-6, what)
+        within(exact.gather(1, index)[:, 1:], right[:, 1:], 2e-6, f"{what} of these rows")
+
+
 CHECKS = {
     "topk values": (values, ("topk",)),
     "topk order": (order, ("topk",)),
     "topk copies": (far_copies, ("topk",)),
     "topk repeats": (repeats, ("topk",)),
+    "topk codes": (codes, ("row_codes", "nearest_codes")),
 }

@@ -25,7 +25,7 @@ STAMP = ROOT / "build" / "gpu_check.digest"  # what the _C beside the package wa
 OPS = {
     "reward": ("ranking_reward_and_grad", "ranking_reward"),
     "in_batch": ("rank_statistics", "info_nce", "info_nce_and_grad", "in_batch_ranking_reward"),
-    "topk": ("topk",),
+    "topk": ("topk", "row_codes", "nearest_codes"),
 }
 # By their number of barriers a block, as the tool guesses it, it fails in torch's own products.
 BARRIERS = ("--num-cuda-barriers", "1024")

@@ -88,6 +88,10 @@ def topk(place: Place, large: bool) -> None:
         query = place.randn(count, corpus.shape[1])
         for metric in ("dot",) if large else ("dot", "cosine"):
             elva_kernels.topk(query, corpus, 10, metric=metric, backend=place.backend)
+        for rows in (corpus, corpus[:, :77]):  # of codes on 16 bytes, and not
+            codes = elva_kernels.row_codes(rows, backend=place.backend)
+            asked = query[:, : rows.shape[1]]
+            elva_kernels.coded_topk(asked, rows, codes, 10, backend=place.backend)
 
 
 FAMILIES = {"reward": reward, "in_batch": in_batch, "topk": topk}
