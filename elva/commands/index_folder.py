@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from elva.data.formats.folder import Contents, contents, dataset_number
 from elva.data.strict import Faults
 from elva.errors import DataError, IndexFault, UserError, printable
@@ -136,10 +134,11 @@ def _embed(
         reporter.advance(before)
         if len(faults.found) > known:
             write_text(listed, "".join(f"{line}\n" for line in faults.found[known:]))
-        columns = folder.columns(good, out.summaries, found.known, kinds)
+        table, rows_of = folder.table(good, out, found.known, kinds)
+        if late := len(good) - len(rows_of):
+            reporter.say(f"{late} pictures changed meanwhile; elva index sync takes them up")
         segment.write(
-            parts.shards[part], [out.embeddings],
-            pa.table({"id": columns["name"], **columns}),
+            parts.shards[part], [rows_of], table,
             dim=encoder.embedding_size, dtype=dtype, model=parts.model,
         )  # fmt: skip
     reporter.finish("")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from elva.data.formats.folder import Contents, contents
 from elva.data.formats.scan import PictureFile
@@ -233,30 +232,13 @@ def _known(there: Folder, some: Sequence[PictureFile]) -> Encoded:
 
 
 def _added(index: Index, there: Folder, some: Sequence[PictureFile], out: Encoded) -> Index:
-    """The index with some pictures, those that changed in the place of what they were.
-
-    Left to the next sync is a file that is not, after it was embedded and hashed, what it was when
-    the folder was looked at.
-    """
-    here = [place for place, one in enumerate(some) if _is_still(one)]
-    columns = folder.columns(
-        [some[place] for place in here], [out.summaries[place] for place in here],
-        there.found.known, there.kinds,
-    )  # fmt: skip
-    still = [number for number, place in enumerate(here) if _is_still(some[place])]
-    if not still:
+    """The index with some pictures, those that changed in the place of what they were."""
+    table, rows = folder.table(some, out, there.found.known, there.kinds)
+    if not len(rows):
         return index
-    return index.add(
-        [some[here[number]].name for number in still],
-        out.embeddings[torch.tensor([here[number] for number in still])],
-        model=index.model,
-        columns={name: column.take(pa.array(still)) for name, column in columns.items()},
-        overwrite=True,
-    )
-
-
-def _is_still(one: PictureFile) -> bool:
-    return _stamp(one.path) == (one.size, one.modified_ns)
+    named = {name: table[name] for name in table.schema.names if name != "id"}
+    ids = table["id"].to_pylist()
+    return index.add(ids, rows, model=index.model, columns=named, overwrite=True)
 
 
 def _advice(index: Index) -> list[str]:

@@ -52,21 +52,38 @@ def embedded(
     return good, encoder([one.item() for one in good], progress)
 
 
-def columns(
+def table(
     files: Sequence[PictureFile],
-    summaries: Sequence[str],
+    out: Encoded,
     known: Mapping[str, Mapping[str, Any]],
     kinds: Mapping[str, pa.DataType],
-) -> dict[str, pa.Array]:
-    """Column -> a value for each file.
+) -> tuple[pa.Table, torch.Tensor]:
+    """The rows of embedded files, and their embeddings; without those that are not, after they were
+    embedded and hashed, what they were when the folder was looked at: a sync takes them up.
 
     Args:
         known: Name -> captions and what else is known of a picture.
         kinds: `fields.kinds` of all of it.
 
     Raises:
-        DataError: a file that is gone.
+        DataError: a file that goes while it is hashed.
     """
+    here = [place for place, one in enumerate(files) if one.is_still_there()]
+    named = _columns(
+        [files[place] for place in here], [out.summaries[place] for place in here], known, kinds
+    )
+    still = [number for number, place in enumerate(here) if files[place].is_still_there()]
+    rows = pa.table({"id": named["name"], **named}).take(pa.array(still, pa.int64()))
+    return rows, out.embeddings[[here[number] for number in still]]
+
+
+def _columns(
+    files: Sequence[PictureFile],
+    summaries: Sequence[str],
+    known: Mapping[str, Mapping[str, Any]],
+    kinds: Mapping[str, pa.DataType],
+) -> dict[str, pa.Array]:
+    """Column -> a value for each file."""
     names = pa.array([one.name for one in files], pa.string())
     return {
         "text": pa.nulls(len(files), pa.string()),

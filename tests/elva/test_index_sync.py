@@ -185,7 +185,10 @@ def test_what_cannot_be_looked_at_now_is_not_gone(place: Path, monkeypatch: Any)
     assert len(Index(place / "i")) == 20
 
 
-def test_a_file_that_changes_while_it_is_embedded_is_left_to_the_next(place: Path) -> None:
+@pytest.mark.parametrize("call", ["sync", "build"])
+def test_a_file_that_changes_while_it_is_embedded_is_left_to_the_next(
+    place: Path, call: str
+) -> None:
     class Slow(Colours):
         def __call__(self, items: Any, progress: Any = None) -> Encoded:
             out = super().__call__(items, progress)
@@ -199,7 +202,10 @@ def test_a_file_that_changes_while_it_is_embedded_is_left_to_the_next(place: Pat
 
     for name in ("x", "y", "z"):
         draw(place / "s" / f"{name}.png", 70)
-    index, _ = sync(place, Slow())
+    if call == "sync":
+        index, _ = sync(place, Slow())
+    else:
+        index, _ = index_folder.build(place / "i", place / "s", Slow(), overwrite=True)
     assert {*content(index)} == {*(f"{i:03d}.png" for i in range(20)), "z.png"}
     sync(place)
     assert is_as_the_folder(place)

@@ -74,6 +74,14 @@ class PictureFile:
         except OSError as error:
             raise DataError(f"{printable(self.name)}: {error.strerror}") from error
 
+    def is_still_there(self) -> bool:
+        """Whether a file of its size and time of change lies there."""
+        try:
+            now = self.path.stat()
+        except OSError:
+            return False
+        return (now.st_size, now.st_mtime_ns) == (self.size, self.modified_ns)
+
     def item(self) -> Item:
         """The picture under its own name, to embed."""
         return Item(self.name, None, self.path, "image", where=printable(self.name))
