@@ -19,7 +19,7 @@ from torch import Tensor
 from elva.data import Item, Query
 from elva.errors import UserError
 from elva.files import read_bounded, write_text
-from elva.index import Found, Segment, exact
+from elva.index import Found, Segment, about, exact
 from elva.index.blocks import read_fields
 from elva.index.segment import Rows
 from elva.model.identity import Identity
@@ -44,6 +44,7 @@ class _Plan:
     def faults(self) -> Iterator[tuple[str, str]]:
         if self.items > MOST_SHARDS * self.shard_rows:
             yield "items", f"fit into {MOST_SHARDS:,} shards"
+        yield from about.faults(self.about)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from elva.errors import IndexFault
 from elva.files import PARTIAL, lock, read_bounded, write_bytes
-from elva.index import codes
+from elva.index import about, codes
 from elva.index.blocks import damaged, read_fields
 from elva.index.segment import Dtype, Rows, Width
 from elva.model.identity import Identity
@@ -116,6 +116,7 @@ class Manifest:
         names = {name for entry in self.segments for name in entry.files}
         if len(names) < sum(len(entry.files) for entry in self.segments):
             yield "segments", "name each file once"
+        yield from about.faults(self.about)
 
 
 def read(directory: Path) -> Manifest:
@@ -152,7 +153,11 @@ def write(directory: Path, manifest: Manifest) -> None:
     except (TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise IndexFault(f"index: about must be plain JSON; {reason}") from None
-    read_fields(Manifest, body, directory / FILE, READABLE)
+    try:
+        read_fields(Manifest, body, directory / FILE, READABLE)
+    except IndexFault as error:
+        reason = str(error).partition(": ")[2].removesuffix("; the file is damaged, make it again")
+        raise IndexFault(f"index: {reason}; mend what is to be kept") from None
     digest = hashlib.sha256(body).hexdigest().encode()
     write_bytes(directory / FILE, body + b"\n" + digest + b"\n")
 

@@ -10,6 +10,7 @@ import struct
 import time
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -21,6 +22,8 @@ from elva.index.embeddings import Embeddings
 from elva.model.identity import Identity
 
 MODEL = Identity("a model", "revision", "preprocessing")
+ABOUT = {"model": "m", "read": "at_ret", "folder": "/s", "max_completion_length": 0,
+         "instructions": {"text": "Find it."}}  # fmt: skip
 BITS = base64.b64encode(zlib.compress(b"\x20\x00")).decode()  # the third of ten rows
 BOMB = base64.b64encode(zlib.compress(bytes(300 << 20), 9)).decode()  # 400 kB that unpack to 300 MB
 VALUES = [
@@ -45,10 +48,11 @@ def rows():
 def place(tmp_path, rows):
     """An index of two segments, one with a deleted row, and an embedded pool of one shard."""
     names = [f"item {i}" for i in range(10)]
-    index = Index.build(tmp_path / "i", names, rows, model=MODEL, columns={"year": [*range(10)]})
+    index = Index.build(tmp_path / "i", names, rows, model=MODEL, columns={"year": [*range(10)]},
+                        about=ABOUT)  # fmt: skip
     index = index.add(["late"], rows[:1] + 1, model=MODEL, columns={"year": [11]})
     index.delete(["item 2"])
-    plan = Embeddings(tmp_path / "e", 10, 16, MODEL, {"side": "queries"})
+    plan = Embeddings(tmp_path / "e", 10, 16, MODEL, {**ABOUT, "side": "queries"})
     plan.save()
     plan.shards[0].parent.mkdir()
     os.link(index.segments[0].path, plan.shards[0])
@@ -121,6 +125,9 @@ def test_a_forged_manifest_is_refused_or_the_same_index(place, rows):
 
     def answer():
         index = Index(place / "i")
+        asked = index.about.get("instructions", {}).items()
+        assert all(len(text.split()) < 99 for pair in asked for text in pair)
+        _ = Path(index.about.get("model") or "") / (index.about.get("folder") or "")
         return [index.ids(r.tolist()) for r in index.search(rows, 3).rows], len(index)
 
     wanted = [answer()]
@@ -134,7 +141,7 @@ def test_a_forged_manifest_is_refused_or_the_same_index(place, rows):
     tried = [(what, lambda b=body: write(b)) for what, body in forgeries(data)]
     refused = hold(tried, answer, wanted)
     print(f"\n{refused} of {len(tried)} forged manifests refused")
-    assert len(tried) > 500 and refused > 0.9 * len(tried)
+    assert len(tried) > 900 and refused > 0.85 * len(tried)
 
 
 @pytest.mark.parametrize("part", ["segment", "codes"])
