@@ -191,11 +191,11 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
 
     Raises:
         OSError: the disk is full or not writable; `final` is untouched and the sibling removed.
+        UserError: another process writes it.
     """
     partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    descriptor = _own_directory(partial)
     try:
-        partial.mkdir(parents=True)
         fill(partial)
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         manifest = {
@@ -217,6 +217,47 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(final)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _own_directory(partial: Path) -> int:
+    """A new directory that this call alone fills, locked while it does; what a killed writer left
+    there is removed."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        made = True
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            made = False
+        try:
+            descriptor = os.open(partial, flags)
+        except FileNotFoundError:
+            continue  # another's, which is whole by now
+        except NotADirectoryError:  # a link or a file: nobody's here
+            partial.unlink(missing_ok=True)
+            continue
+        except OSError:
+            if made:
+                partial.rmdir()
+            raise
+        owned = False
+        try:
+            owned = lock(partial, descriptor, wait=False) and made
+            if not made:
+                shutil.rmtree(partial)
+        except BlockingIOError:
+            raise UserError(
+                f"{partial.with_name(partial.name.removesuffix(PARTIAL))}: must have one writer at "
+                "a time, got a second; wait for the other"
+            ) from None
+        finally:
+            if not owned:
+                os.close(descriptor)
+        if owned:
+            return descriptor
 
 
 def is_whole(directory: Path) -> bool:

@@ -29,8 +29,10 @@ ROOMS = (
 # What only elva_kernels should compute, and the calls of such names that elva still has.
 KERNELS_OWN = {"argsort", "cosine_similarity", "cross_entropy", "normalize", "topk"}
 ORDER = "an order that is no ranking: drawn, of ids, or of a batch's rows"
+NAMES = "Unicode's forms of a file's name"
 WORDS = "over a vocabulary: words, not scores"
 ALLOWED = {
+    ("elva.data.formats.named", "normalize"): [NAMES, NAMES],
     ("elva.data.table", "argsort"): [ORDER],
     ("elva.draws", "argsort"): [ORDER],
     ("elva.index.engines.faiss", "normalize"): ["faiss searches unit rows; scores are ours again"],

@@ -38,8 +38,12 @@ UNWRITABLE = (
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can mend is one line and exit code 2; a defect of ours keeps its traceback."""
+def one_line_errors(interrupted: str = "go on with --resume") -> Iterator[None]:
+    """What a user can mend is one line and exit code 2; a defect of ours keeps its traceback.
+
+    Args:
+        interrupted: what to do after Ctrl-C.
+    """
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -59,7 +63,7 @@ def one_line_errors() -> Iterator[None]:
         where = error.filename or "the output directory"
         _fail(f"{where}: cannot write, {error.strerror}; free space or choose another directory")
     except KeyboardInterrupt:
-        err.print("elva: interrupted; go on with --resume")
+        err.print(f"elva: interrupted; {interrupted}")
         raise typer.Exit(130) from None
 
 

@@ -86,7 +86,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write another format's data in M-BEIR's layout, which every command reads."""
-    with one_line_errors():
+    with one_line_errors("nothing is written"):
         from elva.data.formats import convert_file
         from elva.data.formats.scan import write_list
         from elva.progress import Bars

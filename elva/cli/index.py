@@ -1,7 +1,7 @@
 """`elva index`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +72,7 @@ def build(
 ) -> None:
     """Make an index: of embeddings, whose shards are linked, not copied, or of a folder's pictures,
     which are embedded; a killed one goes on where it was."""
-    with one_line_errors():
+    with one_line_errors("call it again, and a folder's goes on where it was"):
         if folder is not None:
             if embeddings or npy or ids:
                 raise UserError("index: --folder must come alone, got embeddings too; leave one")
@@ -108,11 +108,15 @@ def _build_folder(
     choose("--dtype", dtype, ("float16", "bfloat16", "float32"))
     if model is None:
         raise UserError("index: --folder must come with --model, got none; name the model")
+    from elva.data.formats.scan import write_list
+
     if dry_run:
         from elva.data.formats.folder import contents
         from elva.data.strict import Faults
 
         there = contents(folder, Faults(options["skip_bad"]))
+        if list_left_out is not None:
+            write_list(list_left_out, there.left_out)
         counts = {why: len(names) for why, names in there.left_out.items()}
         line = f"{len(there.pictures):,} pictures to embed"
         say({"pictures": len(there.pictures), "left_out": counts}, [line, *there.notices], as_json)
@@ -120,7 +124,6 @@ def _build_folder(
     quiet_libraries()
     from elva.commands.index_folder import build as build_folder
     from elva.commands.index_folder import check
-    from elva.data.formats.scan import write_list
     from elva.model.encoder import open_encoder
     from elva.progress import Bars
 
@@ -168,6 +171,78 @@ def delete(
         from elva.index import Index
 
         _say_index(Index(index, verify=False).delete(ids).info(), as_json)
+
+
+@app.command(
+    "sync",
+    epilog="Examples:  elva index sync my.index --folder ~/Pictures --dry-run   |   "
+    "elva index sync my.index --folder ~/Pictures   |   "
+    "elva index sync my.index --folder ~/Pictures --watch",
+)
+def sync(
+    index: IndexArgument,
+    folder: Annotated[Path, typer.Option(help="Folder of pictures that the index was built of.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
+    ] = None,
+    skip_bad: Annotated[
+        int,
+        typer.Option(min=0, help="Bad pictures left out and listed, at most; one more ends it."),
+    ] = 0,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow the folder's changes until interrupted.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is new, changed and gone; change nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an index of a folder what the folder is: new pictures are embedded, changed ones
+    replaced, gone ones deleted, moved ones keep their embeddings; a killed one goes on."""
+    with one_line_errors("call it again to go on"):
+        quiet_libraries()
+        from elva.commands import sync_index as syncing
+        from elva.data.strict import Faults
+        from elva.index import Index
+        from elva.model.encoder import Encoder, open_encoder
+        from elva.progress import Bars
+
+        if dry_run:
+            plan = syncing.compare(index, folder, Faults(skip_bad)).plan
+            rows = [f"  {kind}: {n}" for kind in SHOWN for n in getattr(plan, kind)]
+            say(vars(plan), [_synced(index, plan.counts()), *rows], as_json)
+            return
+        options = syncing.opens(index, model)
+        opened: list[Encoder] = [] if model is None else [open_encoder(**options)]
+        if opened:
+            Index(index, verify=False).check_model(opened[0].identity)
+
+        def encoder() -> Encoder:
+            if not opened:
+                opened.append(open_encoder(**options))
+            return opened[0]
+
+        with Bars(err if as_json else out) as bars:
+
+            def once() -> None:
+                made, done = syncing.sync(index, folder, encoder, skip_bad=skip_bad, reporter=bars)
+                counts = {why: len(names) for why, names in done["left_out"].items()}
+                bad = [f"  left out: {row}" for row in done["bad"]]
+                lines = [_synced(index, done), *bad]
+                say({"items": len(made), **done, "left_out": counts}, lines, as_json)
+
+            if watch:
+                syncing.follow(index, folder, once, bars)
+            else:
+                once()
+
+
+SHOWN = ("new", "changed", "moved", "relabelled", "gone")
+
+
+def _synced(index: Path, counts: Mapping[str, Any]) -> str:
+    parts = [f"{counts[kind]:,} {kind}" for kind in (*SHOWN, "unchanged")]
+    return f"{index}: {', '.join(parts)}"
 
 
 @app.command("compact", epilog="Example:  elva index compact my.index")
@@ -284,6 +359,8 @@ def _say_index(info: dict[str, Any], as_json: bool, more: Sequence[str] = ()) ->
         f"model: {model['name']} ({model['revision'][:12]}, {model['preprocessing'][:12]})",
         "fields: " + ", ".join(f"{name} ({kind})" for name, kind in info["fields"].items()),
     ]
+    if isinstance(info["trained_on"], list) and info["trained_on"]:
+        lines.insert(3, f"trained on: {', '.join(map(str, info['trained_on']))} alone")
     if info["folder"]:
         lines.insert(3, f"folder: {info['folder']}")
     for name, kinds in info["conflicts"].items():

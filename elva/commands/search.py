@@ -7,7 +7,6 @@ use and kept beside its model.
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -68,7 +67,7 @@ def search(
             read=about.get("read", "at_ret"),
         )  # fmt: skip
     if line := unfamiliar(searcher.encoder, _datasets(index)):
-        reporter.finish(line)
+        reporter.say(line)
     return searcher.search(
         index, query, image=image, k=k, where=where, instruction=instruction,
         engine=open_engine(index, engine),
@@ -125,7 +124,6 @@ def _of_run(run: Run, stage: str | None, reporter: Reporter) -> tuple[Searcher, 
             return searcher, index
     except IndexFault:
         pass  # absent or damaged; either way it can be had again from the model
-    shutil.rmtree(directory, ignore_errors=True)
     reporter.start(f"{run.title(name)}: embed {len(pool):,} pictures", len(pool), "pictures")
     dataset = int(pool[0].id.partition(":")[0])
     index = searcher.index(
@@ -134,6 +132,7 @@ def _of_run(run: Run, stage: str | None, reporter: Reporter) -> tuple[Searcher, 
         dtype="float32",
         names=pictures.names(root),
         about={"key": key, "instructions": first_instructions(root, dataset, "image")},
+        overwrite=True,
         reporter=reporter,
     )
     reporter.finish("")

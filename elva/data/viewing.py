@@ -125,7 +125,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     else:
         transform = None
     if transform is None:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     shown: Image.Image = transform.apply(image)
     return shown
 

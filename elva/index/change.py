@@ -31,8 +31,10 @@ def building(directory: Path, empty: Manifest, overwrite: bool) -> Iterator[Mani
     check_place(directory, overwrite)  # before anything is made there
     with manifest.writing(directory, make=True):
         check_place(directory, overwrite)  # nothing changes from here on
-        there = manifest.exists(directory)
-        yield replace(empty, generation=manifest.read(directory).generation + 1 if there else 0)
+        generation = 0
+        with suppress(IndexFault):  # none, or a damaged one, which is replaced
+            generation = manifest.read(directory).generation + 1
+        yield replace(empty, generation=generation)
 
 
 def check_place(directory: Path, overwrite: bool) -> None:

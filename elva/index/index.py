@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault
-from elva.index import change, exact, manifest, scale
+from elva.index import change, exact, manifest
+from elva.index import query as asked
 from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
 from elva.index.manifest import Entry, Manifest
@@ -28,7 +28,6 @@ from elva.index.segment import DTYPES, Dtype, Segment
 from elva.index.where import Condition, Where, checked, held
 from elva.model.identity import Identity
 from elva.progress import SILENT, Reporter
-from elva.settings import shown
 
 
 class Index:
@@ -343,26 +342,7 @@ class Index:
         """The query as [Q, D] fp32 on the CPU, and k; IndexFault for what `search` refuses."""
         if model is not None:
             self.check_model(model)
-        if not isinstance(query, Tensor):
-            raise IndexFault(
-                f"search: query must be a tensor [Q, {self.dim}], got a {type(query).__name__}; "
-                "embed it with the index's model"
-            )
-        if query.ndim != 2 or query.shape[1] != self.dim or not query.is_floating_point():
-            raise IndexFault(
-                f"search: query must be [Q, {self.dim}] of floats, got {tuple(query.shape)} of "
-                f"{query.dtype}; embed it with the index's model"
-            )
-        if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 1:
-            raise IndexFault(f"search: k must be at least 1, got {shown(k)}; ask for 10")
-        query = scale.rounded(query, torch.float32)
-        finite = query.isfinite().all(1)
-        if not bool(finite.all()):
-            raise IndexFault(
-                "search: query must be finite, got NaN or infinity in row "
-                f"{int((~finite).int().argmax())}; mend the model"
-            )
-        return query, operator.index(k)
+        return asked.checked(query, k, self.dim)
 
     def allowed(self, where: Where | None) -> np.ndarray | None:
         """[rows] bool of what may be found, or None for every row."""
@@ -405,6 +385,7 @@ class Index:
             "dtype": self.manifest.dtype,
             "metric": "cosine",
             "model": asdict(self.model),
+            "trained_on": self.about.get("trained_on"),
             "folder": self.about.get("folder"),
             "generation": self.manifest.generation,
             "segments": len(self.segments),

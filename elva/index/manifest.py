@@ -210,9 +210,14 @@ def _locked(directory: Path, make: bool) -> int:
 
 
 def _sweep(directory: Path) -> None:
+    """Remove what is no part of the index; nothing where it cannot be read what is."""
     known: set[str] = set()
     if exists(directory):
-        known = {name for entry in read(directory).segments for name in entry.files}
+        try:
+            found = read(directory)
+        except IndexFault:
+            return
+        known = {name for entry in found.segments for name in entry.files}
     for path in (directory / SEGMENTS).iterdir():
         if path.name not in known:
             path.unlink()

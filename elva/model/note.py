@@ -64,6 +64,14 @@ def read_note(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def trained_on(path: str | Path) -> list[str] | None:
+    """What a checkpoint that began from nothing has been trained on; None of any other."""
+    found = read_note(path).get("trained_on")
+    if found is None or (isinstance(found, list) and all(isinstance(one, str) for one in found)):
+        return found
+    raise _foreign(path, "a list of names as trained_on")
+
+
 def _foreign(path: str | Path, what: str) -> UserError:
     return UserError(
         f"{Path(path) / NOTE}: must hold {what} as this version of ELVA writes it; copy the "

@@ -30,7 +30,7 @@ from transformers.utils import CONFIG_NAME
 from elva.model import adapters
 from elva.model.family import HEAD, decoder_of, family_of, read_inputs, read_model, unreadable
 from elva.model.inputs import Inputs
-from elva.model.note import NOTE, read_note, reading_of, stands_on
+from elva.model.note import NOTE, read_note, reading_of, stands_on, trained_on
 from elva.model.packing import completions_a_reading, pack
 from elva.model.prompt import Prompt, PromptBatch
 from elva.model.reading import Reading, wide
@@ -118,7 +118,7 @@ class Retriever(nn.Module):
         device = torch.device(gpu if torch.cuda.is_available() else "cpu")
         retriever = cls(model.eval().to(device), inputs)
         retriever.name, retriever.base, retriever.writes = str(path), base, writes
-        retriever.trained_on = note.get("trained_on")
+        retriever.trained_on = trained_on(path)
         if retriever.family.probed:
             from elva.model.probe import fault  # which reads by the retriever itself
 

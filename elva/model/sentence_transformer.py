@@ -87,8 +87,10 @@ def owns(model: str | Path) -> bool:
             return False
         config = read_json(model if base is None else base.path, "config.json")
         laid_out = any(find(model, name) is not None for name in ("modules.json", ABOUT))
-    except OSError:
-        return False  # no such hub name
+    except UserError:
+        raise
+    except DAMAGED:
+        return False  # no such hub name, or a damaged adapter: ELVA's way in says so
     kind = config.get("model_type")
     return kind not in KNOWN and (laid_out or kind in TWO_TOWERS)
 

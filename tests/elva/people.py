@@ -2,10 +2,14 @@
 
 import io
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
+from typer.testing import CliRunner
 
+from elva.cli import app
 from tests.elva.test_data_pictures import LAID, upright
 
 LONG = "b" * 196 + ".png"
@@ -25,6 +29,7 @@ def plain(number: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return image
 
 
+@cache
 def pictures() -> dict[str, bytes]:
     """Name -> the bytes of what is read: 28 of them, two of which show what another shows."""
     found: dict[str, bytes] = {}
@@ -92,3 +97,25 @@ def make(root: Path, *, damaged: bool = True) -> Path:
     (root / "verweis.jpg").symlink_to("ink.jpg")
     os.mkfifo(root / "rohr.png")
     return root
+
+
+GOOD = sorted([*pictures(), "verweis.jpg"])
+FAULTS = [
+    "abgebrochen.jpg: unreadable picture: damaged: it ends early",
+    "leer.png: unreadable picture: the file is empty",
+    "text.jpg: unreadable picture: it is a text",
+]
+
+
+def call(*words: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, (result.output, result.exception)
+    if code:
+        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    return result.stderr if code else result.stdout
+
+
+def draw(path: Path, colour: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+    return path

@@ -10,14 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import elva
-from elva.commands import build_index
+from elva.commands import build_index, mine
 from elva.data import load, mbeir, qrels, strict
 from elva.data.formats import convert_file
 from elva.data.formats.rows import rows
 from elva.data.strict import Faults, lines
 from elva.errors import DataError, IndexFault, RunError, UserError
 from elva.evaluation.trec import read_qrels, read_run
-from elva.mrbench.review import read_review
+from elva.mrbench.build import write_data
+from elva.mrbench.review import Judged, read_review
 from elva.recipes import resolve
 
 HOME = Path(elva.__file__).parent
@@ -150,6 +151,30 @@ def test_lines_are_numbered_and_capped_in_every_encoding(tmp_path, monkeypatch):
         assert faults.found == [f"{tmp_path}/a:3: line is longer than 100 bytes"]
     with pytest.raises(DataError, match="a:3: line is longer than 100 bytes"):
         list(lines(tmp_path / "a"))
+
+
+def test_lines_end_at_line_ends_alone(tmp_path):
+    text = "a\u2028b\x85c\x0bd\x1ce"
+    (tmp_path / "a").write_text(f"{text}\n{text}", encoding="utf-8")
+    assert [line for _, line in lines(tmp_path / "a")] == [text, text]
+
+
+def test_bad_rows_that_were_left_out_stay_left_out_where_a_file_is_read_again(tmp_path):
+    for name, content in TREE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    for name in ("query/test/mbeir_x_task1_test.jsonl", "qrels/test/mbeir_x_task1_test_qrels.txt"):
+        (tmp_path / name).write_bytes(b"\xff\n" + TREE[name].encode())
+    (one,) = mbeir.read_sets(tmp_path, split="test", faults=Faults(2))
+    mine._write(tmp_path / "mined", tmp_path, one, "test", {"9:1": ["9:2"]})
+    judged = Judged(one.stem, one.queries[0], "q ü", ())
+    write_data(tmp_path / "bench", tmp_path, "test", [judged], {})
+    for made in ("mined", "bench"):
+        folder = tmp_path / made
+        (row,) = (folder / "query/test/mbeir_x_task1_test.jsonl").read_text().splitlines()
+        assert json.loads(row)["neg_cand_list"] == (["9:2"] if made == "mined" else [])
+        text = (folder / "qrels/test/mbeir_x_task1_test_qrels.txt").read_text()
+        assert text == TREE["qrels/test/mbeir_x_task1_test_qrels.txt"]
 
 
 def test_an_empty_line_between_ids_is_no_id(tmp_path):

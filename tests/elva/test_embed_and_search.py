@@ -239,6 +239,10 @@ def test_a_checkpoint_says_what_it_was_trained_on(emoji_model: Path, tmp_path: P
     stage = StageConfig(data=str(tmp_path / "mine"), steps=1)
     recipe = Recipe("tiny", ModelConfig(scratch=SPEC), {"1": stage})
     assert begin(recipe, emoji_model, stage).trained_on == ["emoji", "mine"]
+    note = tmp_path / "merged/elva.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "trained_on": 5}))
+    with pytest.raises(UserError, match="must hold a list of names as trained_on"):
+        open_encoder(tmp_path / "merged")
     families.write(tmp_path / "published", "qwen2_vl")
     assert begin(recipe, tmp_path / "published", stage).trained_on is None
 
@@ -267,6 +271,7 @@ def test_a_model_that_knows_emoji_alone_says_so(emoji_model, album, corpus, tmp_
     out = tmp_path / "out"
     assert cli("embed", emoji_model, "--data", album, "--output", out, *short).count(NOTE) == 1
     cli("index", "build", tmp_path / "index", out / "mbeir_folder_task4_cand_pool")
+    assert "trained on: emoji alone\n" in cli("index", "info", tmp_path / "index")
     words = ("search", tmp_path / "index", "a dog on a beach", "--instruction", "Find it.")
     assert cli(*words).count(NOTE) == 1
     names = ("--data", corpus, "--output", tmp_path / "names", "--task", "t2t")

@@ -3,38 +3,26 @@
 import errno
 import json
 import os
-import shutil
+import warnings
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from elva.cli import app
-from elva.commands.index_folder import build
 from elva.data import load
 from elva.data.formats import convert_file, folder
 from elva.data.formats.places import Places
 from elva.data.formats.scan import scan
 from elva.data.schema import hashed_id
 from elva.data.strict import Faults
-from elva.errors import DataError, UserError
-from elva.index import Index
-from elva.model.identity import Identity
-from elva.model.rollout import Encoded
+from elva.errors import DataError
 from elva.report import pictures as report_pictures
-from tests.elva import families, people
+from tests.elva import people
+from tests.elva.people import FAULTS, GOOD, call, draw
 from tests.elva.test_data_pictures import CORNERS, SIZE
 
-GOOD = sorted([*people.pictures(), "verweis.jpg"])
-DAMAGED = [
-    "abgebrochen.jpg: unreadable picture: damaged: it ends early",
-    "leer.png: unreadable picture: the file is empty",
-    "text.jpg: unreadable picture: it is a text",
-]
 LEFT_OUT = [
     "left out: 4 of formats that are not read: 2 .svg, 1 without an ending, 1 .mov",
     "left out: 1 too large or too long a picture",
@@ -47,14 +35,6 @@ LEFT_OUT = [
     "left out: 1 pipes, sockets and devices",
 ]
 KEPT = "2 pictures show what another one shows, and are kept; --duplicates drop leaves them out"
-
-
-def call(*words: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == code, (result.output, result.exception)
-    if code:
-        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    return result.stderr if code else result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +84,7 @@ def files(data: Path) -> dict[str, dict[str, Any]]:
 def test_nothing_is_left_out_without_a_word(root: Path, converted: Converted) -> None:
     printed = converted.printed
     assert printed["queries"] == {"i2i": len(GOOD)} and printed["candidates"] == len(GOOD)
-    assert printed["pictures"] == len(GOOD) and printed["bad"] == DAMAGED
+    assert printed["pictures"] == len(GOOD) and printed["bad"] == FAULTS
     notice = "there are no captions: each picture asks for itself"
     assert printed["notices"] == [notice, KEPT, *LEFT_OUT]
     counts = {why: len(names) for why, names in people.LEFT_OUT.items()}
@@ -125,12 +105,12 @@ def test_without_skip_bad_a_damaged_one_is_one_line_and_nothing_is_written(
     root: Path, tmp_path: Path
 ) -> None:
     said = call("data", "convert", "folder", root, "--output", tmp_path / "o", code=2)
-    assert said == f"elva: {DAMAGED[0]}; --skip-bad leaves out as many\n"
+    assert said == f"elva: {FAULTS[0]}; --skip-bad leaves out as many\n"
     assert not list(tmp_path.iterdir())
     said = call(
         "data", "convert", "folder", root, "--output", tmp_path / "o", "--skip-bad", 2, code=2
     )
-    assert said == f"elva: {DAMAGED[2]}; 2 bad rows were allowed\n"
+    assert said == f"elva: {FAULTS[2]}; 2 bad rows were allowed\n"
 
 
 def test_pictures_keep_their_names_and_bytes(root: Path, converted: Converted) -> None:
@@ -179,12 +159,6 @@ def test_copies_are_dropped_where_they_are_not_wanted(root: Path, tmp_path: Path
         convert_file("folder", root, tmp_path / "p", duplicates="x")
     with pytest.raises(DataError, match="duplicates is for folder, got it for nli"):
         convert_file("nli", root, tmp_path / "p", duplicates="drop")
-
-
-def draw(path: Path, colour: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), colour).save(path)
-    return path
 
 
 def ids(data: Path) -> dict[str, str]:
@@ -254,6 +228,20 @@ def test_pictures_that_need_an_extra_are_counted_with_its_name(
     line = "left out: 2 HEIC pictures; pip install 'elva[heif]' to read them"
     assert line in counts["notices"]
     assert folder.contents(tmp_path / "s", Faults()).notices == [line]
+
+
+def test_pillows_own_warnings_are_nobodys_matter(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    exif = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+    Image.new("RGB", (8, 8)).save(tmp_path / "s" / "a.jpg", exif=exif)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with Image.open(tmp_path / "s" / "a.jpg") as image:
+            image.getexif()
+        assert any("Corrupt EXIF" in str(one.message) for one in told)
+        told.clear()
+        call("data", "convert", "folder", tmp_path / "s", "--output", tmp_path / "o")
+    assert not any("EXIF" in str(one.message) for one in told)
 
 
 # -- names and places ------------------------------------------------------------------------------
@@ -338,202 +326,3 @@ def test_a_scan_tells_one_content_from_another(tmp_path: Path) -> None:
     one.path.unlink()
     with pytest.raises(DataError, match=r"^a.png: No such file or directory$"):
         one.digest()
-
-
-# -- from the folder to answers --------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return families.write(tmp_path_factory.mktemp("model") / "small", "qwen2_vl", tied=True)
-
-
-def test_answers_bear_the_pictures_names_by_way_of_data(
-    root: Path, converted: Converted, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call("embed", model, "--data", converted.data, "--output", tmp_path / "e", "--metadata",
-         "--mode", "prompt", "--sides", "pools")  # fmt: skip
-    call("index", "build", tmp_path / "i", tmp_path / "e" / "mbeir_folder_task4_cand_pool")
-    table = Index(tmp_path / "i").table.to_pylist()
-    assert sorted(row["name"] for row in table) == GOOD == sorted(row["file"] for row in table)
-    asked = ("search", tmp_path / "i", "--image", root / "gedreht" / "6.jpg")
-    hits = json.loads(call(*asked, "-k", 50, "--json"))
-    assert sorted(hit["name"] for hit in hits) == GOOD
-    (only,) = json.loads(call(*asked, "--json", "--where", f"file={people.LINES}"))
-    assert only["name"] == people.LINES
-    tiles: list[Any] = []
-    monkeypatch.setattr(
-        report_pictures, "sheet", lambda path, title, shown, footer: tiles.extend(shown)
-    )
-    printed = call(*asked, "-k", 50, "--sheet", tmp_path / "found.png").splitlines()
-    assert sorted(words for _, _, words in tiles) == GOOD
-    assert len(printed) == len(GOOD) + 1 and r"zwei\nZeilen.png" in "\n".join(printed)
-
-
-def test_a_folder_becomes_an_index_in_one_command(root: Path, model: Path, tmp_path: Path) -> None:
-    words = ("index", "build", tmp_path / "i", "--folder", root, "--model", model)
-    dry = json.loads(call(*words, "--dry-run", "--json"))
-    assert dry["pictures"] == len(GOOD) + 3 and not (tmp_path / "i").exists()
-    assert "abgebrochen.jpg: unreadable picture: damaged" in call(*words, code=2)
-    made = json.loads(call(*words, "--skip-bad", 3, "--list-left-out", tmp_path / "left", "--json"))
-    assert made["items"] == len(GOOD) and made["bad"] == DAMAGED
-    assert made["left_out"] == {why: len(names) for why, names in people.LEFT_OUT.items()}
-    assert len((tmp_path / "left").read_text().splitlines()) == sum(made["left_out"].values())
-    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
-    index = Index(tmp_path / "i")
-    rows = index.table.to_pylist()
-    assert [row["id"] for row in rows] == GOOD == [row["name"] for row in rows]
-    by_name = {picture.name: picture for picture in scan(root).pictures}
-    for row in rows:
-        one = by_name[row["name"]]
-        assert (row["size"], row["modified_ns"], row["digest"]) == (
-            one.size, one.modified_ns, one.digest(),
-        )  # fmt: skip
-    assert index.about["folder"] == str(root) and set(index.about["instructions"]) == {
-        "text", "image", "image,text",
-    }  # fmt: skip
-    hits = json.loads(call("search", tmp_path / "i", "a flower", "-k", 3, "--json"))
-    assert len(hits) == 3 and all((root / hit["name"]).samefile(hit["image"]) for hit in hits)
-    assert "pass --overwrite to replace it" in call(*words, code=2)
-
-
-@pytest.mark.parametrize(
-    ("words", "rule"),
-    [
-        (("--folder", "{there}"), "--folder must come with --model"),
-        (("--folder", "{there}", "--model", "m", "--npy", "x.npy"), "--folder must come alone"),
-        (("--folder", "{there}/absent", "--model", "m"), "absent: not a folder"),
-        (("--folder", "{there}", "--model", "m", "--dtype", "int8"), "--dtype must be one of"),
-        (("--npy", "x.npy", "--skip-bad", "2"), "are for --folder"),
-        (("{there}", "--dry-run"), "are for --folder"),
-    ],
-)
-def test_what_cannot_be_built_is_one_line(
-    words: tuple[str, ...], rule: str, tmp_path: Path
-) -> None:
-    draw(tmp_path / "s" / "a.png", "red")
-    filled = [word.format(there=tmp_path / "s") for word in words]
-    assert rule in call("index", "build", tmp_path / "i", *filled, code=2)
-    assert not (tmp_path / "i").exists()
-
-
-class MeanColour:
-    """An encoder that counts what it sees, and is stopped at will."""
-
-    identity = Identity("mean colour", "1", "RGB over white")
-    about: ClassVar[dict[str, str]] = {}
-    embedding_size = 3
-    modalities = frozenset({"image"})
-    instructed = False
-
-    def __init__(self, stops_at: str = "") -> None:
-        self.stops_at = stops_at
-        self.seen: list[str] = []
-
-    def check(self, item: Any) -> None:
-        item.load_image()
-
-    def __call__(self, items: Any, progress: Any = None) -> Encoded:
-        if any(item.id == self.stops_at for item in items):
-            raise KeyboardInterrupt
-        self.seen += [item.id for item in items]
-        rows = [np.asarray(item.load_image(), np.float32).mean((0, 1)) + 1 for item in items]
-        return Encoded(torch.from_numpy(np.stack(rows)), [""] * len(items))
-
-
-class Told:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.done: list[int] = []
-
-    def start(self, what: str, total: int | None, unit: str = "steps") -> None: ...
-
-    def advance(self, done: int, values: dict[str, float] | None = None) -> None:
-        self.done.append(done)
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def finish(self, line: str) -> None: ...
-
-
-def small(place: Path) -> Path:
-    """Seven pictures, one of them damaged, and captions."""
-    for i, colour in enumerate(("red", "green", "blue", "white", "black", "gold", "pink")):
-        draw(place / f"{i}.png", colour)
-    (place / "1.png").write_bytes((place / "1.png").read_bytes()[:-30])
-    rows = ["file,caption,year,digest", "0.png,red,2001,x", "0.png,rot,2001,x", "6.png,pink,2007,y"]
-    (place / "captions.csv").write_text("\n".join(rows))
-    return place
-
-
-def test_a_killed_build_goes_on_and_ends_alike(tmp_path: Path) -> None:
-    root, index, options = (
-        small(tmp_path / "s"),
-        tmp_path / "i",
-        {"skip_bad": 1, "part_pictures": 2},
-    )
-    with pytest.raises(KeyboardInterrupt):
-        build(index, root, MeanColour("4.png"), **options)
-    assert not index.exists()
-    encoder, told = MeanColour(), Told()
-    made, found = build(index, root, encoder, reporter=told, **options)
-    assert (
-        encoder.seen == ["4.png", "5.png", "6.png"] and "2 of 4 parts are there" in told.lines[-1]
-    )
-    assert found["bad"] == ["1.png: unreadable picture: damaged: it ends early"]
-    whole, _ = build(tmp_path / "whole", root, MeanColour(), skip_bad=1)
-    assert made.table.equals(whole.table)
-    assert torch.equal(made.embeddings(range(6)), whole.embeddings(range(6)))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "s", "whole"]
-
-
-def test_a_killed_build_of_other_pictures_begins_anew(tmp_path: Path) -> None:
-    root, index = small(tmp_path / "s"), tmp_path / "i"
-    options = {"skip_bad": 1, "part_pictures": 2, "overwrite": True}
-    for change in ("a new picture", "another caption", "a damaged plan"):
-        with pytest.raises(KeyboardInterrupt):
-            build(index, root, MeanColour("4.png"), **options)
-        if change == "a new picture":
-            draw(root / "9.png", "grey")
-        elif change == "another caption":
-            (root / "captions.csv").write_text("file,caption\n0.png,crimson\n")
-        else:
-            (tmp_path / "i.partial" / "embeddings.json").write_text("{}")
-        encoder = MeanColour()
-        made, _ = build(index, root, encoder, **options)
-        assert encoder.seen[0] == "0.png" and len(made) == len(encoder.seen) == 7, change
-    (tmp_path / "i.partial").mkdir()
-    (tmp_path / "i.partial" / "mine.txt").touch()
-    with pytest.raises(UserError, match=r"i.partial: must not exist"):
-        build(index, root, MeanColour(), skip_bad=1, overwrite=True)
-    assert (tmp_path / "i.partial" / "mine.txt").exists()
-
-
-def test_captions_are_fields_of_the_index(tmp_path: Path) -> None:
-    told = Told()
-    made, found = build(
-        tmp_path / "i", small(tmp_path / "s"), MeanColour(), skip_bad=1, reporter=told
-    )
-    rows = {row["id"]: row for row in made.table.to_pylist()}
-    assert (rows["0.png"]["caption"], rows["0.png"]["year"]) == ("red / rot", 2001.0)
-    assert rows["6.png"]["source_digest"] == "y" and len(rows["6.png"]["digest"]) == 64
-    assert rows["2.png"]["caption"] is None and rows["2.png"]["text"] is None
-    captions = "3 captions of 2 pictures from captions.csv; 5 pictures have none"
-    assert told.lines[0] == captions == found["notices"][0] and told.done[-1] == 7
-
-
-def test_a_folder_without_a_picture_that_can_be_read_gives_no_index(tmp_path: Path) -> None:
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "a.svg").write_text("<svg/>")
-    rule = r"s: holds no picture that is read; left out: 1 of formats that are not read: 1 .svg$"
-    with pytest.raises(DataError, match=rule):
-        build(tmp_path / "i", tmp_path / "s", MeanColour())
-    (tmp_path / "s" / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="a picture that can be read"):
-        build(tmp_path / "i", tmp_path / "s", MeanColour(), skip_bad=5)
-    shutil.rmtree(tmp_path / "s")
-    with pytest.raises(DataError, match=r"s: not a folder$"):
-        build(tmp_path / "i", tmp_path / "s", MeanColour())

@@ -34,22 +34,26 @@ def content(path):
     index = Index(path)
     alive = index.alive.nonzero()[0]
     found = dict(zip(index.ids(alive), index.embeddings(alive).sum(1).tolist(), strict=True))
-    return len(index.segments), found
+    return len(index.segments), index.is_coded, found
 
 
 def changes(path, step, more):
-    """The five ways in which an index changes."""
-    kind, ids = step % 5, [f"{step}-{i}" for i in range(200)]
+    """The six ways in which an index changes, once without codes at first, once with them."""
+    kind, ids = step % 6, [f"{step}-{i}" for i in range(200)]
     if kind == 0:
-        Index.build(path, ids, embeddings(200, step), model=MODEL, overwrite=True)
+        Index.build(
+            path, ids, embeddings(200, step), model=MODEL, overwrite=True, codes=step % 12 >= 6
+        )
     elif kind == 1:
         Index(path).add(ids, embeddings(200, step), model=MODEL)
     elif kind == 2:
         Index(path).delete(Index(path).ids(range(0, 150, 3)))
     elif kind == 3:
         Index(path).add_segments([more], overwrite=True)
-    else:
+    elif kind == 4:
         compact(path)
+    else:
+        Index.with_codes(path)
 
 
 @pytest.fixture
@@ -65,7 +69,7 @@ def test_an_index_is_built_where_a_kill_left_a_half_manifest(tmp_path):
     (path / "segments").mkdir(parents=True)
     (path / "index.json.partial").write_text("{")
     Index.build(path, ["a"], embeddings(1, 0), model=MODEL)
-    assert list(content(path)[1]) == ["a"]
+    assert list(content(path)[2]) == ["a"]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.partial").touch()
     with pytest.raises(IndexFault, match="must be empty or an index"):
@@ -125,8 +129,9 @@ def test_every_write_that_fails_leaves_the_old_or_the_new_index(
     tmp_path, more, number, monkeypatch
 ):
     path, tried = tmp_path / "index", 0
-    changes(path, 0, more)
-    for step in (0, 1, 2, 3, 4):
+    changes(path, 6, more)
+    for step in (6, 7, 8, 9, 10, 0, 5):  # with codes, and then where codes are to come
+        first = step // 6 * 6
         for n in range(1, 1000):
             old = content(path)
             left = [n]
@@ -160,8 +165,8 @@ def test_every_write_that_fails_leaves_the_old_or_the_new_index(
             tried += 1
             if now != old:  # it failed after the one step that counts, or got around the failure
                 shutil.rmtree(path)
-                changes(path, 0, more)
-                for earlier in range(1, step):
+                changes(path, first, more)
+                for earlier in range(first + 1, step):
                     changes(path, earlier, more)
         else:
             raise AssertionError("no end to the writes")
@@ -172,9 +177,8 @@ def test_every_write_that_fails_leaves_the_old_or_the_new_index(
 @pytest.mark.parametrize("flips", [2_000, pytest.param(10_000, marks=pytest.mark.thorough)])
 def test_every_flipped_byte_is_found(tmp_path, more, flips):
     path, draw = tmp_path / "index", random.Random(1)
-    changes(path, 0, more)
-    changes(path, 1, more)
-    changes(path, 2, more)
+    for step in (6, 7, 8):
+        changes(path, step, more)
     files = [p for p in path.rglob("*") if p.is_file() and p.stat().st_size]
     assert len(files) == 5
     sizes = [p.stat().st_size for p in files]

@@ -1,6 +1,8 @@
 """What an index promises around its bytes: no change, race, planted file or odd value makes it
 anything but the old index, the new one, or one line."""
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -188,6 +190,51 @@ def test_a_build_for_nothing_leaves_what_was_there(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["there"]
 
 
+@pytest.mark.parametrize("damage", ["a flipped byte", "a later version", "nothing"])
+def test_a_damaged_index_is_refused_by_all_but_a_build_over_it(tmp_path, damage):
+    index = build(tmp_path / "i", ["a", "b"])
+    path = tmp_path / "i" / "index.json"
+    body = json.dumps({**json.loads(path.read_bytes().split(b"\n")[0]), "version": 99}).encode()
+    if damage == "a flipped byte":
+        path.write_bytes(path.read_bytes()[:-9] + b"00000000\n")
+    elif damage == "nothing":
+        path.write_bytes(b"")
+    else:
+        path.write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
+    for call in (
+        lambda: Index(tmp_path / "i"), lambda: index.delete(["a"]),
+        lambda: index.add(["c"], rows(1), model=MODEL), lambda: build(tmp_path / "i", ["c"]),
+    ):  # fmt: skip
+        with pytest.raises(IndexFault, match="must"):
+            call()
+        assert index.segments[0].path.exists()  # nothing of it is removed
+    made = Index.build(tmp_path / "i", ["c"], rows(1), model=MODEL, overwrite=True)
+    assert made.ids([0]) == ["c"] and not index.segments[0].path.exists()
+
+
+def test_writers_of_one_directory_do_not_remove_each_others(tmp_path):
+    filling, done, refused = threading.Event(), threading.Event(), []
+
+    def fill(place):
+        (place / "a").write_text("winner")
+        filling.set()
+        assert done.wait(10)
+
+    winner = threading.Thread(target=files.write_directory, args=(tmp_path / "d", fill))
+    winner.start()
+    assert filling.wait(10)
+    try:
+        files.write_directory(tmp_path / "d", lambda place: (place / "a").write_text("loser"))
+    except UserError as error:
+        refused.append(str(error))
+    done.set()
+    winner.join()
+    assert refused == [f"{tmp_path / 'd'}: must have one writer at a time, got a second; wait for "
+                       "the other"]  # fmt: skip
+    assert (tmp_path / "d" / "a").read_text() == "winner" and files.is_whole(tmp_path / "d")
+    assert os.listdir(tmp_path) == ["d"]
+
+
 # -- planted files ---------------------------------------------------------------------------------
 
 
@@ -210,6 +257,23 @@ def test_what_is_planted_for_a_writer_is_not_written_through(tmp_path, plant):
     assert victim.read_text() == "mine" and not (tmp_path / "absent").exists()
     assert len(Index(tmp_path / "i")) == 2
     assert not (tmp_path / "i" / "index.json").is_symlink() and not os.path.lexists(place)
+
+
+@pytest.mark.parametrize("plant", ["link", "file", "directory"])
+def test_what_is_planted_for_a_directory_is_not_filled(tmp_path, plant):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "mine").touch()
+    place = tmp_path / "d.partial"
+    if plant == "link":
+        place.symlink_to(tmp_path / "victim")
+    elif plant == "file":
+        place.touch()
+    else:
+        place.mkdir()
+        (place / "evil.safetensors").touch()
+    files.write_directory(tmp_path / "d", lambda made: (made / "a").touch())
+    assert os.listdir(tmp_path / "victim") == ["mine"]
+    assert sorted(os.listdir(tmp_path / "d")) == ["a", "manifest.json"]
 
 
 def test_writers_of_one_file_take_turns(tmp_path):

@@ -171,7 +171,10 @@ def test_a_sheet_is_a_picture_of_any_hits(run: Run, tmp_path: Path) -> None:
         ({"query": "x" * 2001}, "query must have at most 2000 characters, got 2001"),
         ({"query": "a\udc80"}, "query must be valid text"),
         ({"query": "a", "k": 0}, "k must be at least 1, got 0"),
-        ({"query": "a", "image": Path("absent.png")}, "image must be a file that shows .* absent.png"),
+        (
+            {"query": "a", "image": Path("absent.png")},
+            "image must be a file .* absent.png",
+        ),
         ({"query": "a", "image": Path(__file__)}, "image must be a file that shows a picture"),
         ({"query": "a", "stage": "2"}, "stage must be trained, got '2'; .*: 1, infonce"),
         ({"query": "a", "stage": "../1"}, "stage must be trained"),

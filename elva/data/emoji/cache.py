@@ -188,7 +188,7 @@ def _manifest(root: Path) -> dict[str, Any] | None:
     """The manifest, or None where there is none or a torn one: either way no corpus."""
     try:
         manifest = json.loads((root / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return None

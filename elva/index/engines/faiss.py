@@ -5,8 +5,6 @@ derived/ivf.json                          of which index, and the file's SHA-256
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elva.errors import IndexFault, UserError
-from elva.files import PARTIAL, read_bounded, sha256, write_text
+from elva.files import read_bounded, replacing, sha256, write_text
 from elva.index import exact
 from elva.index.exact import Found
 from elva.index.index import Index
@@ -67,13 +65,9 @@ def export(index: Index, kind: str) -> Path:
     for block in _blocks(index):
         made.add(block)
     place = index.directory / DERIVED / f"{kind}.faiss"
-    place.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{kind}{PARTIAL}", dir=place.parent) as beside:
-        written = Path(beside) / place.name  # FAISS follows links, so in a folder of our own
-        faiss.write_index(made, str(written))
-        digest = sha256(written)
-        os.replace(written, place)
-    about = _About(index.fingerprint, digest)
+    with replacing(place) as sink:
+        faiss.write_index(made, faiss.PyCallbackIOWriter(sink.write))
+    about = _About(index.fingerprint, sha256(place))
     write_text(place.with_suffix(".json"), json.dumps(asdict(about)) + "\n")
     return place
 

@@ -1,0 +1,311 @@
+"""`elva index sync`: an index of a folder follows the folder.
+
+What is new is embedded, what is gone is deleted, what changed is replaced: each batch one change of
+the index, so a killed sync has done what it did and the next one does the rest. A picture whose
+content the index knows, under another name, with other captions or a new date, keeps its embedding.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from elva.data.formats.folder import Contents, contents
+from elva.data.formats.scan import PictureFile
+from elva.data.strict import Faults
+from elva.errors import DataError, IndexFault, UserError, printable
+from elva.index import Index, fields, folder
+from elva.model.encoder import Encoder
+from elva.model.rollout import Encoded
+from elva.progress import SILENT, Reporter
+
+BATCH = 1024
+"""Pictures of one change. Ours: what a kill can cost."""
+
+MANY_SEGMENTS = 64
+"""Ours: from here on compacting is worth a word."""
+
+
+@dataclass
+class Plan:
+    """What a sync has to do, by names; every picture of the folder is in one of the first five.
+
+    Args:
+        new: their content is not in the index.
+        changed: another content than the index has under the name.
+        moved: the content lies in the index under another name.
+        relabelled: the same content with another date or other captions.
+        unchanged: nothing to do.
+        gone: in the index, and no longer in the folder.
+    """
+
+    new: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    relabelled: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """How many of each."""
+        return {kind: len(names) for kind, names in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder as it is beside the index as it is."""
+
+    index: Index
+    found: Contents
+    plan: Plan
+    kinds: Mapping[str, pa.DataType]
+    row_of: Mapping[str, int]  # digest -> a row whose embedding is of that content
+
+
+def compare(directory: Path, root: Path, faults: Faults) -> Folder:
+    """What a sync would do; nothing is embedded and nothing written.
+
+    Raises:
+        UserError, DataError: an index of another folder or of none, a folder that cannot be read.
+    """
+    index = Index(directory, verify=False)
+    known, here = index.about.get("folder"), str(root.resolve())
+    if known is None or "digest" not in index.table.schema.names:
+        raise IndexFault(
+            f"{directory}: must be of a folder to be synced, got one that was not built by "
+            "elva index build --folder; build it so"
+        )
+    if known != here:
+        raise IndexFault(
+            f"{directory}: must be synced with its own folder, {printable(str(known))}, got "
+            f"{printable(here)}; name that, or build an index of this one"
+        )
+    found = contents(root, faults)
+    kinds = _kinds(index, found)
+    rows = [int(row) for row in index.alive.nonzero()[0]]
+    stored = {
+        one["id"]: {**one, "row": row}
+        for row, one in zip(rows, index.table.take(rows).to_pylist(), strict=True)
+        if one["digest"] is not None  # else added by hand, and none of the folder's
+    }
+    row_of = {one["digest"]: one["row"] for one in stored.values()}
+    plan = Plan(
+        gone=sorted({*stored} - {one.name for one in found.pictures} - _kept(root, found, stored))
+    )
+    words = fields.arrays([found.known.get(p.name, {}) for p in found.pictures], kinds, folder.OWN)
+    of = {name: column.to_pylist() for name, column in words.items()}
+    own = [name for name in index.table.schema.names if name not in folder.OWN]
+    for place, picture in enumerate(found.pictures):
+        said = {name: values[place] for name, values in of.items()}
+        kind = _kind(picture, stored.get(picture.name), said, own, row_of)
+        getattr(plan, kind).append(picture.name)
+    return Folder(index, found, plan, kinds, row_of)
+
+
+def sync(
+    directory: Path,
+    root: Path,
+    encoder: Callable[[], Encoder],
+    *,
+    skip_bad: int = 0,
+    batch: int = BATCH,
+    reporter: Reporter = SILENT,
+) -> tuple[Index, dict[str, Any]]:
+    """Make an index of a folder what the folder is.
+
+    Args:
+        encoder: opens the index's model; called only where something is to be embedded.
+        skip_bad: so many pictures that cannot be read are left out and listed; one more ends it.
+        batch: pictures embedded between two moments at which a kill costs nothing.
+
+    Returns:
+        The index; and the counts of `Plan`, `left_out`, `bad` (a line each) and `notices`.
+
+    Raises:
+        UserError, DataError: as `compare`; another model; a picture that cannot be read, after
+            which the index holds the batches before it.
+    """
+    faults = Faults(skip_bad)
+    there = compare(directory, root, faults)
+    index, plan, found = there.index, there.plan, there.found
+    for line in found.notices:
+        reporter.say(line)
+    by_name = {one.name: one for one in found.pictures}
+    reused = [by_name[name] for name in (*plan.moved, *plan.relabelled)]
+    for start in range(0, len(reused), batch):
+        some = reused[start : start + batch]
+        index = _added(index, there, some, _known(there, some))
+    fresh = [by_name[name] for name in sorted((*plan.new, *plan.changed))]
+    late: list[str] = []
+    if fresh:
+        model = encoder()
+        index.check_model(model.identity)
+        reporter.start(f"{directory}: embed", len(fresh), "pictures")
+        for start in range(0, len(fresh), batch):
+            some = fresh[start : start + batch]
+            good, out = folder.embedded(model, some, faults, _offset(reporter, start))
+            kept = [one.name for one in good]
+            index = _added(index, there, good, out)
+            late += [one.name for one in some if one.name not in {*kept}]
+            reporter.advance(start + len(some))
+    gone = [*plan.gone, *(name for name in late if name in {*plan.changed})]
+    if gone:
+        index = index.delete(gone)
+    reporter.finish("")
+    notices = [*found.notices, *_advice(index)]
+    for line in _advice(index):
+        reporter.say(line)
+    done = {**plan.counts(), "left_out": found.left_out, "bad": [*faults.found], "notices": notices}
+    return index, done
+
+
+def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
+    return lambda more: reporter.advance(done + more)
+
+
+def _kinds(index: Index, found: Contents) -> dict[str, pa.DataType]:
+    """field -> its type in the index where it has one, else that of what the captions say."""
+    kinds = fields.kinds(found.known.values())
+    for name in [n for n in kinds if n in index.table.schema.names and n not in folder.OWN]:
+        there = index.table.schema.field(name).type
+        if there == pa.string():
+            kinds[name] = there  # numbers are texts as well
+        elif there != kinds[name] and there != pa.null():
+            raise IndexFault(
+                f"{index.directory}: field {printable(name)} must be of type {there} as in the "
+                f"index, got {kinds[name]}; mend the captions, or build the index again"
+            )
+    return kinds
+
+
+def _kept(root: Path, found: Contents, stored: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Names of the index whose files are there and as they were, though they cannot be read now:
+    in a folder that is closed, of a format whose reader is not installed."""
+    out = {name for names in found.left_out.values() for name in names}
+    closed = tuple(f"{name}/" for name in found.left_out.get("closed", ()))
+    return {
+        name for name, one in stored.items()
+        if name.startswith(closed) or (name in out and _stamp(root / name) == _known_stamp(one))
+    }  # fmt: skip
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change of a file; None where it is gone."""
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    return now.st_size, now.st_mtime_ns
+
+
+def _known_stamp(one: Mapping[str, Any]) -> tuple[int, int]:
+    return one["size"], one["modified_ns"]
+
+
+def _kind(
+    picture: PictureFile,
+    known: Mapping[str, Any] | None,
+    said: Mapping[str, Any],
+    own: Sequence[str],
+    row_of: Mapping[str, int],
+) -> str:
+    """The list of `Plan` that a picture of the folder belongs to."""
+    if known is None:
+        return "moved" if picture.digest() in row_of else "new"
+    same_stamp = (picture.size, picture.modified_ns) == _known_stamp(known)
+    if not same_stamp and picture.digest() != known["digest"]:
+        return "changed"
+    labels = all(said.get(name) == known.get(name) for name in {*own, *said})
+    return "unchanged" if same_stamp and labels else "relabelled"
+
+
+def _known(there: Folder, some: Sequence[PictureFile]) -> Encoded:
+    """The embeddings and summaries of pictures whose content the index holds."""
+    rows = [there.row_of[one.digest()] for one in some]
+    summaries = there.index.table["summary"].take(rows).to_pylist()
+    return Encoded(there.index.embeddings(rows), [text or "" for text in summaries])
+
+
+def _added(index: Index, there: Folder, some: Sequence[PictureFile], out: Encoded) -> Index:
+    """The index with some pictures, those that changed in the place of what they were.
+
+    Left to the next sync is a file that is not, after it was embedded and hashed, what it was when
+    the folder was looked at.
+    """
+    here = [place for place, one in enumerate(some) if _is_still(one)]
+    columns = folder.columns(
+        [some[place] for place in here], [out.summaries[place] for place in here],
+        there.found.known, there.kinds,
+    )  # fmt: skip
+    still = [number for number, place in enumerate(here) if _is_still(some[place])]
+    if not still:
+        return index
+    return index.add(
+        [some[here[number]].name for number in still],
+        out.embeddings[torch.tensor([here[number] for number in still])],
+        model=index.model,
+        columns={name: column.take(pa.array(still)) for name, column in columns.items()},
+        overwrite=True,
+    )
+
+
+def _is_still(one: PictureFile) -> bool:
+    return _stamp(one.path) == (one.size, one.modified_ns)
+
+
+def _advice(index: Index) -> list[str]:
+    if len(index.segments) < MANY_SEGMENTS:
+        return []
+    return [
+        f"{index.directory} has {len(index.segments)} segments; elva index compact makes them one"
+    ]
+
+
+def opens(directory: Path, model: str | None) -> dict[str, Any]:
+    """How an index's model is opened, by `open_encoder`; UserError where nobody knows.
+
+    Args:
+        model: where it lies now; where it lay for None.
+    """
+    about = Index(directory, verify=False).about
+    lay = model or about.get("model")
+    if lay is None:
+        raise UserError(f"index: {directory} does not say which model made it; pass --model")
+    kept = ("max_completion_length", "read")
+    return {"model": lay, **{key: about[key] for key in kept if key in about}}
+
+
+def follow(
+    directory: Path,
+    root: Path,
+    once: Callable[[], object],
+    reporter: Reporter,
+    changes: Iterable[object] | None = None,
+) -> None:
+    """Sync once, and again after every change of the folder, until interrupted.
+
+    Args:
+        once: syncs; what it cannot read is a line, and tried again after the next change.
+        changes: one a change; of the file system for None.
+
+    Raises:
+        UserError: the package that watches is not installed.
+    """
+    if changes is None:
+        try:
+            from watchfiles import watch
+        except ImportError:
+            raise UserError(
+                "index: --watch must have watchfiles, got none; pip install 'elva[watch]'"
+            ) from None
+        changes = watch(root)
+    once()
+    reporter.say(f"{directory}: follows {printable(str(root))}; Ctrl-C ends it")
+    for _ in changes:
+        try:
+            once()
+        except DataError as error:  # a picture that is still being copied, say
+            reporter.say(str(error))
