@@ -5,7 +5,7 @@ the index, so a killed sync has done what it did and the next one does the rest.
 content the index knows, under another name, with other captions or a new date, keeps its embedding.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from elva.progress import SILENT, Reporter
 
 BATCH = 1024
 """Pictures of one change. Ours: what a kill can cost."""
+
+LOOK_MS = 500
+"""Ours: how long a watched folder is waited for before one looks at the keyboard."""
 
 MANY_SEGMENTS = 64
 """Ours: from here on compacting is worth a word."""
@@ -283,13 +286,14 @@ def follow(
     root: Path,
     once: Callable[[], object],
     reporter: Reporter,
-    changes: Iterable[object] | None = None,
+    changes: Iterable[Collection[object]] | None = None,
 ) -> None:
     """Sync once, and again after every change of the folder, until interrupted.
 
     Args:
         once: syncs; what it cannot read is a line, and tried again after the next change.
-        changes: one a change; of the file system for None.
+        changes: what changed since the last, from the first on also where nothing did; of the file
+            system for None.
 
     Raises:
         UserError: the package that watches is not installed.
@@ -301,11 +305,17 @@ def follow(
             raise UserError(
                 "index: --watch must have watchfiles, got none; pip install 'elva[watch]'"
             ) from None
-        changes = watch(root)
-    once()
-    reporter.say(f"{directory}: follows {printable(str(root))}; Ctrl-C ends it")
-    for _ in changes:
+        changes = watch(root, yield_on_timeout=True, rust_timeout=LOOK_MS)
+    begun = False
+    for found in changes:  # it watches before the first sync, so that none is missed meanwhile
+        if begun and not found:
+            continue
         try:
             once()
         except DataError as error:  # a picture that is still being copied, say
+            if not begun:
+                raise
             reporter.say(str(error))
+        if not begun:
+            reporter.say(f"{directory}: follows {printable(str(root))}; Ctrl-C ends it")
+        begun = True

@@ -331,12 +331,15 @@ def test_watching_syncs_after_each_change_and_says_what_it_cannot_read(place: Pa
 
     def changes() -> Any:
         draw(place / "s" / "a.png", 1)
-        yield
+        yield {}
         assert "a.png" in content(Index(place / "i"))
         (place / "s" / "b.png").write_bytes(b"\x89PNG")  # still being copied
-        yield
+        yield {"b.png"}
         draw(place / "s" / "b.png", 2)
-        yield
+        generation = Index(place / "i").manifest.generation
+        yield {}
+        assert Index(place / "i").manifest.generation == generation
+        yield {"b.png"}
 
     sync_index.follow(place / "i", place / "s", lambda: sync(place), Told(), changes())
     assert is_as_the_folder(place)
