@@ -215,7 +215,8 @@ typedef struct {
 
 ElvaStatus elva_nearest_codes_cpu(const ElvaNearestCodesArgs* args);
 
-// Bounds (17) of all rows for each query, of which elva_select_cuda takes the best; on a GPU alone.
+// Bounds (17) of all rows for each query, of which elva_select_cuda takes the best; on a GPU
+// alone.
 typedef struct {
   int32_t device;
   void* stream;

@@ -1,17 +1,17 @@
-// What: bounds of cosines by 8-bit codes: some queries against coded rows, each read once for up to 32
-//   queries.
+// What: bounds of cosines by 8-bit codes: some queries against coded rows, each row read once for up
+//   to 32 queries.
 // Source: nearest_codes (17) of elva_kernels.reference; the best are chosen by select.cu.
-// In: codes [P, D] in int8 (rows on 16 bytes are copied ahead, others read by bytes), their scales and
-//   losses; queries [Q, 2, D], both bytes, padded by zeros; a mask or none.
+// In: codes [P, D] in int8 (rows on 16 bytes are copied ahead, others read by bytes), their scales
+//   and losses; queries [Q, 2, D], both bytes, padded by zeros; a mask or none.
 // Out: bounds [Q, P] in fp32; -inf where the mask hides the row.
-// Work split: as topk.cu, a query's two bytes as two of its queries: a block 256 rows and 16 queries,
-//   or 32 where there are more; a warp 32 rows, in matrix instructions of 8-bit integers.
+// Work split: as topk.cu, a query's two bytes as two of its queries: a block 256 rows and 16
+//   queries, or 32 where there are more; a warp 32 rows, in matrix instructions of 8-bit integers.
 // Bytes: the codes once for 32 queries (from the second-level cache but for the first), the bounds
 //   written once. An H200 by arithmetic, 1,000,000 x 1536, with 85 % of 4.8 TB/s and half of 1,979
-//   integer TOPS: Q = 1 and 32 the read of 1.54 GB, 0.38 ms (32: 0.2 ms of products beside it, 0.06 ms
-//   for bounds and choice behind it); Q = 256 products, 1.6 ms, and 0.5 ms of bounds.
-// Numerics: products exact: each byte's below 2^31. Six roundings in fp32, below 1e-6 together, for
-//   which SCORE_ERROR leaves room. No atomics: the same bits on every run.
+//   integer TOPS: Q = 1 and 32 the read of 1.54 GB, 0.38 ms (32: 0.2 ms of products beside it,
+//   0.06 ms for bounds and choice behind it); Q = 256 products, 1.6 ms, and 0.5 ms of bounds.
+// Numerics: products exact: each byte's below 2^31. Nine roundings in fp32, below 1e-6 together,
+//   for which SCORE_ERROR leaves room. No atomics: the same bits on every run.
 // Limits: D at most 65,536.
 // Reference: elva_kernels.reference.score_bounds.
 #include "topk_products.h"
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <int kGroup>
-ElvaStatus launch_bounds(BoundsArgs* args) {
+ElvaStatus launch_code_bounds(BoundsArgs* args) {
   TopkArgs& products = args->products;
   products.group = kGroup;
   products.padded_queries = rounded_up(products.topk.queries, kGroup);
@@ -96,6 +96,6 @@ extern "C" ElvaStatus elva_code_bounds_cuda(const ElvaCodeBoundsArgs* codes) {
   args.products.padded_dim = codes->padded_dim;
   args.products.queries = const_cast<int8_t*>(codes->query);
   return args.products.topk.queries <= kFewQueries<int8_t>
-             ? launch_bounds<kFewQueries<int8_t>>(&args)
-             : launch_bounds<kManyQueries<int8_t>>(&args);
+             ? launch_code_bounds<kFewQueries<int8_t>>(&args)
+             : launch_code_bounds<kManyQueries<int8_t>>(&args);
 }

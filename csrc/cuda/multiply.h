@@ -1,5 +1,5 @@
-// A matrix instruction on 16 rows, 8 columns and 32 bytes of terms: in half precision, sums in float;
-// of 8-bit integers, sums in 32 bits.
+// A matrix instruction on 16 rows, 8 columns and 32 bytes of terms: in half precision, sums in
+// float; of 8-bit integers, sums in 32 bits.
 #ifndef ELVA_CUDA_MULTIPLY_H_
 #define ELVA_CUDA_MULTIPLY_H_
 

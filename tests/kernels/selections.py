@@ -233,7 +233,12 @@ THREADS = [
     *cases("test_in_batch_relations::test_chunks_and_threads_change_no_bit"),
 ]
 CHUNKS = cases("test_info_nce::test_workspace_changes_no_loss")
-LONGEST = cases("test_codes::test_the_largest_products_of_the_longest_rows")
+CODED = [
+    *cases("test_codes::test_the_largest_products_of_the_longest_rows"),
+    *cases("test_codes::test_the_answer_is_topks_to_the_bit", kind="random"),
+    *cases("test_codes::test_the_answer_is_topks_to_the_bit", kind="clustered"),
+    *cases("test_codes::test_the_answer_is_topks_to_the_bit", kind="outliers"),
+]
 HEADS = cases("test_rank_statistics::test_many_heads_take_more_than_what_memory_is_kept_of")
 COMPILED = [
     *cases("test_reward_torch::test_compiles_without_a_graph_break"),
@@ -300,7 +305,7 @@ SESSIONS = {
         | {
             "sizes that take seconds": [
                 *HEADS,
-                *LONGEST,
+                *CODED,
                 *cases(
                     COPIES,
                     b=13,
@@ -350,7 +355,7 @@ SESSIONS = {
                 *cases("test_reward_scores::test_soft_ranks_at_every_temperature", temperature=1.0),
             ],
             "sizes that take seconds": [
-                *LONGEST,
+                *CODED,
                 *cases("test_reward::test_masked_rows_are_never_read", n=70),
                 *cases("test_topk::test_copies_of_a_row_tie_wherever_they_are", dim=1536),
                 *cases("test_reward::test_copies_of_the_positive_tie_and_win", d=48),

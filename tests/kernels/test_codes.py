@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from elva_kernels import coded_topk, reference, row_codes, topk
 from elva_kernels import codes as public
+from elva_kernels.backends.gpu import codes as gpu_codes
 from elva_kernels.backends.table import LAUNCHERS
 from elva_kernels.reference import RowCodes
 from tests.kernels.cases import (
@@ -302,6 +303,32 @@ def test_more_queries_than_one_pass_takes():
     few = reference.FineCodes(*(x[some] for x in asked))
     alone = launch(few, codes, 6000, mask=None, floor=None)
     assert all(torch.equal(x[some], y) for x, y in zip(found, alone, strict=True))
+
+
+@pytest.mark.skipif(not (INTERPRETED or ON_FIBERS), reason="the blocks of a GPU's search")
+@each_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_rows_and_of_queries_change_nothing(backend, masked, monkeypatch):
+    """Seven rows and three queries at a time; copies tie across them."""
+    count = 60 if INTERPRETED else 330
+    corpus = rows("clustered", count, 33, torch.float32)
+    corpus[::11] = corpus[3]
+    asked = reference.fine_codes(queries(8, corpus, torch.float32))
+    coded = reference.row_codes(corpus)
+    mask = torch.arange(count) % 5 != 2 if masked else None
+    launch = LAUNCHERS["nearest_codes"][backend]
+    depths = (1, 17, count)  # the last one is more than CUDA chooses at once
+    whole = [launch(asked, coded, depth, mask=mask, floor=None) for depth in depths]
+    monkeypatch.setattr(gpu_codes, "_WORKSPACE_BYTES", 7 * 3 * 4)
+    monkeypatch.setattr(gpu_codes, "_QUERIES", 3)
+    for depth, (bounds, index) in zip(depths, whole, strict=True):
+        found = launch(asked, coded, depth, mask=mask, floor=None)
+        assert same_bits(found[0], bounds)
+        assert torch.equal(found[1], index)
+        floor = bounds[:, depth // 2]
+        found = launch(asked, coded, depth, mask=mask, floor=floor)
+        kept = bounds >= floor.unsqueeze(1)
+        assert torch.equal(found[1], index.where(kept, -1))
 
 
 @each_backend

@@ -8,7 +8,7 @@ Work split: one program = ROWS rows and QUERIES queries; programs of the same ro
 Bytes: the codes once, the bounds written once. Floor up to 64 queries: the read, 0.38 ms for
     1,000,000 x 1536 on an H200 at 85 % of 4.8 TB/s; more are bound by the products (256: 1.3 ms at
     60 % of 1,979 integer TOPS).
-Numerics: each byte's products are summed exactly in int32 (D up to 65,536). Then six roundings in
+Numerics: each byte's products are summed exactly in int32 (D up to 65,536). Then nine roundings in
     float32, below 1e-6 together, for which SCORE_ERROR leaves room. Deterministic.
 Limits: D at most 65,536. Reference: reference.score_bounds.
 """
