@@ -370,4 +370,7 @@ def _say_index(info: dict[str, Any], as_json: bool, more: Sequence[str] = ()) ->
 
 def _size(count: int) -> str:
     """Bytes as people read them."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"
