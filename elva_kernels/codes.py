@@ -10,6 +10,7 @@ from torch import Tensor
 from elva_kernels import checks
 from elva_kernels.reference import FineCodes, RowCodes, TopK, compute_dtype
 from elva_kernels.registered import codes as registered
+from elva_kernels.registered.library import outside_graphs
 from elva_kernels.registered.topk import topk as registered_topk
 
 # Ours, measured on 1,000,000 x 1536: so many rows a query are proposed, the better ones of them
@@ -17,11 +18,14 @@ from elva_kernels.registered.topk import topk as registered_topk
 _PROPOSED, _PROPOSED_A_RESULT = 256, 4
 _READ, _READ_A_RESULT = 32, 2
 _MORE = 8
+_MOST = 1 << 20  # proposals that are held at once
 
 
 class _Pace(NamedTuple):
     """How much is done at once; ours."""
 
+    tried: int  # queries that show whether the codes prove anything
+    at_once: int  # queries that are proposed rows at once
     together: int  # queries whose rows are read together
     alike: int  # queries in a batch of which a score has the same bits as alone
     block_bytes: int  # of rows that are copied at a time
@@ -30,8 +34,8 @@ class _Pace(NamedTuple):
 
 # A CPU keeps the rows of some queries in its cache. On a GPU, reading a few hundred rows takes less
 # time than waiting to know how many matter; products of more than 128 queries are torch's.
-_ON_A_CPU = _Pace(16, sys.maxsize, 16 << 20, in_two=True)
-_ON_A_GPU = _Pace(128, 128, 256 << 20, in_two=False)
+_ON_A_CPU = _Pace(64, 256, 16, sys.maxsize, 16 << 20, in_two=True)
+_ON_A_GPU = _Pace(1024, 1024, 128, 128, 256 << 20, in_two=False)
 
 
 class CodedTopK(NamedTuple):
@@ -40,7 +44,7 @@ class CodedTopK(NamedTuple):
     scores: Tensor  # [Q, min(k, rows that may be found)]
     # int64, of the same shape; in place of a method of tuples that nobody misses
     index: Tensor  # type: ignore[assignment]
-    proven: Tensor  # bool [Q]: by the codes; False where all rows were read
+    proven: Tensor  # bool [Q]: that no other row is better, by the codes; False: by all rows
     rows_read: int  # of the corpus, copies of one row in several queries counted once a batch
 
 
@@ -72,6 +76,7 @@ def row_codes(corpus: Tensor, *, backend: str = "auto") -> RowCodes:
         return RowCodes(code, scale, lost)
 
 
+@outside_graphs
 def coded_topk(
     query: Tensor,
     corpus: Tensor | Sequence[Tensor],
@@ -92,7 +97,7 @@ def coded_topk(
             rows are then scored as wide as the query.
         corpus: [P, D], of any strides, or several such, counted on from one to the next. Only rows
             that may be among the answers are read: it may be a memory map.
-        codes: `row_codes` of each.
+        codes: `row_codes` of each. Nothing tells codes of other rows: with them answers are wrong.
         k: >= 0, rows a query; more than there are gives those that there are.
         mask: bool [P], True for rows that may be found; the others are not read. All for None.
         backend: as in `topk`.
@@ -103,11 +108,12 @@ def coded_topk(
         [Q]; `rows_read`.
 
     Raises:
-        ValueError: a shape, device, layout or number out of its range, codes of other rows.
+        ValueError: a shape, device, layout or number out of its range.
         TypeError: a dtype, or an argument of another type.
         BackendUnavailable: the named backend cannot run here.
 
-    Differentiable: no; the results are detached.
+    Differentiable: no; the results are detached. How much is read depends on what was found, so
+    that a call breaks the graph of `torch.compile`.
     """
     parts, coded, k = checks.coded_search("coded_topk", query, corpus, codes, k, mask, backend)
     with torch.no_grad():
@@ -139,36 +145,58 @@ class _Search:
 
     def best(self, k: int) -> CodedTopK:
         device, count = self.query.device, len(self.query)
-        live = self.total if self.mask is None else int(self.mask.sum())
-        k = min(k, live)
+        self.live = self.total if self.mask is None else int(self.mask.sum())
+        k = min(k, self.live)
         scores = torch.empty((count, k), dtype=compute_dtype(self.query.dtype), device=device)
         index = torch.empty((count, k), dtype=torch.int64, device=device)
-        proven = torch.zeros(count, dtype=torch.bool, device=device)
+        proven = torch.ones(count, dtype=torch.bool, device=device)
         if count and k:
+            proven[:] = False
             coded = FineCodes(*registered.row_codes(self.query, True, self.backend))
-            depth = max(_PROPOSED, _PROPOSED_A_RESULT * k)
-            pending = torch.arange(count, device=device)
-            for wanted in (depth, _MORE * depth):
-                some = FineCodes(*(x[pending] for x in coded))
-                for rows, found in self._proposed(pending, some, min(wanted, live), k):
-                    # What is not proven is found again; a GPU need not wait to know it.
-                    scores[rows], index[rows] = found.scores, found.index
-                    proven[rows] = found.proven
-                pending = (~proven).nonzero()[:, 0]
-                if not len(pending) or wanted >= live:
+            pending = []
+            for some in self._batches(count, k):
+                found = CodedTopK(scores, index, proven, 0)
+                left = self._by_codes(some, coded, k, found)
+                pending.append(left)
+                if len(left) == len(some):  # rows lie too close; so they do for the others
+                    pending.append(torch.arange(int(some[-1]) + 1, count, device=device))
                     break
-            if len(pending):
-                scores[pending], index[pending] = self._plain(pending, k)
+            rest = torch.cat(pending)
+            if len(rest):
+                scores[rest], index[rest] = self._plain(rest, k)
         return CodedTopK(scores, index, proven, self.read)
 
-    def _proposed(
-        self, pending: Tensor, coded: FineCodes, depth: int, k: int
-    ) -> Iterator[tuple[Tensor, CodedTopK]]:
-        """Some of the pending queries at a time, and what their proposals prove."""
-        bounds, index = self._nearest(coded, depth)
-        some = (x.split(self.pace.together) for x in (pending, bounds, index))
-        for rows, high, at in zip(*some, strict=True):
-            yield rows, self._verified(rows, high, at, k)
+    def _batches(self, count: int, k: int) -> Iterator[Tensor]:
+        """The queries: at first a few, and as many at once as the memory of proposals allows."""
+        size = self.pace.tried
+        most = max(self.pace.together, min(self.pace.at_once, _MOST // self._depths(k)[-1]))
+        first = 0
+        while first < count:
+            size = min(size, most, count - first)
+            yield torch.arange(first, first + size, device=self.query.device)
+            first, size = first + size, most
+
+    def _depths(self, k: int) -> list[int]:
+        """How many rows a query are proposed at first, and then where that proves nothing."""
+        depth = max(_PROPOSED, _PROPOSED_A_RESULT * k)
+        return sorted({min(depth, self.live), min(_MORE * depth, self.live)})
+
+    def _by_codes(self, some: Tensor, coded: FineCodes, k: int, found: CodedTopK) -> Tensor:
+        """Write the answers of some queries into `found`; those of which nothing is proven."""
+        for depth in self._depths(k):
+            bounds, index = self._nearest(FineCodes(*(x[some] for x in coded)), depth)
+            batches = (x.split(self.pace.together) for x in (some, bounds, index))
+            for rows, high, at in zip(*batches, strict=True):
+                if bool((at[:, k - 1] < 0).any()):
+                    continue  # no such proposals: codes that are no numbers
+                answer = self._verified(rows, high, at, k)
+                # What is not proven is found again; a GPU need not wait to know it.
+                found.scores[rows], found.index[rows] = answer.scores, answer.index
+                found.proven[rows] = answer.proven
+            some = some[~found.proven[some]]
+            if not len(some):
+                break
+        return some
 
     def _nearest(self, coded: FineCodes, depth: int) -> TopK:
         """The `depth` rows with the largest bounds, over all parts."""
@@ -206,7 +234,8 @@ class _Search:
                 found, read = self._scored(query, more, k)
         self.read += read
         last = bounds[:, -1]
-        proven = (index[:, -1] < 0) | (last < found.scores[:, -1]) | (index.shape[1] == self.total)
+        whole = index.shape[1] == self.live
+        proven = (index[:, -1] >= 0) & ((last < found.scores[:, -1]) | whole)
         return CodedTopK(*found, proven, 0)
 
     def _scored(self, query: Tensor, rows: Tensor, k: int) -> tuple[TopK, int]:

@@ -30,8 +30,12 @@ MAX_CANDIDATES = 1024
 MAX_DROPPED = 256
 """Ours: so many excluded rows are searched and dropped; beyond it the others are gathered."""
 
-FEW = 8
-"""Ours: an eighth of the rows, left by a filter or asked for, takes less time than all codes."""
+CODED_BYTES = 64 << 20
+"""Ours: fewer bytes of rows stay in a cache, where codes gain less than their proof costs."""
+
+FEW, DEEP = 8, 512
+"""Ours: codes gain nothing where a filter leaves an eighth of the rows, or where more than one in
+512 is asked for."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,16 @@ def search(
         query: [Q, D] fp32.
         parts: [n, D] each, in one dtype; row numbers run on from one to the next.
         allowed: [sum of n] bool, rows that may be found; all for None.
-        progress: called after each part with the rows read so far.
+        progress: called after each part with the rows read so far; with codes at the end.
         codes: of each part's rows; the answer is the same with them, to the bit.
     """
     stack = Stack(parts)
     live = len(stack) if allowed is None else int(allowed.sum())
-    if codes is not None and live > max(k * FEW, len(stack) // FEW):
+    if codes is not None and _by_codes(stack, live, k):
         mask = None if live == len(stack) else torch.from_numpy(np.ascontiguousarray(allowed))
         out = elva_kernels.coded_topk(query, parts, codes, k, mask=mask)
+        if progress is not None:
+            progress(len(stack))
         return Found(out.scores, out.index, by_codes=out.proven, rows_read=out.rows_read)
     if allowed is None or allowed.all():
         return _proven(query, stack, min(k, len(stack)), progress)
@@ -91,6 +97,11 @@ def search(
         one = top(query, stack.take(some), k)
         found = merge([found, Found(one.scores, some[one.rows])], len(query), k)
     return found
+
+
+def _by_codes(stack: "Stack", live: int, k: int) -> bool:
+    """Whether codes are worth reading in place of rows."""
+    return stack.bytes >= CODED_BYTES and live > max(k * DEEP, len(stack) // FEW)
 
 
 def top(query: Tensor, rows: Tensor, k: int) -> Found:
@@ -118,6 +129,10 @@ class Stack:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def dtype(self) -> torch.dtype:
