@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from elva import files
 from elva.errors import UserError
 from elva.model import weights
-from elva.model.encoder import Encoder
+from elva.model.encoder import open_encoder
 from tests.elva import families
 
 
@@ -30,12 +30,12 @@ def test_weights_that_were_replaced_are_another_model(tmp_path):
     """Fine-tuned in place: save_pretrained does not touch the manifest of the first save."""
     model = tmp_path / "model"
     files.write_directory(model, lambda d: families.write(d, "qwen2_vl"))
-    first = Encoder.open(model).identity
-    assert files.is_whole(model) and Encoder.open(model).identity == first
+    first = open_encoder(model).identity
+    assert files.is_whole(model) and open_encoder(model).identity == first
     (place,) = model.glob("*.safetensors")
     tensors = {k: v + 0.1 * torch.randn_like(v) for k, v in load_file(place).items()}
     save_file(tensors, place, metadata={"format": "pt"})
-    other = Encoder.open(model).identity
+    other = open_encoder(model).identity
     assert other.revision != first.revision and other.preprocessing == first.preprocessing
     assert not other.matches(first)
 
