@@ -245,9 +245,10 @@ def _own_directory(partial: Path) -> int:
             raise
         owned = False
         try:
-            owned = lock(partial, descriptor, wait=False) and made
-            if not made:
+            locked = lock(partial, descriptor, wait=False)
+            if locked and not made:  # else another's by now
                 shutil.rmtree(partial)
+            owned = locked and made
         except BlockingIOError:
             raise UserError(
                 f"{partial.with_name(partial.name.removesuffix(PARTIAL))}: must have one writer at "
@@ -326,9 +327,15 @@ def swap_directory(final: Path, fill: Callable[[Path], None], scratch: str) -> N
     with tempfile.TemporaryDirectory(prefix=scratch, dir=final.parent) as beside:
         building = Path(beside) / "new"
         fill(building)
-        if final.exists():
+        there = final.exists()
+        if there:
             os.rename(final, Path(beside) / "old")
-        os.rename(building, final)
+        try:
+            os.rename(building, final)
+        except OSError:
+            if there:
+                os.rename(Path(beside) / "old", final)
+            raise
 
 
 def _sync_hash(path: Path) -> str:

@@ -28,7 +28,6 @@ namespace elva {
 namespace {
 
 constexpr float kLargestCode = 127;
-constexpr double kFineSteps = 256;
 constexpr double kRotationError = 4e-6;
 constexpr float kScoreError = 1.2e-5F;
 constexpr int64_t kBlockBytes = 96 << 10;  // of codes: well inside a level-2 cache

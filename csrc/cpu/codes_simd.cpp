@@ -288,10 +288,10 @@ double round(const float* row, int64_t dim, float inverse, int8_t* code, int8_t*
     float left = steps - whole;
     code[i] = static_cast<int8_t>(static_cast<int32_t>(whole));
     if (fine != nullptr) {
-      float part = nearest(left * 256.0F);
+      float part = nearest(left * kFineSteps);
       part = part > 127.0F ? 127.0F : part;
       fine[i] = static_cast<int8_t>(static_cast<int32_t>(part));
-      left -= part / 256.0F;
+      left -= part / kFineSteps;
     }
     sums[lane] += left * left;
   };

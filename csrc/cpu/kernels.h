@@ -103,6 +103,7 @@ struct CodeJob {
 
 constexpr int64_t kCodeQueries = 4;
 constexpr int64_t kCodePadding = 64;
+constexpr float kFineSteps = 256;  // of a fine code in a code's step
 
 struct CodeKernels {
   void (*scan)(const CodeJob&);

@@ -62,7 +62,7 @@ def build(
     codes: Annotated[
         bool,
         typer.Option(
-            help="8-bit codes beside the rows: half as many bytes more, read in their place."
+            help="8-bit codes beside the rows: a byte a number more, read in their place."
         ),
     ] = True,
     dry_run: Annotated[
@@ -280,8 +280,8 @@ def compact(
 
 @app.command("codes", epilog="Example:  elva index codes my.index")
 def codes(index: IndexArgument, as_json: AsJson = False) -> None:
-    """Put 8-bit codes beside all rows, by which exact search reads half of the bytes; damaged ones
-    are made again."""
+    """Put 8-bit codes beside all rows, which exact search reads in their place; damaged ones are
+    made again."""
     with one_line_errors():
         from elva.index import Index
         from elva.progress import Bars

@@ -225,6 +225,6 @@ def peek(chunks: Iterable[Tensor]) -> tuple[Tensor, Iterable[Tensor]]:
     rest = iter(chunks)
     with suppress(StopIteration):
         first = next(rest)
-        if first.ndim == 2 and first.shape[1]:
+        if isinstance(first, Tensor) and first.ndim == 2 and first.shape[1]:
             return first, chain([first], rest)
     raise IndexFault("index: embeddings must be [n, D] with D of at least 1; run elva embed")

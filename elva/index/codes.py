@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import elva_kernels
+from elva.errors import IndexFault
 from elva.index import blocks
 from elva.index.blocks import HEADER_BYTES, Blocks, damaged
 from elva.index.segment import Rows, Segment, Width
@@ -50,7 +51,11 @@ class SegmentCodes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = Blocks(path, MAGIC, Header, _content_bytes)
+        try:
+            self._file = Blocks(path, MAGIC, Header, _content_bytes)
+        except IndexFault as error:
+            index = path.parent.parent
+            raise IndexFault(f"{error}; elva index codes {index} makes codes again") from None
         self.size, self.header_sum = self._file.size, self._file.header_sum
 
     def check_of(self, one: Segment) -> None:
@@ -66,9 +71,11 @@ class SegmentCodes:
         numbers = HEADER_BYTES + _padded(rows * dim)
         code = self._mapped(torch.int8, rows * dim, HEADER_BYTES)
         scale = self._mapped(torch.float32, rows, numbers)
-        return RowCodes(
-            code.view(rows, dim), scale, self._mapped(torch.float32, rows, numbers + 4 * rows)
-        )
+        lost = self._mapped(torch.float32, rows, numbers + 4 * rows)
+        for name, values in (("scale", scale), ("loss", lost)):
+            if not bool(((values >= 0) & values.isfinite()).all()):
+                raise damaged(self.path, f"a {name} of each row")
+        return RowCodes(code.view(rows, dim), scale, lost)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Compare every byte with its checksum; see `Blocks.verify`."""

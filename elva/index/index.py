@@ -81,7 +81,7 @@ class Index:
             IndexFault: an index is there, an id comes twice, an embedding is not finite.
             OSError: the disk is full or not writable; an index that was there is as it was.
         """
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise IndexFault(f"index: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         chunks = [embeddings] if isinstance(embeddings, Tensor) else iter(embeddings)
         first, chunks = change.peek(chunks)
@@ -169,18 +169,25 @@ class Index:
         """The index with 8-bit codes beside all rows; those that are there and whole stay."""
         with manifest.writing(Path(directory)):
             before = manifest.read(Path(directory))
+            if before.dim > change.MOST_CODED:
+                raise IndexFault(
+                    f"{directory}: must have at most {change.MOST_CODED:,} columns for codes, got "
+                    f"{before.dim:,}; it is searched without them"
+                )
             parts = [part(Path(directory), before, entry) for entry in before.segments]
             reporter.start(f"{directory}: code rows", sum(one.rows for one in parts), "rows")
             entries, done = [], 0
             for entry, one in zip(before.segments, parts, strict=True):
                 if not has_codes(Path(directory), entry, one):
+                    one.verify()  # the codes of damaged rows would prove wrong answers
                     made = change.entry_of(one, True, reporter, done)
                     entry = replace(entry, codes=made.codes)
                 entries.append(entry)
                 done += one.rows
                 reporter.advance(done)
-            later = replace(before, generation=before.generation + 1, segments=tuple(entries))
-            manifest.write(Path(directory), later)
+            if tuple(entries) != before.segments:
+                later = replace(before, generation=before.generation + 1, segments=tuple(entries))
+                manifest.write(Path(directory), later)
             reporter.finish("")
             return cls(directory, verify=False)
 

@@ -224,7 +224,7 @@ def _sweep(directory: Path) -> None:
             return
         known = {name for entry in found.segments for name in entry.files}
     for path in (directory / SEGMENTS).iterdir():
-        if path.name not in known:
+        if path.name not in known and (path.is_symlink() or not path.is_dir()):
             path.unlink()
 
 

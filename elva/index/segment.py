@@ -122,7 +122,7 @@ def write(
             stored = scale.rounded(chunk, DTYPES[dtype])
             _check_finite(stored, rows, table)
             rows += len(stored)
-            file.write(memoryview(stored.view(torch.uint8).flatten().numpy().data))
+            file.write(memoryview(stored.flatten().view(torch.uint8).numpy().data))
         written = stream.write(file.write, table)
         if rows != written.rows:
             raise IndexFault(

@@ -28,6 +28,9 @@ from elva.run import Run
 VERSION = 2
 """Raise it when the same model and item would give another embedding than before."""
 
+STORED = ("transformers_version", "dtype", "torch_dtype")
+"""Of a configuration: how a checkpoint was stored, and not what it computes."""
+
 MAX_COMPLETION_LENGTH = 128
 """Of a checkpoint that no run of ours says more about: the recipes of the paper's models. A
 retriever of somebody else is read after its prompt."""
@@ -231,6 +234,7 @@ class RetrieverEncoder:
             inputs.summary_prompt,
             self.max_completion_length,
             self.read,
+            _configuration(self.retriever),
         ]
         if not self.retriever.reading.at_ret:
             parts.append(dataclasses.asdict(self.retriever.reading))
@@ -281,6 +285,19 @@ class RetrieverEncoder:
             read=self.read,
             progress=progress,
         )
+
+
+def _configuration(retriever: Retriever) -> dict[str, Any]:
+    """What the model computes with its weights: activation, rotary base, heads. Where it lies, and
+    in which version and number format it was stored, is left out."""
+    found: dict[str, Any] = json.loads(retriever.plain.config.to_json_string(use_diff=False))
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: kept(v) for k, v in value.items() if k not in STORED and k[:1] != "_"}
+        return [kept(v) for v in value] if isinstance(value, list) else value
+
+    return dict(kept(found))
 
 
 def _revision(retriever: Retriever) -> str:

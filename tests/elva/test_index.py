@@ -31,7 +31,12 @@ def build(path, embeddings, dtype="float16", codes=True, **columns):
     )  # fmt: skip
 
 
-with_codes = pytest.mark.parametrize("codes", [True, False])
+@pytest.fixture(params=[True, False], ids=["codes", "rows"])
+def codes(request, monkeypatch):
+    """Codes are read where rows are many; these tests have few."""
+    monkeypatch.setattr(exact, "CODED_BYTES", 0)
+    monkeypatch.setattr(exact, "DEEP", 4)
+    return request.param
 
 
 def truth(query, embeddings, dtype, k, allowed=None):
@@ -46,7 +51,6 @@ def truth(query, embeddings, dtype, k, allowed=None):
     return best.values[:, :k], best.indices[:, :k]
 
 
-@with_codes
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 10, 3000])
 def test_search_is_exact(tmp_path, dtype, k, codes):
@@ -85,7 +89,6 @@ def test_copies_of_a_row_come_in_order(tmp_path):
     assert index.search(torch.zeros(1, 48), 3).rows[0].tolist() == [0, 1, 2]
 
 
-@with_codes
 @pytest.mark.parametrize("kept", [1, 40, 1500, 1990, 2000])
 def test_a_filter_leaves_the_exact_answer_among_the_rest(tmp_path, kept, codes):
     embeddings, query = rows(2000), rows(6, seed=2)
@@ -222,3 +225,10 @@ def test_another_index_segment_does_not_pass_for_its_own(tmp_path):
     Path(one.segments[0].path).write_bytes(two.segments[0].path.read_bytes())
     with pytest.raises(IndexFault, match="the header that"):
         Index(tmp_path / "a", verify=False)
+
+
+def test_rows_of_any_strides_are_stored(tmp_path):
+    for embeddings in (torch.randn(1, 3).t(), torch.randn(3, 8)[:, ::2], torch.empty(0, 8)):
+        ids = names(len(embeddings))
+        index = Index.build(tmp_path / "i", ids, embeddings, model=MODEL, overwrite=True)
+        assert torch.equal(index.embeddings(range(len(ids))), embeddings.half().float())

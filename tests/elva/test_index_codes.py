@@ -8,13 +8,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import elva_kernels
 from elva.cli import app
 from elva.errors import IndexFault
-from elva.index import Index
+from elva.index import Index, exact
 from elva.index import manifest as manifest_file
 from elva.model.identity import Identity
 
 MODEL = Identity("a model", "revision", "preprocessing")
+
+
+@pytest.fixture(autouse=True)
+def small_indexes_too(monkeypatch):
+    """Codes are read where rows are many; these tests have few."""
+    monkeypatch.setattr(exact, "CODED_BYTES", 0)
+    monkeypatch.setattr(exact, "DEEP", 4)
 
 
 def rows(kind, count, dim, seed):
@@ -36,6 +44,7 @@ def ids(count):
     return [str(i) for i in range(count)]
 
 
+@pytest.mark.usefixtures("small_indexes_too")
 @given(
     kind=st.sampled_from(["random", "ties", "near ties", "clustered", "scales"]),
     dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
@@ -143,3 +152,54 @@ def test_the_codes_of_another_segment_are_refused(tmp_path):
     one.codes[0].path.write_bytes(other.codes[0].path.read_bytes())
     with pytest.raises(IndexFault, match="the header that"):
         Index(tmp_path / "0", verify=False)
+
+
+def test_a_lost_file_of_codes_names_what_makes_it_again(tmp_path):
+    index = Index.build(tmp_path / "i", ids(50), rows("random", 50, 32, 0), model=MODEL)
+    index.codes[0].path.unlink()
+    with pytest.raises(IndexFault, match=r"elva index codes .*i makes codes again"):
+        Index(tmp_path / "i")
+
+
+def test_damaged_rows_get_no_codes(tmp_path):
+    """Codes of them would prove wrong answers once the rows are mended."""
+    index = Index.build(
+        tmp_path / "i", ids(50), rows("random", 50, 32, 0), model=MODEL, codes=False
+    )
+    path = index.segments[0].path
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(IndexFault, match="its checksum in the block at byte 4,096"):
+        Index.with_codes(tmp_path / "i")
+    assert not list(path.parent.glob("*.codes"))
+
+
+@pytest.mark.parametrize("number", ["scale", "lost"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_forged_codes_that_are_no_numbers_are_damaged(tmp_path, monkeypatch, number, value):
+    real = elva_kernels.row_codes
+
+    def forged(part):
+        codes = real(part)
+        return codes._replace(**{number: torch.full_like(codes.scale, value)})
+
+    monkeypatch.setattr(elva_kernels, "row_codes", forged)
+    index = Index.build(tmp_path / "i", ids(50), rows("random", 50, 32, 0), model=MODEL)
+    with pytest.raises(IndexFault, match="of each row; the file is damaged"):
+        index.search(torch.randn(1, 32), 3)
+
+
+def test_what_has_codes_is_not_written_again(tmp_path):
+    index = Index.build(tmp_path / "i", ids(50), rows("random", 50, 32, 0), model=MODEL)
+    assert Index.with_codes(tmp_path / "i").manifest == index.manifest
+
+
+def test_small_indexes_and_deep_searches_read_rows(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    index = Index.build(tmp_path / "i", ids(500), rows("random", 500, 32, 0), model=MODEL)
+    assert index.search(torch.randn(1, 32), 3).by_codes is None
+    monkeypatch.setattr(exact, "CODED_BYTES", 0)
+    assert index.search(torch.randn(1, 32), 1).by_codes is None  # over 1 in 512
+    monkeypatch.setattr(exact, "DEEP", 4)
+    assert index.search(torch.randn(1, 32), 3).by_codes.all()

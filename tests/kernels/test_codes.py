@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import elva_kernels.codes as codes_module
 from elva_kernels import coded_topk, reference, row_codes, topk
 from elva_kernels import codes as public
 from elva_kernels.backends.gpu import codes as gpu_codes
@@ -362,3 +363,56 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="with D from 1 to 65536"):
         row_codes(torch.empty(1, 65_537))
     assert isinstance(codes, RowCodes)
+
+
+@pytest.mark.skipif("cpu" not in str(BACKENDS), reason="the pace of a CPU")
+def test_where_nothing_is_proven_the_first_queries_show_it(monkeypatch):
+    """The others are not proposed rows; and what is proposed at once is bounded."""
+    corpus = 1 + 1e-4 * rows("random", 3000, 16, torch.float32)
+    asked, launch = [], codes_module.registered.nearest_codes
+
+    def counted(query, *rest):
+        asked.append(len(query) * rest[-2])
+        return launch(query, *rest)
+
+    monkeypatch.setattr(codes_module.registered, "nearest_codes", counted)
+    query = queries(400, corpus, torch.float32)
+    codes = row_codes(corpus)
+    found = coded_topk(query, corpus, codes, 10)
+    assert torch.equal(found.index, topk(query, corpus, 10).index)
+    assert len(asked) == 2 and not found.proven.all()
+    asked.clear()
+    plain = rows("random", 3000, 16, torch.float32)
+    assert coded_topk(query, plain, row_codes(plain), 300).proven.all()
+    assert max(asked) <= 2**20
+
+
+@pytest.mark.parametrize("field", ["scale", "lost"])
+def test_codes_that_are_no_numbers_prove_nothing(field):
+    corpus = rows("random", 2000, 16, torch.float32)
+    query, codes = queries(3, corpus, torch.float32), row_codes(corpus)
+    for spoilt in (slice(None), slice(3, None), slice(0, 1990)):
+        values = getattr(codes, field).clone()
+        values[spoilt] = torch.nan
+        found = coded_topk(query, corpus, codes._replace(**{field: values}), 10)
+        right = topk(query, corpus, 10)
+        assert torch.equal(found.index, right.index) and not found.proven.any()
+
+
+def test_nothing_to_prove_is_proven():
+    corpus = rows("random", 9, 8, torch.float32)
+    codes = row_codes(corpus)
+    for k, mask in ((0, None), (3, torch.zeros(9, dtype=torch.bool))):
+        found = coded_topk(corpus[:2], corpus, codes, k, mask=mask)
+        assert found.proven.all() and found.rows_read == 0 and found.index.shape == (2, 0)
+
+
+def test_a_compiled_program_calls_it_beside_its_graph():
+    corpus = rows("random", 300, 8, torch.float32)
+    codes = row_codes(corpus)
+
+    def search(query):
+        return coded_topk(query * 2, corpus, codes, 3).index + 1
+
+    expected = search(corpus[:2])
+    assert torch.equal(torch.compile(search)(corpus[:2]), expected)
