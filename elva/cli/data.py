@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from elva.cli.console import AsJson, choose, err, one_line_errors, out, say
+from elva.cli.console import AsJson, check_sheet, choose, err, named_path, one_line_errors, out, say
 from elva.errors import UserError
 
 PROVED = 1000
@@ -48,7 +48,7 @@ def convert(
     format: Annotated[
         str, typer.Argument(help="Format: beir, folder, mmeb, mmeb-test, mteb, nli or tevatron.")
     ],
-    source: Annotated[Path, typer.Argument(help="A file, or a folder of them.")],
+    source: Annotated[Path, typer.Argument(help="A file, or a folder of them.", parser=named_path)],
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
     split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
     name: Annotated[str | None, typer.Option(help="Name of the dataset, in file names.")] = None,
@@ -89,10 +89,15 @@ def convert(
     with one_line_errors("nothing is written"):
         from elva.data.formats import convert_file
         from elva.data.formats.scan import write_list
+        from elva.files import check_file
         from elva.progress import Bars
 
         if list_left_out is not None and format != "folder":
             raise UserError(f"--list-left-out is for folder, got it for {format}; leave it out")
+        if list_left_out is not None:
+            check_file(list_left_out, "--list-left-out")
+        if sheet is not None:
+            check_sheet(sheet)
         with Bars(err if as_json else out) as bars:
             counts = convert_file(
                 format, source, output, split=split, name=name, number=number,
@@ -281,6 +286,7 @@ def sample(
 ) -> None:
     """Show some queries with their answers."""
     with one_line_errors():
+        check_sheet(sheet)
         from elva.commands import inspect as inspection
 
         rows = inspection.sample(data, sheet, split=split, task=task, count=count, seed=seed)
