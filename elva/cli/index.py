@@ -17,7 +17,7 @@ from elva.cli.console import (
     quiet_libraries,
     say,
 )
-from elva.errors import UserError
+from elva.errors import UserError, counted
 from elva.files import check_file
 
 IndexArgument = Annotated[
@@ -137,7 +137,7 @@ def _build_folder(
         if list_left_out is not None:
             write_list(list_left_out, there.left_out)
         counts = {why: len(names) for why, names in there.left_out.items()}
-        line = f"{len(there.pictures):,} pictures to embed"
+        line = f"{counted(len(there.pictures), 'picture')} to embed"
         say({"pictures": len(there.pictures), "left_out": counts}, [line, *there.notices], as_json)
         return
     quiet_libraries()
@@ -154,7 +154,10 @@ def _build_folder(
     if list_left_out is not None:
         write_list(list_left_out, found["left_out"])
     found["left_out"] = {why: len(names) for why, names in found["left_out"].items()}
-    bad = [f"{len(found['bad'])} bad ones left out:", *(f"  {row}" for row in found["bad"])]
+    bad = [
+        f"{counted(len(found['bad']), 'bad one')} left out:",
+        *(f"  {row}" for row in found["bad"]),
+    ]
     _say_index({**made.info(), **found}, as_json, bad if found["bad"] else [])
 
 

@@ -79,6 +79,10 @@ def search(
             print(json.dumps([hit.as_json() for hit in hits]))
             return
         for hit in hits:
-            out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}")
+            out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.title(hits)}")
+        if not hits:
+            out.print_line(
+                f"nothing found: {'no item is as --where says' if where else 'the index is empty'}"
+            )
         if page is not None:
             out.print_line(f"contact sheet: {page}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, AnyStr, BinaryIO, NoReturn
 
 from elva.data.schema import hashed_id
-from elva.errors import DataError
+from elva.errors import DataError, counted
 
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20
@@ -46,7 +46,9 @@ class Faults:
             if len(self.found) >= self.allowed:
                 if not self.allowed:
                     raise
-                raise DataError(f"{error}; {len(self.found)} bad rows were allowed") from error
+                raise DataError(
+                    f"{error}; {counted(len(self.found), 'bad row was', 'bad rows were')} allowed"
+                ) from error
             self.found.append(str(error))
 
 

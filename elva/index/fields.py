@@ -5,7 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-OWN = frozenset({"id", "text", "image", "modality", "name", "summary"})
+from elva.data.schema import COLUMNS
+
+OWN = COLUMNS
 """Columns of every index."""
 
 
