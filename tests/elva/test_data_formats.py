@@ -209,8 +209,8 @@ def test_a_task_that_every_format_covers():
 
 def test_pictures_without_captions_ask_for_themselves(sources, tmp_path):
     for _, positives, _ in sources["t2i"][:5]:
-        put(tmp_path, positives[0])
-    convert_file("folder", tmp_path, tmp_path / "data", split="test")
+        put(tmp_path / "s", positives[0])
+    convert_file("folder", tmp_path / "s", tmp_path / "data", split="test")
     data = load(tmp_path / "data", split="test")
     pool = data.pool("i2i")
     assert len(pool) == 5 and all(q.positives == (pool.ids[i],)
