@@ -6,7 +6,6 @@ stays with it.
 
 import datetime
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -152,7 +151,8 @@ def _table(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
     if file.suffix == ".txt" and TOKENS.match(next(lines(file), ("", ""))[1]):
         yield from _token_rows(known, file, faults)
         return
-    _check_text(file)
+    if file.suffix.lower() != ".parquet":
+        next(lines(file), None)  # the names of the columns are no row that may be left out
     chosen: tuple[str, list[str]] | None = None
     for record in rows(file, (), faults, known=(*FILES, *WORDS)):
         chosen = chosen or _columns(known, file, record)
@@ -167,12 +167,6 @@ def _table(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
             yield record, pictures, list(dict.fromkeys(told)), rest
     if chosen is None:
         raise DataError(f"{faults.found[-1]}; no row of the file can be read")
-
-
-def _check_text(file: Path) -> None:
-    """Refuse a file in another encoding as a whole: its lines are no bad rows among good ones."""
-    if file.suffix.lower() != ".parquet":
-        deque(lines(file), maxlen=0)
 
 
 def _said(record: Record, column: str) -> list[str]:
@@ -234,17 +228,21 @@ def _tokens(known: Named, others: Sequence[Path], faults: Faults) -> Captions | 
 
 
 def _token_rows(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
-    for where, line in lines(file):
+    before, read = len(faults.found), False
+    for where, line in lines(file, faults):
         if not line:
             continue
         with faults.row():
             found = TOKENS.fullmatch(line)
+            read = read or found is not None
             record = Record(where, {} if found is None else {"file": found[1]})
             name = record.path("file") if found else None
             if found is None or name is None:
                 record.fail("not <picture>#<number>, a tab, and a caption")
             said = [found[2]] if found[2].strip() else []
             yield record, [known.find(record, name, file.parent)], said, {}
+    if not read and len(faults.found) > before:
+        raise DataError(f"{faults.found[-1]}; no row of the file can be read")
 
 
 def _flickr30k(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:
