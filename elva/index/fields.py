@@ -5,18 +5,22 @@ from typing import Any
 
 import pyarrow as pa
 
+TEXTS = frozenset({"caption"})
+"""Fields of texts, whatever their values are: the next one may be a word."""
+
 OWN = frozenset({"id", "text", "image", "modality", "name", "summary"})
 """Columns of every index."""
 
 
 def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
     """Field -> number or text, over all rows, so that all their segments agree: a number where
-    every value is one."""
+    every value is one, but in `TEXTS`."""
     numbers: dict[str, bool] = {}
     for row in rows:
         for name, value in row.items():
             if value is not None:
-                numbers[name] = numbers.get(name, True) and _number(value) is not None
+                number = name not in TEXTS and _number(value) is not None
+                numbers[name] = numbers.get(name, True) and number
     return {n: pa.float64() if number else pa.string() for n, number in sorted(numbers.items())}
 
 

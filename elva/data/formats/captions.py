@@ -6,6 +6,7 @@ stays with it.
 
 import datetime
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -148,9 +149,10 @@ def _all(
 
 
 def _table(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
-    if file.suffix == ".txt" and TOKENS.match(next(lines(file, faults), ("", ""))[1]):
+    if file.suffix == ".txt" and TOKENS.match(next(lines(file), ("", ""))[1]):
         yield from _token_rows(known, file, faults)
         return
+    _check_text(file)
     chosen: tuple[str, list[str]] | None = None
     for record in rows(file, (), faults, known=(*FILES, *WORDS)):
         chosen = chosen or _columns(known, file, record)
@@ -163,6 +165,14 @@ def _table(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
             told = (one for column in words for one in _said(record, column))
             rest = {k: _plain(v) for k, v in record.fields.items() if k not in (names, *words)}
             yield record, pictures, list(dict.fromkeys(told)), rest
+    if chosen is None:
+        raise DataError(f"{faults.found[-1]}; no row of the file can be read")
+
+
+def _check_text(file: Path) -> None:
+    """Refuse a file in another encoding as a whole: its lines are no bad rows among good ones."""
+    if file.suffix.lower() != ".parquet":
+        deque(lines(file), maxlen=0)
 
 
 def _said(record: Record, column: str) -> list[str]:
@@ -224,7 +234,7 @@ def _tokens(known: Named, others: Sequence[Path], faults: Faults) -> Captions | 
 
 
 def _token_rows(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
-    for where, line in lines(file, faults):
+    for where, line in lines(file):
         if not line:
             continue
         with faults.row():
