@@ -72,6 +72,15 @@ JOINERS = "\u200c\u200d"
 """They spell words of some scripts and compose emoji; next to a letter of ASCII they only hide."""
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """`1 picture`, `2,000 pictures`.
+
+    Args:
+        many: the plural; with an s for "".
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""The text with every hidden character as its escape: `\n`, `\x1b`, `\u202e`.
 

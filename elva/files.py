@@ -15,7 +15,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def replacing(path: Path) -> Iterator[Sink]:
     Raises:
         OSError: the disk is full or not writable; `path` is as it was, and nothing lies beside it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     partial = path.with_name(path.name + PARTIAL)
     descriptor = _own(partial)
     try:
@@ -86,7 +86,8 @@ def _own(partial: Path) -> int:
     new, seen = os.O_WRONLY | os.O_CREAT | os.O_EXCL, os.O_RDONLY | os.O_NONBLOCK
     while True:
         try:
-            descriptor, made = os.open(partial, new | os.O_NOFOLLOW, 0o666), True
+            with _can_be_made(partial):
+                descriptor, made = os.open(partial, new | os.O_NOFOLLOW, 0o666), True
         except FileExistsError:
             try:
                 descriptor, made = os.open(partial, seen | os.O_NOFOLLOW), False
@@ -140,6 +141,71 @@ def read_bounded(path: Path, most: int) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
         return file.read(most)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, where they are not there.
+
+    Raises:
+        UserError: what it would lie in takes no directories (/proc).
+        OSError: it cannot be made there.
+    """
+    with _can_be_made(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _can_be_made(path: Path) -> Iterator[None]:
+    """A new name that the system does not find is one that its place does not take."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        name = str(path).removesuffix(PARTIAL)
+        raise UserError(f"{name}: cannot be made there; choose another place") from error
+
+
+def check_file(path: Path, what: str) -> None:
+    """Make sure, before work starts, that a file can be written; nothing is left behind.
+
+    Args:
+        what: what names the file: an option.
+
+    Raises:
+        UserError, OSError: it cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"{what}: must be a file, got the directory {path}; name a file in it")
+    partial = path.with_name(path.name + PARTIAL)
+    with _tried(path.parent):
+        os.close(_own(partial))
+        partial.unlink()
+
+
+def check_directory(final: Path) -> None:
+    """Make sure, before work starts, that `write_directory` can begin; nothing is left behind.
+
+    Raises:
+        UserError, OSError: it cannot.
+    """
+    if not final.name:
+        raise UserError(f"{final}: must be a directory by its name; choose a new one")
+    partial = final.with_name(final.name + PARTIAL)
+    with _tried(final.parent):
+        os.close(_own_directory(partial))
+        partial.rmdir()
+
+
+@contextmanager
+def _tried(parent: Path) -> Iterator[None]:
+    """A directory for the length of a block, with those above it."""
+    new = [place for place in (parent, *parent.parents) if not place.exists()]
+    try:
+        make_directory(parent)
+        yield
+    finally:
+        for place in new:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -204,7 +270,7 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
         }
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
         if final.exists():
-            raise FileExistsError(f"{final}: must not exist yet; choose another directory")
+            raise UserError(f"{final}: must not exist yet; choose another directory")
         os.rename(partial, final)
         sync_directory(final.parent)
     except BaseException as error:
@@ -225,11 +291,12 @@ def _own_directory(partial: Path) -> int:
     """A new directory that this call alone fills, locked while it does; what a killed writer left
     there is removed."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(partial.parent)
     while True:
         made = True
         try:
-            partial.mkdir()
+            with _can_be_made(partial):
+                partial.mkdir()
         except FileExistsError:
             made = False
         try:
@@ -322,7 +389,7 @@ def swap_directory(final: Path, fill: Callable[[Path], None], scratch: str) -> N
     Raises:
         OSError: the disk is full or not writable; `final` is as it was.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(final.parent)
     # Beside `final`, so that both are on one file system and a rename is atomic.
     with tempfile.TemporaryDirectory(prefix=scratch, dir=final.parent) as beside:
         building = Path(beside) / "new"

@@ -29,7 +29,7 @@ import yaml
 from elva import __version__
 from elva.data import emoji
 from elva.errors import RunError
-from elva.files import PARTIAL, is_whole, write_text
+from elva.files import PARTIAL, is_whole, make_directory, write_text
 from elva.recipe import Recipe, read_recipe, to_dict
 
 EVALUATED = ("test", "val")
@@ -59,7 +59,7 @@ class Run:
                 f"{directory}: must be empty to start a run in; "
                 "pass --resume to go on with it or choose another --output"
             )
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         write_text(directory / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
         write_text(directory / "run.json", json.dumps(_facts(recipe), indent=1))
         return cls(directory, recipe)

@@ -49,6 +49,11 @@ class Hit:
     proven_by: str | None = None  # what shows that nothing better is there: codes, rows
     rows_read: int | None = None  # embeddings that the search read, besides codes
 
+    def title(self, hits: Sequence["Hit"]) -> str:
+        """Its name; behind it its id, where another of these hits has the same name."""
+        again = sum(hit.name == self.name for hit in hits) > 1 and self.id != self.name
+        return f"{self.name} ({self.id})" if again else self.name
+
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "image": None if self.image is None else str(self.image)}
 

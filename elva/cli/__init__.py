@@ -1,6 +1,7 @@
 """The command line: parses, calls one function, prints. Bad input is one line and exit code 2."""
 
 import logging
+import os
 import warnings
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from elva.cli import (
     search,
     train,
 )
+from elva.cli.console import one_line_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +46,11 @@ def _options(
     # What is wrong with a picture we say ourselves.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
+    if os.environ.get("ELVA_MAX_PIXELS"):
+        with one_line_errors():
+            from elva.data.pictures import most_pixels
+
+            most_pixels()
 
 
 app.command(epilog=train.EXAMPLES)(train.train)

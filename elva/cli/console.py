@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from elva.errors import UserError, refused_by_kernels, torchvision_is_foreign
+from elva.files import PARTIAL, check_file
 from elva.processes import Processes
 from elva.terminal import Terminal
 
@@ -32,11 +33,22 @@ TaskOption = Annotated[
 ]
 PoolsOption = Annotated[str, typer.Option(help="Candidate pools: local (a set's) or global.")]
 
-UNWRITABLE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EISDIR,
-)  # fmt: skip
-"""System errors that a person can mend: a full, read-only or foreign disk."""
+ADVICE = {
+    errno.ENOSPC: "cannot write, {}; free space or choose another directory",
+    errno.EDQUOT: "cannot write, {}; free space or choose another directory",
+    errno.EFBIG: "cannot write, {}; raise the limit or choose another directory",
+    errno.EROFS: "cannot write, {}; choose another directory",
+    errno.EIO: "{}; see to the disk",
+    errno.EACCES: "{}; change its rights or choose another",
+    errno.EPERM: "{}; change its rights or choose another",
+    errno.EEXIST: "{}; choose another name",
+    errno.EISDIR: "{}; name a file, or choose another name",
+    errno.ENOTDIR: "{}; a file lies where a directory must be, choose another place",
+    errno.ELOOP: "{}; its links lead in a circle, choose another",
+    errno.ENAMETOOLONG: "{}; choose a shorter name",
+}
+"""System errors that a person can mend -> the line, with the system's word at {}. A file that is
+not there is none: those that a person names are looked for where they are named."""
 
 
 @contextlib.contextmanager
@@ -61,10 +73,11 @@ def one_line_errors(interrupted: str = "go on with --resume") -> Iterator[None]:
             "pip uninstall torchvision, or install the one of its build"
         )
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in ADVICE:
             raise
-        where = error.filename or "the output directory"
-        _fail(f"{where}: cannot write, {error.strerror}; free space or choose another directory")
+        where = error.filename2 or error.filename or "the output directory"
+        line = ADVICE[error.errno].format(error.strerror)
+        _fail(str(UserError(f"{str(where).removesuffix(PARTIAL)}: {line}")))
     except KeyboardInterrupt:
         err.print(f"elva: interrupted; {interrupted}")
         raise typer.Exit(130) from None
@@ -92,6 +105,13 @@ def _fail(line: str) -> None:
     raise typer.Exit(2) from None
 
 
+def named_path(text: str) -> Path:
+    """A path with a name: an empty one, as of a variable that is not set, would be `.`."""
+    if not text:
+        _fail("a path must name a file or directory, got ''; is a variable not set?")
+    return Path(text)
+
+
 def quiet_libraries() -> None:
     """Progress is ours to show: transformers' own bars would write over it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -106,6 +126,13 @@ def choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """UserError for a value that is not among those allowed."""
     if value not in allowed:
         raise UserError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_sheet(path: Path) -> None:
+    """UserError for a contact sheet that could not be written, before work starts."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--sheet: must end in .png, got {path}; name a PNG file")
+    check_file(path, "--sheet")
 
 
 def say(data: Any, lines: list[str], as_json: bool) -> None:

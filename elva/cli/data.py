@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from elva.cli.console import AsJson, choose, err, one_line_errors, out, say
-from elva.errors import UserError
+from elva.cli.console import AsJson, check_sheet, choose, err, named_path, one_line_errors, out, say
+from elva.errors import UserError, counted
 
 PROVED = 1000
 """Ours: queries of a set that `--prove` embeds; its pool's first so many, and their answers."""
@@ -48,7 +48,7 @@ def convert(
     format: Annotated[
         str, typer.Argument(help="Format: beir, folder, mmeb, mmeb-test, mteb, nli or tevatron.")
     ],
-    source: Annotated[Path, typer.Argument(help="A file, or a folder of them.")],
+    source: Annotated[Path, typer.Argument(help="A file, or a folder of them.", parser=named_path)],
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
     split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
     name: Annotated[str | None, typer.Option(help="Name of the dataset, in file names.")] = None,
@@ -89,10 +89,15 @@ def convert(
     with one_line_errors("nothing is written"):
         from elva.data.formats import convert_file
         from elva.data.formats.scan import write_list
+        from elva.files import check_file
         from elva.progress import Bars
 
         if list_left_out is not None and format != "folder":
             raise UserError(f"--list-left-out is for folder, got it for {format}; leave it out")
+        if list_left_out is not None:
+            check_file(list_left_out, "--list-left-out")
+        if sheet is not None:
+            check_sheet(sheet)
         with Bars(err if as_json else out) as bars:
             counts = convert_file(
                 format, source, output, split=split, name=name, number=number,
@@ -109,13 +114,17 @@ def convert(
         counts |= {"left_out": {why: len(names) for why, names in left_out.items()}}
         found = ", ".join(f"{task} {count:,}" for task, count in counts["queries"].items())
         line = (
-            f"{output}: queries {found}; {counts['candidates']:,} candidates, "
-            f"{counts['pictures']:,} pictures"
+            f"{output}: queries {found}; {counted(counts['candidates'], 'candidate')}, "
+            f"{counted(counts['pictures'], 'picture')}"
         )
         several = len(counts["sets"]) > len(counts["queries"])
         sets = [f"  {stem}: {n:,}" for stem, n in counts["sets"].items() if several]
         bad = counts["bad"]
-        rows = [f"{len(bad)} bad rows left out:", *(f"  {row}" for row in bad)] if bad else []
+        rows = (
+            [f"{counted(len(bad), 'bad row')} left out:", *(f"  {row}" for row in bad)]
+            if bad
+            else []
+        )
         made = [f"contact sheet: {sheet}"] if sheet else []
         say(counts, [line, *sets, *counts["notices"], *rows, *made], as_json)
 
@@ -189,8 +198,9 @@ def _proof(data: Path, split: str, tasks: list[str] | None, bars: Any) -> dict[s
 def _lines(found: dict[str, Any], decode: bool) -> list[str]:
     compared = "" if decode else " (texts; --decode compares pictures too)"
     rows = [
-        f"{len(found['bad'])} bad rows, {found['missing_pictures']} of them missing "
-        f"pictures; {found['copies']} candidates are copies of others{compared}",
+        f"{counted(len(found['bad']), 'bad row')}, {found['missing_pictures']} of them missing "
+        f"pictures; {counted(found['copies'], 'candidate is a copy', 'candidates are copies')} of "
+        f"others{compared}",
         *(f"  {line}" for line in found["bad"]),
         *found["notices"],
         *found["missing_folders"],
@@ -245,7 +255,7 @@ def subset(
             split=split, tasks=task, seed=seed,
         )  # fmt: skip
         lines = [
-            f"{split} {stem}: {drawn:,} queries"
+            f"{split} {stem}: {counted(drawn, 'query', 'queries')}"
             for split, sets in counts.items() for stem, drawn in sets.items()
         ]  # fmt: skip
         say(counts, [*lines, f"{output}: pools and pictures are links to {data}"], as_json)
@@ -281,6 +291,7 @@ def sample(
 ) -> None:
     """Show some queries with their answers."""
     with one_line_errors():
+        check_sheet(sheet)
         from elva.commands import inspect as inspection
 
         rows = inspection.sample(data, sheet, split=split, task=task, count=count, seed=seed)

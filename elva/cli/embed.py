@@ -20,6 +20,7 @@ from elva.cli.console import (
     quiet_libraries,
     say,
 )
+from elva.errors import counted
 
 ModelArgument = Annotated[
     str,
@@ -99,7 +100,11 @@ def embed(
         which: dict[str, Any] = {"split": split, "tasks": task, "sides": sides, "pools": pools}
         if dry_run:
             counts = command.plan(data, **which)
-            say(counts, [f"{name}: {count:,} items" for name, count in counts.items()], as_json)
+            say(
+                counts,
+                [f"{name}: {counted(count, 'item')}" for name, count in counts.items()],
+                as_json,
+            )
             return
         first = os.environ.get("RANK", "0") == "0"
         out.quiet = not first  # of a launcher's processes, which take shards in turns

@@ -7,10 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from elva.cli.console import AsJson, choose, err, one_line_errors, out, quiet_libraries, say
-from elva.errors import UserError, printable
+from elva.cli.console import (
+    AsJson,
+    choose,
+    err,
+    named_path,
+    one_line_errors,
+    out,
+    quiet_libraries,
+    say,
+)
+from elva.errors import UserError, counted, printable
+from elva.files import check_file
 
-IndexArgument = Annotated[Path, typer.Argument(help="An index directory.", metavar="INDEX")]
+IndexArgument = Annotated[
+    Path, typer.Argument(help="An index directory.", metavar="INDEX", parser=named_path)
+]
 
 app = typer.Typer(help="Embeddings on disk, searched where they lie.", no_args_is_help=True)
 
@@ -33,7 +45,12 @@ def build(
         Path | None, typer.Option(help="Ids of the .npy's rows: a text file, one a line.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Folder of pictures to embed, under their own names.")
+        Path | None,
+        typer.Option(
+            help="Folder of pictures to embed, under their own names.",
+            parser=named_path,
+            metavar="PATH",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -110,6 +127,8 @@ def _build_folder(
         raise UserError("index: --folder must come with --model, got none; name the model")
     from elva.data.formats.scan import write_list
 
+    if list_left_out is not None:
+        check_file(list_left_out, "--list-left-out")
     if dry_run:
         from elva.data.formats.folder import contents
         from elva.data.strict import Faults
@@ -118,7 +137,7 @@ def _build_folder(
         if list_left_out is not None:
             write_list(list_left_out, there.left_out)
         counts = {why: len(names) for why, names in there.left_out.items()}
-        line = f"{len(there.pictures):,} pictures to embed"
+        line = f"{counted(len(there.pictures), 'picture')} to embed"
         say({"pictures": len(there.pictures), "left_out": counts}, [line, *there.notices], as_json)
         return
     quiet_libraries()
@@ -135,7 +154,10 @@ def _build_folder(
     if list_left_out is not None:
         write_list(list_left_out, found["left_out"])
     found["left_out"] = {why: len(names) for why, names in found["left_out"].items()}
-    bad = [f"{len(found['bad'])} bad ones left out:", *(f"  {row}" for row in found["bad"])]
+    bad = [
+        f"{counted(len(found['bad']), 'bad one')} left out:",
+        *(f"  {row}" for row in found["bad"]),
+    ]
     _say_index({**made.info(), **found}, as_json, bad if found["bad"] else [])
 
 
@@ -183,7 +205,11 @@ def sync(
     index: IndexArgument,
     folder: Annotated[
         Path | None,
-        typer.Option(help="Folder of pictures that the index was built of; as it notes, if none."),
+        typer.Option(
+            help="Folder of pictures that the index was built of; as it notes, if none.",
+            parser=named_path,
+            metavar="PATH",
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
+from elva.cli.console import AsJson, check_sheet, err, one_line_errors, out, quiet_libraries
 
 EXAMPLES = (
     'Examples:  elva search runs/one "woman firefighter"   |   '
@@ -62,6 +62,8 @@ def search(
         from elva.progress import Bars
         from elva.run import Run
 
+        if sheet is not None:
+            check_sheet(sheet)
         is_run = (target / "recipe.yaml").is_file()
         opened = Run.open(target) if is_run else Index(target, verify=verify)
         conditions = [condition(text) for text in where or []]
@@ -77,6 +79,10 @@ def search(
             print(json.dumps([hit.as_json() for hit in hits]))
             return
         for hit in hits:
-            out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.name}")
+            out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.title(hits)}")
+        if not hits:
+            out.print_line(
+                f"nothing found: {'no item is as --where says' if where else 'the index is empty'}"
+            )
         if page is not None:
             out.print_line(f"contact sheet: {page}")

@@ -16,7 +16,7 @@ from elva.data.mbeir import QuerySet, read_sets
 from elva.data.pool import concatenate
 from elva.data.strict import Faults
 from elva.draws import permutation
-from elva.errors import DataError
+from elva.errors import DataError, counted
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
 
@@ -135,7 +135,7 @@ def write_sheet(root: Path, split: str, output: Path, title: str) -> None:
         tiles.append((pictures.small(item), "", str(name)))
     shown = "" if count == len(places) else f"{count} of "
     footer = pictures.attribution(pool[row].id for pool, row in chosen)
-    pictures.sheet(output, f"{title}: {shown}{len(places):,} pictures", tiles, footer)
+    pictures.sheet(output, f"{title}: {shown}{counted(len(places), 'picture')}", tiles, footer)
 
 
 def splits(root: Path, split: str | None) -> list[str]:

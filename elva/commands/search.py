@@ -99,7 +99,7 @@ def write_sheet(hits: list[Hit], path: Path, query: str) -> None:
         (
             pictures.small(Item(hit.id, None, hit.image, "image")),
             f"{hit.rank}   {hit.score:.3f}",
-            hit.name,
+            hit.title(hits),
         )
         for hit in [h for h in hits if h.image is not None][: pictures.SHEET_TILES]
     ]

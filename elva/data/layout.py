@@ -79,10 +79,14 @@ def find(root: Path, split: str, which: Which = "sets") -> tuple[list[QueryFile]
     if unions:
         return [unions[0]._replace(union=True)], _passed_over(union, strange)
     wanted = union if which == "union" else folder
+    filled = [s for s in SPLITS if s != split and any(
+        _named(root / "query" / name, s)[0] for name in (s, f"union_{s}")
+    )]  # fmt: skip
     there = others if which == "sets" else strange
     raise DataError(
         f"{wanted}: no query file mbeir_<dataset>_task<number>_{split}.jsonl or "
         f"mbeir_<dataset>_{split}.jsonl{'; it holds ' + _listed(there) if there else ''}"
+        f"{'; pass --split ' + ' or '.join(filled) if filled else ''}"
     )
 
 

@@ -30,7 +30,7 @@ from PIL import (
 )
 
 from elva.data import viewing
-from elva.errors import DataError, PictureFault
+from elva.errors import DataError, PictureFault, UserError
 
 _T = TypeVar("_T")
 
@@ -119,14 +119,14 @@ def most_pixels() -> int:
     """The pixels that a picture may have: `MAX_PIXELS`, or what ELVA_MAX_PIXELS says.
 
     Raises:
-        DataError: it says no whole number above 0.
+        UserError: it says no whole number above 0; no fault of a picture, and never passed over.
     """
     said = os.environ.get(LIMIT)
     if not said:
         return MAX_PIXELS
     if not re.fullmatch("[1-9][0-9]{0,17}", said):
-        raise DataError(
-            f"{LIMIT}: must be a whole number of pixels, got {said!r}; use {MAX_PIXELS}"
+        raise UserError(
+            f"{LIMIT}: must be a whole number of pixels above 0, got {said!r}; e.g. {MAX_PIXELS}"
         )
     return int(said)
 

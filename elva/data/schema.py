@@ -26,6 +26,9 @@ TASKS = {
 TASK_NAMES = {number: task for task, number in TASKS.items()}
 _MODALITIES = {"t": "text", "i": "image", "it": "image,text"}
 
+COLUMNS = frozenset({"id", "text", "image", "modality", "name", "summary"})
+"""An index's own of every item: what else is known by such a name is its column `source_<name>`."""
+
 DOCUMENTS_PER_DATASET = 10_000_000
 """M-BEIR's hashed ids: the dataset's number times this, plus the number of the item."""
 

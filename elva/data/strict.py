@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, AnyStr, BinaryIO, NoReturn
 
 from elva.data.schema import hashed_id
-from elva.errors import DataError
+from elva.errors import DataError, counted
 
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20
@@ -57,9 +57,8 @@ class Faults:
                         raise
                     raise DataError(f"{error}{hint}") from error
                 count = len(self.found)
-                raise DataError(
-                    f"{error}; {count} bad rows were allowed, this is number {count + 1}"
-                ) from error
+                were = counted(count, "bad row was", "bad rows were")
+                raise DataError(f"{error}; {were} allowed, this is number {count + 1}") from error
             self.found.append(str(error))
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from elva.data.schema import COLUMNS
+
 TEXTS = frozenset({"caption"})
 """Fields of texts, whatever their values are: the next one may be a word."""
 
-OWN = frozenset({"id", "text", "image", "modality", "name", "summary"})
+OWN = COLUMNS
 """Columns of every index."""
 
 

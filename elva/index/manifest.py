@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from elva.errors import IndexFault
-from elva.files import PARTIAL, lock, read_bounded, write_bytes
+from elva.files import PARTIAL, lock, make_directory, read_bounded, write_bytes
 from elva.index import about, codes
 from elva.index.blocks import damaged, read_fields
 from elva.index.segment import Dtype, Rows, Width
@@ -192,7 +192,7 @@ def _locked(directory: Path, make: bool) -> int:
     """A descriptor of the directory's lock file, locked."""
     while True:
         if make:
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
         elif not exists(directory):
             read(directory)  # which says what is missing
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -300,7 +302,7 @@ def draw_themes(
     """Draw once a theme, from matplotlib's defaults whatever the user's own settings are."""
     for theme in themes:
         with matplotlib.rc_context(), warnings.catch_warnings():
-            # A script that the font lacks shows as boxes; the words stand in the page beside it.
+            # A script that no font has shows as boxes; the words stand in the page beside it.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(_style(theme))
@@ -311,9 +313,39 @@ def draw_themes(
         write_bytes(path.with_stem(path.stem + theme.suffix), buffer.getvalue())
 
 
+WIDE = (
+    "Noto Sans CJK", "Noto Sans", "Source Han Sans", "WenQuanYi", "IPA", "Hiragino", "PingFang",
+    "Malgun Gothic", "Meiryo", "Yu Gothic", "Microsoft YaHei", "Arial Unicode", "Unifont",
+)  # fmt: skip
+"""How fonts of further scripts are called, on Linux, macOS and Windows."""
+
+
+@lru_cache(maxsize=1)
+def families() -> tuple[str, ...]:
+    """matplotlib's own font, and those installed of further scripts: each has what others lack."""
+    names = {font.name for font in font_manager.fontManager.ttflist}
+    return ("DejaVu Sans", *sorted(name for name in names if name.startswith(WIDE)))
+
+
+@lru_cache(maxsize=1)
+def _drawn() -> frozenset[int]:
+    """Characters that one of `families` has."""
+    paths = (font_manager.findfont(name) for name in families())
+    return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
+
+
+def drawable(text: str) -> str:
+    r"""The text with the escape of each character that no installed font has: `\u65e5`."""
+    return "".join(
+        c if ord(c) in _drawn() or c.isspace() else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
 def _style(theme: Theme) -> Any:
     """rcParams; untyped, because matplotlib's stubs ask for every name as a literal."""
     return {
+        "font.family": list(families()),
         "font.size": 9,
         "axes.titlesize": 9.5,
         "axes.titleweight": "bold",

@@ -17,7 +17,7 @@ from elva.data.emoji.prompts import EMOJI_DATASET
 from elva.data.schema import TASKS
 from elva.data.strict import records
 from elva.errors import printable
-from elva.report.charts import LIGHT, Theme, draw_themes
+from elva.report.charts import LIGHT, Theme, draw_themes, drawable
 
 THUMBNAIL = 256  # pixels a side at most: more than twice what a page shows, for dense screens
 SHEET_COLUMNS, SHEET_TILES = 5, 50
@@ -65,7 +65,7 @@ def sheet(
     columns = max(2, min(SHEET_COLUMNS, len(tiles)))
     rows = max(1, ceil(min(len(tiles), SHEET_TILES) / columns))
     height = 2.6 * rows + 1.0  # inches
-    headline = textwrap.wrap(title, 22 * columns, max_lines=2, placeholder=" …")
+    headline = textwrap.wrap(drawable(title), 22 * columns, max_lines=2, placeholder=" …")
 
     def draw(figure: Figure, theme: Theme) -> None:
         figure.suptitle(
@@ -90,7 +90,7 @@ def sheet(
         for axes, (picture, heading, words) in zip(cells, tiles, strict=False):
             axes.imshow(picture, interpolation="lanczos")
             axes.set_title(heading, fontsize=9, color=theme.muted, parse_math=False)
-            lines = textwrap.wrap(_short(words, 56), 22, max_lines=3, placeholder=" …")
+            lines = textwrap.wrap(drawable(_short(words, 56)), 22, max_lines=3, placeholder=" …")
             axes.text(
                 0.5, -0.03, "\n".join(lines + [""] * (3 - len(lines))), transform=axes.transAxes,
                 ha="center", va="top", fontsize=9, parse_math=False,

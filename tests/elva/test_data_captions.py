@@ -282,7 +282,7 @@ def test_pillow_says_nothing_of_its_own(root):
     words = [sys.executable, "-m", "elva", "data", "convert", "folder", str(root),
              "--skip-bad", "1", "--output", str(root.parent / "data")]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 bad rows left out" in done.stdout
+    assert done.returncode == 0 and "1 bad row left out" in done.stdout
     assert "samples" not in done.stderr.casefold() and "warn" not in done.stderr.casefold()
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from PIL.Image import Transpose
 
 from elva.data import Item, pictures
-from elva.errors import DataError, PictureFault
+from elva.errors import DataError, PictureFault, UserError
 
 CORNERS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0))
 SIZE = (48, 32)
@@ -275,10 +275,12 @@ def test_a_setting_raises_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pictures.size(data) == (14_000, 13_000)
-    for said in ("0", "1e9", "9" * 5000, "-3"):
+    for said in ("0", "1e9", "9" * 5000, "-3", "abc"):
         monkeypatch.setenv("ELVA_MAX_PIXELS", said)
-        with pytest.raises(DataError, match=r"^ELVA_MAX_PIXELS: must be a whole number of pixels"):
+        rule = r"^ELVA_MAX_PIXELS: must be a whole number of pixels above 0"
+        with pytest.raises(UserError, match=rule) as refused:
             pictures.size(data)
+        assert not isinstance(refused.value, DataError)  # else it could be passed over
 
 
 # -- faults ----------------------------------------------------------------------------------------

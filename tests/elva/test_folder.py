@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from elva.commands.search import write_sheet
 from elva.data import load
 from elva.data.formats import convert_file, folder
 from elva.data.formats.places import Places
@@ -18,7 +19,9 @@ from elva.data.formats.scan import scan
 from elva.data.schema import hashed_id
 from elva.data.strict import Faults
 from elva.errors import DataError
+from elva.report import charts
 from elva.report import pictures as report_pictures
+from elva.search import Hit
 from tests.elva import people
 from tests.elva.people import FAULTS, GOOD, call, draw
 from tests.elva.test_data_pictures import CORNERS, SIZE
@@ -29,10 +32,10 @@ LEFT_OUT = [
     "left out: 5 hidden files of systems and tools",
     "left out: 2 thumbnails that a tool keeps",
     "left out: 2 links that lead out of the folder",
-    "left out: 1 links to its own folders, whose files are read where they lie",
-    "left out: 1 links that lead nowhere",
-    "left out: 1 names that are not UTF-8; rename them, e.g. with convmv",
-    "left out: 1 pipes, sockets and devices",
+    "left out: 1 link to its own folders, whose files are read where they lie",
+    "left out: 1 link that leads nowhere",
+    "left out: 1 name that is not UTF-8; rename it, e.g. with convmv",
+    "left out: 1 pipe, socket or device",
 ]
 KEPT = "2 pictures show what another one shows, and are kept; --duplicates drop leaves them out"
 
@@ -201,16 +204,53 @@ def test_captions_of_pictures_that_are_left_out_are_counted(tmp_path: Path) -> N
     for name, colour in (("a.png", "red"), ("b.png", "red"), ("c.png", "blue")):
         draw(root / name, colour)
     (root / "d.png").write_bytes((root / "c.png").read_bytes()[:-30])
-    rows = ["file,caption,file name", "a.png,one,x", "b.png,two,y", "d.png,three,z"]
+    rows = ["file,caption,file name,name", "a.png,one,x,n", "b.png,two,y,n", "d.png,three,z,n"]
     (root / "captions.csv").write_text("\n".join(rows))
     counts = convert_file("folder", root, tmp_path / "o", skip_bad=1, duplicates="drop")
     assert counts["queries"] == {"t2i": 2} and counts["candidates"] == 2
-    assert "1 captions are left out with their pictures" in counts["notices"]
+    assert "1 caption is left out with its picture" in counts["notices"]
+    assert "column name is kept as source_name: an index has its own" in counts["notices"]
     data = load(tmp_path / "o")
     pool = data.pool("t2i")
     answers = {q.text: [pool.extra(pool.row(p))["file"] for p in q.positives] for q in data.queries}
     assert answers == {"One.": ["a.png"], "Two.": ["a.png"]}
-    assert pool.extra(0) == {"file": "a.png", "caption": "one", "file name": "x"}
+    assert pool.extra(0) == {"file": "a.png", "caption": "one", "file name": "x", "name": "n"}
+
+
+def test_one_of_a_kind_is_said_in_the_singular(tmp_path: Path) -> None:
+    draw(tmp_path / "s" / "a.png", "red")
+    (tmp_path / "s" / "b.png").symlink_to("/dev/null")
+    said = call("data", "convert", "folder", tmp_path / "s", "--output", tmp_path / "o")
+    assert "1 candidate, 1 picture\n" in said
+    assert "left out: 1 link that leads out of the folder\n" in said
+    draw(tmp_path / "s" / "c.png", "red")
+    said = call("data", "convert", "folder", tmp_path / "s", "--output", tmp_path / "p")
+    kept = "1 picture shows what another one shows, and is kept; --duplicates drop leaves it out"
+    assert kept in said and "2 candidates, 2 pictures\n" in said
+    said = call("embed", "no model", "--data", tmp_path / "o", "--output", tmp_path / "e",
+                "--dry-run", code=2)  # fmt: skip
+    assert said.endswith("_test.jsonl; pass --split train\n")
+
+
+def test_a_sheet_spells_what_no_font_has_and_tells_equal_names_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "_drawn", lambda: frozenset(map(ord, "Blüte.png")))
+    assert charts.drawable("Blüte \u65e5.png") == r"Blüte \u65e5.png"
+    monkeypatch.undo()
+    assert charts.families()[0] == "DejaVu Sans" and ord("ü") in charts._drawn()
+    assert charts.drawable("Blüte\n\U000e0001") == "Blüte\n\\U000e0001"
+    draw(tmp_path / "a.png", "red")
+    hits = [
+        Hit(rank, id, name, 0.5, "", tmp_path / "a.png")
+        for rank, (id, name) in enumerate([("1:1", "a.png"), ("2:1", "a.png"), ("2:2", "b.png")])
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiles: list[Any] = []
+        monkeypatch.setattr(report_pictures, "sheet", lambda *given: tiles.extend(given[2]))
+        write_sheet(hits, tmp_path / "sheet.png", "x")
+    assert [words for _, _, words in tiles] == ["a.png (1:1)", "a.png (2:1)", "b.png"]
 
 
 def test_pictures_that_need_an_extra_are_counted_with_its_name(

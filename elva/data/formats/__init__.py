@@ -68,6 +68,8 @@ def convert_file(
         raise DataError(f"duplicates must be keep or drop, got {duplicates!r}")
     if duplicates != "keep" and format != "folder":
         raise DataError(f"duplicates is for folder, got it for {format}")
+    if format == "folder" and output.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{output}: must lie outside of the folder {source}; choose another place")
     check_output(output)  # before a reader takes its time
     faults = Faults(skip_bad)
     found = FORMATS[format](Request(source, split, images, faults, duplicates, reporter))

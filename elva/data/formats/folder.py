@@ -18,8 +18,9 @@ from elva.data.formats import captions
 from elva.data.formats.scan import PictureFile, Scan, lines, scan
 from elva.data.formats.source import Entry, Example, Request, Source
 from elva.data.identity import DECODERS
+from elva.data.schema import COLUMNS
 from elva.data.strict import HINT, Faults
-from elva.errors import DataError, PictureFault, printable
+from elva.errors import DataError, PictureFault, counted, printable
 
 PROMPTS = {
     ("text", "image"): "Find the picture.",
@@ -102,10 +103,13 @@ def read(request: Request) -> Source:
     if copies and request.duplicates == "drop":
         found.leave_out("duplicates", *sorted(copies))
     elif copies:
+        shown = counted(len(copies), "picture shows", "pictures show")
+        kept = ("is kept", "it") if len(copies) == 1 else ("are kept", "them")
         notices.append(
-            f"{len(copies):,} pictures show what another one shows, and are kept; "
-            "--duplicates drop leaves them out"
+            f"{shown} what another one shows, and {kept[0]}; --duplicates drop leaves {kept[1]} out"
         )
+    renamed = sorted({n for columns in told.columns.values() for n in columns} & COLUMNS)
+    notices += [f"column {name} is kept as source_{name}: an index has its own" for name in renamed]
     dropped = copies if request.duplicates == "drop" else {}
     notices += lines({why: names for why, names in found.left_out.items() if why != "damaged"})
     if not seen.pictures:
@@ -221,4 +225,6 @@ def _without(told: captions.Captions, seen: _Seen) -> list[str]:
     """A line on captions whose picture is left out."""
     there = {picture.path for picture in seen.pictures}
     count = sum(one.picture not in there for one in told.captions)
-    return [f"{count:,} captions are left out with their pictures"] if count else []
+    said = counted(count, "caption is left out with its picture",
+                   "captions are left out with their pictures")  # fmt: skip
+    return [said] if count else []

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from elva.data.schema import Item
-from elva.errors import DataError, printable
+from elva.errors import DataError, counted, printable
 from elva.files import sha256, write_text
 
 ENDINGS = {
@@ -46,6 +46,23 @@ WHY = {
     "closed": "folders that cannot be opened",
 }
 """Why something is left out, by the key under which it is listed."""
+
+ONE = {
+    "formats": "of a format that is not read",
+    "HEIF": "HEIC picture; pip install 'elva[heif]' to read it",
+    "AVIF": "AVIF picture, which this Pillow cannot read; pip install 'pillow>=11.3'",
+    "duplicates": "that shows what another picture shows",
+    "hidden": "hidden file of systems and tools",
+    "thumbnails": "thumbnail that a tool keeps",
+    "converted": "picture in a data directory of elva's own",
+    "links_out": "link that leads out of the folder",
+    "links_to_folders": "link to its own folders, whose files are read where they lie",
+    "links_broken": "link that leads nowhere",
+    "names": "name that is not UTF-8; rename it, e.g. with convmv",
+    "no_files": "pipe, socket or device",
+    "closed": "folder that cannot be opened",
+}
+"""The same of a single file, where it reads otherwise."""
 
 MOST_ENDINGS = 12
 """Ours: endings that one line names."""
@@ -216,7 +233,8 @@ def lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
     """One line a kind of what is left out: its count, its reason and, of formats, the endings."""
     kinds = [(why, names) for why in WHY if (names := left_out.get(why))]
     return [
-        f"left out: {len(names):,} {WHY[why]}" + (f": {_endings(names)}" * (why == "formats"))
+        f"left out: {counted(len(names), ONE.get(why, WHY[why]), WHY[why])}"
+        + (f": {_endings(names)}" * (why == "formats"))
         for why, names in kinds
     ]
 

@@ -17,7 +17,7 @@ from elva.data.formats.source import Entry, Example, Reference, Source
 from elva.data.schema import TASKS, Item, hashed_id, normalise
 from elva.data.strict import Faults, dump
 from elva.errors import DataError
-from elva.files import write_directory
+from elva.files import check_directory, write_directory
 
 MAX_QUERIES, MAX_CANDIDATES = 499_999, 9_999_999
 """M-BEIR's ids a dataset."""
@@ -107,9 +107,10 @@ def convert(
 
 
 def check_output(output: Path) -> None:
-    """Refuse to write where something lies."""
+    """Refuse to write where something lies, or where nothing can be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output}: must be empty; choose another directory")
+    check_directory(output)
 
 
 class _Writer:
