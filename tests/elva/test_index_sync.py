@@ -156,7 +156,7 @@ def test_a_picture_that_cannot_be_read_is_one_line_and_its_old_row_stays(
     with pytest.raises(DataError, match=r"^005.png: unreadable picture: damaged.* as many$") as one:
         sync(place)
     assert "\n" not in str(one.value) and "005.png" in content(Index(place / "i"))
-    with pytest.raises(DataError, match=r"^zy.png: .*; 1 bad rows were allowed, this is number 2$"):
+    with pytest.raises(DataError, match=r"^zy.png: .*; 1 bad row was allowed, this is number 2$"):
         sync(place, skip_bad=1)
     told = ("new", "changed", "kept", "unread", "gone", "unchanged")
     index, done = sync(place, skip_bad=2)
@@ -435,7 +435,7 @@ def test_the_command_says_what_is_done(tmp_path: Path, monkeypatch: Any) -> None
     assert "1 new, 0 changed, 0 moved, 0 relabelled, 1 gone, 2 unchanged" in dry
     assert "  new: new.png\n  gone: 1.png\n" in dry
     (tmp_path / "s" / "notes.xyz").touch()
-    assert "left out: 1 of formats that are not read: 1 .xyz" in call(*words, "--dry-run")
+    assert "left out: 1 of a format that is not read: 1 .xyz" in call(*words, "--dry-run")
     planned = json.loads(call(*words[:2], "--dry-run", "--json"))  # of the folder that it notes
     assert planned["new"] == ["new.png"] and planned["left_out"] == {"formats": 1}
     assert "model must be the one that made" in call(*words, "--model", other, code=2)
