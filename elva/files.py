@@ -144,12 +144,8 @@ def read_bounded(path: Path, most: int) -> bytes:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, where they are not there.
-
-    Raises:
-        UserError: what it would lie in takes no directories (/proc).
-        OSError: it cannot be made there.
-    """
+    """Make a directory and those above it, where they are not there; UserError where what it would
+    lie in takes none (/proc)."""
     with _can_be_made(path):
         path.mkdir(parents=True, exist_ok=True)
 
@@ -165,14 +161,8 @@ def _can_be_made(path: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, what: str) -> None:
-    """Make sure, before work starts, that a file can be written; nothing is left behind.
-
-    Args:
-        what: what names the file: an option.
-
-    Raises:
-        UserError, OSError: it cannot.
-    """
+    """UserError or OSError, before work starts, for a file that cannot be written; nothing is left
+    behind. `what` names it: an option."""
     if path.is_dir():
         raise UserError(f"{what}: must be a file, got the directory {path}; name a file in it")
     partial = path.with_name(path.name + PARTIAL)
@@ -182,11 +172,7 @@ def check_file(path: Path, what: str) -> None:
 
 
 def check_directory(final: Path) -> None:
-    """Make sure, before work starts, that `write_directory` can begin; nothing is left behind.
-
-    Raises:
-        UserError, OSError: it cannot.
-    """
+    """As `check_file`, of what `write_directory` makes."""
     if not final.name:
         raise UserError(f"{final}: must be a directory by its name; choose a new one")
     partial = final.with_name(final.name + PARTIAL)

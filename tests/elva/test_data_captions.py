@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from elva.data import load
 from elva.data.formats import captions, convert_file, titles
 from elva.data.strict import Faults
-from elva.errors import DataError
+from elva.errors import DataError, counted
 
 ANY = 10**6
 
@@ -140,7 +140,7 @@ def test_each_source_is_read_and_said(name, root):
     assert said == expected and found.source == source
     assert all(path.relative_to(root).as_posix() in files for path in found.files)
     pictures = len({picture for picture, _ in said})
-    line = f"{len(said)} captions of {pictures} pictures from {source}"
+    line = f"{counted(len(said), 'caption')} of {counted(pictures, 'picture')} from {source}"
     assert found.notice(3).startswith(line)
 
 
@@ -176,7 +176,7 @@ def test_what_else_a_table_knows_stays_with_the_picture(root):
     put(root / "metadata.parquet", [{**row, "box": [1, 2], "of": {"k": b"\x01"}}])
     counts = convert_file("folder", root, root.parent / "data")
     assert counts["notices"][0] == (
-        "1 captions of 1 pictures from metadata.parquet; 2 pictures have none"
+        "1 caption of 1 picture from metadata.parquet; 2 pictures have none"
     )
     pool = next((root.parent / "data" / "cand_pool" / "local").iterdir())
     known = json.loads(json.loads(pool.read_text().splitlines()[0])["src_content"])

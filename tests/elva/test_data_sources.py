@@ -358,7 +358,7 @@ def test_captions_by_their_published_names(name, text, tmp_path):
     (tmp_path / "s" / name).write_text(text)
     counts = convert_file("folder", tmp_path / "s", tmp_path / "data")
     assert counts["queries"] == {"t2i": 2} and counts["candidates"] == 2
-    assert counts["notices"] == [f"2 captions of 1 pictures from {name}; 1 pictures have none"]
+    assert counts["notices"] == [f"2 captions of 1 picture from {name}; 1 picture has none"]
     assert {query.text for query in load(tmp_path / "data").queries} == {"One.", "Two."}
 
 

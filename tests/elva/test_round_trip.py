@@ -127,6 +127,8 @@ def test_search_answers_alike_from_an_index_and_a_run(
     call("search", index, words, "--where", "modality=image", "--sheet", tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10_000
     assert json.loads(call("search", index, words, "--where", "modality=text", "--json")) == []
+    nothing = call("search", index, words, "--where", "modality=text")
+    assert nothing == "nothing found: no item is as --where says\n"
     for engine in ("faiss-hnsw", "faiss-ivf", f"milvus:{tmp_path}/items.db"):
         call("index", "export", index, "--to", engine)
         again = json.loads(call("search", index, words, "-k", 5, "--json", "--engine", engine))

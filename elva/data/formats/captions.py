@@ -15,7 +15,7 @@ from elva.data.formats import titles
 from elva.data.formats.named import Named
 from elva.data.formats.rows import rows
 from elva.data.strict import Faults, Record, lines, parse, read_text
-from elva.errors import DataError, printable
+from elva.errors import DataError, counted, printable
 
 FILES = ("file", "file_name", "filename", "image", "image_name", "picture", "path")
 WORDS = ("caption", "text", "description", "comment", "title")
@@ -71,9 +71,11 @@ class Captions:
             known = f"{self.source} has" if self.source else "there are"
             return f"{known} no captions: each picture asks for itself"
         captioned = len({one.picture for one in self.captions})
-        line = f"{len(self.captions):,} captions of {captioned:,} pictures from {self.source}"
+        said = counted(len(self.captions), "caption")
+        line = f"{said} of {counted(captioned, 'picture')} from {self.source}"
         rest = pictures - captioned
-        return f"{line}; {rest:,} pictures have none" if rest else line
+        without = counted(rest, "picture has", "pictures have")
+        return f"{line}; {without} none" if rest else line
 
 
 def read(root: Path, pictures: Sequence[Path], others: Sequence[Path], faults: Faults) -> Captions:
