@@ -120,15 +120,16 @@ def _milvus(rows: Any, k: int, threads: int) -> Search:
     from pymilvus import MilvusClient
 
     client = MilvusClient(str(Path(tempfile.mkdtemp()) / "items.db"))
-    client.create_collection(
-        "items", dimension=rows.shape[1], metric_type="IP", index_params=None, auto_id=False
-    )
+    client.create_collection("items", dimension=rows.shape[1], metric_type="IP", auto_id=False)
     for first in range(0, len(rows), 4096):
         block = rows[first : first + 4096]
         client.insert(
             "items",
             [{"id": first + i, "vector": row} for i, row in enumerate(block.tolist())],
         )
+
+    client.flush("items")
+    client.load_collection("items")
 
     def find(query: Any) -> Any:
         found = client.search("items", data=query.tolist(), limit=k)

@@ -46,14 +46,19 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
-    """Keeps `result` as <name>-<device>.json, behind it a CPU level that was forced."""
+def path(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
+    """<name>-<device>.json, behind it a CPU level that was forced."""
     what = f"{result['machine']['device']} {os.environ.get('ELVA_KERNELS_CPU_LEVEL', '')}"
     words = "".join(c if c.isalnum() else " " for c in what.lower()).split()
-    path = directory / f"{'-'.join([name, *words])}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    return directory / f"{'-'.join([name, *words])}.json"
+
+
+def write(name: str, result: dict[str, Any], directory: Path = RESULTS) -> Path:
+    """Keeps `result` in its `path`."""
+    place = path(name, result, directory)
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(result, indent=1) + "\n")
+    return place
 
 
 # Column, its key in a row, its format; what is not known reads "-".

@@ -1,9 +1,11 @@
 """What every command shares: where it prints, and what becomes of errors."""
 
+import atexit
 import contextlib
 import errno
 import json
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +60,7 @@ def one_line_errors(interrupted: str = "go on with --resume") -> Iterator[None]:
     """
     try:
         yield
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what is done stays done
     except (TypeError, ValueError) as error:
         if not isinstance(error, UserError) and not refused_by_kernels(error):
             raise

@@ -17,7 +17,7 @@ from elva.cli.console import (
     quiet_libraries,
     say,
 )
-from elva.errors import UserError, counted
+from elva.errors import UserError, counted, printable
 from elva.files import check_file
 
 IndexArgument = Annotated[
@@ -198,19 +198,19 @@ def delete(
 @app.command(
     "sync",
     epilog="Examples:  elva index sync my.index --folder ~/Pictures --dry-run   |   "
-    "elva index sync my.index --folder ~/Pictures   |   "
+    "elva index sync my.index   |   "
     "elva index sync my.index --folder ~/Pictures --watch",
 )
 def sync(
     index: IndexArgument,
     folder: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help="Folder of pictures that the index was built of.",
+            help="Folder of pictures that the index was built of; as it notes, if none.",
             parser=named_path,
             metavar="PATH",
         ),
-    ],
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
     ] = None,
@@ -236,10 +236,24 @@ def sync(
         from elva.model.encoder import Encoder, open_encoder
         from elva.progress import Bars
 
+        root = syncing.folder_of(index) if folder is None else folder
         if dry_run:
-            plan = syncing.compare(index, folder, Faults(skip_bad)).plan
-            rows = [f"  {kind}: {n}" for kind in SHOWN for n in getattr(plan, kind)]
-            say(vars(plan), [_synced(index, plan.counts()), *rows], as_json)
+            faults = Faults(skip_bad)
+            there = syncing.compare(index, root, faults)
+            told = {
+                "left_out": there.found.left_out, "bad": faults.found,
+                "notices": there.found.notices,
+            }  # fmt: skip
+            names = [
+                f"  {kind}: {printable(n)}" for kind in SHOWN for n in getattr(there.plan, kind)
+            ]
+            lines = _synced(index, {**there.plan.counts(), **told})
+            _say_synced(
+                len(there.index),
+                {**vars(there.plan), **told},
+                [*there.found.notices, lines[0], *names, *lines[1:]],
+                as_json,
+            )
             return
         options = syncing.opens(index, model)
         opened: list[Encoder] = [] if model is None else [open_encoder(**options)]
@@ -254,14 +268,11 @@ def sync(
         with Bars(err if as_json else out) as bars:
 
             def once() -> None:
-                made, done = syncing.sync(index, folder, encoder, skip_bad=skip_bad, reporter=bars)
-                counts = {why: len(names) for why, names in done["left_out"].items()}
-                bad = [f"  left out: {row}" for row in done["bad"]]
-                lines = [_synced(index, done), *bad]
-                say({"items": len(made), **done, "left_out": counts}, lines, as_json)
+                made, done = syncing.sync(index, root, encoder, skip_bad=skip_bad, reporter=bars)
+                _say_synced(len(made), done, _synced(index, done), as_json)
 
             if watch:
-                syncing.follow(index, folder, once, bars)
+                syncing.follow(index, root, once, bars)
             else:
                 once()
 
@@ -269,9 +280,20 @@ def sync(
 SHOWN = ("new", "changed", "moved", "relabelled", "gone")
 
 
-def _synced(index: Path, counts: Mapping[str, Any]) -> str:
-    parts = [f"{counts[kind]:,} {kind}" for kind in (*SHOWN, "unchanged")]
-    return f"{index}: {', '.join(parts)}"
+def _synced(index: Path, done: Mapping[str, Any]) -> list[str]:
+    """The lines on what a sync did, or would do."""
+    parts = [f"{done[kind]:,} {kind}" for kind in (*SHOWN, "unchanged")]
+    lines = [f"{index}: {', '.join(parts)}"]
+    if done["kept"]:
+        lines.append(f"  kept: {done['kept']:,} that cannot be read now")
+    if done["unread"]:
+        lines.append(f"  unread: {done['unread']:,} new that cannot be read now")
+    return [*lines, *(f"  left out: {row}" for row in done["bad"])]
+
+
+def _say_synced(items: int, done: Mapping[str, Any], lines: list[str], as_json: bool) -> None:
+    left_out = {why: len(names) for why, names in done["left_out"].items()}
+    say({"items": items, **done, "left_out": left_out}, lines, as_json)
 
 
 @app.command("compact", epilog="Example:  elva index compact my.index")

@@ -35,8 +35,16 @@ def build(
         UserError: neither or both, unfinished or foreign embeddings, a file that is no matrix.
     """
     if (npy is None) == (not embeddings):
-        raise UserError("index: must be given embeddings, or --npy with --ids; pass one of them")
+        raise UserError(
+            "index: must be given embeddings, --folder with --model, or --npy with --ids and "
+            "--model; pass one of them"
+        )
     if npy is None:
+        if ids is not None or model is not None:
+            raise UserError(
+                "index: --model is for --folder and --npy, --ids for --npy, got embeddings, which "
+                "know theirs; leave it out"
+            )
         opened = [Embeddings.open(path) for path in embeddings]
         about = dict(opened[0].about)
         asked = [one.about.get("instructions", {}) for one in reversed(opened)]

@@ -17,7 +17,7 @@ from elva.data.formats.folder import Contents, contents, dataset_number
 from elva.data.strict import Faults
 from elva.errors import DataError, IndexFault, UserError, printable
 from elva.files import PARTIAL, write_text
-from elva.index import Index, fields, folder, manifest, segment
+from elva.index import Index, change, fields, folder, manifest, segment
 from elva.index.embeddings import PLAN, Embeddings
 from elva.model.encoder import Encoder, unfamiliar
 from elva.model.modalities import must_read
@@ -34,8 +34,17 @@ def check(directory: Path, root: Path, *, overwrite: bool = False) -> None:
     """Refuse what `build` refuses, before a model is opened."""
     if manifest.exists(directory) and not overwrite:
         raise IndexFault(f"{directory}: must not hold an index yet; pass --overwrite to replace it")
+    change.check_place(directory, overwrite)
+    place = _place(directory)
+    if place.exists() and not (place / PLAN).exists():
+        raise UserError(f"{place}: must not exist, a build keeps its parts there; move it away")
     if not root.is_dir():
         raise DataError(f"{printable(str(root))}: not a folder")
+
+
+def _place(directory: Path) -> Path:
+    """Where a build keeps its parts."""
+    return directory.with_name(directory.name + PARTIAL)
 
 
 def build(
@@ -74,7 +83,14 @@ def build(
         reporter.say(line)
     about = folder.about(encoder, root)
     parts = _parts(directory, found, encoder, {**about, "dtype": dtype}, part_pictures)
-    _embed(parts, found, encoder, dtype, faults, reporter)
+    try:
+        _embed(parts, found, encoder, dtype, faults, reporter)
+    except UserError:
+        if not any(
+            segment.Segment(one).rows for one in parts.shards if one.exists()
+        ):  # else what is embedded is not lost
+            shutil.rmtree(parts.directory)
+        raise
     made = Index.assemble(
         directory, parts.segments(), about=about, overwrite=overwrite, codes=codes
     )
@@ -94,7 +110,7 @@ def _parts(
     else none yet."""
     stamps = [(one.name, one.size, one.modified_ns) for one in found.pictures]
     key = hashlib.sha256(json.dumps([stamps, found.known], default=str).encode()).hexdigest()
-    place = directory.with_name(directory.name + PARTIAL)
+    place = _place(directory)
     wanted = Embeddings(
         place, len(found.pictures), rows, encoder.identity, {**about, "contents": key}
     )
@@ -103,8 +119,6 @@ def _parts(
             if (there := Embeddings.open(place)) == wanted:
                 return there
         shutil.rmtree(place)
-    if place.exists():
-        raise UserError(f"{place}: must not exist, a build keeps its parts there; move it away")
     wanted.save()
     return wanted
 
@@ -121,7 +135,7 @@ def _embed(
     rows, kinds = parts.shard_rows, fields.kinds(found.known.values())
     known = len(faults.found)  # of captions, which are read each time
     if done := len(parts.shards) - len(parts.missing):
-        reporter.say(f"{done} of {len(parts.shards)} parts are there already, of a killed build")
+        reporter.say(f"{done} of {len(parts.shards)} parts are there already, of a build before")
     listed = parts.directory / BAD
     if listed.exists():
         faults.found += listed.read_text(encoding="utf-8").splitlines()
@@ -143,7 +157,8 @@ def _embed(
         )  # fmt: skip
     reporter.finish("")
     if not any(one.rows for one in parts.opened):
-        raise DataError(f"{parts.directory.name}: must hold a picture that can be read, got none")
+        name = printable(str(parts.about["folder"]))
+        raise DataError(f"{name}: must hold a picture that can be read, got none")
 
 
 def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:

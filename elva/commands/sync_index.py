@@ -6,15 +6,16 @@ content the index knows, under another name, with other captions or a new date, 
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from elva.data.formats.folder import Contents, contents
 from elva.data.formats.scan import PictureFile
-from elva.data.strict import Faults
+from elva.data.strict import HINT, Faults
 from elva.errors import DataError, IndexFault, UserError, printable
 from elva.index import Index, fields, folder
 from elva.model.encoder import Encoder
@@ -33,7 +34,7 @@ MANY_SEGMENTS = 64
 
 @dataclass
 class Plan:
-    """What a sync has to do, by names; every picture of the folder is in one of the first five.
+    """What a sync has to do, by names; each picture of the folder is in one list, `gone` apart.
 
     Args:
         new: their content is not in the index.
@@ -42,6 +43,8 @@ class Plan:
         relabelled: the same content with another date or other captions.
         unchanged: nothing to do.
         gone: in the index, and no longer in the folder.
+        kept: in the index, and there, but not to be read now: their rows stay as they are.
+        unread: not in the index, and not to be read now.
     """
 
     new: list[str] = field(default_factory=list)
@@ -50,6 +53,8 @@ class Plan:
     relabelled: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """How many of each."""
@@ -65,6 +70,7 @@ class Folder:
     plan: Plan
     kinds: Mapping[str, pa.DataType]
     row_of: Mapping[str, int]  # digest -> a row whose embedding is of that content
+    retyped: Sequence[str]  # fields of numbers in the index, of which a caption now says a text
 
 
 def compare(directory: Path, root: Path, faults: Faults) -> Folder:
@@ -76,17 +82,13 @@ def compare(directory: Path, root: Path, faults: Faults) -> Folder:
     index = Index(directory, verify=False)
     known, here = index.about.get("folder"), str(root.resolve())
     if known is None or "digest" not in index.table.schema.names:
-        raise IndexFault(
-            f"{directory}: must be of a folder to be synced, got one that was not built by "
-            "elva index build --folder; build it so"
-        )
+        raise _of_no_folder(directory)
     if known != here:
         raise IndexFault(
             f"{directory}: must be synced with its own folder, {printable(str(known))}, got "
             f"{printable(here)}; name that, or build an index of this one"
         )
     found = contents(root, faults)
-    kinds = _kinds(index, found)
     rows = [int(row) for row in index.alive.nonzero()[0]]
     stored = {
         one["id"]: {**one, "row": row}
@@ -94,17 +96,20 @@ def compare(directory: Path, root: Path, faults: Faults) -> Folder:
         if one["digest"] is not None  # else added by hand, and none of the folder's
     }
     row_of = {one["digest"]: one["row"] for one in stored.values()}
-    plan = Plan(
-        gone=sorted({*stored} - {one.name for one in found.pictures} - _kept(root, found, stored))
-    )
+    kinds, retyped = _kinds(index, found)
+    absent = {*stored} - {one.name for one in found.pictures}
+    closed = absent & _closed(root, found, stored)
+    plan = Plan(gone=sorted(absent - closed), kept=sorted(closed))
     words = fields.arrays([found.known.get(p.name, {}) for p in found.pictures], kinds, folder.OWN)
     of = {name: column.to_pylist() for name, column in words.items()}
     own = [name for name in index.table.schema.names if name not in folder.OWN]
     for place, picture in enumerate(found.pictures):
         said = {name: values[place] for name, values in of.items()}
-        kind = _kind(picture, stored.get(picture.name), said, own, row_of)
+        kind = "kept" if picture.name in stored else "unread"
+        with faults.row(HINT):
+            kind = _kind(picture, stored.get(picture.name), said, own, row_of)
         getattr(plan, kind).append(picture.name)
-    return Folder(index, found, plan, kinds, row_of)
+    return Folder(index, found, plan, kinds, row_of, retyped)
 
 
 def sync(
@@ -120,11 +125,13 @@ def sync(
 
     Args:
         encoder: opens the index's model; called only where something is to be embedded.
-        skip_bad: so many pictures that cannot be read are left out and listed; one more ends it.
+        skip_bad: so many pictures that cannot be read, and rows of captions, are left out and
+            listed; one more ends it. The row of a picture that was read before stays.
         batch: pictures embedded between two moments at which a kill costs nothing.
 
     Returns:
-        The index; and the counts of `Plan`, `left_out`, `bad` (a line each) and `notices`.
+        The index; and the counts of `Plan`, of what was done, `left_out`, `bad` (a line each) and
+        `notices`.
 
     Raises:
         UserError, DataError: as `compare`; another model; a picture that cannot be read, after
@@ -135,13 +142,16 @@ def sync(
     index, plan, found = there.index, there.plan, there.found
     for line in found.notices:
         reporter.say(line)
+    for name in there.retyped:
+        index = _retyped(index, name)
     by_name = {one.name: one for one in found.pictures}
+    added: set[str] = set()
     reused = [by_name[name] for name in (*plan.moved, *plan.relabelled)]
     for start in range(0, len(reused), batch):
         some = reused[start : start + batch]
-        index = _added(index, there, some, _known(there, some))
+        index = _added(index, there, some, _known(there, some), added)
     fresh = [by_name[name] for name in sorted((*plan.new, *plan.changed))]
-    late: list[str] = []
+    bad: set[str] = set()
     if fresh:
         model = encoder()
         index.check_model(model.identity)
@@ -149,41 +159,79 @@ def sync(
         for start in range(0, len(fresh), batch):
             some = fresh[start : start + batch]
             good, out = folder.embedded(model, some, faults, _offset(reporter, start))
-            kept = [one.name for one in good]
-            index = _added(index, there, good, out)
-            late += [one.name for one in some if one.name not in {*kept}]
+            bad |= {one.name for one in some} - {one.name for one in good}
+            index = _added(index, there, good, out, added)
             reporter.advance(start + len(some))
-    gone = [*plan.gone, *(name for name in late if name in {*plan.changed})]
-    if gone:
-        index = index.delete(gone)
+    if plan.gone:
+        index = index.delete(plan.gone)
     reporter.finish("")
-    notices = [*found.notices, *_advice(index)]
-    for line in _advice(index):
+    late = len(reused) + len(fresh) - len(bad) - len(added)
+    advice = [f"{late} pictures changed meanwhile; the next sync takes them up"] if late else []
+    advice += _advice(index)
+    for line in advice:
         reporter.say(line)
-    done = {**plan.counts(), "left_out": found.left_out, "bad": [*faults.found], "notices": notices}
-    return index, done
+    done = _done(plan, added, bad).counts()
+    told = {"left_out": found.left_out, "bad": [*faults.found]}
+    return index, {**done, **told, "notices": [*found.notices, *advice]}
+
+
+def _done(plan: Plan, added: Collection[str], bad: Collection[str]) -> Plan:
+    """What was done of a plan.
+
+    Args:
+        bad: pictures that could not be read when they were to be embedded.
+    """
+    written = {
+        kind: [name for name in getattr(plan, kind) if name in added]
+        for kind in ("new", "changed", "moved", "relabelled")
+    }
+    return replace(
+        plan,
+        **written,
+        kept=sorted([*plan.kept, *(name for name in plan.changed if name in bad)]),
+        unread=sorted([*plan.unread, *(name for name in plan.new if name in bad)]),
+    )
 
 
 def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
     return lambda more: reporter.advance(done + more)
 
 
-def _kinds(index: Index, found: Contents) -> dict[str, pa.DataType]:
-    """field -> its type in the index where it has one, else that of what the captions say."""
-    kinds = fields.kinds(found.known.values())
+def _kinds(index: Index, found: Contents) -> tuple[dict[str, pa.DataType], list[str]]:
+    """field -> its type, the index's where it has one that holds what the captions say; and the
+    fields that are numbers in the index and must become texts."""
+    kinds, retyped = fields.kinds(found.known.values()), []
     for name in [n for n in kinds if n in index.table.schema.names and n not in folder.OWN]:
         there = index.table.schema.field(name).type
         if there == pa.string():
             kinds[name] = there  # numbers are texts as well
         elif there != kinds[name] and there != pa.null():
-            raise IndexFault(
-                f"{index.directory}: field {printable(name)} must be of type {there} as in the "
-                f"index, got {kinds[name]}; mend the captions, or build the index again"
-            )
-    return kinds
+            by_hand = pc.and_(pc.is_valid(index.table[name]), pc.is_null(index.table["digest"]))
+            if there != pa.float64() or pc.any(by_hand.filter(pa.array(index.alive))).as_py():
+                raise IndexFault(
+                    f"{index.directory}: field {printable(name)} must be of type {there} as in "
+                    f"items that were added by hand, got {kinds[name]}; mend the captions, or "
+                    "delete those items"
+                )
+            retyped.append(name)
+    return kinds, retyped
 
 
-def _kept(root: Path, found: Contents, stored: Mapping[str, Mapping[str, Any]]) -> set[str]:
+def _retyped(index: Index, name: str) -> Index:
+    """The index with a field's numbers as texts, in one change: a field has one type."""
+    valid = pc.is_valid(index.table[name]).to_numpy(zero_copy_only=False)
+    rows = (index.alive & valid).nonzero()[0]
+    table = index.table.take(pa.array(rows))
+    texts = [str(int(v)) if v.is_integer() else str(v) for v in table[name].to_pylist()]
+    columns = {n: table[n] for n in table.schema.names if n != "id"}
+    columns[name] = pa.array(texts, pa.string())
+    return index.add(
+        table["id"].to_pylist(), index.embeddings(rows), model=index.model, columns=columns,
+        overwrite=True,
+    )  # fmt: skip
+
+
+def _closed(root: Path, found: Contents, stored: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Names of the index whose files are there and as they were, though they cannot be read now:
     in a folder that is closed, of a format whose reader is not installed."""
     out = {name for names in found.left_out.values() for name in names}
@@ -231,13 +279,20 @@ def _known(there: Folder, some: Sequence[PictureFile]) -> Encoded:
     return Encoded(there.index.embeddings(rows), [text or "" for text in summaries])
 
 
-def _added(index: Index, there: Folder, some: Sequence[PictureFile], out: Encoded) -> Index:
-    """The index with some pictures, those that changed in the place of what they were."""
+def _added(
+    index: Index, there: Folder, some: Sequence[PictureFile], out: Encoded, added: set[str]
+) -> Index:
+    """The index with some pictures, those that changed in the place of what they were.
+
+    Args:
+        added: takes the names of those that are still what was embedded.
+    """
     table, rows = folder.table(some, out, there.found.known, there.kinds)
     if not len(rows):
         return index
     named = {name: table[name] for name in table.schema.names if name != "id"}
     ids = table["id"].to_pylist()
+    added.update(ids)
     return index.add(ids, rows, model=index.model, columns=named, overwrite=True)
 
 
@@ -247,6 +302,21 @@ def _advice(index: Index) -> list[str]:
     return [
         f"{index.directory} has {len(index.segments)} segments; elva index compact makes them one"
     ]
+
+
+def folder_of(directory: Path) -> Path:
+    """Where the folder lies that an index was built of; IndexFault where it was built of none."""
+    known = Index(directory, verify=False).about.get("folder")
+    if known is None:
+        raise _of_no_folder(directory)
+    return Path(known)
+
+
+def _of_no_folder(directory: Path) -> IndexFault:
+    return IndexFault(
+        f"{directory}: must be of a folder to be synced, got one that was not built by "
+        "elva index build --folder; build it so"
+    )
 
 
 def opens(directory: Path, model: str | None) -> dict[str, Any]:

@@ -26,6 +26,10 @@ MAX_PATH_BYTES = 3000
 """Ours: Linux's limit is 4,096 with the root, and 255 for each part; beyond it `stat` fails."""
 
 
+HINT = "; --skip-bad leaves out as many"
+"""The end of a line on a picture that cannot be read, where none may be left out."""
+
+
 class Faults:
     """Bad rows that are left out and listed, as many as are allowed.
 
@@ -38,17 +42,23 @@ class Faults:
         self.found: list[str] = []
 
     @contextmanager
-    def row(self) -> Iterator[None]:
-        """Leave out the row that is read in this block if it is bad."""
+    def row(self, hint: str = "") -> Iterator[None]:
+        """Leave out the row that is read in this block if it is bad.
+
+        Args:
+            hint: the end of its line where it is raised and none is allowed.
+        """
         try:
             yield
         except DataError as error:
             if len(self.found) >= self.allowed:
                 if not self.allowed:
-                    raise
-                raise DataError(
-                    f"{error}; {counted(len(self.found), 'bad row was', 'bad rows were')} allowed"
-                ) from error
+                    if not hint:
+                        raise
+                    raise DataError(f"{error}{hint}") from error
+                count = len(self.found)
+                were = counted(count, "bad row was", "bad rows were")
+                raise DataError(f"{error}; {were} allowed, this is number {count + 1}") from error
             self.found.append(str(error))
 
 

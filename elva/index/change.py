@@ -186,6 +186,18 @@ def conflicts(tables: Sequence[pa.Table]) -> dict[str, str]:
     return found
 
 
+def in_use(tables: Sequence[pa.Table], entries: Sequence[Entry]) -> list[pa.Table]:
+    """Segments' tables; where a field's types differ, without it where no item that can be found
+    has a value of it."""
+    apart, found = conflicts(tables), []
+    for table, entry in zip(tables, entries, strict=True):
+        alive = entry.alive()
+        live = table if alive is None else table.filter(pa.array(alive)) if apart else table
+        unused = [n for n in apart if n in live.schema.names and live[n].null_count == len(live)]
+        found.append(table.drop_columns(unused))
+    return found
+
+
 def merged(tables: Sequence[pa.Table]) -> pa.Table:
     """Tables under each other; without the fields that are no one column."""
     try:

@@ -7,18 +7,22 @@ import pyarrow as pa
 
 from elva.data.schema import COLUMNS
 
+TEXTS = frozenset({"caption"})
+"""Fields of texts, whatever their values are: the next one may be a word."""
+
 OWN = COLUMNS
 """Columns of every index."""
 
 
 def kinds(rows: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
     """Field -> number or text, over all rows, so that all their segments agree: a number where
-    every value is one."""
+    every value is one, but in `TEXTS`."""
     numbers: dict[str, bool] = {}
     for row in rows:
         for name, value in row.items():
             if value is not None:
-                numbers[name] = numbers.get(name, True) and _number(value) is not None
+                number = name not in TEXTS and _number(value) is not None
+                numbers[name] = numbers.get(name, True) and number
     return {n: pa.float64() if number else pa.string() for n, number in sorted(numbers.items())}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from elva.data.formats.folder import PROMPTS
 from elva.data.formats.scan import PictureFile
-from elva.data.strict import Faults
+from elva.data.strict import HINT, Faults
 from elva.errors import DataError
 from elva.index import fields
 from elva.model.encoder import Encoder
@@ -44,7 +44,7 @@ def embedded(
             return good, encoder([one.item() for one in good], progress)
     good.clear()
     for one in files:
-        with faults.row():
+        with faults.row(HINT):
             encoder.check(one.item())
             good.append(one)
     if not good:

@@ -221,7 +221,7 @@ class Index:
         """Refuse further items whose fields have other types than those of the rest."""
         kept = {entry.file for entry in entries}
         here = [s.table for s in self.segments if s.path.name in kept]
-        change.check_fields([*here, *more])
+        change.check_fields([*change.in_use(here, entries), *more])
 
     def _replaced(self, entries: tuple[Entry, ...]) -> Index:
         later = replace(self.manifest, generation=self.manifest.generation + 1, segments=entries)
@@ -251,16 +251,19 @@ class Index:
     def table(self) -> pa.Table:
         """`id` and metadata of every row, deleted ones included, mapped; a column that a segment
         lacks is null there, and one whose types differ (`conflicts`) is left out."""
-        tables = [s.table for s in self.segments]
-        if not tables:
+        if not self.segments:
             return pa.table({"id": pa.array([], pa.string())})
-        return change.merged(tables)
+        return change.merged(self._tables)
 
     @cached_property
     def conflicts(self) -> dict[str, str]:
         """field -> its types, of fields that differ from segment to segment. No change makes such
         an index, older versions did; it is mended by deleting the items of all types but one."""
-        return change.conflicts([s.table for s in self.segments])
+        return change.conflicts(self._tables)
+
+    @cached_property
+    def _tables(self) -> list[pa.Table]:
+        return change.in_use([s.table for s in self.segments], self.manifest.segments)
 
     @cached_property
     def fingerprint(self) -> str:

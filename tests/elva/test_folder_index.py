@@ -60,7 +60,9 @@ def test_a_folder_becomes_an_index_in_one_command(root: Path, model: Path, tmp_p
     dry = json.loads(call(*words, "--dry-run", "--list-left-out", tmp_path / "left", "--json"))
     assert len((tmp_path / "left").read_text().splitlines()) == sum(dry["left_out"].values())
     assert dry["pictures"] == len(GOOD) + 3 and not (tmp_path / "i").exists()
-    assert "abgebrochen.jpg: unreadable picture: damaged" in call(*words, code=2)
+    said = call(*words, code=2)
+    assert "abgebrochen.jpg: unreadable picture: damaged" in said and "; --skip-bad leaves" in said
+    assert not (tmp_path / "i.partial").exists()
     made = json.loads(call(*words, "--skip-bad", 3, "--list-left-out", tmp_path / "left", "--json"))
     assert made["items"] == len(GOOD) and made["bad"] == FAULTS
     assert made["left_out"] == {why: len(names) for why, names in people.LEFT_OUT.items()}
@@ -92,6 +94,8 @@ def test_a_folder_becomes_an_index_in_one_command(root: Path, model: Path, tmp_p
         (("--folder", "{there}", "--model", "m", "--dtype", "int8"), "--dtype must be one of"),
         (("--npy", "x.npy", "--skip-bad", "2"), "are for --folder"),
         (("{there}", "--dry-run"), "are for --folder"),
+        (("--model", "m"), "must be given embeddings, --folder with --model, or --npy"),
+        (("{there}", "--model", "m"), "--model is for --folder and --npy"),
     ],
 )
 def test_what_cannot_be_built_is_one_line(
@@ -101,6 +105,17 @@ def test_what_cannot_be_built_is_one_line(
     filled = [word.format(there=tmp_path / "s") for word in words]
     assert rule in call("index", "build", tmp_path / "i", *filled, code=2)
     assert not (tmp_path / "i").exists()
+
+
+def test_a_place_that_is_taken_is_refused_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    draw(tmp_path / "s" / "a.png", "red")
+    words = ("index", "build", tmp_path / "i", "--folder", tmp_path / "s", "--model", "none")
+    (tmp_path / "i").mkdir()
+    (tmp_path / "i" / "mine.txt").touch()
+    assert "i: must be empty or an index" in call(*words, code=2)
+    shutil.move(tmp_path / "i", tmp_path / "i.partial")
+    assert "i.partial: must not exist" in call(*words, code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i.partial", "s"]
 
 
 class MeanColour:
@@ -233,6 +248,7 @@ def test_a_folder_without_a_picture_that_can_be_read_gives_no_index(tmp_path: Pa
     (tmp_path / "s" / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="a picture that can be read"):
         build(tmp_path / "i", tmp_path / "s", MeanColour(), skip_bad=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
     shutil.rmtree(tmp_path / "s")
     with pytest.raises(DataError, match=r"s: not a folder$"):
         build(tmp_path / "i", tmp_path / "s", MeanColour())

@@ -366,3 +366,44 @@ def test_what_cannot_be_meant_is_one_line_and_changes_nothing(tmp_path, call, ru
 def test_a_column_may_have_any_name(tmp_path):
     index = build(tmp_path / "i", ["a", "b"], **{"#row": [5, 6], "": [1, 2]})
     assert index.allowed([("#row", "=", 6), ("", "<", 9)]).tolist() == [False, True]
+
+
+def test_what_another_writer_made_anew_is_left_alone(tmp_path, monkeypatch):
+    """Two clear away what a killed writer left: the slower one meets the faster one's directory."""
+    partial = tmp_path / "d.partial"
+    partial.mkdir()
+    (partial / "left").touch()
+    real, met = files.lock, []
+
+    def slower(path, descriptor, *, wait=True):
+        if not met:  # the faster one has removed it, and fills another
+            met.append(path)
+            shutil.rmtree(partial)
+            partial.mkdir()
+            (partial / "faster").touch()
+            return real(path, descriptor, wait=wait)
+        assert (partial / "faster").exists()
+        raise BlockingIOError
+
+    monkeypatch.setattr(files, "lock", slower)
+    with pytest.raises(UserError, match="one writer at a time"):
+        files.write_directory(tmp_path / "d", lambda place: (place / "slower").touch())
+    assert os.listdir(partial) == ["faster"] and len(met) == 1
+
+
+def test_a_directory_that_cannot_be_swapped_stays(tmp_path, monkeypatch):
+    final = tmp_path / "d"
+    final.mkdir()
+    (final / "old").touch()
+    real, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        files.swap_directory(final, lambda place: place.mkdir(), ".scratch")
+    assert os.listdir(final) == ["old"]

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from elva.cli import app
 from elva.commands import index_folder, sync_index
-from elva.data.formats.scan import scan
+from elva.data.formats import convert_file
+from elva.data.formats.scan import PictureFile, scan
 from elva.data.strict import Faults
 from elva.errors import DataError, IndexFault, UserError
 from elva.index import Index, folder
@@ -145,17 +146,62 @@ def test_many_days_of_changes_end_as_an_index_built_anew(place: Path) -> None:
         assert is_as_the_folder(place), step
 
 
-def test_a_picture_that_cannot_be_read_is_one_line_and_its_old_row_goes(place: Path) -> None:
+def test_a_picture_that_cannot_be_read_is_one_line_and_its_old_row_stays(
+    place: Path, monkeypatch: Any
+) -> None:
+    before = content(Index(place / "i"))
     draw(place / "s" / "zz.png", 50)
-    (place / "s" / "005.png").write_bytes((place / "s" / "005.png").read_bytes()[:-30])
-    with pytest.raises(DataError, match=r"^005.png: unreadable picture: damaged") as caught:
+    for name in ("005.png", "zy.png"):
+        (place / "s" / name).write_bytes((place / "s" / "005.png").read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"^005.png: unreadable picture: damaged.* as many$") as one:
         sync(place)
-    assert "\n" not in str(caught.value) and "005.png" in content(Index(place / "i"))
-    index, done = sync(place, skip_bad=1)
-    assert done["bad"] == [str(caught.value)]
-    assert "005.png" not in content(index) and "zz.png" in content(index) and len(index) == 20
-    index, done = sync(place, skip_bad=1)  # it is tried again, and nothing else is done
-    assert (done["new"], done["unchanged"], len(index)) == (1, 20, 20)
+    assert "\n" not in str(one.value) and "005.png" in content(Index(place / "i"))
+    with pytest.raises(DataError, match=r"^zy.png: .*; 1 bad row was allowed, this is number 2$"):
+        sync(place, skip_bad=1)
+    told = ("new", "changed", "kept", "unread", "gone", "unchanged")
+    index, done = sync(place, skip_bad=2)
+    assert [done[kind] for kind in told] == [1, 0, 1, 1, 0, 19] and len(done["bad"]) == 2
+    found = content(index)
+    assert found.pop("zz.png") and found == before
+    again, done = sync(place, skip_bad=2)  # they are tried again, and nothing else is done
+    assert [done[kind] for kind in told] == [0, 0, 1, 1, 0, 20]
+    assert again.manifest.generation == index.manifest.generation
+
+    def closed(self: PictureFile) -> str:
+        raise DataError(f"{self.name}: Permission denied")
+
+    monkeypatch.setattr(PictureFile, "digest", closed)
+    with pytest.raises(DataError, match=r"^005.png: Permission denied; --skip-bad"):
+        sync(place)
+    assert [sync(place, skip_bad=2)[1][kind] for kind in told] == [0, 0, 1, 1, 0, 20]
+
+
+@pytest.mark.parametrize(
+    ("told", "rule"),
+    [
+        (
+            "file,caption\n001.png,Blüte\n".encode("cp1252"),
+            r"captions.csv:2: not UTF-8 .*; no row of the file can be read$",
+        ),
+        (b"\xe4\xf6\xfc\n001.png,two\n", r"captions.csv:1: not UTF-8"),
+        (b'file,caption\n"001.png,two\n', r"captions.csv:2: not csv: .*; no row of the file can"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_no_bad_row(place: Path, told: bytes, rule: str) -> None:
+    captions = place / "s" / "captions.csv"
+    captions.write_text("file,caption\n001.png,one\n")
+    index, _ = sync(place)
+    captions.write_bytes(told)
+    with pytest.raises(DataError, match=rule):
+        sync(place, skip_bad=9)
+    with pytest.raises(DataError, match=rule):
+        index_folder.build(place / "j", place / "s", Colours(), skip_bad=9)
+    with pytest.raises(DataError, match=rule):
+        convert_file("folder", place / "s", place / "o", skip_bad=9)
+    assert Index(place / "i").manifest == index.manifest and not (place / "j.partial").exists()
+    captions.write_text("file,caption\n001.png,one\nnone.png,two\n")  # but a row is
+    assert len(sync(place, skip_bad=1)[1]["bad"]) == 1
+    assert content(Index(place / "i"))["001.png"]["caption"] == "one"
 
 
 def test_what_cannot_be_looked_at_now_is_not_gone(place: Path, monkeypatch: Any) -> None:
@@ -218,18 +264,32 @@ def test_rows_that_are_none_of_the_folders_stay(place: Path) -> None:
     assert done["gone"] == 1 and "mine" in content(index)
 
 
-def test_fields_of_another_type_are_refused_before_anything_is_embedded(place: Path) -> None:
+def test_a_word_among_numbers_makes_the_field_one_of_texts(place: Path) -> None:
     captions = place / "s" / "captions.csv"
-    captions.write_text("file,caption,year\n001.png,one,1999\n")
-    sync(place)
-    captions.write_text("file,caption,year\n001.png,one,long ago\n")
+    rows = ["file,caption,year", *(f"{i:03d}.png,{i},199{i}" for i in range(5))]
+    captions.write_text("\n".join(rows))
+    index, _ = sync(place, batch=2)
+    assert {type(row.get("caption")) for row in content(index).values()} == {str, type(None)}
+    captions.write_text("\n".join([*rows[:3], "002.png,one,long ago", *rows[4:]]))
+    draw(place / "s" / "003.png", 80)
+    encoder = Colours()
+    index, done = sync(place, encoder, batch=2)
+    assert encoder.seen == ["003.png"] and done["changed"] == 1 and is_as_the_folder(place)
+    assert content(index)["004.png"]["year"] == "1994" and not index.conflicts
+    assert sync(place)[1]["unchanged"] == 20
+    compact(place / "i")
+    assert is_as_the_folder(place)
+
+
+def test_fields_of_another_type_are_refused_before_anything_is_embedded(place: Path) -> None:
+    model = Colours().identity
+    Index(place / "i").add(["x"], torch.ones(1, 16), model=model, columns={"year": [1999.0]})
+    (place / "s" / "captions.csv").write_text("file,caption,year\n001.png,one,long ago\n")
     draw(place / "s" / "new.png", 80)
     encoder = Colours()
-    with pytest.raises(
-        IndexFault, match="field year must be of type double as in the index, got s"
-    ):
+    with pytest.raises(IndexFault, match="field year must be of type double as in items that"):
         sync(place, encoder)
-    assert encoder.seen == [] and len(Index(place / "i")) == 20
+    assert encoder.seen == [] and len(Index(place / "i")) == 21
 
 
 def test_another_model_or_folder_is_refused(place: Path) -> None:
@@ -374,10 +434,14 @@ def test_the_command_says_what_is_done(tmp_path: Path, monkeypatch: Any) -> None
     dry = call(*words, "--dry-run")
     assert "1 new, 0 changed, 0 moved, 0 relabelled, 1 gone, 2 unchanged" in dry
     assert "  new: new.png\n  gone: 1.png\n" in dry
-    assert json.loads(call(*words, "--dry-run", "--json"))["new"] == ["new.png"]
+    (tmp_path / "s" / "notes.xyz").touch()
+    assert "left out: 1 of a format that is not read: 1 .xyz" in call(*words, "--dry-run")
+    planned = json.loads(call(*words[:2], "--dry-run", "--json"))  # of the folder that it notes
+    assert planned["new"] == ["new.png"] and planned["left_out"] == {"formats": 1}
     assert "model must be the one that made" in call(*words, "--model", other, code=2)
     done = json.loads(call(*words, "--json"))
     assert (done["new"], done["gone"], done["items"]) == (1, 1, 3)
+    assert done.keys() == planned.keys() and done["notices"] == planned["notices"]
     shutil.move(model, tmp_path / "moved")
     call(*words)  # nothing to embed: no model is looked for
     draw(tmp_path / "s" / "more.png", 10)

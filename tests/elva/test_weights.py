@@ -40,6 +40,22 @@ def test_weights_that_were_replaced_are_another_model(tmp_path):
     assert not other.matches(first)
 
 
+def test_the_same_weights_computed_otherwise_are_another_model(tmp_path):
+    """Another activation beside them; where and how they were stored is no matter."""
+    model = tmp_path / "model"
+    files.write_directory(model, lambda d: families.write(d, "qwen2_vl"))
+    first = open_encoder(model).identity
+    place = model / "config.json"
+    before = place.read_text(encoding="utf-8")
+    config = json.loads(before) | {"transformers_version": "5.0.0", "_name_or_path": "elsewhere"}
+    place.write_text(json.dumps(config), encoding="utf-8")
+    assert open_encoder(model).identity.matches(first)
+    assert '"silu"' in before
+    place.write_text(before.replace('"silu"', '"relu"'), encoding="utf-8")
+    other = open_encoder(model).identity
+    assert other.revision == first.revision and not other.matches(first)
+
+
 def test_weights_that_no_hash_knows_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(UserError, match=r"must hold its weights as \.safetensors, got none; load"):

@@ -150,9 +150,11 @@ def _all(
 
 
 def _table(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
-    if file.suffix == ".txt" and TOKENS.match(next(lines(file, faults), ("", ""))[1]):
+    if file.suffix == ".txt" and TOKENS.match(next(lines(file), ("", ""))[1]):
         yield from _token_rows(known, file, faults)
         return
+    if file.suffix.lower() != ".parquet":
+        next(lines(file), None)  # the names of the columns are no row that may be left out
     chosen: tuple[str, list[str]] | None = None
     for record in rows(file, (), faults, known=(*FILES, *WORDS)):
         chosen = chosen or _columns(known, file, record)
@@ -165,6 +167,8 @@ def _table(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
             told = (one for column in words for one in _said(record, column))
             rest = {k: _plain(v) for k, v in record.fields.items() if k not in (names, *words)}
             yield record, pictures, list(dict.fromkeys(told)), rest
+    if chosen is None:
+        raise DataError(f"{faults.found[-1]}; no row of the file can be read")
 
 
 def _said(record: Record, column: str) -> list[str]:
@@ -226,17 +230,21 @@ def _tokens(known: Named, others: Sequence[Path], faults: Faults) -> Captions | 
 
 
 def _token_rows(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
+    before, read = len(faults.found), False
     for where, line in lines(file, faults):
         if not line:
             continue
         with faults.row():
             found = TOKENS.fullmatch(line)
+            read = read or found is not None
             record = Record(where, {} if found is None else {"file": found[1]})
             name = record.path("file") if found else None
             if found is None or name is None:
                 record.fail("not <picture>#<number>, a tab, and a caption")
             said = [found[2]] if found[2].strip() else []
             yield record, [known.find(record, name, file.parent)], said, {}
+    if not read and len(faults.found) > before:
+        raise DataError(f"{faults.found[-1]}; no row of the file can be read")
 
 
 def _flickr30k(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:

@@ -19,7 +19,7 @@ from elva.data.formats.scan import PictureFile, Scan, lines, scan
 from elva.data.formats.source import Entry, Example, Request, Source
 from elva.data.identity import DECODERS
 from elva.data.schema import COLUMNS
-from elva.data.strict import Faults
+from elva.data.strict import HINT, Faults
 from elva.errors import DataError, PictureFault, counted, printable
 
 PROMPTS = {
@@ -196,9 +196,8 @@ def _seen(found: Scan, request: Request) -> _Seen:
                 if kind in LEFT_OUT:
                     found.leave_out(kind, picture.name)
                     continue
-                with request.faults.row():
-                    hint = "" if request.faults.allowed else "; --skip-bad leaves out as many"
-                    raise DataError(f"{look}{hint}")
+                with request.faults.row(HINT):
+                    raise look
                 found.leave_out("damaged", picture.name)
             request.reporter.advance(start + len(some))
     request.reporter.finish("")
