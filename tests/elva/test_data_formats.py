@@ -208,6 +208,7 @@ def test_a_task_that_every_format_covers():
 
 
 def test_pictures_without_captions_ask_for_themselves(sources, tmp_path):
+    (tmp_path / "s").mkdir()
     for _, positives, _ in sources["t2i"][:5]:
         put(tmp_path / "s", positives[0])
     convert_file("folder", tmp_path / "s", tmp_path / "data", split="test")
