@@ -339,3 +339,11 @@ def test_damaged_parquet_is_one_line(tmp_path):
             list(rows(path, ("sent0",), Faults()))
         except DataError as error:
             assert "\n" not in str(error)
+
+
+def test_a_quote_that_is_never_closed_is_no_bad_row(tmp_path):
+    """It swallows all rows behind it, which --skip-bad would leave out without a word."""
+    path = tmp_path / "captions.csv"
+    path.write_text('file,caption\na.png,one\nb.png,"two\nc.png,three\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"captions.csv:3: not csv: a quote that is never closed"):
+        list(rows(path, ("file", "caption"), Faults(5)))

@@ -18,6 +18,9 @@ from elva.errors import DataError
 BATCH_ROWS = 256
 """Rows of parquet at a time: some hold pictures."""
 
+UNCLOSED = "unexpected end of data"
+"""What Python's csv says of a quote that is open at the end."""
+
 SEPARATORS = ",;\t|"
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv")
 
@@ -159,6 +162,8 @@ def _cells(
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            if str(error) == UNCLOSED:  # whatever rows follow are in it: no one row is bad
+                raise DataError(f"{where}: not csv: a quote that is never closed") from error
             with faults.row():
                 raise DataError(f"{where}: not csv: {error}") from error
             continue
