@@ -242,7 +242,7 @@ def test_captions_are_fields_of_the_index(tmp_path: Path) -> None:
 def test_a_folder_without_a_picture_that_can_be_read_gives_no_index(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.svg").write_text("<svg/>")
-    rule = r"s: holds no picture that is read; left out: 1 of formats that are not read: 1 .svg$"
+    rule = r"s: holds no picture that is read; left out: 1 of a format that is not read: 1 .svg$"
     with pytest.raises(DataError, match=rule):
         build(tmp_path / "i", tmp_path / "s", MeanColour())
     (tmp_path / "s" / "a.png").write_bytes(b"")
