@@ -184,7 +184,10 @@ def test_a_picture_that_cannot_be_read_is_one_line_and_its_old_row_stays(
             r"captions.csv:2: not UTF-8 .*; no row of the file can be read$",
         ),
         (b"\xe4\xf6\xfc\n001.png,two\n", r"captions.csv:1: not UTF-8"),
-        (b'file,caption\n"001.png,two\n', r"captions.csv:2: not csv: a quote that is never closed$"),
+        (
+            b'file,caption\n"001.png,two\n',
+            r"captions.csv:2: not csv: a quote that is never closed$",
+        ),
     ],
 )
 def test_captions_that_cannot_be_read_are_no_bad_row(place: Path, told: bytes, rule: str) -> None:
