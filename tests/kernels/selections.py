@@ -329,7 +329,11 @@ SESSIONS = {
         ),
         never={
             "torch's threads, which the interpreter does not use": THREADS,
-            "millions of scores, which take hours": [*CHUNKS, *HEADS],
+            "millions of scores, which take hours": [
+                *CHUNKS,
+                *HEADS,
+                *cases("test_codes::test_only_rows_that_matter_are_read"),
+            ],
             "finite differences, hundreds of calls: float64 gradients have a truth": [
                 *cases("test_reward_torch::test_gradcheck test_gradcheck_of_shared_tensors"),
                 *cases("test_reward_index::test_gradcheck"),

@@ -250,7 +250,6 @@ def test_rows_and_queries_that_are_not_finite(backend):
             assert torch.equal(found.scores.isinf(), right.scores.isinf())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="20,000 rows take the interpreter minutes")
 @each_backend
 def test_only_rows_that_matter_are_read(backend):
     """The others are spoilt after they were coded, and nobody sees it; copies are all read."""
