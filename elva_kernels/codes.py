@@ -207,12 +207,7 @@ class _Search:
             floor = None if best is None or best.scores.shape[1] < depth else best.scores[:, -1]
             bounds, index = registered.nearest_codes(*coded, *part, mask, floor, kept, self.backend)
             index = torch.where(index < 0, index, index + start)
-            if best is None:
-                best = TopK(bounds, index)
-                continue
-            bounds, index = torch.cat([best.scores, bounds], 1), torch.cat([best.index, index], 1)
-            bounds, order = bounds.sort(dim=1, descending=True, stable=True)
-            best = TopK(bounds[:, :depth], index.gather(1, order[:, :depth]))
+            best = _merged(best, TopK(bounds, index), depth)
         assert best is not None
         return best
 

@@ -18,11 +18,15 @@ import json
 import mmap
 import os
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
 
 from elva.errors import IndexFault, UserError
 from elva.files import Sink, open_regular, replacing
@@ -68,6 +72,14 @@ class Blocks(Generic[Head]):
             self.map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
+
+    def tensor(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
+        """[count] of numbers that lie at a byte of the file, mapped, read-only."""
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
+            return torch.frombuffer(self.map, dtype=dtype, count=count, offset=offset)
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Compare every byte with its checksum.

@@ -5,7 +5,6 @@ and a float32 scale and a float32 loss of each row (`elva_kernels.row_codes`). I
 segment's by its SHA-256, so that no other segment's codes pass for these.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,9 +68,9 @@ class SegmentCodes:
         """Code [rows, dim], scale and lost [rows], mapped, read-only."""
         rows, dim = self._file.header.rows, self._file.header.dim
         numbers = HEADER_BYTES + _padded(rows * dim)
-        code = self._mapped(torch.int8, rows * dim, HEADER_BYTES)
-        scale = self._mapped(torch.float32, rows, numbers)
-        lost = self._mapped(torch.float32, rows, numbers + 4 * rows)
+        code = self._file.tensor(torch.int8, rows * dim, HEADER_BYTES)
+        scale = self._file.tensor(torch.float32, rows, numbers)
+        lost = self._file.tensor(torch.float32, rows, numbers + 4 * rows)
         for name, values in (("scale", scale), ("loss", lost)):
             if not bool(((values >= 0) & values.isfinite()).all()):
                 raise damaged(self.path, f"a {name} of each row")
@@ -80,13 +79,6 @@ class SegmentCodes:
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Compare every byte with its checksum; see `Blocks.verify`."""
         self._file.verify(progress)
-
-    def _mapped(self, dtype: torch.dtype, count: int, offset: int) -> Tensor:
-        if not count:
-            return torch.empty(0, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
-            return torch.frombuffer(self._file.map, dtype=dtype, count=count, offset=offset)
 
 
 def write(one: Segment, path: Path, reporter: Reporter = SILENT, done: int = 0) -> SegmentCodes:

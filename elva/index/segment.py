@@ -4,7 +4,6 @@ A file of blocks (`blocks`), whose content is rows * dim numbers, and then an Ar
 and whatever else is known of each item.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -63,14 +62,7 @@ class Segment:
     @cached_property
     def embeddings(self) -> Tensor:
         """[rows, dim], mapped, read-only."""
-        kind = DTYPES[self.dtype]
-        if not self.rows_bytes:
-            return torch.empty(self.rows, self.dim, dtype=kind)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors
-            flat = torch.frombuffer(
-                self._file.map, dtype=kind, count=self.rows * self.dim, offset=HEADER_BYTES
-            )
+        flat = self._file.tensor(DTYPES[self.dtype], self.rows * self.dim, HEADER_BYTES)
         return flat.view(self.rows, self.dim)
 
     @cached_property
