@@ -18,6 +18,7 @@ from elva.cli import (
     index,
     mine,
     mrbench,
+    push,
     report,
     search,
     train,
@@ -78,6 +79,7 @@ app.add_typer(index.app, name="index")
 app.command(epilog=search.EXAMPLES)(search.search)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=push.EXAMPLES)(push.push)
 app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(mrbench.app, name="mrbench")
