@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of httpx or httpx2, as its release has it
