@@ -32,7 +32,7 @@ CUDA_ARCHS = {"8": "80", "9": "90a", "10": "100", "12": "120"}
 # gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
-  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -isystem {python} -isystem {pybind11} {CXXFLAGS}
+  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi {CXXFLAGS}
 nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills{strict} $
   --threads 0 {gencode}
 rule cxx
@@ -112,28 +112,33 @@ class NinjaBuild(build_ext):
         import pybind11
 
         values = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
-        values |= {"cxx": cxx, "nvcc": nvcc, "python": sysconfig.get_path("include")}
-        values["pybind11"] = pybind11.get_include()
+        values |= {"cxx": cxx, "nvcc": nvcc}
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         values["link"] = f"{nvcc} -cudart static {gencode}" if nvcc else f"{cxx} -pthread"
+        if sys.platform == "darwin":
+            values["link"] += " -undefined dynamic_lookup"  # Python's own, when it loads the module
         values["gencode"] = gencode
         strict = os.environ.get("ELVA_KERNELS_WERROR") == "1"
         values["strict"] = ",-Werror -Werror all-warnings" if strict else ""
-        steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
-        levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
+        cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []
+        steps = [("nvcc", f"cuda/{x.name}", "", "") for x in cuda_sources]
+        levels = [(f".{n}", f"-DELVA_LEVEL={n} {LEVELS[n]}") for n in LEVELS]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):
-            extras = levels if "_simd" in x.name else [""]
-            steps += [("cxx", f"cpu/{x.name}", extra) for extra in extras]
+            variants = levels if "_simd" in x.name else [("", "")]
+            steps += [("cxx", f"cpu/{x.name}", *variant) for variant in variants]
         fact = ("ARCHS", ",".join(archs)) if nvcc else ("LACKS", lacks)
-        cuda = "-O1 " + shlex.quote('-DELVA_CUDA_{}="{}"'.format(*fact))
+        # Where Python and pybind11 lie changes with each isolated build: they are told to none that
+        # need not know, so that a second build of this tree compiles little more than the bindings.
+        includes = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        extra = ["-O1", *includes, '-DELVA_CUDA_{}="{}"'.format(*fact)]
         plain = ["bindings.cpp"] + ["bindings_cuda.cpp", "cuda/device.cpp"] * bool(nvcc)
-        steps += [("cxx", name, cuda) for name in plain]
+        steps += [("cxx", name, "", shlex.join(extra)) for name in plain]
         text = NINJA.format(**values)
-        for i, (rule, name, extra) in enumerate(steps):
+        for rule, name, level, extra in steps:
             source = str(ROOT / "csrc" / name).replace(" ", "$ ")
-            text += f"build {i}.o: {rule} {source}\n  extra = {extra}\n"
+            text += f"build {name}{level}.o: {rule} {source}\n  extra = {extra}\n"
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        objects = " ".join(f"{i}.o" for i in range(len(steps)))
+        objects = " ".join(f"{name}{level}.o" for _, name, level, _ in steps)
         text += f"build {str(target).replace(' ', '$ ')}: link {objects}\n"
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         Path(self.build_temp, "build.ninja").write_text(text)
