@@ -11,10 +11,18 @@ except ModuleNotFoundError as error:
         "pip install 'elva[sentence-transformers]'"
     ) from None
 
+from elva.integrations.sentence_transformers.evaluator import RankingEvaluator
 from elva.integrations.sentence_transformers.losses import (
     CachedInfoNCELoss,
     InfoNCELoss,
     RankingRewardLoss,
 )
+from elva.integrations.sentence_transformers.mining import mine_hard_negatives
 
-__all__ = ["CachedInfoNCELoss", "InfoNCELoss", "RankingRewardLoss"]
+__all__ = [
+    "CachedInfoNCELoss",
+    "InfoNCELoss",
+    "RankingEvaluator",
+    "RankingRewardLoss",
+    "mine_hard_negatives",
+]
