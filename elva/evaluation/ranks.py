@@ -65,9 +65,7 @@ def rank_all(
     scores = torch.cat([found.target_score, found.topk_scores], 1).gather(1, order)
     scores = scores.where(rows >= 0, -torch.inf)
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
-    return Ranking(
-        rank, rows.gather(1, best), paid.reward, paid.margin_reward, paid.rank_reward
-    )
+    return Ranking(rank, rows.gather(1, best), paid.reward, paid.margin_reward, paid.rank_reward)
 
 
 def rank_among(
