@@ -31,13 +31,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export")
     spec = ScratchModel(hidden_size=32, intermediate_size=48, layers=2, heads=2, vocabulary=400)
     create(path / "made", spec, [*TEXTS, ASKED] * 9, summary_prompt="Summary:", seed=0)
-    RetrieverEncoder.open(path / "made", max_completion_length=5).save(as_directory(path / "five"))
+    encoder = RetrieverEncoder.open(path / "made", max_completion_length=5)
+    plain = encoder.retriever.plain
+    drawn = torch.randn(plain.lm_head.weight.shape, generator=torch.manual_seed(1))
+    plain.lm_head.weight = torch.nn.Parameter(drawn)  # its own: tied, it ends at once
+    plain.config.tie_word_embeddings = False
+    (path / "five").mkdir()
+    encoder.save(path / "five")
     return export(path / "five", path / "out")
-
-
-def as_directory(path: Path) -> Path:
-    path.mkdir()
-    return path
 
 
 def items(kind: str, asks: bool) -> list[Item]:
@@ -94,7 +95,7 @@ def test_what_the_module_cannot_do_is_said(exported: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="RetModule: model_kwargs must be left out"):
         RetModule.load(str(exported), model_kwargs={"dtype": "float16"})
     model = load(exported, device="cpu")
-    with pytest.raises(ValueError, match="forward must be without gradients.*by elva train"):
+    with pytest.raises(ValueError, match=r"must be without gradients.*by elva train"):
         MultipleNegativesRankingLoss(model)([model.preprocess(TEXTS)] * 2, None)
     with pytest.raises(ValueError, match="prompt must be a query's alone"):
         model.encode_document(TEXTS, prompt=ASKED)
