@@ -184,28 +184,33 @@ def test_what_cannot_be_is_one_line(make, said):
 
 
 def test_rollouts_that_wait_are_scored_together():
-    """One call for those that came during another; an error reaches its callers, and no others."""
+    """One call for those that came during another; what is wrong with one fails it alone."""
     sizes, began, go = [], threading.Event(), threading.Event()
 
-    def score(batch):
-        sizes.append(len(batch))
+    def slow(texts):
+        sizes.append(len(texts))
         began.set()
         go.wait()
-        if "bad" in batch:
-            raise ValueError("bad")
-        return [x * x for x in batch]
+        return embed(texts)
 
-    together = Together(score)
-    first = together(1000)
+    together = Together(RolloutReward(slow, candidate_fn=embed))
+    first = together("red", "red", ["gold"])
     began.wait()
-    results = [together(x) for x in range(300)]
+    results = [together(*row) for row in zip(ROLLOUTS, POSITIVES, PAIRS, strict=True)]
     go.set()
-    assert first.result() == 1000**2
-    assert [x.result() for x in results] == [x * x for x in range(300)]
-    assert sizes == [1, 300]
-    with pytest.raises(ValueError, match="bad"):
-        together("bad").result()
-    assert together(7).result() == 49
+    assert first.result()["rank"] == 1
+    expected = by_hand(ROLLOUTS, POSITIVES, PAIRS)
+    assert [x.result()["reward"] for x in results] == pytest.approx(expected, abs=1e-6)
+    assert sizes == [1, 4]
+    go.clear()
+    began.clear()
+    together("red", "red", ["gold"])
+    began.wait()
+    bad, good = together("red", "red", None), together("blue", "blue", ["red"])
+    go.set()
+    with pytest.raises(UserError, match="must have negatives, got None"):
+        bad.result()
+    assert good.result()["rank"] == 1
 
 
 def one_process(port, index, count, pipe):
