@@ -99,10 +99,8 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
             )
     if any(row.role == "control" for row in rows):
         last = run.title(list(run.recipe.stages)[-1])
-        clocked = all(c.steps is None and c.epochs is None for c in run.recipe.controls.values())
-        length = "runs for its wall time" if clocked else "runs for the steps its recipe names"
         found.append(
-            f"A control starts where {last} starts, {length} and is evaluated the same way: "
+            f"A control starts where {last} starts and is evaluated the same way: "
             f"{last} is worth what it adds to its controls, not to the stage before."
         )
     return found
