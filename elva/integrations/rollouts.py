@@ -154,8 +154,9 @@ class RolloutReward:
 
     def _row(self, candidate: Any) -> int:
         count = len(self.bank)
-        if isinstance(candidate, Integral) and 0 <= candidate < count:
-            return int(candidate)
+        row = int(candidate) if isinstance(candidate, Integral) else -1
+        if 0 <= row < count:
+            return row
         raise UserError(
             f"{type(self).__name__}: a candidate must be a row of the bank, from 0 to {count - 1}, "
             f"got {candidate!r}"
