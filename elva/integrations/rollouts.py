@@ -58,7 +58,8 @@ class RolloutReward:
         self.embed_fn, self.candidate_fn = embed_fn, candidate_fn or embed_fn
         self.bank, self.settings = bank, settings
         self.recipe: Recipe = RECIPES[reward] if isinstance(reward, str) else reward
-        self.__name__ = reward if isinstance(reward, str) else reward.__name__
+        named = getattr(reward, "__name__", type(reward).__name__)
+        self.__name__ = reward if isinstance(reward, str) else named
         self._try()
 
     @torch.no_grad()
@@ -150,7 +151,13 @@ class RolloutReward:
             candidates = [candidates]
         if self.bank is not None:
             candidates = [self._row(x) for x in candidates]
-        return list(dict.fromkeys(candidates))
+        try:
+            return list(dict.fromkeys(candidates))
+        except TypeError as error:
+            raise UserError(
+                f"{type(self).__name__}: candidates must be texts, names of files or rows of a "
+                f"bank, got {candidates!r}; {error}"
+            ) from error
 
     def _row(self, candidate: Any) -> int:
         count = len(self.bank)
@@ -187,9 +194,13 @@ class RolloutReward:
         for index in (None, torch.tensor([[1], [0]])):
             candidates = Candidates(two, torch.tensor([[0], [1]]), index)
             try:
-                self.recipe(two, candidates, **self.settings)
+                found = self.recipe(two, candidates, **self.settings)
             except (TypeError, ValueError) as error:
                 raise UserError(f"{type(self).__name__}: {error}") from error
+            if not isinstance(found, dict) or "reward" not in found:
+                raise UserError(
+                    f"{type(self).__name__}: reward must return a dict with 'reward', got {found!r}"
+                )
 
 
 class Together:

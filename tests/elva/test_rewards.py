@@ -171,6 +171,8 @@ def test_nothing_to_rank_is_none():
         (lambda: RolloutReward(embed, marign=1), "unexpected keyword argument 'marign'"),
         (lambda: RolloutReward(embed, margin=-3.0), "margin must be in [-2, 2], got -3.0"),
         (lambda: RolloutReward(embed, reward="embed_rl", temperature=0), "must be positive"),
+        (lambda: RolloutReward(embed, reward=lambda *_: 1.0), "must return a dict with 'reward'"),
+        (lambda: RolloutReward(embed).score(["red"], [[{}]]), "must be texts, names of files or"),
         (lambda: RolloutReward(embed, bank=torch.eye(2).long()), "bank must be [M, D] floating"),
         (lambda: RolloutReward(lambda _: torch.eye(2)).score(["a"], ["b"]), "must return [1, D]"),
         (lambda: RolloutReward(lambda _: TABLE[:1] / 0).score(["a"], ["b"]), "NaN or inf for 'a'"),

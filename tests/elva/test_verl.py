@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-verl = pytest.importorskip(
-    "verl", reason="verl is not installed: see tests/elva/trainers.txt"
-)
+verl = pytest.importorskip("verl", reason="verl is not installed: see tests/elva/trainers.txt")
 from omegaconf import OmegaConf  # noqa: E402
 from verl import DataProto  # noqa: E402
 from verl.trainer.ppo.reward import get_custom_reward_fn, load_reward_manager  # noqa: E402
