@@ -3,8 +3,11 @@ ends."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.progress import (
     BarColumn,
@@ -18,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from elva.files import write_text
 from elva.terminal import Terminal
 
 SHOWN = ("loss", "lm", "infonce", "reward", "rank_1", "kl")
@@ -111,3 +115,61 @@ class Bars:
             self._progress.remove_task(task)
         if line:
             self.say(line)
+
+
+class Noted:
+    """A reporter that tells another, and keeps where its bar stands in a file, for who looks on.
+
+    Args:
+        inner: is told everything.
+        file: JSON, replaced whole at most once a second: `what`, `done`, `total`, `unit`, `rate` a
+            second (None before the second look), `time` (seconds since 1970) and `pid`.
+    """
+
+    def __init__(self, inner: Reporter, file: Path) -> None:
+        self.inner, self.file = inner, file
+        self._state: dict[str, Any] = {}
+        self._first: tuple[int, float] | None = None
+        self._written = 0.0
+
+    def start(self, what: str, total: int | None, unit: str = "steps") -> None:
+        """A bar begins."""
+        self.inner.start(what, total, unit)
+        self._state = {"what": what, "done": 0, "total": total, "unit": unit, "rate": None}
+        self._first = None
+        self._write()
+
+    def advance(self, done: int, values: dict[str, float] | None = None) -> None:
+        """It goes on; a resumed stage's first step is no work of this process's seconds."""
+        self.inner.advance(done, values)
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = done, now
+        elif now > self._first[1]:
+            self._state["rate"] = (done - self._first[0]) / (now - self._first[1])
+        self._state["done"] = done
+        if now - self._written >= 1:
+            self._write()
+
+    def say(self, line: str) -> None:
+        """A line."""
+        self.inner.say(line)
+
+    def finish(self, line: str) -> None:
+        """The bar ends."""
+        self.inner.finish(line)
+        self._write()
+
+    def close(self) -> None:
+        """All work is done: the file goes."""
+        self.file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        self._written = time.perf_counter()
+        try:
+            write_text(
+                self.file, json.dumps({**self._state, "time": time.time(), "pid": os.getpid()})
+            )
+        except OSError as error:
+            # Work does not end for want of who could look on; what it writes itself will say so.
+            self.inner.say(f"{self.file.name} was not written: {error.strerror}")

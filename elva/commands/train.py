@@ -19,7 +19,7 @@ from elva.model.inputs import Inputs
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
-from elva.progress import SILENT, Reporter
+from elva.progress import SILENT, Noted, Reporter
 from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
 from elva.training.beginning import begin, open_model
@@ -62,15 +62,19 @@ def train(
             f"train: one of {devices} GPUs is used; torchrun --nproc-per-node {devices} -m elva "
             "train uses all"
         )
+    noted: Noted | None = None
     with ExitStack() as held:
         with processes.first_alone() as mine:
             if mine:
                 held.enter_context(run.locked())
+                noted = shared.reporter = Noted(shared.reporter, run.status_file)
                 if run.recipe.report_to != "none":
                     trackers = Trackers(run, reporter.say)
                     shared.callbacks.append(trackers)
                     held.callback(trackers.close)
         _train(run, shared, names, start_from, limit, controls)
+        if noted is not None:
+            noted.close()
 
 
 def _train(
@@ -100,7 +104,8 @@ class _Shared:
         callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
         self.recipe, self.data = recipe, TrainingData(recipe)
-        self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
+        self.reporter: Reporter = reporter
+        self.processes, self.callbacks = processes, [*callbacks]
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
