@@ -1,8 +1,11 @@
 """Rewards of rollouts: equal to plain loops, over texts, rows of a bank and several processes."""
 
+import json
 import math
-import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -215,44 +218,42 @@ def test_rollouts_that_wait_are_scored_together():
     assert good.result()["rank"] == 1
 
 
-def one_process(port, index, count, pipe):
-    """A share of the rollouts, their candidates gathered by the kernels."""
-    import os
+ONE_PROCESS = f"""
+import json, sys, torch
+from accelerate import PartialState
+from elva.integrations.rewards import RECIPES
+from elva.integrations.trl import RankingReward
 
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index),
-        "WORLD_SIZE": str(count), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    from accelerate import PartialState
+WORDS, TABLE = {WORDS}, torch.tensor({TABLE.tolist()})
+def embed(texts):
+    return torch.stack([TABLE[[WORDS.index(x) for x in t.split()]].mean(0) for t in texts])
 
-    from elva.integrations.trl import RankingReward
-
-    PartialState(cpu=True)
-    texts, positives = [*ROLLOUTS, "red grey", "gold"], [*POSITIVES, "red", None]
-    mine = slice(index * 3, index * 3 + 3)
-    found = [
-        RankingReward(embed, reward=name)(texts[mine], positive=positives[mine]) for name in RECIPES
-    ]
-    pipe.send(found)
-    torch.distributed.destroy_process_group()
+state = PartialState(cpu=True)
+texts, positives = json.loads(sys.argv[1])
+mine = slice(3 * state.process_index, 3 * state.process_index + 3)
+found = [RankingReward(embed, reward=x)(texts[mine], positive=positives[mine]) for x in RECIPES]
+print(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_in_batch_means_the_batch_of_every_process():
+    """Two processes, one of which has a rollout without a positive, and a positive of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for index in range(2):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=one_process, args=(port, index, 2, there)))
-        processes[-1].start()
-        pipes.append(here)
-    shares = [pipe.recv() if pipe.poll(100) else None for pipe in pipes]
-    for process in processes:
-        process.join()
     texts, positives = [*ROLLOUTS, "red grey", "gold"], [*POSITIVES, "red", None]
+    processes = []
+    for index in range(2):
+        place = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+            "RANK": str(index), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        words = [sys.executable, "-c", ONE_PROCESS, json.dumps([texts, positives])]
+        processes.append(
+            subprocess.Popen(words, env=os.environ | place, stdout=subprocess.PIPE, text=True)
+        )
+    shares = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
     for name, first, second in zip(RECIPES, *shares, strict=True):
         whole = RolloutReward(embed, reward=name).score(texts, positives)["reward"]
         assert whole[-1] is None and second[-1] is None
