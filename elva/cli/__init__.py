@@ -16,6 +16,7 @@ from elva.cli import (
     export,
     grains,
     index,
+    inspect,
     mine,
     mrbench,
     push,
@@ -73,7 +74,8 @@ def _options(
 
 
 app.command(epilog=train.EXAMPLES)(train.train)
-app.command(epilog="Example:  elva report runs/one")(report.report)
+app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.add_typer(index.app, name="index")
 app.command(epilog=search.EXAMPLES)(search.search)
