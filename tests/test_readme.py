@@ -77,6 +77,16 @@ NOT_RUN = {
         "tests/elva/test_processes.py",
         "test_accelerate_reads_the_launch_files_as_they_say",
     ),
+    "accelerate launch --num_processes 2 --cpu -m elva.integrations.examples": Proof(
+        "a test of its own compares it with one process",
+        "tests/elva/test_examples.py",
+        '"--num_processes", "2", "--cpu"',
+    ),
+    "python -m elva.integrations.kernels_hub": Proof(
+        "a test of its own loads what it writes",
+        "tests/elva/test_kernels_hub.py",
+        'monkeypatch.setattr(sys, "argv", ["kernels_hub", str(written)])',
+    ),
     "python -m benchmarks.report": Proof(
         "it draws anew what is kept in the tree", "benchmarks/report.py", "plot(result,"
     ),
