@@ -325,8 +325,12 @@ def test_trl_rolls_out_on_examples(tree: Path, tmp_path: Path) -> None:
         assert all(isinstance(one[0]["image"], Pillow.Image) for one in positives)
         return [float(i) for i in range(len(completions))]
 
+    def prompt(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": [{"role": "user", "content": f"{row['instruction']} {row['text']}"}]}
+
     stream = examples(tree, tasks=["t2i"], negatives=0).map(
-        lambda row: {"prompt": [{"role": "user", "content": f"{row['instruction']} {row['text']}"}]}
+        prompt,
+        remove_columns=["image"],  # TRL shows what stands there to the model, None too
     )
     args = GRPOConfig(
         str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, num_generations=2,
