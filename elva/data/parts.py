@@ -19,7 +19,7 @@ import numpy as np
 from elva.data.formats import folder, mmeb, nli
 from elva.data.formats.source import Entry, Example, Request, Source
 from elva.data.mbeir import load
-from elva.data.pool import Dataset
+from elva.data.pool import Dataset, Pool
 from elva.data.schema import Item, Query, modalities, normalise, task_between
 from elva.errors import DataError, UserError
 
@@ -92,14 +92,21 @@ class Directory(_Lazy):
             yield Row(query, positives, negatives)
 
 
-class Candidates(Directory):
-    """The candidates of a task of a data directory."""
+@dataclass(frozen=True)
+class Candidates(_Lazy):
+    """The candidates of the task of a data directory."""
+
+    of: Directory
+
+    @property
+    def pool(self) -> Pool:
+        return self.of.data.pool(self.of.task())
 
     def parts(self, count: int | None) -> Sequence[Part]:
-        return _spans(len(self.data.pool(self.task())), count)
+        return _spans(len(self.pool), count)
 
     def rows(self, part: tuple[int, int]) -> Iterator[Item]:
-        pool = self.data.pool(self.task())
+        pool = self.pool
         return (pool[row] for row in range(*part))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image as Pillow
 
 from elva.data import Item
-from elva.data.parts import Candidates, Part, Parts, Row, open_source
+from elva.data.parts import Candidates, Directory, Part, Parts, Row, open_source
 from elva.data.schema import modalities
 from elva.errors import DataError, UserError
 
@@ -157,7 +157,7 @@ def candidates(
         for row in candidates("data/emoji", "t2i", split="test").decode(False):
             print(row["id"], row["image"]["path"])
     """
-    opened = Candidates(Path(source).absolute(), split, (task,))
+    opened = Candidates(Directory(Path(source).absolute(), split, (task,)))
     columns = {name: Value("string") for name in ("id", "text", "modality")}
     return _stream(opened, _candidate, {**columns, "image": Picture()}, split, num_shards)
 

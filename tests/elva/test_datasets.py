@@ -3,6 +3,8 @@ each once, in order, from where a stream was."""
 
 import csv
 import json
+import tracemalloc
+from collections import deque
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -273,6 +275,29 @@ def test_candidates_are_the_pool(tree: Path) -> None:
     assert [(r["id"], r["text"], r["modality"], shown(r["image"])) for r in rows] == [
         (item.id, item.text, item.modality, pixels(item)) for item in pool
     ]
+
+
+def test_a_stream_holds_none_of_its_rows(tmp_path: Path) -> None:
+    """Python's peak over 6,000 candidates, whose rows as objects take ten times as much."""
+    words = " of the same length as a caption" * 4
+    rows = [
+        {"did": f"9:{i + 1}", "txt": f"thing {i}{words}", "img_path": None, "modality": "text"}
+        for i in range(6000)
+    ]
+    mbeir.write_pool(tmp_path, "things_task1", rows)
+    query = {"qid": "9:1", "query_txt": "q", "query_img_path": None, "query_modality": "text"}
+    query |= {"pos_cand_list": ["9:1"], "neg_cand_list": [], "task_id": 1}
+    mbeir.write_queries(tmp_path, "things_task1", "train", [query])
+    mbeir.write_instructions(tmp_path, "things", 9, {("text", "text"): ["Find it."]})
+    stream = candidates(tmp_path, "t2t")
+    next(iter(stream))
+    peaks = []
+    for kept in (0, 6000):
+        tracemalloc.start()
+        deque(stream, maxlen=kept)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] < 400_000 and peaks[1] > 10 * peaks[0]
 
 
 def test_pairs_are_columns_by_kind(tree: Path) -> None:
