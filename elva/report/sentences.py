@@ -136,7 +136,7 @@ def _lengths(run: Run, rows: Sequence[Row]) -> str:
     """Steps of the last stage and of its controls, and who set them."""
     last = row_with(rows, "last")
     arms = [row for row in (last, *(r for r in rows if r.role == "control")) if row is not None]
-    words = f"Steps: {_list([f'{row.title} {row.steps or 0:,}' for row in arms])}."
+    words = f"Steps: {_list([f'{row.steps or 0:,} in {row.title}' for row in arms])}."
     clocked = [
         name for name, c in run.recipe.controls.items() if c.steps is None and c.epochs is None
     ]
