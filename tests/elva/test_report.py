@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from elva.cli import app
 from elva.commands.report import report
 from elva.data import Item
 from elva.errors import RunError
@@ -128,6 +131,61 @@ def test_the_right_answer_is_framed_once_for_each_side_that_shows_it(page: Path)
 def test_openmoji_is_credited() -> None:
     assert pictures.attribution(["7:1"]) is None
     assert "OpenMoji" in pictures.attribution(["7:1", "10:4"])
+
+
+# -- several runs ----------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_on_the_queries_of_both(root: Path, tmp_path: Path) -> None:
+    one, two = (reported.build(root, tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    found = two.read("2", "evaluation.json")
+    for sample, rank in zip(found["samples"]["t2i"], [1, 1, 1, 1, 1, 6], strict=True):
+        sample["rank"] = rank
+    found["samples"]["t2i"][5]["positives"] = ["7:0"]  # another question under the same id
+    found["figures"]["t2i_recall_at_1"] = 5 / 6
+    two.write("2", "evaluation.json", found)
+    done = invoke("report", one.directory, two.directory, "--output", tmp_path / "x.html", "--json")
+    said = json.loads(done.stdout)
+    (apart, _) = said["differences"]
+    assert (apart["ours"], apart["theirs"]) == ("b/run: stage 2", "a/run: stage 2")
+    assert (apart["mean"], apart["queries"], apart["steps"]) == (pytest.approx(0.2), 5, [4, 4])
+    assert said["recipe_differences"] == {"seed": [0, 1]}
+    html = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "2 runs: a/run, b/run" in html and "Seeds: a/run 0, b/run 1." in html
+    assert (
+        "b/run: stage 2 (4 steps) has t→i R@1 0.833, +0.200 (+0.000 to +0.600), too small" in html
+    )
+    assert re.search(r'<th scope="row">seed</th><td>0</td><td>1</td>', html)
+    rows = re.findall(r'<tr><th scope="row">(\w/run: [\w ]+)</th><td>4<', html)
+    arms = ["stage 2", "control infonce"]
+    assert rows == [f"{name}/run: {arm}" for name in "ab" for arm in arms]
+    assert not (one.directory / "report.html").exists()
+
+
+def test_what_cannot_be_reported_is_one_line(run: Run, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(run.directory)
+    for words, rule in (
+        ((run.directory, link), "report: runs must differ, got"),
+        ((run.directory, "--output", tmp_path / "x.pdf"), "--output: must end in .html, got"),
+        ((run.directory, "--output", tmp_path), "--output: must end in .html, got"),
+        ((run.directory, tmp_path), "must hold a run, got no recipe.yaml"),
+    ):
+        done = invoke("report", *words)
+        assert done.exit_code == 2 and rule in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_json_has_the_intervals_of_the_page(run: Run) -> None:
+    said = json.loads(invoke("report", run.directory, "--json").stdout)
+    html = Path(said["page"]).read_text(encoding="utf-8")
+    found = said["intervals"]["stage 2"]["t2i_recall_at_1"]
+    assert found["mean"] == pytest.approx(4 / 6) and found["queries"] == 6
+    assert f"<small>{found['low']:.3f} to {found['high']:.3f}</small>" in html
+    assert {d["theirs"] for d in said["differences"]} == {"stage 1", "control infonce"}
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 # -- half a run ------------------------------------------------------------------------------------
