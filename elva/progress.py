@@ -55,8 +55,12 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s")
 
 
+LINE_SECONDS = 30.0
+"""Ours: between two lines on work that goes on, in a log."""
+
+
 class Bars:
-    """The reporter of the command line; on a console that is no terminal only the lines appear."""
+    """The reporter of the command line: a bar on a terminal, else a line now and then."""
 
     def __init__(self, console: Terminal) -> None:
         self.console = console
@@ -72,7 +76,7 @@ class Bars:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._began = time.perf_counter()
+        self._said = time.perf_counter()
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -86,12 +90,20 @@ class Bars:
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         self._progress.add_task(what, total=total, values="", unit=unit)
-        self._began = time.perf_counter()
+        self._said = time.perf_counter()
 
     def advance(self, done: int, values: dict[str, float] | None = None) -> None:
         text = "  ".join(f"{k} {values[k]:.3f}" for k in SHOWN if k in values) if values else ""
         for task in self._progress.task_ids:
             self._progress.update(task, completed=done, values=text)
+        now = time.perf_counter()
+        if self._progress.disable and now - self._said >= LINE_SECONDS:
+            self._said = now
+            for task in self._progress.tasks:
+                total = "" if task.total is None else f" of {task.total:,.0f}"
+                counted = f"{task.description}: {done:,}{total} {task.fields['unit']}"
+                rate = _Rate().render(task).plain
+                self.say("  ".join(filter(None, (counted, rate, text))))
 
     def say(self, line: str) -> None:
         """A line above the bar."""
