@@ -25,7 +25,7 @@ FRONT = ROOT / "README.md"
 ROOMS = ("csrc", "elva_kernels", "elva", "benchmarks")
 READMES = [FRONT, *(ROOT / room / "README.md" for room in ROOMS)]
 
-MADE = re.compile(r"__pycache__|\.so$|^results/")
+MADE = re.compile(r"__pycache__|\.so$|^results/|^screens/")
 """What a tree leaves out: what is built, and what is measured."""
 
 
