@@ -77,6 +77,11 @@ NOT_RUN = {
         "tests/elva/test_processes.py",
         "test_accelerate_reads_the_launch_files_as_they_say",
     ),
+    "elva demo": Proof(
+        "it serves until it is told to end",
+        "tests/elva/test_demo.py",
+        "test_a_trained_run_is_shown_as_it_is_searched",
+    ),
     "python -m benchmarks.report": Proof(
         "it draws anew what is kept in the tree", "benchmarks/report.py", "plot(result,"
     ),
