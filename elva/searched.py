@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from elva.data import Pool, load
 from elva.data.mbeir import first_instructions
-from elva.errors import IndexFault, UserError
+from elva.errors import IndexFault
 from elva.index import Index
 from elva.model.encoder import unfamiliar
 from elva.progress import SILENT, Reporter
@@ -34,7 +34,6 @@ def open_searched(
     *,
     stage: str | None = None,
     model: str | Path | None = None,
-    what: str = "search",
     reporter: Reporter = SILENT,
 ) -> Searched:
     """An index with its model, or a run's model with the index of its test pictures.
@@ -42,7 +41,6 @@ def open_searched(
     Args:
         stage: of a run, the stage or control whose model answers; the last trained for None.
         model: of an index, where its model lies now; where it lay for None.
-        what: the command, for errors.
 
     Raises:
         UserError: no such stage, or an index that does not say what made it.
@@ -50,19 +48,7 @@ def open_searched(
     if isinstance(target, Run):
         found = _of_run(target, stage, reporter)
     else:
-        about = target.about
-        lay = model or about.get("model")
-        if lay is None:
-            raise UserError(
-                f"{what}: {target.directory} does not say which model made it; pass --model"
-            )
-        searcher = Searcher(
-            lay,
-            stage=stage,
-            max_completion_length=about.get("max_completion_length"),
-            read=about.get("read", "at_ret"),
-        )
-        found = Searched(searcher, target)
+        found = Searched(Searcher.of(target, model, stage=stage), target)
     if line := unfamiliar(found.searcher.encoder, _datasets(found.index)):
         reporter.say(line)
     return found

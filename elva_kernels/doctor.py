@@ -36,18 +36,25 @@ def available_backends() -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Report:
-    """What `doctor` found; `print` it, or read its fields."""
+    """What `doctor` found; `print` it, or read its fields.
+
+    Attributes:
+        versions: of Python, torch and the machine.
+        backends: name -> None where it runs here, or the reason in a sentence why not.
+        native: of the compiled module: level, levels, compiler, threads and more.
+        selftests: of GPU backends, what is known: None for passed, or the error.
+    """
 
     versions: dict[str, str]
-    backends: dict[str, str | None]  # None: runs here; else the reason why not
-    native: dict[str, Any]  # the compiled module: level, levels, compiler, threads, ...
-    selftests: dict[str, str | None]  # what is known of GPU backends: None passed; else the error
+    backends: dict[str, str | None]
+    native: dict[str, Any]
+    selftests: dict[str, str | None]
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
         for name, reason in self.backends.items():
             lines.append(f"{name:10s} {'runs here' if reason is None else reason}")
-        told = ("available", "reason")  # among the backends
+        told = ("available", "reason", "cuda_lacks")  # among the backends
         lines += [f"  {name}: {fact}" for name, fact in self.native.items() if name not in told]
         for subject, error in self.selftests.items():
             lines.append(f"  self-test of {subject}: {'passed' if error is None else error}")

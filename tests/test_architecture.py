@@ -317,6 +317,18 @@ def test_public_names_are_documented(name):
         assert told >= set(inspect.signature(public).parameters)
 
 
+def test_the_package_is_its_own_table_of_contents():
+    assert set(re.findall(r"\w+", inspect.getdoc(elva_kernels))) >= set(elva_kernels.__all__)
+
+
+@pytest.mark.parametrize("name", elva_kernels.__all__)
+def test_the_fields_of_results_are_documented(name):
+    public = getattr(elva_kernels, name)
+    fields = getattr(public, "_fields", getattr(public, "__dataclass_fields__", ()))
+    told = re.findall(r"^    (\w+): ", inspect.getdoc(public).partition("Attributes:")[2], re.M)
+    assert told == [*fields]
+
+
 def test_public_names_are_in_order():
     assert sorted(elva_kernels.__all__) == elva_kernels.__all__
 

@@ -125,7 +125,7 @@ def demo(
         data = data_of(target)
     elif data is not None and not (data / "grains.jsonl").is_file():
         raise UserError(f"demo: --data must hold grains.jsonl, got {data}; leave it out")
-    searched = open_searched(target, stage=stage, model=model, what="demo", reporter=reporter)
+    searched = open_searched(target, stage=stage, model=model, reporter=reporter)
     known = {} if data is None else known_grains(data)
     if server.host not in LOOPBACK:
         reporter.say(
