@@ -46,8 +46,9 @@ class Visit:
 
 def theme() -> Any:
     """The fonts of the machine, so that none is fetched, and the reports' blue."""
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return gr.themes.Default(primary_hue="sky", **fonts).set(
+    return gr.themes.Default(
+        primary_hue="sky", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(
         button_primary_background_fill="#0072b2", button_primary_background_fill_hover="#005a8c",
         button_primary_background_fill_dark="#0072b2", body_text_color_subdued="#5b6670",
         body_text_color_subdued_dark="#9aa5b1", block_info_text_color="#5b6670",

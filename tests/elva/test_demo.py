@@ -11,11 +11,14 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -473,29 +476,53 @@ def test_another_host_is_said_and_reached_by_any_name(small, monkeypatch):
     ]
 
 
-def test_ctrl_c_ends_it_cleanly(small, start, tmp_path):
+class Serving(NamedTuple):
+    """`elva demo` in a process of its own, once it says where."""
+
+    process: subprocess.Popen[bytes]
+    printed: Path
+    url: str
+
+    def end(self, by: int) -> str:
+        """What it printed, ended by a signal, with exit code 0."""
+        self.process.send_signal(by)
+        assert self.process.wait(30) == 0
+        return self.printed.read_text()
+
+
+@contextmanager
+def started(*words: str, directory: Path) -> Iterator[Serving]:
+    printed = directory / "printed"
+    with printed.open("w") as out, subprocess.Popen(
+        [sys.executable, "-m", "elva", "demo", *words, "--no-open"],
+        stdout=out, stderr=out, cwd=directory, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        try:
+            until(lambda: "http://" in printed.read_text() or process.poll() is not None)
+            (url,) = re.findall(r"http://[0-9.:]+", printed.read_text())
+            yield Serving(process, printed, url)
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_ends_it_cleanly(small, tmp_path):
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
-    process = start("demo", str(small), "--no-open", directory=tmp_path)
-    printed = tmp_path / "printed"
-    until(lambda: "http://127.0.0.1:" in printed.read_text() if printed.exists() else False)
-    address = re.search(r"http://127\.0\.0\.1:\d+", printed.read_text())[0]
-    assert httpx.get(address).status_code == 200
-    os.kill(process.pid, signal.SIGINT)
-    process.join(20)
-    assert process.exitcode == 0 and printed.read_text().endswith("demo: ended\n")
-    assert "Traceback" not in printed.read_text()
+    with started(str(small), directory=tmp_path) as server:
+        assert httpx.get(server.url).status_code == 200
+        printed = server.end(signal.SIGINT)
+    assert printed.endswith("demo: ended\n") and "Traceback" not in printed
     assert set(Path(tempfile.gettempdir()).glob("elva-demo-*")) <= before
 
 
 def until(holds: Any) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.1)
 
 
 @pytest.mark.thorough
-def test_a_trained_run_is_shown_as_it_is_searched(finished, start, browser, tmp_path):
+def test_a_trained_run_is_shown_as_it_is_searched(finished, browser, tmp_path):
     """The page of `elva demo RUN` has the answers of `elva search RUN --json`, and the grains that
     the run's data names."""
     run = tmp_path / "run"
@@ -503,18 +530,14 @@ def test_a_trained_run_is_shown_as_it_is_searched(finished, start, browser, tmp_
     words = "index pointing up: light skin tone"
     found = CliRunner().invoke(app, ["search", str(run), words, "--json", "-k", "5"])
     hits = json.loads(found.stdout)
-    process = start("demo", str(run), "--no-open", "-k", "5", directory=tmp_path)
-    printed = tmp_path / "printed"
-    until(lambda: "http://" in printed.read_text() if printed.exists() else False)
-    tab = browser.new_page()
-    tab.goto(re.search(r"http://[0-9.:]+", printed.read_text())[0])
-    seen = Shown(tab, [], [])
-    seen.ask(words)
-    assert seen.ids() == [hit["id"] for hit in hits]
-    shown_scores = [one.split(" ")[0] for one in seen.texts("#found li .note")]
-    assert shown_scores == [f"{hit['score']:.3f}" for hit in hits]
-    assert "index · entity" in seen.texts("#grains label span")
-    tab.close()
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
-    assert process.exitcode == 0
+    with started(str(run), "-k", "5", directory=tmp_path) as server:
+        tab = browser.new_page()
+        tab.goto(server.url)
+        seen = Shown(tab, [], [])
+        seen.ask(words)
+        assert seen.ids() == [hit["id"] for hit in hits]
+        scores = [one.split(" ")[0] for one in seen.texts("#found li .note")]
+        assert scores == [f"{hit['score']:.3f}" for hit in hits]
+        assert "index · entity" in seen.texts("#grains label span")
+        tab.close()
+        server.end(signal.SIGTERM)
