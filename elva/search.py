@@ -5,14 +5,14 @@ A query is embedded exactly as a test query is: same instruction, same greedy su
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from elva.data import Item, Query
-from elva.data.schema import normalise
+from elva.data.schema import COLUMNS, normalise
 from elva.errors import DataError, UserError
 from elva.index import Index
 from elva.index.embeddings import columns
@@ -48,6 +48,8 @@ class Hit:
     image: Path | None
     proven_by: str | None = None  # what shows that nothing better is there: codes, rows
     rows_read: int | None = None  # embeddings that the search read, besides codes
+    text: str | None = None  # what it says, where it is or has a text
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # the index's further fields
 
     def title(self, hits: Sequence["Hit"]) -> str:
         """Its name; behind it its id, where another of these hits has the same name."""
@@ -55,7 +57,10 @@ class Hit:
         return f"{self.name} ({self.id})" if again else self.name
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "image": None if self.image is None else str(self.image)}
+        """All but `text` and `metadata`, whose values need not be JSON's."""
+        found = {**asdict(self), "image": None if self.image is None else str(self.image)}
+        del found["text"], found["metadata"]
+        return found
 
 
 class Searcher:
@@ -76,6 +81,34 @@ class Searcher:
         self.encoder: Encoder = (
             open_encoder(model, **options) if isinstance(model, str | Path) else model
         )
+
+    @classmethod
+    def of(
+        cls,
+        index: Index,
+        model: str | Path | Encoder | None = None,
+        *,
+        stage: str | None = None,
+    ) -> "Searcher":
+        """The searcher of the model that made an index, read as it was then.
+
+        Args:
+            model: where it lies now, or an encoder; where it lay for None.
+            stage: of a run, the stage or control whose model it is; the last trained for None.
+
+        Raises:
+            UserError: the index does not say which it was, or it cannot be opened.
+        """
+        if model is not None and not isinstance(model, str | Path):
+            return cls(model)
+        about = index.about
+        lay = model or about.get("model")
+        if lay is None:
+            raise UserError(
+                f"search: {index.directory} does not say which model made it; pass --model"
+            )
+        length, read = about.get("max_completion_length"), about.get("read", "at_ret")
+        return cls(lay, stage=stage, max_completion_length=length, read=read)
 
     def embed(self, items: Sequence[Item], reporter: Reporter = SILENT) -> Tensor:
         """[n, D] fp32 embeddings.
@@ -165,6 +198,8 @@ class Searcher:
                 Path(item["image"]) if item.get("image") else None,
                 proven_by,
                 found.rows_read,
+                item.get("text"),
+                {name: value for name, value in item.items() if name not in COLUMNS},
             )
             for rank, (score, item) in enumerate(
                 zip(found.scores[0].tolist(), table, strict=False), start=1

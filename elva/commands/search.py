@@ -54,18 +54,7 @@ def search(
     if isinstance(target, Run):
         searcher, index = _of_run(target, stage, reporter)
     else:
-        about = target.about
-        lay = model or about.get("model")
-        if lay is None:
-            raise UserError(
-                f"search: {target.directory} does not say which model made it; pass --model"
-            )
-        index, searcher = target, Searcher(
-            lay,
-            stage=stage,
-            max_completion_length=about.get("max_completion_length"),
-            read=about.get("read", "at_ret"),
-        )  # fmt: skip
+        index, searcher = target, Searcher.of(target, model, stage=stage)
     if line := unfamiliar(searcher.encoder, _datasets(index)):
         reporter.say(line)
     return searcher.search(
