@@ -30,6 +30,7 @@ def pytest_load_initial_conftests():
 def parameters(item):
     return item.callspec.params if hasattr(item, "callspec") else {}
 
+
 def level_of(item):
     """The best one where a test takes no backend, None where it takes another one than the CPU."""
     best = sys.modules["elva_kernels._C"].level()
