@@ -1,13 +1,15 @@
-"""Builds elva_kernels._C from csrc through ninja: the CPU always, CUDA when nvcc is found.
+"""Builds elva_kernels._C from csrc through ninja: the CPU always, CUDA where nvcc and a GPU are.
 
-ELVA_KERNELS_CUDA=0|1 decides about CUDA, ELVA_KERNELS_CUDA_ARCHS="80 90a" names architectures:
-without it those of the machine's GPUs, or all where it has none. CXX, CXXFLAGS and LDFLAGS are
-honoured; ELVA_KERNELS_WERROR=1 makes errors of nvcc's warnings. Without a C++ compiler it installs
-no _C, and doctor() says so.
+CUDA is built for the machine's GPUs. A machine without one builds none by default, since all
+architectures take minutes that most such builds, wheels and laptops, have no use for: an image for
+other machines names theirs by ELVA_KERNELS_CUDA_ARCHS="80 90a", or takes all by
+ELVA_KERNELS_CUDA=1; 0 never builds CUDA. CXX, CXXFLAGS and LDFLAGS are honoured;
+ELVA_KERNELS_WERROR=1 makes errors of nvcc's warnings. Without a C++ compiler no _C is installed.
+What is left out is printed, and doctor() says why.
 """
 
 import os
-import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,16 +22,19 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/levels.h -> flags of that level's *_simd objects
-if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16 -mavx512vnni"}
-    LEVELS[4] = LEVELS[3]  # its tiles are in assembler
+AVX512BF16 = f"{AVX512} -mavx512bf16 -mavx512vnni"
+# The compiler's macro for a processor family -> ELVA_LEVEL in csrc/cpu/levels.h, beside plain's 0,
+# -> flags of that level's *_simd objects. The tiles of the last one are in assembler.
+LEVELS = {
+    "__aarch64__": {1: "", 2: "-march=armv8.2-a+dotprod"},
+    "__x86_64__": {3: AVX2, 4: AVX512, 5: AVX512BF16, 6: AVX512BF16},
+}
 # By a compute capability's first number; as far as nvcc knows them.
 CUDA_ARCHS = {"8": "80", "9": "90a", "10": "100", "12": "120"}
 # gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
-  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -isystem {python} -isystem {pybind11} {CXXFLAGS}
+  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -Wno-unknown-warning-option {CXXFLAGS}
 nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills{strict} $
   --threads 0 {gencode}
 rule cxx
@@ -55,30 +60,40 @@ def working_compiler() -> str | None:
     return None
 
 
-def cuda_compiler() -> tuple[str, list[str]]:
-    """nvcc and the architectures to build for; ("", []) for none."""
+def target_macros(cxx: str) -> set[str]:
+    """Names of the compiler's macros, which tell what it compiles for: not always this machine."""
+    flags = f"{os.environ.get('CXXFLAGS', '')} -dM -E -xc++ -"
+    command = [*cxx.split(), *flags.split()]
+    told = subprocess.run(command, input=b"", capture_output=True, check=True).stdout.decode()
+    return {line.split()[1] for line in told.splitlines()}
+
+
+def cuda_compiler() -> tuple[str, list[str], str]:
+    """nvcc, the architectures to build for, ""; or "", [], and why for none."""
     wish = os.environ.get("ELVA_KERNELS_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"ELVA_KERNELS_CUDA must be 0 or 1, got {wish!r}")
+    if wish == "0":
+        return "", [], "ELVA_KERNELS_CUDA=0 asked for that"
     home = os.environ.get("CUDA_HOME")
     nvcc = (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc")
-    if wish == "0" or not nvcc:
-        if wish == "1":
-            sys.exit("ELVA_KERNELS_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME")
-        print("elva_kernels: no nvcc in use, building for the CPU only", file=sys.stderr)
-        return "", []
     named = os.environ.get("ELVA_KERNELS_CUDA_ARCHS", "").split()
+    if not nvcc:
+        if wish == "1" or named:
+            asked = "ELVA_KERNELS_CUDA=1" if wish else f"ELVA_KERNELS_CUDA_ARCHS={' '.join(named)}"
+            sys.exit(f"{asked} needs nvcc: put it on PATH or set CUDA_HOME")
+        return "", [], "no nvcc was found"
     if named:
-        return nvcc, named
+        return nvcc, named, ""
+    wanted = list(CUDA_ARCHS.values()) if wish == "1" else archs_of_gpus()
+    if not wanted:
+        return "", [], "nvcc was there, but no GPU that the kernels know"
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    wanted = archs_of_gpus() or list(CUDA_ARCHS.values())
     archs = [x for x in wanted if f"sm_{x.rstrip('a')}" in known]
-    if not archs:
-        lacks = f"{nvcc} knows none of sm_{', sm_'.join(wanted)}; install a newer CUDA toolkit"
-        if wish == "1":
-            sys.exit(f"ELVA_KERNELS_CUDA=1 needs an architecture: {lacks}")
-        print(f"elva_kernels: {lacks}: CPU only", file=sys.stderr)
-    return (nvcc, archs) if archs else ("", [])
+    lacks = f"the nvcc of that build knows none of sm_{', sm_'.join(wanted)}" if not archs else ""
+    if lacks and wish == "1":
+        sys.exit(f"ELVA_KERNELS_CUDA=1 needs a newer CUDA toolkit: {lacks}")
+    return (nvcc if archs else ""), archs, lacks
 
 
 def archs_of_gpus() -> list[str]:
@@ -100,31 +115,44 @@ class NinjaBuild(build_ext):
         if cxx is None:
             print("elva_kernels: no C++ compiler that works, so no _C", file=sys.stderr)
             return
-        nvcc, archs = cuda_compiler()
+        nvcc, archs, lacks = cuda_compiler()
+        if lacks:
+            note = "ELVA_KERNELS_CUDA=1 builds for every GPU, ELVA_KERNELS_CUDA_ARCHS=90a for one"
+            print(f"elva_kernels: no CUDA, since {lacks}; {note}", file=sys.stderr)
         import pybind11
 
         values = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
-        values |= {"cxx": cxx, "nvcc": nvcc, "python": sysconfig.get_path("include")}
-        values["pybind11"] = pybind11.get_include()
+        values |= {"cxx": cxx, "nvcc": nvcc}
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         values["link"] = f"{nvcc} -cudart static {gencode}" if nvcc else f"{cxx} -pthread"
+        if sys.platform == "darwin":
+            values["link"] += " -undefined dynamic_lookup"  # Python's own, when it loads the module
         values["gencode"] = gencode
         strict = os.environ.get("ELVA_KERNELS_WERROR") == "1"
         values["strict"] = ",-Werror -Werror all-warnings" if strict else ""
-        steps = [("nvcc", f"cuda/{x.name}", "") for x in ROOT.glob("csrc/cuda/*.cu") if nvcc]
-        levels = [f"-DELVA_LEVEL={n} {LEVELS[n]}" for n in LEVELS]
+        cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []
+        steps = [("nvcc", f"cuda/{x.name}", "", "") for x in cuda_sources]
+        macros = target_macros(cxx)
+        if "__APPLE__" in macros:  # Python's symbols are the process's
+            values["link"] += " -undefined dynamic_lookup"
+        flags = {0: ""} | next((LEVELS[x] for x in LEVELS if x in macros), {})
+        levels = [(f".{n}", f"-DELVA_LEVEL={n} {flags[n]}") for n in flags]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):
-            extras = levels if "_simd" in x.name else [""]
-            steps += [("cxx", f"cpu/{x.name}", extra) for extra in extras]
-        cuda = f'-O1 -DELVA_CUDA_ARCHS=\\"{",".join(archs)}\\"' if nvcc else "-O1"
+            variants = levels if "_simd" in x.name else [("", "")]
+            steps += [("cxx", f"cpu/{x.name}", *variant) for variant in variants]
+        fact = ("ARCHS", ",".join(archs)) if nvcc else ("LACKS", lacks)
+        # Where Python and pybind11 lie changes with each isolated build: they are told to none that
+        # need not know, so that a second build of this tree compiles little more than the bindings.
+        includes = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        extra = ["-O1", *includes, '-DELVA_CUDA_{}="{}"'.format(*fact)]
         plain = ["bindings.cpp"] + ["bindings_cuda.cpp", "cuda/device.cpp"] * bool(nvcc)
-        steps += [("cxx", name, cuda) for name in plain]
+        steps += [("cxx", name, "", shlex.join(extra)) for name in plain]
         text = NINJA.format(**values)
-        for i, (rule, name, extra) in enumerate(steps):
+        for rule, name, level, extra in steps:
             source = str(ROOT / "csrc" / name).replace(" ", "$ ")
-            text += f"build {i}.o: {rule} {source}\n  extra = {extra}\n"
+            text += f"build {name}{level}.o: {rule} {source}\n  extra = {extra}\n"
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        objects = " ".join(f"{i}.o" for i in range(len(steps)))
+        objects = " ".join(f"{name}{level}.o" for _, name, level, _ in steps)
         text += f"build {str(target).replace(' ', '$ ')}: link {objects}\n"
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         Path(self.build_temp, "build.ninja").write_text(text)

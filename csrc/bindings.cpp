@@ -97,12 +97,13 @@ py::dict build_info() {
   info["compiler"] = std::string("gcc ") + __VERSION__;
 #endif
 #ifdef ELVA_CUDA_ARCHS
-  const std::string archs = ELVA_CUDA_ARCHS;
+  const std::string archs = ELVA_CUDA_ARCHS, lacks;
 #else
-  const std::string archs;
+  const std::string archs, lacks = ELVA_CUDA_LACKS;
 #endif
   info["cuda"] = !archs.empty();
   info["cuda_archs"] = archs;
+  info["cuda_lacks"] = lacks;  // why there are none
   return info;
 }
 

@@ -51,6 +51,8 @@ from elva_kernels.reward import (
 )
 from elva_kernels.topk import topk
 
+__version__ = "0.2.0"  # of elva/__init__.py, which the build reads
+
 __all__ = [
     "BackendUnavailable",
     "CodedTopK",

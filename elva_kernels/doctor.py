@@ -54,7 +54,7 @@ class Report:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
         for name, reason in self.backends.items():
             lines.append(f"{name:10s} {'runs here' if reason is None else reason}")
-        told = ("available", "reason")  # among the backends
+        told = ("available", "reason", "cuda_lacks")  # among the backends
         lines += [f"  {name}: {fact}" for name, fact in self.native.items() if name not in told]
         for subject, error in self.selftests.items():
             lines.append(f"  self-test of {subject}: {'passed' if error is None else error}")

@@ -10,14 +10,17 @@ import typer
 from elva import __version__
 from elva.cli import (
     data,
+    demo,
     doctor,
     embed,
     evaluate,
     export,
     grains,
     index,
+    inspect,
     mine,
     mrbench,
+    push,
     report,
     search,
     train,
@@ -72,12 +75,15 @@ def _options(
 
 
 app.command(epilog=train.EXAMPLES)(train.train)
-app.command(epilog="Example:  elva report runs/one")(report.report)
+app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.add_typer(index.app, name="index")
 app.command(epilog=search.EXAMPLES)(search.search)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=push.EXAMPLES)(push.push)
 app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(mrbench.app, name="mrbench")

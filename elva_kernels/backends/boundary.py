@@ -37,7 +37,8 @@ def describe() -> dict[str, Any]:
 
     Keys: `available` (bool), `reason` (None or a sentence); where it loads also `level` (in use),
     `levels` (that this CPU and its operating system support, best first), `compiler`, `cuda`
-    (bool), `cuda_archs` (tuple of str), `threads` (what a call made now would use).
+    (bool), `cuda_archs` (tuple of str), `cuda_lacks` (str, why there are none), `threads` (what a
+    call made now would use).
     """
     found, reason = _load()
     facts: dict[str, Any] = {"available": reason is None, "reason": reason}
@@ -48,6 +49,7 @@ def describe() -> dict[str, Any]:
         facts["compiler"] = info["compiler"]
         facts["cuda"] = info["cuda"]
         facts["cuda_archs"] = tuple(filter(None, info["cuda_archs"].split(",")))
+        facts["cuda_lacks"] = info.get("cuda_lacks", "it is of an older source")
         facts["threads"] = torch.get_num_threads()
     return facts
 

@@ -103,11 +103,22 @@ def in_reverse(
                 return function.forward(*arguments)
         if forward_ad._current_level >= 0:
             return in_forward_mode.apply(*arguments)
-        if is_compiling or torch._C._are_functorch_transforms_active():
+        if is_compiling:
+            return function.apply(*_each_once(arguments))
+        if torch._C._are_functorch_transforms_active():
             return function.apply(*arguments)
         return apply_positional(*unwrap_dead_wrappers(arguments))
 
     return apply
+
+
+def _each_once(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, a tensor among them a second time as a view: Dynamo traces no other."""
+    once: list[Any] = []
+    for x in arguments:
+        repeated = isinstance(x, Tensor) and any(x is y for y in once)
+        once.append(x.view_as(x) if repeated else x)
+    return once
 
 
 def _refuse_compiled_transform() -> NoReturn:

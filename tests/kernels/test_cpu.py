@@ -24,7 +24,7 @@ from tests.kernels import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
-LEVELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3, "amx": 4}
+LEVELS = {"plain": 0, "avx2": 3, "avx512": 4, "avx512bf16": 5, "amx": 6}
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVEL_FLAGS = {
     "plain": "",

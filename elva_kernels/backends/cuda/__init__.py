@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels of `elva_kernels._C` for NVIDIA GPUs, compiled where nvcc is found.
+"""The CUDA backend: kernels of `elva_kernels._C` for NVIDIA GPUs, where it was built with them.
 
 They run on the tensors' device and its current stream, in bfloat16, float16 and float32.
 """
@@ -18,8 +18,8 @@ def unavailable_reason() -> str | None:
     facts = boundary.describe()
     if not facts.get("cuda"):
         return facts["reason"] or (
-            "elva_kernels._C was built without CUDA, for no nvcc was found; install the CUDA "
-            "toolkit and run pip install again, with ELVA_KERNELS_CUDA=1 to insist"
+            f"elva_kernels._C was built without CUDA: {facts['cuda_lacks']}; on this machine, with "
+            "the CUDA toolkit, run ELVA_KERNELS_CUDA=1 pip install in elva's source"
         )
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "torch sees no NVIDIA GPU"
@@ -30,7 +30,8 @@ def unavailable_reason() -> str | None:
     if not any(_runs_on(arch, capability) for arch in facts["cuda_archs"]):
         return (
             f"elva_kernels._C was built for sm_{', sm_'.join(facts['cuda_archs'])}, this GPU has "
-            f"{'.'.join(map(str, capability))}; run pip install again on this machine"
+            f"{'.'.join(map(str, capability))}; run pip install again on this machine, or "
+            "anywhere with ELVA_KERNELS_CUDA_ARCHS"
         )
     return None
 
