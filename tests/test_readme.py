@@ -87,6 +87,11 @@ NOT_RUN = {
         "tests/elva/test_kernels_hub.py",
         'monkeypatch.setattr(sys, "argv", ["kernels_hub", str(written)])',
     ),
+    "elva demo": Proof(
+        "it serves until it is told to end",
+        "tests/elva/test_demo.py",
+        "test_a_trained_run_is_shown_as_it_is_searched",
+    ),
     "python -m benchmarks.report": Proof(
         "it draws anew what is kept in the tree", "benchmarks/report.py", "plot(result,"
     ),
