@@ -14,11 +14,12 @@ from playwright.sync_api import Page, sync_playwright
 
 from elva.commands.demo import serving
 from elva.demo.switches import known_grains
+from elva.errors import counted
 from elva.run import Run
 from elva.searched import data_of, open_searched
 
 SCREENS = Path(__file__).parent / "screens"
-QUERY, OFF = "woman firefighter: medium-dark skin tone", "medium-dark skin tone"
+QUERY, OFF = "woman astronaut: medium-dark skin tone", "medium-dark skin tone"
 MOST_BYTES = 300_000
 
 
@@ -27,7 +28,8 @@ def screens(directory: Path) -> list[Path]:
     run = Run.open(directory)
     searched = open_searched(run)
     data = data_of(run)
-    heading = f"{len(searched.index):,} test pictures of {directory.name}"
+    pictures, stage = counted(len(searched.index), "test picture"), run.title(run.answering())
+    heading = f"{pictures} of {directory.name}, {stage}"
     with (
         serving(searched, known_grains(data), heading, k=8) as url,
         sync_playwright() as playwright,
@@ -36,7 +38,7 @@ def screens(directory: Path) -> list[Path]:
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": 1200, "height": 800})
+        page = browser.new_page(viewport={"width": 1400, "height": 800})
         page.goto(url)
         page.fill("#words textarea", QUERY)
         page.press("#words textarea", "Enter")
