@@ -9,7 +9,6 @@ What is left out is printed, and doctor() says why.
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -23,16 +22,19 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-LEVELS = {0: ""}  # ELVA_LEVEL in csrc/cpu/levels.h -> flags of that level's *_simd objects
-if platform.machine().lower() in ("x86_64", "amd64"):
-    LEVELS |= {1: AVX2, 2: AVX512, 3: f"{AVX512} -mavx512bf16 -mavx512vnni"}
-    LEVELS[4] = LEVELS[3]  # its tiles are in assembler
+AVX512BF16 = f"{AVX512} -mavx512bf16 -mavx512vnni"
+# The compiler's macro for a processor family -> ELVA_LEVEL in csrc/cpu/levels.h, beside plain's 0,
+# -> flags of that level's *_simd objects. The tiles of the last one are in assembler.
+LEVELS = {
+    "__aarch64__": {1: "", 2: "-march=armv8.2-a+dotprod"},
+    "__x86_64__": {3: AVX2, 4: AVX512, 5: AVX512BF16, 6: AVX512BF16},
+}
 # By a compute capability's first number; as far as nvcc knows them.
 CUDA_ARCHS = {"8": "80", "9": "90a", "10": "100", "12": "120"}
 # gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
-  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi {CXXFLAGS}
+  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi {quiet} {CXXFLAGS}
 nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills{strict} $
   --threads 0 {gencode}
 rule cxx
@@ -56,6 +58,14 @@ def working_compiler() -> str | None:
             if run.returncode == 0:
                 return name
     return None
+
+
+def target_macros(cxx: str) -> set[str]:
+    """Names of the compiler's macros, which tell what it compiles for: not always this machine."""
+    flags = f"{os.environ.get('CXXFLAGS', '')} -dM -E -xc++ -"
+    command = [*cxx.split(), *flags.split()]
+    told = subprocess.run(command, input=b"", capture_output=True, check=True).stdout.decode()
+    return {line.split()[1] for line in told.splitlines()}
 
 
 def cuda_compiler() -> tuple[str, list[str], str]:
@@ -115,14 +125,18 @@ class NinjaBuild(build_ext):
         values |= {"cxx": cxx, "nvcc": nvcc}
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         values["link"] = f"{nvcc} -cudart static {gencode}" if nvcc else f"{cxx} -pthread"
-        if sys.platform == "darwin":
+        macros = target_macros(cxx)
+        if "__APPLE__" in macros:
             values["link"] += " -undefined dynamic_lookup"  # Python's own, when it loads the module
+        # It does not know a warning of gcc's that is not wanted.
+        values["quiet"] = "-Wno-unknown-warning-option" if "__clang__" in macros else ""
         values["gencode"] = gencode
         strict = os.environ.get("ELVA_KERNELS_WERROR") == "1"
         values["strict"] = ",-Werror -Werror all-warnings" if strict else ""
         cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []
         steps = [("nvcc", f"cuda/{x.name}", "", "") for x in cuda_sources]
-        levels = [(f".{n}", f"-DELVA_LEVEL={n} {LEVELS[n]}") for n in LEVELS]
+        flags = {0: ""} | next((LEVELS[x] for x in LEVELS if x in macros), {})
+        levels = [(f".{n}", f"-DELVA_LEVEL={n} {flags[n]}") for n in flags]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):
             variants = levels if "_simd" in x.name else [("", "")]
             steps += [("cxx", f"cpu/{x.name}", *variant) for variant in variants]

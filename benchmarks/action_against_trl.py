@@ -215,7 +215,7 @@ def measure_elva(place: Path, rows: int, steps: int, pictures: bool) -> dict[str
     from elva.training.callbacks import Callback
     from elva.training.examples import Examples
     from elva.training.loop import Loop
-    from elva.training.plan import Length, Saving
+    from elva.training.plan import Saving
     from elva.training.summaries import Summaries
     from elva.training.tokens import TokenLosses
 
@@ -250,7 +250,7 @@ def measure_elva(place: Path, rows: int, steps: int, pictures: bool) -> dict[str
             meter.step(round(metrics["completion_length"] * ROWS), read)
 
     loop = Loop(
-        retriever, work, settings, Length(steps), directory=place / "elva" / str(os.getpid()),
+        retriever, work, settings, steps, directory=place / "elva" / str(os.getpid()),
         processes=processes, saving=Saving(1e9), arguments={}, callbacks=[Step()],
     )  # fmt: skip
     meter.wrap(loop.accelerator, "backward", "backward")

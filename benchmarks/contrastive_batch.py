@@ -43,7 +43,7 @@ from elva.recipe import NegativeConfig, ScratchModel, StageConfig
 from elva.training.callbacks import Callback
 from elva.training.examples import Examples
 from elva.training.loop import Loop
-from elva.training.plan import Length, Saving
+from elva.training.plan import Saving
 from elva.training.stage import Stage
 
 STEM, SPLIT, PROMPT = mbeir.file_stem("made", "t2t"), "train", "Summarise it."
@@ -135,7 +135,7 @@ def loop_of(
         say=lambda line: None,
     )  # fmt: skip
     return Loop(
-        retriever, work, settings, Length(steps), directory=place / f"stage-{os.getpid()}",
+        retriever, work, settings, steps, directory=place / f"stage-{os.getpid()}",
         processes=processes, saving=Saving(1e9), arguments={}, callbacks=callbacks,
     )  # fmt: skip
 

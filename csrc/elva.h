@@ -307,8 +307,8 @@ typedef struct {
 ElvaStatus elva_acquire_block(int64_t bytes, ElvaBlock* block);
 void elva_release_block(const ElvaBlock* block);
 
-// The CPU level in use ("amx", "avx512bf16", "avx512", "avx2", "plain"), or null with ELVA_BAD_LEVEL's
-// reason below.
+// The CPU level in use ("amx", "avx512bf16", "avx512", "avx2", "plain"; "neondot", "neon", "plain"),
+// or null with ELVA_BAD_LEVEL's reason below.
 const char* elva_cpu_level(void);
 const char* elva_cpu_level_error(void);
 // Levels this CPU and its operating system support, best first, separated by spaces.

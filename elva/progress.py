@@ -3,8 +3,11 @@ ends."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.progress import (
     BarColumn,
@@ -18,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from elva.files import write_text
 from elva.terminal import Terminal
 
 SHOWN = ("loss", "lm", "infonce", "reward", "rank_1", "kl")
@@ -51,8 +55,12 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s")
 
 
+LINE_SECONDS = 30.0
+"""Ours: between two lines on work that goes on, in a log."""
+
+
 class Bars:
-    """The reporter of the command line; on a console that is no terminal only the lines appear."""
+    """The reporter of the command line: a bar on a terminal, else a line now and then."""
 
     def __init__(self, console: Terminal) -> None:
         self.console = console
@@ -68,7 +76,7 @@ class Bars:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._began = time.perf_counter()
+        self._said = time.perf_counter()
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -82,12 +90,20 @@ class Bars:
         for task in self._progress.task_ids:
             self._progress.remove_task(task)
         self._progress.add_task(what, total=total, values="", unit=unit)
-        self._began = time.perf_counter()
+        self._said = time.perf_counter()
 
     def advance(self, done: int, values: dict[str, float] | None = None) -> None:
         text = "  ".join(f"{k} {values[k]:.3f}" for k in SHOWN if k in values) if values else ""
         for task in self._progress.task_ids:
             self._progress.update(task, completed=done, values=text)
+        now = time.perf_counter()
+        if self._progress.disable and now - self._said >= LINE_SECONDS:
+            self._said = now
+            for task in self._progress.tasks:
+                total = "" if task.total is None else f" of {task.total:,.0f}"
+                counted = f"{task.description}: {done:,}{total} {task.fields['unit']}"
+                rate = _Rate().render(task).plain
+                self.say("  ".join(filter(None, (counted, rate, text))))
 
     def say(self, line: str) -> None:
         """A line above the bar."""
@@ -99,3 +115,61 @@ class Bars:
             self._progress.remove_task(task)
         if line:
             self.say(line)
+
+
+class Noted:
+    """A reporter that tells another, and keeps where its bar stands in a file, for who looks on.
+
+    Args:
+        inner: is told everything.
+        file: JSON, replaced whole at most once a second: `what`, `done`, `total`, `unit`, `rate` a
+            second (None before the second look), `time` (seconds since 1970) and `pid`.
+    """
+
+    def __init__(self, inner: Reporter, file: Path) -> None:
+        self.inner, self.file = inner, file
+        self._state: dict[str, Any] = {}
+        self._first: tuple[int, float] | None = None
+        self._written = 0.0
+
+    def start(self, what: str, total: int | None, unit: str = "steps") -> None:
+        """A bar begins."""
+        self.inner.start(what, total, unit)
+        self._state = {"what": what, "done": 0, "total": total, "unit": unit, "rate": None}
+        self._first = None
+        self._write()
+
+    def advance(self, done: int, values: dict[str, float] | None = None) -> None:
+        """It goes on; a resumed stage's first step is no work of this process's seconds."""
+        self.inner.advance(done, values)
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = done, now
+        elif now > self._first[1]:
+            self._state["rate"] = (done - self._first[0]) / (now - self._first[1])
+        self._state["done"] = done
+        if now - self._written >= 1:
+            self._write()
+
+    def say(self, line: str) -> None:
+        """A line."""
+        self.inner.say(line)
+
+    def finish(self, line: str) -> None:
+        """The bar ends."""
+        self.inner.finish(line)
+        self._write()
+
+    def close(self) -> None:
+        """All work is done: the file goes."""
+        self.file.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        self._written = time.perf_counter()
+        try:
+            write_text(
+                self.file, json.dumps({**self._state, "time": time.time(), "pid": os.getpid()})
+            )
+        except OSError as error:
+            # Work does not end for want of who could look on; what it writes itself will say so.
+            self.inner.say(f"{self.file.name} was not written: {error.strerror}")

@@ -305,7 +305,8 @@ class Recipe:
     model: ModelConfig = ModelConfig()
     stages: Mapping[Name, StageConfig] = field(default_factory=dict)
     controls: Mapping[Name, StageConfig] = field(default_factory=dict)
-    """Alternatives to the last stage: each starts where it started and runs for its wall time."""
+    """Alternatives to the last stage: each starts where it started and, where it names neither
+    steps nor epochs, takes as many steps."""
     seed: Annotated[int, between(0, 2**63 - 1)] = 0
     save_seconds: Weight = 30.0  # between checkpoints inside a stage
     save_steps: Count | None = None  # write one after so many steps, too

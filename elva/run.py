@@ -1,6 +1,7 @@
 """A run directory: the one place where training, evaluation, search and report meet.
 
-recipe.yaml  run.json  metrics.jsonl  report.html  *.png
+recipe.yaml  run.json  metrics.jsonl  report.html
+status.json                 where its training stands, while it lasts
 start/                      the checkpoint a model from scratch began with
 stage-2/checkpoint-*/       inside a stage, verified on resume
 stage-2/model/              what the stage ended with: an ordinary checkpoint, or an adapter and
@@ -17,12 +18,13 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -37,6 +39,10 @@ EVALUATED = ("test", "val")
 
 LOCK = ".lock"
 """Held by the process that trains."""
+
+
+LOOKS = (0.0, 0.02, 0.1, 0.3)
+"""Ours: seconds before each try to take it; who asks whether it is held has it for a moment."""
 
 
 class Run:
@@ -82,14 +88,26 @@ class Run:
             RunError: one is at work.
         """
         with open(self.directory / LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not any(_taken(lock, fcntl.LOCK_EX, wait) for wait in LOOKS):
                 raise RunError(
                     f"{self.directory}: must be trained by one process, got a second; wait for the "
                     "first or choose another --output"
-                ) from None
+                )
             yield
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a process on this machine trains it now."""
+        try:
+            with open(self.directory / LOCK) as lock:
+                return not _taken(lock, fcntl.LOCK_SH)
+        except FileNotFoundError:
+            return False
+
+    @property
+    def status_file(self) -> Path:
+        """Where the training stands while it lasts, and where it stopped if it did not end."""
+        return self.directory / "status.json"
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -179,6 +197,16 @@ class Run:
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def _taken(lock: IO[str], kind: int, wait: float = 0.0) -> bool:
+    """Whether a lock on an open file could be taken, after some seconds."""
+    time.sleep(wait)
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def title_of(directory: Path) -> str:

@@ -5,14 +5,14 @@ A query is embedded exactly as a test query is: same instruction, same greedy su
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from elva.data import Item, Query
-from elva.data.schema import normalise
+from elva.data.schema import COLUMNS, normalise
 from elva.errors import DataError, UserError
 from elva.index import Index
 from elva.index.embeddings import columns
@@ -48,6 +48,8 @@ class Hit:
     image: Path | None
     proven_by: str | None = None  # what shows that nothing better is there: codes, rows
     rows_read: int | None = None  # embeddings that the search read, besides codes
+    text: str | None = None  # what it says, where it is or has a text
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # the index's further fields
 
     def title(self, hits: Sequence["Hit"]) -> str:
         """Its name; behind it its id, where another of these hits has the same name."""
@@ -55,7 +57,19 @@ class Hit:
         return f"{self.name} ({self.id})" if again else self.name
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "image": None if self.image is None else str(self.image)}
+        """All but `text` and `metadata`, whose values need not be JSON's."""
+        found = {**asdict(self), "image": None if self.image is None else str(self.image)}
+        del found["text"], found["metadata"]
+        return found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a query found, and how the model read it."""
+
+    hits: list[Hit]  # best first
+    summary: str  # what the model wrote about the query; "" where it writes none
+    embedding: Tensor  # [1, D] fp32
 
 
 class Searcher:
@@ -76,6 +90,34 @@ class Searcher:
         self.encoder: Encoder = (
             open_encoder(model, **options) if isinstance(model, str | Path) else model
         )
+
+    @classmethod
+    def of(
+        cls,
+        index: Index,
+        model: str | Path | Encoder | None = None,
+        *,
+        stage: str | None = None,
+    ) -> "Searcher":
+        """The searcher of the model that made an index, read as it was then.
+
+        Args:
+            model: where it lies now, or an encoder; where it lay for None.
+            stage: of a run, the stage or control whose model it is; the last trained for None.
+
+        Raises:
+            UserError: the index does not say which it was, or it cannot be opened.
+        """
+        if model is not None and not isinstance(model, str | Path):
+            return cls(model)
+        about = index.about
+        lay = model or about.get("model")
+        if lay is None:
+            raise UserError(
+                f"search: {index.directory} does not say which model made it; pass --model"
+            )
+        length, read = about.get("max_completion_length"), about.get("read", "at_ret")
+        return cls(lay, stage=stage, max_completion_length=length, read=read)
 
     def embed(self, items: Sequence[Item], reporter: Reporter = SILENT) -> Tensor:
         """[n, D] fp32 embeddings.
@@ -148,14 +190,31 @@ class Searcher:
         Raises:
             UserError: an argument that cannot be answered, in one line.
         """
+        return self.answer(
+            index, query, image=image, k=k, where=where, instruction=instruction, engine=engine
+        ).hits
+
+    def answer(
+        self,
+        index: Index,
+        query: str = "",
+        *,
+        image: Path | None = None,
+        k: int = 10,
+        where: Where | None = None,
+        instruction: str | None = None,
+        engine: Engine | None = None,
+    ) -> Answer:
+        """What `search` finds, of the same arguments, with what the model wrote about the query."""
         check_query(query, k, image)
         index.check_model(self.encoder.identity)
         asked = _query(self.encoder, index, query, image, instruction)
-        found = (engine or index).search(self.embed([asked]), k, where=where)
+        read = self._encoded([asked], SILENT)
+        found = (engine or index).search(read.embeddings, k, where=where)
         proven_by = _proof(found) if engine is None or engine is index else None
         rows = found.rows[0][found.rows[0] >= 0].numpy()
         table = index.table.take(rows).to_pylist()
-        return [
+        hits = [
             Hit(
                 rank,
                 item["id"],
@@ -165,11 +224,14 @@ class Searcher:
                 Path(item["image"]) if item.get("image") else None,
                 proven_by,
                 found.rows_read,
+                item.get("text"),
+                {name: value for name, value in item.items() if name not in COLUMNS},
             )
             for rank, (score, item) in enumerate(
                 zip(found.scores[0].tolist(), table, strict=False), start=1
             )
         ]
+        return Answer(hits, read.summaries[0], read.embeddings)
 
 
 def _proof(found: Found) -> str:

@@ -39,13 +39,20 @@ _ON_A_GPU = _Pace(1024, 1024, 128, 128, 256 << 20, in_two=False)
 
 
 class CodedTopK(NamedTuple):
-    """The best corpus rows of each query, best first, and what it took to know them."""
+    """The best corpus rows of each query, best first, and what it took to know them.
 
-    scores: Tensor  # [Q, min(k, rows that may be found)]
-    # int64, of the same shape; in place of a method of tuples that nobody misses
-    index: Tensor  # type: ignore[assignment]
-    proven: Tensor  # bool [Q]: that no other row is better, by the codes; False: by all rows
-    rows_read: int  # of the corpus, copies of one row in several queries counted once a batch
+    Attributes:
+        scores: [Q, min(k, rows that may be found)] float32, or float64 for float64 inputs.
+        index: int64, as `scores`: rows of the corpus.
+        proven: bool [Q], True where codes show that no other row is better; False: all rows do.
+        rows_read: rows of the corpus that were read; one that several queries of a batch want
+            counts once.
+    """
+
+    scores: Tensor
+    index: Tensor  # type: ignore[assignment]  # a method of tuples that nobody misses
+    proven: Tensor
+    rows_read: int
 
 
 def row_codes(corpus: Tensor, *, backend: str = "auto") -> RowCodes:

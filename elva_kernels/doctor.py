@@ -36,12 +36,19 @@ def available_backends() -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Report:
-    """What `doctor` found; `print` it, or read its fields."""
+    """What `doctor` found; `print` it, or read its fields.
+
+    Attributes:
+        versions: of Python, torch and the machine.
+        backends: name -> None where it runs here, or the reason in a sentence why not.
+        native: of the compiled module: level, levels, compiler, threads and more.
+        selftests: of GPU backends, what is known: None for passed, or the error.
+    """
 
     versions: dict[str, str]
-    backends: dict[str, str | None]  # None: runs here; else the reason why not
-    native: dict[str, Any]  # the compiled module: level, levels, compiler, threads, ...
-    selftests: dict[str, str | None]  # what is known of GPU backends: None passed; else the error
+    backends: dict[str, str | None]
+    native: dict[str, Any]
+    selftests: dict[str, str | None]
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]

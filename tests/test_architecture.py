@@ -22,8 +22,8 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 ROOMS = (
     "errors", "terminal", "draws", "settings", "files", "progress", "processes",
     "trainer_arguments", "recipe", "recipes", "checkpoint", "data", "run", "model", "index",
-    "hardest", "search", "evaluation", "training", "report", "mrbench", "integrations",
-    "commands", "cli", "__main__",
+    "hardest", "search", "evaluation", "training", "report", "searched", "mrbench", "demo",
+    "integrations", "commands", "cli", "__main__",
 )  # fmt: skip
 
 # What only elva_kernels should compute, and the calls of such names that elva still has.
@@ -315,6 +315,18 @@ def test_public_names_are_documented(name):
     if inspect.isfunction(public):
         told = set(re.findall(r"\w+", inspect.getdoc(public)))
         assert told >= set(inspect.signature(public).parameters)
+
+
+def test_the_package_is_its_own_table_of_contents():
+    assert set(re.findall(r"\w+", inspect.getdoc(elva_kernels))) >= set(elva_kernels.__all__)
+
+
+@pytest.mark.parametrize("name", elva_kernels.__all__)
+def test_the_fields_of_results_are_documented(name):
+    public = getattr(elva_kernels, name)
+    fields = getattr(public, "_fields", getattr(public, "__dataclass_fields__", ()))
+    told = re.findall(r"^    (\w+): ", inspect.getdoc(public).partition("Attributes:")[2], re.M)
+    assert told == [*fields]
 
 
 def test_public_names_are_in_order():

@@ -6,7 +6,8 @@
 // Work split: the caller's thread, one job; R rows x 1 to 4 queries in registers a pass.
 // Bytes: the codes once from memory in a block's first job, from the second-level cache in others.
 // Numerics: integers. With VNNI unsigned by signed bytes: a row's codes + 128, whose surplus, 128
-//   times the query's sum, is taken away at the end; else products of 16 bits, two to a sum. Bounds
+//   times the query's sum, is taken away at the end; signed bytes by sdot where NEON has it; else
+//   products of 16 bits, two to a sum. Bounds
 //   are rounded by less than SCORE_ERROR leaves room for. Additions of mix() come in one order on
 //   every level.
 // Limits: rows [count, dim] without gaps; nothing behind a row's end is read. Compiled once per CPU
@@ -106,6 +107,34 @@ struct Codes : Words {
   static Element query(const int8_t* p) { return wide(p); }
   static void totals(const Sums* v, int32_t* out) {
     for (int i = 0; i < 4; ++i) out[i] = total(v[i]);
+  }
+  static int32_t surplus(const int8_t*, int64_t) { return 0; }
+};
+#elif ELVA_NEON_INSTRUCTIONS
+struct Codes {
+  static constexpr int64_t kStep = 16;
+  static constexpr int kTileRows = 4;
+  using Element = int8x16_t;
+  using Sums = int32x4_t;
+  static Sums zero() { return vdupq_n_s32(0); }
+  static Element row(const int8_t* p) { return vld1q_s8(p); }
+  static Element row(const int8_t* p, int64_t count) {
+    int8_t padded[kStep] = {};
+    memcpy(padded, p, static_cast<size_t>(count));
+    return vld1q_s8(padded);
+  }
+  static Element query(const int8_t* p) { return vld1q_s8(p); }
+  static Sums add(Sums sums, Element row, Element query) {
+#if ELVA_LEVEL == ELVA_LEVEL_NEONDOT
+    return vdotq_s32(sums, row, query);
+#else
+    sums = vpadalq_s16(sums, vmull_s8(vget_low_s8(row), vget_low_s8(query)));
+    return vpadalq_s16(sums, vmull_high_s8(row, query));
+#endif
+  }
+  static int32_t total(Sums sums) { return vaddvq_s32(sums); }
+  static void totals(const Sums* v, int32_t* out) {
+    vst1q_s32(out, vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3])));
   }
   static int32_t surplus(const int8_t*, int64_t) { return 0; }
 };

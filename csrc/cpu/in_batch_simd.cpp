@@ -123,7 +123,7 @@ void mask_row(const ScoreRowJob<S>& job) {
     Vec<S> x = load(job.row + j);
     if (job.scale != nullptr) {
       x = x * job.row_scale * load(job.scale + j);
-      x = (x < job.smallest) & (x > -job.smallest) ? all<S>(0) : x;
+      x = ((x < job.smallest) & (x > -job.smallest)) ? all<S>(0) : x;
     }
     x = larger<S>(x, all<S>(-1));
     x = x < S(1) ? x : all<S>(1);

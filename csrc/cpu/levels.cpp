@@ -1,8 +1,10 @@
 // The choice of the CPU level: every feature bit a level's code uses, and the operating system's
-// promise (xgetbv, and Linux's permission for tiles) to save the registers it needs.
+// promise (xgetbv, and Linux's permission for tiles) to save the registers it needs. On 64-bit Arm
+// the operating system tells what the processor has.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <string>
 
@@ -15,6 +17,11 @@
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace elva {
@@ -64,22 +71,39 @@ int best_level() {
   return os_tiles && amx_tile && amx_bf16 && may_use_tiles() ? ELVA_LEVEL_AMX
                                                              : ELVA_LEVEL_AVX512BF16;
 }
+#elif defined(__aarch64__)
+// FEAT_DotProd: products of four 8-bit integers to a sum.
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#elif defined(__APPLE__)
+  int there = 0;
+  size_t size = sizeof(there);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &there, &size, nullptr, 0) == 0 && there != 0;
+#else
+  return false;
+#endif
+}
+
+int best_level() { return has_dot_products() ? ELVA_LEVEL_NEONDOT : ELVA_LEVEL_NEON; }
 #else
 int best_level() { return ELVA_LEVEL_PLAIN; }
 #endif
 
 // In the order of their numbers: the last one that is here is the best.
 struct Entry {
+  int number;
   const char* name;
   const Kernels* kernels;
 };
-#define ELVA_LEVEL_ENTRY(number, name) {name, &Level<number>::kernels},
+#define ELVA_LEVEL_ENTRY(number, name) {number, name, &Level<number>::kernels},
 constexpr Entry kLevels[] = {ELVA_EACH_LEVEL(ELVA_LEVEL_ENTRY)};
 #undef ELVA_LEVEL_ENTRY
 
 struct Choice {
   std::string levels;  // best first
-  Entry chosen = {nullptr, nullptr};
+  Entry chosen = {ELVA_LEVEL_PLAIN, nullptr, nullptr};
   std::string error;
 };
 
@@ -87,8 +111,10 @@ Choice choose() {
   Choice choice;
   const char* forced = std::getenv("ELVA_KERNELS_CPU_LEVEL");
   const bool free = forced == nullptr || *forced == '\0';
-  for (int level = best_level(); level >= 0; --level) {
-    const Entry& entry = kLevels[level];
+  const int best = best_level();
+  for (size_t i = std::size(kLevels); i-- > 0;) {
+    const Entry& entry = kLevels[i];
+    if (entry.number > best) continue;
     choice.levels += (choice.levels.empty() ? "" : " ") + std::string(entry.name);
     if (choice.chosen.kernels == nullptr && (free || std::strcmp(forced, entry.name) == 0))
       choice.chosen = entry;

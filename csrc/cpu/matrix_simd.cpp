@@ -35,20 +35,27 @@ void multiply_rows(const typename V::Scalar* a, const typename V::Scalar* b, int
                    typename V::Scalar* c, int64_t c_stride, bool accumulate) {
   ask_for<R>(c, c_stride, N * V::kLanes);
   V sums[R][N];
+  ELVA_UNROLL
   for (int r = 0; r < R; ++r) {
+    ELVA_UNROLL
     for (int n = 0; n < N; ++n) sums[r][n] = V::zero();
   }
   for (int64_t p = 0; p < steps; ++p) {
     V column[N];
+    ELVA_UNROLL
     for (int n = 0; n < N; ++n) column[n] = V::load(b + n * V::kLanes);
+    ELVA_UNROLL
     for (int r = 0; r < R; ++r) {
       const V row = V::broadcast(a[r]);
+      ELVA_UNROLL
       for (int n = 0; n < N; ++n) sums[r][n] = fma(row, column[n], sums[r][n]);
     }
     a += kPanel;
     b += N * V::kLanes;
   }
+  ELVA_UNROLL
   for (int r = 0; r < R; ++r) {
+    ELVA_UNROLL
     for (int n = 0; n < N; ++n) {
       typename V::Scalar* at = c + r * c_stride + n * V::kLanes;
       if (accumulate) sums[r][n] = add(V::load(at), sums[r][n]);
@@ -57,9 +64,9 @@ void multiply_rows(const typename V::Scalar* a, const typename V::Scalar* b, int
   }
 }
 
-constexpr int row_step(int rows) { return rows % 3 == 0 ? rows / 3 : rows; }
+constexpr int row_step(int rows) { return rows % 3 == 0 ? rows / 3 : rows / 2; }
 
-// R rows of N vectors: as many accumulators as the level has registers for; or a third or two.
+// R rows of N vectors: as many accumulators as the level has registers for; or a part of them.
 template <class V, int R, int N>
 void multiply(const typename V::Scalar* a, const typename V::Scalar* b, int64_t steps,
               typename V::Scalar* c, int64_t c_stride, bool accumulate, int64_t rows) {
@@ -355,6 +362,9 @@ void add_row(const Bf16* x, float factor, int64_t dim, float* out) {
 #define ELVA_TILE_VECTORS 2
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX2
 #define ELVA_TILE_ROWS 6
+#define ELVA_TILE_VECTORS 1
+#elif ELVA_NEON_INSTRUCTIONS
+#define ELVA_TILE_ROWS 4
 #define ELVA_TILE_VECTORS 1
 #else
 #define ELVA_TILE_ROWS 2

@@ -4,16 +4,16 @@
 //   their derivatives in elva_kernels.reference.
 // In: dense rows [dim] of bf16, fp16, fp32 or fp64; scores of float or double.
 // Out: double dots and squares; int32 ranks, double sums; gradient rows in the rows' dtype.
-// Work split: the caller's thread, one job; 4 rows a pass over the query forward, 8, 4, 2 or 1
-//   backward.
+// Work split: the caller's thread, one job; 4 rows (NEON: 2) a pass over the query forward, 8
+//   (NEON: 4), 4, 2 or 1 backward.
 // Bytes: each row once forward, from memory; once more backward, from the second-level cache, and
 //   written once.
 // Numerics: 16 float lanes (8 double ones for fp64), at most kChain additions in each before they
-//   are added to double lanes, then a tree. The query's gradient adds 8 rows in float, and those
-//   sums in double. bf16 dots use vdpbf16ps where the level has it: exact products, two rounded
-//   additions; it takes subnormals for zero, which the caller's range check allows for. Soft ranks
-//   in the scores' precision: a sigmoid errs by 1.5e-7 (3e-16 for double) at most. The lanes of a
-//   row are the same in every block: its bits depend on it alone.
+//   are added to double lanes, then a tree. The query's gradient adds a pass's rows in float, and
+//   those sums in double. bf16 dots use vdpbf16ps where the level has it: exact products, two
+//   rounded additions; it takes subnormals for zero, which the caller's range check allows for.
+//   Soft ranks in the scores' precision: a sigmoid errs by 1.5e-7 (3e-16 for double) at most. The
+//   lanes of a row are the same in every block: its bits depend on it alone.
 // Limits: finite rows with squared norms in the range of rescale.h; gradients without NaN or
 //   overflow. Compiled once per CPU level, with ELVA_LEVEL set; nothing here has external linkage
 //   but the table at the end.
@@ -25,6 +25,9 @@ namespace elva {
 namespace {
 
 constexpr int64_t kChain = 16;  // of two additions each for paired bf16, of exact products
+// A row has two sums, of four registers each under NEON, which has 32.
+constexpr int kDotRows = ELVA_NEON_INSTRUCTIONS ? 2 : 4;
+constexpr int kGradientRows = ELVA_NEON_INSTRUCTIONS ? 4 : 8;
 
 template <int64_t kLanes>
 double tree_sum(double* lanes) {
@@ -46,11 +49,13 @@ void dots_of_rows(const T* query, const T* const* rows, const T* const* next, in
   const int64_t whole = dim - dim % D::kStep;
   for (int64_t i = 0; i < dim;) {
     V dots[R], squares[R];
+    ELVA_UNROLL
     for (int r = 0; r < R; ++r) dots[r] = squares[r] = V::zero();
     const int64_t chain = i + kChain * D::kStep;
     const int64_t end = chain < whole ? chain : whole;
     for (; i < end; i += D::kStep) {
       const auto q = D::load(query + i);
+      ELVA_UNROLL
       for (int r = 0; r < R; ++r) {
         const auto c = D::load(rows[r] + i);
         prefetch_far(next[r] + i);
@@ -60,6 +65,7 @@ void dots_of_rows(const T* query, const T* const* rows, const T* const* next, in
     }
     if (i == whole && i < dim) {
       const auto q = D::load(query + i, dim - i);
+      ELVA_UNROLL
       for (int r = 0; r < R; ++r) {
         const auto c = D::load(rows[r] + i, dim - i);
         dots[r] = D::accumulate(dots[r], c, q);
@@ -67,11 +73,13 @@ void dots_of_rows(const T* query, const T* const* rows, const T* const* next, in
       }
       i = dim;
     }
+    ELVA_UNROLL
     for (int r = 0; r < R; ++r) {
       dots[r].add_to(dot_lanes[r]);
       squares[r].add_to(square_lanes[r]);
     }
   }
+  ELVA_UNROLL
   for (int r = 0; r < R; ++r) {
     dot[r] = tree_sum<V::kLanes>(dot_lanes[r]);
     square[r] = tree_sum<V::kLanes>(square_lanes[r]);
@@ -83,9 +91,9 @@ void dots(const DotJob& job) {
   const T* query = static_cast<const T*>(job.query);
   const T* const* rows = reinterpret_cast<const T* const*>(job.rows);
   int64_t i = 0;
-  for (; i + 4 <= job.count; i += 4) {
+  for (; job.count >= 4 && i + kDotRows <= job.count; i += kDotRows) {
     const T* const* next = rows + i + kDotAhead;
-    dots_of_rows<T, 4>(query, rows + i, next, job.dim, job.dot + i, job.square + i);
+    dots_of_rows<T, kDotRows>(query, rows + i, next, job.dim, job.dot + i, job.square + i);
   }
   for (; i < job.count; ++i) {
     dots_of_rows<T, 1>(query, rows + i, rows + i, job.dim, job.dot + i, job.square + i);
@@ -114,6 +122,7 @@ void gradients_of_rows(const GradientRows<T>& g, int64_t dim, double* query_sum,
   T* outs[R];
   V a[R], b[R];
   const bool looks_ahead = g.ahead != nullptr;
+  ELVA_UNROLL
   for (int r = 0; r < R; ++r) {
     rows[r] = g.rows[r];
     ahead[r] = looks_ahead ? g.ahead[r] : nullptr;
@@ -125,13 +134,17 @@ void gradients_of_rows(const GradientRows<T>& g, int64_t dim, double* query_sum,
   for (; i + kLine<T> <= dim; i += kLine<T>) {
     V q[kVectors], sum[kVectors];
     if (kOut) load_line(g.query + i, q);
+    ELVA_UNROLL
     for (V& part : sum) part = V::zero();
     if (looks_ahead) {
+      ELVA_UNROLL
       for (int r = 0; r < R; ++r) prefetch_far(ahead[r] + i);
     }
+    ELVA_UNROLL
     for (int r = 0; r < R; ++r) {
       V c[kVectors], out[kVectors];
       load_line(rows[r] + i, c);
+      ELVA_UNROLL
       for (int64_t v = 0; v < kVectors; ++v) {
         if (kOut) out[v] = fma(b[r], c[v], mul(a[r], q[v]));
         if (kSum) sum[v] = fma(a[r], c[v], sum[v]);
@@ -143,11 +156,14 @@ void gradients_of_rows(const GradientRows<T>& g, int64_t dim, double* query_sum,
   if (i == dim) return;
   V q[kVectors], sum[kVectors];
   if (kOut) load_line(PaddedLine<T>(g.query + i, dim - i).elements, q);
+  ELVA_UNROLL
   for (V& part : sum) part = V::zero();
+  ELVA_UNROLL
   for (int r = 0; r < R; ++r) {
     PaddedLine<T> line(rows[r] + i, dim - i);
     V c[kVectors], out[kVectors];
     load_line(line.elements, c);
+    ELVA_UNROLL
     for (int64_t v = 0; v < kVectors; ++v) {
       if (kOut) out[v] = fma(b[r], c[v], mul(a[r], q[v]));
       if (kSum) sum[v] = fma(a[r], c[v], sum[v]);
@@ -175,9 +191,9 @@ void gradients_of(const GradientJob& job) {
     if (g.ahead != nullptr) g.ahead += rows;
     left -= rows;
   };
-  while (left >= 8) {
-    gradients_of_rows<T, 8, kOut, kSum>(g, job.dim, job.query_sum, job.stream);
-    advance(8);
+  while (left >= kGradientRows) {
+    gradients_of_rows<T, kGradientRows, kOut, kSum>(g, job.dim, job.query_sum, job.stream);
+    advance(kGradientRows);
   }
   if (left >= 4) {
     gradients_of_rows<T, 4, kOut, kSum>(g, job.dim, job.query_sum, job.stream);

@@ -28,12 +28,23 @@
 #else
 #define ELVA_AMX_INSTRUCTIONS 0
 #endif
+#define ELVA_NEON_INSTRUCTIONS (ELVA_LEVEL == ELVA_LEVEL_NEON || ELVA_LEVEL == ELVA_LEVEL_NEONDOT)
 #define ELVA_BF16_INSTRUCTIONS (ELVA_LEVEL >= ELVA_LEVEL_AVX512BF16)
+
+// Before a loop over vectors in an array: gcc leaves one rolled where a vector is four registers, and
+// an array that is indexed by a variable stays in memory.
+#if ELVA_NEON_INSTRUCTIONS && !defined(__clang__)
+#define ELVA_UNROLL _Pragma("GCC unroll 16")
+#else
+#define ELVA_UNROLL
+#endif
 
 #if ELVA_LEVEL >= ELVA_LEVEL_AVX512
 #include "simd_avx512.h"
 #elif ELVA_LEVEL == ELVA_LEVEL_AVX2
 #include "simd_avx2.h"
+#elif ELVA_NEON_INSTRUCTIONS
+#include "simd_neon.h"
 #else
 #include "simd_plain.h"
 #endif

@@ -10,24 +10,41 @@ import typer
 from elva import __version__
 from elva.cli import (
     data,
+    demo,
     doctor,
     embed,
     evaluate,
     export,
     grains,
     index,
+    inspect,
     mine,
     mrbench,
+    push,
     report,
     search,
     train,
 )
-from elva.cli.console import one_line_errors
+from elva.cli.console import one_line_errors, out
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+WAYS_IN = f"""\
+elva {__version__}: train multimodal models to retrieve by ranking (arXiv:2606.20280)
+
+Train a model, first a small one on pictures that come with it:
+  elva train
+  elva train --recipe elva-2b --model CHECKPOINT --data M-BEIR --output RUN
+
+Search your own pictures and texts:
+  elva index build my.index --folder PICTURES --model MODEL
+  elva search my.index "a dog on a beach"
+
+Use the reward in your own trainer, in Python:
+  elva_kernels.ranking_reward(query, positive, negatives).reward
+
+Every command: elva --help.  What can run here: elva doctor.
+"""
+
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -36,13 +53,17 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Train multimodal models to retrieve by ranking (ELVA, arXiv:2606.20280)."""
+    if context.invoked_subcommand is None:
+        out.print(WAYS_IN, end="", soft_wrap=True)
+        return
     # What is wrong with a picture we say ourselves.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -54,12 +75,15 @@ def _options(
 
 
 app.command(epilog=train.EXAMPLES)(train.train)
-app.command(epilog="Example:  elva report runs/one")(report.report)
+app.command(epilog=report.EXAMPLES)(report.report)
+app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.add_typer(index.app, name="index")
 app.command(epilog=search.EXAMPLES)(search.search)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=push.EXAMPLES)(push.push)
 app.command(epilog=mine.EXAMPLES)(mine.mine)
 app.command(epilog=grains.EXAMPLES)(grains.grains)
 app.add_typer(mrbench.app, name="mrbench")

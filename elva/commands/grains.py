@@ -23,6 +23,7 @@ from elva.files import write_text
 from elva.model.encoder import Encoder
 from elva.progress import SILENT, Reporter
 from elva.report import charts
+from elva.report.drawing import Series, write_png
 
 DELTA = 0.05
 """Ours: below it a grain counts as not seen; the paper's delta is not printed."""
@@ -124,9 +125,9 @@ def _draw(output: Path, models: Mapping[str, Any]) -> None:
         by_kind: dict[str, list[float]] = {}
         for one in row["probes"]:
             by_kind.setdefault(one["type"], []).append(one["distance"])
-        groups[charts.Series(title, roles[place], max(0, place - 2))] = by_kind
+        groups[Series(title, roles[place], max(0, place - 2))] = by_kind
     kinds = _kinds(models)
     common = [k for k in kinds if max(len(g.get(k, ())) for g in groups.values()) >= MIN_PROBES]
     drawn = (common or kinds)[:8]
-    charts.grain_chart(output / MEANS, drawn, groups)
-    charts.grain_histogram(output / HISTOGRAM, drawn[:6], groups)
+    write_png(output / MEANS, charts.grain_chart(drawn, groups))
+    write_png(output / HISTOGRAM, charts.grain_histogram(drawn[:6], groups))

@@ -2,6 +2,7 @@
 
 Everything comes from the files of the run directory; only the pictures of the retrieval examples
 are read from the data. A part whose files are missing is left out: half a run has a report too.
+The page is one file, which fetches nothing.
 """
 
 from __future__ import annotations
@@ -14,81 +15,100 @@ from typing import Any
 
 import yaml
 
-from elva.files import write_bytes, write_text
+from elva.files import write_text
 from elva.recipe import to_dict
 from elva.recipes import RECIPES
-from elva.report import charts
-from elva.report.figures import MIN_PROBES, TASKS, Row, chance, grain_counts, rows_of
+from elva.report import answer, compare, sections
+from elva.report.drawing import DARK, LIGHT, variables
+from elva.report.figures import MIN_PROBES, TASKS, chance, grain_counts, rows_of
 from elva.report.gallery import examples
 from elva.report.render import render
 from elva.report.sentences import lead, moved, notes
-from elva.report.table import figure_cells, grain_cells
+from elva.report.table import as_json, grain_cells
 from elva.run import Run
 
+PAGE = "report.html"
 
-def report(run: Run) -> Path:
-    """Write RUN/report.html, its charts beside it and the pictures it shows under RUN/pictures."""
-    rows = rows_of(run)
-    shown = examples(run, rows)
-    drawn = _draw(run, rows)
-    html = render(
-        "report.html.j2",
-        title=f"ELVA: {run.recipe.name}, seed {run.recipe.seed}",
-        heading=f"{run.recipe.name}, seed {run.recipe.seed}",
-        lead=lead(run, rows),
-        figures=figure_cells(rows) if any(row.role != "control" for row in rows) else None,
-        chance=bool(chance(rows)),
-        notes=notes(run, rows),
-        min_probes=MIN_PROBES,
-        examples=shown,
-        facts=_facts(run),
-        command=_command(run),
-        recipe=yaml.safe_dump(to_dict(run.recipe), sort_keys=False),
-        **drawn,
-    )
-    for file, picture in shown.pictures.items():
-        write_bytes(run.directory / file, picture)
-    path = run.directory / "report.html"
-    write_text(path, html)
+
+def report(runs: Run | Sequence[Run], output: Path | None = None) -> Path:
+    """Write the page of a run, or one that compares several.
+
+    Args:
+        output: the file; None: report.html of the (first) run.
+
+    Returns:
+        The file.
+    """
+    every = [runs] if isinstance(runs, Run) else list(runs)
+    path = every[0].directory / PAGE if output is None else output
+    write_text(path, _page(every[0]) if len(every) == 1 else _comparison(every))
     return path
 
 
-def _draw(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
-    """Draw the charts that the run has data for; the values of the page's sections on them."""
-    probed = [row for row in rows if row.grains]
-    counts = grain_counts(probed)
-    if probed:
-        kinds = [kind for kind, count in counts.items() if count >= MIN_PROBES] or list(counts)
-        distances = {row.series: row.grains for row in probed}
-        charts.grain_chart(run.directory / "grain-distance.png", kinds, distances)
-    compared = [row for row in rows if row.role != "earlier"]
-    panels, moves = {}, []
-    for task, label in TASKS.items():
-        series = {
-            row.series: [s["rank"] for s in row.samples(task).values()]
-            for row in compared
-            if row.samples(task)
-        }
-        pool = max((row.figures.get(f"{task}_pool") or 0 for row in compared), default=0)
-        if series and pool > 1:
-            panels[label] = (pool, series)
-            moves.append(moved(label, compared, task))
-    if panels:
-        charts.rank_chart(run.directory / "ranks.png", panels)
+def figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the page shows, for programs: of one run, or of several under `runs`."""
+    if len(runs) == 1:
+        rows = rows_of(runs[0])
+        return {**as_json(runs[0]), **answer.as_json(rows, answer.differences(rows))}
+    known = compare.compared(runs)
     return {
-        "grains": grain_cells(probed, counts) if probed else None,
-        "moves": list(filter(None, moves)) if panels else None,
-        "curves": _draw_curves(run),
+        "runs": [as_json(run) for run in runs],
+        **answer.as_json(compare.arms(known), compare.differences(known)),
+        "recipe_differences": compare.recipe_differences(known),
     }
 
 
-def _draw_curves(run: Run) -> bool:
-    logged: dict[str, list[dict[str, Any]]] = {}
-    for line in run.metrics():
-        logged.setdefault(line["stage"], []).append(line)
-    order = [n for n in [*run.recipe.stages, *run.recipe.controls] if n in logged]
-    lines = {run.title(name): logged[name] for name in order}
-    return bool(lines) and charts.curves(run.directory / "curves.png", lines)
+def _page(run: Run) -> str:
+    rows = rows_of(run)
+    probed = [row for row in rows if row.grains]
+    compared = [row for row in rows if row.role != "earlier"]
+    return render(
+        "report.html.j2",
+        title=f"ELVA: {run.recipe.name}, seed {run.recipe.seed}",
+        heading=f"{run.recipe.name}, seed {run.recipe.seed}",
+        light=variables(LIGHT),
+        dark=variables(DARK),
+        lead=lead(run, rows),
+        figures=answer.answer_cells(rows) if compared else None,
+        differences=answer.difference_cells(answer.differences(rows)),
+        chance=bool(chance(rows)),
+        notes=notes(run, rows),
+        min_probes=MIN_PROBES,
+        grains=grain_cells(probed, grain_counts(probed)) if probed else None,
+        grain_chart=sections.grain_distances(rows),
+        ranks=sections.ranks(rows),
+        moves=sections.moves(rows),
+        moved=list(filter(None, (moved(name, compared, task) for task, name in TASKS.items()))),
+        rewards=sections.rewards(rows),
+        pushes=sections.pushes(rows),
+        maps=sections.maps(rows),
+        examples=examples(run, rows),
+        curves=sections.curves(run),
+        facts=_facts(run),
+        command=_command(run),
+        recipe=yaml.safe_dump(to_dict(run.recipe), sort_keys=False),
+    )
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    known = compare.compared(runs)
+    arms = compare.arms(known)
+    differing = compare.recipe_differences(known)
+    return render(
+        "runs.html.j2",
+        title=f"ELVA: {', '.join(one.name for one in known)}",
+        heading=f"{len(known)} runs: {', '.join(one.name for one in known)}",
+        light=variables(LIGHT),
+        dark=variables(DARK),
+        lead=compare.lead(known),
+        figures=answer.answer_cells(arms) if arms else None,
+        chance=bool(chance(arms)),
+        differences=answer.difference_cells(compare.differences(known)),
+        seeds=", ".join(f"{one.name} {one.run.recipe.seed}" for one in known),
+        recipes=compare.recipe_cells(known, differing),
+        ranks=compare.ranks(known),
+        curves=compare.curves(known),
+    )
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

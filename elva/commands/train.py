@@ -19,20 +19,17 @@ from elva.model.inputs import Inputs
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
-from elva.progress import SILENT, Reporter
+from elva.progress import SILENT, Noted, Reporter
 from elva.recipe import Recipe, StageConfig, chosen
 from elva.run import Run
 from elva.training.beginning import begin, open_model
 from elva.training.callbacks import Callback, Trackers
 from elva.training.examples import Examples
 from elva.training.loop import BEST, Loop
-from elva.training.plan import Length, Saving, steps_an_epoch
+from elva.training.plan import Saving, steps_an_epoch
 from elva.training.readiness import TrainingData, no_start, notices
 from elva.training.stage import Stage
 from elva.training.states import is_sharded, put_weights
-
-CLOCKED_STEPS = 20
-"""A control that runs for another stage's wall time may take at most this many times its steps."""
 
 
 def train(
@@ -65,15 +62,19 @@ def train(
             f"train: one of {devices} GPUs is used; torchrun --nproc-per-node {devices} -m elva "
             "train uses all"
         )
+    noted: Noted | None = None
     with ExitStack() as held:
         with processes.first_alone() as mine:
             if mine:
                 held.enter_context(run.locked())
+                noted = shared.reporter = Noted(shared.reporter, run.status_file)
                 if run.recipe.report_to != "none":
                     trackers = Trackers(run, reporter.say)
                     shared.callbacks.append(trackers)
                     held.callback(trackers.close)
         _train(run, shared, names, start_from, limit, controls)
+        if noted is not None:
+            noted.close()
 
 
 def _train(
@@ -89,11 +90,10 @@ def _train(
         _train_stage(run, name, shared, beginning, limit)
     last = list(run.recipe.stages)[-1]
     if controls and last in names:
-        done = run.read(last, "stage.json")
-        budget = Length(CLOCKED_STEPS * done["steps"], done["seconds"])
+        as_many = run.read(last, "stage.json")["steps"]
         for name in run.recipe.controls:
             beginning = _beginning(run, last, start_from, shared)
-            _train_stage(run, name, shared, beginning, limit, budget)
+            _train_stage(run, name, shared, beginning, limit, as_many)
 
 
 class _Shared:
@@ -104,7 +104,8 @@ class _Shared:
         callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
         self.recipe, self.data = recipe, TrainingData(recipe)
-        self.reporter, self.processes, self.callbacks = reporter, processes, [*callbacks]
+        self.reporter: Reporter = reporter
+        self.processes, self.callbacks = processes, [*callbacks]
         self._inputs: Inputs | None = None
         self._said: set[str] = set()
 
@@ -193,11 +194,11 @@ def _train_stage(
     shared: _Shared,
     beginning: Path,
     limit: int | None,
-    budget: Length | None = None,
+    as_many: int | None = None,
 ) -> None:
     reporter, processes = shared.reporter, shared.processes
     if not run.is_trained(name):
-        loop, stage = _begin(run, name, shared, beginning, limit, budget)
+        loop, stage = _begin(run, name, shared, beginning, limit, as_many)
         resume = None
         with processes.first_alone() as mine:
             if mine:
@@ -220,7 +221,7 @@ def _train_stage(
 
 
 def _begin(
-    run: Run, name: str, shared: _Shared, beginning: Path, limit: int | None, budget: Length | None
+    run: Run, name: str, shared: _Shared, beginning: Path, limit: int | None, as_many: int | None
 ) -> tuple[Loop, Stage]:
     """A stage with its model, before its first step."""
     started = time.perf_counter()
@@ -228,12 +229,12 @@ def _begin(
     settings = recipe.stages.get(name) or recipe.controls[name]
     retriever = shared.begin(beginning, settings)
     examples = Examples(shared.data.of(settings), settings, recipe.seed)
-    length = stage_length(settings, examples, limit, budget)
-    reporter.start(title, length.steps if length.seconds is None else None)
+    steps = steps_of(settings, examples, limit, as_many)
+    reporter.start(title, steps)
     for line in notices(settings, examples):
         shared.say(title, line)
     stage = Stage(
-        retriever, settings, examples, length.steps, seed=(recipe.seed, name),
+        retriever, settings, examples, steps, seed=(recipe.seed, name),
         arguments=recipe.trainer, title=title, processes=shared.processes, say=reporter.say,
     )  # fmt: skip
 
@@ -242,7 +243,7 @@ def _begin(
         return {k: v for k, v in found["figures"].items() if isinstance(v, int | float)}
 
     loop = Loop(
-        retriever, stage, settings, length, directory=run.stage(name), processes=shared.processes,
+        retriever, stage, settings, steps, directory=run.stage(name), processes=shared.processes,
         saving=Saving(recipe.save_seconds, recipe.save_steps, recipe.save_total_limit),
         arguments=recipe.trainer, evaluate=figures,
         callbacks=[_Log(run, name, reporter), *shared.callbacks], started=started,
@@ -250,18 +251,16 @@ def _begin(
     return loop, stage
 
 
-def stage_length(
-    stage: StageConfig, examples: Examples, limit: int | None, budget: Length | None
-) -> Length:
-    """Steps of a stage: its own, or by epochs over its data, or another stage's wall time."""
+def steps_of(stage: StageConfig, examples: Examples, limit: int | None, as_many: int | None) -> int:
+    """Steps of a stage: its own, or by epochs over its data, or as many as another took."""
     steps = stage.steps
     if steps is None and stage.epochs is not None:
         steps = max(1, round(stage.epochs * steps_an_epoch(stage, examples)))
     if steps is None:
-        if budget is None:
-            raise RunError("train: a stage must have steps or epochs; set stages.N.steps")
-        return Length(min(budget.steps, limit) if limit else budget.steps, budget.seconds)
-    return Length(min(steps, limit) if limit else steps)
+        steps = as_many
+    if steps is None:
+        raise RunError("train: a stage must have steps or epochs; set stages.N.steps")
+    return min(steps, limit) if limit else steps
 
 
 def _finish(

@@ -26,6 +26,8 @@ class Ranking:
     rank: Tensor  # [Q] int32, 1-based, of the best-placed positive; P + 1 without one in the pool
     top: Tensor  # [Q, 5] pool rows, best first; -1 where there are fewer
     reward: Tensor  # [Q] fp32, against the hardest 100; 0 without a positive in the pool
+    margin_reward: Tensor  # [Q] fp32, the part of it that pays the margin, unweighted
+    rank_reward: Tensor  # [Q] fp32, the part that pays the rank
 
 
 def recall_at_k(rank: Tensor, k: int) -> float:
@@ -63,7 +65,7 @@ def rank_all(
     scores = torch.cat([found.target_score, found.topk_scores], 1).gather(1, order)
     scores = scores.where(rows >= 0, -torch.inf)
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
-    return Ranking(rank, rows.gather(1, best), paid.reward)
+    return Ranking(rank, rows.gather(1, best), paid.reward, paid.margin_reward, paid.rank_reward)
 
 
 def rank_among(

@@ -19,6 +19,7 @@ from elva.data.schema import TASKS
 from elva.errors import UserError
 from elva.evaluation.columns import columns
 from elva.evaluation.grains import by_type, probe
+from elva.evaluation.portrait import POINTS, grains_of, plane, pushes, spread
 from elva.evaluation.ranks import chance_at_k, rank_all, rank_among, recall_at_k
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
@@ -134,13 +135,6 @@ def _line(title: str, result: Mapping[str, Any]) -> str:
     return f"{title}: {', '.join(shown)} in {result['seconds']:.0f} s"
 
 
-def _spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most so many of some rows, at equal distances."""
-    if len(rows) <= count:
-        return rows
-    return rows[np.arange(count) * len(rows) // count]
-
-
 @dataclass(frozen=True)
 class _Task:
     """Queries, and which rows of their pool compete; a place is the position of a row in `rows`."""
@@ -154,13 +148,13 @@ class _Task:
         """All of the task, or `limit` of its queries against their positives and `limit` others,
         both spread evenly over the data: a task is often of several sets."""
         rows = dataset.queries.rows_of(task)
-        queries = dataset.queries.select(rows if limit is None else _spread(rows, limit))
+        queries = dataset.queries.select(rows if limit is None else spread(rows, limit))
         pool = dataset.pool(task)
         if limit is None:
             return cls(queries, pool, np.arange(len(pool)))
         right = [pool.row(p) for q in queries for p in q.positives]
         others = np.setdiff1d(np.arange(len(pool)), right)
-        return cls(queries, pool, np.array([*dict.fromkeys(right), *_spread(others, limit)]))
+        return cls(queries, pool, np.array([*dict.fromkeys(right), *spread(others, limit)]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -259,6 +253,8 @@ def _evaluate_task(
             "query": q.raw_text,
             "positives": list(q.positives),
             "rank": int(ranking.rank[i]),
+            "margin_reward": round(float(ranking.margin_reward[i]), 5),
+            "rank_reward": round(float(ranking.rank_reward[i]), 5),
             "summary": asked.summaries[i],
             "top": [
                 {"id": task.pool[int(task.rows[place])].id, "summary": shown.summaries[place]}
@@ -268,9 +264,39 @@ def _evaluate_task(
         }
         for i, q in enumerate(task.queries)
     ]
+    if "pushes" not in result:
+        stage = _last(encoder.recipe)
+        found = pushes(asked.embeddings, shown.embeddings, positives, contents, stage)
+        if found is not None:
+            result["pushes"] = {"task": name, **found}
+    _plane(name, task, shown, positives, result)
     _grains(name, task, asked, encoder, result)
     if "minimal_pair_task" not in figures:
         _minimal_pairs(name, task, minimal_pairs, asked, shown, positives, figures)
+
+
+def _plane(
+    name: str,
+    task: _Task,
+    shown: _Encoded,
+    positives: Sequence[Sequence[int]],
+    result: dict[str, Any],
+) -> None:
+    """The right answers' embeddings, of the first task that has three of them, in their plane."""
+    places = spread(np.unique([p for some in positives for p in some]).astype(np.int64), POINTS)
+    if "plane" in result or len(places) < 3:
+        return
+    points, explained = plane(shown.embeddings[places])
+    grains = grains_of(list(task.queries))
+    ids = [item.id for item in task.shown(places.tolist())]
+    result["plane"] = {
+        "task": name,
+        "explained": [round(share, 5) for share in explained],
+        "points": [
+            {"id": id, "x": round(x, 5), "y": round(y, 5), "grains": grains.get(id, {})}
+            for id, (x, y) in zip(ids, points.tolist(), strict=True)
+        ],
+    }
 
 
 def _grains(

@@ -1,85 +1,25 @@
-"""Charts of a run, each written twice: for a light and for a dark page.
-
-Drawing goes through matplotlib's object interface, so it needs no display and leaves no state
-behind; a file is replaced whole or not at all.
-"""
+"""Charts of a run, each for a light and for a dark page."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from math import ceil, sqrt
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from math import sqrt
 from statistics import fmean, stdev
-from typing import Any, Literal
 
-import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from elva.files import write_bytes
+from elva.report.drawing import Drawing, Series, Theme
 
-DOTS_PER_INCH = 160
-
-PANELS_A_ROW = 4
-"""Tasks beside each other in the chart of ranks."""
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a page: Okabe and Ito's where hue tells apart, grey for what came before."""
-
-    suffix: str
-    paper: str
-    ink: str
-    muted: str
-    rule: str
-    earlier: tuple[str, ...]
-    before: str
-    last: str
-    controls: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "", "#ffffff", "#1d2329", "#5b6670", "#dfe3e7",
-    ("#d9dde1", "#bcc3ca", "#9aa3ac"), "#59636e", "#0072b2",
-    ("#e69f00", "#009e73", "#cc79a7", "#d55e00"),
-)  # fmt: skip
-DARK = Theme(
-    "-dark", "#161a1f", "#e6e9ec", "#9aa5b1", "#313940",
-    ("#343b43", "#4a535c", "#66707a"), "#a9b3bd", "#56b4e9",
-    ("#e69f00", "#22c39a", "#e39ac3", "#f0803c"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Series:
-    """A stage or control as the charts show it: the same colour in each of them."""
-
-    title: str
-    role: str  # "earlier", "before", "last" or "control"
-    place: int = 0  # among those of its role
-
-    def colour(self, theme: Theme) -> str:
-        if self.role == "before":
-            return theme.before
-        if self.role == "last":
-            return theme.last
-        shades = theme.controls if self.role == "control" else theme.earlier
-        return shades[self.place % len(shades)]
-
-
-# -- charts ----------------------------------------------------------------------------------------
+PANEL = (4.6, 3.4)
+"""Inches of a chart that stands beside another on a wide page and below it on a narrow one."""
 
 
 def grain_chart(
-    path: Path, kinds: Sequence[str], groups: Mapping[Series, Mapping[str, Sequence[float]]]
-) -> None:
+    kinds: Sequence[str], groups: Mapping[Series, Mapping[str, Sequence[float]]]
+) -> Drawing:
     """Grouped bars: mean grain distance by grain type, with the mean's standard error."""
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -102,12 +42,12 @@ def grain_chart(
         axes.grid(axis="y")
         _legend(figure, axes, len(groups))
 
-    draw_themes(path, (9.6, 3.7), draw)
+    return Drawing((9.6, 3.7), draw)
 
 
 def grain_histogram(
-    path: Path, kinds: Sequence[str], groups: Mapping[Series, Mapping[str, Sequence[float]]]
-) -> None:
+    kinds: Sequence[str], groups: Mapping[Series, Mapping[str, Sequence[float]]]
+) -> Drawing:
     """Histograms of grain distances, a panel a type; what lies at 0 is not seen."""
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -126,64 +66,61 @@ def grain_histogram(
         panels[0].set_ylabel("share of queries")
         _legend(figure, panels[0], len(groups))
 
-    draw_themes(path, (max(4.8, 2.4 * len(kinds)), 3.2), draw)
+    return Drawing((max(4.8, 2.4 * len(kinds)), 3.2), draw)
 
 
-def rank_chart(
-    path: Path, panels: Mapping[str, tuple[int, Mapping[Series, Sequence[int]]]]
-) -> None:
-    """Share of queries whose positive is within the first k, for every k; a panel a task.
+def rank_chart(pool: int, series: Mapping[Series, Sequence[int]]) -> Drawing:
+    """Share of a task's queries whose positive is within the first k, for every k.
 
     Args:
-        panels: task -> (candidates in the pool, series -> ranks).
+        pool: candidates.
+        series: ranks.
     """
-
-    deep = ceil(len(panels) / PANELS_A_ROW)
-    ranks = [np.asarray(r) for _, series in panels.values() for r in series.values()]
+    ranks = [np.asarray(found) for found in series.values()]
     lowest = max(0.0, np.floor(10 * min((r == 1).mean() for r in ranks) - 0.5) / 10)
     furthest = max(10, *(int(r.max()) for r in ranks))
-    ticks = (
-        (1, 2, 5, 10, 20, 50, 100, 200)
-        if furthest <= 200
-        else (1, 5, *(10**e for e in range(1, 8)))
-    )
 
     def draw(figure: Figure, theme: Theme) -> None:
-        across = min(len(panels), PANELS_A_ROW)
-        grid = figure.subplots(deep, across, sharex=True, sharey=True, squeeze=False)
-        cells = list(grid.flatten())
-        for empty in cells[len(panels) :]:
-            empty.set_axis_off()
-        ks = np.unique(np.geomspace(1, furthest, 400).astype(int))
-        for axes, (task, (pool, series)) in zip(cells, panels.items(), strict=False):
-            if lowest == 0:
-                axes.plot(ks, np.minimum(1, ks / pool), color=theme.muted, ls=":", label="chance")
-            for s, found in series.items():
-                within = np.searchsorted(np.sort(found), ks, side="right") / len(found)
-                front = s.role == "last"
-                axes.plot(
-                    ks, within, color=s.colour(theme), label=s.title, drawstyle="steps-post",
-                    lw=2.4 if front else 1.6, zorder=4 if front else 3,
-                )  # fmt: skip
-            axes.set_xscale("log")
-            axes.set_xlim(1, furthest)
-            axes.set_ylim(lowest, 1 + 0.02 * (1 - lowest))
-            axes.set_xticks([k for k in ticks if k <= furthest])
-            axes.xaxis.set_major_formatter(lambda k, _: f"{k:,.0f}")
-            axes.minorticks_off()
-            axes.set_title(task)
-            axes.set_xlabel("rank k")
-            axes.grid()
-        for axes in grid[:, 0]:
-            axes.set_ylabel("positive within the first k")
-        _legend(figure, cells[0], 7)
+        axes = figure.subplots()
+        ks = np.unique(np.geomspace(1, furthest, 200).astype(int))
+        if lowest == 0:
+            axes.plot(ks, np.minimum(1, ks / pool), color=theme.muted, ls=":")
+        for s, found in zip(series, ranks, strict=True):
+            within = np.searchsorted(np.sort(found), ks, side="right") / len(found)
+            front = s.role == "last"
+            axes.plot(
+                ks, within, color=s.colour(theme), drawstyle="steps-post",
+                lw=2.4 if front else 1.6, zorder=4 if front else 3,
+            )  # fmt: skip
+        rank_axis(axes.xaxis, furthest)
+        axes.set_ylim(lowest, 1 + 0.02 * (1 - lowest))
+        axes.set_xlabel("rank k")
+        axes.set_ylabel("positive within the first k")
+        axes.grid()
 
-    draw_themes(path, (9.6, 3.9 * deep), draw)
+    return Drawing(PANEL, draw)
+
+
+def rank_axis(axis: Axis, furthest: int) -> None:
+    """Ranks on a logarithmic axis."""
+    axes = axis.axes
+    near, far = (1, 2, 5, 10, 20, 50, 100, 200), (1, 5, *(10**e for e in range(1, 8)))
+    ticks = [k for k in (near if furthest <= 200 else far) if k <= furthest]
+    if axis is axes.xaxis:
+        axes.set_xscale("log")
+        axes.set_xlim(1, furthest)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(1, furthest)
+    axis.set_ticks(ticks)
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter(lambda k, _: f"{k:,.0f}")
 
 
 PANELS: dict[str, tuple[str, ...]] = {
     "loss parts": ("lm", "infonce", "policy"),
     "reward": ("reward",),
+    "its parts": ("margin_reward", "rank_reward"),
     "KL": ("kl",),
     "summary tokens": ("completion_length",),
     "shares": ("frac_no_ret", "frac_zero_std", "rank_1"),
@@ -192,20 +129,21 @@ PANELS: dict[str, tuple[str, ...]] = {
 
 _LABELS = {
     "lm": "caption", "infonce": "InfoNCE", "policy": "policy", "reward": "mean ± std of a group",
+    "margin_reward": "margin", "rank_reward": "rank",
     "kl": "to the stage's start", "completion_length": "mean", "frac_no_ret": "without [RET]",
     "frac_zero_std": "groups without spread", "rank_1": "positive first in its list",
 }  # fmt: skip
 
 
-def curves(path: Path, stages: Mapping[str, Sequence[Mapping[str, float | None]]]) -> bool:
-    """Small multiples: a row a stage, a column a quantity. Whether there was anything to draw."""
+def curves(stages: Mapping[str, Sequence[Mapping[str, float | None]]]) -> Drawing | None:
+    """Small multiples: a row a stage, a column a quantity; None where there is nothing to draw."""
     found = {
         panel: [k for k in keys if any(_values(s, k) is not None for s in stages.values())]
         for panel, keys in PANELS.items()
     }
     columns = {panel: keys for panel, keys in found.items() if keys}
     if not columns:
-        return False
+        return None
 
     def draw(figure: Figure, theme: Theme) -> None:
         cells = figure.subplots(len(stages), len(columns), squeeze=False)
@@ -224,8 +162,28 @@ def curves(path: Path, stages: Mapping[str, Sequence[Mapping[str, float | None]]
                     textcoords="offset points", fontsize=7.5, color=_ink(theme, panel, key),
                 )  # fmt: skip
 
-    draw_themes(path, (9.6, 0.75 + 1.2 * len(stages)), draw)
-    return True
+    return Drawing((9.6, 0.75 + 1.2 * len(stages)), draw)
+
+
+def overlay(lines: Mapping[Series, Sequence[float | None]]) -> Drawing:
+    """A value by step, of several runs.
+
+    Args:
+        lines: a value a step; None where it is missing.
+    """
+
+    def draw(figure: Figure, theme: Theme) -> None:
+        axes = figure.subplots()
+        for series, found in lines.items():
+            values = np.array([np.nan if v is None else float(v) for v in found])
+            steps, colour = np.arange(1, len(values) + 1), series.colour(theme)
+            axes.plot(steps, values, color=colour, lw=0.6, alpha=0.35)
+            axes.plot(steps, smoothed(values), color=colour, lw=1.6)
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        axes.set_xlabel("step")
+        axes.grid(axis="y")
+
+    return Drawing(PANEL, draw)
 
 
 def _cell(
@@ -287,82 +245,3 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, 7), frameon=False)
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def draw_themes(
-    path: Path,
-    inches: tuple[float, float],
-    draw: Callable[[Figure, Theme], None],
-    themes: Sequence[Theme] = (LIGHT, DARK),
-    layout: Literal["constrained"] | None = "constrained",
-) -> None:
-    """Draw once a theme, from matplotlib's defaults whatever the user's own settings are."""
-    for theme in themes:
-        with matplotlib.rc_context(), warnings.catch_warnings():
-            # A script that no font has shows as boxes; the words stand in the page beside it.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_style(theme))
-            figure = Figure(figsize=inches, layout=layout)
-            draw(figure, theme)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-        write_bytes(path.with_stem(path.stem + theme.suffix), buffer.getvalue())
-
-
-WIDE = (
-    "Noto Sans CJK", "Noto Sans", "Source Han Sans", "WenQuanYi", "IPA", "Hiragino", "PingFang",
-    "Malgun Gothic", "Meiryo", "Yu Gothic", "Microsoft YaHei", "Arial Unicode", "Unifont",
-)  # fmt: skip
-"""How fonts of further scripts are called, on Linux, macOS and Windows."""
-
-
-@lru_cache(maxsize=1)
-def families() -> tuple[str, ...]:
-    """matplotlib's own font, and those installed of further scripts: each has what others lack."""
-    names = {font.name for font in font_manager.fontManager.ttflist}
-    return ("DejaVu Sans", *sorted(name for name in names if name.startswith(WIDE)))
-
-
-@lru_cache(maxsize=1)
-def _drawn() -> frozenset[int]:
-    """Characters that one of `families` has."""
-    paths = (font_manager.findfont(name) for name in families())
-    return frozenset().union(*(font_manager.get_font(path).get_charmap() for path in paths))
-
-
-def drawable(text: str) -> str:
-    r"""The text with the escape of each character that no installed font has: `\u65e5`."""
-    return "".join(
-        c if ord(c) in _drawn() or c.isspace() else c.encode("unicode_escape").decode()
-        for c in text
-    )
-
-
-def _style(theme: Theme) -> Any:
-    """rcParams; untyped, because matplotlib's stubs ask for every name as a literal."""
-    return {
-        "font.family": list(families()),
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.labelcolor": theme.muted,
-        "axes.edgecolor": theme.rule,
-        "axes.facecolor": theme.paper,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.facecolor": theme.paper,
-        "grid.color": theme.rule,
-        "grid.linewidth": 0.7,
-        "legend.labelcolor": theme.ink,
-        "text.color": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "xtick.color": theme.rule,
-        "ytick.color": theme.rule,
-        "xtick.labelcolor": theme.muted,
-        "ytick.labelcolor": theme.muted,
-    }

@@ -10,7 +10,7 @@ from typing import Any
 from elva.data import schema
 from elva.errors import RunError
 from elva.evaluation.columns import PAIRS, label
-from elva.report.charts import Series
+from elva.report.drawing import Series
 from elva.run import Run
 
 TASKS = {task: label(task) for task in schema.TASKS}

@@ -23,16 +23,13 @@ from elva.run import Run, evaluated
 SHOWN = {"t2i": 12, "i2t": 4}
 """Queries of each task."""
 
-PICTURES = "pictures"
-"""Directory of the report's small pictures, inside the run."""
-
 
 @dataclass(frozen=True)
 class Answer:
-    """One of the first five of a query: its name, its picture's file, whether it is right."""
+    """One of a query's first five: its name, its picture as a data URI, whether it is right."""
 
     name: str
-    file: str | None
+    picture: str | None
     hit: bool
 
 
@@ -48,7 +45,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Card:
-    """A query, the file of the picture that it asks for or by, and every side's answers."""
+    """A query, the picture that it asks for or by, and every side's answers."""
 
     head: str
     outcome: str
@@ -71,8 +68,6 @@ class Examples:
     """All that the report shows of a run's retrieval."""
 
     sections: list[Section] = field(default_factory=list)
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
-    """File, relative to the report -> PNG."""
     credit: str | None = None
     """The line that the pictures ask for."""
     missing: str | None = None
@@ -88,7 +83,7 @@ def examples(run: Run, rows: Sequence[Row]) -> Examples:
         sections = [section for task in SHOWN if (section := gallery.section(task)) is not None]
     except (DataError, UserError) as error:
         return Examples(missing=str(error))
-    return Examples(sections, gallery.pictures, pictures.attribution(gallery.shown))
+    return Examples(sections, pictures.attribution(gallery.pictures))
 
 
 class _Gallery:
@@ -109,8 +104,7 @@ class _Gallery:
         self.dataset = load(root, split=split, tasks=tasks)
         self.names = pictures.names(root)
         self.queries = self._asked_about()
-        self.shown: set[str] = set()
-        self.pictures: dict[str, bytes] = {}
+        self.pictures: dict[str, str] = {}
         for row in self.rows:
             for task in SHOWN:
                 self._check(root, row, row.samples(task).values())
@@ -172,7 +166,7 @@ class _Gallery:
     def _asked(self, task: str, id: str, sample: Mapping[str, Any]) -> str | None:
         """For a text the picture it asks for; for a picture itself."""
         if task == "i2t":
-            return self._file(self.queries.get(id))
+            return self._picture(self.queries.get(id))
         return self._candidate(sample["positives"][0])
 
     def _answers(self, task: str, sample: Mapping[str, Any]) -> list[Answer]:
@@ -193,17 +187,14 @@ class _Gallery:
 
     def _candidate(self, id: str) -> str | None:
         pool = self.dataset.pool("t2i")
-        return self._file(pool[pool.row(id)]) if id in pool else None
+        return self._picture(pool[pool.row(id)]) if id in pool else None
 
-    def _file(self, item: Item | None) -> str | None:
-        """A picture's place relative to the report."""
+    def _picture(self, item: Item | None) -> str | None:
         if item is None or item.image is None:
             return None
-        file = f"{PICTURES}/{item.id.replace(':', '-')}.png"
-        if item.id not in self.shown:
-            self.pictures[file] = pictures.thumbnail(item)
-            self.shown.add(item.id)
-        return file
+        if item.id not in self.pictures:
+            self.pictures[item.id] = pictures.data_uri(item)
+        return self.pictures[item.id]
 
 
 def choose(outcomes: Mapping[str, str], count: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,10 @@ from elva.data.emoji.prompts import EMOJI_DATASET
 from elva.data.schema import TASKS
 from elva.data.strict import records
 from elva.errors import printable
-from elva.report.charts import LIGHT, Theme, draw_themes, drawable
+from elva.report.drawing import LIGHT, Theme, draw_themes, drawable
 
-THUMBNAIL = 256  # pixels a side at most: more than twice what a page shows, for dense screens
+THUMBNAIL = 256  # pixels a side at most, of a sheet's
+ON_PAGE = 192  # of a page's: twice what it shows, for dense screens
 SHEET_COLUMNS, SHEET_TILES = 5, 50
 
 
@@ -39,18 +41,18 @@ def attribution(ids: Iterable[str]) -> str | None:
     return ATTRIBUTION if ours else None
 
 
-def small(item: Item) -> Image.Image:
-    """An item's picture, at most `THUMBNAIL` pixels a side."""
+def small(item: Item, side: int = THUMBNAIL) -> Image.Image:
+    """An item's picture, at most so many pixels a side."""
     image = item.load_image()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((side, side))
     return image
 
 
-def thumbnail(item: Item) -> bytes:
-    """The PNG of a picture small enough for a page."""
+def data_uri(item: Item) -> str:
+    """A picture small enough to stand inside a page, as WebP, which every browser shows."""
     buffer = io.BytesIO()
-    small(item).save(buffer, format="PNG")
-    return buffer.getvalue()
+    small(item, ON_PAGE).save(buffer, format="WEBP", quality=80, method=6)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def sheet(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elva.evaluation.columns import columns, tasks_of
+from elva.evaluation.columns import PAIRS, columns, tasks_of
+from elva.report.answer import certain, difference, intervals
 from elva.report.figures import MIN_PROBES, TASKS, Row, row_with
 from elva.report.table import number
 from elva.run import Run
@@ -25,10 +26,9 @@ def lead(run: Run, rows: Sequence[Row]) -> str:
     if not stages:
         return f"{model} is to be trained by this recipe; no stage is finished yet."
     steps = sum(row.steps or 0 for row in stages)
-    seconds = sum(row.seconds or 0.0 for row in stages)
     return (
-        f"{model} was trained in {_list([row.title for row in stages])}, {steps:,} steps in "
-        f"{seconds:,.0f} s, {_aim(run, rows)}. {_verdict(rows)}"
+        f"{model} was trained for {steps:,} steps, in {_list([_stepped(row) for row in stages])}, "
+        f"{_aim(run, rows)}. {_verdict(rows)}"
     )
 
 
@@ -47,20 +47,45 @@ def _shown(figures: Mapping[str, Any], task: str = "") -> str:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    """One sentence: the last stage against where it started and against the best control."""
+    """The last stage against where it started and against the best control, steps first."""
     key, heading = next(iter(columns(row.figures for row in rows).items()), ("", ""))
     known = [row for row in rows if row.figures.get(key) is not None]
     last, before = row_with(known, "last"), row_with(known, "before")
     if last is None:
         return "It has not been evaluated yet."
-    words = f"After {last.title} its {heading} on held-out queries is {number(last.figures[key])}"
+    words = f"After {_stepped(last)} its {heading} on held-out queries is {_figure(last, key)}"
     if before is not None:
         words += f", after {before.title} it was {number(before.figures[key])}"
+        words += _apart(last, before, key)
     controls = [row for row in known if row.role == "control"]
     if controls:
         best = max(controls, key=lambda row: row.figures[key])
-        words += f"; the best control, {best.name}, has {number(best.figures[key])}"
+        words += f"; the best control, {best.name}{_steps(best)}, has {number(best.figures[key])}"
+        words += _apart(last, best, key)
     return words + "."
+
+
+def _stepped(row: Row) -> str:
+    return f"{row.title}{_steps(row)}"
+
+
+def _steps(row: Row) -> str:
+    return "" if row.steps is None else f" ({row.steps:,} steps)"
+
+
+def _figure(row: Row, key: str) -> str:
+    """A figure with its interval, where there is one."""
+    known = intervals(row).get(key)
+    words = number(row.figures[key])
+    if known is None or known.low == known.high:
+        return words
+    return f"{words} ({known.low:.3f} to {known.high:.3f})"
+
+
+def _apart(ours: Row, theirs: Row, key: str) -> str:
+    """How far two rows are apart on the same queries; empty where they share none."""
+    found = difference(ours, theirs, key) if "_recall_at_" in key and key != PAIRS else None
+    return "" if found is None else f", a difference of {certain(found)}"
 
 
 def notes(run: Run, rows: Sequence[Row]) -> list[str]:
@@ -76,11 +101,12 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
         asked = [
             f"{q:,} queries {label} against {n:,} candidates" for label, (q, n) in sizes.items()
         ]
-        error = 50 / min(q for q, _ in sizes.values()) ** 0.5
         found.append(
             f"{_list(asked)}. R@k: share of queries with their right answer among the first k, "
-            "ties counted against it. Best in bold. The sample of queries alone leaves a recall "
-            f"uncertain by up to ±{error / 100:.3f} (one standard error); seeds add to that."
+            "ties counted against it. Best in bold. Below a recall, and of a difference, the 95 % "
+            "interval of the bootstrap over queries; differences are paired, query by query. "
+            f"One training seed ({run.recipe.seed}) was run: how far another would move a figure, "
+            "these intervals do not say."
         )
     if figures.get("minimal_pair_pool_mean"):
         rivals = f"on average {figures['minimal_pair_pool_mean']:.1f}"
@@ -99,13 +125,18 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
             )
     if any(row.role == "control" for row in rows):
         last = run.title(list(run.recipe.stages)[-1])
-        clocked = all(c.steps is None and c.epochs is None for c in run.recipe.controls.values())
-        length = "runs for its wall time" if clocked else "runs for the steps its recipe names"
         found.append(
-            f"A control starts where {last} starts, {length} and is evaluated the same way: "
-            f"{last} is worth what it adds to its controls, not to the stage before."
+            f"A control starts where {last} starts and is evaluated the same way: {last} is worth "
+            f"what it adds to its controls, not to the stage before. {_lengths(run, rows)}"
         )
     return found
+
+
+def _lengths(run: Run, rows: Sequence[Row]) -> str:
+    """Steps of the last stage and of its controls."""
+    last = row_with(rows, "last")
+    arms = [row for row in (last, *(r for r in rows if r.role == "control")) if row is not None]
+    return f"Steps: {_list([f'{row.steps or 0:,} in {row.title}' for row in arms])}."
 
 
 def moved(label: str, rows: Sequence[Row], task: str) -> str:
@@ -116,6 +147,8 @@ def moved(label: str, rows: Sequence[Row], task: str) -> str:
     old, new = before.samples(task), last.samples(task)
     pairs = [(old[i]["rank"], new[i]["rank"]) for i in new if i in old]
     up, down = sum(b > a for b, a in pairs), sum(b < a for b, a in pairs)
+    if not pairs:
+        return ""
     won, lost = sum(b > 1 == a for b, a in pairs), sum(b == 1 < a for b, a in pairs)
     return (
         f"{label}, {last.title} against {before.title}: of {len(pairs):,} queries the right answer "

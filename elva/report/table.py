@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -17,11 +17,17 @@ from elva.run import Run
 
 @dataclass(frozen=True)
 class Cells:
-    """A table's words; `best` are the (row, column) of the largest figure of each column."""
+    """A table's words.
+
+    Args:
+        best: (row, column) of the largest figure of each column.
+        notes: (row, column) -> what stands below a figure, its interval.
+    """
 
     head: list[str]
     rows: list[list[str]]
     best: set[tuple[int, int]]
+    notes: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
 def as_json(run: Run) -> dict[str, Any]:
@@ -67,13 +73,13 @@ def figure_cells(rows: Sequence[Row]) -> Cells:
     cells, values = [], []
     for row in rows:
         figures = [row.figures.get(key) for key in shown]
-        values.append([*figures, _least(row)])
+        values.append([*figures, least_distance(row)])
         steps = "-" if row.steps is None else f"{row.steps:,}"
         seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
-        cells.append([row.title, *map(number, figures), _least_words(row), steps, seconds])
+        cells.append([row.title, *map(number, figures), least_words(row), steps, seconds])
     if levels := chance(rows):
         cells.append(["chance", *(number(levels.get(key)) for key in shown), "", "", ""])
-    return Cells(["", *shown.values(), "least grain", "steps", "seconds"], cells, _best(values))
+    return Cells(["", *shown.values(), "least grain", "steps", "seconds"], cells, best_of(values))
 
 
 def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:
@@ -81,12 +87,14 @@ def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:
     kinds = list(counts)
     means = [[fmean(row.grains[k]) if k in row.grains else None for k in kinds] for row in rows]
     pairs = list(zip(rows, means, strict=True))
-    cells = [[row.title, _least_words(row), *map(number, found)] for row, found in pairs]
+    cells = [[row.title, least_words(row), *map(number, found)] for row, found in pairs]
     cells.append(["queries", "", *map(str, counts.values())])
-    return Cells(["", "least", *kinds], cells, _best([[_least(r), *found] for r, found in pairs]))
+    return Cells(
+        ["", "least", *kinds], cells, best_of([[least_distance(r), *found] for r, found in pairs])
+    )
 
 
-def _best(values: Sequence[Sequence[float | None]]) -> set[tuple[int, int]]:
+def best_of(values: Sequence[Sequence[float | None]]) -> set[tuple[int, int]]:
     """(row, column) of the largest of each column as printed, counting the column of names."""
     best = set()
     for column, found in enumerate(zip(*values, strict=True), start=1):
@@ -101,9 +109,11 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _least(row: Row) -> float | None:
+def least_distance(row: Row) -> float | None:
+    """Of the grain type that the row sees least."""
     return row.least_grain[1] if row.least_grain else None
 
 
-def _least_words(row: Row) -> str:
+def least_words(row: Row) -> str:
+    """The same, with the type's name."""
     return f"{row.least_grain[1]:.3f} {row.least_grain[0]}" if row.least_grain else "-"

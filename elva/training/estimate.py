@@ -28,7 +28,6 @@ _SAMPLED = (
     3 * _FP32 + 8
 )  # bytes an id of a distribution that is drawn from: logits, p, sums in fp64
 
-CLOCKED = "as many as fit into the last stage's seconds"
 NOT_COUNTED = "epochs over data that is not here"
 _TOWER_KEPT = 18
 """Times its width a layer of a vision tower keeps of a patch: what enters and leaves two norms,
@@ -286,17 +285,21 @@ def describe(
     """
     found, measured = found or {}, measured or {}
     recipe = replace(recipe, model=at_hand(recipe.model))
+    last = list(recipe.stages.values())[-1]
+    controls = {
+        name: stage if stage.steps or stage.epochs else replace(stage, steps=last.steps)
+        for name, stage in recipe.controls.items()
+    }
+    filled = replace(recipe, controls=controls)
     names = [*recipe.stages, *(name for name in recipe.controls if name in found)]
     stages = {
-        name: _described(name, recipe, limit, found.get(name, {}), measured.get(name))
+        name: _described(name, filled, limit, found.get(name, {}), measured.get(name))
         for name in names
     }
-    for name in names:  # a control by the clock
+    for name in names:
         if stages[name]["steps"] is None:
-            last = stages[list(recipe.stages)[-1]]
-            clocked = name in recipe.controls
-            stages[name]["steps"] = CLOCKED if clocked else NOT_COUNTED
-            stages[name]["hours"] = last["hours"] if clocked else f"not known: {NOT_COUNTED}"
+            stages[name]["steps"] = NOT_COUNTED
+            stages[name]["hours"] = f"not known: {NOT_COUNTED}"
     sizes = sizes_of(recipe.model)
     parameters = None if sizes is None else sizes.parameters
     known = [stage["hours"] for stage in stages.values()]

@@ -23,7 +23,7 @@ from elva.run import title_of
 from elva.training.callbacks import Callback
 from elva.training.guards import refuse_broken_weights
 from elva.training.optimizer import make_optimizer, make_schedule, put_schedule
-from elva.training.plan import Length, Saving
+from elva.training.plan import Saving
 from elva.training.states import moments_of, put_moments, put_weights, weights_of
 from elva.training.wrapping import accelerator_of
 
@@ -50,7 +50,7 @@ class Work(Protocol):
 
 
 class Loop:
-    """Repeats `Work.step`, the optimiser and the schedule for a `Length`.
+    """Repeats `Work.step`, the optimiser and the schedule for so many steps.
 
     Args:
         model: what trains; each process has it whole.
@@ -60,12 +60,12 @@ class Loop:
     """
 
     def __init__(
-        self, model: nn.Module, work: Work, stage: StageConfig, length: Length, *,
+        self, model: nn.Module, work: Work, stage: StageConfig, steps: int, *,
         directory: Path, processes: Processes, saving: Saving, arguments: Mapping[str, Any],
         callbacks: Sequence[Callback] = (),
         evaluate: Callable[[], Mapping[str, float]] | None = None, started: float | None = None,
     ) -> None:  # fmt: skip
-        self.work, self.stage, self.length, self.directory = work, stage, length, directory
+        self.work, self.stage, self.steps, self.directory = work, stage, steps, directory
         self.processes, self.saving = processes, saving
         self.callbacks, self.evaluate = list(callbacks), evaluate
         self.title = title_of(directory)
@@ -78,9 +78,7 @@ class Loop:
         torch.backends.cuda.matmul.allow_tf32 = bool(arguments.get("tf32", False))
         self.inner = make_optimizer(model, stage, arguments)
         self.model, self.optimizer = self.accelerator.prepare(model, self.inner)
-        seconds = length.seconds
-        done = None if seconds is None else lambda: self.elapsed / seconds
-        self.schedule = make_schedule(self.inner, stage, length.steps, done, arguments)
+        self.schedule = make_schedule(self.inner, stage, steps, arguments)
 
     def train(self, resume: Path | None = None) -> None:
         """Run to the end, from a checkpoint where one is given.
@@ -91,7 +89,7 @@ class Loop:
         if resume is not None:
             self._restore(resume)
         self._tell("on_stage_begin")
-        while self.step < self.length.steps and not self.stop:
+        while self.step < self.steps and not self.stop:
             metrics = self.work.step(self.step, self.accelerator, self.model)
             if self.stage.max_grad_norm > 0:
                 norm = self.accelerator.clip_grad_norm_(
@@ -108,9 +106,8 @@ class Loop:
             self.work.stepped(self.step, metrics)
             if self.stage.eval_steps and self.step % self.stage.eval_steps == 0:
                 self._evaluate()
-            over = self.length.seconds is not None and self.elapsed >= self.length.seconds
-            self.stop = self.processes.most(int(self.stop or over)) > 0
-            boundary = self.step % self.stage.num_iterations == 0 and self.step < self.length.steps
+            self.stop = self.processes.most(int(self.stop)) > 0
+            boundary = self.step % self.stage.num_iterations == 0 and self.step < self.steps
             due = self.elapsed - self.saved_at >= self.saving.seconds
             if boundary and (due or (self.saving.steps and self.step % self.saving.steps == 0)):
                 self.save()

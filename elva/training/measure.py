@@ -28,7 +28,7 @@ from elva.training.callbacks import Callback
 from elva.training.estimate import memory_bytes, sequences_a_step, sizes_of
 from elva.training.examples import Examples
 from elva.training.loop import Loop
-from elva.training.plan import Length, Saving
+from elva.training.plan import Saving
 from elva.training.readiness import TrainingData
 from elva.training.stage import Stage
 
@@ -172,7 +172,7 @@ def _measure(
         )  # fmt: skip
         clock = _Clock()
         loop = Loop(
-            retriever, work, piece, Length(STEPS), directory=scratch / "stage-plan",
+            retriever, work, piece, STEPS, directory=scratch / "stage-plan",
             processes=processes, saving=Saving(float("inf")), arguments=recipe.trainer,
             callbacks=[clock],
         )  # fmt: skip

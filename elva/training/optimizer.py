@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,27 +40,21 @@ def make_schedule(
     optimizer: Optimizer,
     stage: StageConfig,
     steps: int,
-    done: Callable[[], float] | None,
     arguments: Mapping[str, Any],
 ) -> LambdaLR:
-    """transformers' schedule over `steps`, or a cosine over a share that is `done` of a clock.
+    """transformers' schedule over `steps`.
 
     Args:
         arguments: the recipe's `trainer`: lr_scheduler_kwargs.
     """
-    warmup = stage.warmup_ratio
-    if done is None:
-        further = arguments.get("lr_scheduler_kwargs")
-        found: LambdaLR = get_scheduler(
-            stage.schedule, optimizer, max(1, round(warmup * steps)), steps, further
-        )
-        return found
-
-    def factor(_: int) -> float:
-        now = min(1.0, done())
-        return min(1.0, now / warmup if warmup else 1.0) * 0.5 * (1 + math.cos(math.pi * now))
-
-    return LambdaLR(optimizer, factor)
+    found: LambdaLR = get_scheduler(
+        stage.schedule,
+        optimizer,
+        max(1, round(stage.warmup_ratio * steps)),
+        steps,
+        arguments.get("lr_scheduler_kwargs"),
+    )
+    return found
 
 
 def put_schedule(schedule: LambdaLR, step: int) -> None:

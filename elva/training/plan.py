@@ -17,14 +17,6 @@ NEIGHBOURS = 7
 
 
 @dataclass(frozen=True)
-class Length:
-    """How long a stage runs: `steps`, or until `seconds` have passed and at most `steps`."""
-
-    steps: int
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
 class Saving:
     """When checkpoints are written inside a stage, and how many are kept: the recipe's fields."""
 

@@ -28,11 +28,16 @@ class RowCodes(NamedTuple):
     """8-bit codes of rows, which bound every cosine with them (eq. 16).
 
     A unit row lies within `lost` of `scale * code`, after a rotation that is the same for all rows.
+
+    Attributes:
+        code: int8 [P, D].
+        scale: float32 [P].
+        lost: float32 [P], a distance, rounded up; inf for a row that is not finite.
     """
 
-    code: Tensor  # int8 [P, D]
-    scale: Tensor  # float32 [P]
-    lost: Tensor  # float32 [P]: a distance, rounded up; inf for a row that is not finite
+    code: Tensor
+    scale: Tensor
+    lost: Tensor
 
 
 class FineCodes(NamedTuple):

@@ -13,17 +13,31 @@ _CHUNK = 2**24
 
 
 class RankStatistics(NamedTuple):
-    """Where each query's positives stand among its negatives, and the hardest of these."""
+    """Where each query's positives stand among its negatives, and the hardest of these.
 
-    rank: Tensor  # [B] or [B, P] int32, 1 + n_greater + n_equal; 0 for no positive
-    n_greater: Tensor  # int32, as `rank`
-    n_equal: Tensor  # int32, as `rank`
-    target_score: Tensor  # as `rank`; -inf for no positive
-    hardest_score: Tensor  # [B] -inf where there is no finite negative
-    hardest_index: Tensor  # [B] int64, -1 where there is none
-    topk_scores: Tensor  # [B, min(k, M)] the hardest negatives in order, then -inf
-    topk_index: Tensor  # [B, min(k, M)] int64, then -1
-    logsumexp: Tensor | None  # [B] eq. 11; None without a temperature
+    Scores are cosines, float32, or float64 for float64 inputs; nothing carries a gradient.
+
+    Attributes:
+        rank: [B] or [B, P] int32, as `target`: 1 + n_greater + n_equal; 0 for no positive.
+        n_greater: int32, as `rank`: negatives that score higher.
+        n_equal: int32, as `rank`: negatives that score the same.
+        target_score: as `rank`: the positive's score; -inf for no positive.
+        hardest_score: [B], of the negative that scores highest; -inf without a finite one.
+        hardest_index: [B] int64, its row of the candidates; -1 where there is none.
+        topk_scores: [B, min(k, M)], of the hardest negatives in order, then -inf.
+        topk_index: [B, min(k, M)] int64, their rows, then -1.
+        logsumexp: [B], eq. 11, over scores / temperature; None without a temperature.
+    """
+
+    rank: Tensor
+    n_greater: Tensor
+    n_equal: Tensor
+    target_score: Tensor
+    hardest_score: Tensor
+    hardest_index: Tensor
+    topk_scores: Tensor
+    topk_index: Tensor
+    logsumexp: Tensor | None
 
 
 NO_POSITIVE = -1  # in `Batch.target`

@@ -28,13 +28,23 @@ class Weights(NamedTuple):
 
 
 class RankingReward(NamedTuple):
-    """The reward of each group, its two terms, the positive's rank, and the scores it rests on."""
+    """The reward of each group, its two terms, the positive's rank, and the scores it rests on.
 
-    reward: Tensor  # [*] carries the gradient
-    margin_reward: Tensor  # [*] eq. 3, before w_margin
-    rank_reward: Tensor  # [*] eq. 4, before w_rank
-    rank: Tensor  # [*] int32, 1-based
-    scores: Tensor  # [*, N + 1] the positive first; masked negatives are -inf
+    All float32, or float64 for float64 inputs, but the rank.
+
+    Attributes:
+        reward: [*], higher is better; it alone carries the gradient.
+        margin_reward: [*], eq. 3, before `w_margin`.
+        rank_reward: [*], eq. 4, before `w_rank`.
+        rank: [*] int32, of the positive among all N + 1 candidates, from 1; it loses ties.
+        scores: [*, N + 1], cosines in [-1, 1], the positive's first; -inf of masked negatives.
+    """
+
+    reward: Tensor
+    margin_reward: Tensor
+    rank_reward: Tensor
+    rank: Tensor
+    scores: Tensor
 
 
 def ranking_reward(

@@ -13,11 +13,15 @@ _PRODUCT_ELEMENTS = 2**22
 
 
 class TopK(NamedTuple):
-    """The best corpus rows of each query, best first."""
+    """The best corpus rows of each query, best first; of equal scores the lower row.
 
-    scores: Tensor  # [Q, min(k, P)]
-    # int64 [Q, min(k, P)], rows of the corpus; in place of a method of tuples that nobody misses
-    index: Tensor  # type: ignore[assignment]
+    Attributes:
+        scores: [Q, min(k, P)] float32, or float64 for float64 inputs.
+        index: [Q, min(k, P)] int64, rows of the corpus.
+    """
+
+    scores: Tensor
+    index: Tensor  # type: ignore[assignment]  # a method of tuples that nobody misses
 
 
 def topk(query: Tensor, corpus: Tensor, k: int, *, metric: str) -> TopK:

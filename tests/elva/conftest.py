@@ -4,12 +4,13 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import yaml
@@ -18,6 +19,9 @@ from elva.data import emoji, load
 from elva.recipe import Recipe
 from elva.recipes import resolve
 from tests.elva import standin
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 if "benchmarks" not in sys.modules:  # by its place: the import path has no source tree
     folder = Path(__file__).parents[2] / "benchmarks"
@@ -159,3 +163,25 @@ def finished(training: Training) -> Path:
     code, printed = training.process.wait(), (training.directory / "printed").read_text()
     assert code == 0 and "t→i" in printed, printed
     return training.directory / "whole"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Headless Chromium with a user's directory of its own.
+
+    Of a module, not of the session: while playwright's synchronous interface is up, asyncio calls
+    this thread's loop running, and no other test could run one. A start takes about a second.
+    """
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    quiet = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    ]  # fmt: skip
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=quiet)
+        yield started
+        started.close()

@@ -15,7 +15,7 @@ from elva.recipe import NegativeConfig, StageConfig
 from elva.training.callbacks import Callback
 from elva.training.examples import Examples
 from elva.training.loop import Loop
-from elva.training.plan import Length, Saving
+from elva.training.plan import Saving
 from elva.training.stage import Stage as Work
 
 POLICY = StageConfig(
@@ -65,7 +65,7 @@ class Stage:
             say=self.said.append,
         )  # fmt: skip
         self.loop = Loop(
-            self.retriever, self.work, stage, Length(steps), directory=directory / "stage-3",
+            self.retriever, self.work, stage, steps, directory=directory / "stage-3",
             processes=processes, saving=Saving(1e9), arguments=extra, callbacks=[_Log(self.log)],
         )  # fmt: skip
 

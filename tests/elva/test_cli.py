@@ -59,6 +59,19 @@ def test_every_command_has_an_example_that_parses(path: str) -> None:
         command.make_context(path, words)  # raises for an option or argument that is not there
 
 
+def test_without_a_command_it_shows_what_people_come_for() -> None:
+    """Its commands parse, but for what a reader must fill in."""
+    done = CliRunner().invoke(app, [])
+    assert done.exit_code == 0
+    shown = [line.split()[1:] for line in done.output.splitlines() if line.startswith("  elva ")]
+    assert {words[0] for words in shown} == {"train", "index", "search"}
+    for words in (shlex.split(" ".join(words)) for words in shown):
+        command = ROOT
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context("elva", words)
+
+
 def test_the_version_is_the_packages() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert done.exit_code == 0 and done.output == f"elva {elva.__version__}\n"

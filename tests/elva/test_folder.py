@@ -19,7 +19,7 @@ from elva.data.formats.scan import scan
 from elva.data.schema import hashed_id
 from elva.data.strict import Faults
 from elva.errors import DataError
-from elva.report import charts
+from elva.report import drawing
 from elva.report import pictures as report_pictures
 from elva.search import Hit
 from tests.elva import people
@@ -235,11 +235,11 @@ def test_one_of_a_kind_is_said_in_the_singular(tmp_path: Path) -> None:
 def test_a_sheet_spells_what_no_font_has_and_tells_equal_names_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(charts, "_drawn", lambda: frozenset(map(ord, "Blüte.png")))
-    assert charts.drawable("Blüte \u65e5.png") == r"Blüte \u65e5.png"
+    monkeypatch.setattr(drawing, "_drawn", lambda: frozenset(map(ord, "Blüte.png")))
+    assert drawing.drawable("Blüte \u65e5.png") == r"Blüte \u65e5.png"
     monkeypatch.undo()
-    assert charts.families()[0] == "DejaVu Sans" and ord("ü") in charts._drawn()
-    assert charts.drawable("Blüte\n\U000e0001") == "Blüte\n\\U000e0001"
+    assert drawing.families()[0] == "DejaVu Sans" and ord("ü") in drawing._drawn()
+    assert drawing.drawable("Blüte\n\U000e0001") == "Blüte\n\\U000e0001"
     draw(tmp_path / "a.png", "red")
     hits = [
         Hit(rank, id, name, 0.5, "", tmp_path / "a.png")

@@ -1,5 +1,6 @@
 """The report of a run, made from files alone: no model is trained or loaded here."""
 
+import base64
 import io
 import json
 import os
@@ -8,121 +9,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from elva.cli import app
 from elva.commands.report import report
-from elva.data import Item, load, mbeir
+from elva.data import Item
 from elva.errors import RunError
 from elva.recipe import Recipe, StageConfig
-from elva.report import charts, figures, gallery, pictures
+from elva.report import charts, drawing, figures, gallery, pictures
 from elva.report.table import as_json, table
 from elva.run import Run
-
-NAMES = ["red <b>square</b>", "green square", "blue square", "red disc", "green disc", "blue disc"]
-COLOURS = [(200, 0, 0), (0, 150, 0), (0, 0, 200)] * 2
+from tests.elva import reported
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures with names, in M-BEIR's layout."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "img").mkdir()
-    for i, colour in enumerate(COLOURS):
-        Image.new("RGB", (400, 300), colour).save(root / "img" / f"{i}.png")
-    mbeir.write_instructions(
-        root, "tiny", 7, {("text", "image"): ["Find it."], ("image", "text"): ["Name it."]}
-    )
-
-    def row(kind: str, id: str, text: str | None, image: str | None) -> dict[str, object]:
-        modality = "text" if image is None else "image"
-        return (
-            {"did": id, "txt": text, "img_path": image, "modality": modality}
-            if kind == "pool"
-            else {"qid": id, "query_txt": text, "query_img_path": image, "query_modality": modality}
-        )
-
-    files = [f"img/{i}.png" for i in range(6)]
-    for stem, task in (("tiny_task0", 0), ("tiny_task3", 3)):
-        shown = [
-            row("pool", f"7:{i + 100 * task}", *((NAMES[i], None) if task else (None, files[i])))
-            for i in range(6)
-        ]
-        asked = [
-            row(
-                "query",
-                f"7:{i + 50 + 100 * task}",
-                *((None, files[i]) if task else (NAMES[i], None)),
-            )
-            | {"pos_cand_list": [f"7:{i + 100 * task}"], "neg_cand_list": [], "task_id": task}
-            for i in range(6)
-        ]
-        mbeir.write_pool(root, stem, shown)
-        mbeir.write_queries(root, stem, "test", asked)
-    return root
-
-
-def evaluation(root: Path, ranks: list[int], distance: float) -> dict[str, object]:
-    """What an evaluation in which query i finds its positive at ranks[i] would have written."""
-    dataset = load(root, split="test")
-    found: dict[str, dict] = {"figures": {}, "samples": {}, "grain_distances": {}}
-    for task in ("t2i", "i2t"):
-        ids = dataset.pool(task).ids
-        found["samples"][task] = [
-            {
-                "id": q.id, "query": q.raw_text, "positives": list(q.positives), "rank": rank,
-                "summary": f"summary of {q.id} & more",
-                "top": [{"id": i, "summary": ""} for i in moved(ids, q.positives[0], rank)[:5]],
-            }
-            for q, rank in zip((q for q in dataset.queries if q.task == task), ranks, strict=True)
-        ]  # fmt: skip
-        found["figures"] |= {
-            f"{task}_recall_at_1": sum(r == 1 for r in ranks) / 6,
-            f"{task}_recall_at_5": sum(r <= 5 for r in ranks) / 6,
-            f"{task}_queries": 6,
-            f"{task}_pool": 6,
-        }
-    found["grain_distances"] = {
-        "entity": [distance] * 12, "tone": [distance / 2] * 10, "size": [distance / 10]
-    }  # fmt: skip
-    return found
-
-
-def moved(ids: list[str], positive: str, rank: int) -> list[str]:
-    rest = [i for i in ids if i != positive]
-    return [*rest[: rank - 1], positive, *rest[rank - 1 :]]
+    return reported.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def run(root: Path, tmp_path: Path) -> Run:
     """Two stages and a control, finished and evaluated."""
-    return build(root, tmp_path)
+    return reported.build(root, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def page(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of such a run."""
-    return report(build(root, tmp_path_factory.mktemp("reported")))
-
-
-def build(root: Path, parent: Path) -> Run:
-    stage = StageConfig(data=str(root), steps=4)
-    recipe = Recipe(
-        "tiny", stages={"1": stage, "2": stage}, controls={"infonce": StageConfig(data=str(root))}
-    )
-    run = Run.create(parent / "run", recipe)
-    for name, ranks, distance in (
-        ("1", [1, 1, 2, 3, 6, 6], 0.2),
-        ("2", [1, 2, 1, 1, 1, 6], 0.4),
-        ("infonce", [1, 1, 1, 2, 2, 2], 0.3),
-    ):
-        run.write(name, "stage.json", {"steps": 4, "seconds": 2.5})
-        run.write(name, "evaluation.json", evaluation(root, ranks, distance))
-        for step in range(1, 5):
-            run.log(
-                name, step, {"lm": 1.0 / step, "reward": float("nan"), "completion_length": 3.0}
-            )
-    return run
+    return report(reported.build(root, tmp_path_factory.mktemp("reported")))
 
 
 def text(drawn: object) -> str:
@@ -164,7 +81,7 @@ def test_json_and_table_hold_the_same_figures(run: Run) -> None:
 
 def test_the_best_of_a_column_is_bold_in_every_row_that_has_it(page: Path) -> None:
     html = page.read_text(encoding="utf-8")
-    line = {m[1]: m[0] for m in re.finditer(r"<tr><td>(stage \d|control \w+)</td>.*?</tr>", html)}
+    line = {m[1]: m[0] for m in re.finditer(r"<th[^>]*>(stage \d|control \w+)</th>.*?</tr>", html)}
     assert "<b>0.667</b>" in html and "<b>1.000</b>" in html  # t->i R@1 of stage 2, R@5 of infonce
     assert len(line) == 3
 
@@ -172,13 +89,14 @@ def test_the_best_of_a_column_is_bold_in_every_row_that_has_it(page: Path) -> No
 # -- the page --------------------------------------------------------------------------------------
 
 
-def test_every_file_the_page_names_is_there_and_every_text_is_escaped(page: Path) -> None:
+def test_the_page_is_one_file_and_every_text_is_escaped(page: Path) -> None:
     html = page.read_text(encoding="utf-8")
-    named = re.findall(r'(?:src|srcset)="([^"]*)"', html)
-    assert {n.partition("/")[0] for n in named if "/" in n} == {gallery.PICTURES}
-    for name in named:
-        with Image.open(page.parent / name) as image:
-            image.verify()
+    shown = re.findall(r'src="data:image/webp;base64,([^"]*)"', html)
+    assert len(shown) == html.count("<img") == html.count("src=") > 50
+    for picture in set(shown):
+        with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+            assert image.size == (192, 144)
+    assert [path.name for path in page.parent.iterdir() if path.suffix == ".png"] == []
     assert "red &lt;b&gt;square&lt;/b&gt;" in html and "<b>square" not in html
     assert "<script" not in html and "http://" not in html and "https://" not in html
     assert "summary of 7:50 &amp; more" in html
@@ -187,13 +105,17 @@ def test_every_file_the_page_names_is_there_and_every_text_is_escaped(page: Path
 
 def test_the_page_says_what_was_measured(page: Path) -> None:
     html = page.read_text(encoding="utf-8")
-    assert (
-        "After stage 2 its t→i R@1 on held-out queries is 0.667, after stage 1 it was 0.333" in html
-    )
-    assert "the best control, infonce, has 0.500" in html
+    assert "was trained for 8 steps, in stage 1 (4 steps) and stage 2 (4 steps)" in html
+    assert "After stage 2 (4 steps) its t→i R@1 on held-out queries is 0.667 (0.333 to 1" in html
+    assert "after stage 1 it was 0.333, a difference of +0.333 (-0.333 to +0.833), too " in html
+    assert "the best control, infonce (4 steps), has 0.500, a difference of +0.167 (" in html
+    assert "Steps: 4 in stage 2 and 4 in control infonce." in html
+    assert "the ten hardest negatives get 100% of InfoNCE&#39;s push (T = 0.05)" in html
+    assert "of the latter 25% pulls negatives nearer" in html
+    assert "50% + 25% of the variance" in html and html.count("<svg") == 12
     assert "of 6 queries the right answer rises in 3, falls in 1 and stays in 2" in html
     assert "3 win the first place, 1 lose it" in html
-    assert "6 queries t→i against 6 candidates" in html and "runs for its wall time" in html
+    assert "6 queries t→i against 6 candidates" in html
     assert "won by stage 2: 3, lost by stage 2: 1, both right: 1, both wrong: 1" in html
 
 
@@ -206,12 +128,64 @@ def test_the_right_answer_is_framed_once_for_each_side_that_shows_it(page: Path)
         assert card.count('class="hit"') == sum(rank <= 5 for rank in ranks)
 
 
-def test_pictures_are_shrunk_and_openmoji_is_credited(page: Path) -> None:
-    for path in (page.parent / gallery.PICTURES).iterdir():
-        with Image.open(path) as image:
-            assert image.size == (256, 192)
+def test_openmoji_is_credited() -> None:
     assert pictures.attribution(["7:1"]) is None
     assert "OpenMoji" in pictures.attribution(["7:1", "10:4"])
+
+
+# -- several runs ----------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_on_the_queries_of_both(root: Path, tmp_path: Path) -> None:
+    one, two = (reported.build(root, tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    found = two.read("2", "evaluation.json")
+    for sample, rank in zip(found["samples"]["t2i"], [1, 1, 1, 1, 1, 6], strict=True):
+        sample["rank"] = rank
+    found["samples"]["t2i"][5]["positives"] = ["7:0"]  # another question under the same id
+    found["figures"]["t2i_recall_at_1"] = 5 / 6
+    two.write("2", "evaluation.json", found)
+    done = invoke("report", one.directory, two.directory, "--output", tmp_path / "x.html", "--json")
+    said = json.loads(done.stdout)
+    (apart, _) = said["differences"]
+    assert (apart["ours"], apart["theirs"]) == ("b/run: stage 2", "a/run: stage 2")
+    assert (apart["mean"], apart["queries"], apart["steps"]) == (pytest.approx(0.2), 5, [4, 4])
+    assert said["recipe_differences"] == {"seed": [0, 1]}
+    html = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "2 runs: a/run, b/run" in html and "Seeds: a/run 0, b/run 1." in html
+    assert (
+        "b/run: stage 2 (4 steps) has t→i R@1 0.833, +0.200 (+0.000 to +0.600), too small" in html
+    )
+    assert re.search(r'<th scope="row">seed</th><td>0</td><td>1</td>', html)
+    rows = re.findall(r'<tr><th scope="row">(\w/run: [\w ]+)</th><td>4<', html)
+    arms = ["stage 2", "control infonce"]
+    assert rows == [f"{name}/run: {arm}" for name in "ab" for arm in arms]
+    assert not (one.directory / "report.html").exists()
+
+
+def test_what_cannot_be_reported_is_one_line(run: Run, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(run.directory)
+    for words, rule in (
+        ((run.directory, link), "report: runs must differ, got"),
+        ((run.directory, "--output", tmp_path / "x.pdf"), "--output: must end in .html, got"),
+        ((run.directory, "--output", tmp_path), "--output: must end in .html, got"),
+        ((run.directory, tmp_path), "must hold a run, got no recipe.yaml"),
+    ):
+        done = invoke("report", *words)
+        assert done.exit_code == 2 and rule in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_json_has_the_intervals_of_the_page(run: Run) -> None:
+    said = json.loads(invoke("report", run.directory, "--json").stdout)
+    html = Path(said["page"]).read_text(encoding="utf-8")
+    found = said["intervals"]["stage 2"]["t2i_recall_at_1"]
+    assert found["mean"] == pytest.approx(4 / 6) and found["queries"] == 6
+    assert f"<small>{found['low']:.3f} to {found['high']:.3f}</small>" in html
+    assert {d["theirs"] for d in said["differences"]} == {"stage 1", "control infonce"}
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 # -- half a run ------------------------------------------------------------------------------------
@@ -222,6 +196,7 @@ def test_a_run_without_a_finished_stage_has_a_report(root: Path, tmp_path: Path)
     run = Run.create(tmp_path / "run", Recipe("tiny", stages=stages))
     html = report(run).read_text(encoding="utf-8")
     assert "no stage is finished yet" in html and "<img" not in html
+    assert "<svg" not in html
     assert as_json(run)["rows"] == [] and "stage" not in text(table(run))
 
 
@@ -234,8 +209,8 @@ def test_missing_files_and_nulls_leave_gaps_not_errors(run: Run) -> None:
     run.metrics_file.write_text('{"stage": "1", "step": 1, "lm": null}\n{"stage": "2", "st')
     (run.directory / "run.json").unlink()
     html = report(run).read_text(encoding="utf-8")
-    assert "curves.png" not in html and "It has not been evaluated yet." in html
-    assert re.search(r"<td>control infonce</td><td>-</td>", html)
+    assert "How training went" not in html and "It has not been evaluated yet." in html
+    assert re.search(r'<th scope="row">control infonce</th><td>4</td><td>-</td>', html)
 
 
 def test_data_that_is_gone_is_said_not_raised(run: Run) -> None:
@@ -286,8 +261,8 @@ def test_a_chart_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def draw(ranks: list[int]) -> bytes:
-        series = {charts.Series("stage 1", "last"): ranks}
-        charts.rank_chart(tmp_path / "ranks.png", {"t→i": (9, series)})
+        drawn = charts.rank_chart(9, {drawing.Series("stage 1", "last"): ranks})
+        drawing.write_png(tmp_path / "ranks.png", drawn)
         return (tmp_path / "ranks.png").read_bytes()
 
     before = draw([1, 2])
@@ -311,5 +286,5 @@ def test_a_sheet_draws_any_text_and_no_more_than_its_tiles(
     pictures.sheet(tmp_path / "a.png", "$x$ _ " + "w" * 500, tiles, "credit")
     pictures.sheet(tmp_path / "b.png", "", [], None)
     with Image.open(tmp_path / "a.png") as image:
-        assert image.width == 2 * pictures.SHEET_COLUMNS * charts.DOTS_PER_INCH
-        assert image.height == (2 * 2.6 + 1) * charts.DOTS_PER_INCH  # two rows hold seven
+        assert image.width == 2 * pictures.SHEET_COLUMNS * drawing.DOTS_PER_INCH
+        assert image.height == (2 * 2.6 + 1) * drawing.DOTS_PER_INCH  # two rows hold seven

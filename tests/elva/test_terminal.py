@@ -118,3 +118,18 @@ def test_no_template_and_no_command_turns_escaping_off():
                 raise AssertionError(f"{path}: prints by a console that is no Terminal")
             if isinstance(node, ast.keyword) and node.arg == "markup":
                 assert ast.unparse(node.value) == "False", path
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch):
+    """Where no bar can be drawn: every half minute, with counts, rate and figures."""
+    clock = [0.0]
+    monkeypatch.setattr("elva.progress.time.perf_counter", lambda: clock[0])
+    shown = Terminal(file=io.StringIO(), width=120, get_time=lambda: clock[0])
+    with Bars(shown) as bars:
+        bars.start("stage 2", 2_000)
+        for done in range(1, 101):
+            clock[0] += 1.0
+            bars.advance(done, {"loss": 0.25, "unshown": 1.0})
+    assert shown.file.getvalue().splitlines() == [
+        f"stage 2: {done} of 2,000 steps  1 steps/s  loss 0.250" for done in (30, 60, 90)
+    ]

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +22,7 @@ from elva.recipe import Recipe
 from elva.recipes import resolve
 from elva.run import Run
 from elva.training.callbacks import Callback
+from elva.training.estimate import describe
 from elva.training.loop import BEST, Loop
 
 kills = importlib.import_module("benchmarks.kills")  # which conftest puts there
@@ -128,6 +130,19 @@ def test_stage_three_alone_starts_from_another_run(
     train(run, Silent(), stages=["3"], start_from=Run.open(finished), controls=False, limit=2)
     assert run.trained == ["3"]
     assert run.read("3", "stage.json")["steps"] == 2
+
+
+def test_a_control_takes_as_many_steps_as_what_it_is_compared_with(
+    finished: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    """However busy the machine is: never until a clock says so."""
+    control = replace(recipe.controls["infonce"], steps=None)
+    recipe = replace(recipe, controls={"infonce": control}, evaluate=False)
+    planned = describe(recipe, found={"infonce": {}})["plan"]
+    assert planned["infonce"]["steps"] == planned["3"]["steps"] == recipe.stages["3"].steps == 4
+    run = Run.create(tmp_path / "third", recipe)
+    train(run, Silent(), stages=["3"], start_from=Run.open(finished))
+    assert [run.read(name, "stage.json")["steps"] for name in ("3", "infonce")] == [4, 4]
 
 
 GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches": False,

@@ -1,0 +1,1 @@
+"""Our losses in loops of others: each file runs, `python -m elva.integrations.examples.NAME`."""
