@@ -63,6 +63,15 @@ class Hit:
         return found
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a query found, and how the model read it."""
+
+    hits: list[Hit]  # best first
+    summary: str  # what the model wrote about the query; "" where it writes none
+    embedding: Tensor  # [1, D] fp32
+
+
 class Searcher:
     """A model with three verbs: embed items, index them, search.
 
@@ -181,14 +190,31 @@ class Searcher:
         Raises:
             UserError: an argument that cannot be answered, in one line.
         """
+        return self.answer(
+            index, query, image=image, k=k, where=where, instruction=instruction, engine=engine
+        ).hits
+
+    def answer(
+        self,
+        index: Index,
+        query: str = "",
+        *,
+        image: Path | None = None,
+        k: int = 10,
+        where: Where | None = None,
+        instruction: str | None = None,
+        engine: Engine | None = None,
+    ) -> Answer:
+        """What `search` finds, of the same arguments, with what the model wrote about the query."""
         check_query(query, k, image)
         index.check_model(self.encoder.identity)
         asked = _query(self.encoder, index, query, image, instruction)
-        found = (engine or index).search(self.embed([asked]), k, where=where)
+        read = self._encoded([asked], SILENT)
+        found = (engine or index).search(read.embeddings, k, where=where)
         proven_by = _proof(found) if engine is None or engine is index else None
         rows = found.rows[0][found.rows[0] >= 0].numpy()
         table = index.table.take(rows).to_pylist()
-        return [
+        hits = [
             Hit(
                 rank,
                 item["id"],
@@ -205,6 +231,7 @@ class Searcher:
                 zip(found.scores[0].tolist(), table, strict=False), start=1
             )
         ]
+        return Answer(hits, read.summaries[0], read.embeddings)
 
 
 def _proof(found: Found) -> str:

@@ -22,8 +22,8 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 ROOMS = (
     "errors", "terminal", "draws", "settings", "files", "progress", "processes",
     "trainer_arguments", "recipe", "recipes", "checkpoint", "data", "run", "model", "index",
-    "hardest", "search", "evaluation", "training", "report", "mrbench", "integrations",
-    "commands", "cli", "__main__",
+    "hardest", "search", "evaluation", "training", "report", "searched", "mrbench", "demo",
+    "integrations", "commands", "cli", "__main__",
 )  # fmt: skip
 
 # What only elva_kernels should compute, and the calls of such names that elva still has.

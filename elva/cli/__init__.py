@@ -10,6 +10,7 @@ import typer
 from elva import __version__
 from elva.cli import (
     data,
+    demo,
     doctor,
     embed,
     evaluate,
@@ -79,6 +80,7 @@ app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=embed.EXAMPLES)(embed.embed)
 app.add_typer(index.app, name="index")
 app.command(epilog=search.EXAMPLES)(search.search)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=push.EXAMPLES)(push.push)

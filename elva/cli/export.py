@@ -22,7 +22,8 @@ def export(
         str | None, typer.Option(help="Stage or control of a run; its last stage by default.")
     ] = None,
 ) -> None:
-    """Write a model as one ordinary checkpoint in fp32, its adapter merged."""
+    """Write a model as one ordinary checkpoint in fp32, its adapter merged, which transformers and
+    sentence-transformers load, with a model card."""
     with one_line_errors():
         quiet_libraries()
         from elva.commands.export import export as write

@@ -6,7 +6,7 @@ turns ids into `Item`s.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -50,13 +50,29 @@ class Grain:
 
 def mask_grain(words: str, grain: Grain) -> str:
     """A text without one grain, punctuation tidied: a natural query that lacks it."""
-    start, end = grain.span
-    if words[start:end].casefold() != grain.text.casefold():
-        raise ValueError(f"grain {grain.text!r} is not at {start}:{end} of {words!r}")
-    stop = words[-1] if words[-1] in ".?!" and end < len(words) else ""
-    left, right = words[:start], words[end : len(words) - len(stop)]
-    left = re.sub(r"\band $", "", left)
-    text = re.sub(r"\s+", " ", f"{left} {right}" if right[:1] not in ",:" else left + right)
+    return mask_grains(words, [grain])
+
+
+def mask_grains(words: str, grains: Sequence[Grain]) -> str:
+    """A text without some grains, punctuation tidied; "" where nothing is left.
+
+    Args:
+        grains: of `words`, none of which overlaps another.
+
+    Raises:
+        ValueError: a grain that is not where it says it is.
+    """
+    stop = words[-1:] if words[-1:] in (".", "?", "!") else ""
+    if any(grain.span[1] == len(words) for grain in grains):
+        stop = ""
+    text = words[: len(words) - len(stop)]
+    for grain in sorted(grains, key=lambda grain: grain.span, reverse=True):
+        start, end = grain.span
+        if words[start:end].casefold() != grain.text.casefold():
+            raise ValueError(f"grain {grain.text!r} is not at {start}:{end} of {words!r}")
+        left, right = re.sub(r"\band $", "", text[:start]), text[end:]
+        text = f"{left} {right}" if right[:1] not in ",:" else left + right
+    text = re.sub(r"\s+", " ", text)
     text = re.sub(r" ?([,:])(?: ?[,:])*", r"\1", text)
     text = re.sub(r":(?=,)|,(?=:)", "", text)
     text = re.sub(r"^(?:[\s,:-]|and )+|[\s,:-]+$", "", text)

@@ -14,11 +14,14 @@ from typing import Any, Protocol
 from elva.data import Item
 from elva.data.emoji.prompts import EMOJI_DATASET
 from elva.errors import UserError
+from elva.files import write_text
 from elva.model import sentence_transformer
 from elva.model.adapters import weight_files
 from elva.model.family import DAMAGED
 from elva.model.identity import Identity
 from elva.model.modalities import MODALITIES, Instructions
+from elva.model.note import LENGTH, NOTE, kept_length, read_note
+from elva.model.reading import ABOUT
 from elva.model.retriever import Retriever
 from elva.model.rollout import Encoded, ReadAt, encode
 from elva.model.sentence_transformer import SentenceTransformerEncoder
@@ -34,6 +37,18 @@ STORED = ("transformers_version", "dtype", "torch_dtype")
 MAX_COMPLETION_LENGTH = 128
 """Of a checkpoint that no run of ours says more about: the recipes of the paper's models. A
 retriever of somebody else is read after its prompt."""
+
+
+MODULE = {
+    "idx": 0, "name": "0", "path": "", "type": "elva.integrations.sentence_transformers.RetModule",
+}  # fmt: skip
+LAID_OUT = {
+    "model_type": "SentenceTransformer",
+    "prompts": {"query": "", "document": ""},
+    "default_prompt_name": None,
+    "similarity_fn_name": "cosine",
+}
+"""What sentence-transformers reads of a model of ours."""
 
 
 class Encoder(Protocol):
@@ -189,8 +204,7 @@ class RetrieverEncoder:
         """
         unfit = f"{model}: must be a run, a checkpoint or a hub name"
         path, length, size = Path(model), None, 512
-        home = next((p for p in (path, path.absolute().parent.parent)
-                     if (p / "recipe.yaml").is_file()), None)  # fmt: skip
+        home = home_of(path)
         if home is not None:  # a run, or the model of one of its stages
             run = Run.open(home)
             if home == path:
@@ -216,11 +230,32 @@ class RetrieverEncoder:
         if max_completion_length is not None:
             length = max_completion_length
         if length is None:
+            length = kept_length(path) if home is None else None
+        if length is None:
             length = MAX_COMPLETION_LENGTH if own else 0
         if length and not retriever.writes:
             raise UserError(f"embed: --mode must be prompt of {model}, which has no head to write "
                             "a summary with, got generative")  # fmt: skip
         return cls(retriever, length, read, batch_size or size)
+
+    def save(self, path: Path) -> None:
+        """Write an ordinary checkpoint in fp32, its adapter merged, which opens as this encoder,
+        and by sentence-transformers, in whose layout it is.
+
+        Raises:
+            UserError: it is read elsewhere than a checkpoint is.
+        """
+        if self.read != "at_ret":
+            raise UserError(
+                f"embed: --read must be at_ret of a model that is saved, got {self.read}; leave it "
+                "out"
+            )
+        self.retriever.save(path, merge=True)
+        note = read_note(path) | {LENGTH: self.max_completion_length}
+        write_text(path / NOTE, json.dumps(note))
+        if not (path / "modules.json").is_file():  # a retriever of somebody else has its own
+            write_text(path / "modules.json", json.dumps([MODULE], indent=2))
+            write_text(path / ABOUT, json.dumps(LAID_OUT, indent=2))
 
     @cached_property
     def identity(self) -> Identity:
@@ -285,6 +320,12 @@ class RetrieverEncoder:
             read=self.read,
             progress=progress,
         )
+
+
+def home_of(path: Path) -> Path | None:
+    """The directory of the run that a path is, or whose stage's model it is; None of any other."""
+    places = (path, path.absolute().parent.parent)
+    return next((p for p in places if (p / "recipe.yaml").is_file()), None)
 
 
 def _configuration(retriever: Retriever) -> dict[str, Any]:

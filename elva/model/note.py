@@ -15,6 +15,9 @@ NOTE = "elva.json"
 """Beside the weights: how a checkpoint wants to be asked, and what its adapter stands on (written
 by `Retriever.save`)."""
 
+LENGTH = "max_completion_length"
+"""In it, of what `elva export` wrote: tokens of a summary at most."""
+
 
 def reading_of(path: str | Path, revision: str | None = None) -> Reading:
     """How a checkpoint is read out, by our note in it or its own files; of an adapter that says
@@ -70,6 +73,14 @@ def trained_on(path: str | Path) -> list[str] | None:
     if found is None or (isinstance(found, list) and all(isinstance(one, str) for one in found)):
         return found
     raise _foreign(path, "a list of names as trained_on")
+
+
+def kept_length(path: str | Path) -> int | None:
+    """Tokens of a summary, of an exported checkpoint; None of any other."""
+    found = read_note(path).get(LENGTH)
+    if found is None or (type(found) is int and found >= 0):
+        return found
+    raise _foreign(path, f"a number of tokens as {LENGTH}")
 
 
 def _foreign(path: str | Path, what: str) -> UserError:

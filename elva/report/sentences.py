@@ -133,16 +133,10 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
 
 
 def _lengths(run: Run, rows: Sequence[Row]) -> str:
-    """Steps of the last stage and of its controls, and who set them."""
+    """Steps of the last stage and of its controls."""
     last = row_with(rows, "last")
     arms = [row for row in (last, *(r for r in rows if r.role == "control")) if row is not None]
-    words = f"Steps: {_list([f'{row.title} {row.steps or 0:,}' for row in arms])}."
-    clocked = [
-        name for name, c in run.recipe.controls.items() if c.steps is None and c.epochs is None
-    ]
-    if clocked:
-        words += f" Those of {_list(clocked)} were set by the last stage's wall time."
-    return words
+    return f"Steps: {_list([f'{row.steps or 0:,} in {row.title}' for row in arms])}."
 
 
 def moved(label: str, rows: Sequence[Row], task: str) -> str:

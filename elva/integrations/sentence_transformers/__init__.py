@@ -18,11 +18,14 @@ from elva.integrations.sentence_transformers.losses import (
     RankingRewardLoss,
 )
 from elva.integrations.sentence_transformers.mining import mine_hard_negatives
+from elva.integrations.sentence_transformers.retriever import RetModule, load
 
 __all__ = [
     "CachedInfoNCELoss",
     "InfoNCELoss",
     "RankingEvaluator",
     "RankingRewardLoss",
+    "RetModule",
+    "load",
     "mine_hard_negatives",
 ]

@@ -18,18 +18,8 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import cos_sim, pytorch_cos_sim
 from torch import Tensor, nn
 
+import elva
 import elva_kernels
-
-CITATION = """
-@misc{liu2026elva,
-      title={ELVA},
-      author={Liu and others},
-      year={2026},
-      eprint={2606.20280},
-      archivePrefix={arXiv},
-      url={https://arxiv.org/abs/2606.20280},
-}
-"""
 
 ROWS_OF_A_PROCESS = 1 << 40
 """Ours: more than one process has, so that its ids are nobody else's."""
@@ -322,7 +312,7 @@ class RankingRewardLoss(nn.Module):
 
     @property
     def citation(self) -> str:
-        return CITATION
+        return elva.CITATION
 
 
 _OF_OWN = (

@@ -1,0 +1,1 @@
+"""A page to search by: grains as switches, pictures of one's own; gradio draws and serves it."""
