@@ -1,7 +1,7 @@
 """READMEs: trees that are the directories, blocks that run, links that lead somewhere.
 
 A fence says what its block is: nothing, the tree of a room; `python`; `sh`, commands; `console`,
-commands behind `$ ` and what they print, `...` for what is left out.
+commands behind `$ ` and what they print, `...` for what is left out; `bibtex`, a citation.
 """
 
 import os
@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import elva
 import elva_kernels
 from elva_kernels.doctor import markdown_table
 from tests.elva import sentence_models
@@ -213,7 +214,8 @@ def test_the_front_page_is_short():
 @pytest.mark.parametrize("readme", READMES, ids=name)
 def test_every_block_is_of_a_known_kind_and_every_command_is_run_or_excused(readme):
     for block in blocks(readme):
-        assert block.kind in {"", "python", "sh", "console"}, block
+        assert block.kind in {"", "python", "sh", "console", "bibtex"}, block
+        assert block.kind != "bibtex" or block.text.strip() == elva.CITATION.strip()
         for command in block.commands:
             assert excused(command) or command.startswith(RUN), command
 
