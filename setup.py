@@ -34,7 +34,7 @@ CUDA_ARCHS = {"8": "80", "9": "90a", "10": "100", "12": "120"}
 # gcc 12 warns inside its own intrinsics, and of how files pass vectors that stay in one file.
 NINJA = """
 cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread $
-  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi -Wno-unknown-warning-option {CXXFLAGS}
+  -Wall -Wextra -Wno-maybe-uninitialized -Wno-psabi {quiet} {CXXFLAGS}
 nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills{strict} $
   --threads 0 {gencode}
 rule cxx
@@ -125,16 +125,16 @@ class NinjaBuild(build_ext):
         values |= {"cxx": cxx, "nvcc": nvcc}
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         values["link"] = f"{nvcc} -cudart static {gencode}" if nvcc else f"{cxx} -pthread"
-        if sys.platform == "darwin":
+        macros = target_macros(cxx)
+        if "__APPLE__" in macros:
             values["link"] += " -undefined dynamic_lookup"  # Python's own, when it loads the module
+        # It does not know a warning of gcc's that is not wanted.
+        values["quiet"] = "-Wno-unknown-warning-option" if "__clang__" in macros else ""
         values["gencode"] = gencode
         strict = os.environ.get("ELVA_KERNELS_WERROR") == "1"
         values["strict"] = ",-Werror -Werror all-warnings" if strict else ""
         cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []
         steps = [("nvcc", f"cuda/{x.name}", "", "") for x in cuda_sources]
-        macros = target_macros(cxx)
-        if "__APPLE__" in macros:  # Python's symbols are the process's
-            values["link"] += " -undefined dynamic_lookup"
         flags = {0: ""} | next((LEVELS[x] for x in LEVELS if x in macros), {})
         levels = [(f".{n}", f"-DELVA_LEVEL={n} {flags[n]}") for n in flags]
         for x in sorted(ROOT.glob("csrc/cpu/*.cpp")):

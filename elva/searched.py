@@ -3,8 +3,8 @@ indexed on first use and kept beside its model."""
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow.compute as pc
 
@@ -22,7 +22,8 @@ ROOM = "index"
 """A run's own index, beside the model that made it."""
 
 
-class Searched(NamedTuple):
+@dataclass(frozen=True)
+class Searched:
     """An index and the model that searches it."""
 
     searcher: Searcher

@@ -8,16 +8,25 @@ import operator
 import sys
 from typing import Any, NoReturn
 
-import numpy
 import torch
 from torch import Tensor
+
+_Types = tuple[Any, ...]
+try:
+    import numpy
+except ModuleNotFoundError:  # a kernel of a hub has torch alone to ask for, and torch no NumPy
+    _NUMPY: _Types = ()
+    _ARRAY: _Types = ()
+    _FLAG: _Types = (bool,)
+else:
+    _NUMPY, _ARRAY, _FLAG = (numpy.generic,), (numpy.ndarray,), (bool, numpy.bool_)
 
 LARGEST = sys.float_info.max
 LARGEST_INT = 2**63 - 1
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_SHOWN = (str, int, float, complex, decimal.Decimal, numpy.generic, type(None))
+_SHOWN = (str, int, float, complex, decimal.Decimal, type(None), *_NUMPY)
 _BITS_SHOWN = 128
 _LETTERS_SHOWN = 100
 
@@ -53,7 +62,7 @@ def _real(value: Any) -> float | None:
             return None
         if value.dim() > 0 or value.dtype not in _FLOATS + _INTEGERS:
             return None
-    elif isinstance(value, numpy.ndarray):
+    elif isinstance(value, _ARRAY):
         if value.ndim > 0 or value.dtype.kind not in "iuf":
             return None
     elif isinstance(value, bool) or not isinstance(value, (numbers.Real, decimal.Decimal)):
@@ -103,6 +112,6 @@ def _range(least: float, most: float) -> str:
 
 def flag(op: str, argument: str, value: bool) -> bool:
     """A bool, NumPy's too."""
-    if not isinstance(value, (bool, numpy.bool_)):
+    if not isinstance(value, _FLAG):
         refuse(TypeError, op, argument, "be a bool", typed(value))
     return bool(value)

@@ -248,6 +248,22 @@ def test_every_check_is_in_a_part_and_every_need_is_one(tmp_path):
     ]
 
 
+def test_the_example_is_green_where_every_replay_is_the_eager_call(tmp_path, monkeypatch):
+    equal = "replay 0: apart 0.0e+00\nreplay 1: apart 0.0e+00\nreplay 2: apart 0.0e+00\n"
+    told = {
+        (0, equal): "green",
+        (0, equal.replace("1: apart 0.0e+00", "1: apart 1.2e-07")): "red: ended with 0: ",
+        (2, "it needs a GPU\n"): "red: ended with 2: it needs a GPU",
+    }
+    command = ["tools", "example", str(tmp_path), "example"]
+    for (code, text), verdict in told.items():
+        done = subprocess.CompletedProcess(command, code, text)
+        monkeypatch.setattr(tools.subprocess, "run", lambda *_, done=done, **__: done)
+        monkeypatch.setattr(sys, "argv", command)
+        tools.main()
+        assert lines.read(tmp_path)[-1]["verdict"].startswith(verdict)
+
+
 def test_ncu_is_read():
     metrics = '"gpu__time_duration.sum","launch__registers_per_thread"'
     kernel = '"void elva::(anonymous namespace)::topk_scores<elva::Bf16, 1>(ElvaTopkArgs)"'

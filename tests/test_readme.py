@@ -25,7 +25,7 @@ FRONT = ROOT / "README.md"
 ROOMS = ("csrc", "elva_kernels", "elva", "benchmarks")
 READMES = [FRONT, *(ROOT / room / "README.md" for room in ROOMS)]
 
-MADE = re.compile(r"__pycache__|\.so$|^results/")
+MADE = re.compile(r"__pycache__|\.so$|^results/|^screens/")
 """What a tree leaves out: what is built, and what is measured."""
 
 
@@ -76,6 +76,21 @@ NOT_RUN = {
         "it needs eight GPUs; accelerate reads every file, and two processes train by its FSDP2",
         "tests/elva/test_processes.py",
         "test_accelerate_reads_the_launch_files_as_they_say",
+    ),
+    "accelerate launch --num_processes 2 --cpu -m elva.integrations.examples": Proof(
+        "a test of its own compares it with one process",
+        "tests/elva/test_examples.py",
+        '"--num_processes", "2", "--cpu"',
+    ),
+    "python -m elva.integrations.kernels_hub": Proof(
+        "a test of its own loads what it writes",
+        "tests/elva/test_kernels_hub.py",
+        'monkeypatch.setattr(sys, "argv", ["kernels_hub", str(written)])',
+    ),
+    "elva demo": Proof(
+        "it serves until it is told to end",
+        "tests/elva/test_demo.py",
+        "test_a_trained_run_is_shown_as_it_is_searched",
     ),
     "python -m benchmarks.report": Proof(
         "it draws anew what is kept in the tree", "benchmarks/report.py", "plot(result,"

@@ -61,11 +61,11 @@ def all_parts(asked: Asked) -> list[Part]:
     """Of a run on a GPU, or of one that tries all but its launches on the CPU."""
     parts = [Part("facts", asked.tool("facts", "facts"), limit=40)]
     if asked.dry:
-        further = (build(asked), *rivals(asked), *looks(asked), *compiled(asked))
+        further = (build(asked), example(asked), *rivals(asked), *looks(asked), *compiled(asked))
         parts += [*proofs(asked, "cpu"), *figures(asked, "cpu")]
         return parts + [replace(x, reason=NO_GPU) for x in further]
     if "cuda" in asked.backends:
-        parts += [build(asked), *proofs(asked, "cuda"), *figures(asked, "cuda")]
+        parts += [build(asked), *proofs(asked, "cuda"), example(asked), *figures(asked, "cuda")]
         parts += [*rivals(asked), *looks(asked)]
     if "triton" in asked.backends:
         parts += [*proofs(asked, "triton"), *figures(asked, "triton")]
@@ -74,6 +74,12 @@ def all_parts(asked: Asked) -> list[Part]:
 
 def build(asked: Asked) -> Part:
     return Part("build", asked.tool("build", "build"), 240, 240, reason=no_program("nvcc"))
+
+
+def example(asked: Asked) -> Part:
+    """Of a CUDA graph, behind those whose verdicts it finds."""
+    needs = ("build", *(x.name for x in proofs(asked, "cuda") if x.name.endswith("graphs")))
+    return Part("example", asked.tool("example", "example"), 120, 120, needs=needs)
 
 
 def no_program(name: str) -> str | None:

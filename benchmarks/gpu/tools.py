@@ -1,7 +1,7 @@
 """Parts that only start something: `python -m benchmarks.gpu.tools WHAT DIR PART ...`.
 
-facts: of the machine. build: elva_kernels._C for this GPU, where it is not there. sanitize, ncu:
-NVIDIA's tools over `benchmarks.gpu.touch`.
+facts: of the machine. build: elva_kernels._C for this GPU, where it is not there. example: that of
+a CUDA graph, as a user runs it. sanitize, ncu: NVIDIA's tools over `benchmarks.gpu.touch`.
 """
 
 import argparse
@@ -146,6 +146,23 @@ def tell(given: argparse.Namespace, name: str, verdict: str, start: float, **kno
     )
 
 
+def example(given: argparse.Namespace) -> None:
+    """Green where each replay is the eager call to the bit."""
+    title = "example cuda_graph"
+    known = {"ops": ["ranking_reward_and_grad"], "backend": given.backend}
+    lines.write(given.directory, given.part, "begun", title, **known)
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "elva.integrations.examples.cuda_graph"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout)
+    equal = [line for line in done.stdout.splitlines() if line.endswith(": apart 0.0e+00")]
+    if done.returncode == 0 and len(equal) == 3:
+        tell(given, title, "green", start, **known)
+    else:
+        last = done.stdout.strip().rsplit("\n", 1)[-1]
+        tell(given, title, f"red: ended with {done.returncode}: {last[:200]}", start, **known)
+
+
 def sanitize(given: argparse.Namespace) -> None:
     title = f"compute-sanitizer {given.tool}, {given.family}, {given.backend}"
     options = SANITIZERS[given.tool]
@@ -242,7 +259,7 @@ def kernels(text: str) -> list[dict[str, Any]]:
     return found
 
 
-WHAT = {"facts": facts, "build": build, "sanitize": sanitize, "ncu": ncu}
+WHAT = {"facts": facts, "build": build, "example": example, "sanitize": sanitize, "ncu": ncu}
 
 
 def main() -> None:

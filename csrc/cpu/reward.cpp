@@ -13,6 +13,8 @@
 //   returned scores. Deterministic: a group's bits depend on that group alone.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.ranking_reward.
+#include <algorithm>
+
 #include "arena.h"
 #include "reward_group.h"
 

@@ -12,6 +12,8 @@
 //   and rounded once at the end. Deterministic: a row's bits depend on its places alone.
 // Limits: 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.ranking_reward with an index, by autograd.
+#include <algorithm>
+
 #include "arena.h"
 #include "coefficients.h"
 #include "kernels.h"

@@ -12,6 +12,7 @@
 //   NaN. Deterministic.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.reward_from_scores.
+#include <algorithm>
 #include <type_traits>
 
 #include "arena.h"

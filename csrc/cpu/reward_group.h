@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include <algorithm>
+
 #include "arena.h"
 #include "coefficients.h"
 #include "kernels.h"

@@ -15,6 +15,7 @@
 // Reference: elva_kernels.reference.topk.
 #include <math.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "../elva.h"

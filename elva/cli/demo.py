@@ -54,9 +54,9 @@ def demo(
     ] = True,
 ) -> None:
     """Search in a browser, and see which ranks move when a grain of the query is off."""
-    with one_line_errors():
+    with one_line_errors("nothing was changed"):
         quiet_libraries()
-        from elva.commands.demo import check, newest_run
+        from elva.commands.demo import Server, check, newest_run
         from elva.commands.demo import demo as serve
         from elva.index import Index
         from elva.progress import Bars
@@ -66,10 +66,11 @@ def demo(
         target = newest_run() if target is None else target
         is_run = (target / "recipe.yaml").is_file()
         opened = Run.open(target) if is_run else Index(target, verify=verify)
+        show = sys.stdout.isatty() if show is None else show
         with Bars(out) as bars:
             serve(
-                opened, stage=stage, model=model, data=data, k=k, host=host, port=port,
-                share=share, show=sys.stdout.isatty() if show is None else show, limit=limit,
+                opened, stage=stage, model=model, data=data, k=k,
+                server=Server(host, port, share, show, limit),
                 ready=lambda url: bars.say(f"{target}: {url}   (Ctrl-C ends it)"), reporter=bars,
             )  # fmt: skip
         out.print_line("demo: ended")

@@ -46,7 +46,7 @@ def report(
             twice = next(
                 p for p, place in zip(runs, places, strict=True) if places.count(place) > 1
             )
-            raise UserError(f"report: RUNs must differ, got {twice} twice; name each once")
+            raise UserError(f"report: runs must differ, got {twice} twice; name each once")
         known = [Run.open(path) for path in runs]
         page = write(known, output)
         if as_json:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
+import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from elva.data import load
-from elva.demo.desk import MOST_MB, MOST_PICTURES, Desk
-from elva.demo.switches import known_grains
+from elva.demo.desk import MOST_MB, Desk
+from elva.demo.switches import Known, known_grains
 from elva.errors import UserError, counted
 from elva.index import Index
 from elva.progress import SILENT, Reporter
@@ -27,8 +28,52 @@ from elva.searched import Searched, data_of, open_searched
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPLOADS = "uploads"
 MOST_KEPT = 2 << 30
-"""Ours, bytes: of all uploads that are kept at once."""
+MOST_UPLOAD = 256 << 20
+"""Ours, bytes: of all uploads that are kept at once, and of those of one request."""
 EXAMPLES = 6
+TAKEN = "demo: --port must be free, got {}; choose another"
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a page is served, and to how many.
+
+    Args:
+        host: address to listen at.
+        port: the port; the first free one from 7860 on for None.
+        share: have gradio tunnel the page to a public address.
+        show: open a browser.
+        limit: searches that may wait; more are turned away.
+    """
+
+    host: str = LOOPBACK[0]
+    port: int | None = None
+    share: bool = False
+    show: bool = False
+    limit: int = 16
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this machine alone reaches it."""
+        return self.host in LOOPBACK and not self.share
+
+    def check(self) -> None:
+        """UserError for what cannot be served, before work starts."""
+        if self.limit < 1:
+            raise UserError(f"demo: --limit must be at least 1, got {self.limit}; pass 16")
+        if self.port is None:
+            return
+        if not 1 <= self.port <= 65535:
+            raise UserError(f"demo: --port must be 1 to 65535, got {self.port}; pass 7860")
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((LOOPBACK[0], self.port))
+            except OSError:
+                raise UserError(TAKEN.format(self.port)) from None
+
+
+LOCAL = Server()
 
 
 def check() -> None:
@@ -56,11 +101,7 @@ def demo(
     model: Path | None = None,
     data: Path | None = None,
     k: int = 12,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    share: bool = False,
-    show: bool = False,
-    limit: int = 16,
+    server: Server = LOCAL,
     ready: Callable[[str], None] = lambda url: None,
     reporter: Reporter = SILENT,
 ) -> None:
@@ -70,11 +111,7 @@ def demo(
         stage, model: as of `open_searched`.
         data: a data directory whose grains.jsonl names the grains of queries; a run's own for None.
         k: answers that are shown, 1 to 100.
-        host: address to listen at; another than this machine's own is said in a line.
-        port: the port; the first free one from 7860 on for None.
-        share: have gradio tunnel the page to a public address.
-        show: open a browser.
-        limit: searches that may wait; more are turned away.
+        server: where it is served; another address than this machine's own is said in a line.
         ready: called with the page's address once it is served.
 
     Raises:
@@ -83,29 +120,58 @@ def demo(
     check()
     if not 1 <= k <= 100:
         raise UserError(f"demo: -k must be 1 to 100, got {k}; ask for 12")
-    if limit < 1:
-        raise UserError(f"demo: --limit must be at least 1, got {limit}; pass 16")
+    server.check()
     if data is None and isinstance(target, Run):
         data = data_of(target)
     elif data is not None and not (data / "grains.jsonl").is_file():
         raise UserError(f"demo: --data must hold grains.jsonl, got {data}; leave it out")
     searched = open_searched(target, stage=stage, model=model, reporter=reporter)
     known = {} if data is None else known_grains(data)
-    if host not in LOOPBACK:
-        reporter.say(f"note: everyone who reaches {host} can search this, and upload pictures")
+    if server.host not in LOOPBACK:
+        reporter.say(
+            f"note: everyone who reaches {server.host} can search this, and upload pictures"
+        )
+    with serving(
+        searched, known, _heading(target, stage, searched), examples=_examples(target, data), k=k,
+        server=server,
+    ) as url:  # fmt: skip
+        ready(url)
+        _until_told()
+
+
+@contextmanager
+def serving(
+    searched: Searched,
+    known: Known,
+    heading: str,
+    *,
+    examples: Sequence[str] = (),
+    k: int = 12,
+    server: Server = LOCAL,
+) -> Iterator[str]:
+    """The page's address while it is served; what visitors sent is removed at the end.
+
+    Args:
+        known: grains that the data names, of `known_grains`.
+        heading: what is searched, in a line.
+        examples: queries to begin with.
+        k, server: as of `demo`.
+
+    Raises:
+        UserError: a port that is taken.
+    """
     with tempfile.TemporaryDirectory(prefix="elva-demo-") as place:
-        desk = Desk(searched, known, Path(place), k=k)
-        with _environment(Path(place) / UPLOADS):
-            page = _page(desk, _heading(target, stage, searched), _examples(target, data))
-            with _served(page, Path(place) / UPLOADS, host, port, share, show, limit) as url:
-                ready(url)
-                _until_told()
+        uploads = Path(place) / UPLOADS
+        uploads.mkdir()
+        with _environment(uploads):
+            from elva.demo.page import build  # gradio takes seconds
 
-
-def _page(desk: Desk, line: str, examples: list[str]) -> Any:
-    from elva.demo.page import build  # gradio takes seconds
-
-    return build(desk, line, examples)
+            page = build(Desk(searched, known, Path(place), k=k), heading, examples)
+            page.queue(max_size=server.limit, default_concurrency_limit=1, api_open=False)
+            try:
+                yield _launch(page, uploads, server)
+            finally:
+                page.close(verbose=False)
 
 
 def _heading(target: Run | Index, stage: str | None, searched: Searched) -> str:
@@ -130,7 +196,6 @@ def _examples(target: Run | Index, data: Path | None) -> list[str]:
 def _environment(uploads: Path) -> Iterator[None]:
     """gradio's settings, which it reads from the environment, and none that a user's has for
     another page: nothing is reported, fetched or shared."""
-    uploads.mkdir()
     before = {name: value for name, value in os.environ.items() if name.startswith("GRADIO_")}
     for name in before:
         del os.environ[name]
@@ -143,40 +208,32 @@ def _environment(uploads: Path) -> Iterator[None]:
         os.environ |= before
 
 
-@contextmanager
-def _served(
-    page: Any, uploads: Path, host: str, port: int | None, share: bool, show: bool, limit: int
-) -> Iterator[str]:
-    """The page's address while it is served."""
-    import gradio as gr
+def _launch(page: Any, uploads: Path, server: Server) -> str:
+    """Begin to serve the page; its address."""
     from starlette.middleware import Middleware
 
     from elva.demo.guard import Guard
+    from elva.demo.page import theme
 
-    own = frozenset({*LOOPBACK, "[::1]", host.casefold()})
+    known = frozenset({*LOOPBACK, "[::1]"}) if server.is_local else frozenset()
     guard = Middleware(
-        Guard, uploads=uploads, hosts=own if host in LOOPBACK and not share else frozenset(),
-        most_upload=MOST_MB * MOST_PICTURES << 20, most_kept=MOST_KEPT,
-    )  # fmt: skip
-    page.queue(max_size=limit, default_concurrency_limit=1, api_open=False)
+        Guard, uploads=uploads, hosts=known, most_upload=MOST_UPLOAD, most_kept=MOST_KEPT
+    )
     try:
         _, local, shared = page.launch(
-            server_name=host, server_port=port, share=share, inbrowser=show, quiet=True,
+            server_name=server.host, server_port=server.port, share=server.share,
+            inbrowser=server.show, quiet=True,
             prevent_thread_lock=True, show_error=False, max_file_size=MOST_MB << 20, ssr_mode=False,
             footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False,
-            pwa=False, css=render("demo.css"), theme=gr.themes.Default(),
+            pwa=False, css=render("demo.css"), theme=theme(),
             app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None,
                         "openapi_url": None},
         )  # fmt: skip
     except OSError as error:
         if "port" not in str(error):
             raise
-        raise UserError(f"demo: --port must be free, got {port}; choose another") from None
-    try:
-        yield shared or local
-    finally:
-        page.close(verbose=False)
-        shutil.rmtree(uploads, ignore_errors=True)
+        raise UserError(TAKEN.format(server.port or "none from 7860 on")) from None
+    return str(shared or local)
 
 
 def _until_told() -> None:

@@ -95,7 +95,7 @@ def _comparison(runs: Sequence[Run]) -> str:
     arms = compare.arms(known)
     differing = compare.recipe_differences(known)
     return render(
-        "compare.html.j2",
+        "runs.html.j2",
         title=f"ELVA: {', '.join(one.name for one in known)}",
         heading=f"{len(known)} runs: {', '.join(one.name for one in known)}",
         light=variables(LIGHT),

@@ -43,10 +43,10 @@ def search(
         UserError: an argument that cannot be answered, in one line.
     """
     check_query(query, k, image)
-    searcher, index = open_searched(target, stage=stage, model=model, reporter=reporter)
-    return searcher.search(
-        index, query, image=image, k=k, where=where, instruction=instruction,
-        engine=open_engine(index, engine),
+    found = open_searched(target, stage=stage, model=model, reporter=reporter)
+    return found.searcher.search(
+        found.index, query, image=image, k=k, where=where, instruction=instruction,
+        engine=open_engine(found.index, engine),
     )  # fmt: skip
 
 

@@ -133,7 +133,8 @@ class Desk:
                 f"demo: pictures must be at most {MOST_PICTURES} together, got "
                 f"{scratch.count + len(files)}; drop fewer"
             )
-        items, names = [], {}
+        items: list[Item] = []
+        names: dict[str, str] = {}
         scratch.lines = []
         for file in files:
             try:

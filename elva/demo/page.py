@@ -44,6 +44,18 @@ class Visit:
             self.scratch.remove()
 
 
+def theme() -> Any:
+    """The fonts of the machine, so that none is fetched, and the reports' blue."""
+    return gr.themes.Default(
+        primary_hue="sky", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(
+        button_primary_background_fill="#0072b2", button_primary_background_fill_hover="#005a8c",
+        button_primary_background_fill_dark="#0072b2", body_text_color_subdued="#5b6670",
+        body_text_color_subdued_dark="#9aa5b1", block_info_text_color="#5b6670",
+        block_info_text_color_dark="#9aa5b1",
+    )  # fmt: skip
+
+
 def build(desk: Desk, heading: str, examples: Sequence[str]) -> gr.Blocks:
     """The page of a desk, not yet served.
 
@@ -56,7 +68,7 @@ def build(desk: Desk, heading: str, examples: Sequence[str]) -> gr.Blocks:
             Visit(), time_to_live=SESSION_SECONDS, delete_callback=lambda gone: gone.leave()
         )
         gr.HTML(view.title(heading), elem_id="title")
-        with gr.Row():
+        with gr.Row(elem_id="main"):
             with gr.Column(scale=2, min_width=300):
                 words, image, where, search, grains = _inputs(desk)
                 tried = _examples(examples)
@@ -146,6 +158,9 @@ def _told(call: Callable[..., Any], outputs: int) -> Callable[..., Any]:
 
 def _ask(desk: Desk) -> Callable[..., Any]:
     def ask(visit: Visit, words: Any, image: Any, where: Any) -> tuple[Any, ...]:
+        if not _text(words).strip() and _file(image) is None:
+            visit.asked = None
+            return visit, gr.CheckboxGroup(visible=False), view.HINT
         scratch = visit.scratch if where == OWN else None
         if where == OWN and scratch is None:
             raise UserError("demo: pictures must be dropped first, got none; drop some")

@@ -36,7 +36,6 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
-    from torch.utils.data import DataLoader
 
 MIRROR = re.compile(r"mbeir_([a-z0-9]+)_task(\d)$")
 """The end of the path of one of mteb's mirrors of M-BEIR's sets."""
@@ -94,7 +93,7 @@ class ElvaEncoder(AbsEncoder):
 
     def encode(
         self,
-        inputs: DataLoader,
+        inputs: Any,
         *,
         task_metadata: TaskMetadata,
         hf_split: str = "",
@@ -107,7 +106,7 @@ class ElvaEncoder(AbsEncoder):
         """[n, D] fp32 embeddings of what a loader holds.
 
         Args:
-            inputs: batches with `text`, `image`, or both, which are one item.
+            inputs: a DataLoader of batches with `text`, `image`, or both, which are one item.
             prompt_type: `PromptType.query` for what asks.
             batch_size: the loader has followed it already.
             precision: of the embeddings; no other is made.

@@ -6,7 +6,7 @@ negative. `RECIPES` names them.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def similarity_gap(ranked: Ranked, *, temperature: float | None = None) -> Tenso
     return _mean(ranked.positive_scores, ranked.rank > 0) - negative
 
 
-def ranking(query: Tensor, candidates: Candidates, **weights: float) -> dict[str, Tensor]:
+def ranking(query: Tensor, candidates: Candidates, **weights: Any) -> dict[str, Tensor]:
     """ELVA's reward (Liu et al., arXiv:2606.20280, sec. 3.4), the mean over a rollout's positives.
 
     Args:

@@ -58,7 +58,8 @@ class RolloutReward:
         self.embed_fn, self.candidate_fn = embed_fn, candidate_fn or embed_fn
         self.bank, self.settings = bank, settings
         self.recipe: Recipe = RECIPES[reward] if isinstance(reward, str) else reward
-        self.__name__ = reward if isinstance(reward, str) else reward.__name__
+        named = getattr(reward, "__name__", type(reward).__name__)
+        self.__name__ = reward if isinstance(reward, str) else named
         self._try()
 
     @torch.no_grad()
@@ -102,6 +103,46 @@ class RolloutReward:
             for name, part in found.items()
         }
 
+    def score_each(self, rows: Sequence[tuple[Any, Any, Any]]) -> list[dict[str, float]]:
+        """The rewards of rollouts that do not know of each other, and their parts.
+
+        Args:
+            rows: (rollout, positives, negatives) of each, as in `score`; negatives None: all rows
+                of the bank.
+
+        Raises:
+            UserError: no negatives and no bank, or nothing to rank.
+        """
+        kinds: dict[bool, list[int]] = {}
+        for n, (_, _, negatives) in enumerate(rows):
+            kinds.setdefault(negatives is None, []).append(n)
+        if True in kinds and self.bank is None:
+            raise UserError(
+                f"{self.__name__}: a rollout that is scored alone must have negatives, got None; "
+                "give each row its own, or pass a bank"
+            )
+        found: dict[int, dict[str, float]] = {}
+        for whole, own in kinds.items():
+            rollouts, positives, negatives = zip(*(rows[n] for n in own), strict=True)
+            parts = self.score(list(rollouts), positives, None if whole else negatives)
+            found.update(zip(own, self.numbers(parts, positives), strict=True))
+        return [found[n] for n in range(len(rows))]
+
+    def numbers(self, parts: Parts, positives: Sequence) -> list[dict[str, float]]:
+        """The parts of each rollout, for trainers that know no None.
+
+        Raises:
+            UserError: a rollout had nothing to rank.
+        """
+        if None in parts["reward"]:
+            positive = positives[parts["reward"].index(None)]
+            raise UserError(
+                f"{self.__name__}: a rollout must have a positive and a negative that is not one, "
+                f"got the positive {positive!r} without; leave such rows out of the data"
+            )
+        rows = zip(*parts.values(), strict=True)
+        return [dict(zip(parts, row, strict=True)) for row in rows]  # type: ignore[arg-type]
+
     def _several(self, candidates: Any) -> list:
         """None, one or several candidates as a list, each once."""
         if candidates is None:
@@ -110,12 +151,19 @@ class RolloutReward:
             candidates = [candidates]
         if self.bank is not None:
             candidates = [self._row(x) for x in candidates]
-        return list(dict.fromkeys(candidates))
+        try:
+            return list(dict.fromkeys(candidates))
+        except TypeError as error:
+            raise UserError(
+                f"{type(self).__name__}: candidates must be texts, names of files or rows of a "
+                f"bank, got {candidates!r}; {error}"
+            ) from error
 
     def _row(self, candidate: Any) -> int:
         count = len(self.bank)
-        if isinstance(candidate, Integral) and 0 <= candidate < count:
-            return int(candidate)
+        row = int(candidate) if isinstance(candidate, Integral) else -1
+        if 0 <= row < count:
+            return row
         raise UserError(
             f"{type(self).__name__}: a candidate must be a row of the bank, from 0 to {count - 1}, "
             f"got {candidate!r}"
@@ -146,30 +194,34 @@ class RolloutReward:
         for index in (None, torch.tensor([[1], [0]])):
             candidates = Candidates(two, torch.tensor([[0], [1]]), index)
             try:
-                self.recipe(two, candidates, **self.settings)
+                found = self.recipe(two, candidates, **self.settings)
             except (TypeError, ValueError) as error:
                 raise UserError(f"{type(self).__name__}: {error}") from error
+            if not isinstance(found, dict) or "reward" not in found:
+                raise UserError(
+                    f"{type(self).__name__}: reward must return a dict with 'reward', got {found!r}"
+                )
 
 
 class Together:
     """Single rollouts, scored with those that wait beside them: one call in the place of many.
 
     Trainers that score each rollout when it ends call from many threads or tasks at once. A
-    rollout's reward does not depend on its company.
+    rollout's reward does not depend on its company; what is wrong with one is raised for it alone.
 
     Args:
-        score: rewards of several: a list of n -> n results.
+        reward: what scores them, by `score_each`.
     """
 
-    def __init__(self, score: Callable[[list], list]) -> None:
-        self.score = score
+    def __init__(self, reward: RolloutReward) -> None:
+        self.reward = reward
         self.waiting: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def __call__(self, one: Any) -> Future:
-        """The result of one, when its batch is done; what `score` raises is raised for each."""
+    def __call__(self, rollout: Any, positives: Any, negatives: Any) -> Future:
+        """The reward of one rollout and its parts, when its batch is done."""
         result: Future = Future()
-        self.waiting.put((one, result))
+        self.waiting.put(((rollout, positives, negatives), result))
         return result
 
     def _serve(self) -> None:
@@ -177,14 +229,20 @@ class Together:
             batch = [self.waiting.get()]
             while len(batch) < MOST_TOGETHER and not self.waiting.empty():
                 batch.append(self.waiting.get())
-            try:
-                found = self.score([one for one, _ in batch])
-            except Exception as error:  # noqa: BLE001  it belongs to those who wait
-                for _, result in batch:
-                    result.set_exception(error)
-            else:
-                for (_, result), one in zip(batch, found, strict=True):
-                    result.set_result(one)
+            if not self._answered(batch):
+                for one in batch:  # once more, to tell which it was
+                    self._answered([one])
+
+    def _answered(self, batch: list) -> bool:
+        try:
+            found = self.reward.score_each([row for row, _ in batch])
+        except Exception as error:  # noqa: BLE001  it belongs to the one who waits
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+            return len(batch) == 1
+        for (_, result), one in zip(batch, found, strict=True):
+            result.set_result(one)
+        return True
 
 
 def _flat(rows: list[list]) -> Iterable:

@@ -21,8 +21,8 @@ class RankingReward(RolloutReward):
     process under accelerate, so that one group's completions are compared with the same candidates
     wherever they are; each process embeds its own.
 
-    Also callable as ms-swift's GRPO calls an ORM: register ``orms["ranking"] = lambda args=None:
-    RankingReward(embed_fn)`` in a file for `--external_plugins`.
+    ms-swift's GRPO takes it too: a file for `--external_plugins` registers it by
+    ``swift.rewards.orms["ranking"] = lambda args=None: RankingReward(embed_fn)``.
 
     Args:
         embed_fn: embeds completions: a list of n texts -> [n, D], floating. No gradient is taken.
@@ -77,6 +77,8 @@ class RankingReward(RolloutReward):
             )
         texts = [plain(x) for x in completions]
         if self.text_fn is not None:
+            if prompts is None:  # ms-swift's: the whole chat
+                prompts = [chat[:-1] for chat in columns["messages"]]
             texts = [self.text_fn(plain(p), x) for p, x in zip(prompts, texts, strict=True)]
         negatives = columns.get(self.negatives)
         in_batch = negatives is None and self.bank is None

@@ -77,14 +77,12 @@ def rank_chart(pool: int, series: Mapping[Series, Sequence[int]]) -> Drawing:
         series: ranks.
     """
     ranks = [np.asarray(found) for found in series.values()]
-    lowest = max(0.0, np.floor(10 * min((r == 1).mean() for r in ranks) - 0.5) / 10)
     furthest = max(10, *(int(r.max()) for r in ranks))
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         ks = np.unique(np.geomspace(1, furthest, 200).astype(int))
-        if lowest == 0:
-            axes.plot(ks, np.minimum(1, ks / pool), color=theme.muted, ls=":")
+        axes.plot(ks, np.minimum(1, ks / pool), color=theme.muted, ls=":")
         for s, found in zip(series, ranks, strict=True):
             within = np.searchsorted(np.sort(found), ks, side="right") / len(found)
             front = s.role == "last"
@@ -93,7 +91,7 @@ def rank_chart(pool: int, series: Mapping[Series, Sequence[int]]) -> Drawing:
                 lw=2.4 if front else 1.6, zorder=4 if front else 3,
             )  # fmt: skip
         rank_axis(axes.xaxis, furthest)
-        axes.set_ylim(lowest, 1 + 0.02 * (1 - lowest))
+        axes.set_ylim(0, 1.02)
         axes.set_xlabel("rank k")
         axes.set_ylabel("positive within the first k")
         axes.grid()

@@ -116,9 +116,9 @@ def svg(drawing: Drawing, alt: str) -> Markup:
     Args:
         alt: What it shows, for those who do not see it.
     """
-    words = {"svg.fonttype": "none", "svg.hashsalt": alt, "figure.facecolor": "none"}
+    inside: Any = {"svg.fonttype": "none", "svg.hashsalt": alt, "figure.facecolor": "none"}
     with _styled(_NAMED):
-        matplotlib.rcParams.update({**words, "axes.facecolor": "none"})
+        matplotlib.rcParams.update({**inside, "axes.facecolor": "none"})
         figure = Figure(figsize=drawing.inches, layout="constrained")
         drawing.draw(figure, _NAMED)
         buffer = io.StringIO()

@@ -44,7 +44,7 @@ def moves(before: Series, last: Series, pairs: Sequence[tuple[int, int]]) -> Dra
         for count in sorted(set(counts.values())):  # one size a call: its shape is written once
             alike = np.array([pair for pair, n in counts.items() if n == count])
             axes.scatter(
-                *alike.T, s=14 * sqrt(count), color=last.colour(theme), alpha=0.45, linewidths=0,
+                alike[:, 0], alike[:, 1], s=14 * sqrt(count), color=last.colour(theme), alpha=0.45, linewidths=0,
                 clip_on=False,
             )  # fmt: skip
         rank_axis(axes.xaxis, furthest)
@@ -109,13 +109,13 @@ def plane(points: Sequence[Mapping[str, Any]], kind: str | None, texts: Sequence
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        sides = np.array([[p["x"], p["y"]] for p in points])
+        x, y = (np.array([p[side] for p in points]) for side in ("x", "y"))
         of = [p["grains"].get(kind) for p in points]
         rest = np.array([text not in texts for text in of])
-        axes.scatter(*sides[rest].T, s=7, color=theme.muted, alpha=0.35, linewidths=0)
+        axes.scatter(x[rest], y[rest], s=7, color=theme.muted, alpha=0.35, linewidths=0)
         for text, colour, marker in zip(texts, group_colours(theme), MARKERS, strict=False):
             own = np.array([found == text for found in of])
-            axes.scatter(*sides[own].T, s=16, color=colour, marker=marker, linewidths=0, zorder=3)
+            axes.scatter(x[own], y[own], s=16, color=colour, marker=marker, linewidths=0, zorder=3)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set(xticks=[], yticks=[], xlabel="first component", ylabel="second component")
 

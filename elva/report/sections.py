@@ -120,11 +120,11 @@ def pushes(rows: Sequence[Row]) -> Section:
         panels.append(Panel(row.title, svg(scatter.pushes(shares), alt)))
         ten = {name: sum(map(abs, values[:10])) for name, values in shares.items()}
         nearer = sum(share for share in shares["reward"] if share < 0)
+        pulled = f"; of the latter {-nearer:.0%} pulls negatives nearer" if nearer < -0.005 else ""
         sentences.append(
             f"{row.title}, {TASKS[found['task']]}, mean over {found['queries']:,} queries: the ten "
             f"hardest negatives get {ten['InfoNCE']:.0%} of InfoNCE's push "
-            f"(T = {found['temperature']:g}) and {ten['reward']:.0%} of the reward's; of the "
-            f"latter {-nearer:.0%} pulls negatives nearer."
+            f"(T = {found['temperature']:g}) and {ten['reward']:.0%} of the reward's{pulled}."
         )
     keys = [Key("InfoNCE", "var(--chart-controls-0)"), Key("reward", "var(--chart-last)")]
     return Section(panels, keys if panels else [], sentences)

@@ -136,7 +136,7 @@ def _lengths(run: Run, rows: Sequence[Row]) -> str:
     """Steps of the last stage and of its controls."""
     last = row_with(rows, "last")
     arms = [row for row in (last, *(r for r in rows if r.role == "control")) if row is not None]
-    return f"Steps: {_list([f'{row.title} {row.steps or 0:,}' for row in arms])}."
+    return f"Steps: {_list([f'{row.steps or 0:,} in {row.title}' for row in arms])}."
 
 
 def moved(label: str, rows: Sequence[Row], task: str) -> str:

@@ -130,11 +130,12 @@ def empty_gradient(x: Tensor) -> Tensor:
 def _load() -> tuple[ModuleType | None, str | None]:
     """The compiled module, or the reason why it cannot be used."""
     try:
-        found = importlib.import_module("elva_kernels._C")
+        found = importlib.import_module(f"{__name__.partition('.')[0]}._C")
     except ModuleNotFoundError:
         return None, (
             "elva_kernels._C is not built: no C++ compiler was found at install time, or this is a "
-            "source tree that was not installed; install g++ 10 or later and run pip install again"
+            "source tree or a hub's kernel that was not installed; install g++ 10 or later and run "
+            "pip install again"
         )
     except ImportError as error:
         return (

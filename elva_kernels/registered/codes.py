@@ -38,7 +38,7 @@ def _trace_nearest_codes(query: Tensor, *given: Any) -> Tensors:
     return bounds, query.new_empty(shape, dtype=torch.int64)
 
 
-register(
+_OPS = register(
     {
         "row_codes": Registered(
             "(Tensor rows, bool fine, str backend) "
@@ -56,5 +56,5 @@ register(
     }
 )
 
-row_codes = torch.ops.elva_kernels.row_codes.default
-nearest_codes = torch.ops.elva_kernels.nearest_codes.default
+row_codes = _OPS.row_codes.default
+nearest_codes = _OPS.nearest_codes.default

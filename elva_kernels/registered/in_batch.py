@@ -226,7 +226,7 @@ _NCE = (
 )
 _GRADIENTS = "Tensor grad_query, Tensor grad_candidates"
 
-register(
+_OPS = register(
     {
         # logsumexp is [0] without a temperature; as a gradient is that is not in `wrt`.
         "rank_statistics": Registered(
@@ -267,7 +267,6 @@ register(
     }
 )
 
-_OPS = torch.ops.elva_kernels
 rank_statistics = _OPS.rank_statistics.default
 in_batch_ranking_reward = _OPS.in_batch_ranking_reward.default
 in_batch_ranking_reward_backward = _OPS.in_batch_ranking_reward_backward.default

@@ -19,7 +19,9 @@ from elva_kernels.backends.boundary import in_default_float_mode
 from elva_kernels.registered.batched import Rule, looped
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_LIBRARY = torch.library.Library("elva_kernels", "DEF")
+# The package's own name: a copy loaded under another name keeps its ops apart from this one's.
+_NAMESPACE = __name__.partition(".")[0]
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 _RULES: dict[Any, Rule] = {}  # of each op, for the backwards of which a graph is being made
 
 
@@ -32,16 +34,19 @@ class Registered(NamedTuple):
     batched: Rule = looped
 
 
-def register(ops: dict[str, Registered]) -> None:
-    """Define every op under `torch.ops.elva_kernels`."""
+def register(ops: dict[str, Registered]) -> Any:
+    """`torch.ops.elva_kernels`, under which every op is defined now."""
+    namespace = getattr(torch.ops, _NAMESPACE)
     for name, op in ops.items():
+        qualified = f"{_NAMESPACE}::{name}"
         _LIBRARY.define(name + op.schema)
         _LIBRARY.impl(name, in_default_float_mode(op.compute), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"elva_kernels::{name}", op.trace, lib=_LIBRARY)
-        overload = getattr(torch.ops.elva_kernels, name).default
+        torch.library.register_fake(qualified, op.trace, lib=_LIBRARY)
+        overload = getattr(namespace, name).default
         _RULES[overload] = op.batched
         rule = functools.partial(op.batched, overload)
-        torch.library.register_vmap(f"elva_kernels::{name}", rule, lib=_LIBRARY)
+        torch.library.register_vmap(qualified, rule, lib=_LIBRARY)
+    return namespace
 
 
 def outside_graphs(function: _Function) -> _Function:

@@ -240,7 +240,7 @@ _VALUES = "Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank,
 _WRT = "float[] weights, bool[] wrt, str backend"
 _GRADIENTS = "Tensor grad_query, Tensor grad_positive, Tensor grad_negatives"
 
-register(
+_OPS = register(
     {
         "ranking_reward": Registered(
             f"({_INPUTS}, {_WEIGHTS}) -> ({_VALUES})",
@@ -288,7 +288,6 @@ register(
     }
 )
 
-_OPS = torch.ops.elva_kernels
 ranking_reward = _OPS.ranking_reward.default
 ranking_reward_and_grad = _OPS.ranking_reward_and_grad.default
 reward_from_scores = _OPS.reward_from_scores.default

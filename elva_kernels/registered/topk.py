@@ -22,7 +22,7 @@ def _trace_topk(query: Tensor, corpus: Tensor, k: int, *_: object) -> Tensors:
     return scores, query.new_empty(shape, dtype=torch.int64)
 
 
-register(
+_OPS = register(
     {
         "topk": Registered(
             "(Tensor query, Tensor corpus, SymInt k, str metric, str backend) "
@@ -34,4 +34,4 @@ register(
     }
 )
 
-topk = torch.ops.elva_kernels.topk.default
+topk = _OPS.topk.default

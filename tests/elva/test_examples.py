@@ -13,7 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from elva.integrations import examples
-from elva.integrations.examples import cuda_graph
+from elva.integrations.examples import cuda_graph, hf_trainer
+from elva_kernels import info_nce
 
 FILES = sorted(Path(examples.__file__).parent.glob("[a-z]*.py"))
 RUN = "elva.integrations.examples."
@@ -59,6 +60,9 @@ def test_hf_trainer_in_bf16(printed) -> None:
     (before,), (after,) = numbers(text, "R@1 before"), numbers(text, "R@1 after")
     first, last = numbers(text, "loss")
     assert before < 0.02 and after > 0.85 and first > 5 and last < 0.5
+    rows, labels = (torch.randn(6, 4), torch.randn(6, 4)), torch.arange(6)
+    loss = hf_trainer.loss_of(rows, labels, torch.tensor(24))  # a quarter of what is accumulated
+    torch.testing.assert_close(loss, info_nce(*rows, candidate_ids=labels) / 4)
 
 
 def test_lightning_in_bf16_with_a_learnt_temperature(printed) -> None:

@@ -1,6 +1,8 @@
 """LangChain's retriever over an index: LangChain's own tests, and the answers of `Searcher`."""
 
 import asyncio
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +147,25 @@ def test_another_model_is_refused_before_the_first_query(built: Shelf, tmp_path:
         ElvaRetriever(index=built[1], model=other)
     with pytest.raises(UserError, match="query must hold words"):
         ElvaRetriever(index=built[1]).invoke(" ")
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("datasets", "datasets", "datasets"),
+        ("langchain", "langchain_core", "langchain"),
+        ("llama_index", "llama_index", "llama-index"),
+        ("mteb", "mteb", "mteb"),
+    ],
+)
+def test_a_program_that_is_not_installed_is_one_line_with_its_extra(
+    name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for loaded in [x for x in sys.modules if x.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"elva.integrations.{name}", raising=False)
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module(f"elva.integrations.{name}")
+    assert str(caught.value).endswith(f"; pip install 'elva[{extra}]'")
+    assert "\n" not in str(caught.value)

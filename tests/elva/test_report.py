@@ -9,133 +9,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
+from elva.cli import app
 from elva.commands.report import report
-from elva.data import Item, load, mbeir
+from elva.data import Item
 from elva.errors import RunError
 from elva.recipe import Recipe, StageConfig
 from elva.report import charts, drawing, figures, gallery, pictures
 from elva.report.table import as_json, table
 from elva.run import Run
-
-NAMES = ["red <b>square</b>", "green square", "blue square", "red disc", "green disc", "blue disc"]
-COLOURS = [(200, 0, 0), (0, 150, 0), (0, 0, 200)] * 2
+from tests.elva import reported
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures with names, in M-BEIR's layout."""
-    root = tmp_path_factory.mktemp("data")
-    (root / "img").mkdir()
-    for i, colour in enumerate(COLOURS):
-        Image.new("RGB", (400, 300), colour).save(root / "img" / f"{i}.png")
-    mbeir.write_instructions(
-        root, "tiny", 7, {("text", "image"): ["Find it."], ("image", "text"): ["Name it."]}
-    )
-
-    def row(kind: str, id: str, text: str | None, image: str | None) -> dict[str, object]:
-        modality = "text" if image is None else "image"
-        return (
-            {"did": id, "txt": text, "img_path": image, "modality": modality}
-            if kind == "pool"
-            else {"qid": id, "query_txt": text, "query_img_path": image, "query_modality": modality}
-        )
-
-    files = [f"img/{i}.png" for i in range(6)]
-    for stem, task in (("tiny_task0", 0), ("tiny_task3", 3)):
-        shown = [
-            row("pool", f"7:{i + 100 * task}", *((NAMES[i], None) if task else (None, files[i])))
-            for i in range(6)
-        ]
-        asked = [
-            row(
-                "query",
-                f"7:{i + 50 + 100 * task}",
-                *((None, files[i]) if task else (NAMES[i], None)),
-            )
-            | {"pos_cand_list": [f"7:{i + 100 * task}"], "neg_cand_list": [], "task_id": task}
-            for i in range(6)
-        ]
-        mbeir.write_pool(root, stem, shown)
-        mbeir.write_queries(root, stem, "test", asked)
-    return root
-
-
-def evaluation(root: Path, ranks: list[int], distance: float) -> dict[str, object]:
-    """What an evaluation in which query i finds its positive at ranks[i] would have written."""
-    dataset = load(root, split="test")
-    found: dict[str, dict] = {"figures": {}, "samples": {}, "grain_distances": {}}
-    for task in ("t2i", "i2t"):
-        ids = dataset.pool(task).ids
-        found["samples"][task] = [
-            {
-                "id": q.id, "query": q.raw_text, "positives": list(q.positives), "rank": rank,
-                "margin_reward": 1 / rank, "rank_reward": -float(rank),
-                "summary": f"summary of {q.id} & more",
-                "top": [{"id": i, "summary": ""} for i in moved(ids, q.positives[0], rank)[:5]],
-            }
-            for q, rank in zip((q for q in dataset.queries if q.task == task), ranks, strict=True)
-        ]  # fmt: skip
-        found["figures"] |= {
-            f"{task}_recall_at_1": sum(r == 1 for r in ranks) / 6,
-            f"{task}_recall_at_5": sum(r <= 5 for r in ranks) / 6,
-            f"{task}_queries": 6,
-            f"{task}_pool": 6,
-        }
-    found["pushes"] = {
-        "task": "t2i", "queries": 6, "temperature": 0.05, "infonce": [0.5, 0.3, 0.2],
-        "reward": [-0.25, 0.25, 0.5],
-    }  # fmt: skip
-    found["plane"] = {
-        "task": "t2i", "explained": [0.5, 0.25],
-        "points": [
-            {"id": f"7:{i}", "x": i, "y": -i, "grains": {"colour": NAMES[i % 2], "shape": "any"}}
-            for i in range(6)
-        ],
-    }  # fmt: skip
-    found["grain_distances"] = {
-        "entity": [distance] * 12, "tone": [distance / 2] * 10, "size": [distance / 10]
-    }  # fmt: skip
-    return found
-
-
-def moved(ids: list[str], positive: str, rank: int) -> list[str]:
-    rest = [i for i in ids if i != positive]
-    return [*rest[: rank - 1], positive, *rest[rank - 1 :]]
+    return reported.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def run(root: Path, tmp_path: Path) -> Run:
     """Two stages and a control, finished and evaluated."""
-    return build(root, tmp_path)
+    return reported.build(root, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def page(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of such a run."""
-    return report(build(root, tmp_path_factory.mktemp("reported")))
-
-
-def build(root: Path, parent: Path) -> Run:
-    stage = StageConfig(data=str(root), steps=4)
-    recipe = Recipe(
-        "tiny", stages={"1": stage, "2": stage}, controls={"infonce": StageConfig(data=str(root))}
-    )
-    run = Run.create(parent / "run", recipe)
-    for name, ranks, distance in (
-        ("1", [1, 1, 2, 3, 6, 6], 0.2),
-        ("2", [1, 2, 1, 1, 1, 6], 0.4),
-        ("infonce", [1, 1, 1, 2, 2, 2], 0.3),
-    ):
-        run.write(name, "stage.json", {"steps": 4, "seconds": 2.5})
-        run.write(name, "evaluation.json", evaluation(root, ranks, distance))
-        for step in range(1, 5):
-            run.log(
-                name, step, {"lm": 1.0 / step, "reward": float("nan"), "completion_length": 3.0}
-            )
-    return run
+    return report(reported.build(root, tmp_path_factory.mktemp("reported")))
 
 
 def text(drawn: object) -> str:
@@ -205,7 +109,7 @@ def test_the_page_says_what_was_measured(page: Path) -> None:
     assert "After stage 2 (4 steps) its t→i R@1 on held-out queries is 0.667 (0.333 to 1" in html
     assert "after stage 1 it was 0.333, a difference of +0.333 (-0.333 to +0.833), too " in html
     assert "the best control, infonce (4 steps), has 0.500, a difference of +0.167 (" in html
-    assert "Steps: stage 2 4 and control infonce 4. Those of infonce were set by" in html
+    assert "Steps: 4 in stage 2 and 4 in control infonce." in html
     assert "the ten hardest negatives get 100% of InfoNCE&#39;s push (T = 0.05)" in html
     assert "of the latter 25% pulls negatives nearer" in html
     assert "50% + 25% of the variance" in html and html.count("<svg") == 12
@@ -227,6 +131,61 @@ def test_the_right_answer_is_framed_once_for_each_side_that_shows_it(page: Path)
 def test_openmoji_is_credited() -> None:
     assert pictures.attribution(["7:1"]) is None
     assert "OpenMoji" in pictures.attribution(["7:1", "10:4"])
+
+
+# -- several runs ----------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_on_the_queries_of_both(root: Path, tmp_path: Path) -> None:
+    one, two = (reported.build(root, tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    found = two.read("2", "evaluation.json")
+    for sample, rank in zip(found["samples"]["t2i"], [1, 1, 1, 1, 1, 6], strict=True):
+        sample["rank"] = rank
+    found["samples"]["t2i"][5]["positives"] = ["7:0"]  # another question under the same id
+    found["figures"]["t2i_recall_at_1"] = 5 / 6
+    two.write("2", "evaluation.json", found)
+    done = invoke("report", one.directory, two.directory, "--output", tmp_path / "x.html", "--json")
+    said = json.loads(done.stdout)
+    (apart, _) = said["differences"]
+    assert (apart["ours"], apart["theirs"]) == ("b/run: stage 2", "a/run: stage 2")
+    assert (apart["mean"], apart["queries"], apart["steps"]) == (pytest.approx(0.2), 5, [4, 4])
+    assert said["recipe_differences"] == {"seed": [0, 1]}
+    html = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "2 runs: a/run, b/run" in html and "Seeds: a/run 0, b/run 1." in html
+    assert (
+        "b/run: stage 2 (4 steps) has t→i R@1 0.833, +0.200 (+0.000 to +0.600), too small" in html
+    )
+    assert re.search(r'<th scope="row">seed</th><td>0</td><td>1</td>', html)
+    rows = re.findall(r'<tr><th scope="row">(\w/run: [\w ]+)</th><td>4<', html)
+    arms = ["stage 2", "control infonce"]
+    assert rows == [f"{name}/run: {arm}" for name in "ab" for arm in arms]
+    assert not (one.directory / "report.html").exists()
+
+
+def test_what_cannot_be_reported_is_one_line(run: Run, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(run.directory)
+    for words, rule in (
+        ((run.directory, link), "report: runs must differ, got"),
+        ((run.directory, "--output", tmp_path / "x.pdf"), "--output: must end in .html, got"),
+        ((run.directory, "--output", tmp_path), "--output: must end in .html, got"),
+        ((run.directory, tmp_path), "must hold a run, got no recipe.yaml"),
+    ):
+        done = invoke("report", *words)
+        assert done.exit_code == 2 and rule in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_json_has_the_intervals_of_the_page(run: Run) -> None:
+    said = json.loads(invoke("report", run.directory, "--json").stdout)
+    html = Path(said["page"]).read_text(encoding="utf-8")
+    found = said["intervals"]["stage 2"]["t2i_recall_at_1"]
+    assert found["mean"] == pytest.approx(4 / 6) and found["queries"] == 6
+    assert f"<small>{found['low']:.3f} to {found['high']:.3f}</small>" in html
+    assert {d["theirs"] for d in said["differences"]} == {"stage 1", "control infonce"}
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 # -- half a run ------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Rewards of rollouts: equal to plain loops, over texts, rows of a bank and several processes."""
 
+import json
 import math
-import multiprocessing
+import os
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -171,6 +174,8 @@ def test_nothing_to_rank_is_none():
         (lambda: RolloutReward(embed, marign=1), "unexpected keyword argument 'marign'"),
         (lambda: RolloutReward(embed, margin=-3.0), "margin must be in [-2, 2], got -3.0"),
         (lambda: RolloutReward(embed, reward="embed_rl", temperature=0), "must be positive"),
+        (lambda: RolloutReward(embed, reward=lambda *_: 1.0), "must return a dict with 'reward'"),
+        (lambda: RolloutReward(embed).score(["red"], [[{}]]), "must be texts, names of files or"),
         (lambda: RolloutReward(embed, bank=torch.eye(2).long()), "bank must be [M, D] floating"),
         (lambda: RolloutReward(lambda _: torch.eye(2)).score(["a"], ["b"]), "must return [1, D]"),
         (lambda: RolloutReward(lambda _: TABLE[:1] / 0).score(["a"], ["b"]), "NaN or inf for 'a'"),
@@ -184,68 +189,71 @@ def test_what_cannot_be_is_one_line(make, said):
 
 
 def test_rollouts_that_wait_are_scored_together():
-    """One call for those that came during another; an error reaches its callers, and no others."""
+    """One call for those that came during another; what is wrong with one fails it alone."""
     sizes, began, go = [], threading.Event(), threading.Event()
 
-    def score(batch):
-        sizes.append(len(batch))
+    def slow(texts):
+        sizes.append(len(texts))
         began.set()
         go.wait()
-        if "bad" in batch:
-            raise ValueError("bad")
-        return [x * x for x in batch]
+        return embed(texts)
 
-    together = Together(score)
-    first = together(1000)
+    together = Together(RolloutReward(slow, candidate_fn=embed))
+    first = together("red", "red", ["gold"])
     began.wait()
-    results = [together(x) for x in range(300)]
+    results = [together(*row) for row in zip(ROLLOUTS, POSITIVES, PAIRS, strict=True)]
     go.set()
-    assert first.result() == 1000**2
-    assert [x.result() for x in results] == [x * x for x in range(300)]
-    assert sizes == [1, 300]
-    with pytest.raises(ValueError, match="bad"):
-        together("bad").result()
-    assert together(7).result() == 49
+    assert first.result()["rank"] == 1
+    expected = by_hand(ROLLOUTS, POSITIVES, PAIRS)
+    assert [x.result()["reward"] for x in results] == pytest.approx(expected, abs=1e-6)
+    assert sizes == [1, 4]
+    go.clear()
+    began.clear()
+    together("red", "red", ["gold"])
+    began.wait()
+    bad, good = together("red", "red", None), together("blue", "blue", ["red"])
+    go.set()
+    with pytest.raises(UserError, match="must have negatives, got None"):
+        bad.result()
+    assert good.result()["rank"] == 1
 
 
-def one_process(port, index, count, pipe):
-    """A share of the rollouts, their candidates gathered by the kernels."""
-    import os
+ONE_PROCESS = f"""
+import json, sys, torch
+from accelerate import PartialState
+from elva.integrations.rewards import RECIPES
+from elva.integrations.trl import RankingReward
 
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(index),
-        "WORLD_SIZE": str(count), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    from accelerate import PartialState
+WORDS, TABLE = {WORDS}, torch.tensor({TABLE.tolist()})
+def embed(texts):
+    return torch.stack([TABLE[[WORDS.index(x) for x in t.split()]].mean(0) for t in texts])
 
-    from elva.integrations.trl import RankingReward
-
-    PartialState(cpu=True)
-    texts, positives = [*ROLLOUTS, "red grey", "gold"], [*POSITIVES, "red", None]
-    mine = slice(index * 3, index * 3 + 3)
-    found = [
-        RankingReward(embed, reward=name)(texts[mine], positive=positives[mine]) for name in RECIPES
-    ]
-    pipe.send(found)
-    torch.distributed.destroy_process_group()
+state = PartialState(cpu=True)
+texts, positives = json.loads(sys.argv[1])
+mine = slice(3 * state.process_index, 3 * state.process_index + 3)
+found = [RankingReward(embed, reward=x)(texts[mine], positive=positives[mine]) for x in RECIPES]
+print(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_in_batch_means_the_batch_of_every_process():
+    """Two processes, one of which has a rollout without a positive, and a positive of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for index in range(2):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=one_process, args=(port, index, 2, there)))
-        processes[-1].start()
-        pipes.append(here)
-    shares = [pipe.recv() if pipe.poll(100) else None for pipe in pipes]
-    for process in processes:
-        process.join()
     texts, positives = [*ROLLOUTS, "red grey", "gold"], [*POSITIVES, "red", None]
+    processes = []
+    for index in range(2):
+        place = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+            "RANK": str(index), "LOCAL_RANK": str(index), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        words = [sys.executable, "-c", ONE_PROCESS, json.dumps([texts, positives])]
+        processes.append(
+            subprocess.Popen(words, env=os.environ | place, stdout=subprocess.PIPE, text=True)
+        )
+    shares = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
     for name, first, second in zip(RECIPES, *shares, strict=True):
         whole = RolloutReward(embed, reward=name).score(texts, positives)["reward"]
         assert whole[-1] is None and second[-1] is None

@@ -40,13 +40,12 @@ BACKENDS = [
     )
 ]
 # Where numbers are at stake, each set of instructions that the cpu backend can choose.
+ARM = "neon" in doctor().native.get("levels", ())
 EVERY_LEVEL = [
     *_backends(
         "reference",
-        "cpu:amx",
-        "cpu:avx512bf16",
-        "cpu:avx512",
-        "cpu:avx2",
+        *(("cpu:neondot", "cpu:neon") if ARM else ()),
+        *(() if ARM else ("cpu:amx", "cpu:avx512bf16", "cpu:avx512", "cpu:avx2")),
         "cpu:plain",
     )
 ]

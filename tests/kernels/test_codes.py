@@ -1,5 +1,7 @@
 """Codes of rows, and the search that reads them, on every backend and CPU level."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -406,6 +408,7 @@ def test_nothing_to_prove_is_proven():
         assert found.proven.all() and found.rows_read == 0 and found.index.shape == (2, 0)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_program_calls_it_beside_its_graph():
     corpus = rows("random", 300, 8, torch.float32)
     codes = row_codes(corpus)

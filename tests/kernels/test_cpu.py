@@ -24,16 +24,22 @@ from tests.kernels import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
+ARM_LEVELS = {"plain": 0, "neon": 1, "neondot": 2}
 LEVELS = {"plain": 0, "avx2": 3, "avx512": 4, "avx512bf16": 5, "amx": 6}
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 LEVEL_FLAGS = {
     "plain": "",
+    "neon": "",
+    "neondot": "-march=armv8.2-a+dotprod",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
     "amx": f"{AVX512} -mavx512bf16 -mavx512vnni",
 }
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+if platform.machine().lower() in ("aarch64", "arm64"):
+    LEVELS = ARM_LEVELS
+elif platform.machine().lower() not in ("x86_64", "amd64"):
+    LEVELS = {"plain": 0}
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 THREAD = "-fsanitize=thread"
 
@@ -356,9 +362,9 @@ def compile_driver(folder, flags, whole, other):
     flags = f"-std=c++17 -g -pthread -ffp-contract=off -w {flags} -I{ROOT}/csrc".split()
     sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
     sources.append(("", ROOT / "tests/kernels/cpu_driver.cpp"))
-    levels = LEVELS if X86 else ("plain",)  # the driver links all; it runs what this CPU has
-    # The whole ones first: of an inline function the linker takes the first one that it sees.
-    for level in sorted(levels, key=lambda level: level not in whole):
+    # The driver links all levels and runs what this CPU has. The whole ones first: of an inline
+    # function the linker takes the first one that it sees.
+    for level in sorted(LEVELS, key=lambda level: level not in whole):
         extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
         extra += "" if level in whole else f" {other}"
         sources += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]

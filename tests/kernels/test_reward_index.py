@@ -7,7 +7,13 @@ import shutil
 import pytest
 import torch
 
-from elva_kernels import RankingRewardLoss, ranking_reward, ranking_reward_and_grad, reference
+from elva_kernels import (
+    RankingRewardLoss,
+    info_nce,
+    ranking_reward,
+    ranking_reward_and_grad,
+    reference,
+)
 from elva_kernels.backends import choice
 from elva_kernels.backends.segments import occurrences
 from elva_kernels.backends.table import LAUNCHERS
@@ -323,6 +329,25 @@ def test_compiles_without_a_graph_break(backend):
         assert same_bits(a, b)
     for a, b in zip(*leaves, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-7)
+
+
+def test_compiles_where_one_tensor_stands_in_two_places(backend):
+    """As in a batch whose rows are positives and the bank: Dynamo takes no tensor twice."""
+    _, _, rows, index = indexed((6,), 4, 5, 6, torch.float32)
+
+    def loss(query, rows):
+        found = ranking_reward(query, rows, rows, negative_index=index, backend=backend)
+        return found.reward.mean() + info_nce(rows, rows, symmetric=True, backend=backend)
+
+    leaves = [[x.clone().requires_grad_() for x in (rows.flip(0), rows)] for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    losses = [run(*x) for run, x in zip((loss, compiled), leaves, strict=True)]
+    assert same_bits(*losses)
+    for x in losses:
+        x.backward()
+    for a, b in zip(*leaves, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
 
 @each_dtype

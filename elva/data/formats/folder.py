@@ -74,15 +74,7 @@ def contents(root: Path, faults: Faults) -> Contents:
         DataError: no folder, no picture in it, or captions that are not as their format has them.
     """
     found, told = _found(root, faults)
-    shown = []
-    for picture in found.pictures:
-        try:
-            pictures.size(picture.path)
-        except PictureFault as fault:
-            if fault.kind in LEFT_OUT:
-                found.leave_out(fault.kind, picture.name)
-                continue
-        shown.append(picture)  # a damaged one too: whoever decodes it counts it
+    shown = [picture for picture in found.pictures if _has_header(picture, found)]
     known = {path.relative_to(root).as_posix(): about for path, about in known_of(told).items()}
     notices = [*([told.notice(len(shown))] if told.captions else []), *lines(found.left_out)]
     if not shown:
@@ -117,6 +109,27 @@ def read(request: Request) -> Source:
             "; ".join([f"{printable(str(root))}: holds no picture that can be read", *notices])
         )
     return _source(root, told, seen, dropped, notices, found.left_out)
+
+
+def headers(request: Request) -> Source:
+    """As `read`, but only headers are looked at: copies are not told apart, and a picture that is
+    damaged beyond its header is met by whoever decodes it."""
+    found, told = _found(request.path, request.faults)
+    seen = _Seen([picture for picture in found.pictures if _has_header(picture, found)])
+    if not seen.pictures:
+        raise DataError(f"{printable(str(request.path))}: holds no picture that is read")
+    return _source(request.path, told, seen, {}, _without(told, seen), found.left_out)
+
+
+def _has_header(picture: PictureFile, found: Scan) -> bool:
+    """Whether a picture may be shown, as far as its header says; if not, it is left out."""
+    try:
+        pictures.size(picture.path)
+    except PictureFault as fault:
+        if fault.kind in LEFT_OUT:
+            found.leave_out(fault.kind, picture.name)
+            return False
+    return True  # a damaged one too: whoever decodes it counts it
 
 
 def _found(root: Path, faults: Faults) -> tuple[Scan, captions.Captions]:

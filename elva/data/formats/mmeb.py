@@ -35,7 +35,9 @@ def read_test(request: Request) -> Source:
     return Source("mmeb", 12, "", _examples(request, "test", _test))
 
 
-def _files(path: Path, name: str) -> list[Path]:
+def files(path: Path, name: str) -> list[Path]:
+    """The tables called `name`, "original" or "test", of a subset's folder or of a folder of
+    subsets; a file alone."""
     if not path.is_dir():
         return [path]
     subsets = sorted(folder for folder in path.iterdir() if any(folder.glob(f"{name}*.*")))
@@ -45,7 +47,7 @@ def _files(path: Path, name: str) -> list[Path]:
 
 
 def _examples(request: Request, name: str, row: Callable[..., Example]) -> Iterator[Example]:
-    for file in _files(request.path, name):
+    for file in files(request.path, name):
         roots = (file.parent, file.parent.parent) if request.images is None else (request.images,)
         subset = re.sub(r"\W+", "_", file.absolute().parent.name) if request.path.is_dir() else ""
         for record in rows(file, COLUMNS[name], request.faults):

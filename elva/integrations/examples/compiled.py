@@ -27,7 +27,7 @@ def main() -> None:
     found = torch._dynamo.explain(loss_of)(*rows, batch["labels"])
     print(f"graphs: {found.graph_count}, graph breaks: {found.graph_break_count}")
     compiled = torch.compile(loss_of, fullgraph=True)  # raises at a graph break
-    losses = [f(*rows, batch["labels"]) for f in (loss_of, compiled)]
+    losses = [f(rows[0], rows[1], batch["labels"]) for f in (loss_of, compiled)]
     gradients = [torch.cat(torch.autograd.grad(loss, rows)) for loss in losses]
     apart = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
     print(f"apart: loss {(losses[0] - losses[1]).abs():.1e}, gradients, relatively {apart:.1e}")
@@ -36,7 +36,8 @@ def main() -> None:
     for _ in range(10):
         for order in torch.randperm(len(things)).split(200):
             batch = things[order]
-            compiled(*model(batch["query"], batch["candidates"]), batch["labels"]).backward()
+            query, candidates = model(batch["query"], batch["candidates"])
+            compiled(query, candidates, batch["labels"]).backward()
             optimizer.step()
             optimizer.zero_grad()
     print(f"R@1 after: {recall_at_1(model):.3f}")

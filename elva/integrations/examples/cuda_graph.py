@@ -28,7 +28,7 @@ def main(device: str = "cuda", capture: Callable[..., Callable[[], None]] = capt
     torch.manual_seed(0)
     shapes = (64, 256), (64, 256), (64, 100, 256)  # query, positive, negatives
     inputs = [torch.randn(shape, device=device) for shape in shapes]
-    held = {}
+    held: dict = {}
 
     def step() -> None:  # whose results have their place in memory, which each replay fills anew
         held["reward"], *held["gradients"] = ranking_reward_and_grad(*inputs)

@@ -42,8 +42,8 @@ def main() -> None:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     for when in ("before", "after"):
-        recall, temperature = recall_at_1(module.towers), module.loss.temperature.item()
-        print(f"R@1 {when}: {recall:.3f}, temperature {temperature:.4f}")
+        temperature = torch.as_tensor(module.loss.temperature).item()
+        print(f"R@1 {when}: {recall_at_1(module.towers):.3f}, temperature {temperature:.4f}")
         if when == "before":
             trainer.fit(module, DataLoader(Pairs(400, seed=1), batch_size=200, shuffle=True))
 

@@ -24,7 +24,7 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | slice | Tensor) -> dict[str, Tensor]:
         names = ("query", "candidates", "labels")
         return {name: getattr(self, name)[index] for name in names}
 
