@@ -266,7 +266,7 @@ class RankingRewardLoss(nn.Module):
         if rank_temperature and (in_batch or gather_across_devices):
             raise ValueError(_OF_OWN.format(rank_temperature))
         self.model = model
-        self.weights = {
+        self.weights: dict[str, Any] = {
             "margin": margin, "rank_penalty": rank_penalty, "w_margin": w_margin, "w_rank": w_rank,
         }  # fmt: skip
         self.rank_temperature, self.head = rank_temperature, head
