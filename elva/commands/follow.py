@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -195,7 +195,9 @@ def panel(standing: Standing) -> Group:
             Text(key), Text(sparkline(values)), Text(shown, "bold"),
             Text(f"{min(known):.4g} to {max(known):.4g}", "dim"),
         )  # fmt: skip
-    stage = [] if standing.stage is None else [Text(f"{standing.stage}, by step", "dim"), table]
+    stage: list[RenderableType] = (
+        [] if standing.stage is None else [Text(f"{standing.stage}, by step", "dim"), table]
+    )
     return Group(Text(line(standing)), *stage)
 
 

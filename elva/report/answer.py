@@ -44,8 +44,8 @@ def difference(ours: Row, theirs: Row, figure: str) -> Difference | None:
     both = [i for i in new if i in old and new[i]["positives"] == old[i]["positives"]]
     if not both:
         return None
-    sides = [[float(s[i]["rank"] <= int(k)) for i in both] for s in (new, old)]
-    return Difference(ours, theirs, figure, paired_interval(*sides))
+    won, was = ([float(side[i]["rank"] <= int(k)) for i in both] for side in (new, old))
+    return Difference(ours, theirs, figure, paired_interval(won, was))
 
 
 def differences(rows: Sequence[Row]) -> list[Difference]:
@@ -70,7 +70,8 @@ def _differences(pairs: Iterable[tuple[Row, Row]]) -> list[Difference]:
 def answer_cells(rows: Sequence[Row]) -> Cells:
     """A row a stage and a control, its steps first, its recalls with intervals; then chance."""
     shown = columns(row.figures for row in rows)
-    cells, values, notes = [], [], {}
+    cells, values = [], []
+    notes: dict[tuple[int, int], str] = {}
     for i, row in enumerate(rows):
         known = intervals(row)
         figures = [row.figures.get(key) for key in shown]

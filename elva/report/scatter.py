@@ -44,8 +44,8 @@ def moves(before: Series, last: Series, pairs: Sequence[tuple[int, int]]) -> Dra
         for count in sorted(set(counts.values())):  # one size a call: its shape is written once
             alike = np.array([pair for pair, n in counts.items() if n == count])
             axes.scatter(
-                alike[:, 0], alike[:, 1], s=14 * sqrt(count), color=last.colour(theme), alpha=0.45, linewidths=0,
-                clip_on=False,
+                alike[:, 0], alike[:, 1], s=14 * sqrt(count), color=last.colour(theme), alpha=0.45,
+                linewidths=0, clip_on=False,
             )  # fmt: skip
         rank_axis(axes.xaxis, furthest)
         rank_axis(axes.yaxis, furthest)

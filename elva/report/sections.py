@@ -53,7 +53,8 @@ def grain_distances(rows: Sequence[Row]) -> Markup | None:
 
 def ranks(rows: Sequence[Row]) -> Section:
     """Recall for every k, by task."""
-    panels, shown = [], {}
+    panels: list[Panel] = []
+    shown: dict[Series, None] = {}
     compared = [row for row in rows if row.role != "earlier"]
     for task, label in TASKS.items():
         series = {
@@ -88,7 +89,9 @@ def moves(rows: Sequence[Row]) -> Section:
 
 def rewards(rows: Sequence[Row]) -> Section:
     """Each query's margin reward against its rank reward, by task."""
-    panels, shown, more = [], {}, []
+    panels: list[Panel] = []
+    shown: dict[Series, None] = {}
+    more: list[str] = []
     for task, label in TASKS.items():
         groups = {}
         for row in (row_with(rows, "before"), row_with(rows, "last")):
