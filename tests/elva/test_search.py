@@ -19,6 +19,7 @@ from elva.model.scratch import create
 from elva.recipe import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.run import Run
 from elva.search import Hit
+from elva.searched import ROOM
 
 NAMES = [f"{tone} {shape}" for shape in ("square", "disc", "bar", "ring") for tone in "abc"]
 INSTRUCTIONS = {("text", "image"): ["Find it."], ("image,text", "image"): ["Change it to"]}
@@ -124,7 +125,7 @@ def test_text_picture_and_both_are_different_queries(run: Run, root: Path) -> No
 
 
 def test_the_pool_is_embedded_once_for_each_model(run: Run) -> None:
-    directory = run.stage("infonce") / search.ROOM
+    directory = run.stage("infonce") / ROOM
     listener = Listener()
 
     def ask() -> list[Hit]:
@@ -139,7 +140,7 @@ def test_the_pool_is_embedded_once_for_each_model(run: Run) -> None:
 
 @pytest.mark.parametrize("damage", ["torn", "missing", "another model's"])
 def test_an_index_that_does_not_fit_is_made_again(run: Run, damage: str) -> None:
-    directory = run.stage("1") / search.ROOM
+    directory = run.stage("1") / ROOM
     first = search.search(run, "c ring")
     if damage == "torn":
         path = Index(directory).segments[0].path
