@@ -6,10 +6,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elva.collection import Collection
 from elva.data import Item, pictures
 from elva.data.schema import normalise
 from elva.demo.switches import Known, Switches, switches
@@ -17,7 +18,6 @@ from elva.errors import PictureFault, UserError, printable
 from elva.evaluation.grains import distance
 from elva.index import Index
 from elva.search import Answer, Hit, Searcher
-from elva.searched import Searched
 
 DEPTH = 1000
 """Ours: ranks are known down to here; what lies deeper is said to."""
@@ -77,9 +77,9 @@ class Desk:
         k: answers that are shown.
     """
 
-    def __init__(self, searched: Searched, known: Known, place: Path, *, k: int = 12) -> None:
-        self.searcher: Searcher = searched.searcher
-        self.index: Index = searched.index
+    def __init__(self, collection: Collection, known: Known, place: Path, *, k: int = 12) -> None:
+        self.searcher: Searcher = collection.searcher
+        self.index: Index = collection.index
         self.known, self.place, self.k = known, place, k
         self._busy = threading.Lock()  # a model answers one at a time
 
@@ -102,7 +102,7 @@ class Desk:
         answer = self._answer(" ".join(words.split()), image, scratch)
         return Asked(image, scratch is not None, found, answer)
 
-    def without(self, asked: Asked, off: Collection[int], scratch: Scratch | None = None) -> Moved:
+    def without(self, asked: Asked, off: Sequence[int], scratch: Scratch | None = None) -> Moved:
         """The same query with the grains at these places off.
 
         Raises:

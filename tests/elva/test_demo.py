@@ -28,6 +28,7 @@ import torch
 from typer.testing import CliRunner
 
 from elva.cli import app
+from elva.collection import Collection
 from elva.commands import demo as command
 from elva.commands.demo import Server, serving
 from elva.data import Item, load
@@ -40,7 +41,6 @@ from elva.model.modalities import MODALITIES
 from elva.model.rollout import Encoded
 from elva.report.pictures import names as names_of
 from elva.search import Searcher
-from elva.searched import Searched
 from tests.elva import sentence_models
 
 gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'elva[demo]'")
@@ -96,14 +96,15 @@ class Reader:
 class Emoji(NamedTuple):
     """An index of emoji and what is known of them."""
 
-    searched: Searched
+    collection: Collection
     known: dict[str, tuple[Grain, ...]]
     names: dict[str, str]
     files: dict[str, Path]
 
     def order(self, text: str) -> tuple[list[str], np.ndarray]:
         """Ids by cosine to a text, best first, and the cosines: plain numpy."""
-        reader, ids = self.searched.searcher.encoder, self.searched.index.table["id"].to_pylist()
+        reader = self.collection.searcher.encoder
+        ids = self.collection.index.table["id"].to_pylist()
         rows = np.stack([reader.row(self.names[id]).double().numpy() for id in ids])
         asked = reader.row(text).double().numpy()
         cosines = rows @ asked / np.linalg.norm(rows, axis=1) / np.linalg.norm(asked)
@@ -125,12 +126,12 @@ def emoji(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Emoji:
     searcher = Searcher(reader)
     index = searcher.index(place / "emoji.index", items, dtype="float32", names=names)
     files = {item.id: item.image for item in items if isinstance(item.image, Path)}
-    return Emoji(Searched(searcher, index), known_grains(corpus), names, files)
+    return Emoji(Collection(searcher, index), known_grains(corpus), names, files)
 
 
 @pytest.fixture(scope="module")
 def url(emoji: Emoji) -> Iterator[str]:
-    with serving(emoji.searched, emoji.known, "emoji", examples=[QUERY]) as url:
+    with serving(emoji.collection, emoji.known, "emoji", examples=[QUERY]) as url:
         yield url.rstrip("/")
 
 
@@ -152,8 +153,8 @@ def test_a_full_queue_turns_visitors_away_and_all_is_removed_at_the_end(emoji, m
     monkeypatch.setenv("GRADIO_ALLOWED_PATHS", "/")
     monkeypatch.setenv("GRADIO_SHARE", "true")
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
-    reader = emoji.searched.searcher.encoder
-    with serving(emoji.searched, {}, "emoji", server=Server(limit=2)) as url:
+    reader = emoji.collection.searcher.encoder
+    with serving(emoji.collection, {}, "emoji", server=Server(limit=2)) as url:
         url = url.rstrip("/")
         assert url.startswith("http://127.0.0.1:")
         assert upload(url, "a.png", b"content").status_code == 200
@@ -177,7 +178,7 @@ def test_a_visitors_pictures_go_when_they_were_not_asked_for(emoji, monkeypatch,
     monkeypatch.setattr(page, "SESSION_SECONDS", 1)
     sentence_models.noise(1).save(tmp_path / "a.png")
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
-    with serving(emoji.searched, {}, "emoji") as url:
+    with serving(emoji.collection, {}, "emoji") as url:
         (sent,) = upload(url.rstrip("/"), "a.png", (tmp_path / "a.png").read_bytes()).json()
         (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
         named = {"path": sent, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
@@ -347,7 +348,7 @@ def test_a_grain_that_is_off_moves_ranks_and_back(shown, emoji):
     arrows = [f"▲ {was - at}" if at < was else f"▼ {at - was}" if at > was else "="
               for was, at in enumerate(now, start=1)]  # fmt: skip
     assert shown.texts("#found tbody td.arrow") == arrows and len(set(arrows)) > 3
-    whole, part = (emoji.searched.searcher.encoder.row(text) for text in
+    whole, part = (emoji.collection.searcher.encoder.row(text) for text in
                    (QUERY, "index pointing up"))  # fmt: skip
     apart = 1 - torch.nn.functional.cosine_similarity(whole, part, dim=0).item()
     assert f"moved by {apart:.3f}" in " ".join(shown.texts("#found > * .note"))

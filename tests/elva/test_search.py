@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from elva.collection import ROOM
 from elva.commands import search
 from elva.data import load, mbeir
 from elva.errors import UserError
@@ -19,7 +20,6 @@ from elva.model.scratch import create
 from elva.recipe import ModelConfig, Recipe, ScratchModel, StageConfig
 from elva.run import Run
 from elva.search import Hit
-from elva.searched import ROOM
 
 NAMES = [f"{tone} {shape}" for shape in ("square", "disc", "bar", "ring") for tone in "abc"]
 INSTRUCTIONS = {("text", "image"): ["Find it."], ("image,text", "image"): ["Change it to"]}
