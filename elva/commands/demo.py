@@ -29,7 +29,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPLOADS = "uploads"
 MOST_KEPT = 2 << 30
 MOST_UPLOAD = 256 << 20
-"""Ours, bytes: of all uploads that are kept at once, and of those of one request."""
+"""Ours, bytes: of all that visitors sent and is kept at once, and of one request's files."""
+MOST_VISITORS = 1000
+"""Ours: whose last answers and pictures are kept; of more, those who asked last."""
+
 EXAMPLES = 6
 TAKEN = "demo: --port must be free, got {}; choose another"
 
@@ -217,12 +220,13 @@ def _launch(page: Any, uploads: Path, server: Server) -> str:
 
     known = frozenset({*LOOPBACK, "[::1]"}) if server.is_local else frozenset()
     guard = Middleware(
-        Guard, uploads=uploads, hosts=known, most_upload=MOST_UPLOAD, most_kept=MOST_KEPT
-    )
+        Guard, place=uploads.parent, uploads=uploads, hosts=known, most_upload=MOST_UPLOAD,
+        most_kept=MOST_KEPT,
+    )  # fmt: skip
     try:
         _, local, shared = page.launch(
             server_name=server.host, server_port=server.port, share=server.share,
-            inbrowser=server.show, quiet=True,
+            inbrowser=server.show, quiet=True, state_session_capacity=MOST_VISITORS,
             prevent_thread_lock=True, show_error=False, max_file_size=MOST_MB << 20, ssr_mode=False,
             footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False,
             pwa=False, css=render("demo.css"), theme=theme(),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,15 +58,18 @@ class Moved:
 
 @dataclass
 class Scratch:
-    """A visitor's own pictures, and the index of them once there are any."""
+    """A visitor's own pictures, and the index of them once there are any; they go with it."""
 
     directory: Path
     index: Index | None = None
     count: int = 0
     lines: list[str] = field(default_factory=list)  # what was left out, and why
 
+    def __post_init__(self) -> None:
+        self._removed = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._removed()
 
 
 class Desk:
@@ -98,8 +102,8 @@ class Desk:
         """
         if image is not None:
             check_upload(image)
+        answer = self._answer(" ".join(words.split()), image, scratch)  # refuses a long text
         found = switches(words, self.known) if normalise(words) else Switches("", (), "words")
-        answer = self._answer(" ".join(words.split()), image, scratch)
         return Asked(image, scratch is not None, found, answer)
 
     def without(self, asked: Asked, off: Sequence[int], scratch: Scratch | None = None) -> Moved:
@@ -144,7 +148,7 @@ class Desk:
                 continue
             number = f"{scratch.count + len(items):04d}"
             kept = scratch.directory / f"{number}{file.suffix[:8]}"
-            shutil.copyfile(file, kept)
+            kept.hardlink_to(file)  # no copy: a disk would be full of one upload, dropped again
             items.append(Item(number, None, kept, "image", where=printable(file.name)))
             names[number] = file.name
         if items:

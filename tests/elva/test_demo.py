@@ -5,6 +5,7 @@ picture by the name of what it shows. What the page says is compared with plain 
 A trained run is asked in `test_a_trained_run_is_shown_as_it_is_searched`.
 """
 
+import gc
 import json
 import os
 import re
@@ -185,6 +186,54 @@ def test_a_visitors_pictures_go_when_they_were_not_asked_for(emoji, monkeypatch,
         assert join(url.rstrip("/"), [None, [named]], fn=DROP).status_code == 200
         until(lambda: [*mine.glob("own-*/0000.png")])
         until(lambda: not [*mine.glob("own-*")])
+
+
+def test_the_pictures_of_the_visitor_who_asked_longest_ago_go_first(emoji, monkeypatch, tmp_path):
+    """Two visitors are kept. One upload, dropped 50 times, lies on the disk once."""
+    monkeypatch.setattr(command, "MOST_VISITORS", 2)
+    sentence_models.noise(1).save(tmp_path / "a.png")
+    before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
+    with serving(emoji.searched, {}, "emoji") as url:
+        url = url.rstrip("/")
+        (sent,) = upload(url, "a.png", (tmp_path / "a.png").read_bytes()).json()
+        (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
+        named = {"path": sent, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+        assert join(url, [None, [named] * 50], "first", DROP).status_code == 200
+        until(lambda: [*mine.glob("own-*/0049.png")])
+        assert {file.stat().st_ino for file in mine.rglob("*.png")} == {Path(sent).stat().st_ino}
+        for visitor in "abc":
+            join(url, [None, "cat", None, "what is here"], visitor)
+        until(lambda: gc.collect() >= 0 and not [*mine.glob("own-*")])
+
+
+def test_uploads_that_break_off_or_come_from_another_page_leave_nothing(emoji, monkeypatch):
+    """What is on its way counts as what is there: the second of 40 KB has no room beside the
+    first; the smallest file counts 16 KiB."""
+    monkeypatch.setattr(command, "MOST_KEPT", 60_000)
+    head = (
+        "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 40000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
+        'form-data; name="files"; filename="torn.png"\r\n\r\nxxxx'
+    )
+    before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
+    with serving(emoji.searched, {}, "emoji") as url:
+        url = url.rstrip("/")
+        (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as torn:
+            torn.sendall(head.encode())
+            until(lambda: [*(mine / "uploads").iterdir()])
+            assert upload(url, "b.png", b"x" * 40_000).status_code == 413
+        until(lambda: not [*(mine / "uploads").iterdir()])
+        for origin, status in (("http://another.example", 403), ("null", 403), (url, 200)):
+            found = httpx.post(
+                f"{url}/gradio_api/upload", files={"files": ("a.png", b"x")},
+                headers={"origin": origin},
+            )  # fmt: skip
+            assert found.status_code == status
+        assert [upload(url, f"{i}.png", b"%d" % i).status_code for i in range(4)] == [
+            200, 200, 200, 413,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
