@@ -11,11 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.screens import SCREENS, chromium, save
+from elva.collection import data_of, open_collection
 from elva.commands.demo import serving
 from elva.demo.switches import known_grains
 from elva.errors import counted
 from elva.run import Run
-from elva.searched import data_of, open_searched
 
 QUERY, OFF = "woman astronaut: medium-dark skin tone", "medium-dark skin tone"
 """A held-out query of the emoji."""
@@ -26,11 +26,11 @@ SIZE = {"width": 1200, "height": 800}
 
 def of_demo(run: Run) -> None:
     """A run's page after a query, and with a grain of it off."""
-    searched = open_searched(run)
-    pictures, stage = counted(len(searched.index), "test picture"), run.title(run.answering())
+    collection = open_collection(run)
+    pictures, stage = counted(len(collection.index), "test picture"), run.title(run.answering())
     heading = f"{pictures} of {run.directory.name}, {stage}"
     known = known_grains(data_of(run))
-    with serving(searched, known, heading, k=ANSWERS) as url, chromium() as browser:
+    with serving(collection, known, heading, k=ANSWERS) as url, chromium() as browser:
         page = browser.new_page(viewport=SIZE)
         page.goto(url)
         page.fill("#words textarea", QUERY)

@@ -99,10 +99,10 @@ class Bars:
         now = time.perf_counter()
         if self._progress.disable and now - self._said >= LINE_SECONDS:
             self._said = now
-            for task in self._progress.tasks:
-                total = "" if task.total is None else f" of {task.total:,.0f}"
-                counted = f"{task.description}: {done:,}{total} {task.fields['unit']}"
-                rate = _Rate().render(task).plain
+            for one in self._progress.tasks:
+                total = "" if one.total is None else f" of {one.total:,.0f}"
+                counted = f"{one.description}: {done:,}{total} {one.fields['unit']}"
+                rate = _Rate().render(one).plain
                 self.say("  ".join(filter(None, (counted, rate, text))))
 
     def say(self, line: str) -> None:

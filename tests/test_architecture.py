@@ -22,7 +22,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 ROOMS = (
     "errors", "terminal", "draws", "settings", "files", "progress", "processes",
     "trainer_arguments", "recipe", "recipes", "checkpoint", "data", "run", "model", "index",
-    "hardest", "search", "evaluation", "training", "report", "searched", "mrbench", "demo",
+    "hardest", "search", "evaluation", "training", "report", "collection", "mrbench", "demo",
     "integrations", "commands", "cli", "__main__",
 )  # fmt: skip
 

@@ -37,6 +37,7 @@ Train a model, first a small one on pictures that come with it:
 Search your own pictures and texts:
   elva index build my.index --folder PICTURES --model MODEL
   elva search my.index "a dog on a beach"
+  elva demo my.index
 
 Use the reward in your own trainer, in Python:
   elva_kernels.ranking_reward(query, positive, negatives).reward

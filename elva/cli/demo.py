@@ -9,8 +9,7 @@ import typer
 from elva.cli.console import one_line_errors, out, quiet_libraries
 
 EXAMPLES = (
-    "Examples:  elva demo runs/one   |   elva demo my.index --port 8080 --no-open   |   "
-    "elva demo   (the newest run in runs/)"
+    "Examples:  elva demo   |   elva demo runs/one   |   elva demo my.index --port 8080 --no-open"
 )
 
 

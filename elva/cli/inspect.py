@@ -11,13 +11,7 @@ from elva.cli.console import RunArgument, one_line_errors, out
 EVERY_S = 30
 """Seconds between two lines in a pipe."""
 
-EXAMPLES = """Examples:
-
-  elva inspect runs/one
-
-  elva inspect runs/one --once
-
-  elva inspect runs/one --json | jq .rate"""
+EXAMPLES = "Examples:  elva inspect runs/one   |   elva inspect runs/one --json"
 
 
 def inspect(

@@ -8,11 +8,7 @@ import typer
 
 from elva.cli.console import AsJson, one_line_errors, out
 
-EXAMPLES = """Examples:
-
-  elva report runs/one
-
-  elva report runs/one runs/two --output two.html"""
+EXAMPLES = "Examples:  elva report runs/one   |   elva report runs/one runs/two --output two.html"
 
 
 def report(

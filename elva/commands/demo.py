@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from elva.collection import Collection, data_of, open_collection
 from elva.data import load
 from elva.demo.desk import MOST_MB, Desk
 from elva.demo.switches import Known, known_grains
@@ -23,13 +24,15 @@ from elva.index import Index
 from elva.progress import SILENT, Reporter
 from elva.report.render import render
 from elva.run import Run
-from elva.searched import Searched, data_of, open_searched
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UPLOADS = "uploads"
 MOST_KEPT = 2 << 30
 MOST_UPLOAD = 256 << 20
-"""Ours, bytes: of all uploads that are kept at once, and of those of one request."""
+"""Ours, bytes: of all that visitors sent and is kept at once, and of one request's files."""
+MOST_VISITORS = 1000
+"""Ours: whose last answers and pictures are kept; of more, those who asked last."""
+
 EXAMPLES = 6
 TAKEN = "demo: --port must be free, got {}; choose another"
 
@@ -108,7 +111,7 @@ def demo(
     """Serve the page until the process is interrupted or told to end.
 
     Args:
-        stage, model: as of `open_searched`.
+        stage, model: as of `open_collection`.
         data: a data directory whose grains.jsonl names the grains of queries; a run's own for None.
         k: answers that are shown, 1 to 100.
         server: where it is served; another address than this machine's own is said in a line.
@@ -125,15 +128,15 @@ def demo(
         data = data_of(target)
     elif data is not None and not (data / "grains.jsonl").is_file():
         raise UserError(f"demo: --data must hold grains.jsonl, got {data}; leave it out")
-    searched = open_searched(target, stage=stage, model=model, reporter=reporter)
+    collection = open_collection(target, stage=stage, model=model, reporter=reporter)
     known = {} if data is None else known_grains(data)
     if server.host not in LOOPBACK:
         reporter.say(
             f"note: everyone who reaches {server.host} can search this, and upload pictures"
         )
     with serving(
-        searched, known, _heading(target, stage, searched), examples=_examples(target, data), k=k,
-        server=server,
+        collection, known, _heading(target, stage, collection),
+        examples=_examples(target, data), k=k, server=server,
     ) as url:  # fmt: skip
         ready(url)
         _until_told()
@@ -141,7 +144,7 @@ def demo(
 
 @contextmanager
 def serving(
-    searched: Searched,
+    collection: Collection,
     known: Known,
     heading: str,
     *,
@@ -166,7 +169,7 @@ def serving(
         with _environment(uploads):
             from elva.demo.page import build  # gradio takes seconds
 
-            page = build(Desk(searched, known, Path(place), k=k), heading, examples)
+            page = build(Desk(collection, known, Path(place), k=k), heading, examples)
             page.queue(max_size=server.limit, default_concurrency_limit=1, api_open=False)
             try:
                 yield _launch(page, uploads, server)
@@ -174,12 +177,12 @@ def serving(
                 page.close(verbose=False)
 
 
-def _heading(target: Run | Index, stage: str | None, searched: Searched) -> str:
+def _heading(target: Run | Index, stage: str | None, collection: Collection) -> str:
     """What is searched, in a line."""
     if isinstance(target, Run):
-        pictures = counted(len(searched.index), "test picture")
+        pictures = counted(len(collection.index), "test picture")
         return f"{pictures} of {target.directory}, {target.title(target.answering(stage))}"
-    name = searched.searcher.encoder.identity.name
+    name = collection.searcher.encoder.identity.name
     return f"{counted(len(target), 'item')} of {target.directory}, by {name}"
 
 
@@ -217,12 +220,13 @@ def _launch(page: Any, uploads: Path, server: Server) -> str:
 
     known = frozenset({*LOOPBACK, "[::1]"}) if server.is_local else frozenset()
     guard = Middleware(
-        Guard, uploads=uploads, hosts=known, most_upload=MOST_UPLOAD, most_kept=MOST_KEPT
-    )
+        Guard, place=uploads.parent, uploads=uploads, hosts=known, most_upload=MOST_UPLOAD,
+        most_kept=MOST_KEPT,
+    )  # fmt: skip
     try:
         _, local, shared = page.launch(
             server_name=server.host, server_port=server.port, share=server.share,
-            inbrowser=server.show, quiet=True,
+            inbrowser=server.show, quiet=True, state_session_capacity=MOST_VISITORS,
             prevent_thread_lock=True, show_error=False, max_file_size=MOST_MB << 20, ssr_mode=False,
             footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False,
             pwa=False, css=render("demo.css"), theme=theme(),

@@ -7,6 +7,7 @@ use and kept beside its model.
 import re
 from pathlib import Path
 
+from elva.collection import open_collection
 from elva.data import Item
 from elva.errors import UserError
 from elva.index import Index
@@ -16,7 +17,6 @@ from elva.progress import SILENT, Reporter
 from elva.report import pictures
 from elva.run import Run
 from elva.search import Hit, check_query
-from elva.searched import open_searched
 
 
 def search(
@@ -43,10 +43,10 @@ def search(
         UserError: an argument that cannot be answered, in one line.
     """
     check_query(query, k, image)
-    found = open_searched(target, stage=stage, model=model, reporter=reporter)
-    return found.searcher.search(
-        found.index, query, image=image, k=k, where=where, instruction=instruction,
-        engine=open_engine(found.index, engine),
+    collection = open_collection(target, stage=stage, model=model, reporter=reporter)
+    return collection.searcher.search(
+        collection.index, query, image=image, k=k, where=where, instruction=instruction,
+        engine=open_engine(collection.index, engine),
     )  # fmt: skip
 
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Collection, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elva.collection import Collection
 from elva.data import Item, pictures
 from elva.data.schema import normalise
 from elva.demo.switches import Known, Switches, switches
@@ -17,7 +19,6 @@ from elva.errors import PictureFault, UserError, printable
 from elva.evaluation.grains import distance
 from elva.index import Index
 from elva.search import Answer, Hit, Searcher
-from elva.searched import Searched
 
 DEPTH = 1000
 """Ours: ranks are known down to here; what lies deeper is said to."""
@@ -57,15 +58,18 @@ class Moved:
 
 @dataclass
 class Scratch:
-    """A visitor's own pictures, and the index of them once there are any."""
+    """A visitor's own pictures, and the index of them once there are any; they go with it."""
 
     directory: Path
     index: Index | None = None
     count: int = 0
     lines: list[str] = field(default_factory=list)  # what was left out, and why
 
+    def __post_init__(self) -> None:
+        self._removed = weakref.finalize(self, shutil.rmtree, self.directory, ignore_errors=True)
+
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._removed()
 
 
 class Desk:
@@ -77,9 +81,9 @@ class Desk:
         k: answers that are shown.
     """
 
-    def __init__(self, searched: Searched, known: Known, place: Path, *, k: int = 12) -> None:
-        self.searcher: Searcher = searched.searcher
-        self.index: Index = searched.index
+    def __init__(self, collection: Collection, known: Known, place: Path, *, k: int = 12) -> None:
+        self.searcher: Searcher = collection.searcher
+        self.index: Index = collection.index
         self.known, self.place, self.k = known, place, k
         self._busy = threading.Lock()  # a model answers one at a time
 
@@ -98,11 +102,11 @@ class Desk:
         """
         if image is not None:
             check_upload(image)
+        answer = self._answer(" ".join(words.split()), image, scratch)  # refuses a long text
         found = switches(words, self.known) if normalise(words) else Switches("", (), "words")
-        answer = self._answer(" ".join(words.split()), image, scratch)
         return Asked(image, scratch is not None, found, answer)
 
-    def without(self, asked: Asked, off: Collection[int], scratch: Scratch | None = None) -> Moved:
+    def without(self, asked: Asked, off: Sequence[int], scratch: Scratch | None = None) -> Moved:
         """The same query with the grains at these places off.
 
         Raises:
@@ -144,7 +148,7 @@ class Desk:
                 continue
             number = f"{scratch.count + len(items):04d}"
             kept = scratch.directory / f"{number}{file.suffix[:8]}"
-            shutil.copyfile(file, kept)
+            kept.hardlink_to(file)  # no copy: a disk would be full of one upload, dropped again
             items.append(Item(number, None, kept, "image", where=printable(file.name)))
             names[number] = file.name
         if items:

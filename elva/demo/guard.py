@@ -4,8 +4,10 @@ about files that were uploaded to it. An ASGI application around gradio's."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -24,6 +26,9 @@ WRITTEN = re.compile(r"/gradio_api/(?:upload|queue/join|cancel|reset/?)")
 MOST_JSON = 1 << 20
 """Ours, bytes: a query has 2,000 characters at most."""
 
+LEAST = 1 << 14
+"""Ours, bytes: what the smallest file counts, so that there are never too many."""
+
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "
     "'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
@@ -36,17 +41,20 @@ class Guard:
     """Refuses what the page does not need, before gradio sees it.
 
     Args:
-        uploads: where uploaded files lie: no other file is served, or named by a request.
+        place: where all lies that visitors sent.
+        uploads: in it, where uploaded files lie: no other file is served, or named by a request.
         hosts: names that a request may call the server by, without ports; any for none. They keep
-            a page of another site, whose name leads here, from asking.
+            a page of another site, or one whose name leads here, from asking.
         most_upload, most_kept: bytes of one upload, and of all that are kept at once.
     """
 
     def __init__(
-        self, app: Any, uploads: Path, hosts: frozenset[str], most_upload: int, most_kept: int
-    ) -> None:
-        self.app, self.uploads, self.hosts = app, uploads.resolve(), hosts
-        self.most_upload, self.most_kept = most_upload, most_kept
+        self, app: Any, place: Path, uploads: Path, hosts: frozenset[str], most_upload: int,
+        most_kept: int,
+    ) -> None:  # fmt: skip
+        self.app, self.place, self.uploads = app, place.resolve(), uploads.resolve()
+        self.hosts, self.most_upload, self.most_kept = hosts, most_upload, most_kept
+        self._coming: list[int] = []  # bytes of each upload that has not ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -75,7 +83,16 @@ class Guard:
                 ]
             await send(message)
 
-        await self.app(scope, receive, marked)
+        if not scope["path"].endswith("/upload"):
+            await self.app(scope, receive, marked)
+            return
+        self._coming.append(int(headers["content-length"]))
+        try:
+            await self.app(scope, receive, marked)
+        finally:
+            self._coming.remove(int(headers["content-length"]))
+            if not self._coming:
+                _drop_torn(self.uploads)
 
     def _refused(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and words for what is not let in."""
@@ -84,6 +101,9 @@ class Guard:
         host = re.sub(r":\d*$", "", headers.get("host", "")).casefold()
         if self.hosts and host not in self.hosts:
             return 421, "ask by the server's own address"
+        origin = headers.get("origin", "").partition("://")[2]
+        if self.hosts and "origin" in headers and origin != headers["host"]:
+            return 403, "ask from the server's own page"
         path, method = scope["path"], scope["method"]
         if method in ("GET", "HEAD"):
             if not READ.fullmatch(path):
@@ -98,7 +118,7 @@ class Guard:
         uploads = path.endswith("/upload")
         if int(length) > (self.most_upload if uploads else MOST_JSON):
             return 413, "the request is too large"
-        if uploads and _kept(self.uploads) + int(length) > self.most_kept:
+        if uploads and _kept(self.place) + sum(self._coming) + int(length) > self.most_kept:
             return 413, "too much was uploaded; try again later"
         return None
 
@@ -135,8 +155,22 @@ def _files(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _kept(folder: Path) -> int:
-    """Bytes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files under a folder, of one with several names once, and of small ones
+    `LEAST`."""
+    sizes: dict[int, int] = {}
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # gradio moves it, or drops it
+                found = Path(at, name).lstat()
+                sizes[found.st_ino] = max(LEAST, found.st_size)
+    return sum(sizes.values())
+
+
+def _drop_torn(uploads: Path) -> None:
+    """Remove what an upload that broke off has left: gradio does not, and has none in a folder."""
+    for path in uploads.iterdir():
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -184,7 +184,7 @@ def _flip(desk: Desk) -> Callable[..., Any]:
         if asked is None:
             raise UserError("demo: a query must be asked first, got none; ask one")
         there = range(len(asked.switches.grains))
-        off = [at for at in there if at not in (on or [])]
+        off = [at for at in there if at not in (on if isinstance(on, list) else [])]
         if not off:
             return view.found(asked, desk.k)
         scratch = visit.scratch if asked.own else None

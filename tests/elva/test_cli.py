@@ -64,7 +64,7 @@ def test_without_a_command_it_shows_what_people_come_for() -> None:
     done = CliRunner().invoke(app, [])
     assert done.exit_code == 0
     shown = [line.split()[1:] for line in done.output.splitlines() if line.startswith("  elva ")]
-    assert {words[0] for words in shown} == {"train", "index", "search"}
+    assert {words[0] for words in shown} == {"train", "index", "search", "demo"}
     for words in (shlex.split(" ".join(words)) for words in shown):
         command = ROOT
         while hasattr(command, "commands"):

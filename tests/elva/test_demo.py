@@ -5,6 +5,7 @@ picture by the name of what it shows. What the page says is compared with plain 
 A trained run is asked in `test_a_trained_run_is_shown_as_it_is_searched`.
 """
 
+import gc
 import json
 import os
 import re
@@ -28,6 +29,7 @@ import torch
 from typer.testing import CliRunner
 
 from elva.cli import app
+from elva.collection import Collection
 from elva.commands import demo as command
 from elva.commands.demo import Server, serving
 from elva.data import Item, load
@@ -40,7 +42,6 @@ from elva.model.modalities import MODALITIES
 from elva.model.rollout import Encoded
 from elva.report.pictures import names as names_of
 from elva.search import Searcher
-from elva.searched import Searched
 from tests.elva import sentence_models
 
 gradio = pytest.importorskip("gradio", reason="no gradio: pip install 'elva[demo]'")
@@ -96,14 +97,15 @@ class Reader:
 class Emoji(NamedTuple):
     """An index of emoji and what is known of them."""
 
-    searched: Searched
+    collection: Collection
     known: dict[str, tuple[Grain, ...]]
     names: dict[str, str]
     files: dict[str, Path]
 
     def order(self, text: str) -> tuple[list[str], np.ndarray]:
         """Ids by cosine to a text, best first, and the cosines: plain numpy."""
-        reader, ids = self.searched.searcher.encoder, self.searched.index.table["id"].to_pylist()
+        reader = self.collection.searcher.encoder
+        ids = self.collection.index.table["id"].to_pylist()
         rows = np.stack([reader.row(self.names[id]).double().numpy() for id in ids])
         asked = reader.row(text).double().numpy()
         cosines = rows @ asked / np.linalg.norm(rows, axis=1) / np.linalg.norm(asked)
@@ -125,12 +127,12 @@ def emoji(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Emoji:
     searcher = Searcher(reader)
     index = searcher.index(place / "emoji.index", items, dtype="float32", names=names)
     files = {item.id: item.image for item in items if isinstance(item.image, Path)}
-    return Emoji(Searched(searcher, index), known_grains(corpus), names, files)
+    return Emoji(Collection(searcher, index), known_grains(corpus), names, files)
 
 
 @pytest.fixture(scope="module")
 def url(emoji: Emoji) -> Iterator[str]:
-    with serving(emoji.searched, emoji.known, "emoji", examples=[QUERY]) as url:
+    with serving(emoji.collection, emoji.known, "emoji", examples=[QUERY]) as url:
         yield url.rstrip("/")
 
 
@@ -152,8 +154,8 @@ def test_a_full_queue_turns_visitors_away_and_all_is_removed_at_the_end(emoji, m
     monkeypatch.setenv("GRADIO_ALLOWED_PATHS", "/")
     monkeypatch.setenv("GRADIO_SHARE", "true")
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
-    reader = emoji.searched.searcher.encoder
-    with serving(emoji.searched, {}, "emoji", server=Server(limit=2)) as url:
+    reader = emoji.collection.searcher.encoder
+    with serving(emoji.collection, {}, "emoji", server=Server(limit=2)) as url:
         url = url.rstrip("/")
         assert url.startswith("http://127.0.0.1:")
         assert upload(url, "a.png", b"content").status_code == 200
@@ -177,13 +179,61 @@ def test_a_visitors_pictures_go_when_they_were_not_asked_for(emoji, monkeypatch,
     monkeypatch.setattr(page, "SESSION_SECONDS", 1)
     sentence_models.noise(1).save(tmp_path / "a.png")
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
-    with serving(emoji.searched, {}, "emoji") as url:
+    with serving(emoji.collection, {}, "emoji") as url:
         (sent,) = upload(url.rstrip("/"), "a.png", (tmp_path / "a.png").read_bytes()).json()
         (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
         named = {"path": sent, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
         assert join(url.rstrip("/"), [None, [named]], fn=DROP).status_code == 200
         until(lambda: [*mine.glob("own-*/0000.png")])
         until(lambda: not [*mine.glob("own-*")])
+
+
+def test_the_pictures_of_the_visitor_who_asked_longest_ago_go_first(emoji, monkeypatch, tmp_path):
+    """Two visitors are kept. One upload, dropped 50 times, lies on the disk once."""
+    monkeypatch.setattr(command, "MOST_VISITORS", 2)
+    sentence_models.noise(1).save(tmp_path / "a.png")
+    before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
+    with serving(emoji.searched, {}, "emoji") as url:
+        url = url.rstrip("/")
+        (sent,) = upload(url, "a.png", (tmp_path / "a.png").read_bytes()).json()
+        (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
+        named = {"path": sent, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+        assert join(url, [None, [named] * 50], "first", DROP).status_code == 200
+        until(lambda: [*mine.glob("own-*/0049.png")])
+        assert {file.stat().st_ino for file in mine.rglob("*.png")} == {Path(sent).stat().st_ino}
+        for visitor in "abc":
+            join(url, [None, "cat", None, "what is here"], visitor)
+        until(lambda: gc.collect() >= 0 and not [*mine.glob("own-*")])
+
+
+def test_uploads_that_break_off_or_come_from_another_page_leave_nothing(emoji, monkeypatch):
+    """What is on its way counts as what is there: the second of 40 KB has no room beside the
+    first; the smallest file counts 16 KiB."""
+    monkeypatch.setattr(command, "MOST_KEPT", 60_000)
+    head = (
+        "POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 40000\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\nContent-Disposition: "
+        'form-data; name="files"; filename="torn.png"\r\n\r\nxxxx'
+    )
+    before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
+    with serving(emoji.searched, {}, "emoji") as url:
+        url = url.rstrip("/")
+        (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as torn:
+            torn.sendall(head.encode())
+            until(lambda: [*(mine / "uploads").iterdir()])
+            assert upload(url, "b.png", b"x" * 40_000).status_code == 413
+        until(lambda: not [*(mine / "uploads").iterdir()])
+        for origin, status in (("http://another.example", 403), ("null", 403), (url, 200)):
+            found = httpx.post(
+                f"{url}/gradio_api/upload", files={"files": ("a.png", b"x")},
+                headers={"origin": origin},
+            )  # fmt: skip
+            assert found.status_code == status
+        assert [upload(url, f"{i}.png", b"%d" % i).status_code for i in range(4)] == [
+            200, 200, 200, 413,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -347,7 +397,7 @@ def test_a_grain_that_is_off_moves_ranks_and_back(shown, emoji):
     arrows = [f"▲ {was - at}" if at < was else f"▼ {at - was}" if at > was else "="
               for was, at in enumerate(now, start=1)]  # fmt: skip
     assert shown.texts("#found tbody td.arrow") == arrows and len(set(arrows)) > 3
-    whole, part = (emoji.searched.searcher.encoder.row(text) for text in
+    whole, part = (emoji.collection.searcher.encoder.row(text) for text in
                    (QUERY, "index pointing up"))  # fmt: skip
     apart = 1 - torch.nn.functional.cosine_similarity(whole, part, dim=0).item()
     assert f"moved by {apart:.3f}" in " ".join(shown.texts("#found > * .note"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from elva.collection import ROOM
 from elva.commands import search
 from elva.data import load, mbeir
 from elva.errors import UserError
@@ -124,7 +125,7 @@ def test_text_picture_and_both_are_different_queries(run: Run, root: Path) -> No
 
 
 def test_the_pool_is_embedded_once_for_each_model(run: Run) -> None:
-    directory = run.stage("infonce") / search.ROOM
+    directory = run.stage("infonce") / ROOM
     listener = Listener()
 
     def ask() -> list[Hit]:
@@ -139,7 +140,7 @@ def test_the_pool_is_embedded_once_for_each_model(run: Run) -> None:
 
 @pytest.mark.parametrize("damage", ["torn", "missing", "another model's"])
 def test_an_index_that_does_not_fit_is_made_again(run: Run, damage: str) -> None:
-    directory = run.stage("1") / search.ROOM
+    directory = run.stage("1") / ROOM
     first = search.search(run, "c ring")
     if damage == "torn":
         path = Index(directory).segments[0].path

@@ -1,4 +1,4 @@
-"""What is searched, with the model that made it: an index, or the test pictures of a run, which are
+"""A collection and the model that searches it: an index, or the test pictures of a run, which are
 indexed on first use and kept beside its model."""
 
 import hashlib
@@ -23,20 +23,20 @@ ROOM = "index"
 
 
 @dataclass(frozen=True)
-class Searched:
+class Collection:
     """An index and the model that searches it."""
 
     searcher: Searcher
     index: Index
 
 
-def open_searched(
+def open_collection(
     target: Run | Index,
     *,
     stage: str | None = None,
     model: str | Path | None = None,
     reporter: Reporter = SILENT,
-) -> Searched:
+) -> Collection:
     """An index with its model, or a run's model with the index of its test pictures.
 
     Args:
@@ -49,7 +49,7 @@ def open_searched(
     if isinstance(target, Run):
         found = _of_run(target, stage, reporter)
     else:
-        found = Searched(Searcher.of(target, model, stage=stage), target)
+        found = Collection(Searcher.of(target, model, stage=stage), target)
     if line := unfamiliar(found.searcher.encoder, _datasets(found.index)):
         reporter.say(line)
     return found
@@ -60,7 +60,7 @@ def data_of(run: Run) -> Path:
     return run.source(list(run.recipe.stages.values())[-1].data)
 
 
-def _of_run(run: Run, stage: str | None, reporter: Reporter) -> Searched:
+def _of_run(run: Run, stage: str | None, reporter: Reporter) -> Collection:
     """The run's model and the index of its test pictures, made again where it does not fit."""
     name = run.answering(stage)
     root = data_of(run)
@@ -71,7 +71,7 @@ def _of_run(run: Run, stage: str | None, reporter: Reporter) -> Searched:
     try:
         index = Index(directory)
         if index.about.get("key") == key and index.model.matches(searcher.encoder.identity):
-            return Searched(searcher, index)
+            return Collection(searcher, index)
     except IndexFault:
         pass  # absent or damaged; either way it can be had again from the model
     reporter.start(f"{run.title(name)}: embed {len(pool):,} pictures", len(pool), "pictures")
@@ -86,7 +86,7 @@ def _of_run(run: Run, stage: str | None, reporter: Reporter) -> Searched:
         reporter=reporter,
     )
     reporter.finish("")
-    return Searched(searcher, index)
+    return Collection(searcher, index)
 
 
 def _key(pool: Pool) -> str:
