@@ -179,7 +179,7 @@ class Run:
             file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """The lines of a stage, or all, of numbers, a NaN as None; one torn by a kill is left out."""
+        """The lines of a stage, or all: their numbers, None for NaN; torn lines are left out."""
         if not self.metrics_file.is_file():
             return []
         found = []
