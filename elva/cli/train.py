@@ -30,7 +30,7 @@ EXAMPLES = (
 
 def train(
     recipe: Annotated[
-        str, typer.Option(help="Recipe to train: emoji, smoke, elva-2b, elva-7b or booster.")
+        str, typer.Option(help="Recipe to train: emoji, quick, smoke, elva-2b, elva-7b or booster.")
     ] = "emoji",
     model: Annotated[
         str | None, typer.Option(help="Checkpoint to start from: a directory or a hub name.")

@@ -147,6 +147,12 @@ def main() -> None:
     except UserError as error:
         print(f"elva: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(
+            f"elva: kernels_hub: OUTPUT must be writable, got {error}; choose another place",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     for path in sorted(output.rglob("metadata.json")):
         print(f"{path.parent}: {json.loads(path.read_text())['id']}")
 

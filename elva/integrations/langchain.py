@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from elva.errors import UserError
 from elva.index.where import Where
 from elva.integrations.asking import Asked, content, known
 
@@ -14,7 +15,7 @@ try:
     from langchain_core.documents import Document
     from langchain_core.retrievers import BaseRetriever
     from langchain_core.runnables import run_in_executor
-    from pydantic import PrivateAttr
+    from pydantic import Field, PrivateAttr
 except ModuleNotFoundError as error:
     raise ImportError(
         f"elva.integrations.langchain needs langchain-core ({error}); pip install 'elva[langchain]'"
@@ -50,16 +51,22 @@ class ElvaRetriever(BaseRetriever):
         retriever.invoke("the same in winter", image="beach.jpg", where=[("year", ">=", 1999)])
     """
 
-    index: Any
-    model: Any = None
+    index: Any = Field(frozen=True)  # opened once, with the model and the engine
+    model: Any = Field(None, frozen=True)
     k: int = 10
     instruction: str | None = None
     where: Any = None
-    engine: str = "exact"
+    engine: str = Field("exact", frozen=True)
 
     _asked: Asked = PrivateAttr()
 
     def __init__(self, **fields: Any) -> None:
+        unknown = [name for name in fields if name not in type(self).model_fields]
+        if unknown:
+            raise UserError(
+                f"langchain: an argument must be one of {', '.join(type(self).model_fields)}, got "
+                f"{unknown[0]}; leave it out"
+            )
         super().__init__(**fields)  # what is raised inside, pydantic makes pages of
         self._asked = Asked(
             self.index, self.model, k=self.k, instruction=self.instruction, where=self.where,
@@ -76,7 +83,12 @@ class ElvaRetriever(BaseRetriever):
         instruction: str | None = None,
         where: Where | None = None,
     ) -> list[Document]:
-        hits = self._asked.hits(query, image, k=k, instruction=instruction, where=where)
+        hits = self._asked.hits(
+            query, image,
+            k=self.k if k is None else k,
+            instruction=self.instruction if instruction is None else instruction,
+            where=self.where if where is None else where,
+        )  # fmt: skip
         return [Document(content(hit), id=hit.id, metadata=known(hit)) for hit in hits]
 
     async def _aget_relevant_documents(

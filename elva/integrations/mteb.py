@@ -235,6 +235,8 @@ def _items(
         id = str(batch["id"][row]) if "id" in batch else str(row)
         where = f"{task_metadata.name}: {id}"
         kind = ",".join(k for k, x in (("image", picture), ("text", text)) if x is not None)
+        if raw is not None and not kind:
+            kind = "text"  # an empty one, as mteb's collections of texts hold some
         if not kind:
             raise DataError(f"{where}: has neither text nor picture")
         if instruction is None:

@@ -2,11 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -51,6 +52,7 @@ class RolloutReward:
         if isinstance(reward, str) and reward not in RECIPES:
             names = ", ".join(RECIPES)
             raise UserError(f"{type(self).__name__}: reward must be one of {names}, got {reward!r}")
+        bank = torch.from_numpy(bank) if isinstance(bank, np.ndarray) else bank
         if bank is not None and not (bank.ndim == 2 and bank.is_floating_point()):
             raise UserError(
                 f"{type(self).__name__}: bank must be [M, D] floating, got {_shape(bank)}"
@@ -79,6 +81,12 @@ class RolloutReward:
             device: where embeddings are brought before they are ranked; None: where the rollouts'
                 are.
         """
+        for what, given in (("positives", positives), ("negatives", negatives)):
+            if given is not None and len(given) != len(rollouts):
+                raise UserError(
+                    f"{type(self).__name__}: {what} must be of {len(rollouts)} rollouts, got "
+                    f"{len(given)}; give each its own, or None"
+                )
         own = [self._several(x) for x in positives]
         others = None if negatives is None else [self._several(x) for x in negatives]
         query = self._embedded("embed_fn", self.embed_fn, rollouts)
@@ -147,17 +155,19 @@ class RolloutReward:
         """None, one or several candidates as a list, each once."""
         if candidates is None:
             return []
-        if isinstance(candidates, str) or not isinstance(candidates, Iterable):
+        if isinstance(candidates, Tensor | np.ndarray):
+            candidates = candidates.tolist()
+        if isinstance(candidates, str | bytes | Mapping) or not isinstance(candidates, Iterable):
             candidates = [candidates]
         if self.bank is not None:
             candidates = [self._row(x) for x in candidates]
-        try:
-            return list(dict.fromkeys(candidates))
-        except TypeError as error:
-            raise UserError(
-                f"{type(self).__name__}: candidates must be texts, names of files or rows of a "
-                f"bank, got {candidates!r}; {error}"
-            ) from error
+        for one in candidates:
+            if isinstance(one, Mapping | bytes) or not isinstance(one, Hashable):
+                raise UserError(
+                    f"{type(self).__name__}: candidates must be texts, names of files or rows of a "
+                    f"bank, got {one!r}; take the text out of it"
+                )
+        return list(dict.fromkeys(candidates))
 
     def _row(self, candidate: Any) -> int:
         count = len(self.bank)
@@ -178,8 +188,13 @@ class RolloutReward:
         return self.bank[torch.tensor(names, device=self.bank.device)].to(query)
 
     def _embedded(self, argument: str, embed: EmbedFn, texts: list) -> Tensor:
-        rows = torch.as_tensor(embed(texts))
-        what = f"{type(self).__name__}: {argument} must return"
+        found, what = embed(texts), f"{type(self).__name__}: {argument} must return"
+        try:
+            rows = torch.as_tensor(found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{what} [{len(texts)}, D] floating, got {type(found).__name__}"
+            ) from error
         if rows.ndim != 2 or len(rows) != len(texts) or not rows.is_floating_point():
             raise UserError(f"{what} [{len(texts)}, D] floating, got {_shape(rows)}")
         sound = torch.isfinite(rows).all(1)
@@ -199,7 +214,8 @@ class RolloutReward:
                 raise UserError(f"{type(self).__name__}: {error}") from error
             if not isinstance(found, dict) or "reward" not in found:
                 raise UserError(
-                    f"{type(self).__name__}: reward must return a dict with 'reward', got {found!r}"
+                    f"{type(self).__name__}: reward must return a dict with 'reward', got "
+                    f"{type(found).__name__}"
                 )
 
 
@@ -229,6 +245,10 @@ class Together:
             batch = [self.waiting.get()]
             while len(batch) < MOST_TOGETHER and not self.waiting.empty():
                 batch.append(self.waiting.get())
+            # One that was given up is not scored; the others can no longer be.
+            batch = [one for one in batch if one[1].set_running_or_notify_cancel()]
+            if not batch:
+                continue
             if not self._answered(batch):
                 for one in batch:  # once more, to tell which it was
                     self._answered([one])

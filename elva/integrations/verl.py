@@ -87,7 +87,7 @@ def compute_scores(
     """
     scorer = _scorer(**reward_kwargs)
     infos = [x or {} for x in extra_infos]
-    given = ["negatives" in x for x in infos]
+    given = [x.get("negatives") is not None for x in infos]  # a table fills a column with None
     if any(given) and not all(given):
         raise UserError(
             f"verl: extra_info must have negatives in every row or in none, got them in "
@@ -116,7 +116,7 @@ class _Scorer:
             candidate_fn=None
             if embed_candidates is None
             else named("verl", "embed_candidates", embed_candidates),
-            bank=None if bank is None else torch.from_numpy(np.load(bank, mmap_mode="c")),
+            bank=None if bank is None else _bank(bank),
             reward=reward,
             **settings,
         )
@@ -126,11 +126,26 @@ class _Scorer:
         self.together = Together(self.reward)
 
 
+def _bank(path: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(
+            f"verl: bank must be a .npy file of [M, D] embeddings, got {path!r}; {error}"
+        ) from error
+
+
 def _named(found: dict[str, float]) -> Score:
     return {"score" if name == "reward" else name: x for name, x in found.items()}
 
 
 def _scorer(**reward_kwargs: Any) -> _Scorer:
+    for name, value in reward_kwargs.items():
+        if not isinstance(value, str | int | float | None):
+            raise UserError(
+                f"verl: reward_kwargs must be plain values, got {name}: {value!r}; name a function "
+                "or a file, or give a number"
+            )
     return _made(tuple(sorted(reward_kwargs.items())))
 
 

@@ -150,8 +150,15 @@ def test_imports_become_relative_by_their_place() -> None:
 
 
 def test_the_command_says_what_is_in_its_place(written: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["kernels_hub", str(written)])
-    with pytest.raises(SystemExit) as ended:
-        kernels_hub.main()
-    told = f"elva: kernels_hub: OUTPUT must not exist yet, got {written}; choose another\n"
-    assert ended.value.code == 2 and capsys.readouterr().err == told
+    """Also of a file where a directory would have to be, and of what a system does not give."""
+    card = written / "README.md"
+    for place, told in (
+        (written, f"OUTPUT must not exist yet, got {written}; choose another"),
+        (card / "x", f"must be writable, got [Errno 17] File exists: '{card}'; choose another"),
+        (Path("/proc/x"), "/proc/x: cannot be made there; choose another place"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["kernels_hub", str(place)])
+        with pytest.raises(SystemExit) as ended:
+            kernels_hub.main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and told in said and said.count("\n") == 1

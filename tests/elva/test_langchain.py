@@ -79,6 +79,19 @@ def test_answers_are_the_searchers(built: Shelf) -> None:
     same(asyncio.run(later), shown)
 
 
+def test_what_is_set_afterwards_is_asked_with(built: Shelf) -> None:
+    """Or, of what is opened once, refused."""
+    searcher, index = built
+    retriever = ElvaRetriever(index=index, model=searcher.encoder, k=2)
+    retriever.k, retriever.where = 4, [("year", ">=", 1992)]
+    hits = searcher.search(index, "a cat", k=4, where=[("year", ">=", 1992)])
+    same(retriever.invoke("a cat"), hits)
+    same(retriever.model_copy(update={"k": 3}).invoke("a cat"), hits[:3])
+    for name in ("index", "model", "engine"):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(retriever, name, "other")
+
+
 def test_a_document_says_what_is_known_of_an_item(built: Shelf) -> None:
     _, index = built
     found = {d.id: d for d in ElvaRetriever(index=index, k=9).invoke("a cat")}
@@ -132,6 +145,7 @@ def test_an_instruction_is_the_one_that_was_given(tmp_path: Path) -> None:
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"where": [("colour", "=", "red")]}, "where must name a field, got 'colour'"),
         ({"engine": "faiss"}, "engine must be one of exact, "),
+        ({"top_k": 3}, "an argument must be one of .*index, model, k, .*, got top_k; leave it out"),
         ({"index": "nowhere"}, "nowhere"),
     ],
 )

@@ -212,6 +212,22 @@ def test_a_query_of_picture_and_text_is_one_item_with_the_instruction() -> None:
     assert [item.text for item in recorder.items[2:]] == ["Is red.", "Is blue."]
 
 
+def test_an_empty_text_is_one(retriever: RetrieverEncoder) -> None:
+    """mteb's collections hold some; the one picture without words beside them is no text."""
+    metadata = mteb.get_task("MSCOCOT2IRetrieval").metadata
+    batch = {"id": ["1", "2", "3"], "text": ["", "a cat", ""], "image": [None, None, noise(1)]}
+    recorder = Recorder()
+    for side in PromptType:
+        ElvaEncoder(recorder).encode(loader(batch), task_metadata=metadata, prompt_type=side)
+    assert [item.modality for item in recorder.items] == ["text", "text", "image"] * 2
+    rows = ElvaEncoder(retriever).encode(
+        loader(batch), task_metadata=metadata, prompt_type=PromptType.document
+    )
+    alone = retriever([Item("1", None, None, "text")]).embeddings[0]
+    torch.testing.assert_close(rows[0], alone, rtol=0, atol=1e-5)
+    assert (rows[0] - rows[1]).abs().max() > 1e-2
+
+
 def test_whose_instruction_a_query_is_asked_with(tmp_path: Path) -> None:
     """The query's own, else `prompts`, else M-BEIR's of that set, else the task's."""
     mirror(tmp_path, "mbeir_cirr_task7", "it", "i")
@@ -285,7 +301,7 @@ def test_what_a_model_does_not_read_is_said_before_anything_is_embedded(tmp_path
     metadata = mteb.get_task("CIRRIT2IRetrieval").metadata
     with pytest.raises(UserError, match="must read the query items of CIRRIT2IRetrieval, image "):
         encoder.index(None, task_metadata=metadata)
-    batch = {"id": ["1"], "text": [""]}
+    batch = {"id": ["1"], "text": [None]}
     with pytest.raises(DataError, match="CIRRIT2IRetrieval: 1: has neither text nor picture"):
         encoder.encode(loader(batch), task_metadata=metadata)
     with pytest.raises(UserError, match="precision must be float32, got 'int8'"):

@@ -152,6 +152,11 @@ def test_rows_of_a_bank_are_the_texts_they_embed():
     assert of_bank.score(ROLLOUTS, rows)["reward"] == pytest.approx(
         by_hand(ROLLOUTS, POSITIVES, [WORDS] * 4), abs=1e-6
     )
+    tensors = [torch.tensor(x) for x in numbers]  # as `datasets` with a format hands them on
+    of_tensors = RolloutReward(embed, bank=bank.numpy()).score(
+        ROLLOUTS, [torch.tensor(x) for x in rows], [tensors[0], tensors[1].numpy(), *tensors[2:]]
+    )
+    assert of_tensors == of_bank.score(ROLLOUTS, rows, numbers)
     half = RolloutReward(embed, bank=bank.half()).score(ROLLOUTS, rows, numbers)
     assert half["reward"] == pytest.approx(
         of_bank.score(ROLLOUTS, rows, numbers)["reward"], abs=2e-3
@@ -176,6 +181,15 @@ def test_nothing_to_rank_is_none():
         (lambda: RolloutReward(embed, reward="embed_rl", temperature=0), "must be positive"),
         (lambda: RolloutReward(embed, reward=lambda *_: 1.0), "must return a dict with 'reward'"),
         (lambda: RolloutReward(embed).score(["red"], [[{}]]), "must be texts, names of files or"),
+        (lambda: RolloutReward(embed).score(["red"], [{"text": "red"}]), "got {'text': 'red'}; ta"),
+        (lambda: RolloutReward(embed).score(["red"], [b"red"]), "must be texts, names of files or"),
+        (lambda: RolloutReward(embed).score(["red"] * 2, ["red"]), "positives must be of 2 rollou"),
+        (
+            lambda: RolloutReward(embed).score(["red"] * 2, ["red"] * 2, [["blue"]]),
+            "negatives must be of 2 rollouts, got 1",
+        ),
+        (lambda: RolloutReward(lambda _: None).score(["a"], ["b"]), "floating, got NoneType"),
+        (lambda: RolloutReward(lambda _: [*TABLE]).score(["a"], ["b"]), "floating, got list"),
         (lambda: RolloutReward(embed, bank=torch.eye(2).long()), "bank must be [M, D] floating"),
         (lambda: RolloutReward(lambda _: torch.eye(2)).score(["a"], ["b"]), "must return [1, D]"),
         (lambda: RolloutReward(lambda _: TABLE[:1] / 0).score(["a"], ["b"]), "NaN or inf for 'a'"),
@@ -216,6 +230,23 @@ def test_rollouts_that_wait_are_scored_together():
     with pytest.raises(UserError, match="must have negatives, got None"):
         bad.result()
     assert good.result()["rank"] == 1
+
+
+def test_a_rollout_that_is_given_up_stops_no_other():
+    """Given up while it waits, or while it is scored, as a trainer's time limit does it."""
+    began, go = threading.Event(), threading.Event()
+
+    def slow(texts):
+        began.set()
+        go.wait()
+        return embed(texts)
+
+    together = Together(RolloutReward(slow, candidate_fn=embed))
+    running, waiting = (together("red", "red", ["gold"]) for _ in range(2))
+    began.wait()
+    assert waiting.cancel() or running.cancel() is False
+    go.set()
+    assert together("blue", "blue", ["red"]).result(timeout=30)["rank"] == 1
 
 
 ONE_PROCESS = f"""

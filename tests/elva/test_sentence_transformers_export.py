@@ -102,6 +102,8 @@ def test_what_the_module_cannot_do_is_said(exported: Path, tmp_path: Path) -> No
     for wrong in ({"text": 3}, {"audio": "x"}, {}):
         with pytest.raises(ValueError, match="an input must be a text, a picture, or"):
             model[0].preprocess([wrong])
+    with pytest.raises(ValueError, match=r"^RetModule: no such picture: nowhere\.png"):
+        model.encode_document([{"image": "nowhere.png"}])
     with pytest.raises(ValueError, match="writes no pickles"):
         model.save(str(tmp_path / "pickled"), safe_serialization=False)
     with pytest.raises(ValueError, match="--read must be at_ret of a model that is saved"):

@@ -99,6 +99,7 @@ def test_negatives_are_those_of_the_library(pairs, form, scored, capsys):
         ({"range_max": 2}, "num_negatives must be at most the 2 ranks from range_min to range_max"),
         ({"output_format": "pairs"}, "output_format must be one of triplet, n-tuple, labeled-pair"),
         ({"sampling_strategy": "best"}, "sampling_strategy must be top or random, got best"),
+        ({"corpus": "one text"}, "corpus must be a list of texts, got 'one text'; pass several"),
         ({"anchor_column_name": "query"}, "must be a column, got 'query'; there are asks, says"),
     ],
 )
@@ -173,3 +174,7 @@ def test_what_cannot_be_evaluated_is_said():
         RankingEvaluator(queries, corpus, {"other": {"d1"}})
     with pytest.raises(ValueError, match="cutoffs must be at least 1 each"):
         RankingEvaluator(queries, corpus, right, cutoffs=[0, 5])
+    with pytest.raises(ValueError, match="corpus must hold documents, got none"):
+        RankingEvaluator(queries, {}, right)
+    with pytest.raises(ValueError, match="must hold lists of ids, got 'd12' of query 'q1'"):
+        RankingEvaluator(queries, corpus, {"q1": "d12"})

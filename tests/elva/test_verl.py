@@ -103,6 +103,8 @@ def test_the_batch_manager_has_in_batch_negatives(config):
     manager = get_reward_manager_cls("batch")(Words(), num_examine=0, compute_score=score)
     for negatives, wanted in expected.items():
         data = batch(negatives)
+        if not negatives:  # as a table has it in which some other data set's rows have a list
+            data.non_tensor_batch["extra_info"][:] = [{"negatives": None}] * len(data)
         found = manager(data, return_dict=True)
         last = data.batch["attention_mask"][:, 2:].sum(1) - 1
         rewards = found["reward_tensor"].gather(1, last[:, None])[:, 0]
@@ -132,6 +134,9 @@ def test_rows_of_a_bank_and_a_text_of_ones_own(config, tmp_path):
         ({"embed": "nowhere.py:f"}, {}, "there is no such file"),
         ({"embed": "nowhere:f"}, {}, "No module named 'nowhere'"),
         ({"embed": "math:f"}, {}, "math has no function 'f'"),
+        ({"margin": [0.1]}, {}, "reward_kwargs must be plain values, got margin: [0.1]; name"),
+        ({"bank": "nowhere.npy"}, {}, "bank must be a .npy file of [M, D] embeddings, got 'nowhe"),
+        ({}, {"ground_truth": {"target": "red"}}, "got {'target': 'red'}; take the text out of it"),
         ({"marign": 1}, {}, "unexpected keyword argument 'marign'"),
         ({}, {"extra_info": {}}, "scored alone must have negatives, got None"),
         (

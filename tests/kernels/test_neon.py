@@ -43,7 +43,7 @@ def flags(level):
     return f"-DELVA_LEVEL={ARM_LEVELS[level]} {LEVEL_FLAGS[level]}"
 
 
-def compile_guest(folder, more, main):
+def compile_guest(folder, main, more="", libraries=()):
     """csrc/cpu at every level of 64-bit Arm with `main`, a file beside this one: the program."""
     command = [COMPILER, *f"{OBJECTS} {more} -I{ROOT}/csrc -I{HERE}".split()]
     sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
@@ -56,7 +56,7 @@ def compile_guest(folder, more, main):
         for (extra, source), made in zip(sources, objects, strict=True)
     )
     program = folder / Path(main).stem
-    processes.compile_one([*command, "-static", *objects, "-o", str(program)])
+    processes.compile_one([*command, "-static", *objects, *libraries, "-o", str(program)])
     return program
 
 
@@ -76,7 +76,7 @@ def test_the_vectors_compile_for_64_bit_arm():
 @pytest.mark.thorough
 def test_the_level_is_what_the_processor_has(tmp_path):
     """And no behaviour is undefined on any, whether one thread calls or two."""
-    program = compile_guest(tmp_path, f"{UNDEFINED} -O1", "cpu_driver.cpp")
+    program = compile_guest(tmp_path, "cpu_driver.cpp", f"{UNDEFINED} -O1", ("-lubsan", "-lstdc++"))
     for processor, forced, level in [
         ("max", "", "neondot"),
         ("cortex-a53", "", "neon"),
@@ -96,7 +96,7 @@ def guest(tmp_path_factory):
     if compiler is None:
         pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp("guest")
-    program = compile_guest(folder, "", "guest_main.cpp")
+    program = compile_guest(folder, "guest_main.cpp")
     host, module = folder / "libhost.so", folder / "_C.so"
     shared = [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{ROOT}/csrc"]
     sources = [HERE / "guest_host.cpp", ROOT / "csrc/cpu/kept_memory.cpp"]

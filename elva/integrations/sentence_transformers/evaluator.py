@@ -76,6 +76,16 @@ class RankingEvaluator(BaseEvaluator):
             raise UserError(
                 f"RankingEvaluator: cutoffs must be at least 1 each, got {cutoffs}; choose others"
             )
+        if not corpus:
+            raise UserError(
+                "RankingEvaluator: corpus must hold documents, got none; pass id -> text or picture"
+            )
+        texts = [key for key in self.queries if isinstance(relevant_docs[key], str)]
+        if texts:
+            raise UserError(
+                f"RankingEvaluator: relevant_docs must hold lists of ids, got "
+                f"{relevant_docs[texts[0]]!r} of query {texts[0]!r}; put it into a list"
+            )
         self.corpus, self.relevant_docs = dict(corpus), relevant_docs
         self.cutoffs, self.name = sorted({*cutoffs}), name
         self.query_prompts = {"prompt_name": query_prompt_name, "prompt": query_prompt}

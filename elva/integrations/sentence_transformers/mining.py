@@ -105,6 +105,11 @@ def mine_hard_negatives(
         range_min, range_max, max_score, min_score, absolute_margin, relative_margin, num_negatives
     )
     anchors, positives = _columns(dataset, anchor_column_name, positive_column_name)
+    if isinstance(corpus, str):
+        raise UserError(
+            f"mine_hard_negatives: corpus must be a list of texts, got {corpus[:80]!r}; pass "
+            "several"
+        )
     asked, wanted = list(dataset[anchors]), list(dataset[positives])
     most = max(Counter(asked).values())
     _check(window, window.up_to(most), output_format, sampling_strategy, model)

@@ -157,6 +157,8 @@ def _item(given: Any, instruction: str | None) -> Item:
     text = None if words is None else normalise(words) or None
     modality = ",".join(name for name, part, _ in kinds if part is not None)
     if instruction is None:
-        return Item("", text, image, modality)
-    return Query("", text, image, modality, instruction=instruction.strip(), task="t2i",
-                 positives=(), raw_text=words)  # fmt: skip
+        return Item("", text, image, modality, where="RetModule")
+    return Query(
+        "", text, image, modality, instruction=instruction.strip(), task="t2i", positives=(),
+        raw_text=words, where="RetModule",
+    )  # fmt: skip
