@@ -179,17 +179,19 @@ class Run:
             file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """The lines of a stage, or all; a line torn by a kill is left out."""
+        """The lines of a stage, or all: their numbers, None for NaN; torn lines are left out."""
         if not self.metrics_file.is_file():
             return []
         found = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_bytes().split(b"\n"):
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = json.loads(line, parse_constant=lambda _: None)
+                known, step = entry["stage"], entry["step"]
+            except (ValueError, TypeError, KeyError):
                 continue
-            if stage is None or entry["stage"] == stage:
-                found.append(entry)
+            whole = isinstance(known, str) and isinstance(step, int)
+            if whole and stage in (None, known):
+                found.append({k: v for k, v in entry.items() if k == "stage" or _is_number(v)})
         return found
 
     def forget_after(self, stage: str, step: int) -> None:
@@ -197,6 +199,10 @@ class Run:
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def _taken(lock: IO[str], kind: int, wait: float = 0.0) -> bool:

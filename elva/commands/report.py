@@ -7,7 +7,6 @@ The page is one file, which fetches nothing.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from elva.report.figures import MIN_PROBES, TASKS, chance, grain_counts, rows_of
 from elva.report.gallery import examples
 from elva.report.render import render
 from elva.report.sentences import lead, moved, notes
+from elva.report.shapes import read
 from elva.report.table import as_json, grain_cells
 from elva.run import Run
 
@@ -112,8 +112,7 @@ def _comparison(runs: Sequence[Run]) -> str:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    noted = run.directory / "run.json"
-    facts: dict[str, Any] = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
+    facts = read(run, "run.json")
     machine = facts.get("machine") or {}
     return [
         ("started", str(facts.get("started") or "unknown")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCardData
 import elva
 from elva.report.figures import rows_of
 from elva.report.sentences import lead
+from elva.report.shapes import read
 from elva.report.table import Cells, figure_cells
 from elva.run import Run
 
@@ -61,8 +61,7 @@ def card(name: str, reads: str, *, base: str | None, run: Run | None, stage: str
 
 def _trained(run: Run, stage: str) -> str:
     """What it was trained on, by which recipe, and by what."""
-    noted = run.directory / "run.json"
-    facts: dict[str, Any] = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
+    facts = read(run, "run.json")
     versions: Mapping[str, str] = facts.get("versions") or {}
     machine: Mapping[str, Any] = facts.get("machine") or {}
     lines = [

@@ -213,6 +213,7 @@ def _style(theme: Theme) -> Any:
     return {
         "font.family": list(families()),
         "font.size": 9,
+        "text.parse_math": False,
         "axes.titlesize": 9.5,
         "axes.titleweight": "bold",
         "axes.labelcolor": theme.muted,

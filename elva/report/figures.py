@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from elva.data import schema
-from elva.errors import RunError
 from elva.evaluation.columns import PAIRS, label
 from elva.report.drawing import Series
+from elva.report.shapes import read
 from elva.run import Run
 
 TASKS = {task: label(task) for task in schema.TASKS}
@@ -73,7 +73,7 @@ def rows_of(run: Run) -> list[Row]:
     for names in (stages, controls):
         for place, name in enumerate(names):
             role = late.get(name, "earlier") if names is stages else "control"
-            done, evaluation = _read(run, name, "stage.json"), _read(run, name, "evaluation.json")
+            done, evaluation = (read(run, file, name) for file in ("stage.json", "evaluation.json"))
             series = Series(run.title(name), role, place)
             found.append(Row(name, series, done.get("steps"), done.get("seconds"), evaluation))
     return found
@@ -106,15 +106,3 @@ def chance(rows: Iterable[Row]) -> dict[str, float]:
         if pool := figures.get("minimal_pair_pool_mean"):
             found[PAIRS] = 1 / pool
     return found
-
-
-def _read(run: Run, name: str, file: str) -> dict[str, Any]:
-    path = run.stage(name) / file
-    if not path.is_file():
-        return {}
-    try:
-        return run.read(name, file)
-    except ValueError as error:
-        raise RunError(
-            f"{path}: must be JSON, got {error}; elva evaluate writes it again"
-        ) from None

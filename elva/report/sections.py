@@ -116,7 +116,7 @@ def pushes(rows: Sequence[Row]) -> Section:
     panels, sentences = [], []
     for row in (row_with(rows, "before"), row_with(rows, "last")):
         found = row and row.evaluation.get("pushes")
-        if row is None or not found:
+        if row is None or not found or None in (*found["infonce"], *found["reward"]):
             continue
         shares = {"InfoNCE": found["infonce"], "reward": found["reward"]}
         alt = f"Curves, {row.title}: share of each objective's push by the negative's rank."
@@ -145,7 +145,12 @@ def maps(rows: Sequence[Row]) -> list[Map]:
     """The planes of the stage before and of the last, a pair for each grain type that colours
     them."""
     known = [row for row in (row_with(rows, "before"), row_with(rows, "last")) if row]
-    planes = [(row, row.evaluation["plane"]) for row in known if row.evaluation.get("plane")]
+    found_planes = [(row, row.evaluation.get("plane") or {}) for row in known]
+    planes = [
+        (row, plane) for row, plane in found_planes
+        if plane.get("points")
+        and all(p["x"] is not None is not p["y"] for p in plane["points"])
+    ]  # fmt: skip
     if not planes:
         return []
     found = []

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from elva.cli import app
+from elva.commands.report import figures as figures_of
 from elva.commands.report import report
 from elva.data import Item
 from elva.errors import RunError
@@ -232,6 +234,48 @@ def test_a_damaged_evaluation_is_one_line(run: Run) -> None:
     (run.stage("1") / "evaluation.json").write_text("{")
     with pytest.raises(RunError, match=r"evaluation\.json: must be JSON, .*; elva evaluate"):
         report(run)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "line"),
+    [
+        ("stage-2/evaluation.json", lambda e: e["samples"]["t2i"][0].pop("rank"),
+         r"evaluation\.json: samples\.t2i\[0\] must have 'rank', got none; .*: elva evaluate"),
+        ("stage-2/evaluation.json", lambda e: e["samples"].update(t2i="old"), "t2i must be a list"),
+        ("stage-2/evaluation.json", lambda e: e["figures"].update(t2i_recall_at_1="1"),
+         r"figures\.t2i_recall_at_1 must be a number or null, got '1'"),
+        ("stage-2/evaluation.json", lambda e: e.update(plane={"points": []}), "have 'explained'"),
+        ("stage-2/evaluation.json", lambda e: e.update(pushes={"infonce": []}), "must have 'task'"),
+        ("stage-2/stage.json", lambda e: e.update(steps=[3]), r"steps must be .*, got \[3\]"),
+        ("run.json", lambda e: e.update(machine="fast"), "machine must be an object, got 'fast'"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_layout_is_one_line(run: Run, file: str, change: Any, line: str) -> None:
+    path = run.directory / file
+    found = json.loads(path.read_text("utf-8"))
+    change(found)
+    path.write_text(json.dumps(found), "utf-8")
+    with pytest.raises(RunError, match=line) as caught:
+        report(run)
+    assert "\n" not in str(caught.value)
+    path.write_text("[1]", "utf-8")
+    with pytest.raises(RunError, match=r"it must be an object, got \[1\]"):
+        report(run)
+
+
+def test_what_is_no_number_is_not_drawn_and_names_are_no_formulas(run: Run) -> None:
+    """Lines of metrics that are none are left out; a grain type may have any name."""
+    found = run.read("2", "evaluation.json")
+    found["grain_distances"]["$\\foo$ <i>"] = [0.25] * 12
+    found["figures"]["t2i_recall_at_5"] = float("nan")
+    run.write("2", "evaluation.json", found)
+    with run.metrics_file.open("ab") as file:
+        file.write(b'[]\n5\n"x"\n\xff\xfe\n{"stage": ["2"], "step": 1, "lm": 1}\n{"step": 1}\n')
+        file.write(b'{"stage": "2", "step": 9, "lm": "high", "loss": NaN}\n')
+    assert run.metrics()[-1] == {"stage": "2", "step": 9, "loss": None}
+    html = report(run).read_text(encoding="utf-8")
+    assert "$\\foo$ &lt;i&gt;" in html and "<i>" not in html and ">nan<" not in html
+    json.dumps(figures_of([run]), allow_nan=False)
 
 
 def test_a_second_report_has_the_same_bytes(page: Path) -> None:
