@@ -122,8 +122,8 @@ def test_every_text_file_reads_alike_however_it_was_saved(name, tmp_path):
 
 OWN = {
     "checkpoint.py", "files.py", "run.py", "index/embeddings.py", "index/engines/faiss.py",
-    "training/callbacks.py", "training/readiness.py", "commands/report.py", "commands/doctor.py",
-    "commands/index_folder.py",
+    "training/callbacks.py", "training/readiness.py", "report/shapes.py", "commands/doctor.py",
+    "commands/follow.py", "commands/index_folder.py", "integrations/kernels_hub.py",
     "model/encoder.py", "model/family.py", "model/note.py", "model/reading.py",
     "model/retriever.py", "model/vision.py",
 }  # fmt: skip

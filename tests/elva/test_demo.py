@@ -193,7 +193,7 @@ def test_the_pictures_of_the_visitor_who_asked_longest_ago_go_first(emoji, monke
     monkeypatch.setattr(command, "MOST_VISITORS", 2)
     sentence_models.noise(1).save(tmp_path / "a.png")
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
-    with serving(emoji.searched, {}, "emoji") as url:
+    with serving(emoji.collection, {}, "emoji") as url:
         url = url.rstrip("/")
         (sent,) = upload(url, "a.png", (tmp_path / "a.png").read_bytes()).json()
         (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
@@ -216,7 +216,7 @@ def test_uploads_that_break_off_or_come_from_another_page_leave_nothing(emoji, m
         'form-data; name="files"; filename="torn.png"\r\n\r\nxxxx'
     )
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
-    with serving(emoji.searched, {}, "emoji") as url:
+    with serving(emoji.collection, {}, "emoji") as url:
         url = url.rstrip("/")
         (mine,) = set(Path(tempfile.gettempdir()).glob("elva-demo-*")) - before
         host, _, port = url.removeprefix("http://").partition(":")
