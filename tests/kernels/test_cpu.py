@@ -72,7 +72,7 @@ def equal(left, right):
 
 
 def run_python(program, **environment):
-    """`program` in a fresh interpreter; fails after a minute.
+    """`program` in a fresh interpreter; fails after five minutes.
 
     Started away from the checkout, whose `elva_kernels` would stand before the installed one.
     """
@@ -81,7 +81,7 @@ def run_python(program, **environment):
         cwd=tempfile.gettempdir(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=os.environ | environment,
     )
 
