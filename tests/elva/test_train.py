@@ -88,7 +88,7 @@ def test_evaluate_repeats_the_table(finished: Path, start: Start, tmp_path: Path
     assert Run.open(finished).read("2", "evaluation.json")["figures"] == before
 
 
-KILLS = 10
+KILLS, LATE = 10, 4  # so many more are drawn: on a busy machine some come when all is done
 
 
 def test_killed_ten_times_and_resumed_gives_the_same_bits(
@@ -103,13 +103,13 @@ def test_killed_ten_times_and_resumed_gives_the_same_bits(
     disturbed = kills.Disturbed()
     disturbed.go(
         lambda words, before: [start(*words, directory=tmp_path, before=before)],
-        begin, (*there, "--resume"), timeline, timeline.draw(KILLS + 2, draw), draw, tmp_path,
+        begin, (*there, "--resume"), timeline, timeline.draw(KILLS + LATE, draw), draw, tmp_path,
     )  # fmt: skip
-    assert len(disturbed.kills) >= KILLS, "two may come late on a busy machine"
+    assert len(disturbed.kills) >= KILLS
     assert {kill.kind for kill in disturbed.kills} == set(kills.KINDS)
     assert len({kill.stage for kill in disturbed.kills}) >= 4
     compared = [m for m in disturbed.marks if m["files"]]
-    assert len(compared) >= len([m for m in timeline.marks if m["files"]]) - KILLS - 2
+    assert len(compared) >= len([m for m in timeline.marks if m["files"]]) - KILLS - LATE
     assert all(
         {"weights.safetensors", "optimizer.safetensors"} <= set(m["files"]) for m in compared
     )
