@@ -25,12 +25,17 @@ MOST_BYTES = 300_000
 WIDTH, HEIGHT = 1040, 1700
 
 
+def installed_chromium() -> str | None:
+    """Where Chromium is."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
 @contextmanager
 def chromium() -> Iterator["Browser"]:
     """A browser without a screen, with a user's directory of its own."""
     from playwright.sync_api import sync_playwright
 
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    found = installed_chromium()
     if found is None:
         raise SystemExit("screens: Chromium must be installed; apt-get install chromium")
     quiet = [

@@ -182,23 +182,27 @@ class Run:
         """The lines of a stage, or all: their numbers, None for NaN; torn lines are left out."""
         if not self.metrics_file.is_file():
             return []
-        found = []
-        for line in self.metrics_file.read_bytes().split(b"\n"):
-            try:
-                entry = json.loads(line, parse_constant=lambda _: None)
-                known, step = entry["stage"], entry["step"]
-            except (ValueError, TypeError, KeyError):
-                continue
-            whole = isinstance(known, str) and isinstance(step, int)
-            if whole and stage in (None, known):
-                found.append({k: v for k, v in entry.items() if k == "stage" or _is_number(v)})
-        return found
+        entries = map(metrics_line, self.metrics_file.read_bytes().split(b"\n"))
+        return [one for one in entries if one is not None and stage in (None, one["stage"])]
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop a stage's lines beyond a step: a resumed stage writes them again."""
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def metrics_line(line: bytes) -> dict[str, Any] | None:
+    """Stage, step and numbers of a line of metrics.jsonl, None for NaN; None for one that was torn
+    by a kill."""
+    try:
+        entry = json.loads(line, parse_constant=lambda _: None)
+        stage, step = entry["stage"], entry["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    if not isinstance(stage, str) or not isinstance(step, int):
+        return None
+    return {k: v for k, v in entry.items() if k == "stage" or _is_number(v)}
 
 
 def _is_number(value: Any) -> bool:

@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from elva.run import Run
+from elva.run import Run, metrics_line
 
 SHOWN = (
     "loss", "lm", "infonce", "reward", "margin_reward", "rank_reward", "rank_1", "kl",
@@ -71,6 +71,7 @@ class Follower:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._names = {*run.recipe.stages, *run.recipe.controls}
         self._known: tuple[int, int] = (0, 0)  # the file's inode, bytes read
         self._lines: dict[str, dict[int, dict[str, Any]]] = {}  # stage -> step -> values
         self._stage: str | None = None
@@ -94,7 +95,7 @@ class Follower:
             left = max(0.0, (total - done) / rate)
         return Standing(
             run=str(self.run.directory),
-            state=self._state(training, bool(status), bool(finished)),
+            state=self._state(training, bool(status or (steps and not finished)), bool(finished)),
             what=str(status.get("what") or ""),
             stage=None if self._stage is None else self.run.title(self._stage),
             done=None if done is None else int(done),
@@ -108,10 +109,10 @@ class Follower:
             curves=curves,
         )
 
-    def _state(self, training: bool, noted: bool, finished: bool) -> Any:
+    def _state(self, training: bool, begun: bool, finished: bool) -> Any:
         if training:
             return "training"
-        if noted:
+        if begun:
             return "died"
         if finished:
             return "finished"
@@ -131,15 +132,10 @@ class Follower:
             return
         self._known = stat.st_ino, start + len(new) + len(ended)
         for line in new.splitlines():
-            try:
-                entry = json.loads(line)
-                stage, step = entry["stage"], entry["step"]
-            except (ValueError, TypeError, KeyError):
-                continue  # torn by a kill
-            known = isinstance(stage, str) and isinstance(step, int)
-            if known and stage in {**self.run.recipe.stages, **self.run.recipe.controls}:
-                self._lines.setdefault(stage, {}).setdefault(step, {}).update(entry)
-                self._stage = stage
+            entry = metrics_line(line)
+            if entry is not None and entry["stage"] in self._names:
+                self._stage = entry["stage"]
+                self._lines.setdefault(self._stage, {}).setdefault(entry["step"], {}).update(entry)
 
 
 def follow(run: Run, interval: float) -> Iterator[Standing]:

@@ -18,19 +18,22 @@ from elva.run import Run
 TAGS = ["elva", "retrieval", "multimodal", "image-text-embedding", "sentence-transformers"]
 
 USE = """
-It needs `pip install 'elva[sentence-transformers]'`. The library asks for `trust_remote_code`
-before it imports a class of another package; no code is in this directory.
+It needs `pip install 'elva[sentence-transformers]'`, and gives a SentenceTransformer.
 
 ```python
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+
+from elva.integrations.sentence_transformers import load
 
 MODEL = "."  # this directory, or its name on a hub
-model = SentenceTransformer(MODEL, trust_remote_code=True)
+model = load(MODEL)
 query = model.encode_query(["an orange square"], prompt="Find the picture.")
 orange, blue = (Image.new("RGB", (96, 96), colour) for colour in ("orange", "blue"))
 print(model.similarity(query, model.encode_document([orange, blue])))
 ```
+
+`SentenceTransformer(MODEL, trust_remote_code=True)` is the same: the library asks for that before
+it imports a class of another package; no code is in this directory.
 
 `elva embed`, `elva index build` and `elva search` read it by its directory or name, and give the
 same embeddings.

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -172,16 +171,8 @@ def browser() -> Iterator["Browser"]:
     Of a module, not of the session: while playwright's synchronous interface is up, asyncio calls
     this thread's loop running, and no other test could run one. A start takes about a second.
     """
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None or importlib.util.find_spec("playwright") is None:
+    screens = importlib.import_module("benchmarks.screens")
+    if screens.installed_chromium() is None or importlib.util.find_spec("playwright") is None:
         pytest.skip("no Chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    quiet = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    ]  # fmt: skip
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=quiet)
+    with screens.chromium() as started:
         yield started
-        started.close()

@@ -103,6 +103,12 @@ def test_one_that_died_is_said_so_and_how_to_go_on(run: Run) -> None:
     assert (found["state"], found["left_s"], found["curves"]) == ("died", None, {"loss": [1.0]})
 
 
+def test_one_with_steps_whom_nobody_trains_is_not_starting(run: Run) -> None:
+    """However young it is, and whether or not it kept a status."""
+    run.log("1", 1, {"loss": 2.0})
+    assert Follower(run).look().state == "died"
+
+
 def test_before_the_first_step_it_starts_and_an_old_one_has_stopped(run: Run) -> None:
     assert line(Follower(run).look()) == "starting: no step yet"
     os.utime(run.directory / "recipe.yaml", (0, 0))
