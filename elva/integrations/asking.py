@@ -25,9 +25,7 @@ class Asked:
     Args:
         index: a directory, whose every byte is read and compared first, or an open `Index`.
         model: where the index's model lies now, or its encoder; where it lay for None.
-        k: answers a query, at least 1.
-        instruction: what to look for; the index's own for None.
-        where: conditions on the index's fields.
+        k, where: of the questions to come, refused here if no query could have them.
         engine: a word of `open_engine`.
 
     Raises:
@@ -39,10 +37,9 @@ class Asked:
         index: str | Path | Index,
         model: str | Path | Encoder | None = None,
         *,
-        k: int = 10,
-        instruction: str | None = None,
-        where: Where | None = None,
-        engine: str = "exact",
+        k: int,
+        where: Where | None,
+        engine: str,
     ) -> None:
         if k < 1:
             raise UserError(f"search: k must be at least 1, got {k}; ask for 10")
@@ -51,7 +48,6 @@ class Asked:
         self.engine = open_engine(self.index, engine)
         self.searcher = Searcher.of(self.index, model)
         self.index.check_model(self.searcher.encoder.identity)
-        self.k, self.instruction, self.where = k, instruction, where
         self._lock = Lock()
 
     def hits(
@@ -59,19 +55,19 @@ class Asked:
         query: str,
         image: str | Path | None = None,
         *,
-        k: int | None = None,
-        instruction: str | None = None,
-        where: Where | None = None,
+        k: int,
+        instruction: str | None,
+        where: Where | None,
     ) -> Sequence[Hit]:
-        """The answers to a text, a picture or both; what is None is as it was opened with."""
+        """The answers to a text, a picture or both, of the arguments of `Searcher.search`."""
         with self._lock:  # a tokenizer takes no two threads
             return self.searcher.search(
                 self.index,
                 query,
                 image=None if image is None else Path(image),
-                k=self.k if k is None else k,
-                where=self.where if where is None else where,
-                instruction=self.instruction if instruction is None else instruction,
+                k=k,
+                where=where,
+                instruction=instruction,
                 engine=self.engine,
             )
 

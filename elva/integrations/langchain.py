@@ -68,10 +68,7 @@ class ElvaRetriever(BaseRetriever):
                 f"{unknown[0]}; leave it out"
             )
         super().__init__(**fields)  # what is raised inside, pydantic makes pages of
-        self._asked = Asked(
-            self.index, self.model, k=self.k, instruction=self.instruction, where=self.where,
-            engine=self.engine,
-        )  # fmt: skip
+        self._asked = Asked(self.index, self.model, k=self.k, where=self.where, engine=self.engine)
 
     def _get_relevant_documents(
         self,

@@ -66,9 +66,8 @@ class ElvaRetriever(BaseRetriever):
         **base: Any,
     ) -> None:
         super().__init__(**base)
-        self._asked = Asked(
-            index, model, k=k, instruction=instruction, where=where, engine=engine
-        )  # fmt: skip
+        self._asked = Asked(index, model, k=k, where=where, engine=engine)
+        self._how: dict[str, Any] = {"k": k, "instruction": instruction, "where": where}
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         if query_bundle.custom_embedding_strs is not None:
@@ -76,7 +75,7 @@ class ElvaRetriever(BaseRetriever):
                 "llama_index: a query must have no custom_embedding_strs, got "
                 f"{len(query_bundle.custom_embedding_strs)}; ask with query_str and image_path"
             )
-        hits = self._asked.hits(query_bundle.query_str, query_bundle.image_path)
+        hits = self._asked.hits(query_bundle.query_str, query_bundle.image_path, **self._how)
         return [NodeWithScore(node=_node(hit), score=hit.score) for hit in hits]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
