@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class _Inputs(NamedTuple):
     negatives: Tensor
     mask: Tensor | None = None
     negative_index: Tensor | None = None
+    relevance: Tensor | None = None
 
 
 class _Case(NamedTuple):
@@ -83,6 +84,17 @@ def _dense(dtype: torch.dtype, groups: int, n: int, dim: int) -> _Inputs:
     return _Inputs(query, positive, negatives.contiguous())
 
 
+def _graded(inputs: _Inputs) -> _Inputs:
+    """The same negatives, of which few are relevant themselves, some not at all and one as the
+    positive; NaN behind the mask. The hinges stay open, with another hardest negative."""
+    groups, n = inputs.negatives.shape[:2]
+    relevance = 0.3 * torch.rand(groups, n, generator=torch.Generator().manual_seed(4)).double()
+    relevance[:, ::5], relevance[:, n // 3] = 0, 1
+    if inputs.mask is not None:
+        relevance[~inputs.mask] = torch.nan
+    return inputs._replace(relevance=relevance)
+
+
 def _of_bank(inputs: _Inputs) -> _Inputs:
     """The same negatives as rows of a bank in another order: one is named by two groups, some by
     none, and the last group names one that does not exist."""
@@ -108,12 +120,14 @@ def _far(dtype: torch.dtype) -> int:
 
 
 def _cases(dtype: torch.dtype, device: torch.device, soft: bool) -> Iterator[_Case]:
-    """A ragged one and a dense one, of negatives in their place and of a bank."""
+    """A ragged one and a dense one, of negatives in their place and of a bank; of each two one with
+    a relevance."""
     copies, *shape = _DENSE_ON_CPU if device.type == "cpu" else _DENSE
     for is_dense in (False, True):
         for of_bank in (False, True):
             with torch.device("cpu"):  # whatever the default device is
                 inputs = _dense(dtype, *shape) if is_dense else _ragged(dtype)
+                inputs = _graded(inputs) if is_dense == of_bank else inputs
                 inputs = _of_bank(inputs) if of_bank else inputs
                 case = _case(inputs, copies if is_dense else None, dtype, device, soft)
             yield case
@@ -125,11 +139,18 @@ def _case(
     """None for `copies`: one, and negatives that are not dense."""
     query, positive, negatives = rows = [x.to(dtype) for x in inputs[:3]]
     exact = [x.double() for x in rows]
-    mask, index = inputs.mask, inputs.negative_index
-    upstream = torch.linspace(-1.5, 1, len(query)).to(reference.compute_dtype(dtype))
+    mask, index, relevance = inputs[3:]
+    wide = reference.compute_dtype(dtype)
+    relevance = None if relevance is None else relevance.to(wide)
+    upstream = torch.linspace(-1.5, 1, len(query)).to(wide)
     weights = WEIGHTS._replace(rank_temperature=TEMPERATURE if soft else 0.0)
     truth, *gradients = reference.ranking_reward_and_grad(
-        exact[0], exact[1], exact[2], mask, upstream.double(), weights, index
+        *exact,
+        mask,
+        upstream.double(),
+        weights,
+        index,
+        relevance=None if relevance is None else relevance.double(),
     )
     negatives = negatives.to(device)
     if copies is None:
@@ -145,6 +166,7 @@ def _case(
             repeated(negatives) if index is None else negatives,
             None if mask is None else repeated(mask),
             None if index is None else repeated(index),
+            None if relevance is None else repeated(relevance).contiguous(),
         ),
         repeated(upstream),
         weights,
@@ -191,26 +213,36 @@ def _try_value_and_grad(
 
 def _try_scores(launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool) -> None:
     case = next(_cases(dtype, device, soft))
-    scores, mask = case.truth.scores.to(dtype), case.inputs.mask
-    assert mask is not None
-    truth = reference.reward_from_scores(scores.double(), mask[0].cpu(), case.weights)
-    found = launchers("reward_from_scores")(scores.to(device), mask[0], case.weights)
-    for name, actual, expected in zip(truth._fields, found, truth, strict=True):
-        check(name, actual, expected, torch.zeros_like(expected, dtype=torch.float64))
+    scores = case.truth.scores.to(dtype)
+    launch = launchers("reward_from_scores")
+    for mask, relevance, *exact in _of_scores(case):
+        truth = reference.reward_from_scores(scores.double(), exact[0], case.weights, exact[1])
+        found = launch(scores.to(device), mask, relevance, case.weights)
+        for name, actual, expected in zip(truth._fields, found, truth, strict=True):
+            check(name, actual, expected, torch.zeros_like(expected, dtype=torch.float64))
 
 
 def _try_scores_backward(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
     case = next(_cases(dtype, device, soft))
-    scores, mask, upstream = case.truth.scores.to(dtype), case.inputs.mask, case.upstream[0]
-    assert mask is not None
-    truth = reference.reward_from_scores_backward(
-        scores.double(), mask[0].cpu(), upstream.cpu().double(), case.weights
-    )
+    scores, upstream = case.truth.scores.to(dtype), case.upstream[0]
     launch = launchers("reward_from_scores_backward")
-    (gradient,) = launch(scores.to(device), mask[0], upstream, case.weights)
-    check("grad_scores", gradient, truth, torch.finfo(dtype).eps * truth.abs())
+    for mask, relevance, *exact in _of_scores(case):
+        truth = reference.reward_from_scores_backward(
+            scores.double(), exact[0], upstream.cpu().double(), case.weights, exact[1]
+        )
+        (gradient,) = launch(scores.to(device), mask, relevance, upstream, case.weights)
+        check("grad_scores", gradient, truth, torch.finfo(dtype).eps * truth.abs())
+
+
+def _of_scores(case: _Case) -> Iterator[tuple[Any, ...]]:
+    """Mask and relevance of a case's groups, and both as the reference takes them; then without."""
+    mask, relevance = case.inputs.mask, case.inputs.relevance
+    assert mask is not None and relevance is not None
+    mask, relevance = mask[0], relevance[0]
+    yield mask, relevance, mask.cpu(), relevance.cpu().double()
+    yield mask, None, mask.cpu(), None
 
 
 TRIALS: dict[str, Trial] = {

@@ -23,10 +23,11 @@ def ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values alone."""
-    return _forward(query, positive, negatives, mask, index, None, weights)
+    return _forward(query, positive, negatives, mask, index, relevance, None, weights)
 
 
 def ranking_reward_saved(
@@ -35,11 +36,13 @@ def ranking_reward_saved(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
     saved = _empty_saved(query, negatives, index)
-    return *_forward(query, positive, negatives, mask, index, None, weights, saved), saved
+    inputs = (query, positive, negatives, mask, index, relevance)
+    return *_forward(*inputs, None, weights, saved), saved
 
 
 def ranking_reward_and_grad(
@@ -48,6 +51,7 @@ def ranking_reward_and_grad(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
@@ -56,7 +60,8 @@ def ranking_reward_and_grad(
     gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     # For groups that no cluster holds, and for the bank.
     saved = _empty_saved(query, negatives, index)
-    values = _forward(query, positive, negatives, mask, index, upstream, weights, saved, gradients)
+    inputs = (query, positive, negatives, mask, index, relevance)
+    values = _forward(*inputs, upstream, weights, saved, gradients)
     if index is not None and wrt[2]:
         gradients[2] = _bank_gradient(query, negatives, index, saved, upstream)
     return *values, *gradients
@@ -68,12 +73,13 @@ def ranking_reward_backward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    """Gradients from what was saved; reads the inputs again."""
+    """Gradients from what was saved; reads the inputs again, but not their relevance."""
     gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     if any(x is not None for x in gradients):
         launch.call(
@@ -121,6 +127,7 @@ def _forward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None = None,
@@ -147,6 +154,7 @@ def _forward(
         operand(positive),
         operand(negatives),
         operand(mask),
+        pointer(relevance),
         operand(index),
         operand(upstream),
         weights,

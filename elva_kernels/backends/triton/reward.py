@@ -24,11 +24,12 @@ def ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values alone: reward, margin_reward, rank_reward, rank, scores."""
     groups = _Groups(query, positive, negatives, mask, index)
-    return _reward(groups, None, weights, None, _NONE)
+    return _reward(groups, relevance, None, weights, None, _NONE)
 
 
 def ranking_reward_saved(
@@ -37,12 +38,13 @@ def ranking_reward_saved(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
     groups = _Groups(query, positive, negatives, mask, index)
     saved = groups.empty_saved()
-    return *_reward(groups, None, weights, saved, _NONE), saved
+    return *_reward(groups, relevance, None, weights, saved, _NONE), saved
 
 
 def ranking_reward_and_grad(
@@ -51,6 +53,7 @@ def ranking_reward_and_grad(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
@@ -58,7 +61,7 @@ def ranking_reward_and_grad(
     """Values, and the gradients of sum(upstream * reward), None where they are not in `wrt`."""
     groups = _Groups(query, positive, negatives, mask, index)
     saved, gradients = groups.empty_saved(), groups.empty_gradients(wrt)
-    values = _reward(groups, upstream, weights, saved, gradients)
+    values = _reward(groups, relevance, upstream, weights, saved, gradients)
     if index is None or not wrt[2]:
         return *values, *gradients
     return *values, *gradients[:2], _bank_gradient(query, negatives, index, saved, upstream)
@@ -70,12 +73,13 @@ def ranking_reward_backward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    """Gradients of sum(grad_reward * reward); reads the inputs again."""
+    """Gradients of sum(grad_reward * reward); reads the inputs again, but not their relevance."""
     from elva_kernels.backends.triton.kernels.reward import gradient_kernel
 
     groups = _Groups(query, positive, negatives, mask, index)
@@ -107,14 +111,17 @@ def ranking_reward_backward(
     return *gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward)
 
 
-def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
+def reward_from_scores(
+    scores: Tensor, mask: Tensor | None, relevance: Tensor | None, weights: Weights
+) -> Tensors:
     """Values of given scores [*, C], and the live ones of those."""
     from elva_kernels.backends.triton.kernels.from_scores import scores_kernel
 
     leading, dtype = scores.shape[:-1], compute_dtype(scores.dtype)
     values = _empty_values(leading, scores.shape[-1], dtype, scores.device)
     sizes = launch.rank_blocks(launch.architecture_of(scores.device))
-    for part, (inner, groups), strides in launch.parts(leading, (scores, mask, *values)):
+    tensors = (scores, mask, relevance, *values)
+    for part, (inner, groups), strides in launch.parts(leading, tensors):
         with launch.on(scores.device):
             scores_kernel[(groups,)](
                 *part,
@@ -130,7 +137,11 @@ def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) ->
 
 
 def reward_from_scores_backward(
-    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, weights: Weights
+    scores: Tensor,
+    mask: Tensor | None,
+    relevance: Tensor | None,
+    grad_reward: Tensor,
+    weights: Weights,
 ) -> Tensors:
     """Gradient of sum(grad_reward * reward) on `scores`."""
     from elva_kernels.backends.triton.kernels.from_scores import scores_gradient_kernel
@@ -139,7 +150,7 @@ def reward_from_scores_backward(
     gradient = launch.empty(scores.shape, scores.dtype, scores.device)
     slopes = launch.empty((*leading, 2 * candidates), torch.float64, scores.device)
     sizes = launch.rank_blocks(launch.architecture_of(scores.device))
-    tensors = (scores, mask, grad_reward, slopes, gradient)
+    tensors = (scores, mask, relevance, grad_reward, slopes, gradient)
     for part, (inner, groups), strides in launch.parts(leading, tensors):
         with launch.on(scores.device):
             scores_gradient_kernel[(groups,)](
@@ -148,7 +159,7 @@ def reward_from_scores_backward(
                 inner,
                 *strides[0],
                 *strides[1][:3],
-                *strides[2],
+                *strides[3],
                 **_scalars(weights),
                 BLOCK=sizes.rows,
                 **sizes.options(),
@@ -214,6 +225,7 @@ class _Groups(NamedTuple):
 
 def _reward(
     groups: _Groups,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None,
@@ -228,7 +240,7 @@ def _reward(
     if saved is not None:
         scratch = launch.empty((*groups.leading, 4 * candidates), torch.float64, device)
     sizes = groups.blocks(soft=weights.rank_temperature > 0)
-    tensors = (*groups.tensors(), upstream, *values, scratch, saved, *gradients)
+    tensors = (*groups.tensors(), upstream, relevance, *values, scratch, saved, *gradients)
     for part, (inner, programs), strides in launch.parts(groups.leading, tensors):
         with launch.on(device):
             reward_kernel[(programs,)](
