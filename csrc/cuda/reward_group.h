@@ -127,10 +127,17 @@ __device__ inline const float* relevance_of(const ElvaRewardArgs& args, int64_t 
   return static_cast<const float*>(args.relevance) + index * args.negatives;
 }
 
-// (4g) of `plain` (4), a negative's at relevance 0, and of `positive`, that at 1: to the bit `plain`
-// at 0. Fused by name, so that every kernel rounds alike.
-__device__ inline double graded(double relevance, double plain, double positive) {
-  return relevance == 0 ? plain : fma(relevance, positive, (1 - relevance) * plain);
+// d R_rank / d score of candidate c, (4) or (4g), and its derivative on the rank.
+template <bool kGraded>
+__device__ inline double weight_of(int64_t c, double log_rank, double rank_penalty, double grade) {
+  return kGraded && c > 0 ? graded_rank_weight(log_rank, rank_penalty, grade)
+                          : rank_weight(c == 0, log_rank, rank_penalty);
+}
+template <bool kGraded>
+__device__ inline double weight_slope_of(int64_t c, double rank, double rank_penalty,
+                                         double grade) {
+  return kGraded && c > 0 ? graded_rank_weight_slope(rank, rank_penalty, grade)
+                          : rank_weight_slope(c == 0, rank, rank_penalty);
 }
 
 // Eq. (3g): the hardest negative, of equal ones the first, and the margin reward. The last warp,
@@ -143,7 +150,7 @@ __device__ inline void grade_margin(const Group& group, int64_t candidates, doub
   int at = 0;
   for (int64_t c = lane + 1; c < candidates; c += 32) {
     if (!group.live[c]) continue;
-    const double rival = group.value[c] - __dmul_rn(margin, relevance[c - 1]);
+    const double rival = graded_rival(group.value[c], margin, relevance[c - 1]);
     if (rival > hardest) hardest = rival, at = static_cast<int>(c);
   }
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -184,24 +191,16 @@ __device__ inline bool rank_group(const Group& group, int64_t candidates,
     }
     group.rank[c] = before + 1;
     if (!kGraded && before < 2) group.top[before] = static_cast<int>(c);
-    const double penalty = weights.rank_penalty;
-    double log_rank, slope = 0, place = 0;
+    const double grade = kGraded && c > 0 ? relevance[c - 1] : 0.0;
+    sound = sound && is_relevance(grade);
     if constexpr (kSoft) {
-      place = soft_rank(group, candidates, c, weights.rank_temperature);
-      log_rank = log(place);
-      slope = rank_weight_slope(c == 0, place, penalty);
+      const double place = soft_rank(group, candidates, c, weights.rank_temperature);
+      group.weight[c] = weight_of<kGraded>(c, log(place), weights.rank_penalty, grade);
+      group.soft[c] =
+          group.value[c] * weight_slope_of<kGraded>(c, place, weights.rank_penalty, grade);
     } else {
-      log_rank = group.log_of[before];
+      group.weight[c] = weight_of<kGraded>(c, group.log_of[before], weights.rank_penalty, grade);
     }
-    double weight = rank_weight(c == 0, log_rank, penalty);
-    if (kGraded && c > 0) {
-      const double grade = relevance[c - 1];
-      sound = sound && grade >= 0 && grade <= 1;
-      weight = graded(grade, weight, rank_weight(true, log_rank, penalty));
-      if (kSoft) slope = graded(grade, slope, rank_weight_slope(true, place, penalty));
-    }
-    group.weight[c] = weight;
-    if (kSoft) group.soft[c] = group.value[c] * slope;
   }
   return sound;
 }

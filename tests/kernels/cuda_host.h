@@ -163,7 +163,6 @@ V __shfl_sync(unsigned, V x, int lane) {
 }
 
 inline double rsqrt(double x) { return 1 / sqrt(x); }
-inline double __dmul_rn(double a, double b) { return a * b; }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "unspecified launch failure";
