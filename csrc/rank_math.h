@@ -92,9 +92,14 @@ ELVA_HOST_DEVICE inline bool is_relevance(double relevance) {
   return relevance >= 0 && relevance <= 1;
 }
 
-// What the hardest negative in (3g) is the first maximum of, and margin_hinge's `hardest`.
+// What the hardest negative in (3g) is the first maximum of, and margin_hinge's `hardest`. Never
+// fused: every device rounds alike, and chooses the same one.
 ELVA_HOST_DEVICE inline double graded_rival(double score, double margin, double relevance) {
+#ifdef __CUDA_ARCH__
+  return __dsub_rn(score, __dmul_rn(margin, relevance));
+#else
   return score - margin * relevance;
+#endif
 }
 
 // R_margin (3); its gradient is +1 on the positive and -1 on the hardest negative where this is
