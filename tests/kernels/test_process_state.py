@@ -146,7 +146,7 @@ LOSSES = {
     for symmetric in (False, True)
 }
 # Rounded to the scores' dtype, where the first is subnormal in float32.
-GRADES = torch.linspace(0, 1, 6, dtype=torch.float64).clamp(min=1e-40)
+GRADES = torch.linspace(0, 1, 7, dtype=torch.float64).clamp(min=1e-40)
 # What an op is called with, the op, its options. Results that have a graph are differentiated.
 OPS = {
     "ranking_reward": (grouped, ek.ranking_reward, {}),
