@@ -54,6 +54,7 @@ Trackers = Annotated[
         lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS),
     ),
 ]
+Seed = Annotated[int, between(0, 2**63 - 1)]
 Fraction = Annotated[float, Rule("be over 0 and at most 1", lambda s: 0 < s <= 1)]
 Shares = Annotated[
     Mapping[Task, Weight], Rule("have a share over 0", lambda s: not s or any(s.values()))
@@ -307,7 +308,10 @@ class Recipe:
     controls: Mapping[Name, StageConfig] = field(default_factory=dict)
     """Alternatives to the last stage: each starts where it started and, where it names neither
     steps nor epochs, takes as many steps."""
-    seed: Annotated[int, between(0, 2**63 - 1)] = 0
+    seed: Seed = 0
+    data_seed: Seed | None = None
+    """Of the order of the data and the draw of negatives, where two runs are to share them and
+    differ in their `seed`; None: `seed`."""
     save_seconds: Weight = 30.0  # between checkpoints inside a stage
     save_steps: Count | None = None  # write one after so many steps, too
     save_total_limit: Annotated[int, between(1, 2**63 - 1)] = 2  # kept while a stage trains
@@ -326,6 +330,11 @@ class Recipe:
             yield "stages", "hold a stage"
         if both := [name for name in self.controls if name in self.stages]:
             yield f"controls.{both[0]}", "have a name that no stage has"
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of the data is drawn by."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def idle(self) -> Iterator[tuple[str, str]]:
         """Stages that cannot be trained, or not as they say."""

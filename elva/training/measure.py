@@ -87,7 +87,7 @@ def measure(
             elif (why := processes.agreed(_unfit(recipe, stage, checkpoint))) is not None:
                 found[name] = f"not measured: {why}"
             else:
-                examples = Examples(data.of(stage), stage, recipe.seed)
+                examples = Examples(data.of(stage), stage, recipe.order_seed)
                 found[name] = _measure(
                     recipe, stage, examples, checkpoint, Path(scratch), processes
                 )  # fmt: skip

@@ -70,12 +70,15 @@ class Stage:
         title: str,
         processes: Processes,
         say: Callable[[str], None],
+        order_seed: Sequence[int | str] | None = None,
     ) -> None:
         """
         Args:
             steps: of the optimiser, at most.
+            seed: of the summaries.
             arguments: the recipe's `trainer`.
             say: takes what a person should know of the stage, a line each.
+            order_seed: of the data's order and the negatives; None: `seed`.
         """
         if stage.max_completion_length and not retriever.writes:
             raise UserError(
@@ -83,7 +86,8 @@ class Stage:
                 f"no head to write a summary with, got {stage.max_completion_length}"
             )
         self.retriever, self.stage, self.examples = retriever, stage, examples
-        self.seed, self.processes = tuple(seed), processes
+        self.processes = processes
+        order_seed = tuple(seed if order_seed is None else order_seed)
         self.guards = Guards(title, stage, say)
         self.arithmetic = autocast(retriever.device, arguments)
         # A step without a picture, a head that no loss reads, micro-batches but one of a step.
@@ -98,15 +102,15 @@ class Stage:
                 dtype=retriever.embedding_dtype, device=retriever.device,
             )  # fmt: skip
             retriever.log_temperature = nn.Parameter(start)
-        self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic, processes)
-        self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed, processes)
+        self.summaries = Summaries(retriever, stage, seed, self.arithmetic, processes)
+        self.negatives = Negatives(stage, examples, order_seed, self.summaries.embed, processes)
         neighbours = None
         if stage.hard_batches:
             self.negatives.mine()
             neighbours = self.negatives.neighbours()
-        self.plan = plan(stage, examples, -(-steps // stage.num_iterations), self.seed, neighbours)
+        self.plan = plan(stage, examples, -(-steps // stage.num_iterations), order_seed, neighbours)
         self.prompts = Prompts(
-            stage, examples, self.negatives, retriever.inputs, processes, self.seed
+            stage, examples, self.negatives, retriever.inputs, processes, order_seed
         )
         self.last: Rolled | None = None  # the step at hand
 
