@@ -38,7 +38,7 @@ EVALUATED = ("test", "val")
 """Splits that stages are evaluated on, the first that there is."""
 
 CHOSEN_ON = ("val", "test")
-"""Likewise inside a stage, where the best weights are looked for: not on test if it can be helped."""
+"""Likewise inside a stage, where the best weights are looked for: if it can be, not on test."""
 
 LOCK = ".lock"
 """Held by the process that trains."""
