@@ -42,6 +42,7 @@ Schedule = Literal[
 
 COLDEST = 1e-6  # elva_kernels' least temperature
 
+Temperature = Annotated[float, at_least(COLDEST)]
 RankTemperature = Annotated[
     float,
     Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
@@ -223,8 +224,9 @@ class StageConfig:
     early_stopping_patience: Count | None = None  # evaluations without a better one
     lora: LoraSettings = LoraSettings()
     # contrastive
-    infonce_temperature: Annotated[float, at_least(COLDEST)] = 0.05
+    infonce_temperature: Temperature = 0.05
     learn_infonce_temperature: bool = False  # from there on, as CLIP does
+    final_infonce_temperature: Temperature | None = None  # reached geometrically at the last step
     symmetric: bool = False  # half of the loss from candidates to queries; the paper's is one-way
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
@@ -236,6 +238,10 @@ class StageConfig:
     max_score: Number = 0.99  # a candidate more similar than this is not mined (sec. 3.4)
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
+    final_rank_temperature: Temperature | None = None  # of the reward, reached likewise
+    pairings: Literal["own", "all"] = "own"
+    """Whether a query's rollout meets its candidates' of the same number (the paper's), or of every
+    number: G x G rewards a query, at the cost of their dot products."""
     # grpo: names and meanings are TRL's (tests/elva/test_objective_trl.py)
     beta: Weight = 0.2
     epsilon: Weight = 0.2
@@ -273,6 +279,28 @@ class StageConfig:
             yield "metric_for_best_model", "be set where eval_steps is"
         if self.learn_infonce_temperature and self.infonce == 0:
             yield "learn_infonce_temperature", "be false where infonce is 0"
+        if self.final_infonce_temperature and (self.learn_infonce_temperature or not self.infonce):
+            yield "final_infonce_temperature", "be left out where none is used, or one is learnt"
+        if self.final_rank_temperature and not (self.ranks and self.reward.rank_temperature):
+            yield "final_rank_temperature", "be left out where reward.rank_temperature is not used"
+        if self.pairings == "all" and not (self.ranks and self.num_generations > 1):
+            yield "pairings", "be own where nothing is ranked, or num_generations is 1"
+
+    def cooled(self, share: float) -> StageConfig:
+        """With the temperatures of a moment, after a share in [0, 1] of the stage."""
+        last, ranks_last = self.final_infonce_temperature, self.final_rank_temperature
+        if last is None and ranks_last is None:
+            return self
+
+        def at(first: float, last: float | None) -> float:
+            return first if last is None else first ** (1 - share) * last**share
+
+        t = at(self.reward.rank_temperature, ranks_last)
+        return dataclasses.replace(
+            self,
+            infonce_temperature=at(self.infonce_temperature, last),
+            reward=dataclasses.replace(self.reward, rank_temperature=t),
+        )
 
     @property
     def ranks(self) -> bool:

@@ -182,7 +182,7 @@ class Stage:
 
     def _score(self, rolled: Rolled, first: bool) -> tuple[_Gradients, dict[str, float]]:
         """Step 2: d loss / d embeddings and what to log; advantages are kept in `rolled`."""
-        stage = self.stage
+        stage = self.stage.cooled(rolled.batch.step / max(1, len(self.plan) - 1))
         metrics = self._summary_metrics(rolled)
         if not stage.embeds:
             return _Gradients(), metrics
@@ -204,13 +204,13 @@ class Stage:
             metrics.update(found)
             loss = loss + stage.infonce * nce
         if stage.ranks:
-            reward, found = ranking.reward(stage, rolled.asked.comparison, embedded)
+            rewards, found = ranking.reward(stage, rolled.asked.comparison, embedded)
             metrics.update(found)
             if first and stage.policy > 0:
-                group = objective.advantages(reward, stage.scale_rewards)  # [B, G]
-                rolled.advantages = rolled.per_row(group, stage.negatives.count)[rows]
+                of = [objective.advantages(reward, stage.scale_rewards) for reward in rewards]
+                rolled.advantages = rolled.per_row(*of, negatives=stage.negatives.count)[rows]
             if stage.pathwise > 0:
-                loss = loss - stage.pathwise * self.processes.count * reward.mean()
+                loss = loss - stage.pathwise * self.processes.count * rewards.query.mean()
         if loss.requires_grad:
             loss.backward()
         of_rows = None if leaf.grad is None else leaf.grad[rows]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -82,21 +83,31 @@ def test_info_nce_is_that_of_every_rollout_against_every_rollout(groups: int, ba
     assert sum(shares) == pytest.approx(1.0) and 0 < metrics["infonce_share_given"] < 1
 
 
+@pytest.mark.parametrize("pairings", ["own", "all"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_reward_of_several_right_answers_is_their_mean(groups: int) -> None:
+def test_the_reward_of_several_right_answers_is_their_mean(groups: int, pairings: str) -> None:
     e, comparison = embedded(groups)
-    stage = replace(POLICY, reward=RewardConfig(margin=-0.5))
+    stage = replace(POLICY, reward=RewardConfig(margin=-0.5), pairings=pairings)
     found, metrics = ranking.reward(stage, comparison, e)
+
+    def paid(b: int, g: int, h: int, right: list[int], wrong: list[int]) -> float:
+        """Of rollout g of a query against rollouts h of its candidates."""
+        each = [
+            elva_kernels.ranking_reward(
+                e.query[b, g], e.table[e.columns[place, h]], e.table[e.columns[wrong, h]],
+                margin=-0.5,
+            ).reward
+            for place in right
+        ]  # fmt: skip
+        return torch.stack(each).mean().item()
+
     for b, (right, wrong) in enumerate((([0], [3, 4]), ([1, 2], [4]), ([2], []))):
         for g in range(groups):
-            each = [
-                elva_kernels.ranking_reward(
-                    e.query[b, g], e.table[e.columns[place, g]],
-                    e.table[e.columns[wrong, g]], margin=-0.5,
-                ).reward
-                for place in right
-            ]  # fmt: skip
-            assert found[b, g].item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-9)
+            others = range(groups) if pairings == "all" else [g]
+            asked = fmean(paid(b, g, h, right, wrong) for h in others)
+            shown = fmean(paid(b, h, g, right, wrong) for h in others)
+            assert found.query[b, g].item() == pytest.approx(asked, rel=1e-9)
+            assert found.shown[b, g].item() == pytest.approx(shown, rel=1e-9)
     assert metrics["reward_share_given"] + metrics["reward_share_random"] == pytest.approx(1.0)
 
 
