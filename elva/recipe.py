@@ -239,6 +239,9 @@ class StageConfig:
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
     final_rank_temperature: Temperature | None = None  # of the reward, reached likewise
+    relevance: Literal["none", "start", "grains"] = "none"
+    """What a negative's relevance in the reward is: none (the paper's), its similarity to the right
+    answer under the model that the stage starts from, or the share of grains that both have."""
     pairings: Literal["own", "all"] = "own"
     """Whether a query's rollout meets its candidates' of the same number (the paper's), or of every
     number: G x G rewards a query, at the cost of their dot products."""
@@ -283,6 +286,8 @@ class StageConfig:
             yield "final_infonce_temperature", "be left out where none is used, or one is learnt"
         if self.final_rank_temperature and not (self.ranks and self.reward.rank_temperature):
             yield "final_rank_temperature", "be left out where reward.rank_temperature is not used"
+        if self.relevance != "none" and not self.ranks:
+            yield "relevance", "be none where nothing is ranked"
         if self.pairings == "all" and not (self.ranks and self.num_generations > 1):
             yield "pairings", "be own where nothing is ranked, or num_generations is 1"
 
@@ -319,6 +324,12 @@ class StageConfig:
         return self.rollout_candidates == "query" or (
             self.rollout_candidates == "query_positive" and drawn
         )
+
+    @property
+    def embeds_pools(self) -> bool:
+        """Whether all candidates are embedded, before its first step or in between."""
+        start = self.relevance == "start"
+        return self.banks or self.hard_batches or self.negatives.mined > 0 or start
 
     @property
     def embeds(self) -> bool:

@@ -15,6 +15,7 @@ import elva_kernels
 from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training.comparison import SOURCES, Comparison
+from elva.training.relevance import Relevance
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ class Rewards(NamedTuple):
 
 
 def reward(
-    stage: StageConfig, comparison: Comparison, embedded: Embedded
-) -> tuple[Rewards, dict[str, float]]:
+    stage: StageConfig, comparison: Comparison, embedded: Embedded,
+    relevance: Relevance | None = None,
+) -> tuple[Rewards, dict[str, float]]:  # fmt: skip
     """The rewards of every rollout, means over a query's right answers, and metrics.
 
     A query's rollout meets its candidates' rollouts of the same number (paper, sec. 3.4) or, where
@@ -138,12 +140,15 @@ def reward(
     query = embedded.query[asks]  # [A, G, D]
     positive = embedded.table[columns[target[asks, answers]]]
     index = _index(comparison, columns)[asks]
+    graded = None if relevance is None else relevance(comparison, asks, answers)[:, None]
     if stage.pairings == "all":  # [A, G of the query, G of its candidates, ...]
         groups = embedded.groups
         query = query[:, :, None].expand(-1, -1, groups, -1)
         positive, index = (x[:, None].expand(-1, groups, -1, -1) for x in (positive, index))
+        graded = None if graded is None else graded[:, None]
+    graded = None if graded is None else graded.expand(index.shape)
     out = elva_kernels.ranking_reward(
-        query, positive, embedded.table, negative_index=index, **scalars
+        query, positive, embedded.table, negative_index=index, relevance=graded, **scalars
     )
     # A place for each answer and a sum in order: no atomics.
     each = out.reward.new_zeros(*target.shape, *out.reward.shape[1:])
@@ -153,7 +158,8 @@ def reward(
     found = Rewards(means, means) if means.dim() == 2 else Rewards(means.mean(2), means.mean(1))
     scores = out.scores.detach().requires_grad_()
     live = scores.isfinite()[..., 1:]
-    elva_kernels.reward_from_scores(scores, mask=live, **scalars).reward.sum().backward()
+    paid = elva_kernels.reward_from_scores(scores, mask=live, relevance=graded, **scalars)
+    paid.reward.sum().backward()
     assert scores.grad is not None
     pull = scores.grad[..., 1:].abs()
     sources = _sources(comparison, columns)[asks]

@@ -38,6 +38,7 @@ from elva.training.negatives import Negatives
 from elva.training.optimizer import autocast, checkpoint_gradients
 from elva.training.plan import Batch, plan
 from elva.training.prompts import Prompts
+from elva.training.relevance import Relevance
 from elva.training.rolled import Rolled
 from elva.training.states import bound_weight, whole
 from elva.training.summaries import Summaries
@@ -104,6 +105,7 @@ class Stage:
             retriever.log_temperature = nn.Parameter(start)
         self.summaries = Summaries(retriever, stage, seed, self.arithmetic, processes)
         self.negatives = Negatives(stage, examples, order_seed, self.summaries.embed, processes)
+        self.relevance = Relevance.of(stage, examples, self.summaries.embed)
         neighbours = None
         if stage.hard_batches:
             self.negatives.mine()
@@ -204,7 +206,9 @@ class Stage:
             metrics.update(found)
             loss = loss + stage.infonce * nce
         if stage.ranks:
-            rewards, found = ranking.reward(stage, rolled.asked.comparison, embedded)
+            rewards, found = ranking.reward(
+                stage, rolled.asked.comparison, embedded, self.relevance
+            )
             metrics.update(found)
             if first and stage.policy > 0:
                 of = [objective.advantages(reward, stage.scale_rewards) for reward in rewards]

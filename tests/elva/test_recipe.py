@@ -144,6 +144,8 @@ def test_numbers_below_their_range_are_refused(path: str) -> None:
          "recipe: stages.0.final_infonce_temperature must be left out where none is used"),
         ("stages.2.final_rank_temperature=0.02",
          "recipe: stages.2.final_rank_temperature must be left out where reward.rank_temperature"),
+        ("controls.infonce.relevance=start",
+         "recipe: controls.infonce.relevance must be none where nothing is ranked"),
         ("stages.3.pairings=all",
          "recipe: stages.3.pairings must be own where nothing is ranked, or num_generations is 1"),
         ("trainer.per_device_train_batch_size=4", "recipe: trainer must hold no more than bf16,"),
