@@ -27,7 +27,7 @@ from elva.commands.train import train
 from elva.progress import SILENT
 from elva.run import Run
 
-STARTS = 6
+STARTS = range(6)
 
 
 def make_start(place: Path, seed: int) -> float:
@@ -42,11 +42,13 @@ def make_start(place: Path, seed: int) -> float:
     return time.perf_counter() - began
 
 
-def trials(place: Path, names: Sequence[str], most: int | None) -> Iterator[Trial]:
+def trials(
+    place: Path, names: Sequence[str], starts: Sequence[int], most: int | None
+) -> Iterator[Trial]:
     """Of some arms, a pair of start and seed after the other, so that all arms go on together."""
     deepest = max(arms()[name].described.pairs for name in names)
     for seed in range(deepest if most is None else min(deepest, most)):
-        for start in range(STARTS):
+        for start in starts:
             for name in names:
                 if seed < arms()[name].described.pairs:
                     yield Trial(place, name, start, seed)
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--place", type=Path, default=Path("runs/grains"),
                         help="of starts, runs and embeddings (default: runs/grains)")  # fmt: skip
     parser.add_argument("--arms", help="some of them, with commas between (default: all)")
+    parser.add_argument("--starts", help="some of them, with commas between (default: all)")
     parser.add_argument("--seeds", type=int, help="at most so many seeds a start")
     parser.add_argument("--jobs", type=int, default=2, help="trials at a time (default: 2)")
     parser.add_argument("--dry-run", action="store_true", help="what is missing, and nothing else")
@@ -107,7 +110,8 @@ def main() -> None:
     if unknown := [name for name in names if name not in arms()]:
         parser.error(f"arms must be among {', '.join(arms())}, got {unknown[0]}")
     place = asked.place.resolve()
-    every = [*trials(place, names, asked.seeds)]
+    starts = [int(s) for s in asked.starts.split(",")] if asked.starts else STARTS
+    every = [*trials(place, names, starts, asked.seeds)]
     if asked.test:
         for trial in every:
             trial.test()
