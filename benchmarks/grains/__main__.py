@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.grains.arms import arms
-from benchmarks.grains.trial import Trial, one_thread, recipe_of_start
+from benchmarks.grains.trial import Trial, begin_worker, recipe_of_start
 from elva.commands.train import train
 from elva.progress import SILENT
 from elva.run import Run
@@ -66,7 +66,7 @@ def work(place: Path, missing: Sequence[Trial], jobs: int) -> None:
     starts = [s for s in sorted({trial.start for trial in missing}) if not is_start(place, s)]
     began, done = time.perf_counter(), 0
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_worker) as pool:
         running: dict[Future[float], str] = {}
         for seed in starts:
             running[pool.submit(make_start, place, seed)] = f"start {seed}"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import report
 from benchmarks.grains.arms import Arm, arms
 from benchmarks.grains.measure import Corpus, embed, figures
+from elva.cli.console import quiet_libraries
 from elva.commands.train import train
 from elva.data import emoji
 from elva.files import write_text
@@ -176,6 +177,7 @@ def rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def one_thread() -> None:
-    """In a worker, before its first trial."""
+def begin_worker() -> None:
+    """One thread, and libraries that say nothing."""
     torch.set_num_threads(1)
+    quiet_libraries()
