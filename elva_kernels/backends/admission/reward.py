@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class _Case(NamedTuple):
     gradients: Tensors
     norms: Tensors  # of the rows that the gradients are of
 
+    def once(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scores on the CPU, mask and relevance on the device, of each group once."""
+        mask, relevance = self.inputs.mask, self.inputs.relevance
+        assert mask is not None
+        return self.truth.scores.to(dtype), mask[0], None if relevance is None else relevance[0]
+
 
 def _ragged(dtype: torch.dtype) -> _Inputs:
     """Ragged sizes, wide strides, a tie, a zero row, masked NaN, huge rows, a group with NaN."""
@@ -84,17 +90,6 @@ def _dense(dtype: torch.dtype, groups: int, n: int, dim: int) -> _Inputs:
     return _Inputs(query, positive, negatives.contiguous())
 
 
-def _graded(inputs: _Inputs) -> _Inputs:
-    """The same negatives, of which few are relevant themselves, some not at all and one as the
-    positive; NaN behind the mask. The hinges stay open, with another hardest negative."""
-    groups, n = inputs.negatives.shape[:2]
-    relevance = 0.3 * torch.rand(groups, n, generator=torch.Generator().manual_seed(4)).double()
-    relevance[:, ::5], relevance[:, n // 3] = 0, 1
-    if inputs.mask is not None:
-        relevance[~inputs.mask] = torch.nan
-    return inputs._replace(relevance=relevance)
-
-
 def _of_bank(inputs: _Inputs) -> _Inputs:
     """The same negatives as rows of a bank in another order: one is named by two groups, some by
     none, and the last group names one that does not exist."""
@@ -110,6 +105,21 @@ def _of_bank(inputs: _Inputs) -> _Inputs:
     return inputs._replace(negatives=bank, mask=None, negative_index=index)
 
 
+def _graded(inputs: _Inputs) -> _Inputs:
+    """With a relevance of every size, NaN where it is not looked at; one in the first group is
+    none."""
+    rows = inputs.negatives if inputs.negative_index is None else inputs.negative_index.unsqueeze(2)
+    groups, n = rows.shape[:2]
+    order = torch.randperm(groups * n, generator=torch.Generator().manual_seed(4))
+    relevance = torch.linspace(0, 1, groups * n, dtype=torch.float64)[order].view(groups, n)
+    live = torch.ones(groups, n, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    if inputs.negative_index is not None:
+        live = inputs.negative_index != -1
+    relevance[~live] = torch.nan
+    relevance[0, live[0].nonzero()[0]] = 1.5
+    return inputs._replace(relevance=relevance)
+
+
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
@@ -120,17 +130,27 @@ def _far(dtype: torch.dtype) -> int:
 
 
 def _cases(dtype: torch.dtype, device: torch.device, soft: bool) -> Iterator[_Case]:
-    """A ragged one and a dense one, of negatives in their place and of a bank; of each two one with
-    a relevance."""
+    """A ragged one and a dense one, of negatives in their place and of a bank; two of these with a
+    relevance too."""
     copies, *shape = _DENSE_ON_CPU if device.type == "cpu" else _DENSE
     for is_dense in (False, True):
         for of_bank in (False, True):
-            with torch.device("cpu"):  # whatever the default device is
-                inputs = _dense(dtype, *shape) if is_dense else _ragged(dtype)
-                inputs = _graded(inputs) if is_dense == of_bank else inputs
-                inputs = _of_bank(inputs) if of_bank else inputs
-                case = _case(inputs, copies if is_dense else None, dtype, device, soft)
-            yield case
+            for graded in (False, True)[: 1 + (is_dense == of_bank)]:
+                with torch.device("cpu"):  # whatever the default device is
+                    inputs = _dense(dtype, *shape) if is_dense else _ragged(dtype)
+                    inputs = _of_bank(inputs) if of_bank else inputs
+                    inputs = _graded(inputs) if graded else inputs
+                    case = _case(inputs, copies if is_dense else None, dtype, device, soft)
+                yield case
+
+
+def _masked(dtype: torch.dtype, device: torch.device, soft: bool) -> Iterator[_Case]:
+    """Those with a mask: one without a relevance and one with."""
+    return (case for case in _cases(dtype, device, soft) if case.inputs.mask is not None)
+
+
+def _exact(relevance: Tensor | None) -> Tensor | None:
+    return None if relevance is None else relevance.cpu().double()
 
 
 def _case(
@@ -139,18 +159,20 @@ def _case(
     """None for `copies`: one, and negatives that are not dense."""
     query, positive, negatives = rows = [x.to(dtype) for x in inputs[:3]]
     exact = [x.double() for x in rows]
-    mask, index, relevance = inputs[3:]
-    wide = reference.compute_dtype(dtype)
-    relevance = None if relevance is None else relevance.to(wide)
-    upstream = torch.linspace(-1.5, 1, len(query)).to(wide)
+    mask, index, relevance = inputs.mask, inputs.negative_index, inputs.relevance
+    values = reference.compute_dtype(dtype)
+    upstream = torch.linspace(-1.5, 1, len(query)).to(values)
+    relevance = None if relevance is None else relevance.to(values)
     weights = WEIGHTS._replace(rank_temperature=TEMPERATURE if soft else 0.0)
     truth, *gradients = reference.ranking_reward_and_grad(
-        *exact,
+        exact[0],
+        exact[1],
+        exact[2],
         mask,
         upstream.double(),
         weights,
         index,
-        relevance=None if relevance is None else relevance.double(),
+        relevance=_exact(relevance),
     )
     negatives = negatives.to(device)
     if copies is None:
@@ -212,12 +234,12 @@ def _try_value_and_grad(
 
 
 def _try_scores(launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool) -> None:
-    case = next(_cases(dtype, device, soft))
-    scores = case.truth.scores.to(dtype)
-    launch = launchers("reward_from_scores")
-    for mask, relevance, *exact in _of_scores(case):
-        truth = reference.reward_from_scores(scores.double(), exact[0], case.weights, exact[1])
-        found = launch(scores.to(device), mask, relevance, case.weights)
+    for case in _masked(dtype, device, soft):
+        scores, mask, relevance = case.once(dtype)
+        exact = (scores.double(), mask.cpu(), case.weights, _exact(relevance))
+        truth = reference.reward_from_scores(*exact)
+        given = (scores.to(device), mask, relevance, case.weights)
+        found = launchers("reward_from_scores")(*given)
         for name, actual, expected in zip(truth._fields, found, truth, strict=True):
             check(name, actual, expected, torch.zeros_like(expected, dtype=torch.float64))
 
@@ -225,24 +247,14 @@ def _try_scores(launchers: Launchers, dtype: torch.dtype, device: torch.device, 
 def _try_scores_backward(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
-    case = next(_cases(dtype, device, soft))
-    scores, upstream = case.truth.scores.to(dtype), case.upstream[0]
-    launch = launchers("reward_from_scores_backward")
-    for mask, relevance, *exact in _of_scores(case):
-        truth = reference.reward_from_scores_backward(
-            scores.double(), exact[0], upstream.cpu().double(), case.weights, exact[1]
-        )
+    for case in _masked(dtype, device, soft):
+        scores, mask, relevance = case.once(dtype)
+        upstream = case.upstream[0]
+        exact = (scores.double(), mask.cpu(), upstream.cpu().double(), case.weights)
+        truth = reference.reward_from_scores_backward(*exact, _exact(relevance))
+        launch = launchers("reward_from_scores_backward")
         (gradient,) = launch(scores.to(device), mask, relevance, upstream, case.weights)
         check("grad_scores", gradient, truth, torch.finfo(dtype).eps * truth.abs())
-
-
-def _of_scores(case: _Case) -> Iterator[tuple[Any, ...]]:
-    """Mask and relevance of a case's groups, and both as the reference takes them; then without."""
-    mask, relevance = case.inputs.mask, case.inputs.relevance
-    assert mask is not None and relevance is not None
-    mask, relevance = mask[0], relevance[0]
-    yield mask, relevance, mask.cpu(), relevance.cpu().double()
-    yield mask, None, mask.cpu(), None
 
 
 TRIALS: dict[str, Trial] = {
