@@ -106,8 +106,8 @@ def _of_bank(inputs: _Inputs) -> _Inputs:
 
 
 def _graded(inputs: _Inputs) -> _Inputs:
-    """With a relevance, NaN where it is not looked at; one in the first group is none. All are small
-    but that of the least score, which leaves hinges open."""
+    """With a relevance, NaN where it is not looked at; one in the first group is none. All
+    are small but that of the least score, which leaves hinges open."""
     rows = inputs.negatives if inputs.negative_index is None else inputs.negative_index.unsqueeze(2)
     groups, n = rows.shape[:2]
     order = torch.randperm(groups * n, generator=torch.Generator().manual_seed(4))
