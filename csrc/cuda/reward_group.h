@@ -148,6 +148,7 @@ __device__ inline void grade_margin(const Group& group, int64_t candidates, doub
   const int lane = static_cast<int>(threadIdx.x % 32);
   double hardest = -INFINITY;
   int at = 0;
+#pragma unroll 1  // addresses of several would spill
   for (int64_t c = lane + 1; c < candidates; c += 32) {
     if (!group.live[c]) continue;
     const double rival = graded_rival(group.value[c], margin, relevance[c - 1]);
