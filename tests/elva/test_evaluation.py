@@ -19,6 +19,7 @@ from elva.data.schema import TASKS
 from elva.data.strict import dump, write_lines
 from elva.errors import DataError
 from elva.evaluation import protocol
+from elva.evaluation.sets import SUBTASKS
 from elva.evaluation.trained import evaluate_stage, evaluation_tasks
 from elva.index import segment
 from elva.index.embeddings import Embeddings
@@ -84,7 +85,7 @@ def embed(directory: Path, ids: list[str], rows: torch.Tensor, side: str) -> Non
 def test_all_sixteen_sets(pools, tmp_path):
     generator = torch.Generator().manual_seed(9)
     drawn, union = {}, {}
-    for at, stem in enumerate(protocol.SUBTASKS):
+    for at, stem in enumerate(SUBTASKS):
         number = DATASETS[stem.partition("_task")[0]]
         dids = [f"{number}:{1000 * at + i}" for i in range(60)]
         queries = {f"{number}:{1000 * at + i}": dids[2 * i : 2 * i + 1 + i % 2] for i in range(6)}
@@ -94,7 +95,7 @@ def test_all_sixteen_sets(pools, tmp_path):
         drawn[stem] = (queries, query, dids, pool)
         union |= dict(zip(dids, pool, strict=True))
     sets = read_sets(tmp_path, pools=pools)
-    assert {one.stem for one in sets} == set(protocol.SUBTASKS)
+    assert {one.stem for one in sets} == set(SUBTASKS)
     for one in sets:
         queries, query, dids, pool = drawn[one.stem]
         embed(tmp_path / "e" / f"mbeir_{one.stem}_test", list(queries), query, "queries")
@@ -119,7 +120,7 @@ def test_all_sixteen_sets(pools, tmp_path):
         assert row["no_answer_inside"] == 0
     assert result["average"] == pytest.approx(np.mean(list(hits.values())))
     assert 0.1 < result["average"] < 1
-    drawn_table = protocol.table(result)
+    (drawn_table,) = protocol.tables(result)
     assert len(drawn_table.rows) == 17
     assert ("ELVA-2B" in [c.header for c in drawn_table.columns]) == (pools == "local")
 
