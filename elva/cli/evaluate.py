@@ -98,11 +98,11 @@ def evaluate(
     with together() as processes:
         from elva.errors import UserError
 
-        asked = {"RUN": run, "--embeddings": embeddings, "--run": run_file}
-        asked |= {"--paper": paper or None}
-        if sum(x is not None for x in asked.values()) != 1:
+        asked = {"RUN": run is not None, "--embeddings": embeddings is not None,
+                 "--run": run_file is not None, "--paper": paper}  # fmt: skip
+        if sum(asked.values()) != 1:
             raise UserError("evaluate: must be given one of RUN, --embeddings, --run or --paper")
-        mode = next(name for name, value in asked.items() if value is not None)
+        mode = next(name for name, is_given in asked.items() if is_given)
         given = {
             "--stage": stage, "--data": data, "--output": output, "--split": split, "--task": task,
             "--pools": pools != "local", "--by-content": by_content, "--skip-bad": skip_bad,

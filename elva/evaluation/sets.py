@@ -3,7 +3,7 @@
 Liu et al., ELVA, arXiv:2606.20280, sec. 4. Of the unseen sets its figures are not known to us.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 SUBTASKS = {
@@ -46,11 +46,13 @@ MRBENCH_PUBLISHED = {
 
 MRBENCH_MEANS = {"LamRA-Ret-7B": 38.1, "ELVA-7B": 43.2}
 
-BENCHMARKS = {
+Tabled = tuple[Mapping[str, str], Mapping[str, Sequence[float]], Mapping[str, float]]
+"""Titles by stem, the paper's figures in their order, and its means."""
+
+BENCHMARKS: Mapping[str, Tabled] = {
     "M-BEIR": (SUBTASKS, PUBLISHED, PUBLISHED_MEANS),
     "MRBench": (MRBENCH, MRBENCH_PUBLISHED, MRBENCH_MEANS),
 }
-"""Name -> titles by stem, the paper's figures in their order, and its means."""
 
 RECALL = ("hit_at_1", "hit_at_5", "hit_at_10")
 PRECISION = ("map_at_5", "map_at_10", "map_at_25", "map_at_50")
@@ -97,7 +99,7 @@ class Line(NamedTuple):
     stem: str
     title: str
     figure: str
-    paper: dict[str, float]
+    paper: Mapping[str, float]
 
 
 def lines() -> Iterator[Line]:

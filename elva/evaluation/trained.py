@@ -113,10 +113,10 @@ def evaluate_model(
     dataset = _read(root, split, run.recipe)
     limit = run.recipe.evaluate_limit
     tasks = {task: _Task.of(dataset, task, limit) for task in _tasks(dataset)}
-    for task, one in tasks.items():
-        if not one.queries.listed("positives").any() and not one.queries.listed("outside").any():
+    for name, task in tasks.items():
+        if not task.queries.listed("positives").any() and not task.queries.listed("outside").any():
             raise UserError(
-                f"{root}: {task} of {split} must have right answers, got none: they are not "
+                f"{root}: {name} of {split} must have right answers, got none: they are not "
                 "published; evaluate another split"
             )
     length = _last(run.recipe).max_completion_length

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from elva.cli import app
 from elva.commands import evaluate as command
 from elva.commands.embed import embed as embed_data
+from elva.commands.survey import random_embeddings
 from elva.data import strict
 from elva.data.formats import UNSEEN, choices, convert_file
 from elva.data.formats.whole import objects
@@ -22,6 +23,8 @@ from elva.evaluation import protocol, sets
 from elva.evaluation.metrics import measure
 from elva.evaluation.submission import submission
 from elva.model.encoder import open_encoder
+from elva.mrbench.build import NOTES
+from elva.report import pictures
 from tests.elva import sentence_models, unseen
 from tests.elva.test_evaluation import embed
 from tests.elva.unseen import converted
@@ -116,6 +119,27 @@ def test_answers_are_missing_in_no_split_but_test(split, tmp_path):
     place.write_text(text)
     with pytest.raises(DataError, match=rf"_{split}.jsonl:2: pos_cand_list is not a list"):
         read(data, split)
+
+
+def test_answers_that_are_not_published_are_no_misses(tmp_path):
+    """Of any set: it is checked, embedded and searched, and has no figure."""
+    data = converted("flickr30k", tmp_path)
+    (file,) = data.glob("query/test/*task0*")
+    rows = [{**row.fields, "pos_cand_list": None} for row in strict.records(file)]
+    strict.write_lines(file, map(strict.dump, rows))
+    with pytest.raises(DataError, match=r"_qrels.txt:1: 17:\d is not a positive of query 17:1"):
+        read(data)
+    (data / "qrels" / "test" / "mbeir_flickr30k_task0_test_qrels.txt").unlink()
+    assert pictures.names(data) == {}
+    assert run("data", "check", data, "--prove").exit_code == 0
+    random_embeddings(data, tmp_path / "e", split="test", tasks=None, most=9)
+    result = command.evaluate_embeddings(tmp_path / "e", data, tmp_path / "out")
+    assert result["sets"]["flickr30k_task0"] == {
+        "task": "t2i", "queries": 4, "pool": 2, "k": 1, "answers": "not published",
+    }  # fmt: skip
+    assert result["no_answer_inside"] == [] and [*result["tasks"]] == ["i2t"]
+    (table,) = protocol.tables(result)
+    assert list(table.columns[3].cells)[:1] == [""]
 
 
 def test_sugarcrepe_is_seven_sets_of_two_captions_each(tmp_path):
@@ -243,6 +267,9 @@ def test_recalls_of_flickr_and_their_table(tmp_path):
         ["75.0", "100.0", "87.5"], ["100.0", "100.0", "100.0"], ["100.0", "100.0", "100.0"],
     ]  # fmt: skip
     assert [column.header for column in table.columns[3:]] == ["R@1", "R@5", "R@10"]
+    (data / NOTES).write_text("{}")
+    again = command.evaluate_embeddings(tmp_path / "e", data, tmp_path / "again")
+    assert (result["mrbench"], again["mrbench"]) == (False, True)
 
 
 def test_a_model_that_is_embedded_and_evaluated_has_its_own_librarys_accuracy(tmp_path):

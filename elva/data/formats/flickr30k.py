@@ -12,7 +12,7 @@ from elva.data.formats.rows import rows
 from elva.data.formats.source import Entry, Example, Reference, Request, Source
 from elva.data.formats.whole import objects
 from elva.data.schema import Item
-from elva.data.strict import Record, parse
+from elva.data.strict import Faults, Record, parse
 from elva.errors import DataError
 
 FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv")
@@ -41,8 +41,9 @@ def read(request: Request) -> Source:
         raise DataError(f"{request.path}: holds no picture of split {request.split}")
     corpus = [one for picture, captions in found for one in (picture, *captions)]
     return Source(
-        "flickr30k", 17, "", _examples(found), corpus=corpus, prompts=PROMPTS, shares_answers=False
-    )
+        "flickr30k", 17, "", _examples(found), corpus=request.told(corpus, "items"),
+        prompts=PROMPTS, shares_answers=False,
+    )  # fmt: skip
 
 
 def _file(path: Path) -> Path:
@@ -66,19 +67,14 @@ def _examples(found: list[_Captioned]) -> Iterator[Example]:
 
 def _pictures(request: Request, file: Path) -> Iterator[_Captioned]:
     root, seen = request.pictures(*PICTURES), set[str]()
-    karpathy = file.suffix.lower() != ".csv"
-    if karpathy:
-        found = (record for _, record in objects(file, request.faults, "images"))
-    else:
-        found = rows(file, ("filename", "split", "sentids", "raw"), request.faults)
-    for record in found:
+    for record in _rows(file, request.faults):
         with request.faults.row():
             if record.text("split") not in ("train", "val", "test"):
                 record.fail(f"split {record.get('split')!r} is not train, val or test")
             if record.get("split") != request.split:
                 continue
             name = record.path("filename") or record.fail("filename is empty")
-            said = _sentences(record) if karpathy else _listed(record)
+            said = _listed(record) if _is_table(file) else _sentences(record)
             ids = [name, *(id for id, _ in said)]
             if again := next((id for i, id in enumerate(ids) if id in seen or id in ids[:i]), None):
                 record.fail(f"{again} again")
@@ -88,6 +84,18 @@ def _pictures(request: Request, file: Path) -> Iterator[_Captioned]:
                 Entry(None, root / name, record.where, name),
                 [Entry(text, None, record.where, id) for id, text in said],
             )
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() == ".csv"
+
+
+def _rows(file: Path, faults: Faults) -> Iterator[Record]:
+    """A record a picture, of either file."""
+    if _is_table(file):
+        yield from rows(file, ("filename", "split", "sentids", "raw"), faults)
+    else:
+        yield from (record for _, record in objects(file, faults, "images"))
 
 
 def _sentences(record: Record) -> list[tuple[str, str]]:

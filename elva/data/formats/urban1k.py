@@ -20,12 +20,12 @@ _Pair = tuple[Entry, Entry]
 def read(request: Request) -> Source:
     """Each picture and its caption, each asking for the other."""
     request.check_split("test")
-    folders = [request.path / name for name in ("image", "caption")]
-    for folder in folders:
+    images, captions = request.path / "image", request.path / "caption"
+    for folder in (images, captions):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; Urban-1k has image and caption")
     notices: list[str] = []
-    found = list(_pairs(*folders, request.faults, notices))
+    found = list(_pairs(images, captions, request.faults, notices))
     if not found:
         raise DataError(f"{request.path}: holds no captioned picture")
     return Source(
