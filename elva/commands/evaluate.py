@@ -167,6 +167,8 @@ def _figures(path: Path) -> dict[str, Any]:
     known = [line for line in lines() if line.stem in sets]
     if not known:
         raise DataError(f"{file}: must have a set that the paper reports, got {', '.join(sets)}")
+    if found.get("split") != "test" and not set(sets) <= set(SUBMITTED):
+        raise DataError(f"{file}: must be of split test, got {found.get('split')!r}")
     for line in known:
         value = sets[line.stem].get(line.figure)
         if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):

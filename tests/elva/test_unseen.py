@@ -30,6 +30,9 @@ from tests.elva.test_evaluation import embed
 from tests.elva.unseen import converted
 
 
+FINAL = "ccneg_images/cc3m_subset_images_extracted_final"
+
+
 def read(data, split="test"):
     return {one.stem: one for one in read_sets(data, split=split)}
 
@@ -171,6 +174,15 @@ def test_ccneg_is_tested_on_its_last_rows_without_the_commas_of_the_negated(tmp_
     monkeypatch.setattr(choices, "CCNEG_TEST", 40_000)
     few = convert_file("ccneg", tmp_path / "source", tmp_path / "all", split="test")
     assert few["notices"] == ["4 rows; CC-Neg evaluates on 40,000"]
+
+
+@pytest.mark.parametrize("images", [None, ".", "ccneg_images", FINAL])
+def test_ccnegs_pictures_lie_where_its_paths_or_its_readme_say(images, tmp_path):
+    paths = [f"/workspace/datasets/cc3m/cc3m_subset_images_extracted_final/{i}.jpg" for i in (0, 1)]
+    rows = [unseen.neg_row(i) for i in (0, 1)]
+    root = unseen.neg(tmp_path / "source", rows, paths)
+    found = read(converted("ccneg", tmp_path, images=None if images is None else root / images))
+    assert len({shown(query) for query in found["ccneg_task3"].queries}) == 2
 
 
 # -- figures by hand -------------------------------------------------------------------------------
@@ -513,7 +525,8 @@ def test_the_papers_means_are_those_of_its_cells_to_its_digits():
 
 
 def figures_file(directory, found, **more):
-    whole = {"pools": "local", "by_content": False, "mrbench": False, "sets": found, **more}
+    whole = {"split": "test", "pools": "local", "by_content": False, "mrbench": False, **more}
+    whole["sets"] = found
     directory.mkdir()
     (directory / "figures.json").write_text(json.dumps(whole))
     return directory
@@ -524,11 +537,13 @@ def test_the_papers_table_has_our_cells_only_where_something_was_measured(tmp_pa
     rebuilt = figures_file(tmp_path / "mrb", {"cirr_task7": {"hit_at_5": 0.5}}, mrbench=True)
     crepe = {"sugarcrepe_swap_att_task3": {"hit_at_1_among_its_own": 0.625, "hit_at_1": 0.1}}
     other = figures_file(tmp_path / "crepe", crepe)
-    words = [word for path in (mbeir, rebuilt, other) for word in ("--figures", path)]
+    val = figures_file(tmp_path / "val", {"circo_task7": {"map_at_25": 0.125}}, split="val")
+    words = [word for path in (mbeir, rebuilt, other, val) for word in ("--figures", path)]
     rows = json.loads(run("evaluate", "--paper", *words, "--json").stdout)
     assert [(r["benchmark"], r["set"], r["figure"], r["ours"]) for r in rows if r["ours"]] == [
         ("M-BEIR", "CIRR", "R@5", {str(mbeir): 25.0}),
         ("MRBench", "CIRR it→i", "R@5", {str(rebuilt): 50.0}),
+        ("Unseen", "CIRCO it→i", "mAP@25", {str(val): 12.5}),
         ("Unseen", "SugarCrepe swap att", "accuracy", {str(other): 62.5}),
     ]
     assert [sum(r["benchmark"] == b for r in rows) for b in ("M-BEIR", "MRBench")] == [17, 5]
@@ -574,6 +589,7 @@ ONE = {"cirr_task7": {"hit_at_5": 0.5}}
             "pools must be 'local' to stand beside the paper's figures, got",
         ),
         (ONE, {"by_content": True}, "by_content must be False to stand beside the paper's figures"),
+        (ONE, {"split": "train"}, "figures.json: must be of split test, got 'train'"),
         ({"emoji_task0": {}}, {}, "must have a set that the paper reports, got emoji_task0"),
         ({"cirr_task7": {"hit_at_5": 50}}, {}, "cirr_task7: hit_at_5 must be from 0 to 1, got 50"),
         ({"cirr_task7": 1}, {}, "sets must be an object of sets, as elva evaluate writes it"),
