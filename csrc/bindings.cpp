@@ -15,13 +15,15 @@ using elva::raise_unless_ok;
 using elva::run_released;
 
 void reward_from_scores(int dtype, int threads, py::handle sizes, int64_t candidates,
-                        py::handle scores, py::handle mask, py::handle upstream, py::handle weights,
-                        uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
-                        uintptr_t rank, uintptr_t grad_scores) {
+                        py::handle scores, py::handle mask, uintptr_t relevance,
+                        py::handle upstream, py::handle weights, uintptr_t reward,
+                        uintptr_t margin_reward, uintptr_t rank_reward, uintptr_t rank,
+                        uintptr_t grad_scores) {
   ElvaScoresArgs args = {};
   args.dtype = static_cast<ElvaDtype>(dtype);
   args.threads = threads;
   args.candidates = candidates;
+  args.relevance = pointer(relevance);
   args.weights = elva::reward_weights(weights);
   Layout layout(sizes, &args.batch);
   layout.add(scores, 1, &args.scores);

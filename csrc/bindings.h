@@ -261,13 +261,14 @@ inline ElvaRewardArgs reward_args(int dtype, py::handle place, py::handle sizes,
 template <ElvaStatus (*op)(const ElvaRewardArgs*)>
 void reward_forward(int dtype, py::handle place, py::handle sizes, int64_t negatives, int64_t dim,
                     int64_t bank_rows, py::handle query, py::handle positive, py::handle negative,
-                    py::handle mask, py::handle index, py::handle upstream, py::handle weights,
-                    uintptr_t reward, uintptr_t margin_reward, uintptr_t rank_reward,
-                    uintptr_t rank, uintptr_t scores, uintptr_t coefficients, uintptr_t grad_query,
-                    uintptr_t grad_positive, uintptr_t grad_negative) {
+                    py::handle mask, uintptr_t relevance, py::handle index, py::handle upstream,
+                    py::handle weights, uintptr_t reward, uintptr_t margin_reward,
+                    uintptr_t rank_reward, uintptr_t rank, uintptr_t scores, uintptr_t coefficients,
+                    uintptr_t grad_query, uintptr_t grad_positive, uintptr_t grad_negative) {
   ElvaRewardArgs args =
       reward_args(dtype, place, sizes, negatives, dim, bank_rows, query, positive, negative, mask,
                   index, upstream, coefficients, grad_query, grad_positive, grad_negative);
+  args.relevance = pointer(relevance);
   args.weights = reward_weights(weights);
   args.reward = pointer(reward);
   args.margin_reward = pointer(margin_reward);

@@ -61,10 +61,12 @@ typedef struct {
   int64_t negatives;
   int64_t dim;
   ElvaRewardWeights weights;
-  ElvaInput query;      // [*, dim]
-  ElvaInput positive;   // [*, dim]
-  ElvaInput negative;   // [*, negatives, dim]; with an index a bank [bank_rows, dim]
-  ElvaInput mask;       // bool [*, negatives], true = live; null: all live
+  ElvaInput query;        // [*, dim]
+  ElvaInput positive;     // [*, dim]
+  ElvaInput negative;     // [*, negatives, dim]; with an index a bank [bank_rows, dim]
+  ElvaInput mask;         // bool [*, negatives], true = live; null: all live
+  const void* relevance;  // value [*, negatives], dense; null: all 0. A live one outside [0, 1]
+                          // makes its group's rewards and gradients NaN
   ElvaInput index;      // int64 [*, negatives], rows of the bank; -1: none; others are never read,
                         // and count as rows that are not finite. null: negatives in their place
   int64_t bank_rows;    // read where there is an index
@@ -129,10 +131,11 @@ typedef struct {
   ElvaBatch batch;
   int64_t candidates;
   ElvaRewardWeights weights;
-  ElvaInput scores;    // [*, candidates]
-  ElvaInput mask;      // bool [*, candidates - 1]; null: all live
-  ElvaInput upstream;  // value [*]; null: 1
-  void* reward;        // value [*]; all four null where only the gradient is wanted
+  ElvaInput scores;       // [*, candidates]
+  ElvaInput mask;         // bool [*, candidates - 1]; null: all live
+  const void* relevance;  // value [*, candidates - 1], as above
+  ElvaInput upstream;     // value [*]; null: 1
+  void* reward;           // value [*]; all four null where only the gradient is wanted
   void* margin_reward;
   void* rank_reward;
   int32_t* rank;

@@ -4,6 +4,7 @@
 //   (2) rank   = place in the order: score descending, then negatives by index, then the positive
 //   (3) R_margin = max(0, s_pos - max_i s_i - margin)
 //   (4) R_rank   = s_pos / (1 + ln r) - rank_penalty * sum over negatives of s_(k) (ln k - 1)
+//   (3g), (4g): both where a negative has a relevance in [0, 1]; 0 gives the same bits as none
 // Ties: an order on scores with all ties broken is an order on integers (rank_key), so that every
 //   sort, count or network gives the same ranks. -0.0 equals 0.0; a score that is not finite is
 //   below every finite one.
@@ -66,11 +67,34 @@ ELVA_HOST_DEVICE inline double rank_weight(bool is_positive, double log_rank, do
   return is_positive ? 1.0 / (1.0 + log_rank) : -rank_penalty * (log_rank - 1.0);
 }
 
+// The same of a negative with a relevance, in (4g).
+ELVA_HOST_DEVICE inline double graded_rank_weight(double log_rank, double rank_penalty,
+                                                  double relevance) {
+  return relevance / (1.0 + log_rank) - rank_penalty * (1.0 - relevance) * (log_rank - 1.0);
+}
+
 // d rank_weight / d rank.
 ELVA_HOST_DEVICE inline double rank_weight_slope(bool is_positive, double rank,
                                                  double rank_penalty) {
   const double contrast = 1.0 + log(rank);
   return (is_positive ? -1.0 / (contrast * contrast) : -rank_penalty) / rank;
+}
+
+// The same of a negative with a relevance: d graded_rank_weight / d rank.
+ELVA_HOST_DEVICE inline double graded_rank_weight_slope(double rank, double rank_penalty,
+                                                        double relevance) {
+  const double contrast = 1.0 + log(rank);
+  return (-relevance / (contrast * contrast) - rank_penalty * (1.0 - relevance)) / rank;
+}
+
+// Whether a relevance is one; NaN is none.
+ELVA_HOST_DEVICE inline bool is_relevance(double relevance) {
+  return relevance >= 0 && relevance <= 1;
+}
+
+// What the hardest negative in (3g) is the first maximum of, and margin_hinge's `hardest`.
+ELVA_HOST_DEVICE inline double graded_rival(double score, double margin, double relevance) {
+  return score - margin * relevance;
 }
 
 // R_margin (3); its gradient is +1 on the positive and -1 on the hardest negative where this is

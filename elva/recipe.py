@@ -42,6 +42,7 @@ Schedule = Literal[
 
 COLDEST = 1e-6  # elva_kernels' least temperature
 
+Temperature = Annotated[float, at_least(COLDEST)]
 RankTemperature = Annotated[
     float,
     Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
@@ -54,6 +55,7 @@ Trackers = Annotated[
         lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS),
     ),
 ]
+Seed = Annotated[int, between(0, 2**63 - 1)]
 Fraction = Annotated[float, Rule("be over 0 and at most 1", lambda s: 0 < s <= 1)]
 Shares = Annotated[
     Mapping[Task, Weight], Rule("have a share over 0", lambda s: not s or any(s.values()))
@@ -222,8 +224,9 @@ class StageConfig:
     early_stopping_patience: Count | None = None  # evaluations without a better one
     lora: LoraSettings = LoraSettings()
     # contrastive
-    infonce_temperature: Annotated[float, at_least(COLDEST)] = 0.05
+    infonce_temperature: Temperature = 0.05
     learn_infonce_temperature: bool = False  # from there on, as CLIP does
+    final_infonce_temperature: Temperature | None = None  # reached geometrically at the last step
     symmetric: bool = False  # half of the loss from candidates to queries; the paper's is one-way
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
@@ -235,6 +238,13 @@ class StageConfig:
     max_score: Number = 0.99  # a candidate more similar than this is not mined (sec. 3.4)
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
+    final_rank_temperature: Temperature | None = None  # of the reward, reached likewise
+    relevance: Literal["none", "start", "grains"] = "none"
+    """What a negative's relevance in the reward is: none (the paper's), its similarity to the right
+    answer under the model that the stage starts from, or the share of grains that both have."""
+    pairings: Literal["own", "all"] = "own"
+    """Whether a query's rollout meets its candidates' of the same number (the paper's), or of every
+    number: G x G rewards a query, at the cost of their dot products."""
     # grpo: names and meanings are TRL's (tests/elva/test_objective_trl.py)
     beta: Weight = 0.2
     epsilon: Weight = 0.2
@@ -272,6 +282,30 @@ class StageConfig:
             yield "metric_for_best_model", "be set where eval_steps is"
         if self.learn_infonce_temperature and self.infonce == 0:
             yield "learn_infonce_temperature", "be false where infonce is 0"
+        if self.final_infonce_temperature and (self.learn_infonce_temperature or not self.infonce):
+            yield "final_infonce_temperature", "be left out where none is used, or one is learnt"
+        if self.final_rank_temperature and not (self.ranks and self.reward.rank_temperature):
+            yield "final_rank_temperature", "be left out where reward.rank_temperature is not used"
+        if self.relevance != "none" and not self.ranks:
+            yield "relevance", "be none where nothing is ranked"
+        if self.pairings == "all" and not (self.ranks and self.num_generations > 1):
+            yield "pairings", "be own where nothing is ranked, or num_generations is 1"
+
+    def cooled(self, share: float) -> StageConfig:
+        """With the temperatures of a moment, after a share in [0, 1] of the stage."""
+        last, ranks_last = self.final_infonce_temperature, self.final_rank_temperature
+        if last is None and ranks_last is None:
+            return self
+
+        def at(first: float, last: float | None) -> float:
+            return first if last is None else first ** (1 - share) * last**share
+
+        t = at(self.reward.rank_temperature, ranks_last)
+        return dataclasses.replace(
+            self,
+            infonce_temperature=at(self.infonce_temperature, last),
+            reward=dataclasses.replace(self.reward, rank_temperature=t),
+        )
 
     @property
     def ranks(self) -> bool:
@@ -292,6 +326,12 @@ class StageConfig:
         )
 
     @property
+    def embeds_pools(self) -> bool:
+        """Whether all candidates are embedded, before its first step or in between."""
+        start = self.relevance == "start"
+        return self.banks or self.hard_batches or self.negatives.mined > 0 or start
+
+    @property
     def embeds(self) -> bool:
         """Whether this stage's loss looks at embeddings at all."""
         return self.infonce > 0 or self.ranks
@@ -307,7 +347,10 @@ class Recipe:
     controls: Mapping[Name, StageConfig] = field(default_factory=dict)
     """Alternatives to the last stage: each starts where it started and, where it names neither
     steps nor epochs, takes as many steps."""
-    seed: Annotated[int, between(0, 2**63 - 1)] = 0
+    seed: Seed = 0
+    data_seed: Seed | None = None
+    """Of the order of the data and the draw of negatives, where two runs are to share them and
+    differ in their `seed`; None: `seed`."""
     save_seconds: Weight = 30.0  # between checkpoints inside a stage
     save_steps: Count | None = None  # write one after so many steps, too
     save_total_limit: Annotated[int, between(1, 2**63 - 1)] = 2  # kept while a stage trains
@@ -326,6 +369,11 @@ class Recipe:
             yield "stages", "hold a stage"
         if both := [name for name in self.controls if name in self.stages]:
             yield f"controls.{both[0]}", "have a name that no stage has"
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of the data is drawn by."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def idle(self) -> Iterator[tuple[str, str]]:
         """Stages that cannot be trained, or not as they say."""

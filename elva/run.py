@@ -19,7 +19,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
@@ -36,6 +36,9 @@ from elva.recipe import Recipe, read_recipe, to_dict
 
 EVALUATED = ("test", "val")
 """Splits that stages are evaluated on, the first that there is."""
+
+CHOSEN_ON = ("val", "test")
+"""Likewise inside a stage, where the best weights are looked for: if it can be, not on test."""
 
 LOCK = ".lock"
 """Held by the process that trains."""
@@ -235,9 +238,9 @@ def source_of(recipe: Recipe, data: str) -> Path:
     return Path(data)
 
 
-def evaluate_split(root: Path) -> str | None:
-    """The split of some data that stages are evaluated on; None where there is none."""
-    there = (s for s in EVALUATED if any((root / "query" / s).glob(f"mbeir_*_{s}.jsonl")))
+def evaluate_split(root: Path, among: Sequence[str] = EVALUATED) -> str | None:
+    """The first of some splits that some data have; None where there is none."""
+    there = (s for s in among if any((root / "query" / s).glob(f"mbeir_*_{s}.jsonl")))
     return next(there, None)
 
 

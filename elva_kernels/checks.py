@@ -43,10 +43,12 @@ def embeddings(
     negatives: Tensor,
     mask: Tensor | None,
     negative_index: Tensor | None = None,
-) -> Tensor | None:
-    """query [*, D], positive [*, D], negatives [*, N, D], mask [*, N]; returns the index as int64.
+    relevance: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """query [*, D], positive [*, D], negatives [*, N, D], mask and relevance [*, N].
 
-    With negative_index [*, N] negatives are [M, D].
+    With negative_index [*, N] negatives are [M, D]. Returns the index as int64, and the relevance
+    as a constant in the scores' dtype.
     """
     _tensor(op, "query", query, "[*, D]", 1)
     _tensor(op, "positive", positive, "[*, D]", 1)
@@ -60,15 +62,18 @@ def embeddings(
         negative_index = negative_index.to(torch.int64)
     if mask is not None:
         _mask(op, mask, query, rows[-2])
+    if relevance is not None:
+        relevance = _relevance(op, relevance, query, rows[-2])
     if (
         positive.shape != shape
         or rows[:-2] != shape[:-1]
         or rows[-1] != shape[-1]
         or shape[-1] == 0
         or mask is not None
+        or relevance is not None
     ):
-        _embedding_shapes(op, query, positive, negatives, mask, negative_index)
-    return negative_index
+        _embedding_shapes(op, query, positive, negatives, mask, negative_index, relevance)
+    return negative_index, relevance
 
 
 def _bank(op: str, negatives: Tensor, index: Tensor, query: Tensor) -> None:
@@ -88,6 +93,7 @@ def _embedding_shapes(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
 ) -> None:
     """Equal D, and leading dimensions that broadcast."""
     size = query.shape[-1]
@@ -97,11 +103,15 @@ def _embedding_shapes(
         _refuse(ValueError, op, "positive", f"have query's D = {size}", _shape(positive))
     if negatives.shape[-1] != size:
         _refuse(ValueError, op, "negatives", f"have query's D = {size}", _shape(negatives))
-    _broadcast(op, query.shape[:-1], **_leading(positive, negatives, mask, index))
+    _broadcast(op, query.shape[:-1], **_leading(positive, negatives, mask, index, relevance))
 
 
 def _leading(
-    positive: Tensor, negatives: Tensor, mask: Tensor | None, index: Tensor | None
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    relevance: Tensor | None,
 ) -> dict[str, torch.Size]:
     """The leading dimensions of all but the query, by argument."""
     leading = {"positive": positive.shape[:-1]}
@@ -111,17 +121,24 @@ def _leading(
         leading["negative_index"] = index.shape[:-1]
     if mask is not None:
         leading["mask"] = mask.shape[:-1]
+    if relevance is not None:
+        leading["relevance"] = relevance.shape[:-1]
     return leading
 
 
-def scores(op: str, scores: Tensor, mask: Tensor | None) -> None:
-    """scores [*, C], mask [*, C - 1]."""
+def scores(op: str, scores: Tensor, mask: Tensor | None, relevance: Tensor | None) -> Tensor | None:
+    """scores [*, C], mask and relevance [*, C - 1]; returns the relevance as `embeddings` does."""
     _tensor(op, "scores", scores, "[*, C]", 1)
     if scores.shape[-1] == 0:
         _refuse(ValueError, op, "scores", "hold the positive's in column 0", _shape(scores))
     if mask is not None:
         _mask(op, mask, scores, scores.shape[-1] - 1)
         _broadcast(op, scores.shape[:-1], mask=mask.shape[:-1])
+    if relevance is not None:
+        relevance = _relevance(op, relevance, scores, scores.shape[-1] - 1)
+        others = {} if mask is None else {"mask": mask.shape[:-1]}
+        _broadcast(op, scores.shape[:-1], **others, relevance=relevance.shape[:-1])
+    return relevance
 
 
 def rewards(op: str, reward: Tensor, scale: str, std_eps: float) -> float:
@@ -290,9 +307,10 @@ def upstream(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
 ) -> Tensor:
     """weight, broadcastable to the reward [*]; returned in the reward's dtype."""
-    others = _leading(positive, negatives, mask, index).values()
+    others = _leading(positive, negatives, mask, index, relevance).values()
     return upstream_of(op, weight, query, torch.broadcast_shapes(query.shape[:-1], *others))
 
 
@@ -509,6 +527,18 @@ def _mask(op: str, mask: Tensor, beside: Tensor, n_negatives: int) -> None:
         _refuse_device(op, "mask", mask, beside.device)
     if mask.dim() < 1 or mask.shape[-1] != n_negatives:
         _refuse(ValueError, op, "mask", f"have shape [*, N] with N = {n_negatives}", _shape(mask))
+
+
+@in_default_float_mode
+def _relevance(op: str, relevance: Tensor, beside: Tensor, n_negatives: int) -> Tensor:
+    """relevance [*, N] as a constant in the scores' dtype; what it holds is asked by the op."""
+    _tensor(op, "relevance", relevance, "[*, N]", 0)
+    if relevance.device != beside.device:
+        _refuse_device(op, "relevance", relevance, beside.device)
+    if relevance.dim() < 1 or relevance.shape[-1] != n_negatives:
+        rule = f"have shape [*, N] with N = {n_negatives}"
+        _refuse(ValueError, op, "relevance", rule, _shape(relevance))
+    return relevance.detach().to(compute_dtype(beside.dtype))
 
 
 def _broadcast(op: str, leading: torch.Size, **others: torch.Size) -> None:

@@ -56,10 +56,12 @@ class RankingRewardLoss(torch.nn.Module):
         negatives: Tensor,
         mask: Tensor | None = None,
         negative_index: Tensor | None = None,
+        relevance: Tensor | None = None,
     ) -> Tensor:
         """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N].
 
-        With negative_index [*, N] negatives are a bank [M, D].
+        With negative_index [*, N] negatives are a bank [M, D]; relevance [*, N] in [0, 1] says how
+        relevant each negative is itself, as in `ranking_reward`.
         """
         result = ranking_reward(
             query,
@@ -67,6 +69,7 @@ class RankingRewardLoss(torch.nn.Module):
             negatives,
             negative_index=negative_index,
             mask=mask,
+            relevance=relevance,
             **self._weights._asdict(),
             backend=self.backend,
         )

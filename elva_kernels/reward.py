@@ -17,6 +17,7 @@ def ranking_reward(
     *,
     negative_index: Tensor | None = None,
     mask: Tensor | None = None,
+    relevance: Tensor | None = None,
     margin: float = 0.1,
     rank_penalty: float = 0.01,
     w_margin: float = 0.4,
@@ -102,13 +103,15 @@ def ranking_reward(
         reward = w_margin * margin_reward + w_rank * rank_reward
     """
     op = "ranking_reward"
-    index = checks.embeddings(op, query, positive, negatives, mask, negative_index)
+    index, relevance = checks.embeddings(
+        op, query, positive, negatives, mask, negative_index, relevance
+    )
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if checks.flag(op, "check_finite", check_finite):
         checks.finite_rows(op, query, positive, negatives, mask, index)
-    inputs = (query, positive, negatives, mask, index, weights)
+    inputs = (query, positive, negatives, mask, index, relevance, weights)
     if is_watched(query, positive, negatives):
         wrt = tuple(requires_grad(x) for x in (query, positive, negatives))
         results = registered.differentiable_ranking_reward(*inputs, wrt, backend)
@@ -123,6 +126,7 @@ def ranking_reward_and_grad(
     *,
     negative_index: Tensor | None = None,
     mask: Tensor | None = None,
+    relevance: Tensor | None = None,
     weight: Tensor | None = None,
     wrt: Sequence[str] = checks.EMBEDDINGS,
     margin: float = 0.1,
@@ -164,20 +168,22 @@ def ranking_reward_and_grad(
     with None in the places that `wrt` does not name.
     """
     op = "ranking_reward_and_grad"
-    index = checks.embeddings(op, query, positive, negatives, mask, negative_index)
+    index, relevance = checks.embeddings(
+        op, query, positive, negatives, mask, negative_index, relevance
+    )
     wanted = checks.wrt(op, wrt, checks.EMBEDDINGS)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if weight is not None:
-        weight = checks.upstream(op, weight, query, positive, negatives, mask, index)
+        weight = checks.upstream(op, weight, query, positive, negatives, mask, index, relevance)
     if checks.flag(op, "check_finite", check_finite):
         checks.finite_rows(op, query, positive, negatives, mask, index)
     inputs = (query, positive, negatives)
     if is_watched(*inputs):
         inputs = (query.detach(), positive.detach(), negatives.detach())
     results = registered.ranking_reward_and_grad(
-        *inputs, mask, index, weight, weights, wanted, backend
+        *inputs, mask, index, relevance, weight, weights, wanted, backend
     )
     grads = (x if kept else None for x, kept in zip(results[5:], wanted, strict=True))
     grad_query, grad_positive, grad_negatives = grads
@@ -188,6 +194,7 @@ def reward_from_scores(
     scores: Tensor,
     *,
     mask: Tensor | None = None,
+    relevance: Tensor | None = None,
     margin: float = 0.1,
     rank_penalty: float = 0.01,
     w_margin: float = 0.4,
@@ -222,17 +229,16 @@ def reward_from_scores(
     Equivalent to: `ranking_reward`'s equivalent, from its second line on.
     """
     op = "reward_from_scores"
-    checks.scores(op, scores, mask)
+    relevance = checks.scores(op, scores, mask, relevance)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.LARGEST)
     if checks.flag(op, "check_finite", check_finite):
         checks.finite_scores(op, scores, mask)
+    inputs = (scores, mask, relevance, weights, backend)
     if is_watched(scores):
-        return RankingReward(
-            *registered.differentiable_reward_from_scores(scores, mask, weights, backend)
-        )
-    return RankingReward(*registered.reward_from_scores(scores, mask, weights, backend))
+        return RankingReward(*registered.differentiable_reward_from_scores(*inputs))
+    return RankingReward(*registered.reward_from_scores(*inputs))
 
 
 def group_advantages(reward: Tensor, *, scale: str = "std", std_eps: float = 1e-4) -> Tensor:

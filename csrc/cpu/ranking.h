@@ -1,5 +1,6 @@
 // Ranks, rewards and their slopes from one group's scores: rank (2), margin reward (3), rank reward
-// (4), reward (5), soft rank (6) of elva_kernels.reference.
+// (4), reward (5), soft rank (6), and both rewards with a relevance (3g, 4g), of
+// elva_kernels.reference.
 #ifndef ELVA_CPU_RANKING_H_
 #define ELVA_CPU_RANKING_H_
 
@@ -63,30 +64,62 @@ struct RankBuffers {
 
   static size_t arena_bytes(int64_t count) {
     return Arena::bytes_for<Key>(count) + Arena::bytes_for<int32_t>(count) +
-           Arena::bytes_for<double>(count) * 2 + Arena::bytes_for<V>(count);
+           Arena::bytes_for<double>(count) * 2 + Arena::bytes_for<V>(count) * 2;
   }
   RankBuffers(int64_t count, Arena* arena)
       : keys(arena->take<Key>(count)),
         ranks(arena->take<int32_t>(count)),
         soft_ranks(arena->take<double>(count)),
         slopes(arena->take<double>(count)),
-        rank_slopes(arena->take<V>(count)) {}
+        rank_slopes(arena->take<V>(count)),
+        relevance(arena->take<V>(count)) {}
 
   Key* keys;
   int32_t* ranks;
   double* soft_ranks;
   double* slopes;  // d reward / d score; with soft ranks not before add_soft_slopes
   V* rank_slopes;
+  V* relevance;  // of the live candidates; the positive's is not read
 };
 
-// Eq. (2) to (6). A score that is not finite makes all rewards and slopes NaN.
+// The relevance of the live candidates, in `buffers`, out of a group's negatives'; null for null.
+template <class V>
+const V* live_relevance(const V* negatives, const uint32_t* live, int64_t count,
+                        const RankBuffers<V>& buffers) {
+  if (negatives == nullptr) return nullptr;
+  for (int64_t j = 1; j < count; ++j) buffers.relevance[j] = negatives[live[j] - 1];
+  return buffers.relevance;
+}
+
+// (3) or, of rivals that a relevance makes, (3g): the hardest negative and its score there.
+struct Hardest {
+  int64_t candidate;
+  double score;
+};
+
+template <class V>
+Hardest hardest_rival(const V* scores, int64_t count, double margin, const V* relevance) {
+  Hardest first{0, -std::numeric_limits<double>::infinity()};
+  for (int64_t i = 1; i < count; ++i) {
+    const double rival =
+        graded_rival(static_cast<double>(scores[i]), margin, static_cast<double>(relevance[i]));
+    if (first.candidate == 0 || rival > first.score) first = {i, rival};
+  }
+  return first;
+}
+
+// Eq. (2) to (6), with a relevance of the live candidates (3g) and (4g) in place of (3) and (4). A
+// score that is not finite, or a relevance that is none, makes all rewards and slopes NaN.
 template <class V>
 GroupReward reward_of(const Kernels& kernels, const V* scores, int64_t count,
-                      const ElvaRewardWeights& weights, const RankBuffers<V>& buffers) {
+                      const ElvaRewardWeights& weights, const V* relevance,
+                      const RankBuffers<V>& buffers) {
   const int32_t* ranks = buffers.ranks;
   double* slopes = buffers.slopes;
   rank_candidates<V>(kernels, scores, count, buffers.keys, buffers.ranks);
-  if (!std::all_of(scores, scores + count, [](V score) { return std::isfinite(score); })) {
+  const bool graded = relevance != nullptr && count > 1;
+  if (!std::all_of(scores, scores + count, [](V score) { return std::isfinite(score); }) ||
+      (graded && !std::all_of(relevance + 1, relevance + count, is_relevance))) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     std::fill(slopes, slopes + count, nan);
     return {nan, nan, nan, ranks[0]};
@@ -101,12 +134,20 @@ GroupReward reward_of(const Kernels& kernels, const V* scores, int64_t count,
   const int32_t hardest_rank = ranks[0] == 1 ? 2 : 1;
   for (int64_t i = 0; i < count; ++i) {
     const double log_rank = soft ? std::log(buffers.soft_ranks[i]) : log_of_rank(ranks[i]);
-    const double weight = rank_weight(i == 0, log_rank, weights.rank_penalty);
+    const double weight = graded && i > 0 ? graded_rank_weight(log_rank, weights.rank_penalty,
+                                                               static_cast<double>(relevance[i]))
+                                          : rank_weight(i == 0, log_rank, weights.rank_penalty);
     out.rank_reward += weight * static_cast<double>(scores[i]);
     slopes[i] = weights.w_rank * weight;
     if (ranks[i] == hardest_rank) hardest = i;
   }
-  if (count > 1) out.margin_reward = margin_hinge(scores[0], scores[hardest], weights.margin);
+  if (graded) {
+    const Hardest rival = hardest_rival(scores, count, weights.margin, relevance);
+    hardest = rival.candidate;
+    out.margin_reward = margin_hinge(scores[0], rival.score, weights.margin);
+  } else if (count > 1) {
+    out.margin_reward = margin_hinge(scores[0], scores[hardest], weights.margin);
+  }
   if (out.margin_reward > 0) {
     slopes[0] += weights.w_margin;
     slopes[hardest] -= weights.w_margin;
@@ -120,13 +161,17 @@ GroupReward reward_of(const Kernels& kernels, const V* scores, int64_t count,
 // temperature for k != i, and minus the sum of these for k = i. After reward_of.
 template <class V>
 void add_soft_slopes(const Kernels& kernels, const V* scores, int64_t count,
-                     const ElvaRewardWeights& weights, const RankBuffers<V>& buffers) {
+                     const ElvaRewardWeights& weights, const V* relevance,
+                     const RankBuffers<V>& buffers) {
   double* soft_ranks = buffers.soft_ranks;
   if (weights.rank_temperature <= 0 || std::isnan(buffers.slopes[0])) return;
   double largest = 0;
   for (int64_t i = 0; i < count; ++i) {
-    soft_ranks[i] = static_cast<double>(scores[i]) *
-                    rank_weight_slope(i == 0, soft_ranks[i], weights.rank_penalty);
+    const double slope = relevance != nullptr && i > 0
+                             ? graded_rank_weight_slope(soft_ranks[i], weights.rank_penalty,
+                                                        static_cast<double>(relevance[i]))
+                             : rank_weight_slope(i == 0, soft_ranks[i], weights.rank_penalty);
+    soft_ranks[i] = static_cast<double>(scores[i]) * slope;
     largest = std::max(largest, std::fabs(soft_ranks[i]));
   }
   if (largest == 0) return;

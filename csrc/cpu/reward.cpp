@@ -2,7 +2,7 @@
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
 //   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
 // In: query, positive [*, D], negatives [*, N, D], or a bank [M, D] and an index [*, N], in bf16,
-//   fp16, fp32 or fp64, any strides; mask [*, N].
+//   fp16, fp32 or fp64, any strides; mask [*, N], relevance [*, N].
 // Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32 (fp64), rank int32 [*];
 //   gradients dense, in the inputs' dtype; a bank's: reward_bank.cpp.
 // Work split: one group a thread at a time; a group's rows stay in the second-level cache for the
@@ -104,6 +104,8 @@ ElvaStatus forward(const ElvaRewardArgs& args) {
     double* saved = args.coefficients;
     double* coefficients = saved == nullptr ? group->own_coefficients() : saved + i * width;
     group->set_mask(group_data<bool>(args.batch, args.mask, index), args.mask.stride);
+    const V* relevance = static_cast<const V*>(args.relevance);
+    group->set_relevance(relevance == nullptr ? nullptr : relevance + i * args.negatives);
     group->score(static_cast<V*>(args.scores) + i * (args.negatives + 1));
     const GroupReward out = group->rank(args.weights);
     static_cast<V*>(args.reward)[i] = static_cast<V>(out.reward);

@@ -49,8 +49,11 @@ void one_group(const ElvaScoresArgs& args, const Kernels& kernels, int64_t i,
     buffers.live[count] = static_cast<uint32_t>(c);
     buffers.scores[count++] = static_cast<V>(to_double(scores[c]));
   }
+  const V* relevance = static_cast<const V*>(args.relevance);
+  if (relevance != nullptr) relevance += i * (args.candidates - 1);
+  relevance = live_relevance<V>(relevance, buffers.live, count, buffers.ranking);
   const GroupReward out =
-      reward_of<V>(kernels, buffers.scores, count, args.weights, buffers.ranking);
+      reward_of<V>(kernels, buffers.scores, count, args.weights, relevance, buffers.ranking);
   if (args.reward != nullptr) {
     static_cast<V*>(args.reward)[i] = static_cast<V>(out.reward);
     static_cast<V*>(args.margin_reward)[i] = static_cast<V>(out.margin_reward);
@@ -58,7 +61,7 @@ void one_group(const ElvaScoresArgs& args, const Kernels& kernels, int64_t i,
     args.rank[i] = out.rank;
   }
   if (args.grad_scores != nullptr) {
-    add_soft_slopes<V>(kernels, buffers.scores, count, args.weights, buffers.ranking);
+    add_soft_slopes<V>(kernels, buffers.scores, count, args.weights, relevance, buffers.ranking);
     const V* upstream = group_data<V>(args.batch, args.upstream, index);
     const double factor = upstream == nullptr ? 1.0 : static_cast<double>(*upstream);
     T* grad = static_cast<T*>(args.grad_scores) + i * args.candidates;

@@ -99,6 +99,11 @@ class RewardGroup {
     }
   }
 
+  // After set_mask(): [candidates - 1] of the negatives, or null.
+  void set_relevance(const V* relevance) {
+    relevance_ = live_relevance<V>(relevance, live_, live_count_, ranking_);
+  }
+
   // [2 * candidates + 1], for a caller that keeps none.
   double* own_coefficients() { return own_coefficients_; }
 
@@ -127,14 +132,14 @@ class RewardGroup {
     }
   }
 
-  // Eq. (2) to (6) on the scores.
+  // Eq. (2) to (6) on the scores, after set_relevance().
   GroupReward rank(const ElvaRewardWeights& weights) {
-    return reward_of<V>(kernels_, live_scores_, live_count_, weights, ranking_);
+    return reward_of<V>(kernels_, live_scores_, live_count_, weights, relevance_, ranking_);
   }
 
   // After rank() with the same weights.
   void set_coefficients(const ElvaRewardWeights& weights, double* coefficients) {
-    add_soft_slopes<V>(kernels_, live_scores_, live_count_, weights, ranking_);
+    add_soft_slopes<V>(kernels_, live_scores_, live_count_, weights, relevance_, ranking_);
     double* a = coefficients;
     double* b = coefficients + candidates_;
     std::fill(coefficients, coefficients + 2 * candidates_, 0.0);
@@ -329,6 +334,7 @@ class RewardGroup {
   T *nan_row_, *spare_row_;
   double* query_sum_;
   uint32_t* live_;
+  const V* relevance_ = nullptr;  // of the live candidates; null: none is given
   RankBuffers<V> ranking_;
   double *dot_, *norm_, *score_;
   const void **rows_, **ahead_;

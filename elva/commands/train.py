@@ -21,7 +21,7 @@ from elva.model.scratch import create
 from elva.processes import Processes
 from elva.progress import SILENT, Noted, Reporter
 from elva.recipe import Recipe, StageConfig, chosen
-from elva.run import Run
+from elva.run import CHOSEN_ON, Run, evaluate_split, evaluated
 from elva.training.beginning import begin, open_model
 from elva.training.callbacks import Callback, Trackers
 from elva.training.examples import Examples
@@ -228,18 +228,20 @@ def _begin(
     recipe, reporter, title = run.recipe, shared.reporter, run.title(name)
     settings = recipe.stages.get(name) or recipe.controls[name]
     retriever = shared.begin(beginning, settings)
-    examples = Examples(shared.data.of(settings), settings, recipe.seed)
+    examples = Examples(shared.data.of(settings), settings, recipe.order_seed)
     steps = steps_of(settings, examples, limit, as_many)
     reporter.start(title, steps)
     for line in notices(settings, examples):
         shared.say(title, line)
     stage = Stage(
         retriever, settings, examples, steps, seed=(recipe.seed, name),
+        order_seed=(recipe.order_seed, name),
         arguments=recipe.trainer, title=title, processes=shared.processes, say=reporter.say,
     )  # fmt: skip
 
     def figures() -> dict[str, float]:
-        found = evaluate_model(run, retriever, title, SILENT, shared.processes)
+        split = evaluate_split(evaluated(recipe)[0], CHOSEN_ON)
+        found = evaluate_model(run, retriever, title, SILENT, shared.processes, split)
         return {k: v for k, v in found["figures"].items() if isinstance(v, int | float)}
 
     loop = Loop(

@@ -5,6 +5,7 @@ They say how far another draw of queries would move a figure, and nothing of ano
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,3 +54,29 @@ def paired_interval(ours: Sequence[float], theirs: Sequence[float], seed: Seed =
         ours, theirs: [Q], a value a query, in the same order of queries.
     """
     return mean_interval(np.subtract(ours, theirs).tolist(), seed)
+
+
+class SignTest(NamedTuple):
+    """Queries on which one of two is better, and how likely so uneven a split is by chance."""
+
+    won: int
+    lost: int
+    p: float
+
+
+def sign_test(ours: Sequence[float], theirs: Sequence[float]) -> SignTest:
+    """The exact two-sided sign test over the same queries (of hits and misses McNemar's).
+
+    Args:
+        ours, theirs: [Q], a value a query, in the same order of queries.
+
+    Example:
+        >>> sign_test([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0])
+        SignTest(won=5, lost=0, p=0.0625)
+    """
+    apart = np.subtract(ours, theirs)
+    won, lost = int((apart > 0).sum()), int((apart < 0).sum())
+    n = won + lost
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2)
+            for i in range(min(won, lost) + 1)]  # fmt: skip
+    return SignTest(won, lost, round(min(1.0, 2 * math.fsum(map(math.exp, logs))), 12))

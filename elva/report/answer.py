@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from elva.evaluation.columns import columns
-from elva.evaluation.intervals import Interval, mean_interval, paired_interval
+from elva.evaluation.intervals import (
+    Interval,
+    SignTest,
+    mean_interval,
+    paired_interval,
+    sign_test,
+)
 from elva.report.figures import TASKS, Row, chance, row_with
 from elva.report.table import Cells, best_of, least_distance, least_words, number
 
@@ -25,6 +31,7 @@ class Difference(NamedTuple):
     theirs: Row
     figure: str
     interval: Interval
+    test: SignTest
 
 
 def intervals(row: Row) -> dict[str, Interval]:
@@ -45,7 +52,7 @@ def difference(ours: Row, theirs: Row, figure: str) -> Difference | None:
     if not both:
         return None
     won, was = ([float(side[i]["rank"] <= int(k)) for i in both] for side in (new, old))
-    return Difference(ours, theirs, figure, paired_interval(won, was))
+    return Difference(ours, theirs, figure, paired_interval(won, was), sign_test(won, was))
 
 
 def differences(rows: Sequence[Row]) -> list[Difference]:
@@ -102,7 +109,7 @@ def difference_cells(found: Sequence[Difference]) -> Cells | None:
             one = by.get((*pair, figure))
             row.append("-" if one is None else f"{one.interval.mean:+.3f}")
             if one is not None and _is_wide(one.interval):
-                notes[i, j] = _range(one.interval, "+")
+                notes[i, j] = f"{_range(one.interval, '+')}; {_tested(one.test)}"
         cells.append(row)
     labels = [f"{TASKS[figure.partition('_recall_at_')[0]]} R@1" for figure in figures]
     return Cells(["", "steps", *labels], cells, set(), notes) if cells else None
@@ -119,7 +126,7 @@ def as_json(rows: Sequence[Row], found: Sequence[Difference]) -> dict[str, Any]:
             {
                 "ours": one.ours.title, "theirs": one.theirs.title,
                 "steps": [one.ours.steps, one.theirs.steps], "figure": one.figure,
-                **one.interval._asdict(),
+                **one.interval._asdict(), **one.test._asdict(),
             }
             for one in found
         ],
@@ -142,6 +149,10 @@ def _pair(one: Difference) -> tuple[str, str]:
 def _steps(one: Difference) -> str:
     ours, theirs = ("-" if r.steps is None else f"{r.steps:,}" for r in (one.ours, one.theirs))
     return f"{ours} against {theirs}"
+
+
+def _tested(test: SignTest) -> str:
+    return f"won {test.won:,}, lost {test.lost:,}, p {test.p:.2g}"
 
 
 def _is_wide(interval: Interval) -> bool:

@@ -104,7 +104,8 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
         found.append(
             f"{_list(asked)}. R@k: share of queries with their right answer among the first k, "
             "ties counted against it. Best in bold. Below a recall, and of a difference, the 95 % "
-            "interval of the bootstrap over queries; differences are paired, query by query. "
+            "interval of the bootstrap over queries; differences are paired, query by query, "
+            "with p of the exact sign test. "
             f"One training seed ({run.recipe.seed}) was run: how far another would move a figure, "
             "these intervals do not say."
         )

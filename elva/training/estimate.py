@@ -204,7 +204,7 @@ def _pixels(stage: StageConfig, sizes: Sizes, found: Mapping[str, Any]) -> float
     one, every = 4 * sizes.picture * sizes.patch * _FP32, float(found.get("pictures", math.inf))
     a_step = sequences_a_step(stage) // stage.num_generations
     seen, ahead = min(every, a_step * (stage.steps or math.inf)), min(every, a_step)
-    if stage.banks or stage.hard_batches or stage.negatives.mined:  # all are embedded
+    if stage.embeds_pools:
         seen, ahead = every, min(every, 2 * stage.rollout_batch_size)
     kept = min(seen * one, KEPT_MB << 20) if seen else 0.0
     return kept + min(ahead * one, AHEAD_MB << 20)

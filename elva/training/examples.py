@@ -93,7 +93,7 @@ class Examples:
                 f"{', '.join(empty) or 'any task'}, "
                 f"got {there}; set the stage's tasks or data"
             )
-        self.queries, self.rows = queries, rows
+        self.queries, self.rows, self._root = queries, rows, dataset.root
         self.shares = dict(tasks) or {task: float(len(found)) for task, found in rows.items()}
         self.candidates = Candidates({task: dataset.pool(task) for task in rows})
         self.captions = Captions(dataset) if stage.lm > 0 or stage.completions == "gold" else None
@@ -113,6 +113,28 @@ class Examples:
     def given(self, query: Query) -> list[int]:
         """Rows of the negatives that the data names."""
         return [self.candidates.row(query.task, id) for id in query.negatives]
+
+    def candidate_grains(self) -> list[frozenset[tuple[str, str]]]:
+        """(type, text) of the grains of each candidate: those of the text that asks for it, or that
+        it is.
+
+        Raises:
+            UserError: no query has grains.
+        """
+        known: dict[str, frozenset[tuple[str, str]]] = {}
+        for query in self.queries:
+            if query.grains:
+                grains = frozenset((grain.type, grain.text) for grain in query.grains)
+                for name in (query.text or "", *query.positives):
+                    known.setdefault(name, grains)
+        if not known:
+            raise UserError(
+                f"train: {self._root} must have queries with grains for relevance grains, got none;"
+                " set relevance to start or none"
+            )
+        items = (self.candidates[row] for row in range(len(self.candidates)))
+        nothing: frozenset[tuple[str, str]] = frozenset()
+        return [known.get(item.id, known.get(item.text or "", nothing)) for item in items]
 
     @property
     def negatives(self) -> int:

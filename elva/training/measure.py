@@ -87,7 +87,7 @@ def measure(
             elif (why := processes.agreed(_unfit(recipe, stage, checkpoint))) is not None:
                 found[name] = f"not measured: {why}"
             else:
-                examples = Examples(data.of(stage), stage, recipe.seed)
+                examples = Examples(data.of(stage), stage, recipe.order_seed)
                 found[name] = _measure(
                     recipe, stage, examples, checkpoint, Path(scratch), processes
                 )  # fmt: skip
@@ -142,6 +142,7 @@ def _piece(stage: StageConfig, queries: int) -> StageConfig:
         stage, batch_size=min(queries, stage.batch_size), hard_batches=False, refresh_steps=None,
         negatives=NegativeConfig(given=0), rollout_candidates="query_positive", eval_steps=None,
         load_best_model_at_end=False, early_stopping_patience=None, num_iterations=1,
+        relevance="none",
     )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def _measure(
         queries *= FACTOR
     share = sequences_a_step(stage) / sequences_a_step(piece)
     prompts = work.last.asked.prompts if work.last is not None else []
-    if stage.banks or stage.hard_batches or stage.negatives.mined:
+    if stage.embeds_pools:
         mining = _mining_seconds(work, examples)
     longest = max((len(prompt) for prompt in prompts), default=0)
     shown = retriever.inputs.image_id

@@ -5,7 +5,7 @@ Liu et al., ELVA, arXiv:2606.20280, sec. 3.2 (InfoNCE) and 3.4 (rewards).
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import elva_kernels
 from elva.processes import Processes
 from elva.recipe import StageConfig
 from elva.training.comparison import SOURCES, Comparison
+from elva.training.relevance import Relevance
 
 
 @dataclass(frozen=True)
@@ -111,29 +112,59 @@ def info_nce(
     return loss, {**metrics, **found, "infonce_share_in_batch": max(0.0, 1.0 - own_shares)}
 
 
+class Rewards(NamedTuple):
+    """A step's rewards, by whose summaries they are the reward of.
+
+    Attributes:
+        query: [B, G], of the query's rollouts.
+        shown: [B, G], of its candidates'; the same where rollouts meet those of their own number.
+    """
+
+    query: Tensor
+    shown: Tensor
+
+
 def reward(
-    stage: StageConfig, comparison: Comparison, embedded: Embedded
-) -> tuple[Tensor, dict[str, float]]:
-    """The reward of every rollout of a query, [B, G], the mean over its right answers; metrics."""
+    stage: StageConfig, comparison: Comparison, embedded: Embedded,
+    relevance: Relevance | None = None,
+) -> tuple[Rewards, dict[str, float]]:  # fmt: skip
+    """The rewards of every rollout, means over a query's right answers, and metrics.
+
+    A query's rollout meets its candidates' rollouts of the same number (paper, sec. 3.4) or, where
+    `stage.pairings` is all, those of every number, and its reward is the mean over them.
+    """
     columns = embedded.columns
     scalars: dict[str, Any] = asdict(stage.reward)  # RewardConfig names the op's arguments
     target = columns.new_tensor(comparison.target)
     asks, answers = (target >= 0).nonzero(as_tuple=True)  # one group each: a query, an answer
+    query = embedded.query[asks]  # [A, G, D]
+    positive = embedded.table[columns[target[asks, answers]]]
+    index = _index(comparison, columns)[asks]
+    graded = None if relevance is None else relevance(comparison, asks, answers)[:, None]
+    if stage.pairings == "all":  # [A, G of the query, G of its candidates, ...]
+        groups = embedded.groups
+        query = query[:, :, None].expand(-1, -1, groups, -1)
+        positive, index = (x[:, None].expand(-1, groups, -1, -1) for x in (positive, index))
+        graded = None if graded is None else graded[:, None]
+    graded = None if graded is None else graded.expand(index.shape)
     out = elva_kernels.ranking_reward(
-        embedded.query[asks], embedded.table[columns[target[asks, answers]]], embedded.table,
-        negative_index=_index(comparison, columns)[asks], **scalars,
-    )  # fmt: skip
+        query, positive, embedded.table, negative_index=index, relevance=graded, **scalars
+    )
     # A place for each answer and a sum in order: no atomics.
-    each = out.reward.new_zeros(*target.shape, embedded.groups)
+    each = out.reward.new_zeros(*target.shape, *out.reward.shape[1:])
     each = each.index_put((asks, answers), out.reward)
-    found = each.sum(1) / (target >= 0).sum(1, keepdim=True)
+    counts = (target >= 0).sum(1).view(-1, *[1] * (out.reward.dim() - 1))
+    means = each.sum(1) / counts
+    found = Rewards(means, means) if means.dim() == 2 else Rewards(means.mean(2), means.mean(1))
     scores = out.scores.detach().requires_grad_()
     live = scores.isfinite()[..., 1:]
-    elva_kernels.reward_from_scores(scores, mask=live, **scalars).reward.sum().backward()
+    paid = elva_kernels.reward_from_scores(scores, mask=live, relevance=graded, **scalars)
+    paid.reward.sum().backward()
     assert scores.grad is not None
     pull = scores.grad[..., 1:].abs()
-    sources = _sources(comparison, columns)[asks][:, None].expand_as(pull)
-    metrics = _reward_metrics(found.detach(), out)
+    sources = _sources(comparison, columns)[asks]
+    sources = sources.view(len(asks), *[1] * (pull.dim() - 2), -1).expand_as(pull)
+    metrics = _reward_metrics(found.query.detach(), out)
     metrics.update(_by_source("reward", out.scores, pull, sources, pull.sum(-1)))
     return found, metrics
 

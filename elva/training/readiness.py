@@ -213,7 +213,7 @@ def _missing_model(asked: ModelConfig) -> Iterator[str]:
 
 def _look(recipe: Recipe, stage: StageConfig, dataset: Dataset) -> Row:
     """A stage's data: chosen as it will be, some of its pictures decoded."""
-    examples = Examples(dataset, stage, recipe.seed)
+    examples = Examples(dataset, stage, recipe.order_seed)
     parts: list[Queries | Pool] = [examples.queries, *examples.candidates.pools]
     if found := unreadable(parts, DECODED, recipe.seed):
         raise DataError(found[0])

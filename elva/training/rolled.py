@@ -49,19 +49,21 @@ class Rolled:
         kept = torch.arange(len(shown), len(table), device=rows.device)[:, None].expand(-1, groups)
         return Embedded(query.unflatten(0, (-1, groups)), table, torch.cat([columns, kept]))
 
-    def per_row(self, advantages: Tensor, negatives: int) -> Tensor:
-        """Advantages [B, G] of queries as those [(B + candidates) * G] of sequences: each shares
-        the advantages of the actions that it is part of.
+    def per_row(self, asked: Tensor, shown: Tensor, negatives: int) -> Tensor:
+        """Advantages of actions as those [(B + candidates) * G] of sequences: each shares the
+        advantages of the actions that it is part of.
 
         Args:
+            asked: [B, G], of the queries' rollouts.
+            shown: [B, G], of their candidates'.
             negatives: a query's own, the first of those that it is compared with.
         """
         found, count = self.asked.comparison, self.count
         own = found.negatives[:, :negatives]
-        shared = advantages.new_zeros(count + self.shown, advantages.shape[1])
-        shared[:count] = advantages
+        shared = asked.new_zeros(count + self.shown, asked.shape[1])
+        shared[:count] = asked
         for b in range(count):
             members = {*found.target[b].tolist(), *own[b].tolist()}
             rows = [count + place for place in members if 0 <= place < found.rolled]
-            shared[rows] += advantages[b]
+            shared[rows] += shown[b]
         return shared.flatten()

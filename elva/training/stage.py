@@ -38,6 +38,7 @@ from elva.training.negatives import Negatives
 from elva.training.optimizer import autocast, checkpoint_gradients
 from elva.training.plan import Batch, plan
 from elva.training.prompts import Prompts
+from elva.training.relevance import Relevance
 from elva.training.rolled import Rolled
 from elva.training.states import bound_weight, whole
 from elva.training.summaries import Summaries
@@ -70,12 +71,15 @@ class Stage:
         title: str,
         processes: Processes,
         say: Callable[[str], None],
+        order_seed: Sequence[int | str] | None = None,
     ) -> None:
         """
         Args:
             steps: of the optimiser, at most.
+            seed: of the summaries.
             arguments: the recipe's `trainer`.
             say: takes what a person should know of the stage, a line each.
+            order_seed: of the data's order and the negatives; None: `seed`.
         """
         if stage.max_completion_length and not retriever.writes:
             raise UserError(
@@ -83,7 +87,8 @@ class Stage:
                 f"no head to write a summary with, got {stage.max_completion_length}"
             )
         self.retriever, self.stage, self.examples = retriever, stage, examples
-        self.seed, self.processes = tuple(seed), processes
+        self.processes = processes
+        order_seed = tuple(seed if order_seed is None else order_seed)
         self.guards = Guards(title, stage, say)
         self.arithmetic = autocast(retriever.device, arguments)
         # A step without a picture, a head that no loss reads, micro-batches but one of a step.
@@ -98,15 +103,16 @@ class Stage:
                 dtype=retriever.embedding_dtype, device=retriever.device,
             )  # fmt: skip
             retriever.log_temperature = nn.Parameter(start)
-        self.summaries = Summaries(retriever, stage, self.seed, self.arithmetic, processes)
-        self.negatives = Negatives(stage, examples, self.seed, self.summaries.embed, processes)
+        self.summaries = Summaries(retriever, stage, seed, self.arithmetic, processes)
+        self.negatives = Negatives(stage, examples, order_seed, self.summaries.embed, processes)
+        self.relevance = Relevance.of(stage, examples, self.summaries.embed)
         neighbours = None
         if stage.hard_batches:
             self.negatives.mine()
             neighbours = self.negatives.neighbours()
-        self.plan = plan(stage, examples, -(-steps // stage.num_iterations), self.seed, neighbours)
+        self.plan = plan(stage, examples, -(-steps // stage.num_iterations), order_seed, neighbours)
         self.prompts = Prompts(
-            stage, examples, self.negatives, retriever.inputs, processes, self.seed
+            stage, examples, self.negatives, retriever.inputs, processes, order_seed
         )
         self.last: Rolled | None = None  # the step at hand
 
@@ -178,7 +184,7 @@ class Stage:
 
     def _score(self, rolled: Rolled, first: bool) -> tuple[_Gradients, dict[str, float]]:
         """Step 2: d loss / d embeddings and what to log; advantages are kept in `rolled`."""
-        stage = self.stage
+        stage = self.stage.cooled(rolled.batch.step / max(1, len(self.plan) - 1))
         metrics = self._summary_metrics(rolled)
         if not stage.embeds:
             return _Gradients(), metrics
@@ -200,13 +206,15 @@ class Stage:
             metrics.update(found)
             loss = loss + stage.infonce * nce
         if stage.ranks:
-            reward, found = ranking.reward(stage, rolled.asked.comparison, embedded)
+            rewards, found = ranking.reward(
+                stage, rolled.asked.comparison, embedded, self.relevance
+            )
             metrics.update(found)
             if first and stage.policy > 0:
-                group = objective.advantages(reward, stage.scale_rewards)  # [B, G]
-                rolled.advantages = rolled.per_row(group, stage.negatives.count)[rows]
+                of = [objective.advantages(reward, stage.scale_rewards) for reward in rewards]
+                rolled.advantages = rolled.per_row(*of, negatives=stage.negatives.count)[rows]
             if stage.pathwise > 0:
-                loss = loss - stage.pathwise * self.processes.count * reward.mean()
+                loss = loss - stage.pathwise * self.processes.count * rewards.query.mean()
         if loss.requires_grad:
             loss.backward()
         of_rows = None if leaf.grad is None else leaf.grad[rows]

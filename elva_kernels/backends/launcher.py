@@ -5,16 +5,18 @@ float64, with any strides; those of the grouped ops are expanded to one leading 
 read where they lie and never written. Results are contiguous and have no graph. With `weights` a
 `reference.Weights`, `batch` a `reference.Batch`, and None where an argument is optional:
 
-    ranking_reward            (query, positive, negatives, mask, index, weights) -> reward,
-                              margin_reward, rank_reward [*], rank int32 [*], scores [*, N + 1]
+    ranking_reward            (query, positive, negatives, mask, index, relevance, weights) ->
+                              reward, margin_reward, rank_reward [*], rank int32 [*], scores
+                              [*, N + 1]
     ranking_reward_saved      the same, and saved: all that the backward needs beside the inputs
-    ranking_reward_backward   (query, positive, negatives, mask, index, saved, grad_reward, weights,
-                              wrt) -> the gradients of sum(grad_reward * reward) on the three
-                              inputs
-    ranking_reward_and_grad   (query, positive, negatives, mask, index, upstream, weights, wrt)
-                              -> the values and the gradients of sum(upstream * reward); None is 1
-    reward_from_scores        (scores, mask, weights) -> the values, with the live scores
-    reward_from_scores_backward  (scores, mask, grad_reward, weights) -> grad_scores
+    ranking_reward_backward   (query, positive, negatives, mask, index, relevance, saved,
+                              grad_reward, weights, wrt) -> the gradients of sum(grad_reward *
+                              reward) on the three inputs
+    ranking_reward_and_grad   (query, positive, negatives, mask, index, relevance, upstream,
+                              weights, wrt) -> the values and the gradients of sum(upstream *
+                              reward); None is 1
+    reward_from_scores        (scores, mask, relevance, weights) -> the values, with the live scores
+    reward_from_scores_backward  (scores, mask, relevance, grad_reward, weights) -> grad_scores
     group_advantages          (reward, *, scale, std_eps) -> advantages
     topk                      (query, corpus, k, *, metric) -> scores, index
     row_codes                 (rows, fine) -> the fields of `reference.FineCodes`; the second is
@@ -41,6 +43,10 @@ With `index` (int64 [*, N], any strides) `negatives` is a bank [M, D], any strid
 negative i is row index[..., i], read where it lies. -1: masked, so that `mask` is None; -2: a row
 that does not exist and is taken for one that is not finite. The bank's gradient is [M, D]: for each
 row the sum over its occurrences in order, scaled and rounded once; 0 for a row that nobody names.
+
+`relevance` [*, N] is contiguous, in the values' dtype. A live one that is NaN or outside [0, 1]
+makes its group's rewards and gradients NaN; one behind the mask, or of an index -1, is not looked
+at.
 
 Values are float32 (float64 for float64 inputs); what exists per positive is [B, P], as the batch's
 target. `wrt` says which gradients are wanted; in place of another is None: neither computed nor

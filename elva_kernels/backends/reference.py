@@ -22,10 +22,11 @@ def ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     inputs = (query, positive, negatives, mask)
-    return detached(reference.ranking_reward(*inputs, weights, index))
+    return detached(reference.ranking_reward(*inputs, weights, index, relevance))
 
 
 def ranking_reward_saved(
@@ -34,10 +35,11 @@ def ranking_reward_saved(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Saves nothing that counts: the backward starts from the inputs again."""
-    values = ranking_reward(query, positive, negatives, mask, index, weights)
+    values = ranking_reward(query, positive, negatives, mask, index, relevance, weights)
     saved = torch.zeros(saved_shape(values[-1].shape), dtype=torch.float64, device=query.device)
     return *values, saved
 
@@ -48,12 +50,13 @@ def ranking_reward_backward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    inputs = (query, positive, negatives, mask, index)
+    inputs = (query, positive, negatives, mask, index, relevance)
     return ranking_reward_and_grad(*inputs, grad_reward, weights, wrt)[5:]
 
 
@@ -63,24 +66,33 @@ def ranking_reward_and_grad(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
     inputs = (query, positive, negatives, mask)
-    result, *gradients = reference.ranking_reward_and_grad(*inputs, upstream, weights, index, wrt)
+    rest = (upstream, weights, index, wrt, relevance)
+    result, *gradients = reference.ranking_reward_and_grad(*inputs, *rest)
     found = (None if x is None else x.contiguous() for x in gradients)
     return *detached(result), *found
 
 
-def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
-    return detached(reference.reward_from_scores(scores, mask, weights))
+def reward_from_scores(
+    scores: Tensor, mask: Tensor | None, relevance: Tensor | None, weights: Weights
+) -> Tensors:
+    return detached(reference.reward_from_scores(scores, mask, weights, relevance))
 
 
 def reward_from_scores_backward(
-    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, weights: Weights
+    scores: Tensor,
+    mask: Tensor | None,
+    relevance: Tensor | None,
+    grad_reward: Tensor,
+    weights: Weights,
 ) -> Tensors:
-    return detached([reference.reward_from_scores_backward(scores, mask, grad_reward, weights)])
+    inputs = (scores, mask, grad_reward, weights, relevance)
+    return detached([reference.reward_from_scores_backward(*inputs)])
 
 
 def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:

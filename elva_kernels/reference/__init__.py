@@ -12,12 +12,23 @@ rank of candidate i:
     (5)  R        = w_margin R_margin + w_rank R_rank
     (6)  r~_i     = 1 + sum_{j != i} sigmoid((s_j - s_i) / rank_temperature);
                     in place of r_i in (4) where a temperature is given; ours, not the paper's
+    (3g) R_margin = max(0, s_0 - max_i (s_i - margin g_i) - margin)
+    (4g) R_rank   = s_0 / (1 + log r_0) + sum_{i>0} g_i s_i / (1 + log r_i)
+                    - rank_penalty * sum_{i>0} (1 - g_i) s_i (log r_i - 1);
+                    in place of (3) and (4) where negatives have a relevance g_i in [0, 1]: the
+                    margin to negative i is (1 - g_i) of the margin, and a share g_i of its score
+                    counts as the positive's does, as in a DCG; ours, not the paper's. Of equal
+                    s_i - margin g_i the first is the hardest
     (7)  A_g      = (R_g - mean R) / (std R + std_eps)
                     GRPO: DeepSeekMath, arXiv:2402.03300, sec. 4.1
 
 Ranks are constants to the gradient in (4), so autograd yields the closed form
     dR/ds_0 = w_margin [hinge open] + w_rank / (1 + log r_0)
     dR/ds_i = - w_margin [hinge open, i hardest] - w_rank rank_penalty (log r_i - 1)
+with a relevance
+    dR/ds_i = - w_margin [hinge open, i hardest]
+              + w_rank (g_i / (1 + log r_i) - rank_penalty (1 - g_i) (log r_i - 1))
+and in both
     ds_i/dq = (c^_i - s_i q^) / |q|,  ds_i/dc_i = (q^ - s_i c^_i) / |c_i|,   x^ = x / |x|
 
 In a batch, B queries share M candidates; query i has the positives T_i, candidates all, as a rule

@@ -1,4 +1,4 @@
-"""The grouped reward and its relatives: eq. 1 to 7."""
+"""The grouped reward and its relatives: eq. 1 to 7, 3g and 4g."""
 
 from typing import NamedTuple
 
@@ -54,6 +54,7 @@ def ranking_reward(
     mask: Tensor | None,  # [*, N], True = live
     weights: Weights,
     negative_index: Tensor | None = None,  # int64 [*, N]
+    relevance: Tensor | None = None,  # [*, N], in the scores' dtype
 ) -> RankingReward:
     """Eq. 1 to 6: the reward of ranking `positive` above `negatives` for `query`.
 
@@ -64,7 +65,7 @@ def ranking_reward(
     if negative_index is not None:
         named = negative_index != -1
         mask = named if mask is None else mask & named
-    return reward_from_scores(scores, mask, weights)
+    return reward_from_scores(scores, mask, weights, relevance)
 
 
 def cosine_scores(
@@ -111,12 +112,25 @@ def reward_from_scores(
     scores: Tensor,  # [*, N + 1], the positive first
     mask: Tensor | None,  # [*, N], True = live
     weights: Weights,
+    relevance: Tensor | None = None,  # [*, N], in the compute dtype
 ) -> RankingReward:
-    """Eq. 2 to 6 on given scores. A group with a live non-finite score has a NaN reward."""
+    """Eq. 2 to 6 on given scores, with a relevance 3g and 4g in place of 3 and 4.
+
+    A group with a live score that is not finite, or a live relevance outside [0, 1], has a NaN
+    reward.
+    """
     scores = scores.to(compute_dtype(scores.dtype)).contiguous()  # sums in the same order
+    if relevance is not None:  # over the groups that it tells apart
+        leading = torch.broadcast_shapes(scores.shape[:-1], relevance.shape[:-1])
+        scores = scores.expand(*leading, -1).contiguous()
     live = _live(scores, mask)
     counted = torch.where(live, scores, 0.0)
     sound = torch.isfinite(counted).all(-1)
+    if relevance is not None:
+        grade = torch.where(live[..., 1:], relevance.detach(), 0.0)
+        graded = (grade >= 0) & (grade <= 1)
+        sound = sound & graded.all(-1)
+        grade = torch.where(graded, grade, 0.0)
 
     # Non-finite scores rank below every finite one; masked negatives come after all live ones.
     order_key = torch.where(live & torch.isfinite(counted), counted, -torch.inf).detach()
@@ -128,10 +142,17 @@ def reward_from_scores(
     if weights.rank_temperature > 0:
         ranks = _soft_ranks(counted, live, weights.rank_temperature)
 
-    margin_reward = _hinge(counted, order, live, weights.margin)  # eq. 3
     log_rank = ranks.log()
     contrast = counted[..., 0] / (1 + log_rank[..., 0])
-    penalty = (counted[..., 1:] * (log_rank[..., 1:] - 1)).sum(-1)
+    negatives = rivals = counted[..., 1:]
+    if relevance is not None:
+        rivals = negatives - weights.margin * grade  # in eq. 3g
+        order = torch.where(live[..., 1:], rivals, -torch.inf).detach()
+        order = order.argsort(dim=-1, descending=True, stable=True)
+        contrast = contrast + (negatives * grade / (1 + log_rank[..., 1:])).sum(-1)  # eq. 4g
+        negatives = negatives * (1 - grade)
+    margin_reward = _hinge(counted[..., 0], rivals, order, live, weights.margin)  # eq. 3
+    penalty = (negatives * (log_rank[..., 1:] - 1)).sum(-1)
     rank_reward = contrast - weights.rank_penalty * penalty  # eq. 4
 
     # As a factor, NaN reaches the gradient of every live candidate of the group too.
@@ -165,25 +186,32 @@ def ranking_reward_and_grad(
     weights: Weights,
     negative_index: Tensor | None = None,
     wrt: Wanted = ALL,
+    relevance: Tensor | None = None,
 ) -> tuple[RankingReward, Tensor | None, Tensor | None, Tensor | None]:
     """The reward, and autograd's gradient of sum(upstream * reward) on each input in `wrt`."""
     with torch.inference_mode(False), torch.enable_grad():
         q, p, n = inputs = [leaf(x) for x in (query, positive, negatives)]
         leaves = [x.requires_grad_() for x, wanted in zip(inputs, wrt, strict=True) if wanted]
-        mask, negative_index = (None if x is None else leaf(x) for x in (mask, negative_index))
-        result = ranking_reward(q, p, n, mask, weights, negative_index)
+        given = (mask, negative_index, relevance)
+        mask, negative_index, relevance = (None if x is None else leaf(x) for x in given)
+        result = ranking_reward(q, p, n, mask, weights, negative_index, relevance)
         found = iter(_gradients(result.reward, leaves, upstream))
     grad_query, grad_positive, grad_negatives = (next(found) if x else None for x in wrt)
     return result, grad_query, grad_positive, grad_negatives
 
 
 def reward_from_scores_backward(
-    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, weights: Weights
+    scores: Tensor,
+    mask: Tensor | None,
+    grad_reward: Tensor,
+    weights: Weights,
+    relevance: Tensor | None = None,
 ) -> Tensor:
     """Autograd's gradient of sum(grad_reward * reward) on `scores`."""
     with torch.inference_mode(False), torch.enable_grad():
         begin = leaf(scores).requires_grad_()
-        reward = reward_from_scores(begin, None if mask is None else leaf(mask), weights).reward
+        mask, relevance = (None if x is None else leaf(x) for x in (mask, relevance))
+        reward = reward_from_scores(begin, mask, weights, relevance).reward
         (grad_scores,) = torch.autograd.grad(reward, begin, _upstream(grad_reward, reward))
     return grad_scores
 
@@ -237,12 +265,12 @@ def _cosine(query: Tensor, candidates: Tensor) -> Tensor:
     return score + (score.clamp(-1, 1) - score).detach()
 
 
-def _hinge(counted: Tensor, order: Tensor, live: Tensor, margin: float) -> Tensor:
-    """Eq. 3; 0 for a group without live negatives. `order` puts the hardest negative first."""
+def _hinge(positive: Tensor, rivals: Tensor, order: Tensor, live: Tensor, margin: float) -> Tensor:
+    """Eq. 3; 0 for a group without live negatives. `order` puts the hardest of the rivals first."""
     if order.shape[-1] == 0:
-        return torch.zeros_like(counted[..., 0])
-    hardest = counted[..., 1:].gather(-1, order[..., :1]).squeeze(-1)
-    return torch.where(live[..., 1:].any(-1), torch.relu(counted[..., 0] - hardest - margin), 0.0)
+        return torch.zeros_like(positive)
+    hardest = rivals.gather(-1, order[..., :1]).squeeze(-1)
+    return torch.where(live[..., 1:].any(-1), torch.relu(positive - hardest - margin), 0.0)
 
 
 def _soft_ranks(counted: Tensor, live: Tensor, rank_temperature: float) -> Tensor:

@@ -51,18 +51,18 @@ def advantages(call: Call, info: Any, in_dims: Sequence[Any], *arguments: Any) -
 
 
 def scores(call: Call, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-    """An op of (scores, mask, ...): called once."""
-    rank = _leading_rank(arguments, in_dims, (1, 1))
-    batch = (_led(x, dim, rank, 1) for x, dim in zip(arguments[:2], in_dims, strict=False))
-    return _in_front(call(*batch, *arguments[2:]))
+    """An op of (scores, mask, relevance, ...): called once."""
+    rank = _leading_rank(arguments, in_dims, (1, 1, 1))
+    batch = (_led(x, dim, rank, 1) for x, dim in zip(arguments[:3], in_dims, strict=False))
+    return _in_front(call(*batch, *arguments[3:]))
 
 
 def gradient_of_scores(
     call: Call, info: Any, in_dims: Sequence[Any], *arguments: Any
 ) -> tuple[Any, Any]:
-    """The gradient on scores (scores, mask, grad_reward, ...): called once."""
-    rank = _leading_rank(arguments, in_dims, (1, 1))
-    kept = (1, 1, 0)
+    """The gradient on scores (scores, mask, relevance, grad_reward, ...): called once."""
+    rank = _leading_rank(arguments, in_dims, (1, 1, 1))
+    kept = (1, 1, 1, 0)
     batch = (
         _led(x, dim, rank, n, info.batch_size)
         for x, dim, n in zip(arguments, in_dims, kept, strict=False)
@@ -72,7 +72,7 @@ def gradient_of_scores(
 
 
 def groups(call: Call, info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-    """An op of (query, positive, negatives, mask, index, ...): called once."""
+    """An op of (query, positive, negatives, mask, index, relevance, ...): called once."""
     batch, _ = _groups(info.batch_size, in_dims, arguments, negatives_wanted=False)
     return _in_front(call(*batch, *arguments[len(batch) :]))
 
@@ -102,23 +102,27 @@ def gradients_of_groups(
 def _groups(
     size: int, in_dims: Sequence[Any], arguments: Sequence[Any], *, negatives_wanted: bool
 ) -> tuple[list[Any], int]:
-    """Query, positive, negatives, mask and index of all members, and their leading dimensions.
+    """Query, positive, negatives, mask, index and relevance of all members, and their leading
+    dimensions.
 
     A query or positive that members share is expanded whether its gradient is wanted or not: that
     is as each member has it, and `saved` is of the same rows in the forward and in the backward.
     """
     copies = size if negatives_wanted else None
-    query, positive, negatives, mask, index = arguments[:5]
+    query, positive, negatives, mask, index, relevance = arguments[:6]
+    of_others = (*in_dims[:2], in_dims[3], in_dims[5])
+    others = (query, positive, mask, relevance)
     if index is None:
-        rank = _leading_rank(arguments, in_dims, (1, 1, 2, 1))
+        given = ((*others, negatives), (*of_others, in_dims[2]))
+        rank = _leading_rank(*given, (1, 1, 1, 1, 2))
         negatives = _led(negatives, in_dims[2], rank, 2, copies)
     else:
-        others = ((query, positive, mask, index), (*in_dims[:2], *in_dims[3:5]))
-        rank = _leading_rank(*others, (1, 1, 1, 1))
+        rank = _leading_rank((*others, index), (*of_others, in_dims[4]), (1, 1, 1, 1, 1))
         negatives = _bank(negatives, in_dims[2], copies)
         index = _led(index, in_dims[4], rank, 1, size if negatives.dim() > 2 else None)
     rows = (_led(x, dim, rank, 1, size) for x, dim in ((query, in_dims[0]), (positive, in_dims[1])))
-    return [*rows, negatives, _led(mask, in_dims[3], rank, 1), index], rank
+    mask, relevance = _led(mask, in_dims[3], rank, 1), _led(relevance, in_dims[5], rank, 1)
+    return [*rows, negatives, mask, index, relevance], rank
 
 
 def _bank(bank: Tensor, dim: int | None, copies: int | None) -> Tensor:

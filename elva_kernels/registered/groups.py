@@ -16,8 +16,9 @@ from elva_kernels.reference import Wanted, compute_dtype, scaled, times_power
 _POSITIONS_NAMED = 8
 
 
-# Query, positive, negatives, mask and index as a launcher takes them, on one leading shape.
-Groups = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+# Query, positive, negatives, mask, index and relevance as a launcher takes them, on one leading
+# shape.
+Groups = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Shared(NamedTuple):
@@ -35,7 +36,12 @@ class Shared(NamedTuple):
 
 
 def leading_of(
-    query: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None, index: Tensor | None
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    index: Tensor | None,
+    relevance: Tensor | None,
 ) -> torch.Size:
     """The common leading shape `*`."""
     leading = query.shape[:-1]
@@ -44,10 +50,11 @@ def leading_of(
         positive.shape[:-1] == leading
         and of_negatives == leading
         and (mask is None or mask.shape[:-1] == leading)
+        and (relevance is None or relevance.shape[:-1] == leading)
     ):
         return leading
-    masks = () if mask is None else (mask.shape[:-1],)
-    return torch.Size(torch.broadcast_shapes(leading, positive.shape[:-1], of_negatives, *masks))
+    others = (x.shape[:-1] for x in (mask, relevance) if x is not None)
+    return torch.Size(torch.broadcast_shapes(leading, positive.shape[:-1], of_negatives, *others))
 
 
 def groups_of(
@@ -57,6 +64,7 @@ def groups_of(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
 ) -> Groups:
     """The inputs over the leading shape; negatives that groups share as a bank."""
     query, positive = expanded(query, leading, 1), expanded(positive, leading, 1)
@@ -64,7 +72,12 @@ def groups_of(
         negatives, place = _bank_of(negatives)
         mask, index = None, place if mask is None else torch.where(mask, place, -1)
     mask, index = expanded(mask, leading, 1), expanded(index, leading, 1)
-    return query, positive, negatives, mask, index
+    return query, positive, negatives, mask, index, graded(relevance, leading)
+
+
+def graded(relevance: Tensor | None, leading: torch.Size) -> Tensor | None:
+    """The relevance as a launcher takes it."""
+    return None if relevance is None else expanded(relevance, leading, 1).contiguous()
 
 
 def merged(
@@ -121,6 +134,27 @@ def _within(op: str, index: Tensor, rows: int) -> Tensor:
     )
 
 
+def check_relevance(op: str, relevance: Tensor | None, live: Tensor | None) -> None:
+    """Each in [0, 1] where `live` holds, or everywhere; a GPU is not waited for: its kernels look.
+
+    Raises:
+        ValueError: on a CPU, another one.
+    """
+    if relevance is None or relevance.device.type != "cpu" or relevance.numel() == 0:
+        return
+    low, high = (float(x) for x in relevance.aminmax())
+    if low >= 0 and high <= 1:  # not where either is NaN
+        return
+    wrong = ~((relevance >= 0) & (relevance <= 1))
+    if live is not None:
+        wrong = (wrong & live).int().sum_to_size(relevance.shape) > 0
+    found = wrong.nonzero().tolist()
+    if found:
+        named = ", ".join(f"{relevance[tuple(at)]:g} at {at}" for at in found[:_POSITIONS_NAMED])
+        more = f" and {len(found) - _POSITIONS_NAMED} more" if len(found) > _POSITIONS_NAMED else ""
+        raise ValueError(f"{op}: relevance must be in [0, 1], got {named}{more}")
+
+
 def in_range(rows: Tensor, leading: torch.Size) -> Shared:
     """A query or positive, scaled where groups share it.
 
@@ -145,13 +179,13 @@ def summed_of(leading: torch.Size, query: Tensor, positive: Tensor, wrt: Sequenc
 
 def exact(groups: Groups) -> Groups:
     """The same in the compute dtype; of a large bank the rows that are named."""
-    query, positive, negatives, mask, index = groups
+    query, positive, negatives, mask, index, relevance = groups
     if index is not None and len(negatives) > index.numel():
         negatives = negatives[index.clamp(min=0).flatten()]
         place = torch.arange(index.numel(), device=index.device).view(index.shape)
         index = torch.where(index < 0, index, place)
     dtype = compute_dtype(query.dtype)
-    return query.to(dtype), positive.to(dtype), negatives.to(dtype), mask, index
+    return query.to(dtype), positive.to(dtype), negatives.to(dtype), mask, index, relevance
 
 
 def expanded(tensor: Any, leading: torch.Size, kept: int) -> Any:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Launcher, Tensors, saved_shape
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered import batched
 from elva_kernels.registered.groups import (
+    check_relevance,
     exact,
     expanded,
+    graded,
     groups_of,
     in_range,
     leading_of,
@@ -40,15 +42,17 @@ def _ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = launcher("ranking_reward", backend, query.device, query.dtype)
+    launch = _launcher("ranking_reward", backend, query, relevance)
     negatives, mask, index = merged("ranking_reward", negatives, mask, index)
-    leading = leading_of(query, positive, negatives, mask, index)
+    check_relevance("ranking_reward", relevance, mask if index is None else index != -1)
+    leading = leading_of(query, positive, negatives, mask, index, relevance)
     if index is None:
         negatives = expanded(negatives, leading, 2)
-    groups = groups_of(leading, query, positive, negatives, mask, index)
+    groups = groups_of(leading, query, positive, negatives, mask, index, relevance)
     return launch(*groups, Weights(*weights))
 
 
@@ -58,14 +62,16 @@ def _ranking_reward_saved(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
+    launch = _launcher("ranking_reward_saved", backend, query, relevance)
     negatives, mask, index = merged("ranking_reward", negatives, mask, index)
-    leading = leading_of(query, positive, negatives, mask, index)
+    check_relevance("ranking_reward", relevance, mask if index is None else index != -1)
+    leading = leading_of(query, positive, negatives, mask, index, relevance)
     rows = [in_range(x, leading).rows for x in (query, positive)]
-    groups = groups_of(leading, rows[0], rows[1], negatives, mask, index)
+    groups = groups_of(leading, rows[0], rows[1], negatives, mask, index, relevance)
     return launch(*groups, Weights(*weights))
 
 
@@ -75,17 +81,18 @@ def _ranking_reward_backward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Sequence[float],
     wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
+    launch = _launcher("ranking_reward_backward", backend, query, relevance)
     bank, mask, index = merged("ranking_reward", negatives, mask, index)
-    leading = leading_of(query, positive, bank, mask, index)
+    leading = leading_of(query, positive, bank, mask, index, relevance)
     shared = [in_range(x, leading) for x in (query, positive)]
-    groups = groups_of(leading, shared[0].rows, shared[1].rows, bank, mask, index)
+    groups = groups_of(leading, shared[0].rows, shared[1].rows, bank, mask, index, relevance)
     rest = (saved.contiguous(), grad_reward, Weights(*weights))
     summed = summed_of(leading, query, positive, wrt)
     # Of half rows a sum over groups takes float32 terms, to be rounded once.
@@ -109,22 +116,25 @@ def _ranking_reward_and_grad(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Sequence[float],
     wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
     bank, mask, index = merged("ranking_reward_and_grad", negatives, mask, index)
-    leading = leading_of(query, positive, bank, mask, index)
+    live = mask if index is None else index != -1
+    check_relevance("ranking_reward_and_grad", relevance, live)
+    leading = leading_of(query, positive, bank, mask, index, relevance)
     if upstream is not None:
         upstream = upstream.expand(leading)
     if not any(summed_of(leading, query, positive, wrt)):
-        launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        groups = groups_of(leading, query, positive, bank, mask, index)
+        launch = _launcher("ranking_reward_and_grad", backend, query, relevance)
+        groups = groups_of(leading, query, positive, bank, mask, index, relevance)
         results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
         return *results[:5], *_filled(results[5:], (query, positive, negatives))
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    inputs = (query, positive, bank, mask, index)
+    inputs = (query, positive, bank, mask, index, relevance)
     *values, saved = _ranking_reward_saved(*inputs, weights, backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
@@ -144,25 +154,31 @@ def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
 
 
 def _reward_from_scores(
-    scores: Tensor, mask: Tensor | None, weights: Sequence[float], backend: str
+    scores: Tensor,
+    mask: Tensor | None,
+    relevance: Tensor | None,
+    weights: Sequence[float],
+    backend: str,
 ) -> Tensors:
-    launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
-    leading = _leading_of_scores(scores, mask)
-    inputs = (expanded(scores, leading, 1), expanded(mask, leading, 1))
+    launch = _launcher("reward_from_scores", backend, scores, relevance)
+    check_relevance("reward_from_scores", relevance, mask)
+    leading = _leading_of_scores(scores, mask, relevance)
+    inputs = (expanded(scores, leading, 1), expanded(mask, leading, 1), graded(relevance, leading))
     return launch(*inputs, Weights(*weights))
 
 
 def _reward_from_scores_backward(
     scores: Tensor,
     mask: Tensor | None,
+    relevance: Tensor | None,
     grad_reward: Tensor,
     weights: Sequence[float],
     backend: str,
 ) -> Tensor:
-    launch = launcher("reward_from_scores_backward", backend, scores.device, scores.dtype)
-    leading = _leading_of_scores(scores, mask)
+    launch = _launcher("reward_from_scores_backward", backend, scores, relevance)
+    leading = _leading_of_scores(scores, mask, relevance)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
-    inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1))
+    inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1), graded(relevance, leading))
     gradient: Tensor
     (gradient,) = launch(*inputs, grad_reward, Weights(*weights))
     return gradient.sum_to_size(scores.shape).to(scores.dtype)
@@ -175,11 +191,17 @@ def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) 
     return advantages
 
 
-def _leading_of_scores(scores: Tensor, mask: Tensor | None) -> torch.Size:
+def _launcher(op: str, backend: str, like: Tensor, relevance: Tensor | None) -> Launcher:
+    """Of tensors like this one, with a relevance or without."""
+    return launcher(op, backend, like.device, like.dtype, graded=relevance is not None)
+
+
+def _leading_of_scores(scores: Tensor, mask: Tensor | None, relevance: Tensor | None) -> torch.Size:
     leading = scores.shape[:-1]
-    if mask is None or mask.shape[:-1] == leading:
+    others = [x.shape[:-1] for x in (mask, relevance) if x is not None]
+    if all(x == leading for x in others):
         return leading
-    return torch.Size(torch.broadcast_shapes(leading, mask.shape[:-1]))
+    return torch.Size(torch.broadcast_shapes(leading, *others))
 
 
 def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
@@ -196,9 +218,10 @@ def _trace_ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     *_: Any,
 ) -> Tensors:
-    leading = leading_of(query, positive, negatives, mask, index)
+    leading = leading_of(query, positive, negatives, mask, index, relevance)
     n = negatives.shape[-2] if index is None else index.shape[-1]
     return _like_reward(query, leading, n + 1)
 
@@ -222,8 +245,10 @@ def _trace_reward_and_grad(*arguments: Any) -> Tensors:
     return *_trace_ranking_reward(*arguments), *_trace_gradients(*arguments)
 
 
-def _trace_from_scores(scores: Tensor, mask: Tensor | None, *_: Any) -> Tensors:
-    return _like_reward(scores, _leading_of_scores(scores, mask), scores.shape[-1])
+def _trace_from_scores(
+    scores: Tensor, mask: Tensor | None, relevance: Tensor | None, *_: Any
+) -> Tensors:
+    return _like_reward(scores, _leading_of_scores(scores, mask, relevance), scores.shape[-1])
 
 
 def _trace_grad_scores(scores: Tensor, *_: Any) -> Tensor:
@@ -234,7 +259,11 @@ def _trace_advantages(reward: Tensor, *_: Any) -> Tensor:
     return reward.new_empty(reward.shape, dtype=compute_dtype(reward.dtype))
 
 
-_INPUTS = "Tensor query, Tensor positive, Tensor negatives, Tensor? mask, Tensor? negative_index"
+_INPUTS = (
+    "Tensor query, Tensor positive, Tensor negatives, Tensor? mask, Tensor? negative_index, "
+    "Tensor? relevance"
+)
+_SCORES = "Tensor scores, Tensor? mask, Tensor? relevance"
 _WEIGHTS = "float[] weights, str backend"
 _VALUES = "Tensor reward, Tensor margin_reward, Tensor rank_reward, Tensor rank, Tensor scores"
 _WRT = "float[] weights, bool[] wrt, str backend"
@@ -268,13 +297,13 @@ _OPS = register(
             functools.partial(batched.gradients_of_groups, (0,)),
         ),
         "reward_from_scores": Registered(
-            f"(Tensor scores, Tensor? mask, {_WEIGHTS}) -> ({_VALUES})",
+            f"({_SCORES}, {_WEIGHTS}) -> ({_VALUES})",
             _reward_from_scores,
             _trace_from_scores,
             batched.scores,
         ),
         "reward_from_scores_backward": Registered(
-            f"(Tensor scores, Tensor? mask, Tensor grad_reward, {_WEIGHTS}) -> Tensor grad_scores",
+            f"({_SCORES}, Tensor grad_reward, {_WEIGHTS}) -> Tensor grad_scores",
             _reward_from_scores_backward,
             _trace_grad_scores,
             batched.gradient_of_scores,
@@ -295,8 +324,8 @@ group_advantages = _OPS.group_advantages.default
 
 
 class _RankingReward(torch.autograd.Function):
-    """(query, positive, negatives, mask, negative_index, weights, wrt, backend) -> the five results
-    and what is saved; the gradients in `wrt` of the first."""
+    """(query, positive, negatives, mask, negative_index, relevance, weights, wrt, backend) -> the
+    five results and what is saved; the gradients in `wrt` of the first."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensors:
@@ -323,11 +352,11 @@ class _RankingReward(torch.autograd.Function):
         gradients = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
         _, wrt, _ = ctx.rest
         wanted = (x if kept else None for x, kept in zip(gradients, wrt, strict=True))
-        return *wanted, None, None, None, None, None
+        return *wanted, None, None, None, None, None, None
 
 
 class _RewardFromScores(torch.autograd.Function):
-    """(scores, mask, weights, backend) -> the five results; gradient of the first."""
+    """(scores, mask, relevance, weights, backend) -> the five results; gradient of the first."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensors:
@@ -335,8 +364,8 @@ class _RewardFromScores(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.rest = inputs[2:]
+        ctx.save_for_backward(*inputs[:3])
+        ctx.rest = inputs[3:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -350,7 +379,7 @@ class _RewardFromScores(torch.autograd.Function):
             return no_gradients(ctx)
         op = _OPS.reward_from_scores_backward.default
         grad_scores = gradient_op(op, *ctx.saved_tensors, grads[0], *ctx.rest)
-        return grad_scores, None, None, None
+        return grad_scores, None, None, None, None
 
 
 differentiable_ranking_reward = in_reverse(

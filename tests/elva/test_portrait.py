@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from elva.data import Grain, Query
-from elva.evaluation.intervals import mean_interval, paired_interval
+from elva.evaluation.intervals import mean_interval, paired_interval, sign_test
 from elva.evaluation.portrait import grains_of, plane, pushes, spread
 from elva.recipe import RewardConfig, StageConfig
 from elva_kernels.reference import reward as reference
@@ -127,6 +127,17 @@ def test_paired_values_have_the_interval_of_their_differences() -> None:
     assert apart.mean == pytest.approx(0.05) and 0 < apart.low < apart.high < 0.1
     alone = mean_interval(ours)
     assert apart.high - apart.low < alone.high - alone.low
+
+
+def test_the_sign_test_is_the_binomials() -> None:
+    """Of 20 tosses 15 or more of one side: 2 x 21700 / 2^20, counted by hand."""
+    ours, theirs = [1.0] * 15 + [0.0] * 5 + [1.0] * 9, [0.0] * 15 + [1.0] * 5 + [1.0] * 9
+    assert sign_test(ours, theirs) == (15, 5, pytest.approx(2 * 21700 / 2**20, abs=1e-9))
+    assert sign_test(theirs, ours) == (5, 15, sign_test(ours, theirs).p)
+    assert sign_test([1.0, 0.0], [0.0, 1.0]).p == sign_test([1.0], [1.0]).p == 1.0
+    drawn = np.random.default_rng(0).binomial(5000, 0.5, 400_000)
+    many = sign_test([1.0] * 2570 + [0.0] * 2430, [0.0] * 2570 + [1.0] * 2430)
+    assert many.p == pytest.approx((abs(drawn - 2500) >= 70).mean(), rel=0.03)
 
 
 def test_the_same_values_give_the_same_interval_and_equal_ones_none() -> None:

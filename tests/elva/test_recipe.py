@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,6 +140,14 @@ def test_numbers_below_their_range_are_refused(path: str) -> None:
          "recipe: stages.3.train_vision must be false where an adapter is held to its start"),
         ("stages.0.learn_infonce_temperature=true",
          "recipe: stages.0.learn_infonce_temperature must be false where infonce is 0"),
+        ("stages.0.final_infonce_temperature=0.02",
+         "recipe: stages.0.final_infonce_temperature must be left out where none is used"),
+        ("stages.2.final_rank_temperature=0.02",
+         "recipe: stages.2.final_rank_temperature must be left out where reward.rank_temperature"),
+        ("controls.infonce.relevance=start",
+         "recipe: controls.infonce.relevance must be none where nothing is ranked"),
+        ("stages.3.pairings=all",
+         "recipe: stages.3.pairings must be own where nothing is ranked, or num_generations is 1"),
         ("trainer.per_device_train_batch_size=4", "recipe: trainer must hold no more than bf16,"),
         ("trainer.gradient_accumulation_steps=2", "(batch size: stages.N.batch_size,"),
         ("trainer.ignore_data_skip=true", "recipe: trainer must hold no more than bf16,"),
@@ -251,3 +260,14 @@ def test_a_number_of_threads_is_refused_by_its_name(value: str) -> None:
     with pytest.raises(UserError, match="must have a dataloader_num_workers from 0 to 64"):
         resolve("emoji", None, [f"trainer.dataloader_num_workers={value}"])
     assert resolve("emoji", None, ["trainer.dataloader_num_workers=0"]).trainer
+
+
+def test_temperatures_cool_geometrically_from_the_first_step_to_the_last() -> None:
+    stage = resolve("emoji").stages["3"]
+    assert stage.cooled(0.5) is stage
+    cooling = replace(stage, final_infonce_temperature=0.0125, final_rank_temperature=0.12)
+    for share, infonce, rank in ((0.0, 0.05, 0.03), (0.5, 0.025, 0.06), (1.0, 0.0125, 0.12)):
+        found = cooling.cooled(share)
+        assert found.infonce_temperature == pytest.approx(infonce)
+        assert found.reward.rank_temperature == pytest.approx(rank)
+    assert cooling.cooled(0.5).reward.w_rank == stage.reward.w_rank

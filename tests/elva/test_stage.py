@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from elva.training.examples import Examples
 from elva.training.guards import PATIENCE, RUNAWAY_KL, Guards
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch, plan, steps_an_epoch
+from elva.training.relevance import Relevance, shared_grains, similarity
 from tests.elva.stages import INFO_NCE, POLICY, Stage
 
 Released = Callable[[str], Path]
@@ -82,22 +84,80 @@ def test_info_nce_is_that_of_every_rollout_against_every_rollout(groups: int, ba
     assert sum(shares) == pytest.approx(1.0) and 0 < metrics["infonce_share_given"] < 1
 
 
+@pytest.mark.parametrize("pairings", ["own", "all"])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_the_reward_of_several_right_answers_is_their_mean(groups: int) -> None:
+def test_the_reward_of_several_right_answers_is_their_mean(groups: int, pairings: str) -> None:
     e, comparison = embedded(groups)
-    stage = replace(POLICY, reward=RewardConfig(margin=-0.5))
+    stage = replace(POLICY, reward=RewardConfig(margin=-0.5), pairings=pairings)
     found, metrics = ranking.reward(stage, comparison, e)
+
+    def paid(b: int, g: int, h: int, right: list[int], wrong: list[int]) -> float:
+        """Of rollout g of a query against rollouts h of its candidates."""
+        each = [
+            elva_kernels.ranking_reward(
+                e.query[b, g], e.table[e.columns[place, h]], e.table[e.columns[wrong, h]],
+                margin=-0.5,
+            ).reward
+            for place in right
+        ]  # fmt: skip
+        return torch.stack(each).mean().item()
+
     for b, (right, wrong) in enumerate((([0], [3, 4]), ([1, 2], [4]), ([2], []))):
         for g in range(groups):
-            each = [
-                elva_kernels.ranking_reward(
-                    e.query[b, g], e.table[e.columns[place, g]],
-                    e.table[e.columns[wrong, g]], margin=-0.5,
-                ).reward
-                for place in right
-            ]  # fmt: skip
-            assert found[b, g].item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-9)
+            others = range(groups) if pairings == "all" else [g]
+            asked = fmean(paid(b, g, h, right, wrong) for h in others)
+            shown = fmean(paid(b, h, g, right, wrong) for h in others)
+            assert found.query[b, g].item() == pytest.approx(asked, rel=1e-9)
+            assert found.shown[b, g].item() == pytest.approx(shown, rel=1e-9)
     assert metrics["reward_share_given"] + metrics["reward_share_random"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("pairings", ["own", "all"])
+def test_a_graded_reward_takes_the_relevance_of_each_negative_to_its_answer(pairings: str) -> None:
+    e, comparison = embedded(2)
+    stage = replace(POLICY, reward=RewardConfig(margin=0.5, rank_penalty=0.3), pairings=pairings)
+    grains = [frozenset(x) for x in ("ab", "ac", "d", "abcd", "e")]  # of candidates, as rows
+    found, metrics = ranking.reward(stage, comparison, e, Relevance(shared_grains(grains)))
+    graded = {(0, 3): 0.5, (0, 4): 0.0, (1, 4): 0.0}  # (answer, negative)
+    for b, (right, wrong) in enumerate((([0], [3, 4]), ([1, 2], [4]))):
+        paid = [
+            elva_kernels.ranking_reward(
+                e.query[b, g], e.table[e.columns[place, h]], e.table[e.columns[wrong, h]],
+                margin=0.5, rank_penalty=0.3,
+                relevance=torch.tensor([graded.get((place, w), 0.0) for w in wrong]),
+            ).reward
+            for g in range(2) for h in (range(2) if pairings == "all" else [g]) for place in right
+        ]  # fmt: skip
+        assert found.query[b].mean().item() == pytest.approx(torch.stack(paid).mean().item())
+    plain, _ = ranking.reward(stage, comparison, e)
+    assert (found.query[0] - plain.query[0]).abs().min() > 1e-3
+    assert torch.equal(found.query[1:], plain.query[1:])
+    assert metrics["reward_share_given"] + metrics["reward_share_random"] == pytest.approx(1.0)
+
+
+def test_relevance_is_a_similarity_or_a_share_of_grains() -> None:
+    rows = torch.tensor([[2.0, 0.0], [3.0, 3.0], [0.0, 5.0], [-1.0, 0.0]])
+    positives, negatives = np.array([0, 1]), np.array([[1, 2, 3], [0, -1, 3]])
+    found = similarity(rows)(positives, negatives)
+    torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0, 0], [0.5**0.5, 0, 0]]))
+    grains = [frozenset(x) for x in (["a", "b"], ["b", "c"], [], ["a", "b"])]
+    found = shared_grains(grains)(positives, negatives)
+    torch.testing.assert_close(found, torch.tensor([[1 / 3, 0, 1], [1 / 3, 0, 1 / 3]]))
+
+
+def test_relevance_comes_from_the_data_or_from_the_start(
+    checkpoint: Path, corpus: Path, texts: Callable[..., Path], tmp_path: Path
+) -> None:
+    stage = replace(INFO_NCE, infonce=0.0, pathwise=1.0, batch_size=24, relevance="grains")
+    known = Examples(load(corpus, split="train"), stage).candidate_grains()
+    assert sum(map(bool, known)) > len(known) / 2
+    run = Stage(checkpoint, corpus, stage, tmp_path, steps=1).train()
+    plain = Stage(checkpoint, corpus, replace(stage, relevance="none"), tmp_path / "p", steps=1)
+    assert run.log[0]["reward"] != plain.train().log[0]["reward"]
+    started = Stage(checkpoint, corpus, replace(stage, relevance="start"), tmp_path / "s", steps=1)
+    assert started.train().log[0]["reward"] not in (run.log[0]["reward"], plain.log[0]["reward"])
+    with pytest.raises(UserError, match="must have queries with grains for relevance grains"):
+        Stage(checkpoint, texts(), replace(stage, tasks={"t2t": 1.0}), tmp_path / "t")
 
 
 # -- whom a query is compared with -----------------------------------------------------------------

@@ -309,9 +309,9 @@ def test_pathwise_differentiates_the_retrievers_own_embedding(tmp_path, data, po
     rows = strangers.embed(
         path, [*rolled.asked.comparison.queries, *shown], pooling=pooling, model=retriever.plain
     )
-    reward, _ = ranking.reward(PATHWISE, rolled.asked.comparison, rolled.embedded(rows))
-    assert reward.mean().item() == pytest.approx(metrics["reward"], abs=1e-12)
-    (-reward.mean()).backward()
+    rewards, _ = ranking.reward(PATHWISE, rolled.asked.comparison, rolled.embedded(rows))
+    assert rewards.query.mean().item() == pytest.approx(metrics["reward"], abs=1e-12)
+    (-rewards.query.mean()).backward()
     expected = {n: p.grad for n, p in retriever.named_parameters()
                 if p.grad is not None and p.requires_grad}  # fmt: skip
     assert max(g.abs().max() for g in expected.values()) > 1e-4

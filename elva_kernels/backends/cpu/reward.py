@@ -30,10 +30,11 @@ def ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values alone."""
-    inputs = (query, positive, negatives, mask, index)
+    inputs = (query, positive, negatives, mask, index, relevance)
     return _forward(*inputs, None, weights, None, _NOTHING)[:5]
 
 
@@ -43,11 +44,12 @@ def ranking_reward_saved(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values, and each candidate's two gradient coefficients and the query's one."""
     saved = _empty_saved(query, negatives, index)
-    inputs = (query, positive, negatives, mask, index)
+    inputs = (query, positive, negatives, mask, index, relevance)
     return *_forward(*inputs, None, weights, saved, _NOTHING)[:5], saved
 
 
@@ -57,12 +59,13 @@ def ranking_reward_and_grad(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
     """Values and gradients in one pass over memory; a bank's gradient takes a second one."""
-    inputs = (query, positive, negatives, mask, index)
+    inputs = (query, positive, negatives, mask, index, relevance)
     if index is None or not wrt[2]:
         return _forward(*inputs, upstream, weights, None, wrt)
     saved = _empty_saved(query, negatives, index)
@@ -76,6 +79,7 @@ def ranking_reward_backward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
@@ -102,23 +106,29 @@ def ranking_reward_backward(
     return *gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward)
 
 
-def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
+def reward_from_scores(
+    scores: Tensor, mask: Tensor | None, relevance: Tensor | None, weights: Weights
+) -> Tensors:
     """Values of given scores [*, C], the positive's first, and the live ones of those."""
     leading, dtype = scores.shape[:-1], compute_dtype(scores.dtype)
     reward = empty(leading, dtype)
     rank = empty(leading, torch.int32)
     values = (reward, torch.empty_like(reward), torch.empty_like(reward), rank)
-    _from_scores(scores, mask, None, weights, [x.data_ptr() for x in values], 0)
+    _from_scores(scores, mask, relevance, None, weights, [x.data_ptr() for x in values], 0)
     return *values, reference.live_scores(scores, mask)
 
 
 def reward_from_scores_backward(
-    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, weights: Weights
+    scores: Tensor,
+    mask: Tensor | None,
+    relevance: Tensor | None,
+    grad_reward: Tensor,
+    weights: Weights,
 ) -> Tensors:
     """The gradient of sum(grad_reward * reward) on `scores`: [*, C], in the scores' dtype."""
     grad_scores = empty_gradient(scores)
     no_values = [0, 0, 0, 0]
-    _from_scores(scores, mask, grad_reward, weights, no_values, grad_scores.data_ptr())
+    _from_scores(scores, mask, relevance, grad_reward, weights, no_values, grad_scores.data_ptr())
     return (grad_scores,)
 
 
@@ -146,6 +156,7 @@ def _forward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None,
@@ -162,6 +173,7 @@ def _forward(
         operand(positive),
         operand(negatives),
         operand(mask),
+        pointer(relevance),
         operand(index),
         operand(upstream),
         weights,
@@ -215,6 +227,7 @@ def _empty_gradients(query: Tensor, positive: Tensor, negatives: Tensor, wrt: Wa
 def _from_scores(
     scores: Tensor,
     mask: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     values: list[int],
@@ -228,6 +241,7 @@ def _from_scores(
         scores.shape[-1],
         operand(scores),
         operand(mask),
+        pointer(relevance),
         operand(upstream),
         weights,
         *values,

@@ -23,6 +23,7 @@ def ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values alone."""
@@ -35,6 +36,7 @@ def ranking_reward_saved(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
@@ -48,6 +50,7 @@ def ranking_reward_and_grad(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
@@ -68,6 +71,7 @@ def ranking_reward_backward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
@@ -147,6 +151,7 @@ def _forward(
         operand(positive),
         operand(negatives),
         operand(mask),
+        0,  # no relevance
         operand(index),
         operand(upstream),
         weights,

@@ -24,6 +24,7 @@ def ranking_reward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values alone: reward, margin_reward, rank_reward, rank, scores."""
@@ -37,6 +38,7 @@ def ranking_reward_saved(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     weights: Weights,
 ) -> Tensors:
     """Values, and coefficients for the backward."""
@@ -51,6 +53,7 @@ def ranking_reward_and_grad(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
@@ -70,6 +73,7 @@ def ranking_reward_backward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
@@ -107,7 +111,9 @@ def ranking_reward_backward(
     return *gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward)
 
 
-def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) -> Tensors:
+def reward_from_scores(
+    scores: Tensor, mask: Tensor | None, relevance: Tensor | None, weights: Weights
+) -> Tensors:
     """Values of given scores [*, C], and the live ones of those."""
     from elva_kernels.backends.triton.kernels.from_scores import scores_kernel
 
@@ -130,7 +136,11 @@ def reward_from_scores(scores: Tensor, mask: Tensor | None, weights: Weights) ->
 
 
 def reward_from_scores_backward(
-    scores: Tensor, mask: Tensor | None, grad_reward: Tensor, weights: Weights
+    scores: Tensor,
+    mask: Tensor | None,
+    relevance: Tensor | None,
+    grad_reward: Tensor,
+    weights: Weights,
 ) -> Tensors:
     """Gradient of sum(grad_reward * reward) on `scores`."""
     from elva_kernels.backends.triton.kernels.from_scores import scores_gradient_kernel

@@ -1,0 +1,215 @@
+"""What a model of the laboratory is measured by: ranks a query, and how far grains move it.
+
+Embeddings come first and are kept, figures after: those of the test split can be taken from them
+once, when every choice has been made.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import elva_kernels
+from elva.data import Dataset, Item, Query, load
+from elva.data.schema import Grain
+from elva.evaluation.grains import distance, masked
+from elva.evaluation.ranks import rank_all, rank_among
+from elva.model.retriever import Retriever
+from elva.model.rollout import encode
+
+DIRECTIONS = ("t2i", "i2t")
+SUMMARY, AT_ONCE = 16, 512  # the emoji recipe's: tokens of a summary, rows at once
+RIDGE = 1e-2  # of the probe: ours; accuracies move by under .01 from 1e-3 to 1e-1
+RIVALS = 20_000  # pairs of names of different entities that are measured, of 6.8 million
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split's queries, by direction, and the text queries without one grain each."""
+
+    queries: Mapping[str, list[Query]]
+    parts: list[tuple[int, Grain, Query]]  # (a text query's place, the grain, the query without it)
+    minimal_pairs: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Split:
+        asked = {d: [*dataset.queries.select(dataset.queries.rows_of(d))] for d in DIRECTIONS}
+        parts = [(i, *part) for i, query in enumerate(asked["t2i"]) for part in masked(query)]
+        return cls(asked, parts, dataset.minimal_pairs)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The pools and the splits of the emoji, with each picture's grains."""
+
+    pools: Mapping[str, Any]
+    splits: Mapping[str, Split]
+    grains: Mapping[str, Mapping[str, str]] = field(repr=False)  # picture -> type -> text
+    training: frozenset[str]  # pictures that were trained on
+
+    @classmethod
+    def of(cls, root: Path) -> Corpus:
+        read = {s: load(root, split=s, tasks=DIRECTIONS) for s in ("train", "val", "test")}
+        grains = {
+            id: {grain.type: grain.text for grain in query.grains or ()}
+            for dataset in read.values()
+            for query in dataset.queries.select(dataset.queries.rows_of("t2i"))
+            for id in query.positives
+        }
+        train = read["train"].queries.select(read["train"].queries.rows_of("t2i"))
+        return cls(
+            {d: read["val"].pool(d) for d in DIRECTIONS},
+            {s: Split.of(read[s]) for s in ("val", "test")},
+            grains,
+            frozenset(id for query in train for id in query.positives),
+        )
+
+
+def embed(retriever: Retriever, corpus: Corpus) -> dict[str, Tensor]:
+    """[n, D] of both pools, and of each split's queries, whole and without one grain each."""
+
+    def of(items: Sequence[Item]) -> Tensor:
+        return encode(
+            retriever, items, max_completion_length=SUMMARY, batch_size=AT_ONCE
+        ).embeddings
+
+    found = {d: of([pool[i] for i in range(len(pool))]) for d, pool in corpus.pools.items()}
+    for name, split in corpus.splits.items():
+        found |= {f"{name}.{d}": of(queries) for d, queries in split.queries.items()}
+        found[f"{name}.parts"] = of([query for _, _, query in split.parts])
+    return found
+
+
+def figures(embedded: Mapping[str, Tensor], corpus: Corpus, name: str) -> dict[str, Any]:
+    """A split's figures.
+
+    Returns:
+        `ranks`: direction -> rank of each query's answer in the whole pool; `pairs`: the rank of
+        each text query's answer among its own entity's pictures, 0 where it has no rivals;
+        `grains`: what `_geometry` gives.
+    """
+    split, ranks = corpus.splits[name], {}
+    for direction, queries in split.queries.items():
+        pool = corpus.pools[direction]
+        right = [[pool.row(id) for id in query.positives] for query in queries]
+        ranks[direction] = rank_all(
+            embedded[f"{name}.{direction}"], embedded[direction], right
+        ).rank.tolist()
+    pool = corpus.pools["t2i"]
+    queries = split.queries["t2i"]
+    rivals = [[pool.row(i) for i in split.minimal_pairs.get(q.id, ())] for q in queries]
+    several = [i for i, some in enumerate(rivals) if len(some) > 1]
+    pairs = [0] * len(queries)
+    among = rank_among(
+        embedded[f"{name}.t2i"][several], embedded["t2i"],
+        [[pool.row(p) for p in queries[i].positives] for i in several],
+        [rivals[i] for i in several],
+    )  # fmt: skip
+    for i, rank in zip(several, among.tolist(), strict=True):
+        pairs[i] = rank
+    return {"ranks": ranks, "pairs": pairs, "grains": _geometry(embedded, corpus, name)}
+
+
+def _geometry(embedded: Mapping[str, Tensor], corpus: Corpus, name: str) -> dict[str, Any]:
+    """How far the embedding of a text moves, and between which of them.
+
+    Returns:
+        `distance`: the cosine distance of a query with and without one grain (definition 2 of the
+        paper), by the grain's type and over all; `within`, `across`: of the pictures of one entity
+        and of different ones; `relative`: the first over `across`; `norm`: of a query's embedding;
+        `contrast`: by how much the answer's score leads the hardest rival's of its own entity;
+        `probe`: accuracy of a linear probe for each type of grain, from held-out pictures.
+    """
+    split = corpus.splits[name]
+    whole, parts = embedded[f"{name}.t2i"], embedded[f"{name}.parts"]
+    rows = torch.tensor([i for i, _, _ in split.parts])
+    moved: dict[str, list[float]] = defaultdict(list)
+    apart = distance(whole[rows], parts).tolist()
+    for (_, grain, _), d in zip(split.parts, apart, strict=True):
+        moved[grain.type].append(d)
+    pool = corpus.pools["t2i"]
+    entities: dict[str, list[int]] = defaultdict(list)
+    for query in split.queries["t2i"]:
+        own = split.minimal_pairs.get(query.id, ())
+        if len(own) > 1:
+            entities[" ".join(sorted(own))] = [pool.row(id) for id in own]
+    groups = list(entities.values())
+    inside = [pair for rows_ in groups for pair in combinations(rows_, 2)]
+    outside = [(a[0], b[-1]) for a, b in combinations(groups, 2)][:RIVALS]
+    shown = embedded["t2i"]
+
+    def mean_distance(pairs: Sequence[tuple[int, int]]) -> float:
+        left, right = torch.tensor(pairs).T
+        return float(distance(shown[left], shown[right]).mean())
+
+    within, across = mean_distance(inside), mean_distance(outside)
+    every = fmean(apart)
+    return {
+        "distance": {"all": every, **{kind: fmean(d) for kind, d in sorted(moved.items())}},
+        "within": within,
+        "across": across,
+        "relative": every / across,
+        "norm": float(whole.norm(dim=1).mean()),
+        "contrast": _contrast(embedded, corpus, name),
+        "probe": _probe(embedded, corpus, name),
+    }
+
+
+def _contrast(embedded: Mapping[str, Tensor], corpus: Corpus, name: str) -> float:
+    """The mean lead of an answer's score over the hardest of its own entity."""
+    split, pool = corpus.splits[name], corpus.pools["t2i"]
+    asked, right, wrong = [], [], []
+    for i, query in enumerate(split.queries["t2i"]):
+        answer = pool.row(query.positives[0])
+        rivals = [pool.row(id) for id in split.minimal_pairs.get(query.id, ())]
+        rivals = [row for row in rivals if row != answer]
+        if rivals:
+            asked.append(i)
+            right.append(answer)
+            wrong.append(rivals)
+    width = max(map(len, wrong))
+    index = torch.tensor([[*some, *[-1] * (width - len(some))] for some in wrong])
+    shown = embedded["t2i"]
+    scores = elva_kernels.ranking_reward(
+        embedded[f"{name}.t2i"][asked], shown[right], shown, negative_index=index
+    ).scores
+    return float((scores[:, 0] - scores[:, 1:].amax(1)).mean())
+
+
+def _probe(embedded: Mapping[str, Tensor], corpus: Corpus, name: str) -> dict[str, float]:
+    """Type of grain -> accuracy of a ridge regression to its values, fitted on the pictures of
+    training and asked of the split's; under `TYPE chance` that of the commonest value."""
+    pool = corpus.pools["t2i"]
+    held_out = {id for query in corpus.splits[name].queries["t2i"] for id in query.positives}
+    shown = embedded["t2i"].double()
+    shown = shown / shown.norm(dim=1, keepdim=True)
+    found: dict[str, float] = {}
+    kinds = sorted({kind for grains in corpus.grains.values() for kind in grains})
+    for kind in kinds:
+        known = {id: grains[kind] for id, grains in corpus.grains.items() if kind in grains}
+        seen = [id for id in known if id in corpus.training]
+        values = sorted({known[id] for id in seen})
+        asked = [id for id in known if id in held_out and known[id] in values]
+        if len(values) < 2 or len(asked) < 10 or kind == "entity":
+            continue
+        x = torch.cat([shown[[pool.row(id) for id in seen]],
+                       torch.ones(len(seen), 1, dtype=torch.float64)], 1)  # fmt: skip
+        y = torch.nn.functional.one_hot(torch.tensor([values.index(known[id]) for id in seen]))
+        ridge = RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
+        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y.double())
+        z = torch.cat([shown[[pool.row(id) for id in asked]],
+                       torch.ones(len(asked), 1, dtype=torch.float64)], 1)  # fmt: skip
+        told = (z @ weights).argmax(1).tolist()
+        truth = [values.index(known[id]) for id in asked]
+        found[kind] = fmean(float(a == b) for a, b in zip(told, truth, strict=True))
+        commonest = max(values, key=[known[id] for id in seen].count)
+        found[f"{kind} chance"] = fmean(float(known[id] == commonest) for id in asked)
+    return found
