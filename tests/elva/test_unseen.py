@@ -29,7 +29,6 @@ from tests.elva import sentence_models, unseen
 from tests.elva.test_evaluation import embed
 from tests.elva.unseen import converted
 
-
 FINAL = "ccneg_images/cc3m_subset_images_extracted_final"
 
 
