@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from elva.cli import app
 from elva.data.formats import convert_file
+from elva.data.mbeir import read_sets
 
 
 def picture(path: Path, number: int = 0) -> Path:
@@ -158,3 +161,13 @@ def converted(name: str, root: Path, split: str | None = None, **more) -> Path:
         make(source)
     convert_file(name, source, root / (split or own), split=split or own, **more)
     return root / (split or own)
+
+
+def read(data: Path, split: str = "test"):
+    """Stem -> the set of a data directory."""
+    return {one.stem: one for one in read_sets(data, split=split)}
+
+
+def run(*words):
+    """What `elva` says to some words."""
+    return CliRunner().invoke(app, [*map(str, words)])
