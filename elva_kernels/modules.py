@@ -60,8 +60,8 @@ class RankingRewardLoss(torch.nn.Module):
     ) -> Tensor:
         """The scalar loss of query [*, D], positive [*, D], negatives [*, N, D], mask [*, N].
 
-        With negative_index [*, N] negatives are a bank [M, D]; relevance [*, N] in [0, 1] says how
-        relevant each negative is itself, as in `ranking_reward`.
+        With negative_index [*, N] negatives are a bank [M, D]; relevance [*, N], each in [0, 1],
+        says how relevant a negative is itself, as in `ranking_reward`.
         """
         result = ranking_reward(
             query,

@@ -43,6 +43,17 @@ def ranking_reward(
     92 %, 0.1: 81 %). `log` is read as the natural one; the positive loses every tie, since
     otherwise a collapsed model, whose scores are all equal, would earn the best rank.
 
+    With a `relevance` g_i in [0, 1] each negative is a positive by g_i, a negative by the rest::
+
+        margin_reward = max(0, s_0 - max_i (s_i - margin * g_i) - margin)
+        rank_reward   = s_0 / (1 + log r_0) + sum_i g_i s_i / (1 + log r_i)
+                        - rank_penalty * sum_i (1 - g_i) s_i (log r_i - 1)
+
+    Differs from the paper: its abstract treats negatives by their similarity to the positive and
+    gives no formula. This one is ours: a graded DCG with the paper's discount, and a margin of
+    ``margin * (1 - g_i)`` to negative i. The op does not normalise in secret: the gain of an ideal
+    order, all scores 1, is ``1 + sum_j g_(j) / (1 + log(j + 1))``, g sorted downwards and j from 1.
+
     Args:
         query: [*, D], bfloat16, float16, float32 or float64, of any finite magnitude and any
             strides. The leading dimensions `*` of all tensors broadcast against each other.
@@ -55,6 +66,11 @@ def ranking_reward(
             reward NaN.
         mask: bool [*, N], True where a negative is live. A masked row is never read: whatever it
             holds, its score is -inf and its gradient 0.
+        relevance: [*, N], bfloat16, float16, float32 or float64 (rounded to the reward's dtype), in
+            [0, 1]: how relevant negative i is itself, 1 as the positive and 0 not at all; None is 0
+            everywhere. Not differentiable: a constant. `rank` and `scores` do not depend on it;
+            what it holds of a masked negative is not looked at. On a GPU, which is not waited for,
+            a value out of range makes its group's reward and gradients NaN.
         margin: cosine difference in [-2, 2]; a negative one keeps the hinge open.
         rank_penalty: >= 0. Its weights sum to log((N + 1)!) - N (268 at N = 100), so a fixed value
             weighs more with more negatives. To hold its total at g whatever N is, pass
@@ -76,7 +92,8 @@ def ranking_reward(
 
     Raises:
         ValueError: a shape, device, layout or number out of its range; a row under `check_finite`;
-            on a CPU an entry of `negative_index` that is no row of the bank, with its position.
+            on a CPU an entry of `negative_index` that is no row of the bank, or of `relevance`
+            that is not in [0, 1], with its position.
         TypeError: a dtype, or an argument of another type.
         BackendUnavailable: the named backend cannot run here.
 
@@ -143,8 +160,8 @@ def ranking_reward_and_grad(
     maximisation do.
 
     Args:
-        query, positive, negatives, negative_index, mask, margin, rank_penalty, w_margin, w_rank,
-            rank_temperature, check_finite, backend: as in `ranking_reward`.
+        query, positive, negatives, negative_index, mask, relevance, margin, rank_penalty, w_margin,
+            w_rank, rank_temperature, check_finite, backend: as in `ranking_reward`.
         weight: the upstream gradient of each reward, broadcastable to [*], of any floating dtype
             (computed in the reward's); None is 1.
         wrt: names out of "query", "positive" and "negatives": the gradients that are wanted. The
@@ -212,6 +229,7 @@ def reward_from_scores(
     Args:
         scores: [*, C], C = N + 1, the positive's first; bfloat16, float16, float32 or float64.
         mask: bool [*, N] over the negatives ``scores[..., 1:]``, True where one is live.
+        relevance: [*, N] in [0, 1], how relevant each negative is itself; as in `ranking_reward`.
         margin: difference of scores, any finite number.
         rank_penalty, w_margin, w_rank, rank_temperature, check_finite, backend: as in
             `ranking_reward`; `rank_temperature` is in units of the scores.

@@ -9,11 +9,11 @@ from benchmarks.gpu.schedule import Part
 
 # Checks by the module that holds them (`prove_*`), and those of every op by what is done around it.
 CHECKS = {
-    "reward": ("values", "layouts", "odd rows", "many groups", "clusters", "banks", "names"),
+    "reward": ("values", "relevance", "layouts", "odd rows", "many groups", "clusters", "banks"),
     "in-batch": ("values", "positives", "wrt", "ties", "names", "repeats"),
     "topk": ("values", "order", "copies", "repeats", "codes"),
 }
-CHECKS["reward"] += ("repeats", "offsets")
+CHECKS["reward"] += ("names", "repeats", "offsets")
 SUBJECTS = ("reward", "statistics", "info_nce", "in-batch reward", "topk")
 AROUND = ("autocast", "switches", "streams")
 FIGURES = ("reward", "topk", "in_batch", "reward_paths", "host")

@@ -136,10 +136,15 @@ def exact_gradients(
 ) -> tuple[Tensor, ...]:
     """By autograd from `rows` to `leaves`, in float64, at the ranks of the scores found: nearly
     equal ones may change places."""
-    weights = {key: value for key, value in options.items() if key != "mask"}
+    weights = {key: options[key] for key in reference.Weights._fields if key in options}
     mask, found = options["mask"].cpu(), scores.double().cpu()
     found = torch.where(found.isfinite(), found, 0.0)
+    relevance = options.get("relevance")
     slopes = reference.reward_from_scores_backward(
-        found, mask, weight.double().cpu(), reference.Weights(**weights)
+        found,
+        mask,
+        weight.double().cpu(),
+        reference.Weights(**weights),
+        None if relevance is None else relevance.double().cpu(),
     )
     return torch.autograd.grad(reference.cosine_scores(*rows, mask), leaves, slopes)

@@ -54,7 +54,8 @@ def _values_of(
     options: dict[str, Any],
 ) -> None:
     found, *ours = run(place, *inputs, weight=weight, **options)
-    on_cpu = {**options, "backend": "reference", "mask": options["mask"].cpu()}
+    on_cpu = {key: x.cpu() if isinstance(x, Tensor) else x for key, x in options.items()}
+    on_cpu["backend"] = "reference"
     right = elva_kernels.ranking_reward(*(x.detach() for x in exact), **on_cpu)
     within(found.scores, right.scores, GROUPED["scores"], f"{what} scores")
     own = elva_kernels.reward_from_scores(found.scores.double().cpu(), **on_cpu)
@@ -68,6 +69,31 @@ def _values_of(
     same_bits([result.reward, result.scores], [found.reward, found.scores], "autograd's forward")
     by_autograd = torch.autograd.grad(result.reward, leaves, weight)
     gradients_within(inputs, by_autograd, gradients, ALLOWED, f"{what} autograd's")
+
+
+def relevances(place: Place) -> None:
+    """Negatives that are relevant themselves, by both paths; at 0 the bits of no relevance."""
+    shapes = [(3, 7, 33), (3, 100, 1536)] if place.small else [(3, 7, 33), (6, 100, 1536)]
+    shapes += [] if place.small else [(8, 100, 3584), (2, 1000, 256)]
+    for groups, n, d in shapes:
+        inputs, what = place.groups(groups, n, d), f"graded {groups}x{n}x{d}"
+        exact = [x.double().cpu().requires_grad_() for x in inputs]
+        mask = torch.rand(groups, n, device=place.device) < 0.8
+        weight = torch.randn(groups, device=place.device)
+        weight = weight.to(torch.promote_types(place.dtype, torch.float32))
+        relevance = 0.3 * torch.rand(groups, n, device=place.device)  # the hinge stays open
+        relevance[:, ::5], relevance[:, n // 3] = 0, 1
+        relevance[~mask] = math.nan
+        for temperature in (0.0, 0.1):
+            options = {**WEIGHTS, "rank_temperature": temperature, "mask": mask}
+            graded = options | {"relevance": relevance}
+            _values_of(place, what, inputs, exact, weight, graded)
+            spread = torch.stack([relevance, relevance], -1)[..., 0]
+            found = run(place, *inputs, **options, relevance=spread)
+            same_bits(flat(found), flat(run(place, *inputs, **graded)), f"{what}, spread")
+            none = flat(run(place, *inputs, **options))
+            found = run(place, *inputs, **options, relevance=torch.zeros_like(relevance))
+            same_bits(flat(found), none, f"{what}, of 0")
 
 
 def same_in_every_layout(place: Place) -> None:
@@ -166,8 +192,19 @@ def banks(place: Place) -> None:
 
 
 def names_out_of_range(place: Place) -> None:
-    """A row of a bank that does not exist makes its own group NaN, and no illegal access."""
+    """A row of a bank that does not exist makes its own group NaN, and no illegal access. So does a
+    relevance out of range."""
     query, positive, bank = place.groups(4, 50, 64)
+    relevance = torch.rand(4, 50, device=place.device)
+    right, *_ = run(place, query, positive, bank, relevance=relevance)
+    for bad in (math.nan, 1.5, -0.1):
+        relevance[2, 49] = bad
+        found, *gradients = run(place, query, positive, bank, relevance=relevance)
+        if not all(bool(x[2].isnan().all()) for x in (found.reward, *gradients)):
+            raise Red(f"a group with a relevance of {bad} is not NaN")
+        same_bits(found[3:], right[3:], f"ranks and scores by a relevance of {bad}")
+        for i in (0, 1, 3):
+            same_bits([found.reward[i]], [right.reward[i]], f"a neighbour of a relevance of {bad}")
     index = torch.randint(0, 50, (4, 9), device=place.device)
     right, *_ = run(place, query, positive, bank[0], negative_index=index)
     for bad in (50, 2**40, -2):
@@ -208,6 +245,7 @@ def offsets(place: Place) -> None:
 BOTH = ("ranking_reward_and_grad", "ranking_reward")
 CHECKS = {
     "reward values": (values, BOTH),
+    "reward relevance": (relevances, BOTH),
     "reward layouts": (same_in_every_layout, BOTH),
     "reward odd rows": (odd_rows, BOTH),
     "reward many groups": (many_groups, BOTH),

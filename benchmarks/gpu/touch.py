@@ -38,15 +38,15 @@ def reward_of(place: Place, groups: int, n: int, d: int) -> None:
 
 
 def odd_reward(place: Place, d: int) -> None:
-    """Masks, far rows, soft ranks, rows in every layout."""
+    """Masks, far rows, soft ranks, a relevance, rows in every layout."""
     inputs = place.groups(3, 100 if d > 1000 else 37, d)
     mask = torch.rand(inputs[2].shape[:2], device=place.device) < 0.7
     inputs[2][1, 3] *= place.far
     for _, laid in layouts(inputs):
         for temperature in (0.0, 0.1):
-            elva_kernels.ranking_reward_and_grad(
-                *laid, mask=mask, rank_temperature=temperature, backend=place.backend
-            )
+            named = {"mask": mask, "rank_temperature": temperature, "backend": place.backend}
+            for relevance in (None, torch.rand_like(mask, dtype=torch.float32)):
+                elva_kernels.ranking_reward_and_grad(*laid, relevance=relevance, **named)
 
 
 def reward(place: Place, large: bool) -> None:

@@ -1,6 +1,6 @@
 // What: the grouped ranking reward on the CPU: cosines, ranks, rewards and their gradients, fused.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
-//   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward
+//   (3, 3g), rank reward (4, 4g), reward (5), soft rank (6) of elva_kernels.reference.
 // In: query, positive [*, D], negatives [*, N, D], or a bank [M, D] and an index [*, N], in bf16,
 //   fp16, fp32 or fp64, any strides; mask [*, N], relevance [*, N].
 // Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32 (fp64), rank int32 [*];

@@ -1,15 +1,15 @@
 // What: the ranking reward of given scores (re-rankers, cross-encoders), with its gradient on the
 //   scores.
-// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; rank (2), margin reward (3), rank reward
-//   (4), reward (5), soft rank (6) of elva_kernels.reference.
-// In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64, any strides; mask [*, C -
-//   1].
+// Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; rank (2), margin reward (3, 3g), rank
+//   reward (4, 4g), reward (5), soft rank (6) of elva_kernels.reference.
+// In: scores [*, C] (column 0 the positive) in bf16, fp16, fp32 or fp64, any strides; mask and
+//   relevance [*, C - 1].
 // Out: reward, margin_reward, rank_reward [*] in fp32 (fp64), rank int32 [*]; grad_scores [*, C] in
 //   the scores' dtype.
 // Work split: some groups a thread.
 // Bytes: scores once, gradient once (the floor).
 // Numerics: double; a live score that is not finite makes its group's reward and live gradients
-//   NaN. Deterministic.
+//   NaN, as does a live relevance outside [0, 1]. Deterministic.
 // Limits: fewer than 2^31 candidates a group, 8 leading dimensions that do not merge.
 // Reference: elva_kernels.reference.reward_from_scores.
 #include <algorithm>

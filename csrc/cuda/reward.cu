@@ -116,30 +116,30 @@ class Scorer {
   double inverse_;
 };
 
-template <class T, bool kSoft>
+template <class T, bool kSoft, bool kGraded>
 __device__ inline void score_group(const PlainArgs& all, int64_t index, const Group& group) {
   const ElvaRewardArgs& args = all.reward;
   const int64_t candidates = args.negatives + 1;
   const Scorer<T> scorer(all, index, group);
-  const bool sound = __syncthreads_or(!scorer.run()) == 0;
-  rank_group<kSoft>(group, candidates, args.weights);
-  __syncthreads();
+  bool sound = __syncthreads_or(!scorer.run()) == 0;
+  sound = rank_sound<kSoft, kGraded>(group, candidates, sound, args, index);
   write_scores(args, index, group);
   const double inverse = scorer.true_inverse();
   double* a = nullptr;
   if (args.coefficients != nullptr) {
     a = args.coefficients + index * (2 * candidates + 1);
-    set_coefficients<kSoft>(group, candidates, sound, inverse, args.weights, a, a + candidates);
+    set_coefficients<kSoft, kGraded>(group, candidates, sound, inverse, args.weights, a,
+                                     a + candidates);
     __syncthreads();
   }
   if (threadIdx.x >= 32) return;
-  total_group(group, candidates, sound, inverse, args.weights);
+  total_group<kGraded>(group, candidates, sound, inverse, args.weights);
   if (threadIdx.x != 0) return;
   write_rewards(args, index, group);
   if (a != nullptr) a[2 * candidates] = group.total[Group::kQuery];
 }
 
-template <class T>
+template <class T, bool kGraded>
 __global__ void __launch_bounds__(kThreads, 2)
     reward_forward(const __grid_constant__ PlainArgs all) {
   ELVA_DYNAMIC_SHARED(memory);
@@ -152,10 +152,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const Group group(own, candidates);
   if (args.weights.rank_temperature > 0) {
-    score_group<T, true>(all, index, group);
+    score_group<T, true, kGraded>(all, index, group);
   } else {
     group.open(candidates);
-    score_group<T, false>(all, index, group);
+    score_group<T, false, kGraded>(all, index, group);
   }
 }
 
@@ -256,8 +256,10 @@ ElvaStatus forward(const ElvaRewardArgs& args) {
     if (status != ELVA_UNSUPPORTED) return status;
   }
   const size_t bytes = args.scratch == nullptr ? Group::bytes(args.negatives + 1) : 0;
-  const ElvaStatus status = launch(reward_forward<T>, args.batch.groups, 0, kThreads, bytes,
-                                   args.stream, PlainArgs{args, split.columns});
+  const auto kernel =
+      args.relevance == nullptr ? reward_forward<T, false> : reward_forward<T, true>;
+  const ElvaStatus status = launch(kernel, args.batch.groups, 0, kThreads, bytes, args.stream,
+                                   PlainArgs{args, split.columns});
   return status != ELVA_OK || !Wanted(args).any() ? status : backward<T>(args);
 }
 

@@ -105,7 +105,7 @@ class HeldRows {
   unsigned char* grad_negatives_;
 };
 
-template <class T, bool kSoft>
+template <class T, bool kSoft, bool kGraded>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kGradientThreads / 32;
   static constexpr int kAhead = sizeof(T) == 2 && !kIsTight ? kTogether : 2;  // four of fp32 spill
@@ -146,13 +146,11 @@ class Block {
     if (threadIdx.x == 0) group_.total[Group::kUpstream] = upstream_of(args_, index);
     find_rows();
     load();
-    const bool sound = score();
-    rank_group<kSoft>(group_, candidates_, args_.weights);
-    __syncthreads();
+    const bool sound = rank_sound<kSoft, kGraded>(group_, candidates_, score(), args_, index_);
     if (block_ == 0) write_scores(args_, index, group_);
     if (wanted().any() || saves()) {
-      set_coefficients<kSoft>(group_, candidates_, sound, group_.total[Group::kQueryInverse],
-                              args_.weights, a_, b_);
+      set_coefficients<kSoft, kGraded>(group_, candidates_, sound,
+                                       group_.total[Group::kQueryInverse], args_.weights, a_, b_);
       __syncthreads();
       if (block_ == 0 && saves()) write_coefficients();
     }
@@ -419,7 +417,8 @@ class Block {
   // By the last warp, which has the fewest columns.
   __device__ void total(bool sound) {
     if (warp() != kWarps - 1) return;
-    total_group(group_, candidates_, sound, group_.total[Group::kQueryInverse], args_.weights);
+    total_group<kGraded>(group_, candidates_, sound, group_.total[Group::kQueryInverse],
+                         args_.weights);
     if (block_ != 0 || threadIdx.x % 32 != 0) return;
     write_rewards(args_, index_, group_);
     if (saves()) {

@@ -26,12 +26,12 @@ constexpr int64_t kLongSegment = 2048;     // where no block decides
 
 int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-template <class T, bool kSoft>
+template <class T, bool kSoft, bool kGraded>
 __global__ void __launch_bounds__(kThreads, 2)
     reward_clusters(const __grid_constant__ ClusterArgs args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   ELVA_DYNAMIC_SHARED(memory);
-  Block<T, kSoft> block(args, memory);
+  Block<T, kSoft, kGraded> block(args, memory);
   block.open();
   for (int64_t index = blockIdx.x / args.blocks; index < args.reward.batch.groups;
        index += args.clusters) {
@@ -39,6 +39,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   block.close();
 #endif
+}
+
+template <class T, bool kGraded>
+auto kernel_of(const ElvaRewardWeights& weights) {
+  return weights.rank_temperature > 0 ? reward_clusters<T, true, kGraded>
+                                      : reward_clusters<T, false, kGraded>;
 }
 
 // Whether a group's negatives lie side by side, all of them to be read.
@@ -73,8 +79,8 @@ template <class T>
 ElvaStatus cluster_reward(const ElvaRewardArgs& args, const Split& split) {
   if (args.batch.groups == 0) return ELVA_OK;
   if (!has_clusters() || !has_whole_rows<T>(args)) return ELVA_UNSUPPORTED;
-  const auto kernel =
-      args.weights.rank_temperature > 0 ? reward_clusters<T, true> : reward_clusters<T, false>;
+  const auto kernel = args.relevance == nullptr ? kernel_of<T, false>(args.weights)
+                                                : kernel_of<T, true>(args.weights);
   const size_t bytes = Layout<T>{args.negatives + 1, split.columns, split.blocks}.bytes();
   int clusters = 0;
   const ElvaStatus status = most_clusters(kernel, split.blocks, kThreads, bytes, &clusters);

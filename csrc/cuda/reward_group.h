@@ -1,6 +1,7 @@
 // One group of the grouped reward on one block of threads: from dots and norms to ranks, reward and
 // the coefficients of the gradients: cosine (1), rank (2), margin reward (3), rank reward (4),
-// reward (5), soft rank (6) of elva_kernels.reference.
+// reward (5), soft rank (6) of elva_kernels.reference; graded: (3g) and (4g), of negatives that are
+// relevant themselves.
 //
 // Coefficients, a group: a[C], b[C] and the query's b, C = negatives + 1, in double and true units:
 //   gradient row i = a q + b c,  gradient of the query = sum of a c + b q
@@ -24,7 +25,8 @@ __device__ inline bool is_in_range(double square) {
 struct Group {
   enum { kRankReward, kMarginReward, kQuery, kQueryInverse, kUpstream, kTotals };
   double* total;    // [kTotals]: of total_group, and what its block keeps of the group
-  int* top;         // [2], the candidates of ranks 1 and 2; 0 where there is none
+  int* top;         // [2], the candidates of ranks 1 and 2; 0 where there is none. Graded: the
+                    //   hardest negative twice
   uint64_t* key;    // greater comes first; 0 for masked ones and beyond the last
   double* pull;     // slope times score; in the memory of the keys, once there are ranks
   double* score;    // before clamping; NaN where not finite
@@ -88,6 +90,11 @@ struct Group {
   __device__ double margin_reward(double margin) const {
     return hardest() == 0 ? 0 : margin_hinge(value[0], value[hardest()], margin);
   }
+  // The same after rank_group; graded, total_group has not been yet.
+  template <bool kGraded>
+  __device__ double hinge(double margin) const {
+    return kGraded ? total[kMarginReward] : margin_reward(margin);
+  }
 };
 
 // 1 / |row| of its square; 0 for a zero row, and NaN stays.
@@ -115,11 +122,56 @@ __device__ inline double soft_rank(const Group& group, int64_t candidates, int64
   return place;
 }
 
+// Of a group's negatives.
+__device__ inline const float* relevance_of(const ElvaRewardArgs& args, int64_t index) {
+  return static_cast<const float*>(args.relevance) + index * args.negatives;
+}
+
+// d R_rank / d score of candidate c, (4) or (4g), and its derivative on the rank.
+template <bool kGraded>
+__device__ inline double weight_of(int64_t c, double log_rank, double rank_penalty, double grade) {
+  return kGraded && c > 0 ? graded_rank_weight(log_rank, rank_penalty, grade)
+                          : rank_weight(c == 0, log_rank, rank_penalty);
+}
+template <bool kGraded>
+__device__ inline double weight_slope_of(int64_t c, double rank, double rank_penalty,
+                                         double grade) {
+  return kGraded && c > 0 ? graded_rank_weight_slope(rank, rank_penalty, grade)
+                          : rank_weight_slope(c == 0, rank, rank_penalty);
+}
+
+// Eq. (3g): the hardest negative, of equal ones the first, and the margin reward. The last warp,
+// which ranks the fewest.
+__device__ inline void grade_margin(const Group& group, int64_t candidates, double margin,
+                                    const float* relevance) {
+  if (threadIdx.x / 32 != blockDim.x / 32 - 1) return;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  double hardest = -INFINITY;
+  int at = 0;
+#pragma unroll 1  // addresses of several would spill
+  for (int64_t c = lane + 1; c < candidates; c += 32) {
+    if (!group.live[c]) continue;
+    const double rival = graded_rival(group.value[c], margin, relevance[c - 1]);
+    if (rival > hardest) hardest = rival, at = static_cast<int>(c);
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const double theirs = __shfl_xor_sync(kAllLanes, hardest, offset);
+    const int place = __shfl_xor_sync(kAllLanes, at, offset);
+    if (theirs > hardest || (theirs == hardest && place < at)) hardest = theirs, at = place;
+  }
+  if (lane != 0) return;
+  group.top[0] = group.top[1] = at;
+  group.total[Group::kMarginReward] = at == 0 ? 0 : margin_hinge(group.value[0], hardest, margin);
+}
+
 // Ranks, two threads a candidate, and what they weigh. kSoft: the temperature of ranks is above 0.
-// All threads; `set` and a barrier before.
-template <bool kSoft>
-__device__ inline void rank_group(const Group& group, int64_t candidates,
-                                  const ElvaRewardWeights& weights) {
+// kGraded: `relevance` [candidates - 1] counts; returns whether this thread's live ones are in
+// [0, 1]. All threads; `set` and a barrier before.
+template <bool kSoft, bool kGraded>
+__device__ inline bool rank_group(const Group& group, int64_t candidates,
+                                  const ElvaRewardWeights& weights, const float* relevance) {
+  bool sound = true;
+  if constexpr (kGraded) grade_margin(group, candidates, weights.margin, relevance);
   const bool first = threadIdx.x % 2 == 0;
   for (int64_t at = 0; at < candidates; at += blockDim.x / 2) {
     const int64_t c = at + threadIdx.x / 2;
@@ -139,23 +191,39 @@ __device__ inline void rank_group(const Group& group, int64_t candidates,
       continue;
     }
     group.rank[c] = before + 1;
-    if (before < 2) group.top[before] = static_cast<int>(c);
+    if (!kGraded && before < 2) group.top[before] = static_cast<int>(c);
+    const double grade = kGraded && c > 0 ? relevance[c - 1] : 0.0;
+    sound = sound && is_relevance(grade);
     if constexpr (kSoft) {
       const double place = soft_rank(group, candidates, c, weights.rank_temperature);
-      group.weight[c] = rank_weight(c == 0, log(place), weights.rank_penalty);
-      group.soft[c] = group.value[c] * rank_weight_slope(c == 0, place, weights.rank_penalty);
+      group.weight[c] = weight_of<kGraded>(c, log(place), weights.rank_penalty, grade);
+      group.soft[c] =
+          group.value[c] * weight_slope_of<kGraded>(c, place, weights.rank_penalty, grade);
     } else {
-      group.weight[c] = rank_weight(c == 0, group.log_of[before], weights.rank_penalty);
+      group.weight[c] = weight_of<kGraded>(c, group.log_of[before], weights.rank_penalty, grade);
     }
   }
+  return sound;
+}
+
+// rank_group and the barrier behind it; whether the group is sound, as it was before and by its
+// relevance.
+template <bool kSoft, bool kGraded>
+__device__ inline bool rank_sound(const Group& group, int64_t candidates, bool sound,
+                                  const ElvaRewardArgs& args, int64_t index) {
+  const float* relevance = kGraded ? relevance_of(args, index) : nullptr;
+  const bool fine = rank_group<kSoft, kGraded>(group, candidates, args.weights, relevance);
+  if constexpr (kGraded) return __syncthreads_or(!fine) == 0 && sound;
+  __syncthreads();
+  return sound;
 }
 
 // The whole d reward / d score of a candidate.
-template <bool kSoft>
+template <bool kSoft, bool kGraded>
 __device__ inline double slope_of(const Group& group, int64_t candidates, int64_t c,
                                   const ElvaRewardWeights& weights) {
   double slope = weights.w_rank * group.weight[c];
-  if (group.margin_reward(weights.margin) > 0) {
+  if (group.hinge<kGraded>(weights.margin) > 0) {
     if (c == 0) slope += weights.w_margin;
     if (c == group.hardest()) slope -= weights.w_margin;
   }
@@ -172,7 +240,7 @@ __device__ inline double slope_of(const Group& group, int64_t candidates, int64_
 
 // Coefficients of the rows for an upstream gradient of 1, into `a` and `b` [candidates]; NaN where
 // the group is not sound. All threads; rank_group and a barrier before.
-template <bool kSoft>
+template <bool kSoft, bool kGraded>
 __device__ inline void set_coefficients(const Group& group, int64_t candidates, bool sound,
                                         double query_inverse, const ElvaRewardWeights& weights,
                                         double* a, double* b) {
@@ -182,7 +250,7 @@ __device__ inline void set_coefficients(const Group& group, int64_t candidates, 
     if (group.live[c] && !sound) {
       slope = nan("");
     } else if (group.live[c] && both > 0) {
-      slope = slope_of<kSoft>(group, candidates, c, weights);
+      slope = slope_of<kSoft, kGraded>(group, candidates, c, weights);
     }
     const double pull = slope * group.score[c];
     group.pull[c] = slope == 0 ? 0 : pull;
@@ -194,6 +262,7 @@ __device__ inline void set_coefficients(const Group& group, int64_t candidates, 
 
 // Rewards, and the query's own coefficient: the sum of a c + b q, where b = -sum of pulls / |q|^2.
 // One warp; set_coefficients and a barrier before.
+template <bool kGraded>
 __device__ inline void total_group(const Group& group, int64_t candidates, bool sound,
                                    double query_inverse, const ElvaRewardWeights& weights) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -209,7 +278,7 @@ __device__ inline void total_group(const Group& group, int64_t candidates, bool 
   }
   if (lane != 0) return;
   group.total[Group::kRankReward] = sound ? reward : nan("");
-  group.total[Group::kMarginReward] = sound ? group.margin_reward(weights.margin) : nan("");
+  group.total[Group::kMarginReward] = sound ? group.hinge<kGraded>(weights.margin) : nan("");
   group.total[Group::kQuery] = -pull * query_inverse * query_inverse;
 }
 

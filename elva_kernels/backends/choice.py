@@ -6,7 +6,7 @@ import torch
 
 from elva_kernels.backends.admission import verdicts
 from elva_kernels.backends.launcher import Launcher
-from elva_kernels.backends.table import BACKENDS, LAUNCHERS, UNGRADED
+from elva_kernels.backends.table import BACKENDS, LAUNCHERS
 
 
 class BackendUnavailable(RuntimeError):
@@ -15,16 +15,9 @@ class BackendUnavailable(RuntimeError):
 
 @functools.cache
 def launcher(
-    op: str,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    called: str | None = None,
-    graded: bool = False,
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, called: str | None = None
 ) -> Launcher:
     """The function that computes `op` on `backend`, or on the first that can for "auto".
-
-    graded: the call has a relevance.
 
     On a GPU "auto" takes a backend only after its self-test (`admission`) in `dtype` on `device`.
 
@@ -37,11 +30,11 @@ def launcher(
         backend = next(
             name
             for name in BACKENDS
-            if obstacle_to(op, name, device.type, dtype, graded) is None
+            if obstacle_to(op, name, device.type, dtype) is None
             and not BACKENDS[name].by_name_only
             and failure_of(op, name, device, dtype) is None
         )
-    obstacle = obstacle_to(op, backend, device.type, dtype, graded)
+    obstacle = obstacle_to(op, backend, device.type, dtype)
     if obstacle is not None:
         raise BackendUnavailable(
             f"{called or op}: backend must run here, got {backend!r}; {obstacle}"
@@ -68,9 +61,7 @@ def failure_of(
         raise BackendUnavailable(str(error)) from None
 
 
-def obstacle_to(
-    op: str, name: str, device_type: str, dtype: torch.dtype, graded: bool = False
-) -> str | None:
+def obstacle_to(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why backend `name` cannot compute `op` here, in a sentence; None where it can."""
     backend = BACKENDS[name]
     if name not in LAUNCHERS[op]:
@@ -80,6 +71,4 @@ def obstacle_to(
     if backend.dtypes is not None and dtype not in backend.dtypes:
         names = ", ".join(str(x).removeprefix("torch.") for x in backend.dtypes)
         return f"{name} takes {names}, these are {str(dtype).removeprefix('torch.')}"
-    if graded and name in UNGRADED:
-        return f"{name} takes no relevance"
     return backend.unavailable_reason()

@@ -71,9 +71,9 @@ def ranking_reward_and_grad(
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    inputs = (query, positive, negatives, mask)
-    rest = (upstream, weights, index, wrt, relevance)
-    result, *gradients = reference.ranking_reward_and_grad(*inputs, *rest)
+    result, *gradients = reference.ranking_reward_and_grad(
+        query, positive, negatives, mask, upstream, weights, index, wrt, relevance
+    )
     found = (None if x is None else x.contiguous() for x in gradients)
     return *detached(result), *found
 

@@ -47,9 +47,6 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(None, lambda: None),
 }
 
-# Backends whose launchers take no relevance but None.
-UNGRADED = frozenset({"cuda", "triton"})
-
 # op -> backend -> launcher.
 LAUNCHERS: dict[str, dict[str, Launcher]] = {
     "ranking_reward": {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Gradients, Launcher, Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered import batched
 from elva_kernels.registered.groups import (
@@ -46,7 +46,7 @@ def _ranking_reward(
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = _launcher("ranking_reward", backend, query, relevance)
+    launch = launcher("ranking_reward", backend, query.device, query.dtype)
     negatives, mask, index = merged("ranking_reward", negatives, mask, index)
     check_relevance("ranking_reward", relevance, mask if index is None else index != -1)
     leading = leading_of(query, positive, negatives, mask, index, relevance)
@@ -66,7 +66,7 @@ def _ranking_reward_saved(
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = _launcher("ranking_reward_saved", backend, query, relevance)
+    launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
     negatives, mask, index = merged("ranking_reward", negatives, mask, index)
     check_relevance("ranking_reward", relevance, mask if index is None else index != -1)
     leading = leading_of(query, positive, negatives, mask, index, relevance)
@@ -88,7 +88,7 @@ def _ranking_reward_backward(
     wrt: Sequence[bool],
     backend: str,
 ) -> Tensors:
-    launch = _launcher("ranking_reward_backward", backend, query, relevance)
+    launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
     bank, mask, index = merged("ranking_reward", negatives, mask, index)
     leading = leading_of(query, positive, bank, mask, index, relevance)
     shared = [in_range(x, leading) for x in (query, positive)]
@@ -129,7 +129,7 @@ def _ranking_reward_and_grad(
     if upstream is not None:
         upstream = upstream.expand(leading)
     if not any(summed_of(leading, query, positive, wrt)):
-        launch = _launcher("ranking_reward_and_grad", backend, query, relevance)
+        launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
         groups = groups_of(leading, query, positive, bank, mask, index, relevance)
         results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
         return *results[:5], *_filled(results[5:], (query, positive, negatives))
@@ -160,7 +160,7 @@ def _reward_from_scores(
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = _launcher("reward_from_scores", backend, scores, relevance)
+    launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
     check_relevance("reward_from_scores", relevance, mask)
     leading = _leading_of_scores(scores, mask, relevance)
     inputs = (expanded(scores, leading, 1), expanded(mask, leading, 1), graded(relevance, leading))
@@ -175,7 +175,7 @@ def _reward_from_scores_backward(
     weights: Sequence[float],
     backend: str,
 ) -> Tensor:
-    launch = _launcher("reward_from_scores_backward", backend, scores, relevance)
+    launch = launcher("reward_from_scores_backward", backend, scores.device, scores.dtype)
     leading = _leading_of_scores(scores, mask, relevance)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1), graded(relevance, leading))
@@ -189,11 +189,6 @@ def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) 
     advantages: Tensor
     (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
     return advantages
-
-
-def _launcher(op: str, backend: str, like: Tensor, relevance: Tensor | None) -> Launcher:
-    """Of tensors like this one, with a relevance or without."""
-    return launcher(op, backend, like.device, like.dtype, graded=relevance is not None)
 
 
 def _leading_of_scores(scores: Tensor, mask: Tensor | None, relevance: Tensor | None) -> torch.Size:

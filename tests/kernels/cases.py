@@ -83,6 +83,19 @@ if ON_FIBERS:
     DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+def relevance_of(graded, *shape, dtype=torch.float32):
+    """[*, N] in [0, 1], some of either end among them; None where it is not graded."""
+    if not graded:
+        return None
+    share = torch.rand(shape)
+    return torch.where(share < 0.2, 0.0, torch.where(share > 0.9, 1.0, share)).to(dtype)
+
+
+def exact(relevance):
+    """In float64, as a truth takes it."""
+    return None if relevance is None else relevance.double()
+
+
 def embeddings(leading, n, d, dtype, *, seed=0, signal=0.7):
     """A query, a positive near it and negatives at all distances from it, as models give them."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +133,7 @@ def truth_scores(query, positive, negatives, mask=None):
     return reference.cosine_scores(query.double(), positive.double(), negatives.double(), mask)
 
 
-def truth_gradients(inputs, scores, mask, weight, **weights):
+def truth_gradients(inputs, scores, mask, weight, relevance=None, **weights):
     """Float64 gradients of sum(weight * reward), with ranks and hinge as `scores` decide them.
 
     Taking the ranks from the backend's own scores keeps a swap of two near-equal ones, which is no
@@ -129,7 +142,7 @@ def truth_gradients(inputs, scores, mask, weight, **weights):
     scores = torch.where(torch.isfinite(scores), scores, 0).double()
     upstream = weight.double().expand(scores.shape[:-1])
     coefficients = reference.reward_from_scores_backward(
-        scores, mask, upstream, reference.Weights(**weights)
+        scores, mask, upstream, reference.Weights(**weights), exact(relevance)
     )
     leaves = [x.detach().double().clone().requires_grad_() for x in inputs]
     truth = reference.cosine_scores(*leaves, mask)

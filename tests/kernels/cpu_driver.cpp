@@ -39,6 +39,18 @@ std::vector<char> numbers(ElvaDtype dtype, int64_t count, bool special, std::mt1
   return out;
 }
 
+// Numbers from 0 to 1, and where `special` now and then NaN.
+template <class V>
+std::vector<char> shares(int64_t count, bool special, std::mt19937* random) {
+  std::vector<char> out(static_cast<size_t>(count) * sizeof(V));
+  for (int64_t i = 0; i < count; ++i) {
+    const bool none = special && (*random)() % 29 == 0;
+    const V x = none ? static_cast<V>(std::nan("")) : static_cast<V>((*random)() % 9) / 8;
+    memcpy(&out[static_cast<size_t>(i) * sizeof(V)], &x, sizeof(V));
+  }
+  return out;
+}
+
 ElvaInput rows_of(const void* data, int64_t rows, int64_t dim, int64_t stride) {
   ElvaInput input = {};
   input.data = data;
@@ -97,6 +109,8 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   const auto negative = numbers(dtype, groups * negatives * dim * stride, special, &random);
   std::vector<unsigned char> mask(static_cast<size_t>(groups * negatives));
   for (auto& live : mask) live = random() % 4 != 0;
+  const auto relevance = dtype == ELVA_FP64 ? shares<double>(groups * negatives, special, &random)
+                                            : shares<float>(groups * negatives, special, &random);
   const auto block = [](int64_t bytes) { return std::vector<char>(static_cast<size_t>(bytes)); };
   auto reward = block(groups * value), margin = reward, rank_reward = reward, upstream = reward;
   auto rank = block(groups * 4), scores = block(groups * (negatives + 1) * value);
@@ -117,6 +131,7 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   args.positive = rows_of(positive.data(), 1, dim, stride);
   args.negative = rows_of(negative.data(), negatives, dim, stride);
   if (negatives > 0) args.mask = rows_of(mask.data(), 1, negatives, 1);
+  if (seed % 3 == 0) args.relevance = relevance.data();
   args.upstream.data = upstream.data();
   args.upstream.batch_strides[0] = 1;
   args.reward = reward.data();
@@ -147,6 +162,7 @@ void one_call(ElvaDtype dtype, int64_t groups, int64_t negatives, int64_t dim, i
   given.weights = args.weights;
   given.scores = rows_of(scores.data(), 1, negatives + 1, 1);
   given.mask = args.mask;
+  given.relevance = args.relevance;
   given.reward = reward.data();
   given.margin_reward = margin.data();
   given.rank_reward = rank_reward.data();

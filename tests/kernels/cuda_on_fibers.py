@@ -59,28 +59,36 @@ def order(request, monkeypatch):
     monkeypatch.setenv("ELVA_HOST_ORDER", request.param)
 
 
-def launch(op, *inputs, **weights):
+def launch(op, *inputs, relevance=None, **weights):
     """A launcher of the grouped reward, of negatives in their place and of all gradients."""
     query, positive, negatives, mask, *rest = inputs
     wrt = (reference.ALL,) if op in ("ranking_reward_and_grad", "ranking_reward_backward") else ()
-    inputs = (query, positive, negatives, mask, None, *rest)
+    inputs = (query, positive, negatives, mask, None, relevance, *rest)
     return LAUNCHERS[op](*inputs, Weights(**weights), *wrt)
 
 
-def truth(inputs, mask, weight, **weights):
-    exact = (x.double() for x in inputs)
+def grades(n, groups=3):
+    """A relevance of each negative: of some 0 or 1."""
+    return torch.rand(groups, n).mul(1.4).sub(0.2).clamp(0, 1)
+
+
+def truth(inputs, mask, weight, relevance=None, **weights):
+    exact = [x.double() for x in inputs]
+    weight, relevance = (None if x is None else x.double() for x in (weight, relevance))
     return reference.ranking_reward_and_grad(
-        *exact, mask, None if weight is None else weight.double(), Weights(**weights)
+        *exact, mask, weight, Weights(**weights), relevance=relevance
     )
 
 
-def check(found, inputs, mask, weight, **weights):
-    right, *gradients = truth(inputs, mask, weight, **weights)
+def check(found, inputs, mask, weight, relevance=None, **weights):
+    right, *gradients = truth(inputs, mask, weight, relevance, **weights)
     reward, _, _, rank, scores, *ours = found
     live = torch.isfinite(right.scores)
     torch.testing.assert_close(scores[live].double(), right.scores[live], rtol=0, atol=1e-6)
     assert (scores.isneginf() == right.scores.isneginf()).all()
-    exact = reference.reward_from_scores(scores.double(), mask, Weights(**weights))
+    exact = reference.reward_from_scores(
+        scores.double(), mask, Weights(**weights), None if relevance is None else relevance.double()
+    )
     assert torch.equal(rank, exact.rank)
     torch.testing.assert_close(reward.double(), exact.reward, rtol=2e-6, atol=2e-6, equal_nan=True)
     check_gradients(ours, gradients, inputs, inputs[0].dtype)
@@ -89,15 +97,66 @@ def check(found, inputs, mask, weight, **weights):
 @pytest.mark.parametrize("shape", CLUSTERS)
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
 @pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
-def test_value_and_grad_of_every_cluster(shape, dtype, weights):
+@pytest.mark.parametrize("graded", [False, True])
+def test_value_and_grad_of_every_cluster(shape, dtype, weights, graded):
     n, d = CLUSTERS[shape]
     inputs = embeddings((3,), n, d, dtype)
     mask = torch.rand(3, n) < 0.8
     inputs[2][~mask] = torch.nan  # never read
     weight = torch.tensor([0.7, -3.0, 0.0])
+    weights = weights | {"relevance": grades(n).masked_fill(~mask, torch.nan) if graded else None}
     found = launch("ranking_reward_and_grad", *inputs, mask, weight, **weights)
     cleaned = (*inputs[:2], inputs[2].nan_to_num(0.0))
     check(found, cleaned, mask, weight, **weights)
+
+
+@pytest.mark.parametrize("shape", CLUSTERS)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
+@pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
+@pytest.mark.parametrize("capability", ["8", "9"])
+def test_no_relevance_is_that_of_zero(shape, dtype, weights, capability, monkeypatch):
+    """To the bit, by both ways: the kernels are two."""
+    monkeypatch.setenv("ELVA_HOST_CAPABILITY", capability)
+    n, d = CLUSTERS[shape]
+    inputs = (*embeddings((3,), n, d, dtype), torch.rand(3, n) < 0.8, None)
+    zeros = launch("ranking_reward_and_grad", *inputs, relevance=torch.zeros(3, n), **weights)
+    none = launch("ranking_reward_and_grad", *inputs, **weights)
+    for a, b in zip(zeros, none, strict=True):
+        assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("capability", ["8", "9"])
+@pytest.mark.parametrize("bad", [1.5, -0.1, torch.nan])
+def test_a_relevance_out_of_range_makes_its_group_nan(bad, capability, monkeypatch):
+    """A live one, the group's reward and its gradients; its rank and scores stay."""
+    monkeypatch.setenv("ELVA_HOST_CAPABILITY", capability)
+    for n, d in CLUSTERS.values():
+        inputs = (*embeddings((3,), n, d, torch.float16), torch.ones(3, n, dtype=torch.bool), None)
+        inputs[3][0, n - 1] = False
+        relevance = grades(n)
+        right = launch("ranking_reward_and_grad", *inputs, relevance=relevance, **SOFT_RANKS)
+        relevance[0, n - 1] = relevance[1, n - 2] = bad
+        found = launch("ranking_reward_and_grad", *inputs, relevance=relevance, **SOFT_RANKS)
+        for place, (a, b) in enumerate(zip(found, right, strict=True)):
+            whole = [0, 1, 2] if place in (3, 4) else [0, 2]
+            assert same_bits(a[whole], b[whole])
+            assert place in (3, 4) or a[1].isnan().all()
+
+
+@pytest.mark.parametrize("capability", ["8", "9"])
+@pytest.mark.parametrize(("hardest", "grade"), [(9, 0.25), (35, 0.0)])
+def test_of_equal_rivals_the_first_is_the_hardest(hardest, grade, capability, monkeypatch):
+    """Two copies of a row in 40, equal or not in what is left of their margins."""
+    monkeypatch.setenv("ELVA_HOST_CAPABILITY", capability)
+    query, positive, _ = embeddings((1,), 0, 16, torch.float32)
+    negatives = (query * torch.tensor([1.0, -1.0]).repeat(8)).unsqueeze(1).repeat(1, 40, 1)
+    negatives[:, [9, 35]] = positive.unsqueeze(1)
+    relevance = torch.zeros(1, 40)
+    relevance[0, 9], relevance[0, 35] = grade, 0.25
+    inputs, weights = (query, positive, negatives, None, None), OPEN_HINGE | {"w_rank": 0.0}
+    found = launch("ranking_reward_and_grad", *inputs, relevance=relevance, **weights)
+    named = found[7][0].abs().amax(-1).nonzero()
+    assert named.tolist() == [[hardest]]
 
 
 def bank_of(n, d, dtype, rows=7):
@@ -109,9 +168,9 @@ def bank_of(n, d, dtype, rows=7):
     return query, positive, bank, index
 
 
-def run_indexed(query, positive, bank, index, wrt=reference.ALL, **weights):
+def run_indexed(query, positive, bank, index, wrt=reference.ALL, relevance=None, **weights):
     weight = torch.tensor([0.7, -3.0, 0.0])
-    inputs = (query, positive, bank, None, index, weight, Weights(**weights), wrt)
+    inputs = (query, positive, bank, None, index, relevance, weight, Weights(**weights), wrt)
     return LAUNCHERS["ranking_reward_and_grad"](*inputs)
 
 
@@ -123,13 +182,14 @@ def test_rows_of_a_bank_are_those_in_their_place(shape, dtype, capability, monke
     monkeypatch.setenv("ELVA_HOST_CAPABILITY", capability)
     n, d = CLUSTERS[shape]
     query, positive, bank, index = bank_of(n, d, dtype)
-    found = run_indexed(query, positive, bank, index, **OPEN_HINGE)
     mask, weight = index >= 0, torch.tensor([0.7, -3.0, 0.0])
+    weights = OPEN_HINGE | {"relevance": grades(n).masked_fill(~mask, torch.nan)}
+    found = run_indexed(query, positive, bank, index, **weights)
     placed = (query, positive, bank[index.clamp(min=0)], mask, weight)
-    expected = launch("ranking_reward_and_grad", *placed, **OPEN_HINGE)
+    expected = launch("ranking_reward_and_grad", *placed, **weights)
     for a, b in zip(found[:7], expected[:7], strict=True):
         assert same_bits(a, b)
-    right = truth(placed[:3], mask, weight, **OPEN_HINGE)[3]
+    right = truth(placed[:3], mask, weight, **weights)[3]
     total = torch.zeros(bank.shape, dtype=torch.float64)
     total.index_add_(0, index[mask], right[mask])
     norm = bank.double().norm(dim=-1, keepdim=True)
@@ -156,14 +216,16 @@ def test_wanted_gradients_of_every_cluster_keep_their_bits(indexed, capability, 
 
 
 @pytest.mark.parametrize("shape", CLUSTERS)
-def test_less_memory_changes_no_bit(shape, monkeypatch):
+@pytest.mark.parametrize("graded", [False, True])
+def test_less_memory_changes_no_bit(shape, graded, monkeypatch):
     """A GPU whose blocks have 99 KB takes two passes where a cluster's would need more."""
     inputs = embeddings((3,), *CLUSTERS[shape], torch.bfloat16)
-    expected = launch("ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE)
+    weights = OPEN_HINGE | {"relevance": grades(len(inputs[2][0])) if graded else None}
+    expected = launch("ranking_reward_and_grad", *inputs, None, None, **weights)
     monkeypatch.setenv("ELVA_HOST_SHARED_KB", "99")
     with ThreadPoolExecutor(1) as fresh:  # a thread remembers what its device holds
         found = fresh.submit(
-            launch, "ranking_reward_and_grad", *inputs, None, None, **OPEN_HINGE
+            launch, "ranking_reward_and_grad", *inputs, None, None, **weights
         ).result()
     for a, b in zip(found, expected, strict=True):
         assert same_bits(a, b)
@@ -200,19 +262,21 @@ def sanitized_cases():
 
 @pytest.mark.parametrize("case", sanitized_cases(), ids=str)
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=lambda x: str(x)[6:])
-def test_sanitized(case, dtype):
+@pytest.mark.parametrize("graded", [False, True])
+def test_sanitized(case, dtype, graded):
     """Both ways to the gradients, far and near rows; run under AddressSanitizer too."""
     leading, n, d = case
+    weights = SOFT_RANKS | {"relevance": grades(n, *leading) if graded else None}
     for scale in (1.0, 2.0**-80 if dtype != torch.float16 else 2.0**-12):
         inputs = tuple((x * scale).to(dtype) for x in embeddings(leading, n, d, torch.float32))
         mask = torch.rand(*leading, n) < 0.7
-        found = launch("ranking_reward_and_grad", *inputs, mask, None, **SOFT_RANKS)
-        check(found, inputs, mask, None, **SOFT_RANKS)
-        *values, saved = launch("ranking_reward_saved", *inputs, mask, **SOFT_RANKS)
+        found = launch("ranking_reward_and_grad", *inputs, mask, None, **weights)
+        check(found, inputs, mask, None, **weights)
+        *values, saved = launch("ranking_reward_saved", *inputs, mask, **weights)
         upstream = torch.ones(leading)
         operands = (*inputs, mask, saved, upstream)
-        gradients = launch("ranking_reward_backward", *operands, **SOFT_RANKS)
-        check((*values, *gradients), inputs, mask, None, **SOFT_RANKS)
+        gradients = launch("ranking_reward_backward", *operands, **weights)
+        check((*values, *gradients), inputs, mask, None, **weights)
         for a, b in zip(values[:4], found[:4], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -226,13 +290,15 @@ def test_sanitized_bank(n, d, dtype):
     bank[2, 0] = torch.nan
     index[index == 2] = 3
     index[0, :1], index[2, 1:2], index[2, 3:4] = 6, -2, 10**12
-    found = run_indexed(query, positive, bank, index, **OPEN_HINGE)
+    relevance = grades(n)
+    found = run_indexed(query, positive, bank, index, relevance=relevance, **OPEN_HINGE)
     assert found[0].isnan().tolist() == [False, False, n > 1]
     saved = LAUNCHERS["ranking_reward_saved"]
-    *values, coefficients = saved(query, positive, bank, None, index, Weights(**OPEN_HINGE))
+    given = (query, positive, bank, None, index, relevance)
+    *values, coefficients = saved(*given, Weights(**OPEN_HINGE))
     weight = torch.tensor([0.7, -3.0, 0.0])
-    inputs = (query, positive, bank, None, index, coefficients, weight)
-    again = LAUNCHERS["ranking_reward_backward"](*inputs, Weights(**OPEN_HINGE), reference.ALL)
+    rest = (coefficients, weight, Weights(**OPEN_HINGE), reference.ALL)
+    again = LAUNCHERS["ranking_reward_backward"](*given, *rest)
     for a, b in zip((*values, *again), found, strict=True):
         assert same_bits(a, b)
 

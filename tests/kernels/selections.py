@@ -212,7 +212,13 @@ NUMBERS = {
     "test_in_batch_positives::test_rewards_and_gradients",
     "test_topk::test_scores_and_order_against_float64",
 }
-GROUPED = ("test_reward", "test_reward_index", "test_reward_torch", "test_reward_properties")
+GROUPED = (
+    "test_reward",
+    "test_reward_index",
+    "test_reward_relevance",
+    "test_reward_torch",
+    "test_reward_properties",
+)
 IN_BATCH = (
     "test_rank_statistics",
     "test_in_batch_reward",

@@ -282,10 +282,17 @@ def test_no_rounding_can_change_a_rank_in_the_trials(dtype, on_gpu, monkeypatch)
         monkeypatch.setattr(admission_reward, "_DENSE_ON_CPU", admission_reward._DENSE)
     for soft in (False, True):
         cases = list(admission_reward._cases(dtype, CPU, soft))
-        assert len(cases) == 4
+        assert len(cases) == 6
+        assert sum(case.inputs.relevance is not None for case in cases) == 2
         for group in (group for case in cases for group in case.truth.scores):
             gaps = group[group.isfinite()].sort().values.diff()
             assert ((gaps == 0) | (gaps > 1e-4)).all()
+        for case in cases:
+            if case.inputs.relevance is not None:  # nor which negative is the hardest
+                relevance = case.inputs.relevance[0].double().nan_to_num(nan=0.0)
+                rivals = case.truth.scores[:, 1:] - case.weights.margin * relevance
+                first, second = rivals.nan_to_num(nan=-1.0).topk(2).values.unbind(-1)
+                assert (first - second > 1e-4).all()
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def inputs(groups=24, n=20, dim=512, dtype=torch.float32):
 
 def results(tensors, rank_temperature=0.0):
     weights = Weights(**WEIGHTS, rank_temperature=rank_temperature)
-    return cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
+    return cpu.ranking_reward_and_grad(*tensors, *(None,) * 4, weights, (True,) * 3)
 
 
 def equal(left, right):
@@ -145,7 +145,7 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
         weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
-        call = lambda: cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
+        call = lambda: cpu.ranking_reward_and_grad(*tensors, *(None,) * 4, weights, (True,) * 3)
         right = call()
         done = threading.Event()
         def busy():
@@ -246,7 +246,7 @@ def test_the_interpreter_exits_while_the_pool_works(times):
         cpu.empty_gradient = lambda x: gradients[id(x)]
         def busy():
             while True:
-                cpu.ranking_reward_and_grad(*tensors, None, None, None, weights, (True,) * 3)
+                cpu.ranking_reward_and_grad(*tensors, *(None,) * 4, weights, (True,) * 3)
         threading.Thread(target=busy, daemon=True).start()
         time.sleep(0.2)
         print("leaving")
@@ -288,11 +288,14 @@ def test_a_level_that_is_not_there_is_an_error_and_not_another_level():
 @pytest.mark.parametrize("n", [511, 512, 600, 5000])
 def test_ranks_by_counting_and_by_sorting_agree_with_the_reference(n):
     scores = torch.randint(-9, 9, (3, n + 1)).float() / 8  # many ties
+    grades = torch.randint(0, 9, (3, n)).float() / 8
     for dtype in (torch.float32, torch.float64):
-        ours = cpu.reward_from_scores(scores.to(dtype), None, Weights(**WEIGHTS))
-        right = elva_kernels.reward_from_scores(scores.double(), backend="reference", **WEIGHTS)
-        assert torch.equal(ours[3], right.rank)
-        torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
+        for relevance in (None, grades.to(dtype)):
+            ours = cpu.reward_from_scores(scores.to(dtype), None, relevance, Weights(**WEIGHTS))
+            options = {"relevance": relevance, "backend": "reference"} | WEIGHTS
+            right = elva_kernels.reward_from_scores(scores.double(), **options)
+            assert torch.equal(ours[3], right.rank)
+            torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
 
 
 @needs_native

@@ -28,7 +28,9 @@ from tests.kernels.cases import (
     OPEN_HINGE,
     SOFT_RANKS,
     batch,
+    computing,
     embeddings,
+    relevance_of,
     same_bits,
 )
 from tests.kernels.transforms import (
@@ -140,6 +142,53 @@ def test_every_dtype_with_masks_and_soft_ranks(backend, dtype):
         scores[0],
         mask,
     )
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None, None, 0), (None, None, None, 1, 0), (None, 0, None, None, -1)]
+)
+@pytest.mark.parametrize("of_bank", [False, True])
+def test_a_relevance_a_member(backend, in_dims, of_bank):
+    """Or one of all; beside a mask, and in the places of an index."""
+    query, positive, negatives = given(LEADING["shared rows"], in_dims[:3], torch.float32)
+    live = torch.rand(2, 4) < 0.7
+    if in_dims[3] is not None:
+        live = torch.rand(2, MEMBERS, 4) < 0.7
+    relevance = relevance_of(True, 2, 4)
+    if in_dims[4] is not None:
+        relevance = relevance_of(True, MEMBERS, 2, 4).movedim(0, in_dims[4])
+    index = torch.tensor([[0, 3, 3, 1], [2, 2, 0, -1]])
+    options = {"backend": backend} | SOFT_RANKS
+    options |= {"negative_index": index} if of_bank else {}
+
+    def reward(q, p, n, m, g):
+        return ranking_reward(q, p, n, mask=m, relevance=g, **options)
+
+    def at_once(q, p, n, m, g):
+        result, *gradients = ranking_reward_and_grad(q, p, n, mask=m, relevance=g, **options)
+        return *result, *gradients
+
+    arguments = (query, positive, negatives, live, relevance)
+    check_loop(lambda *x: tuple(reward(*x)), in_dims, *arguments)
+    check_loop(at_once, in_dims, *arguments)
+    for argnums in ((0, 1, 2), (0,)):
+        check_gradients_of_members(lambda *x: weighted(reward(*x)), argnums, in_dims, *arguments)
+
+
+@pytest.mark.parametrize("backend", computing("reward_from_scores", BACKENDS))
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, -1), (None, 1)])
+def test_a_relevance_of_scores_a_member(backend, in_dims):
+    scores = torch.randn(MEMBERS, 2, 5)
+    scores = scores[0] if in_dims[0] is None else scores.movedim(0, in_dims[0])
+    relevance = relevance_of(True, MEMBERS, 2, 4)
+    relevance = relevance[0] if in_dims[1] is None else relevance.movedim(0, in_dims[1])
+
+    def reward(s, g):
+        return reward_from_scores(s, relevance=g, **SOFT_RANKS, backend=backend)
+
+    check_loop(lambda *x: tuple(reward(*x)), in_dims, scores, relevance)
+    check_gradients_of_members(lambda *x: weighted(reward(*x)), (0,), in_dims, scores, relevance)
 
 
 @every_backend

@@ -134,6 +134,15 @@ def mask_read(given):
     given[:] = [None if hidden else x for hidden, x in zip(is_mask, given, strict=True)]
 
 
+def relevance_ignored(place):
+    """Every negative is as irrelevant as any."""
+
+    def change(given):
+        given[place] = None
+
+    return inputs(change)
+
+
 @inputs
 def ids_ignored(given):
     """The in-batch ops' mask: another copy of the positive counts as a negative."""
@@ -166,7 +175,16 @@ def last_score_dropped(given):
 
 # What is broken in which op; a place is that of the op's schema.
 OF_A_REWARD = {"rank off by one": rank_off_by_one(3), "ties won": ties_won}
-GROUPED = OF_A_REWARD | {"mask read": mask_read, "element dropped": last_element_dropped(2)}
+GROUPED = OF_A_REWARD | {
+    "mask read": mask_read,
+    "element dropped": last_element_dropped(2),
+    "relevance ignored": relevance_ignored(5),
+}
+OF_SCORED = {
+    "mask read": mask_read,
+    "element dropped": last_score_dropped,
+    "relevance ignored": relevance_ignored(2),
+}
 IN_BATCH = {
     "ids ignored": ids_ignored,
     "pairs ignored": pairs_ignored,
@@ -182,13 +200,8 @@ MUTANTS = {
         "sign": sign_of_a_gradient(2),
     },
     "ranking_reward_and_grad": GROUPED | {"sign": sign_of_a_gradient(5)},
-    "reward_from_scores": OF_A_REWARD
-    | {"mask read": mask_read, "element dropped": last_score_dropped},
-    "reward_from_scores_backward": {
-        "mask read": mask_read,
-        "element dropped": last_score_dropped,
-        "sign": sign_of_a_gradient(0),
-    },
+    "reward_from_scores": OF_A_REWARD | OF_SCORED,
+    "reward_from_scores_backward": OF_SCORED | {"sign": sign_of_a_gradient(0)},
     "group_advantages": {"sign": sign_of_a_gradient(0), "element dropped": last_element_dropped(0)},
     "topk": {
         "rank off by one": best_row_last,
@@ -217,11 +230,25 @@ MUTANTS = {
 F32 = {"dtype": torch.float32}
 PAIRS = F32 | {"b": 3, "m": 7, "d": 5, "p": 2}
 OF_GROUPS = [
-    partial(test_reward.test_values_and_gradients, **F32, leading=(3,), n=7, d=33, masked=True),
+    partial(
+        test_reward.test_values_and_gradients,
+        **F32,
+        leading=(3,),
+        n=7,
+        d=33,
+        masked=True,
+        graded=True,
+    ),
     partial(test_reward.test_copies_of_the_positive_tie_and_win, **F32, d=48),
 ]
 OF_SCORES = [
-    partial(test_reward_scores.test_values_and_gradients, **F32, shape=(2, 3, 9), masked=True),
+    partial(
+        test_reward_scores.test_values_and_gradients,
+        **F32,
+        shape=(2, 3, 9),
+        masked=True,
+        graded=True,
+    ),
     test_reward_scores.test_ties_and_signed_zeros,
 ]
 ADVANTAGES = test_reward_scores.TestGroupAdvantages().test_every_layout_follows_the_reference

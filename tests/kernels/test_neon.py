@@ -22,6 +22,7 @@ CONTRACT = [
     "reward",
     "reward_scores",
     "reward_index",
+    "reward_relevance",
     "reward_properties",
     "rank_statistics",
     "info_nce",

@@ -145,6 +145,8 @@ LOSSES = {
     for reduction in ("mean", "none")
     for symmetric in (False, True)
 }
+# Rounded to the scores' dtype, where the first is subnormal in float32.
+GRADES = torch.linspace(0, 1, 7, dtype=torch.float64).clamp(min=1e-40)
 # What an op is called with, the op, its options. Results that have a graph are differentiated.
 OPS = {
     "ranking_reward": (grouped, ek.ranking_reward, {}),
@@ -158,6 +160,11 @@ OPS = {
         lambda *x: [y if y.dim() == 2 else y.flatten(0, 1) for y in grouped(*x)],
         ek.ranking_reward,
         {"negative_index": torch.arange(30).view(5, 6) * 7 % 33 - 1},
+    ),
+    "graded": (
+        grouped,
+        lambda q, p, n, **given: ek.ranking_reward(q, p, n, relevance=GRADES, **given),
+        SOFT,
     ),
     "ranking_reward_and_grad": (grouped, ek.ranking_reward_and_grad, {}),
     "weighed": (

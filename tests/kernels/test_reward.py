@@ -18,7 +18,9 @@ from tests.kernels.cases import (
     WEIGHTS,
     check_gradients,
     embeddings,
+    exact,
     layouts,
+    relevance_of,
     same_bits,
     truth_gradients,
     truth_scores,
@@ -30,6 +32,7 @@ pytestmark = [
 ]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 each_ranks = pytest.mark.parametrize("weights", [WEIGHTS, SOFT_RANKS], ids=["hard", "soft"])
+each_grade = pytest.mark.parametrize("graded", [False, True])
 each_shape = pytest.mark.parametrize(("leading", "n", "d"), SHAPES, ids=str)
 
 
@@ -39,16 +42,18 @@ def rank_of(scores):
     return (1 + (key[..., 1:] >= key[..., :1]).sum(-1)).int()
 
 
-def check_reward_of_scores(result, mask, **weights):
+def check_reward_of_scores(result, mask, relevance=None, **weights):
     """The rewards are the formula's on the returned scores, in float64, up to rounding."""
     dtype = result.scores.dtype
     scores = torch.where(result.scores.isfinite(), result.scores, 0).double()
-    exact = reference.reward_from_scores(scores, mask, Weights(**weights))
+    right = reference.reward_from_scores(scores, mask, Weights(**weights), exact(relevance))
     penalty = weights["rank_penalty"] * (math.lgamma(scores.shape[-1] + 1) + scores.shape[-1])
+    if relevance is not None:  # its weights in (4g)
+        penalty += sum(1 / (1 + math.log(k)) for k in range(1, scores.shape[-1]))
     allowed = tolerances.REWARD[dtype] * (2 + abs(weights["margin"]) + penalty)
-    assert torch.equal(result.rank, exact.rank)
+    assert torch.equal(result.rank, right.rank)
     for name in ("margin_reward", "rank_reward", "reward"):
-        actual, expected = getattr(result, name), getattr(exact, name)
+        actual, expected = getattr(result, name), getattr(right, name)
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=allowed)
 
@@ -56,30 +61,31 @@ def check_reward_of_scores(result, mask, **weights):
 @each_dtype
 @each_shape
 @pytest.mark.parametrize("masked", [False, True])
-def test_values_and_gradients(backend, dtype, leading, n, d, masked):
+@each_grade
+def test_values_and_gradients(backend, dtype, leading, n, d, masked, graded):
     inputs = embeddings(leading, n, d, dtype)
     mask = torch.rand(*leading, n) < 0.7 if masked else None
+    relevance = relevance_of(graded, *leading, n, dtype=dtype)
     weight = torch.randn(leading, dtype=reference.compute_dtype(dtype))
     for weights in (WEIGHTS, OPEN_HINGE, SOFT_RANKS):
-        result, *gradients = ranking_reward_and_grad(
-            *inputs, mask=mask, weight=weight, backend=backend, **weights
-        )
+        options = {"mask": mask, "relevance": relevance, "backend": backend} | weights
+        result, *gradients = ranking_reward_and_grad(*inputs, weight=weight, **options)
         live = torch.ones(*leading, n, dtype=torch.bool) if mask is None else mask
         error = (result.scores.double() - truth_scores(*inputs)).abs()
         assert (error[..., 0] <= tolerances.SCORE[dtype]).all()
         assert (error[..., 1:][live] <= tolerances.SCORE[dtype]).all()
         assert (result.scores[..., 1:][~live] == -math.inf).all()
         assert torch.equal(result.rank, rank_of(result.scores))
-        check_reward_of_scores(result, mask, **weights)
-        truths = truth_gradients(inputs, result.scores, mask, weight, **weights)
+        check_reward_of_scores(result, mask, relevance, **weights)
+        truths = truth_gradients(inputs, result.scores, mask, weight, relevance, **weights)
         check_gradients(gradients, truths, inputs, dtype)
         assert (gradients[2][~live] == 0).all()
 
         leaves = [x.clone().requires_grad_() for x in inputs]
-        with_graph = ranking_reward(*leaves, mask=mask, backend=backend, **weights)
+        with_graph = ranking_reward(*leaves, **options)
         with_graph.reward.backward(weight)
         check_gradients([x.grad for x in leaves], truths, inputs, dtype)
-        alone = ranking_reward(*inputs, mask=mask, backend=backend, **weights)
+        alone = ranking_reward(*inputs, **options)
         for a, b, c in zip(result, with_graph, alone, strict=True):
             assert same_bits(a, b.detach())
             assert same_bits(a, c)
@@ -173,12 +179,14 @@ def test_magnitudes(backend, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
-def test_zero_rows_score_zero_and_get_no_gradient(backend, dtype, weights):
+@each_grade
+def test_zero_rows_score_zero_and_get_no_gradient(backend, dtype, weights, graded):
     query, positive, negatives = embeddings((4,), 6, 19, dtype)
     query[0], positive[1], negatives[2, 3] = 0, 0, 0
     negatives[3] = -0.0
-    inputs = (query, positive, negatives)
-    result, *gradients = ranking_reward_and_grad(*inputs, backend=backend, **weights)
+    inputs, relevance = (query, positive, negatives), relevance_of(graded, 4, 6)
+    options = {"relevance": relevance, "backend": backend} | weights
+    result, *gradients = ranking_reward_and_grad(*inputs, **options)
     assert (result.scores[0] == 0).all()
     assert result.scores[1, 0] == 0
     assert result.scores[2, 4] == 0
@@ -189,23 +197,24 @@ def test_zero_rows_score_zero_and_get_no_gradient(backend, dtype, weights):
         assert (gradient[zero] == 0).all()
         assert gradient.isfinite().all()
     weight = torch.ones(4, dtype=torch.float64)
-    check_gradients(
-        gradients, truth_gradients(inputs, result.scores, None, weight, **weights), inputs, dtype
-    )
+    truths = truth_gradients(inputs, result.scores, None, weight, relevance, **weights)
+    check_gradients(gradients, truths, inputs, dtype)
 
 
 @each_dtype
 @each_ranks
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["query", "positive", "negatives"])
-def test_non_finite_row_stays_in_its_group(backend, dtype, weights, bad, place):
+@each_grade
+def test_non_finite_row_stays_in_its_group(backend, dtype, weights, bad, place, graded):
     inputs = dict(
         zip(("query", "positive", "negatives"), embeddings((5,), 7, 21, dtype), strict=True)
     )
-    clean, *clean_gradients = ranking_reward_and_grad(**inputs, backend=backend, **weights)
+    options = {"relevance": relevance_of(graded, 5, 7), "backend": backend} | weights
+    clean, *clean_gradients = ranking_reward_and_grad(**inputs, **options)
     row = inputs[place][2] if place != "negatives" else inputs[place][2, 3]
     row[11] = bad
-    result, *gradients = ranking_reward_and_grad(**inputs, backend=backend, **weights)
+    result, *gradients = ranking_reward_and_grad(**inputs, **options)
     others = [0, 1, 3, 4]
     for actual, expected in zip((*result, *gradients), (*clean, *clean_gradients), strict=True):
         assert same_bits(actual[others], expected[others])
@@ -222,14 +231,18 @@ def test_non_finite_row_stays_in_its_group(backend, dtype, weights, bad, place):
 @each_dtype
 @pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
 @pytest.mark.parametrize("n", [1, 5, 70])
-def test_masked_rows_are_never_read(backend, dtype, weights, n):
+@each_grade
+def test_masked_rows_are_never_read(backend, dtype, weights, n, graded):
     query, positive, negatives = embeddings((6,), n, 27, dtype)
     mask = torch.rand(6, n) < 0.5
     mask[0], mask[1] = False, True
-    arguments = {"mask": mask, "backend": backend} | weights
+    relevance = relevance_of(graded, 6, n)
+    arguments = {"mask": mask, "relevance": relevance, "backend": backend} | weights
     expected = ranking_reward_and_grad(query, positive, negatives, **arguments)
     for hidden in (math.nan, math.inf, 0.0):
         negatives[~mask] = hidden
+        if graded:
+            relevance[~mask] = hidden
         actual = ranking_reward_and_grad(query, positive, negatives, **arguments)
         for a, b in zip((*actual[0], *actual[1:]), (*expected[0], *expected[1:]), strict=True):
             assert same_bits(a, b)
@@ -239,8 +252,9 @@ def test_masked_rows_are_never_read(backend, dtype, weights, n):
     assert torch.equal(result.scores[..., 1:] == -math.inf, ~mask)
     for group in range(6):  # hiding a row is leaving it out
         left = negatives[group][mask[group]]
+        grades = relevance[group][mask[group]] if graded else None
         alone, grad_alone, _, _ = ranking_reward_and_grad(
-            query[group], positive[group], left, backend=backend, **weights
+            query[group], positive[group], left, relevance=grades, backend=backend, **weights
         )
         live = torch.cat([torch.ones(1, dtype=torch.bool), mask[group]])
         assert same_bits(alone.scores, result.scores[group][live])
@@ -252,50 +266,61 @@ def test_masked_rows_are_never_read(backend, dtype, weights, n):
 @each_dtype
 @each_ranks
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
-def test_any_layout_gives_the_same_bits(backend, dtype, weights, leading):
+@each_grade
+def test_any_layout_gives_the_same_bits(backend, dtype, weights, leading, graded):
     inputs = embeddings(leading, 11, 37, dtype)
     mask = torch.rand(*leading, 11) < 0.8
     weight = torch.randn(leading).to(reference.compute_dtype(dtype))
+    relevance = relevance_of(graded, *leading, 11, dtype=dtype)
+    grades = layouts(relevance) if graded else {}
     options = {"backend": backend} | weights
-    expected = ranking_reward_and_grad(*inputs, mask=mask, weight=weight, **options)
+    plain = options | {"mask": mask, "relevance": relevance}
+    expected = ranking_reward_and_grad(*inputs, weight=weight, **plain)
     ways = [layouts(x) for x in inputs]
     live = mask.movedim(-1, 0).contiguous().movedim(0, -1)
     for name in ways[0]:
         given = [way[name] for way in ways]
         copies = [x.clone() for x in given]
-        actual = ranking_reward_and_grad(*given, mask=live, weight=weight, **options)
+        strange = options | {"mask": live, "relevance": grades.get(name)}
+        actual = ranking_reward_and_grad(*given, weight=weight, **strange)
         for a, b in zip((*actual[0], *actual[1:]), (*expected[0], *expected[1:]), strict=True):
             assert same_bits(a, b), name
             assert a.is_contiguous()
         leaves = [x.detach().requires_grad_() for x in given]
-        ranking_reward(*leaves, mask=mask, **options).reward.backward(weight)
-        truths = truth_gradients(inputs, expected[0].scores, mask, weight, **weights)
+        ranking_reward(*leaves, **strange).reward.backward(weight)
+        scores = expected[0].scores
+        truths = truth_gradients(inputs, scores, mask, weight, relevance, **weights)
         check_gradients([x.grad for x in leaves], truths, inputs, dtype)
         assert all(same_bits(x, y) for x, y in zip(given, copies, strict=True)), "input written"
 
 
 @each_dtype
 @each_ranks
-def test_shared_tensors_and_their_gradients(backend, dtype, weights):
+@each_grade
+def test_shared_tensors_and_their_gradients(backend, dtype, weights, graded):
     """Leading dimensions broadcast; a shared tensor's gradient is the sum over its groups."""
     query, positive, _ = embeddings((4, 3), 0, 29, dtype)
     negatives = embeddings((), 8, 29, dtype, seed=1)[2]
     mask = torch.rand(3, 8) < 0.8
-    options = {"mask": mask, "backend": backend} | weights
+    relevance = relevance_of(graded, 4, 1, 8, dtype=dtype)
+    options = {"mask": mask, "relevance": relevance, "backend": backend} | weights
     shared = (query, positive[:, :1], negatives)
     whole = (
         query,
         positive[:, :1].expand(4, 3, 29).clone(),
         negatives.expand(4, 3, 8, 29).clone(),
     )
-    expected = ranking_reward(*whole, **options | {"mask": mask.expand(4, 3, 8)})
+    grades = relevance.expand(4, 3, 8).contiguous() if graded else None
+    expected = ranking_reward(
+        *whole, **options | {"mask": mask.expand(4, 3, 8), "relevance": grades}
+    )
     weight = torch.randn(3, dtype=reference.compute_dtype(dtype))
     result, *gradients = ranking_reward_and_grad(*shared, weight=weight, **options)
     leaves = [x.clone().requires_grad_() for x in shared]
     ranking_reward(*leaves, **options).reward.backward(weight.expand(4, 3))
     for a, b in zip(result, expected, strict=True):
         assert same_bits(a, b)
-    truths = truth_gradients(shared, expected.scores, mask, weight, **weights)
+    truths = truth_gradients(shared, expected.scores, mask, weight, relevance, **weights)
     for found in (gradients, [x.grad for x in leaves]):
         for gradient, truth, rows in zip(found, truths, shared, strict=True):
             groups = result.rank.numel() // (rows.shape[:-1].numel() or 1) + 1
@@ -310,28 +335,33 @@ def test_shared_tensors_and_their_gradients(backend, dtype, weights):
 
 @each_dtype
 @each_ranks
-def test_a_groups_bits_depend_on_that_group_alone(backend, dtype, weights):
+@each_grade
+def test_a_groups_bits_depend_on_that_group_alone(backend, dtype, weights, graded):
     inputs = embeddings((13,), 23, 130, dtype)
     mask = torch.rand(13, 23) < 0.8
+    relevance = relevance_of(graded, 13, 23)
     options = {"backend": backend} | weights
-    whole = ranking_reward_and_grad(*inputs, mask=mask, **options)
+    whole = ranking_reward_and_grad(*inputs, mask=mask, relevance=relevance, **options)
     for part in (slice(0, 1), slice(3, 8), slice(5, 13)):
-        some = ranking_reward_and_grad(*(x[part] for x in inputs), mask=mask[part], **options)
+        given = {"mask": mask[part], "relevance": relevance[part] if graded else None} | options
+        some = ranking_reward_and_grad(*(x[part] for x in inputs), **given)
         for a, b in zip((*some[0], *some[1:]), (*whole[0], *whole[1:]), strict=True):
             assert same_bits(a, b[part])
 
 
 @each_dtype
 @each_ranks
-def test_threads_and_repeats_give_the_same_bits(backend, dtype, weights):
+@each_grade
+def test_threads_and_repeats_give_the_same_bits(backend, dtype, weights, graded):
     inputs = embeddings((40,), 30, 200, dtype)
+    options = {"relevance": relevance_of(graded, 40, 30), "backend": backend} | weights
     threads = torch.get_num_threads()
-    expected = ranking_reward_and_grad(*inputs, backend=backend, **weights)
+    expected = ranking_reward_and_grad(*inputs, **options)
     try:
         for n_threads in (1, 2, 3, 8):
             torch.set_num_threads(n_threads)
             for _ in range(3):
-                actual = ranking_reward_and_grad(*inputs, backend=backend, **weights)
+                actual = ranking_reward_and_grad(*inputs, **options)
                 for a, b in zip(
                     (*actual[0], *actual[1:]), (*expected[0], *expected[1:]), strict=True
                 ):
@@ -342,16 +372,19 @@ def test_threads_and_repeats_give_the_same_bits(backend, dtype, weights):
 
 @each_dtype
 @each_ranks
-def test_order_of_negatives_does_not_matter(backend, dtype, weights):
+@each_grade
+def test_order_of_negatives_does_not_matter(backend, dtype, weights, graded):
     query, positive, negatives = embeddings((3,), 50, 64, dtype)
     order = torch.randperm(50)
+    relevance = relevance_of(graded, 3, 50)
+    grades = relevance[:, order] if graded else None
     options = {"backend": backend} | weights
-    result = ranking_reward(query, positive, negatives, **options)
-    shuffled = ranking_reward(query, positive, negatives[:, order], **options)
+    result = ranking_reward(query, positive, negatives, relevance=relevance, **options)
+    shuffled = ranking_reward(query, positive, negatives[:, order], relevance=grades, **options)
     assert same_bits(shuffled.scores[:, 1:], result.scores[:, 1 + order])
     assert torch.equal(shuffled.rank, result.rank)
     assert same_bits(shuffled.margin_reward, result.margin_reward)
-    check_reward_of_scores(shuffled, None, **weights)
+    check_reward_of_scores(shuffled, None, grades, **weights)
 
 
 @each_dtype

@@ -103,6 +103,57 @@ EMBEDDINGS = [
     ({"mask": MASK.to_sparse()}, ValueError, "mask must be dense"),
 ]
 
+GRADES = torch.full((3, 5), 0.5)
+WRONG = GRADES.clone()
+WRONG[0, 1], WRONG[2, 0] = 1.5, math.nan
+RELEVANCES = [
+    ({"relevance": [[0.5] * 5] * 3}, TypeError, "relevance must be a tensor [*, N], got list"),
+    (
+        {"relevance": GRADES > 0},
+        TypeError,
+        "relevance must be bfloat16, float16, float32 or float64, got torch.bool; convert it",
+    ),
+    ({"relevance": GRADES.long()}, TypeError, "got torch.int64; convert it with .to()"),
+    (
+        {"relevance": GRADES.to("meta")},
+        ValueError,
+        "relevance must be on the first tensor's device cpu, got meta; move it with .to('cpu')",
+    ),
+    ({"relevance": GRADES.to_sparse()}, ValueError, "relevance must be dense"),
+    (
+        {"relevance": torch.tensor(0.5)},
+        ValueError,
+        "relevance must have shape [*, N] with N = 5, got shape []",
+    ),
+    (
+        {"relevance": GRADES[:, :4]},
+        ValueError,
+        "relevance must have shape [*, N] with N = 5, got shape [3, 4]",
+    ),
+    (
+        {"relevance": GRADES[:2]},
+        ValueError,
+        "relevance must have leading dimensions that broadcast with [3], got [2]",
+    ),
+    (
+        {"relevance": WRONG},
+        ValueError,
+        "relevance must be in [0, 1], got 1.5 at [0, 1], nan at [2, 0]",
+    ),
+    ({"relevance": GRADES[0] - 1}, ValueError, "got -0.5 at [0], -0.5 at [1]"),
+    (
+        {"relevance": GRADES + 0.75},
+        ValueError,
+        "got 1.25 at [0, 0], 1.25 at [0, 1], 1.25 at [0, 2], 1.25 at [0, 3], 1.25 at [0, 4], "
+        "1.25 at [1, 0], 1.25 at [1, 1], 1.25 at [1, 2] and 7 more",
+    ),
+    (
+        {"relevance": WRONG, "mask": WRONG != 1.5},
+        ValueError,
+        "relevance must be in [0, 1], got nan at [2, 0]",
+    ),
+]
+
 INDEX = torch.zeros(3, 4, dtype=torch.int64)
 BANKED = {"negatives": N[0], "negative_index": INDEX}
 BANKS = [
@@ -179,11 +230,41 @@ def refused(function, error, message, *arguments, **options):
 
 
 @pytest.mark.parametrize("function", [ranking_reward, ranking_reward_and_grad])
-@pytest.mark.parametrize(("change", "error", "message"), EMBEDDINGS + SCALARS, ids=str)
+@pytest.mark.parametrize(("change", "error", "message"), EMBEDDINGS + RELEVANCES + SCALARS, ids=str)
 def test_embeddings(function, change, error, message):
     options = {"query": Q, "positive": P, "negatives": N} | change
     text = refused(function, error, message, **options)
     assert text.startswith(f"{function.__name__}: ")
+
+
+@pytest.mark.parametrize(("change", "error", "message"), RELEVANCES, ids=str)
+def test_relevance_of_scores_and_beside_a_graph(change, error, message):
+    scores = torch.randn(3, 6)
+    for leaf in (scores, scores.clone().requires_grad_()):
+        text = refused(reward_from_scores, error, message, leaf, **change)
+        assert text.startswith("reward_from_scores: ")
+    refused(ranking_reward, error, message, Q.clone().requires_grad_(), P, N, **change)
+    refused(RankingRewardLoss(), error, message, Q, P, N, **change)
+
+
+def test_a_relevance_that_nobody_looks_at_may_be_anything():
+    live = (WRONG >= 0) & (WRONG <= 1)
+    expected = ranking_reward(Q, P, N, mask=live, relevance=GRADES).reward
+    assert torch.equal(ranking_reward(Q, P, N, mask=live, relevance=WRONG).reward, expected)
+    index = torch.where(live[0], torch.arange(5), -1)
+    options = {"negative_index": index, "mask": live[2:]}
+    found = ranking_reward(Q, P, N[0], relevance=WRONG[::2, None], **options).reward
+    assert found.shape == (2, 3)
+    assert found.isfinite().all()
+    message = (
+        "relevance must be in [0, 1], got nan at [1, 0, 0]"  # of the relevance, not the groups
+    )
+    shown = {"negative_index": index, "relevance": WRONG[::2, None]}
+    refused(ranking_reward, ValueError, message, Q, P, N[0], **shown)
+    tiny = torch.full((5,), 1 + 1e-12, dtype=torch.float64)  # 1 in float32
+    assert ranking_reward(Q, P, N, relevance=tiny).reward.isfinite().all()
+    exact = [x.double() for x in (Q, P, N)]
+    refused(ranking_reward, ValueError, "got 1 at [0]", *exact, relevance=tiny)
 
 
 @pytest.mark.parametrize("function", [ranking_reward, ranking_reward_and_grad])

@@ -27,6 +27,7 @@ from tests.kernels.cases import (
     check_gradients,
     embeddings,
     layouts,
+    relevance_of,
     same_bits,
     truth_gradients,
 )
@@ -195,7 +196,7 @@ def test_a_row_that_does_not_exist_is_not_finite(backend, dtype):
     index[1, 2] = -2
     weights = reference.Weights(**OPEN_HINGE)
     launch = LAUNCHERS["ranking_reward_and_grad"][backend]
-    inputs = (query, positive, bank, None, index, None, weights, (True, True, True))
+    inputs = (query, positive, bank, None, index, None, None, weights, (True, True, True))
     reward, _, _, _, scores, *gradients = launch(*inputs)
     assert reward.isnan().tolist() == [False, True, False]
     assert scores[1].isnan().nonzero().flatten().tolist() == [3]
@@ -293,7 +294,7 @@ def test_opcheck(backend, dtype):
     query, positive, bank, index = indexed((3,), 5, 8, 6, dtype)
     reward = reference.compute_dtype(dtype)
     upstream = torch.randn(3, dtype=reward)
-    inputs = (query, positive, bank, None, index)
+    inputs = (query, positive, bank, None, index, relevance_of(True, 3, 5, dtype=reward))
     weights = tuple(reference.Weights(**WEIGHTS))
     saved = OPS.ranking_reward_saved(*inputs, weights, backend)[-1]
     for wrt in ((True, True, True), (True, False, False), (False, False, False)):

@@ -27,7 +27,8 @@ BAD = [math.nan, math.inf, -math.inf]
 
 @st.composite
 def groups(draw, bad=True):
-    """query, positive, negatives and mask of a few small groups, with special values sown in."""
+    """query, positive, negatives, mask and relevance of a few small groups, with special values
+    sown in."""
     dtype = draw(st.sampled_from(DTYPES))
     leading = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
     n, d = draw(st.integers(0, 9)), draw(st.integers(1, 40))
@@ -50,14 +51,19 @@ def groups(draw, bad=True):
                     value = max(-largest, min(largest, value))
                 flat[draw(st.integers(0, flat.numel() - 1))] = value
     mask = torch.rand(*leading, n, generator=generator) < 0.8 if draw(st.booleans()) else None
-    return (*tensors, mask)
+    relevance = None
+    if draw(st.booleans()):
+        relevance = torch.rand(*leading, n, generator=generator)
+        relevance = torch.where(relevance < 0.3, 0.0, torch.where(relevance > 0.8, 1.0, relevance))
+    return (*tensors, mask, relevance)
 
 
 @given(case=groups())
 @many
 def test_results_are_consistent_and_bad_groups_stay_alone(backend, case):
-    *inputs, mask = case
-    result, *gradients = ranking_reward_and_grad(*inputs, mask=mask, backend=backend)
+    *inputs, mask, relevance = case
+    options = {"mask": mask, "relevance": relevance, "backend": backend}
+    result, *gradients = ranking_reward_and_grad(*inputs, **options)
     n = inputs[2].shape[-2]
     live = torch.ones(*result.rank.shape, n + 1, dtype=torch.bool)
     if mask is not None:
@@ -74,7 +80,7 @@ def test_results_are_consistent_and_bad_groups_stay_alone(backend, case):
         assert torch.equal(value.isfinite(), sound)
     in_range = result.scores[sound_rows & live]
     assert (in_range.abs() <= 1).all()
-    again, *gradients_again = ranking_reward_and_grad(*inputs, mask=mask, backend=backend)
+    again, *gradients_again = ranking_reward_and_grad(*inputs, **options)
     for a, b in zip((*result, *gradients), (*again, *gradients_again), strict=True):
         assert same_bits(a, b)
     assert gradients[2][~live[..., 1:]].eq(0).all()
@@ -83,7 +89,7 @@ def test_results_are_consistent_and_bad_groups_stay_alone(backend, case):
 @given(case=groups(bad=False))
 @many
 def test_scores_are_right_for_every_finite_input(backend, case):
-    *inputs, mask = case
+    *inputs, mask, _ = case
     dtype = inputs[0].dtype
     scores = ranking_reward(*inputs, mask=mask, backend=backend).scores
     truth = truth_scores(*inputs, mask)
@@ -97,17 +103,16 @@ def test_scores_are_right_for_every_finite_input(backend, case):
 @given(case=groups(), split=st.integers(0, 3))
 @many
 def test_groups_can_be_split_and_merged(backend, case, split):
-    *inputs, mask = case
+    *inputs, mask, relevance = case
     if inputs[0].dim() != 2:
         groups = inputs[0].shape[:-1].numel()
         inputs = [x.reshape(groups, *x.shape[-k:]) for x, k in zip(inputs, (1, 1, 2), strict=True)]
-        mask = None if mask is None else mask.reshape(groups, mask.shape[-1])
-    whole = ranking_reward_and_grad(*inputs, mask=mask, backend=backend)
+        n = inputs[2].shape[-2]
+        mask, relevance = (None if x is None else x.reshape(groups, n) for x in (mask, relevance))
+    options = {"mask": mask, "relevance": relevance}
+    whole = ranking_reward_and_grad(*inputs, **options, backend=backend)
     for part in (slice(0, split), slice(split, None)):
-        some = ranking_reward_and_grad(
-            *(x[part] for x in inputs),
-            mask=None if mask is None else mask[part],
-            backend=backend,
-        )
+        given = {name: None if x is None else x[part] for name, x in options.items()}
+        some = ranking_reward_and_grad(*(x[part] for x in inputs), **given, backend=backend)
         for a, b in zip((*some[0], *some[1:]), (*whole[0], *whole[1:]), strict=True):
             assert same_bits(a, b[part])

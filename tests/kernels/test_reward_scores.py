@@ -17,13 +17,16 @@ from tests.kernels.cases import (
     SOFT_RANKS,
     WEIGHTS,
     embeddings,
+    exact,
     layouts,
+    relevance_of,
     same_bits,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 each_backend = pytest.mark.parametrize("backend", EVERY_LEVEL, indirect=True)
 each_ranks = pytest.mark.parametrize("weights", [WEIGHTS, SOFT_RANKS], ids=["hard", "soft"])
+each_grade = pytest.mark.parametrize("graded", [False, True])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -31,25 +34,31 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @each_dtype
 @pytest.mark.parametrize("shape", [(1,), (5, 1), (4, 2), (2, 3, 9), (0, 4), (3, 101), (2, 1000)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_values_and_gradients(backend, dtype, shape, masked):
+@each_grade
+def test_values_and_gradients(backend, dtype, shape, masked, graded):
     scores = (torch.randn(shape) * 2).to(dtype)
     mask = torch.rand(*shape[:-1], shape[-1] - 1) < 0.7 if masked else None
+    relevance = relevance_of(graded, *shape[:-1], shape[-1] - 1, dtype=dtype)
     weight = torch.randn(shape[:-1], dtype=reference.compute_dtype(dtype))
     for weights in (WEIGHTS, OPEN_HINGE, SOFT_RANKS):
         leaf = scores.clone().requires_grad_()
-        result = reward_from_scores(leaf, mask=mask, backend=backend, **weights)
+        options = {"mask": mask, "relevance": relevance, "backend": backend} | weights
+        result = reward_from_scores(leaf, **options)
         result.reward.backward(weight)
-        exact = reference.reward_from_scores(scores.double(), mask, Weights(**weights))
-        assert torch.equal(result.rank, exact.rank)
-        assert torch.equal(result.scores.double(), exact.scores)
+        constants = (Weights(**weights), exact(relevance))
+        right = reference.reward_from_scores(scores.double(), mask, *constants)
+        assert torch.equal(result.rank, right.rank)
+        assert torch.equal(result.scores.double(), right.scores)
         penalty = weights["rank_penalty"] * (math.lgamma(shape[-1] + 1) + shape[-1])
+        if graded:  # the weights of the relevance in (4g)
+            penalty += sum(1 / (1 + math.log(k)) for k in range(1, shape[-1]))
         largest = 1 + scores.double().abs().max() if scores.numel() else 1
         allowed = tolerances.REWARD[result.reward.dtype] * (3 + penalty) * largest
         for name in ("reward", "margin_reward", "rank_reward"):
-            error = (getattr(result, name).double() - getattr(exact, name)).abs()
+            error = (getattr(result, name).double() - getattr(right, name)).abs()
             assert (error <= allowed).all()
         truth = reference.reward_from_scores_backward(
-            scores.double(), mask, weight.double(), Weights(**weights)
+            scores.double(), mask, weight.double(), *constants
         )
         bound = tolerances.GRADIENT[dtype] + tolerances.half_ulp(truth, dtype)
         assert leaf.grad.dtype == dtype
@@ -61,10 +70,12 @@ def test_values_and_gradients(backend, dtype, shape, masked):
 @each_backend
 @each_dtype
 @each_ranks
-def test_agrees_with_ranking_reward_on_its_scores(backend, dtype, weights):
+@each_grade
+def test_agrees_with_ranking_reward_on_its_scores(backend, dtype, weights, graded):
     inputs = embeddings((6,), 30, 24, dtype)
     mask = torch.rand(6, 30) < 0.7
-    options = {"mask": mask, "backend": backend} | weights
+    relevance = relevance_of(graded, 6, 30, dtype=dtype)
+    options = {"mask": mask, "relevance": relevance, "backend": backend} | weights
     result = ranking_reward(*inputs, **options)
     again = reward_from_scores(result.scores, **options)
     for a, b in zip(result, again, strict=True):
@@ -138,14 +149,14 @@ def test_soft_ranks_at_every_temperature(backend, dtype, temperature):
     leaf = scores.clone().requires_grad_()
     result = reward_from_scores(leaf, backend=backend, **weights)
     result.reward.sum().backward()
-    exact = reference.reward_from_scores(scores.double(), None, Weights(**weights))
+    right = reference.reward_from_scores(scores.double(), None, Weights(**weights))
     truth = reference.reward_from_scores_backward(
         scores.double(), None, torch.ones(3, dtype=torch.float64), Weights(**weights)
     )
     penalty = weights["rank_penalty"] * (math.lgamma(102) + 101)
     allowed = tolerances.REWARD[dtype] * (3 + penalty) * (1 + scores.abs().max())
     for name in ("reward", "margin_reward", "rank_reward"):
-        assert ((getattr(result, name).double() - getattr(exact, name)).abs() <= allowed).all()
+        assert ((getattr(result, name).double() - getattr(right, name)).abs() <= allowed).all()
     bound = tolerances.GRADIENT[dtype] * (1 + 1 / temperature) + tolerances.half_ulp(truth, dtype)
     assert ((leaf.grad.double() - truth).abs() <= bound).all()
 

@@ -11,10 +11,18 @@ from elva_kernels import (
     RankingRewardLoss,
     ranking_reward,
     ranking_reward_and_grad,
+    reference,
     reward_from_scores,
 )
 from elva_kernels.backends.table import LAUNCHERS
-from tests.kernels.cases import BACKENDS, OPEN_HINGE, SOFT_RANKS, embeddings, same_bits
+from tests.kernels.cases import (
+    BACKENDS,
+    OPEN_HINGE,
+    SOFT_RANKS,
+    embeddings,
+    relevance_of,
+    same_bits,
+)
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 SCALARS = (0.1, 0.01, 0.4, 0.6)
@@ -29,17 +37,18 @@ def leaves(*leading, n=4, d=6, dtype=torch.float64):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
-def test_gradcheck(backend, weights, masked):
+@pytest.mark.parametrize("graded", [False, True])
+def test_gradcheck(backend, weights, masked, graded):
     mask = torch.rand(3, 4) < 0.6 if masked else None
+    relevance = relevance_of(graded, 3, 4, dtype=torch.float64)
+    options = {"mask": mask, "relevance": relevance, "backend": backend} | weights
 
     def reward(*inputs):
-        return ranking_reward(*inputs, mask=mask, backend=backend, **weights).reward
+        return ranking_reward(*inputs, **options).reward
 
     assert torch.autograd.gradcheck(reward, leaves(3))
     scores = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda s: reward_from_scores(s, mask=mask, backend=backend, **weights).reward, [scores]
-    )
+    assert torch.autograd.gradcheck(lambda s: reward_from_scores(s, **options).reward, [scores])
 
 
 @pytest.mark.parametrize("weights", [OPEN_HINGE, SOFT_RANKS], ids=["hard", "soft"])
@@ -65,7 +74,9 @@ def test_opcheck(backend, dtype, shared, rank_temperature):
     query, positive, negatives = embeddings((3,), 5, 8, dtype)
     negatives = negatives[0] if shared else negatives
     mask = torch.rand(3, 5) < 0.7
-    inputs = (query, positive, negatives, mask, None)
+    relevance = relevance_of(True, 3, 5, dtype=reference.compute_dtype(dtype))
+    inputs = (query, positive, negatives, mask, None, relevance)
+    plain = (query, positive, negatives, None, None, None)
     reward = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = torch.randn(3, dtype=reward)
     weights = (*SCALARS, rank_temperature)
@@ -78,9 +89,10 @@ def test_opcheck(backend, dtype, shared, rank_temperature):
         (OPS.ranking_reward_saved.default, (*inputs, *rest)),
         (OPS.ranking_reward_backward.default, (*inputs, saved, upstream, *wrt)),
         (OPS.ranking_reward_and_grad.default, (*inputs, upstream, *wrt)),
-        (OPS.ranking_reward_and_grad.default, (*inputs, None, *wrt)),
-        (OPS.reward_from_scores.default, (scores, mask, *rest)),
-        (OPS.reward_from_scores_backward.default, (scores, None, upstream, *rest)),
+        (OPS.ranking_reward_and_grad.default, (*plain, None, *wrt)),
+        (OPS.reward_from_scores.default, (scores, mask, relevance, *rest)),
+        (OPS.reward_from_scores_backward.default, (scores, None, relevance, upstream, *rest)),
+        (OPS.reward_from_scores_backward.default, (scores, mask, None, upstream, *rest)),
     ]
     for op, arguments in calls:
         if backend in LAUNCHERS[op.name().split("::")[1]]:
@@ -89,16 +101,17 @@ def test_opcheck(backend, dtype, shared, rank_temperature):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiles_without_a_graph_break(backend):
-    def loss(query, positive, negatives, mask):
-        result = ranking_reward(query * 2, positive, negatives, mask=mask, backend=backend)
+    def loss(query, positive, negatives, mask, relevance):
+        options = {"mask": mask, "relevance": relevance, "backend": backend}
+        result = ranking_reward(query * 2, positive, negatives, **options)
         return -(result.reward * result.rank).mean(), result
 
     inputs, compiled_inputs = leaves(3, dtype=torch.float32), leaves(3, dtype=torch.float32)
-    mask = torch.rand(3, 4) < 0.8
-    expected, result = loss(*inputs, mask)
+    given = torch.rand(3, 4) < 0.8, relevance_of(True, 4, dtype=torch.float64)
+    expected, result = loss(*inputs, *given)
     expected.backward()
     torch._dynamo.reset()
-    actual, compiled_result = torch.compile(loss, fullgraph=True)(*compiled_inputs, mask)
+    actual, compiled_result = torch.compile(loss, fullgraph=True)(*compiled_inputs, *given)
     actual.backward()
     for a, b in zip(compiled_result, result, strict=True):
         assert same_bits(a.detach(), b.detach())
@@ -107,10 +120,14 @@ def test_compiles_without_a_graph_break(backend):
 
 
 def test_compiles_value_and_grad_scores_and_the_loss(backend):
+    relevance = relevance_of(True, 1, 4)
+
     def everything(query, positive, negatives, scores):
         values, *gradients = ranking_reward_and_grad(query, positive, negatives, backend=backend)
-        loss = RankingRewardLoss(backend=backend)(query, positive, negatives)
-        return values.reward, gradients, reward_from_scores(scores, backend=backend).reward, loss
+        loss = RankingRewardLoss(backend=backend)(query, positive, negatives, relevance=relevance)
+        grades = relevance[0, torch.tensor([0, 1, 2, 3, 0])]
+        reward = reward_from_scores(scores, relevance=grades, backend=backend).reward
+        return values.reward, gradients, reward, loss
 
     inputs = [x.detach() for x in leaves(3, dtype=torch.float32)]
     scores, eager_scores = (torch.linspace(0, 1, 6).requires_grad_() for _ in range(2))

@@ -45,19 +45,19 @@ def compiled(monkeypatch):
     return keys
 
 
-def train(groups, n, dim, mask):
+def train(groups, n, dim, mask, relevance=None):
     """What a training step launches, and the same without a graph."""
     shapes = ((groups, dim), (groups, dim), (groups, n, dim))
     inputs = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
     upstream = torch.ones(groups)
-    given = (*inputs, mask, None)
+    given = (*inputs, mask, None, relevance)
     *_, saved = reward.ranking_reward_saved(*given, WEIGHTS)
     reward.ranking_reward_backward(*given, saved, upstream, WEIGHTS, ALL)
     reward.ranking_reward_and_grad(*given, upstream, WEIGHTS, ALL)
     reward.ranking_reward(*given, WEIGHTS)
     scores = torch.zeros(groups, n + 1)
-    reward.reward_from_scores(scores, mask, WEIGHTS)
-    reward.reward_from_scores_backward(scores, mask, upstream, WEIGHTS)
+    reward.reward_from_scores(scores, mask, relevance, WEIGHTS)
+    reward.reward_from_scores_backward(scores, mask, relevance, upstream, WEIGHTS)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -78,12 +78,20 @@ def test_another_mask_compiles_nothing(compiled):
     assert len(compiled) == 6
 
 
+def test_another_relevance_compiles_nothing(compiled):
+    """Of another size, and not aligned."""
+    for first, n in ((0, 20), (1, 20), (3, 41), (0, 1)):
+        relevance = torch.zeros(first + 8 * n)[first:].view(8, n)
+        train(8, n, 64, None, relevance)
+    assert len(compiled) == 6
+
+
 def test_another_batch_stride_compiles_nothing(compiled):
     """Groups of a longer buffer, of every second place of it, and one for all."""
     for negatives in (torch.zeros(16, 30, 64), torch.zeros(16, 47, 64)[:, :30]):
         for given in (negatives[:8], negatives[::2], negatives[:1].expand(8, 30, 64)):
             query = torch.zeros(8, 64)
-            reward.ranking_reward(query, query, given, None, None, WEIGHTS)
+            reward.ranking_reward(query, query, given, None, None, None, WEIGHTS)
     assert len(compiled) == 1
 
 
@@ -91,7 +99,8 @@ def test_another_bank_compiles_nothing(compiled):
     for groups, n in SIZES:
         query, index = torch.zeros(groups, 64), torch.zeros(groups, n, dtype=torch.int64)
         bank = torch.zeros(n + groups, 64)
-        reward.ranking_reward_and_grad(query, query, bank, None, index, None, WEIGHTS, ALL)
+        given = (query, query, bank, None, index, None, None)
+        reward.ranking_reward_and_grad(*given, WEIGHTS, ALL)
     assert len(compiled) == 2
 
 

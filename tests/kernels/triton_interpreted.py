@@ -80,25 +80,28 @@ def interpreted_score_rows(case, table, temperature, results):
     )
 
 
-def every_launch(inputs, scores, mask, upstream, weights):
-    """All results of all launchers."""
-    *values, saved = reward.ranking_reward_saved(*inputs, mask, None, weights)
+def every_launch(inputs, scores, mask, relevance, upstream, weights):
+    """All results of all launchers, some with a relevance and some without."""
+    given = (*inputs, mask, None)
+    *values, saved = reward.ranking_reward_saved(*given, relevance, weights)
     yield from values
-    yield from reward.ranking_reward(*inputs, mask, None, weights)
-    yield from reward.ranking_reward_backward(*inputs, mask, None, saved, upstream, weights, ALL)
-    yield from reward.ranking_reward_and_grad(*inputs, mask, None, upstream, weights, ALL)
-    yield from every_bank_launch(inputs, mask, upstream, weights)
-    yield from reward.reward_from_scores(scores, mask, weights)
-    yield from reward.reward_from_scores_backward(scores, mask, upstream, weights)
+    yield from reward.ranking_reward(*given, None, weights)
+    backward = reward.ranking_reward_backward
+    yield from backward(*given, relevance, saved, upstream, weights, ALL)
+    yield from reward.ranking_reward_and_grad(*given, None, upstream, weights, ALL)
+    yield from every_bank_launch(inputs, mask, relevance, upstream, weights)
+    for grades in (relevance, None):
+        yield from reward.reward_from_scores(scores, mask, grades, weights)
+        yield from reward.reward_from_scores_backward(scores, mask, grades, upstream, weights)
 
 
-def every_bank_launch(inputs, mask, upstream, weights):
+def every_bank_launch(inputs, mask, relevance, upstream, weights):
     """All results for negatives that groups take from a bank, and for some of the gradients."""
     query, positive, negatives = inputs
     bank = negatives.flatten(0, 1)
     index = torch.arange(len(bank)).view(mask.shape) // 2
     index[-1, -1] = index[0, 0] = len(bank) - 1
-    given = (query, positive, bank, None, torch.where(mask, index, -1))
+    given = (query, positive, bank, None, torch.where(mask, index, -1), relevance)
     yield from reward.ranking_reward_and_grad(*given, upstream, weights, ALL)
     *values, saved = reward.ranking_reward_saved(*given, weights)
     yield from values
@@ -106,7 +109,7 @@ def every_bank_launch(inputs, mask, upstream, weights):
     for place in range(3):
         wrt = tuple(i == place for i in range(3))
         yield reward.ranking_reward_and_grad(*given, None, weights, wrt)[5 + place]
-        plain = (*inputs, mask, None, saved, upstream, weights, wrt)
+        plain = (*inputs, mask, None, relevance, saved, upstream, weights, wrt)
         yield reward.ranking_reward_backward(*plain)[place]
 
 
@@ -140,7 +143,8 @@ def arguments(dtype=torch.bfloat16, groups=3, n=6, d=35):
     inputs[2][0, 1] = 0
     inputs[1][groups - 1] *= 2.0**60  # out of range: scaled
     mask = torch.rand(groups, n) < 0.7
-    return inputs, torch.randn(groups, n + 1).to(dtype), mask, torch.randn(groups)
+    relevance = torch.rand(groups, n).masked_fill(~mask, torch.nan)
+    return inputs, torch.randn(groups, n + 1).to(dtype), mask, relevance, torch.randn(groups)
 
 
 class Guarded:
@@ -171,13 +175,12 @@ class Guarded:
 
 @pytest.mark.parametrize("weights", [Weights(**OPEN_HINGE), Weights(**SOFT)], ids=["hard", "soft"])
 def test_red_zones_are_neither_read_nor_written(monkeypatch, weights):
-    inputs, scores, mask, upstream = arguments()
-    expected = list(every_launch(inputs, scores, mask, upstream, weights))
+    inputs, *others = arguments()
+    expected = list(every_launch(inputs, *others, weights))
     guarded = Guarded()
     monkeypatch.setattr(launch, "empty", guarded.empty)
     copies = [guarded.copy(x) for x in inputs]
-    others = [guarded.copy(x) for x in (scores, mask, upstream)]
-    found = list(every_launch(copies, *others, weights))
+    found = list(every_launch(copies, *map(guarded.copy, others), weights))
     guarded.check()
     for a, b in zip(found, expected, strict=True):
         assert same_bits(a, b)
@@ -283,7 +286,7 @@ def test_leading_dimensions_that_do_not_merge():
         negatives.permute(1, 0, 2, 4, 3).contiguous().permute(1, 0, 2, 4, 3),
     )
     dense = [x.contiguous() for x in strange]
-    rest = (None, None, None, Weights(**OPEN_HINGE), ALL)
+    rest = (None, None, torch.rand(2, 3, 2, 3), None, Weights(**OPEN_HINGE), ALL)
     actual = reward.ranking_reward_and_grad(*strange, *rest)
     expected = reward.ranking_reward_and_grad(*dense, *rest)
     for a, b in zip(actual, expected, strict=True):

@@ -32,11 +32,12 @@ NAMES = {
     torch.float64: "fp64",
 }
 # Arguments in the reward's dtype, in float64 whatever the inputs are, and scalars.
-VALUES = {"reward", "margin_reward", "rank_reward", "live_scores", "upstream"}
+VALUES = {"reward", "margin_reward", "rank_reward", "live_scores", "upstream", "relevance"}
 EXACT = {"scratch", "saved", "slopes"}
 WEIGHTS = {"margin", "rank_penalty", "w_margin", "w_rank", "inverse_temperature"}
 
-# (kernel, dtype, what it leaves out, soft ranks). Each is compiled aligned and not.
+# (kernel, dtype, what it leaves out, soft ranks). Each is compiled aligned and not; negatives
+# are in a bank, or have a relevance, where the name ends so.
 VARIANTS = {
     "forward-bf16": ("reward", torch.bfloat16, ("upstream", "mask", "saved", "grads"), False),
     "saved-fp16-masked": ("reward", torch.float16, ("upstream", "grads"), False),
@@ -56,6 +57,18 @@ VARIANTS = {
     "scores-fp32-soft": ("scores", torch.float32, ("mask",), True),
     "scores_gradient-fp32": ("scores_gradient", torch.float32, (), False),
     "scores_gradient-bf16-soft": ("scores_gradient", torch.bfloat16, ("mask",), True),
+    "forward-bf16-graded": (
+        "reward",
+        torch.bfloat16,
+        ("upstream", "mask", "saved", "grads"),
+        False,
+    ),
+    "value_and_grad-bf16-graded": ("reward", torch.bfloat16, ("mask",), False),
+    "value_and_grad-fp32-soft-graded": ("reward", torch.float32, (), True),
+    "value_and_grad-fp64-graded": ("reward", torch.float64, (), False),
+    "scores-fp32-soft-graded": ("scores", torch.float32, (), True),
+    "scores_gradient-bf16-graded": ("scores_gradient", torch.bfloat16, (), False),
+    "scores_gradient-fp32-soft-graded": ("scores_gradient", torch.float32, (), True),
 }
 # Kernels of the in-batch ops and search: module, kernel, and the types of their arguments ("16":
 # divisible by 16 where aligned, "1": then 1), or a constant.
@@ -236,6 +249,8 @@ def compile_variant(name, aligned, target):
     masks = "i64" if name.endswith("-bank") else "i1"
     if masks == "i1":
         absent.add("bank_rows")
+    if not name.endswith("-graded"):
+        absent.add("relevance")
     source = ASTSource(kernel, *_specialise(kernel, dtype, aligned, absent, constants, masks))
     return triton.compile(source, target=GPUTarget(*gpu), options=sizes.options())
 

@@ -35,6 +35,7 @@ class _Inputs(NamedTuple):
     negatives: Tensor
     mask: Tensor | None = None
     negative_index: Tensor | None = None
+    relevance: Tensor | None = None
 
 
 class _Case(NamedTuple):
@@ -47,6 +48,12 @@ class _Case(NamedTuple):
     truth: reference.RankingReward  # this and the rest in float64 on the CPU
     gradients: Tensors
     norms: Tensors  # of the rows that the gradients are of
+
+    def once(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scores on the CPU, mask and relevance on the device, of each group once."""
+        mask, relevance = self.inputs.mask, self.inputs.relevance
+        assert mask is not None
+        return self.truth.scores.to(dtype), mask[0], None if relevance is None else relevance[0]
 
 
 def _ragged(dtype: torch.dtype) -> _Inputs:
@@ -98,6 +105,22 @@ def _of_bank(inputs: _Inputs) -> _Inputs:
     return inputs._replace(negatives=bank, mask=None, negative_index=index)
 
 
+def _graded(inputs: _Inputs) -> _Inputs:
+    """With a relevance, NaN where it is not looked at; one in the first group is none. All
+    are small but that of the least score, which leaves hinges open."""
+    rows = inputs.negatives if inputs.negative_index is None else inputs.negative_index.unsqueeze(2)
+    groups, n = rows.shape[:2]
+    order = torch.randperm(groups * n, generator=torch.Generator().manual_seed(4))
+    relevance = torch.linspace(0, 0.3, groups * n, dtype=torch.float64)[order].view(groups, n)
+    relevance[:, n // 3] = 1
+    live = torch.ones(groups, n, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    if inputs.negative_index is not None:
+        live = inputs.negative_index != -1
+    relevance[~live] = torch.nan
+    relevance[0, live[0].nonzero()[0]] = 1.5
+    return inputs._replace(relevance=relevance)
+
+
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
@@ -108,15 +131,27 @@ def _far(dtype: torch.dtype) -> int:
 
 
 def _cases(dtype: torch.dtype, device: torch.device, soft: bool) -> Iterator[_Case]:
-    """A ragged one and a dense one, of negatives in their place and of a bank."""
+    """A ragged one and a dense one, of negatives in their place and of a bank; two of these with a
+    relevance too."""
     copies, *shape = _DENSE_ON_CPU if device.type == "cpu" else _DENSE
     for is_dense in (False, True):
         for of_bank in (False, True):
-            with torch.device("cpu"):  # whatever the default device is
-                inputs = _dense(dtype, *shape) if is_dense else _ragged(dtype)
-                inputs = _of_bank(inputs) if of_bank else inputs
-                case = _case(inputs, copies if is_dense else None, dtype, device, soft)
-            yield case
+            for graded in (False, True)[: 1 + (is_dense == of_bank)]:
+                with torch.device("cpu"):  # whatever the default device is
+                    inputs = _dense(dtype, *shape) if is_dense else _ragged(dtype)
+                    inputs = _of_bank(inputs) if of_bank else inputs
+                    inputs = _graded(inputs) if graded else inputs
+                    case = _case(inputs, copies if is_dense else None, dtype, device, soft)
+                yield case
+
+
+def _masked(dtype: torch.dtype, device: torch.device, soft: bool) -> Iterator[_Case]:
+    """Those with a mask: one without a relevance and one with."""
+    return (case for case in _cases(dtype, device, soft) if case.inputs.mask is not None)
+
+
+def _exact(relevance: Tensor | None) -> Tensor | None:
+    return None if relevance is None else relevance.cpu().double()
 
 
 def _case(
@@ -125,11 +160,20 @@ def _case(
     """None for `copies`: one, and negatives that are not dense."""
     query, positive, negatives = rows = [x.to(dtype) for x in inputs[:3]]
     exact = [x.double() for x in rows]
-    mask, index = inputs.mask, inputs.negative_index
-    upstream = torch.linspace(-1.5, 1, len(query)).to(reference.compute_dtype(dtype))
+    mask, index, relevance = inputs.mask, inputs.negative_index, inputs.relevance
+    values = reference.compute_dtype(dtype)
+    upstream = torch.linspace(-1.5, 1, len(query)).to(values)
+    relevance = None if relevance is None else relevance.to(values)
     weights = WEIGHTS._replace(rank_temperature=TEMPERATURE if soft else 0.0)
     truth, *gradients = reference.ranking_reward_and_grad(
-        exact[0], exact[1], exact[2], mask, upstream.double(), weights, index
+        exact[0],
+        exact[1],
+        exact[2],
+        mask,
+        upstream.double(),
+        weights,
+        index,
+        relevance=_exact(relevance),
     )
     negatives = negatives.to(device)
     if copies is None:
@@ -145,6 +189,7 @@ def _case(
             repeated(negatives) if index is None else negatives,
             None if mask is None else repeated(mask),
             None if index is None else repeated(index),
+            None if relevance is None else repeated(relevance).contiguous(),
         ),
         repeated(upstream),
         weights,
@@ -190,27 +235,27 @@ def _try_value_and_grad(
 
 
 def _try_scores(launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool) -> None:
-    case = next(_cases(dtype, device, soft))
-    scores, mask = case.truth.scores.to(dtype), case.inputs.mask
-    assert mask is not None
-    truth = reference.reward_from_scores(scores.double(), mask[0].cpu(), case.weights)
-    found = launchers("reward_from_scores")(scores.to(device), mask[0], case.weights)
-    for name, actual, expected in zip(truth._fields, found, truth, strict=True):
-        check(name, actual, expected, torch.zeros_like(expected, dtype=torch.float64))
+    for case in _masked(dtype, device, soft):
+        scores, mask, relevance = case.once(dtype)
+        exact = (scores.double(), mask.cpu(), case.weights, _exact(relevance))
+        truth = reference.reward_from_scores(*exact)
+        given = (scores.to(device), mask, relevance, case.weights)
+        found = launchers("reward_from_scores")(*given)
+        for name, actual, expected in zip(truth._fields, found, truth, strict=True):
+            check(name, actual, expected, torch.zeros_like(expected, dtype=torch.float64))
 
 
 def _try_scores_backward(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
-    case = next(_cases(dtype, device, soft))
-    scores, mask, upstream = case.truth.scores.to(dtype), case.inputs.mask, case.upstream[0]
-    assert mask is not None
-    truth = reference.reward_from_scores_backward(
-        scores.double(), mask[0].cpu(), upstream.cpu().double(), case.weights
-    )
-    launch = launchers("reward_from_scores_backward")
-    (gradient,) = launch(scores.to(device), mask[0], upstream, case.weights)
-    check("grad_scores", gradient, truth, torch.finfo(dtype).eps * truth.abs())
+    for case in _masked(dtype, device, soft):
+        scores, mask, relevance = case.once(dtype)
+        upstream = case.upstream[0]
+        exact = (scores.double(), mask.cpu(), upstream.cpu().double(), case.weights)
+        truth = reference.reward_from_scores_backward(*exact, _exact(relevance))
+        launch = launchers("reward_from_scores_backward")
+        (gradient,) = launch(scores.to(device), mask, relevance, upstream, case.weights)
+        check("grad_scores", gradient, truth, torch.finfo(dtype).eps * truth.abs())
 
 
 TRIALS: dict[str, Trial] = {

@@ -27,7 +27,7 @@ def ranking_reward(
     weights: Weights,
 ) -> Tensors:
     """Values alone."""
-    return _forward(query, positive, negatives, mask, index, None, weights)
+    return _forward(query, positive, negatives, mask, index, relevance, None, weights)
 
 
 def ranking_reward_saved(
@@ -41,7 +41,8 @@ def ranking_reward_saved(
 ) -> Tensors:
     """Values, and coefficients for the backward."""
     saved = _empty_saved(query, negatives, index)
-    return *_forward(query, positive, negatives, mask, index, None, weights, saved), saved
+    inputs = (query, positive, negatives, mask, index, relevance)
+    return *_forward(*inputs, None, weights, saved), saved
 
 
 def ranking_reward_and_grad(
@@ -59,7 +60,8 @@ def ranking_reward_and_grad(
     gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     # For groups that no cluster holds, and for the bank.
     saved = _empty_saved(query, negatives, index)
-    values = _forward(query, positive, negatives, mask, index, upstream, weights, saved, gradients)
+    inputs = (query, positive, negatives, mask, index, relevance)
+    values = _forward(*inputs, upstream, weights, saved, gradients)
     if index is not None and wrt[2]:
         gradients[2] = _bank_gradient(query, negatives, index, saved, upstream)
     return *values, *gradients
@@ -77,7 +79,7 @@ def ranking_reward_backward(
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    """Gradients from what was saved; reads the inputs again."""
+    """Gradients from what was saved; reads the inputs again, but not their relevance."""
     gradients: Any = _empty_gradients(query, positive, negatives, index, wrt)
     if any(x is not None for x in gradients):
         launch.call(
@@ -125,6 +127,7 @@ def _forward(
     negatives: Tensor,
     mask: Tensor | None,
     index: Tensor | None,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None = None,
@@ -151,7 +154,7 @@ def _forward(
         operand(positive),
         operand(negatives),
         operand(mask),
-        0,  # no relevance
+        pointer(relevance),
         operand(index),
         operand(upstream),
         weights,

@@ -29,7 +29,7 @@ def ranking_reward(
 ) -> Tensors:
     """Values alone: reward, margin_reward, rank_reward, rank, scores."""
     groups = _Groups(query, positive, negatives, mask, index)
-    return _reward(groups, None, weights, None, _NONE)
+    return _reward(groups, relevance, None, weights, None, _NONE)
 
 
 def ranking_reward_saved(
@@ -44,7 +44,7 @@ def ranking_reward_saved(
     """Values, and coefficients for the backward."""
     groups = _Groups(query, positive, negatives, mask, index)
     saved = groups.empty_saved()
-    return *_reward(groups, None, weights, saved, _NONE), saved
+    return *_reward(groups, relevance, None, weights, saved, _NONE), saved
 
 
 def ranking_reward_and_grad(
@@ -61,7 +61,7 @@ def ranking_reward_and_grad(
     """Values, and the gradients of sum(upstream * reward), None where they are not in `wrt`."""
     groups = _Groups(query, positive, negatives, mask, index)
     saved, gradients = groups.empty_saved(), groups.empty_gradients(wrt)
-    values = _reward(groups, upstream, weights, saved, gradients)
+    values = _reward(groups, relevance, upstream, weights, saved, gradients)
     if index is None or not wrt[2]:
         return *values, *gradients
     return *values, *gradients[:2], _bank_gradient(query, negatives, index, saved, upstream)
@@ -79,7 +79,7 @@ def ranking_reward_backward(
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    """Gradients of sum(grad_reward * reward); reads the inputs again."""
+    """Gradients of sum(grad_reward * reward); reads the inputs again, but not their relevance."""
     from elva_kernels.backends.triton.kernels.reward import gradient_kernel
 
     groups = _Groups(query, positive, negatives, mask, index)
@@ -120,7 +120,8 @@ def reward_from_scores(
     leading, dtype = scores.shape[:-1], compute_dtype(scores.dtype)
     values = _empty_values(leading, scores.shape[-1], dtype, scores.device)
     sizes = launch.rank_blocks(launch.architecture_of(scores.device))
-    for part, (inner, groups), strides in launch.parts(leading, (scores, mask, *values)):
+    tensors = (scores, mask, relevance, *values)
+    for part, (inner, groups), strides in launch.parts(leading, tensors):
         with launch.on(scores.device):
             scores_kernel[(groups,)](
                 *part,
@@ -149,7 +150,7 @@ def reward_from_scores_backward(
     gradient = launch.empty(scores.shape, scores.dtype, scores.device)
     slopes = launch.empty((*leading, 2 * candidates), torch.float64, scores.device)
     sizes = launch.rank_blocks(launch.architecture_of(scores.device))
-    tensors = (scores, mask, grad_reward, slopes, gradient)
+    tensors = (scores, mask, relevance, grad_reward, slopes, gradient)
     for part, (inner, groups), strides in launch.parts(leading, tensors):
         with launch.on(scores.device):
             scores_gradient_kernel[(groups,)](
@@ -158,7 +159,7 @@ def reward_from_scores_backward(
                 inner,
                 *strides[0],
                 *strides[1][:3],
-                *strides[2],
+                *strides[3],
                 **_scalars(weights),
                 BLOCK=sizes.rows,
                 **sizes.options(),
@@ -224,6 +225,7 @@ class _Groups(NamedTuple):
 
 def _reward(
     groups: _Groups,
+    relevance: Tensor | None,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None,
@@ -238,7 +240,7 @@ def _reward(
     if saved is not None:
         scratch = launch.empty((*groups.leading, 4 * candidates), torch.float64, device)
     sizes = groups.blocks(soft=weights.rank_temperature > 0)
-    tensors = (*groups.tensors(), upstream, *values, scratch, saved, *gradients)
+    tensors = (*groups.tensors(), upstream, relevance, *values, scratch, saved, *gradients)
     for part, (inner, programs), strides in launch.parts(groups.leading, tensors):
         with launch.on(device):
             reward_kernel[(programs,)](

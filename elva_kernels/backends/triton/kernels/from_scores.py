@@ -1,8 +1,9 @@
 """Reward of given scores, and its gradient on them.
 
-Eq. 2 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
+Eq. 2 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4), 3g and 4g.
 In: scores [*, C] of bfloat16, float16, float32 or float64, any strides; mask [*, C - 1] or None;
-    upstream [*] in the reward's dtype, for the gradient.
+    relevance [*, C - 1] in the reward's dtype, dense, or None; upstream [*] in the reward's dtype,
+    for the gradient.
 Out: reward, margin_reward, rank_reward [*], live scores [*, C] in float32 (float64 for float64),
     rank int32 [*]; or the gradient [*, C] in the scores' dtype. All contiguous.
 Work split: one program = one group. Bytes: 2 C reads and C writes; the C^2 comparisons dominate.
@@ -20,8 +21,8 @@ from elva_kernels.backends.triton.kernels.ranks import live_candidates, load_slo
 # No load's width depends on these: a kernel is not compiled anew for them, which takes seconds.
 SIZES = ["candidates", "inner", "score_outer", "score_inner", "score_step"]
 SIZES += ["mask_outer", "mask_inner", "mask_step", "upstream_outer", "upstream_inner"]
-TENSORS = ["scores", "mask", "upstream", "reward", "margin_reward", "rank_reward", "rank"]
-TENSORS += ["live_scores", "slopes", "grad_scores"]
+TENSORS = ["scores", "mask", "relevance", "upstream", "reward", "margin_reward", "rank_reward"]
+TENSORS += ["rank", "live_scores", "slopes", "grad_scores"]
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def lead(group, inner, strides):
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def scores_kernel(
-    scores, mask, reward, margin_reward, rank_reward, rank, live_scores,
+    scores, mask, relevance, reward, margin_reward, rank_reward, rank, live_scores,
     candidates, inner, score_outer, score_inner, score_step, mask_outer, mask_inner, mask_step,
     margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
     inverse_temperature: tl.float64, SOFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -43,8 +44,10 @@ def scores_kernel(
     scores += lead(group, inner, (score_outer, score_inner))
     if mask is not None:
         mask += lead(group, inner, (mask_outer, mask_inner))
+    if relevance is not None:
+        relevance += group * (candidates - 1)
     settle(
-        scores, score_step, mask, mask_step, None, candidates, reward + group,
+        scores, score_step, mask, mask_step, relevance, None, candidates, reward + group,
         margin_reward + group, rank_reward + group, rank + group, margin, rank_penalty, w_margin,
         w_rank, inverse_temperature, SOFT, BLOCK,
     )  # fmt: skip
@@ -57,7 +60,7 @@ def scores_kernel(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=TENSORS)
 def scores_gradient_kernel(
-    scores, mask, upstream, slopes, grad_scores,
+    scores, mask, relevance, upstream, slopes, grad_scores,
     candidates, inner, score_outer, score_inner, score_step, mask_outer, mask_inner, mask_step,
     upstream_outer, upstream_inner,
     margin: tl.float64, rank_penalty: tl.float64, w_margin: tl.float64, w_rank: tl.float64,
@@ -68,10 +71,12 @@ def scores_gradient_kernel(
     scores += lead(group, inner, (score_outer, score_inner))
     if mask is not None:
         mask += lead(group, inner, (mask_outer, mask_inner))
+    if relevance is not None:
+        relevance += group * (candidates - 1)
     weight = tl.load(upstream + lead(group, inner, (upstream_outer, upstream_inner))).to(tl.float64)
     slopes += group * candidates * 2
     settle(
-        scores, score_step, mask, mask_step, slopes, candidates, None, None, None, None,
+        scores, score_step, mask, mask_step, relevance, slopes, candidates, None, None, None, None,
         margin, rank_penalty, w_margin, w_rank, inverse_temperature, SOFT, BLOCK,
     )  # fmt: skip
     tl.debug_barrier()

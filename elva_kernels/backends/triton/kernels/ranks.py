@@ -1,8 +1,9 @@
 """Ranks, rewards and their slopes from one group's scores, for the kernels of this package.
 
-Eq. 2 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
+Eq. 2 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4), 3g and 4g.
 In: scores (any dtype, cast to float64 when read). Candidate 0 is the positive. The negatives' mask:
-    bool, True = live; or int64, where the negatives' rows are in a bank, -1 = masked; or None.
+    bool, True = live; or int64, where the negatives' rows are in a bank, -1 = masked; or None. And
+    their relevance [C - 1], dense, or None.
 Work split: one program walks over blocks of BLOCK candidates, each compared with every other block:
 O(N^2) comparisons, no limit on N, nothing kept beyond a [BLOCK, BLOCK] tile.
 Numerics: float64 throughout; counts are integers; sums are trees of a stated shape (`tree_sum`), so
@@ -57,23 +58,47 @@ def load_scores(scores, step, mask, mask_step, index, candidates):
 
 
 @triton.jit
-def survey(scores, step, mask, mask_step, candidates, margin, BLOCK: tl.constexpr):
-    """The margin reward (eq. 3), whether its hinge is open, the positive's key, unsound scores."""
+def load_relevance(relevance, index, live):
+    """Of live negatives, in float64; 0 of the positive and of the rest."""
+    given = live & (index > 0)
+    return tl.load(relevance + index - 1, mask=given, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def graded(grade, plain, positive):
+    """Eq. 4g of what eq. 4 has at relevance 0 and at 1: to the bit `plain` at 0."""
+    return tl.where(grade == 0, plain, grade * positive + (1.0 - grade) * plain)
+
+
+@triton.jit
+def survey(scores, step, mask, mask_step, relevance, candidates, margin, BLOCK: tl.constexpr):
+    """The margin reward (eq. 3), whether its hinge is open, the positive's key, what is unsound.
+
+    And, given `relevance`, the hardest negative (eq. 3g), of equal ones the first.
+    """
     hardest = tl.full([], float("-inf"), tl.float64)
     positive = tl.full([], float("-inf"), tl.float64)
     negatives = tl.full([], 0, tl.int32)
     unsound = tl.full([], 0, tl.int32)
+    place = tl.full([], 0, tl.int64)
     for start in range(0, candidates, BLOCK):
         index = start + tl.arange(0, BLOCK).to(tl.int64)
         _, key, live, finite = load_scores(scores, step, mask, mask_step, index, candidates)
         is_negative = index > 0
-        hardest = tl.maximum(hardest, tl.max(tl.where(is_negative, key, float("-inf")), axis=0))
+        rival = tl.where(is_negative, key, float("-inf"))
+        if relevance is not None:
+            grade = load_relevance(relevance, index, live)
+            unsound += tl.sum(((grade >= 0) & (grade <= 1) == 0).to(tl.int32), axis=0)
+            rival -= margin * grade
+            first = tl.min(tl.where(rival == tl.max(rival, axis=0), index, candidates), axis=0)
+            place = tl.where(tl.max(rival, axis=0) > hardest, first, place)
+        hardest = tl.maximum(hardest, tl.max(rival, axis=0))
         positive = tl.maximum(positive, tl.max(tl.where(is_negative, float("-inf"), key), axis=0))
         negatives += tl.sum((live & is_negative).to(tl.int32), axis=0)
         unsound += tl.sum((live & (finite == 0)).to(tl.int32), axis=0)
     # Not finite only in an unsound group, whose rewards are NaN in any case.
     gap = tl.where(negatives > 0, positive - hardest - margin, 0.0)
-    return tl.where(gap > 0, gap, 0.0), (gap > 0).to(tl.float64), positive, unsound
+    return tl.where(gap > 0, gap, 0.0), (gap > 0).to(tl.float64), positive, unsound, place
 
 
 @triton.jit
@@ -109,13 +134,13 @@ def sigmoid(x):
 
 @triton.jit
 def rank_block(
-    scores, step, mask, mask_step, start, candidates, positive, rank_penalty, inverse_temperature,
-    SOFT: tl.constexpr, BLOCK: tl.constexpr,
+    scores, step, mask, mask_step, relevance, start, candidates, positive, hardest_place,
+    rank_penalty, inverse_temperature, SOFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of candidates: what eq. 4 makes of them.
 
     Returns index, score, live, places ahead (int32), dR_rank/ds at constant ranks, dR_rank/dr,
-    and whether a candidate is the hardest negative.
+    and whether a candidate is the hardest negative: given `relevance`, the one at `hardest_place`.
     """
     index = start + tl.arange(0, BLOCK).to(tl.int64)
     score, key, live, _ = load_scores(scores, step, mask, mask_step, index, candidates)
@@ -128,15 +153,22 @@ def rank_block(
     contrast = 1.0 / (1.0 + log_place)
     first = index == 0
     direct = tl.where(first, contrast, -rank_penalty * (log_place - 1.0))
-    through = tl.where(first, -contrast * contrast, -rank_penalty) * score / place
+    through = tl.where(first, -contrast * contrast, -rank_penalty)
+    if relevance is not None:
+        grade = load_relevance(relevance, index, live)
+        direct = graded(grade, direct, contrast)
+        through = graded(grade, through, -contrast * contrast)
+    through = through * score / place
     behind_positive = (positive > key).to(tl.int32)
     hardest = live & (index > 0) & (ahead == behind_positive)
+    if relevance is not None:
+        hardest = live & (index > 0) & (index == hardest_place)
     return index, score, live, ahead, tl.where(live, direct, 0.0), through, hardest
 
 
 @triton.jit
 def settle(
-    scores, step, mask, mask_step, slopes, candidates,
+    scores, step, mask, mask_step, relevance, slopes, candidates,
     reward, margin_reward, rank_reward, rank,
     margin, rank_penalty, w_margin, w_rank, inverse_temperature,
     SOFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -147,15 +179,15 @@ def settle(
     candidates, NaN for live ones of an unsound group; and w_rank dR_rank/dr. Other threads see
     them after a barrier.
     """
-    hinge, is_open, positive, unsound = survey(
-        scores, step, mask, mask_step, candidates, margin, BLOCK
+    hinge, is_open, positive, unsound, hardest_place = survey(
+        scores, step, mask, mask_step, relevance, candidates, margin, BLOCK
     )
     place = tl.full([], 1, tl.int32)
     total = tl.full([], 0, tl.float64)
     for start in range(0, candidates, BLOCK):
         index, score, live, ahead, direct, through, hardest = rank_block(
-            scores, step, mask, mask_step, start, candidates, positive, rank_penalty,
-            inverse_temperature, SOFT, BLOCK,
+            scores, step, mask, mask_step, relevance, start, candidates, positive, hardest_place,
+            rank_penalty, inverse_temperature, SOFT, BLOCK,
         )  # fmt: skip
         place += tl.sum(tl.where(index == 0, ahead, 0), axis=0)
         total += block_sum(direct * score)

@@ -1,9 +1,10 @@
 """Grouped ranking reward: cosine scores, rewards, and the gradients of every embedding.
 
-Eq. 1 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4).
+Eq. 1 to 6 of `elva_kernels.reference` (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4), 3g and 4g.
 In: query, positive [*, D], negatives [*, N, D] of bfloat16, float16, float32 or float64, any
-    strides; mask [*, N], upstream [*] or None. Or negatives in a bank [bank_rows, D], and `mask`
-    their rows there, int64: -1 is masked, another that does not exist is NaN and never read.
+    strides; mask [*, N], upstream [*], relevance [*, N] (in the scores' dtype, dense) or None. Or
+    negatives in a bank [bank_rows, D], and `mask` their rows there, int64: -1 is masked, another
+    that does not exist is NaN and never read.
 Out: reward, margin_reward, rank_reward [*], rank int32 [*], scores [*, C], C = N + 1, in float32
     (float64 for float64); those gradients that are wanted, in the inputs' dtype. All contiguous. A
     bank's: `bank`.
@@ -35,8 +36,8 @@ from elva_kernels.backends.triton.kernels.rows import exponents, in_range, power
 # What no load's width depends on: a kernel is not compiled anew for it, which takes seconds.
 SIZES = ["candidates", "bank_rows", "inner", "mask_outer", "mask_inner", "mask_step"]
 SIZES += ["upstream_outer", "upstream_inner"]
-VALUES = ["mask", "upstream", "reward", "margin_reward", "rank_reward", "rank", "scores"]
-VALUES += ["scratch", "saved"]
+VALUES = ["mask", "upstream", "relevance", "reward", "margin_reward", "rank_reward", "rank"]
+VALUES += ["scores", "scratch", "saved"]
 
 
 @triton.jit
@@ -302,7 +303,7 @@ def group_gradients(
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=VALUES)
 def reward_kernel(
-    query, positive, negatives, mask, upstream,
+    query, positive, negatives, mask, upstream, relevance,
     reward, margin_reward, rank_reward, rank, scores, scratch, saved,
     grad_query, grad_positive, grad_negatives,
     candidates, dim, bank_rows, inner,
@@ -320,6 +321,8 @@ def reward_kernel(
     negatives += lead(group, inner, negative_strides)
     if mask is not None:
         mask += lead(group, inner, (mask_outer, mask_inner))
+    if relevance is not None:
+        relevance += group * (candidates - 1)
     scores += group * candidates
     slopes = None
     norms = None
@@ -334,7 +337,7 @@ def reward_kernel(
     )  # fmt: skip
     tl.debug_barrier()
     settle(
-        scores, 1, mask, mask_step, slopes, candidates, reward + group,
+        scores, 1, mask, mask_step, relevance, slopes, candidates, reward + group,
         margin_reward + group, rank_reward + group, rank + group,
         margin, rank_penalty, w_margin, w_rank, inverse_temperature, SOFT, RANKS,
     )  # fmt: skip
