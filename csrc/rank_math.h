@@ -4,7 +4,7 @@
 //   (2) rank   = place in the order: score descending, then negatives by index, then the positive
 //   (3) R_margin = max(0, s_pos - max_i s_i - margin)
 //   (4) R_rank   = s_pos / (1 + ln r) - rank_penalty * sum over negatives of s_(k) (ln k - 1)
-//   (3g), (4g): both where a negative has a relevance in [0, 1]; 0 gives the same bits as none
+//   (3g), (4g): both where a negative has a relevance in [0, 1]; 0 gives the same values as none
 // Ties: an order on scores with all ties broken is an order on integers (rank_key), so that every
 //   sort, count or network gives the same ranks. -0.0 equals 0.0; a score that is not finite is
 //   below every finite one.

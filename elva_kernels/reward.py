@@ -51,9 +51,8 @@ def ranking_reward(
 
     Differs from the paper: its abstract treats negatives by their similarity to the positive and
     gives no formula. This one is ours: a graded DCG with the paper's discount, and a margin of
-    ``margin * (1 - g_i)`` to negative i. To compare groups whose relevance sums to different
-    values, divide by the sum of an ideal order, ``1 + sum_j g_(j) / (1 + log(j + 1))`` with g
-    sorted downwards; the op does not normalise in secret.
+    ``margin * (1 - g_i)`` to negative i. The op does not normalise in secret: the gain of an ideal
+    order, all scores 1, is ``1 + sum_j g_(j) / (1 + log(j + 1))``, g sorted downwards and j from 1.
 
     Args:
         query: [*, D], bfloat16, float16, float32 or float64, of any finite magnitude and any
@@ -69,9 +68,9 @@ def ranking_reward(
             holds, its score is -inf and its gradient 0.
         relevance: [*, N], bfloat16, float16, float32 or float64 (rounded to the reward's dtype), in
             [0, 1]: how relevant negative i is itself, 1 as the positive and 0 not at all; None is 0
-            everywhere, to the bit. Not differentiable: a constant. `rank` and `scores` do not
-            depend on it; what it holds of a masked negative is not looked at. On a GPU, where
-            nobody looks, a value out of range makes its group's reward NaN.
+            everywhere. Not differentiable: a constant. `rank` and `scores` do not depend on it;
+            what it holds of a masked negative is not looked at. On a GPU, which is not waited for,
+            a value out of range makes its group's reward and gradients NaN.
         margin: cosine difference in [-2, 2]; a negative one keeps the hinge open.
         rank_penalty: >= 0. Its weights sum to log((N + 1)!) - N (268 at N = 100), so a fixed value
             weighs more with more negatives. To hold its total at g whatever N is, pass

@@ -288,11 +288,14 @@ def test_a_level_that_is_not_there_is_an_error_and_not_another_level():
 @pytest.mark.parametrize("n", [511, 512, 600, 5000])
 def test_ranks_by_counting_and_by_sorting_agree_with_the_reference(n):
     scores = torch.randint(-9, 9, (3, n + 1)).float() / 8  # many ties
+    grades = torch.randint(0, 9, (3, n)).float() / 8
     for dtype in (torch.float32, torch.float64):
-        ours = cpu.reward_from_scores(scores.to(dtype), None, Weights(**WEIGHTS))
-        right = elva_kernels.reward_from_scores(scores.double(), backend="reference", **WEIGHTS)
-        assert torch.equal(ours[3], right.rank)
-        torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
+        for relevance in (None, grades.to(dtype)):
+            ours = cpu.reward_from_scores(scores.to(dtype), None, relevance, Weights(**WEIGHTS))
+            options = {"relevance": relevance, "backend": "reference"} | WEIGHTS
+            right = elva_kernels.reward_from_scores(scores.double(), **options)
+            assert torch.equal(ours[3], right.rank)
+            torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
 
 
 @needs_native

@@ -18,13 +18,16 @@ from tests import tolerances
 from tests.kernels.cases import (
     DTYPES,
     EVERY_LEVEL,
+    INTERPRETED,
     OPEN_HINGE,
     SOFT_RANKS,
     WEIGHTS,
+    check_gradients,
     computing,
     embeddings,
     relevance_of,
     same_bits,
+    truth_gradients,
 )
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -117,6 +120,30 @@ def test_the_formula_by_hand(backend, dtype):
     error = (gradient[0].double() - expected).abs()
     assert (error <= tolerances.GRADIENT[dtype] + tolerances.half_ulp(expected, dtype)).all()
     assert (gradient[1:] == 0).all()
+
+
+@every_level
+@each_dtype
+@pytest.mark.parametrize("n", [12, 100])
+def test_open_hinges_have_the_rivals_of_the_truth(backend, dtype, n):
+    """Of positives that lead by more than the margin; other rivals than by scores alone."""
+    groups = 3 if INTERPRETED else 12
+    inputs = embeddings((groups,), n, 256, dtype, signal=3.0)
+    mask, relevance = torch.rand(groups, n) < 0.8, relevance_of(True, groups, n, dtype=dtype)
+    relevance[:, -2:] = 1  # of those that are near to the query
+    weights = {"margin": 0.2, "rank_penalty": 0.02, "w_margin": 2.0, "w_rank": 0.6}
+    options = {"mask": mask, "relevance": relevance, "backend": backend} | weights
+    weight = torch.linspace(-1, 1, groups, dtype=reference.compute_dtype(dtype))
+    result, *gradients = ranking_reward_and_grad(*inputs, weight=weight, **options)
+    scores = result.scores[:, 1:].double()
+    rivals = scores - 0.2 * relevance.double()
+    assert (rivals.argmax(-1) != scores.argmax(-1)).any()
+    expected = result.scores[:, 0].double() - rivals.amax(-1) - 0.2
+    assert (expected > 0).all()
+    error = (result.margin_reward.double() - expected).abs()
+    assert (error <= 2 * tolerances.REWARD[result.scores.dtype]).all()
+    truths = truth_gradients(inputs, result.scores, mask, weight, relevance, **weights)
+    check_gradients(gradients, truths, inputs, dtype)
 
 
 @every_level
