@@ -147,7 +147,7 @@ def _geometry(embedded: Mapping[str, Tensor], corpus: Corpus, name: str) -> dict
     shown = embedded["t2i"]
 
     def mean_distance(pairs: Sequence[tuple[int, int]]) -> float:
-        left, right = torch.tensor(pairs).T
+        left, right = torch.tensor(pairs).unbind(1)
         return float(distance(shown[left], shown[right]).mean())
 
     within, across = mean_distance(inside), mean_distance(outside)

@@ -42,11 +42,16 @@ def emoji_corpus(
     epilog="Examples:  elva data convert folder ~/Pictures --output data/mine --split test "
     "--sheet mine.png   |   "
     "elva data convert nli nli_for_simcse.csv --output data/nli   |   "
-    "elva data convert mteb mbeir_cirr_task7 --output data/cirr --split test",
+    "elva data convert mteb mbeir_cirr_task7 --output data/cirr --split test   |   "
+    "elva data convert circo CIRCO --output data/circo --split val",
 )
 def convert(
     format: Annotated[
-        str, typer.Argument(help="Format: beir, folder, mmeb, mmeb-test, mteb, nli or tevatron.")
+        str,
+        typer.Argument(
+            help="Format: beir, folder, mmeb, mmeb-test, mteb, nli or tevatron; or a set that the "
+            "paper evaluates on: ccneg, circo, flickr30k, sugarcrepe or urban1k."
+        ),
     ],
     source: Annotated[Path, typer.Argument(help="A file, or a folder of them.", parser=named_path)],
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
@@ -63,7 +68,10 @@ def convert(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder that pictures' paths start from (mmeb, mmeb-test, tevatron)."),
+        typer.Option(
+            help="Folder that pictures' paths start from (ccneg, circo, flickr30k, mmeb, "
+            "mmeb-test, sugarcrepe, tevatron)."
+        ),
     ] = None,
     skip_bad: Annotated[
         int,
@@ -222,8 +230,9 @@ def _proof_table(proof: dict[str, Any]) -> Table:
     for split, found in proof.items():
         for stem, row in found["sets"].items():
             count = found["embedded"][f"mbeir_{stem}_{split}"]
-            hit = 100 * row[f"hit_at_{row['k']}"]
-            shown.add_row(f"{split} {stem} (k = {row['k']})", f"{count:,}", f"{hit:.1f}")
+            hit = row.get(f"hit_at_{row['k']}")  # none where the answers are not published
+            words = "" if hit is None else f"{100 * hit:.1f}"
+            shown.add_row(f"{split} {stem} (k = {row['k']})", f"{count:,}", words)
     return shown
 
 

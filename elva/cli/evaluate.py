@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "Examples:  elva evaluate runs/one   |   elva evaluate runs/one --stage 3 --json   |   "
     "elva evaluate --embeddings embeddings --data data/M-BEIR --output evaluation   |   "
-    "elva evaluate --run a.run.trec --qrels a.qrels.txt"
+    "elva evaluate --run a.run.trec --qrels a.qrels.txt   |   "
+    "elva evaluate --paper --figures evaluation"
 )
 
 
@@ -35,6 +36,7 @@ TAKES = {
     "--embeddings": {"--data", "--output", "--split", "--task", "--pools", "--by-content",
                      "--skip-bad"},
     "--run": {"--qrels"},
+    "--paper": {"--figures"},
 }  # fmt: skip
 """What is measured -> the options that change how."""
 
@@ -83,20 +85,28 @@ def evaluate(
     qrels: Annotated[
         Path | None, typer.Option(help="Right answers for --run: TREC's or M-BEIR's qrels.")
     ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="List the paper's sets: its figures, and --figures'.")
+    ] = False,
+    figures: Annotated[
+        list[Path] | None,
+        typer.Option(help="Directory that --embeddings was measured into, for --paper; several."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""
     with together() as processes:
         from elva.errors import UserError
 
-        asked = {"RUN": run, "--embeddings": embeddings, "--run": run_file}
-        if sum(x is not None for x in asked.values()) != 1:
-            raise UserError("evaluate: must be given one of RUN, --embeddings or --run")
-        mode = next(name for name, value in asked.items() if value is not None)
+        asked = {"RUN": run is not None, "--embeddings": embeddings is not None,
+                 "--run": run_file is not None, "--paper": paper}  # fmt: skip
+        if sum(asked.values()) != 1:
+            raise UserError("evaluate: must be given one of RUN, --embeddings, --run or --paper")
+        mode = next(name for name, is_given in asked.items() if is_given)
         given = {
             "--stage": stage, "--data": data, "--output": output, "--split": split, "--task": task,
             "--pools": pools != "local", "--by-content": by_content, "--skip-bad": skip_bad,
-            "--qrels": qrels,
+            "--qrels": qrels, "--figures": figures,
         }  # fmt: skip
         if lost := [name for name, value in given.items() if value and name not in TAKES[mode]]:
             raise UserError(f"evaluate: {lost[0]} must not come with {mode}; it would do nothing")
@@ -107,6 +117,8 @@ def evaluate(
             return  # files are measured by one
         elif run_file is not None:
             _evaluate_files(run_file, qrels, as_json)
+        elif paper:
+            _beside_paper(figures or [], as_json)
         else:
             assert embeddings is not None
             which = {
@@ -132,12 +144,23 @@ def _evaluate_files(run: Path, qrels: Path | None, as_json: bool) -> None:
     say(figures, [*rows, *(f"warning: {line}" for line in warnings)], as_json)
 
 
+def _beside_paper(files: list[Path], as_json: bool) -> None:
+    from elva.commands.evaluate import beside_paper
+    from elva.evaluation.protocol import paper_table
+
+    rows = beside_paper(files)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        out.print(paper_table(rows, [str(path) for path in files]))
+
+
 def _evaluate_embeddings(
     embeddings: Path, data: Path | None, output: Path | None, which: dict[str, Any], as_json: bool
 ) -> None:
     from elva.commands.evaluate import evaluate_embeddings
     from elva.errors import UserError
-    from elva.evaluation.protocol import table
+    from elva.evaluation.protocol import tables
     from elva.progress import Bars
 
     if data is None:
@@ -148,9 +171,12 @@ def _evaluate_embeddings(
     if as_json:
         print(json.dumps(result))
         return
-    out.print(table(result))
+    for shown in tables(result):
+        out.print(shown)
     kinds = (("warning", "ties"), ("note", "no_answer_inside"), ("skipped", "skipped"))
     notes = [f"{kind}: {line}" for kind, key in kinds for line in result[key]]
+    taken = [row["submission"] for row in result["sets"].values() if "submission" in row]
+    notes += [f"answers that its server takes: {path}" for path in taken]
     say(result, [*notes, f"runs, qrels and figures: {where}"], as_json)
 
 

@@ -13,17 +13,22 @@ import numpy as np
 
 from elva.data.extras import read_minimal_pairs
 from elva.data.mbeir import QuerySet, read_sets
-from elva.data.strict import Faults
+from elva.data.strict import Faults, parse, read_text
 from elva.errors import DataError, RunError
 from elva.evaluation import protocol
 from elva.evaluation.metrics import CUTOFFS, measure
 from elva.evaluation.ranks import rank_among, recall_at_k
+from elva.evaluation.sets import SUBMITTED, cutoff, lines, map_cutoffs
+from elva.evaluation.submission import submission
 from elva.evaluation.trained import evaluate_stage
-from elva.evaluation.trec import read_qrels, read_run, write_qrels, write_run
+from elva.evaluation.trec import Answers, read_qrels, read_run, write_qrels, write_run
 from elva.files import write_text
 from elva.index.embeddings import Embeddings
+from elva.mrbench.build import NOTES
 from elva.progress import SILENT, Reporter
 from elva.run import EVALUATED, Run, evaluated
+
+FIGURES = "figures.json"
 
 
 def evaluate(
@@ -79,7 +84,9 @@ def evaluate_embeddings(
     Returns:
         What `figures.json` holds: `sets` (stem -> its figures), `tasks` and `average` (hit@k at
         M-BEIR's k), `ties` (warnings), `no_answer_inside` (a line for each set that has queries
-        without a right answer in the pool), `pools`, `by_content`, `skipped` (bad rows).
+        without a right answer in the pool), `pools`, `by_content`, `skipped` (bad rows), and
+        `mrbench`: whether the queries are `elva mrbench build`'s. Of a set whose answers are not
+        published there are no figures; where its server takes a file, `submission` names it.
 
     Raises:
         UserError, DataError: embeddings that are missing, unfinished, of another model or data.
@@ -88,6 +95,7 @@ def evaluate_embeddings(
     sets = read_sets(data, tasks=tasks, split=split, pools=pools, faults=faults)
     result: dict[str, Any] = {"split": split, "pools": pools, "by_content": by_content, "sets": {}}
     result |= {"ties": [], "no_answer_inside": [], "skipped": faults.found}
+    result["mrbench"] = (data / NOTES).is_file()
     for one in sets:
         reporter.start(f"search {one.stem}", len(one.pool), "rows")
         inside = _inside(one, by_content)
@@ -97,9 +105,13 @@ def evaluate_embeddings(
         found = _answers(embeddings, one, split, depth, reporter)
         run = output / f"{one.stem}.run.trec"
         write_run(run, found, "elva")
+        if not any(judged.values()):
+            result["sets"][one.stem] = _unjudged(one, read_run(run), output)
+            reporter.finish("")
+            continue
         write_qrels(output / f"{one.stem}.qrels.txt", judged)
-        figures = measure(read_run(run), judged)
-        lost = [qid for qid, dids in inside.items() if not dids]
+        figures = measure(read_run(run), judged, map_cutoffs=map_cutoffs(one.stem))
+        lost = [qid for qid, dids in inside.items() if judged[qid] and not dids]
         result["sets"][one.stem] = (
             protocol.row(one, figures)
             | {"no_answer_inside": len(lost)}
@@ -110,8 +122,60 @@ def evaluate_embeddings(
             result["no_answer_inside"].append(_lost(one, lost))
         reporter.finish("")
     result |= protocol.averages(result["sets"])
-    write_text(output / "figures.json", json.dumps(result, indent=1) + "\n")
+    write_text(output / FIGURES, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _unjudged(one: QuerySet, found: Answers, output: Path) -> dict[str, Any]:
+    """What is known of a set whose answers are not published, and what its server takes."""
+    row = {"task": one.task, "queries": len(one.queries), "pool": len(one.pool)}
+    row |= {"k": cutoff(one.stem), "answers": "not published"}
+    if one.stem not in SUBMITTED:
+        return row
+    path = output / f"{one.stem}.submission.json"
+    write_text(path, json.dumps(submission(one, found, SUBMITTED[one.stem])) + "\n")
+    return row | {"submission": str(path)}
+
+
+def beside_paper(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The paper's figures of its sets, beside those of some evaluations.
+
+    Args:
+        files: directories that `evaluate_embeddings` wrote, or their `figures.json`.
+
+    Returns:
+        As `protocol.beside_paper`; a file's name is its path as it was given.
+
+    Raises:
+        DataError: no such file, of another protocol, or of none of the paper's sets.
+    """
+    return protocol.beside_paper({str(path): _figures(path) for path in files})
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    file = path / FIGURES if path.is_dir() else path
+    found = parse(str(file), read_text(file))
+    sets = found.get("sets")
+    if not isinstance(sets, dict) or not all(isinstance(row, dict) for row in sets.values()):
+        raise DataError(f"{file}: sets must be an object of sets, as elva evaluate writes it")
+    for key, own in (("pools", "local"), ("by_content", False)):
+        if found.get(key) != own:
+            raise DataError(
+                f"{file}: {key} must be {own!r} to stand beside the paper's figures, got "
+                f"{found.get(key)!r}; evaluate without --{key.replace('_', '-')}"
+            )
+    known = [line for line in lines() if line.stem in sets]
+    if not known:
+        raise DataError(f"{file}: must have a set that the paper reports, got {', '.join(sets)}")
+    if found.get("split") != "test" and not set(sets) <= set(SUBMITTED):
+        raise DataError(f"{file}: must be of split test, got {found.get('split')!r}")
+    for line in known:
+        value = sets[line.stem].get(line.figure)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise DataError(
+                f"{file}: {line.stem}: {line.figure} must be from 0 to 1, got {value!r}"
+            )
+    return found
 
 
 def evaluate_files(run: Path, qrels: Path) -> dict[str, Any]:
@@ -189,7 +253,11 @@ def _among(embeddings: Path, data: Path, one: QuerySet, split: str) -> dict[str,
     asked = [i for i, some in enumerate(own) if len(some) > 1]
     if not asked:
         return {}
-    positives = [[place[did] for did in right[qids[i]] if did in place] for i in asked]
+    # Of its right answers those among its own: others are no part of the choice.
+    positives = [
+        [place[did] for did in listed[qids[i]] if did in place and did in right[qids[i]]]
+        for i in asked
+    ]
     bank = shown.rows([*rows.values()])
     ranks = rank_among(query[asked], bank, positives, [own[i] for i in asked])
     return {"hit_at_1_among_its_own": recall_at_k(ranks, 1), "own_queries": len(asked)}

@@ -17,7 +17,7 @@ from elva.data.mbeir import read_sets
 from elva.data.schema import TASK_NAMES, hashed_id
 from elva.draws import permutation, uniforms
 from elva.errors import DataError
-from elva.evaluation.protocol import SUBTASKS
+from elva.evaluation.sets import SUBTASKS
 
 UNIONS = (
     "query/union_train/mbeir_union_up_train.jsonl",

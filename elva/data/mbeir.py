@@ -244,7 +244,7 @@ def _read_queries(
 
     def batches() -> Iterable[pa.RecordBatch]:
         instructions = [found[0] for found in prompts.values()]
-        rows = _query_rows(file, asked, prompts, faults)
+        rows = _query_rows(file, split, asked, prompts, faults)
         pool_of = {task: one.pool for task, one in asked.items()}.__getitem__
         return query_table.batches(rows, file.path, instructions, pool_of, known, faults)
 
@@ -259,17 +259,17 @@ def _read_queries(
 
 
 def _query_rows(
-    file: QueryFile, asked: Mapping[str, _Searched], prompts: Prompts, faults: Faults
+    file: QueryFile, split: str, asked: Mapping[str, _Searched], prompts: Prompts, faults: Faults
 ) -> Iterator[Row]:
     places = {key: place for place, key in enumerate(prompts)}
     for record in records(file.path, faults):
         with faults.row():
             id = record.id("qid")
-            positives, negatives = (
-                list(dict.fromkeys(map(hashed_id, record.ids(key))))
-                for key in ("pos_cand_list", "neg_cand_list")
-            )
-            if not positives:
+            # A benchmark may keep its test answers to itself: null there, and none else.
+            hidden = split == "test" and record.value("pos_cand_list") is None
+            positives = [] if hidden else _hashed(record, "pos_cand_list")
+            negatives = _hashed(record, "neg_cand_list")
+            if not positives and not hidden:
                 record.fail("pos_cand_list is empty")
             task = _task(record, file, positives, asked)
             modality, candidate = modalities(task)
@@ -283,6 +283,10 @@ def _query_rows(
             yield Row(
                 hashed_id(id), raw, image, places[key], TASKS[task], positives, negatives, line
             )
+
+
+def _hashed(record: Record, key: str) -> list[int]:
+    return list(dict.fromkeys(map(hashed_id, record.ids(key))))
 
 
 def _task(
@@ -307,6 +311,8 @@ def _task(
 
 
 def _deduced(record: Record, positives: Sequence[int], asked: Mapping[str, _Searched]) -> str:
+    if not positives:
+        record.fail("task_id is missing, and there are no answers to tell it by")
     for pool in {id(one.pool): one.pool for one in asked.values()}.values():
         rows = pool.find(np.array(positives))
         if (rows >= 0).any():
@@ -364,14 +370,16 @@ def first_instructions(root: Path, dataset: int, candidate: str) -> dict[str, st
 
 
 def write_queries(root: Path, stem: str, split: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write `mbeir_<stem>_<split>.jsonl` and its qrels from M-BEIR's own rows."""
+    """Write `mbeir_<stem>_<split>.jsonl` and its qrels from M-BEIR's own rows; no qrels where no
+    row has answers."""
     write_lines(query_file(root, stem, split), map(dump, rows))
     judged = (
         f"{row['qid']} 0 {did} 1 {row['task_id']}"
         for row in rows
-        for did in row["pos_cand_list"]  # type: ignore[attr-defined]
+        for did in row["pos_cand_list"] or ()  # type: ignore[attr-defined]
     )
-    write_lines(qrels_file(root, stem, split), judged)
+    if any(row["pos_cand_list"] is not None for row in rows):
+        write_lines(qrels_file(root, stem, split), judged)
 
 
 def write_pool(root: Path, stem: str, rows: Iterable[Mapping[str, object]]) -> None:

@@ -43,13 +43,22 @@ class Figures:
         ]
 
 
-def measure(run: Answers, qrels: Qrels, cutoffs: Sequence[int] = CUTOFFS) -> Figures:
+def measure(
+    run: Answers,
+    qrels: Qrels,
+    cutoffs: Sequence[int] = CUTOFFS,
+    *,
+    map_cutoffs: Sequence[int] = (),
+) -> Figures:
     """Measure a run.
 
     Args:
         run: each query's answers, deeper than the largest cut-off by as many as it has positives,
             so that a tie at the end of the list cannot hide a candidate.
         qrels: a relevance above 0 is right; higher ones weigh more in nDCG, as in trec_eval.
+        map_cutoffs: of `map_at_k`, CIRCO's (Baldrati et al., arXiv:2303.15247): the precisions at
+            the ranks of the right answers among the first k, summed, over the smaller of k and
+            their number, where trec_eval's map_cut divides by their number.
 
     Returns:
         `hit_at_k` (M-BEIR's "Recall@k": any positive among the first k), `recall_at_k` (the share
@@ -60,8 +69,8 @@ def measure(run: Answers, qrels: Qrels, cutoffs: Sequence[int] = CUTOFFS) -> Fig
     per_query, optimistic = {}, []
     for qid, judged in right.items():
         answers = run.get(qid, ())
-        per_query[qid] = _figures(_relevances(answers, judged, 1), judged, cutoffs)
-        optimistic.append(_figures(_relevances(answers, judged, -1), judged, cutoffs))
+        per_query[qid] = _figures(_relevances(answers, judged, 1), judged, cutoffs, map_cutoffs)
+        optimistic.append(_figures(_relevances(answers, judged, -1), judged, cutoffs, map_cutoffs))
     names = list(next(iter(per_query.values()), {}))
     return Figures(
         {name: fmean(v[name] for v in per_query.values()) for name in names},
@@ -81,7 +90,10 @@ def _relevances(
 
 
 def _figures(
-    relevances: Sequence[int], judged: dict[str, int], cutoffs: Sequence[int]
+    relevances: Sequence[int],
+    judged: dict[str, int],
+    cutoffs: Sequence[int],
+    map_cutoffs: Sequence[int],
 ) -> dict[str, float]:
     ranks = [rank for rank, relevance in enumerate(relevances, start=1) if relevance]
     first = ranks[0] if ranks else None
@@ -92,6 +104,9 @@ def _figures(
         found[f"recall_at_{k}"] = inside / len(judged)
         ideal = _gain(sorted(judged.values(), reverse=True)[:k])
         found[f"ndcg_at_{k}"] = _gain(relevances[:k]) / ideal
+    for k in map_cutoffs:
+        precisions = (i / rank for i, rank in enumerate(ranks, start=1) if rank <= k)
+        found[f"map_at_{k}"] = sum(precisions) / min(k, len(judged))
     found["mrr"] = 0.0 if first is None else 1 / first
     found["mrr_at_10"] = found["mrr"] if first is not None and first <= 10 else 0.0
     return found

@@ -113,6 +113,12 @@ def evaluate_model(
     dataset = _read(root, split, run.recipe)
     limit = run.recipe.evaluate_limit
     tasks = {task: _Task.of(dataset, task, limit) for task in _tasks(dataset)}
+    for name, task in tasks.items():
+        if not task.queries.listed("positives").any() and not task.queries.listed("outside").any():
+            raise UserError(
+                f"{root}: {name} of {split} must have right answers, got none: they are not "
+                "published; evaluate another split"
+            )
     length = _last(run.recipe).max_completion_length
     encoder = _Encoder(retriever, reporter, title, run.recipe, length, processes)
     result: dict[str, Any] = {"split": split, "figures": {}, "samples": {}}

@@ -30,7 +30,8 @@ def names(root: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(root.glob(f"query/*/mbeir_*_task{TASKS['t2i']}_*.jsonl")):
         for record in records(path):
-            if text := record.text("query_txt"):
+            text = record.text("query_txt")
+            if text and record.get("pos_cand_list") is not None:
                 found.update(dict.fromkeys(record.ids("pos_cand_list"), text))
     return found
 

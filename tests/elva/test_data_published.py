@@ -17,7 +17,7 @@ from elva.data.layout import query_file
 from elva.data.sample import subset_rows, unreadable
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError
-from elva.evaluation.protocol import SUBTASKS
+from elva.evaluation.sets import SUBTASKS
 from tests.elva.published import published
 
 

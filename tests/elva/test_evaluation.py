@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from elva.commands.mine import Mining, mine
 from elva.data import Pool, load
 from elva.data.mbeir import modalities, read_sets, write_queries
 from elva.data.schema import TASKS
-from elva.data.strict import dump, write_lines
-from elva.errors import DataError
+from elva.data.strict import dump, records, write_lines
+from elva.errors import DataError, UserError
 from elva.evaluation import protocol
+from elva.evaluation.sets import SUBTASKS
 from elva.evaluation.trained import evaluate_stage, evaluation_tasks
 from elva.index import segment
 from elva.index.embeddings import Embeddings
@@ -84,7 +86,7 @@ def embed(directory: Path, ids: list[str], rows: torch.Tensor, side: str) -> Non
 def test_all_sixteen_sets(pools, tmp_path):
     generator = torch.Generator().manual_seed(9)
     drawn, union = {}, {}
-    for at, stem in enumerate(protocol.SUBTASKS):
+    for at, stem in enumerate(SUBTASKS):
         number = DATASETS[stem.partition("_task")[0]]
         dids = [f"{number}:{1000 * at + i}" for i in range(60)]
         queries = {f"{number}:{1000 * at + i}": dids[2 * i : 2 * i + 1 + i % 2] for i in range(6)}
@@ -94,7 +96,7 @@ def test_all_sixteen_sets(pools, tmp_path):
         drawn[stem] = (queries, query, dids, pool)
         union |= dict(zip(dids, pool, strict=True))
     sets = read_sets(tmp_path, pools=pools)
-    assert {one.stem for one in sets} == set(protocol.SUBTASKS)
+    assert {one.stem for one in sets} == set(SUBTASKS)
     for one in sets:
         queries, query, dids, pool = drawn[one.stem]
         embed(tmp_path / "e" / f"mbeir_{one.stem}_test", list(queries), query, "queries")
@@ -119,7 +121,7 @@ def test_all_sixteen_sets(pools, tmp_path):
         assert row["no_answer_inside"] == 0
     assert result["average"] == pytest.approx(np.mean(list(hits.values())))
     assert 0.1 < result["average"] < 1
-    drawn_table = protocol.table(result)
+    (drawn_table,) = protocol.tables(result)
     assert len(drawn_table.rows) == 17
     assert ("ELVA-2B" in [c.header for c in drawn_table.columns]) == (pools == "local")
 
@@ -313,6 +315,17 @@ def test_a_query_without_an_answer_in_its_pool_is_a_miss(finished, sisters, tmp_
     assert figures["t2t_recall_at_5"] <= 2 / 3 and figures["t2t_reward"] != 0
     assert figures["t2t_chance_at_1"] == pytest.approx(2 / 3 / 7)
     assert "queries without an answer in their pool: 1" in told.lines[-1]
+
+
+def test_a_stage_has_no_figure_of_answers_that_are_not_published(finished, words, tmp_path):
+    hidden = tmp_path / "hidden"
+    shutil.copytree(words, hidden, ignore=shutil.ignore_patterns("qrels"))
+    (file,) = hidden.glob("query/test/*.jsonl")
+    rows = [{**row.fields, "pos_cand_list": None} for row in records(file)]
+    write_lines(file, map(dump, rows))
+    run = trained(finished, hidden, tmp_path)
+    with pytest.raises(UserError, match="t2t of test must have right answers, got none"):
+        evaluate_stage(run, "1", Silent())
 
 
 def test_the_tasks_of_the_last_stage_are_preferred(corpus):

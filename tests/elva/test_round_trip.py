@@ -346,7 +346,7 @@ def test_processes_share_the_shards(by, run, corpus, tmp_path, monkeypatch) -> N
         (("embed", "RUN", "--data", "CORPUS", "--output", "x", "--dtype", "int8"), "--dtype must"),
         (("index", "build", "x", "CORPUS"), "must hold embeddings, got no readable embeddings.js"),
         (("index", "build", "x"), "must be given embeddings, --folder with --model, or --npy"),
-        (("evaluate",), "must be given one of RUN, --embeddings or --run"),
+        (("evaluate",), "must be given one of RUN, --embeddings, --run or --paper"),
         (("evaluate", "--run", "absent", "--qrels", "absent"), "absent: No such file"),
         (("mine", "--data", "CORPUS", "--embeddings", "absent", "--output", "x"), "absent"),
         (("mine", "--data", "CORPUS", "--embeddings", "absent", "--output", "x",

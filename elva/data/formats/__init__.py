@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from elva.data import mbeir
-from elva.data.formats import beir, folder, mmeb, mteb, nli, tevatron
+from elva.data.formats import (
+    beir,
+    choices,
+    circo,
+    flickr30k,
+    folder,
+    mmeb,
+    mteb,
+    nli,
+    tevatron,
+    urban1k,
+)
 from elva.data.formats.source import Request, Source
 from elva.data.formats.writer import check_output, convert
 from elva.data.strict import Faults
@@ -24,7 +35,18 @@ FORMATS: dict[str, Callable[[Request], Source]] = {
     "tevatron": tevatron.read,
 }
 
-WITH_IMAGES = ("mmeb", "mmeb-test", "tevatron")
+UNSEEN: dict[str, Callable[[Request], Source]] = {
+    "ccneg": choices.ccneg,
+    "circo": circo.read,
+    "flickr30k": flickr30k.read,
+    "sugarcrepe": choices.sugarcrepe,
+    "urban1k": urban1k.read,
+}
+"""Published sets that the paper evaluates on and does not train on."""
+
+KNOWN = {**FORMATS, **UNSEEN}
+
+WITH_IMAGES = ("ccneg", "circo", "flickr30k", "mmeb", "mmeb-test", "sugarcrepe", "tevatron")
 """Formats whose pictures may lie in a folder of their own."""
 
 
@@ -56,8 +78,8 @@ def convert_file(
     Raises:
         DataError: an unknown format, or a row that is not as its format has it.
     """
-    if format not in FORMATS:
-        raise DataError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format not in KNOWN:
+        raise DataError(f"format must be one of {', '.join(KNOWN)}, got {format!r}")
     if split not in mbeir.SPLITS:
         raise DataError(f"split must be one of {', '.join(mbeir.SPLITS)}, got {split!r}")
     if not source.exists():
@@ -72,7 +94,7 @@ def convert_file(
         raise DataError(f"{output}: must lie outside of the folder {source}; choose another place")
     check_output(output)  # before a reader takes its time
     faults = Faults(skip_bad)
-    found = FORMATS[format](Request(source, split, images, faults, duplicates, reporter))
+    found = KNOWN[format](Request(source, split, images, faults, duplicates, reporter))
     found = replace(found, name=_name(found.name if name is None else name))
     if number is not None and number != found.number:
         found = replace(found, number=number, keeps_ids=False)

@@ -1,12 +1,15 @@
 """What a reader of a format is asked for, and what it gives."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from elva.data.strict import Faults
+from elva.errors import DataError
 from elva.progress import SILENT, Reporter
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,37 @@ class Request:
     faults: Faults = field(default_factory=Faults)
     duplicates: str = "keep"
     reporter: Reporter = SILENT
+
+    def check_split(self, *splits: str) -> None:
+        """Refuse a split that a set has not."""
+        if self.split not in splits:
+            raise DataError(
+                f"split must be {' or '.join(splits)}, got {self.split!r}: the set has no other"
+            )
+
+    def told(self, entries: Collection[_T], unit: str) -> Iterator[_T]:
+        """The entries, and the reporter told how far whoever takes them is."""
+        self.reporter.start(f"read {self.path.name}", len(entries), unit)
+        for done, entry in enumerate(entries, start=1):
+            yield entry
+            self.reporter.advance(done)
+        self.reporter.finish("")
+
+    def pictures(self, *names: str) -> Path:
+        """`images`, or the first folder of some names under the path; the path's own for a file.
+
+        Raises:
+            DataError: none of them is there.
+        """
+        root = self.path if self.path.is_dir() else self.path.parent
+        if self.images is not None:
+            return self.images
+        found = next((root / name for name in names if (root / name).is_dir()), None)
+        if found is None:
+            raise DataError(
+                f"{root}: no folder {' or '.join(names)}; --images names where the pictures lie"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,12 +98,13 @@ class Example:
     """A query with its answers.
 
     Args:
+        positives: None where they are not published: the query is asked, and cannot be judged.
         candidates: What it is to be ranked against, where that is not the whole pool.
         subset: The part of the source, with a pool of its own, that it belongs to.
     """
 
     query: Entry
-    positives: Sequence[Entry | Reference]
+    positives: Sequence[Entry | Reference] | None
     negatives: Sequence[Entry | Reference] = ()
     candidates: Sequence[Entry] = ()
     subset: str = ""
@@ -89,6 +124,8 @@ class Source:
         keeps_ids: Ids are M-BEIR's, `<number>:<n>`, and stay as they are.
         sister: The number of the dataset in which further right answers of these queries lie.
         one_query: Rows that ask the same are one query with all their answers.
+        shares_answers: The answers of rows that ask the same are right for each of them; where not,
+            a row's are its own alone, as benchmarks count them.
         notices: Lines for whoever converts; a reader may add to them as it reads.
         looks: `Item.content_hash` of named pictures, where the reader has it.
         left_out: Why files are not in the data -> their names.
@@ -104,6 +141,7 @@ class Source:
     keeps_ids: bool = False
     sister: int | None = None
     one_query: bool = False
+    shares_answers: bool = True
     notices: list[str] = field(default_factory=list)
     looks: Mapping[bytes | str, bytes] = field(default_factory=dict)
     left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -65,6 +65,7 @@ class _Asked:
     positives: list[int]
     negatives: list[int]
     outside: list[str]
+    judged: bool
 
 
 def convert(
@@ -137,12 +138,13 @@ class _Writer:
         if query.id is not None and query.id in self.asked:
             raise DataError(f"{where}: query {query.id} again")
         asked = self._checked(query)
-        outside = [one.id for one in example.positives if self._is_outside(one)]
-        positives = [self._found(one) for one in example.positives if not self._is_outside(one)]
+        right_ones, judged = example.positives or (), example.positives is not None
+        outside = [one.id for one in right_ones if self._is_outside(one)]
+        positives = [self._found(one) for one in right_ones if not self._is_outside(one)]
         negatives = [self._found(one) for one in example.negatives]
         candidates = [self._found(one) for one in example.candidates]
         written = outside if self.source.keeps_ids else []
-        if not positives and not written:
+        if judged and not positives and not written:
             raise DataError(f"{where}: has no right answer")
         found = [self._modality(one) for one in (*positives, *negatives, *candidates)]
         shown = [modality for part, modality in self.pools if part == subset]
@@ -150,8 +152,7 @@ class _Writer:
         if self.count >= MAX_QUERIES:
             raise DataError(f"{where}: more than {MAX_QUERIES:,} queries; split the source")
         number = self._own_number(query, self.count)
-        asks = asked.key if isinstance(asked.key, bytes) else self._content(query, asked.picture)
-        group = f"{subset} {task} ".encode() + asks
+        group = f"{subset} {task} ".encode() + self._asks(query, asked)
         right, wrong, among = (
             [self._number(one, subset) for one in some]
             for some in (positives, negatives, candidates)
@@ -164,7 +165,7 @@ class _Writer:
             self.first[group].negatives += wrong
             return
         fields = self._query(asked, number, task)
-        one = _Asked(fields, where, asked.size, group, right, wrong, written)
+        one = _Asked(fields, where, asked.size, group, right, wrong, written, judged)
         self.queries.setdefault((subset, task), []).append(one)
         self.count += 1
         if self.source.one_query:
@@ -235,6 +236,12 @@ class _Writer:
             picture, suffix = self.places.key(entry.image, entry.name, entry.where)
         key = entry.name or entry.id or self._content(entry, picture)
         return _Checked(entry, modality, key, picture, suffix, size)
+
+    def _asks(self, query: Entry, asked: _Checked) -> bytes:
+        """What a query has in common with those that share its answers."""
+        if not self.source.shares_answers:
+            return b"%d" % self.count
+        return asked.key if isinstance(asked.key, bytes) else self._content(query, asked.picture)
 
     def _content(self, entry: Entry, picture: bytes | str | None) -> bytes:
         """What an item says and shows: equal where text and decoded picture are."""
@@ -308,7 +315,7 @@ class _Writer:
                 raise DataError(f"{one.where}: more answers than a line holds")
             yield {
                 **one.fields,
-                "pos_cand_list": [*map(self._did, right), *one.outside],
+                "pos_cand_list": [*map(self._did, right), *one.outside] if one.judged else None,
                 "neg_cand_list": [*map(self._did, wrong)],
             }
 

@@ -1,0 +1,200 @@
+"""The laboratory of grain blindness: its arms, its statistics, its figures, a trial, its page."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.grains import arms, measure, page, statistics, trial
+from benchmarks.grains.statistics import difference, hits, holm
+from elva.recipe import RewardConfig
+from elva.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+
+
+# -- arms ------------------------------------------------------------------------------------------
+
+
+def test_arms_are_changes_of_the_recipes_last_stage() -> None:
+    known, recipe = arms.arms(), RECIPES["emoji"]
+    plain = known["infonce"].stage
+    assert plain == replace(recipe.controls["infonce"], steps=80, reward=RewardConfig())
+    for name, arm in known.items():
+        of = arm.described.of
+        if of is not None:
+            assert arm.stage != known[of].stage or arm.described.draws, name
+    assert known["hard-again"].stage == known["hard"].stage
+    assert known["start"].stage is None
+    assert known["grpo-20"].stage.steps == 20 * known["grpo"].stage.steps
+
+
+def test_a_bad_arm_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "arms.yaml"
+    file.write_text(
+        "base: {infonce: 1.0, steps: 2}\narms:\n  one: {group: ours, what: x, stage: {steps: no}}\n"
+    )
+    with pytest.raises(Exception, match=r"arms.yaml:3: arms.one.stage.steps must be"):
+        arms.arms(file)
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def results(lift: float, noise: int, starts: int = 4, seeds: int = 3) -> statistics.Results:
+    """Ranks of 200 queries, of which a share is 1."""
+    ease = np.random.default_rng(7).random(200)
+    found = {}
+    for pair in np.ndindex(starts, seeds):
+        moved = np.random.default_rng([noise, *pair]).normal(0, 0.1, 200)
+        ranks = np.where(ease + moved + lift > 0.5, 1, 9).tolist()
+        found[pair] = {"ranks": {"t2i": ranks, "i2t": ranks}, "pairs": [0, *ranks[1:]]}
+    return found
+
+
+def test_a_difference_is_the_mean_of_pairs_with_an_interval() -> None:
+    ours, theirs = results(0.1, 1), results(0.0, 2)
+    found = difference(ours, theirs, "recall")
+    plain = np.mean([hits(ours[pair], "t2i") - hits(theirs[pair], "t2i") for pair in ours])
+    assert found.mean == pytest.approx(plain) and found.pairs == 12
+    assert 0 < found.low < found.mean < found.high and found.p < 0.001
+    none = difference(results(0.0, 3), theirs, "recall")
+    assert none.low < 0 < none.high and none.p > 0.05
+    assert difference(ours, theirs, "recall") == found
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Of arms that differ by draws alone 95 % should hold 0; in 60 tries 49 or more."""
+    held = sum(
+        (one := difference(results(0.0, 100 + i), results(0.0, 200 + i), "t2i")).low
+        <= 0
+        <= one.high
+        for i in range(60)
+    )
+    assert held >= 49
+
+
+def test_starts_count_alike_however_many_their_seeds() -> None:
+    ours, theirs = results(0.1, 1, 2, 3), results(0.0, 2, 2, 3)
+    fewer = {pair: ours[pair] for pair in ours if pair != (0, 2)}
+    found = difference(fewer, theirs, "recall")
+    of = [[(hits(ours[p], "t2i") - hits(theirs[p], "t2i")).mean() for p in fewer if p[0] == s]
+          for s in (0, 1)]  # fmt: skip
+    assert found.mean == pytest.approx(np.mean([np.mean(some) for some in of]))
+
+
+def test_rivals_that_a_query_lacks_are_not_counted() -> None:
+    figures = {"ranks": {"t2i": [1, 7, 5], "i2t": [1, 1, 9]}, "pairs": [0, 1, 2]}
+    assert hits(figures, "recall").tolist() == [1.0, 0.5, 0.0]
+    assert hits(figures, "recall_5").tolist() == [1.0, 0.5, 0.5]
+    np.testing.assert_array_equal(hits(figures, "pairs"), [np.nan, 1.0, 0.0])
+    assert statistics.mean({(0, 0): figures}, "pairs") == 0.5
+
+
+def test_holms_correction() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known(corpus: Path) -> measure.Corpus:
+    return measure.Corpus.of(corpus)
+
+
+def embedded(corpus: measure.Corpus, blind: str | None = None) -> dict[str, torch.Tensor]:
+    """Rows that are the grains of what they show: one-hot values, without one type of grain."""
+    pool = corpus.pools["t2i"]
+    values = sorted({kind for grains in corpus.grains.values() for kind in grains.items()})
+    place = {value: i for i, value in enumerate(values)}
+
+    def row(grains: Any, *, without: Any = None) -> torch.Tensor:
+        out = torch.full((len(values),), 1e-3)
+        for kind, text in grains.items():
+            if kind != blind and (kind, text) != without:
+                out[place[kind, text]] = 1.0
+        return out
+
+    found = {"t2i": torch.stack([row(corpus.grains[pool[i].id]) for i in range(len(pool))])}
+    found["i2t"] = found["t2i"][: len(corpus.pools["i2t"])]
+    for name, split in corpus.splits.items():
+        asked = [corpus.grains[q.positives[0]] for q in split.queries["t2i"]]
+        found[f"{name}.t2i"] = torch.stack([row(grains) for grains in asked])
+        found[f"{name}.i2t"] = found[f"{name}.t2i"][: len(split.queries["i2t"])]
+        found[f"{name}.parts"] = torch.stack(
+            [row(asked[i], without=(g.type, g.text)) for i, g, _ in split.parts]
+        )
+    return found
+
+
+def test_who_sees_every_grain_has_them_far_apart_and_who_is_blind_has_not(drawn: Path) -> None:
+    known = measure.Corpus.of(drawn)
+    seen = measure.figures(embedded(known), known, "test")
+    blind = measure.figures(embedded(known, blind="tone"), known, "test")
+    assert seen["grains"]["distance"]["tone"] > 0.1 > 1e-6 > blind["grains"]["distance"]["tone"]
+    assert seen["grains"]["contrast"] > blind["grains"]["contrast"]
+    assert sum(hits(seen, "t2i")) > sum(hits(blind, "t2i"))
+    assert seen["grains"]["probe"]["tone"] == 1.0
+    assert blind["grains"]["probe"]["tone"] < 0.5
+    assert 0 < seen["grains"]["within"] < seen["grains"]["across"]
+    assert seen["grains"]["relative"] == pytest.approx(
+        seen["grains"]["distance"]["all"] / seen["grains"]["across"]
+    )
+
+
+# -- a trial ---------------------------------------------------------------------------------------
+
+
+def test_a_trial_is_trained_measured_and_kept(
+    finished: Path, corpus: Path, known: measure.Corpus, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    known = replace(known, splits=dict.fromkeys(("val", "test"), known.splits["test"]))
+    described = arms.arms()["hard"].described
+    stage = replace(arms.arms()["hard"].stage, data=str(corpus), steps=2, batch_size=8)
+    made = {"hard": arms.Arm("hard", described, stage)}
+    monkeypatch.setattr(trial, "arms", lambda: made)
+    monkeypatch.setattr(trial, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(trial, "corpus_of", lambda recipe: known)
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts" / "3").symlink_to(finished)
+    one = trial.Trial(tmp_path, "hard", 3, 1)
+    assert not one.is_done
+    one.run()
+    assert one.is_done and not (tmp_path / "trials" / "hard-3-1").exists()
+    kept = one.read()
+    assert (kept["start"], kept["seed"], kept["stage"]["steps"]) == (3, 1, 2)
+    assert len(kept["val"]["ranks"]["t2i"]) == len(known.splits["val"].queries["t2i"])
+    assert "test" not in kept
+    one.test()
+    assert len(one.read()["test"]["pairs"]) == len(known.splits["test"].queries["t2i"])
+    before = one.file.read_bytes()
+    one.test()
+    assert one.file.read_bytes() == before
+    made["hard"] = replace(made["hard"], stage=replace(stage, steps=3))
+    assert not one.is_done
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def test_the_readme_has_the_table_of_the_files() -> None:
+    readme = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for split in ("val", "test"):
+        _, begun, rest = readme.partition(f"<!-- grains {split} -->\n")
+        shown, ended, _ = rest.partition("<!-- /grains -->")
+        assert begun and ended and shown.strip() == page.table(split).strip()
+
+
+def test_every_file_is_of_an_arm_as_it_is_described() -> None:
+    files = [*trial.RESULTS.glob("*/*.json")]
+    for file in files:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        one = trial.Trial(Path(), kept["arm"], kept["start"], kept["seed"])
+        assert one.file == file and one.is_done, file
