@@ -291,7 +291,7 @@ def test_dry_run_is_green(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "\n112 checks green, 0 red, " in done.stdout
+    assert "\n116 checks green, 0 red, " in done.stdout
     assert "not run: sanitize-memcheck-reward: it needs a GPU" in done.stdout
     for provider in ("reward 4x102x64 bf16 ours, cpu", "host time of topk bf16 ours, cpu"):
         assert provider in done.stdout

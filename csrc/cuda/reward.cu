@@ -1,10 +1,10 @@
 // What: the grouped ranking reward on any GPU from sm_80 on, and its gradients from what the
 //   forward saved.
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
-//   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
+//   rank reward (4), reward (5), soft rank (6), with a relevance (3g, 4g) of elva_kernels.reference.
 // In: query, positive [*, D], negatives [*, N, D] in bf16, fp16 or fp32, any strides and any
-//   alignment (dense rows on 16 bytes are read in vectors); mask [*, N]. Or a bank [M, D] and index
-//   [*, N], the rows of it that are a group's negatives.
+//   alignment (dense rows on 16 bytes are read in vectors); mask [*, N]; relevance [*, N] in fp32,
+//   dense. Or a bank [M, D] and index [*, N], the rows of it that are a group's negatives.
 // Out: reward, margin_reward, rank_reward [*], scores [*, N + 1] in fp32, rank int32 [*];
 //   coefficients (reward_group.h); gradients dense, those that are wanted (a bank's: reward_bank.cu).
 // Work split: forward a block a group, a warp four candidates; backward a block for some columns of a

@@ -1,7 +1,7 @@
 // What: the grouped ranking reward, with its gradients where they are wanted, each group read once
 //   and held in the shared memory of a cluster of blocks (sm_90 and later).
 // Source: Liu et al., ELVA, arXiv:2606.20280, sec. 3.4; cosine (1), rank (2), margin reward (3),
-//   rank reward (4), reward (5), soft rank (6) of elva_kernels.reference.
+//   rank reward (4), reward (5), soft rank (6), with a relevance (3g, 4g) of elva_kernels.reference.
 // In: as reward.cu, rows dense and on 16 bytes.
 // Out: as reward.cu.
 // Work split: a cluster a group, over and over; a block some columns of all of the group's rows, so
