@@ -27,7 +27,7 @@ from elva.commands.train import train
 from elva.progress import SILENT
 from elva.run import Run
 
-STARTS = range(6)
+STARTS = range(5)
 
 
 def make_start(place: Path, seed: int) -> float:

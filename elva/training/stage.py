@@ -211,8 +211,8 @@ class Stage:
             )
             metrics.update(found)
             if first and stage.policy > 0:
-                of = [objective.advantages(reward, stage.scale_rewards) for reward in rewards]
-                rolled.advantages = rolled.per_row(*of, negatives=stage.negatives.count)[rows]
+                asked, shown = (objective.advantages(r, stage.scale_rewards) for r in rewards)
+                rolled.advantages = rolled.per_row(asked, shown, stage.negatives.count)[rows]
             if stage.pathwise > 0:
                 loss = loss - stage.pathwise * self.processes.count * rewards.query.mean()
         if loss.requires_grad:
