@@ -306,6 +306,56 @@ def test_no_file_edits_the_import_path():
                 assert not (isinstance(node.value, ast.Name) and node.value.id == "sys"), path
 
 
+PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve"}
+LOADS = {"torch.load", "torch.serialization.load", "torch.jit.load", "pandas.read_pickle"}
+FOREIGN = {"allow_pickle", "trust_remote_code"}
+
+
+def runs_foreign_code(source):
+    """What in a file's code opens a pickle or runs a model's own code; its texts may name it."""
+    nodes = [*ast.walk(ast.parse(source))]
+    taken = {}  # a name in the file -> what it is
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.split(".")[0]
+                taken[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom):
+            taken |= {x.asname or x.name: f"{node.module}.{x.name}" for x in node.names}
+    found = [x for x in taken.values() if x.split(".")[0] in PICKLERS or x in LOADS]
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            found += {f"{taken.get(first, first)}.{rest}"} & LOADS
+        pairs = []
+        if isinstance(node, ast.keyword):
+            pairs = [(node.arg, node.value)]
+        elif isinstance(node, ast.Dict):
+            keys = [getattr(key, "value", None) for key in node.keys]
+            pairs = [*zip(keys, node.values, strict=True)]
+        found += [k for k, x in pairs if k in FOREIGN and getattr(x, "value", None) is not False]
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load(x, weights_only=True)", "def f(): import torch as t; g(t.load)",
+        "from torch import load", "from torch.serialization import load as l", "import pickle",
+        "import joblib as j", "from pickle import loads", "import torch.jit; torch.jit.load(x)",
+        "f(trust_remote_code=True)", "f(**{'trust_remote_code': asked})", "g(x, allow_pickle=True)",
+    ],
+)  # fmt: skip
+def test_what_would_run_foreign_code_is_found(source):
+    assert len(runs_foreign_code(source)) == 1
+
+
+def test_no_pickle_is_opened_and_no_model_runs_code_of_its_own():
+    assert runs_foreign_code('"""torch.load"""\nf(1, trust_remote_code=False)') == []
+    for path in (*KERNELS, *ELVA):
+        assert not runs_foreign_code(path.read_text()), path
+
+
 @pytest.mark.parametrize("name", elva_kernels.__all__)
 def test_public_names_are_documented(name):
     """One line that says what it is; of a function, a word on every parameter."""

@@ -2,22 +2,19 @@
 that are none."""
 
 import json
-import pickle
 
 import pytest
 
 from elva.commands import evaluate as command
 from elva.commands.survey import random_embeddings
 from elva.data import strict
-from elva.data.formats import UNSEEN, choices, convert_file
+from elva.data.formats import UNSEEN, convert_file
 from elva.data.formats.whole import objects
 from elva.errors import DataError
 from elva.evaluation import protocol, sets
 from elva.report import pictures
 from tests.elva import unseen
 from tests.elva.unseen import converted, read, run
-
-FINAL = "ccneg_images/cc3m_subset_images_extracted_final"
 
 
 def shown(item):
@@ -139,31 +136,6 @@ def test_sugarcrepe_is_seven_sets_of_two_captions_each(tmp_path):
         assert (*query.positives, *query.negatives) in own
 
 
-def test_ccneg_is_tested_on_its_last_rows_without_the_commas_of_the_negated(tmp_path, monkeypatch):
-    monkeypatch.setattr(choices, "CCNEG_TEST", 3)
-    one = read(converted("ccneg", tmp_path))["ccneg_task3"]
-    assert [q.negatives for q in one.queries] and [item.text for item in one.pool][:2] == [
-        "A lamp, number 1.", "A lamp without light number 1.",
-    ]  # fmt: skip
-    assert [len(one.queries), len(one.pool)] == [3, 6]
-    train = read(converted("ccneg", tmp_path, "train"), "train")["ccneg_task3"]
-    assert train.pool[0].text == "A lamp, number 0."
-    few = convert_file("ccneg", tmp_path / "source", tmp_path / "few", split="test")
-    assert few["notices"] == []
-    monkeypatch.setattr(choices, "CCNEG_TEST", 40_000)
-    few = convert_file("ccneg", tmp_path / "source", tmp_path / "all", split="test")
-    assert few["notices"] == ["4 rows; CC-Neg evaluates on 40,000"]
-
-
-@pytest.mark.parametrize("images", [None, ".", "ccneg_images", FINAL])
-def test_ccnegs_pictures_lie_where_its_paths_or_its_readme_say(images, tmp_path):
-    paths = [f"/workspace/datasets/cc3m/cc3m_subset_images_extracted_final/{i}.jpg" for i in (0, 1)]
-    rows = [unseen.neg_row(i) for i in (0, 1)]
-    root = unseen.neg(tmp_path / "source", rows, paths)
-    found = read(converted("ccneg", tmp_path, images=None if images is None else root / images))
-    assert len({shown(query) for query in found["ccneg_task3"].queries}) == 2
-
-
 # -- rows that are none ----------------------------------------------------------------------------
 
 
@@ -262,49 +234,6 @@ def test_a_folder_of_urban1k_that_is_not_whole(make, rule, tmp_path):
         converted("urban1k", tmp_path)
 
 
-class Runs:
-    """What a pickle may call when it is opened."""
-
-    def __reduce__(self):
-        return print, ("run",)
-
-
-BAD = "annotations is not an object of json and sop_data"
-NEG = [
-    ({"annotations": [{"json": {"caption": "a"}}]}, rf"preprocessed.pt:row 1: {BAD}"),
-    ({"annotations": ["a"]}, rf"preprocessed.pt:row 1: {BAD}"),
-    ({"annotations": [{"json": {}, "sop_data": {"negative-prompt": "b", "caption": "c"}}]},
-     r"row 1: caption is missing"),
-    ({"annotations": [{"json": {"caption": "a"}, "sop_data": {"negative-prompt": ", "}}]},
-     r"row 1: the negative caption is empty"),
-    ({"annotations": [unseen.neg_row(0)], "paths": ["/etc/passwd"]}, r"row 1: .* is absolute"),
-    ({"annotations": [unseen.neg_row(0)], "paths": ["/workspace/datasets/cc3m/../a.jpg"]},
-     r"row 1: image_paths '../a.jpg' leaves the root"),
-    ({"annotations": [unseen.neg_row(0)], "paths": ["gone.jpg"]}, r"row 1: no such picture: gone"),
-    ({"annotations": [unseen.neg_row(0)], "paths": []}, r"image_paths and annotations, lists of"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("fields", "rule"), NEG)
-def test_a_row_of_ccneg_that_is_none(fields, rule, tmp_path):
-    unseen.neg(tmp_path / "source", **fields)
-    with pytest.raises(DataError, match=rule):
-        converted("ccneg", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content", [pickle.dumps(Runs(), 2), b"text", b"", b"PK\x03\x04", b"\x80\x02."]
-)
-def test_nothing_in_ccnegs_file_is_run(content, tmp_path, capsys):
-    file = unseen.neg(tmp_path / "source") / "ccneg_preprocessed.pt"
-    file.write_bytes(content)
-    with pytest.raises(
-        DataError, match=r"preprocessed.pt: not lists, dicts and texts as torch.save"
-    ):
-        converted("ccneg", tmp_path)
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize(
     ("name", "split", "rule"),
     [
@@ -328,7 +257,7 @@ def test_a_split_that_a_set_has_not_is_refused(name, split, rule, tmp_path):
         ("sugarcrepe", "data/swap_obj.json", "swap_obj.json: no such file; SugarCrepe has add_obj"),
         ("circo", "annotations/val.json", "val.json: no such file; CIRCO's README says"),
         ("circo", "COCO2017_unlabeled/unlabeled2017", "no folder COCO2017_unlabeled/unlabeled2017"),
-        ("ccneg", "ccneg_preprocessed.pt", "ccneg_preprocessed.pt: no such file"),
+        ("ccneg", "ccneg.json", "ccneg.json: No such file"),
     ],
 )
 def test_what_is_missing_is_named(name, lost, rule, tmp_path):

@@ -128,21 +128,40 @@ def crepe(root: Path) -> Path:
     return root
 
 
-def neg_row(i: int) -> dict[str, dict[str, str]]:
+def neg_row(i: int) -> dict[str, str]:
     return {
-        "json": {"caption": f"a lamp, number {i}", "url": "http://x", "status": "success"},
-        "sop_data": {"negative-prompt": f"a lamp, without light, number {i}", "subject": "lamp"},
+        "image_paths": f"/workspace/datasets/cc3m/{CCNEG_IMAGES}/{i}.jpg",
+        "caption": f"a lamp, number {i}",
+        "negative-prompt": f"a lamp, without light, number {i}",
     }
 
 
-def neg(root: Path, annotations=None, paths=None) -> Path:
-    root.mkdir()
-    folder = root / "ccneg_images" / "cc3m_subset_images_extracted_final"
-    rows = [neg_row(i) for i in range(4)] if annotations is None else annotations
-    names = [picture(folder / f"{i}.jpg", i).relative_to(root) for i in range(len(rows))]
-    own = [f"/workspace/datasets/cc3m/{name}" for name in names]
-    whole = {"image_paths": own if paths is None else paths, "annotations": rows}
+CCNEG_IMAGES = "ccneg_images/cc3m_subset_images_extracted_final"
+
+
+def neg(root: Path, rows=None) -> Path:
+    root.mkdir(parents=True)
+    rows = [neg_row(i) for i in range(4)] if rows is None else rows
+    for i in range(len(rows)):
+        picture(root / CCNEG_IMAGES / f"{i}.jpg", i)
+    (root / "ccneg.json").write_text(json.dumps(rows, indent=4))
+    return root
+
+
+def neg_pickle(root: Path, rows=None) -> Path:
+    """The same as it is published."""
+    neg(root, rows)
+    rows = json.loads((root / "ccneg.json").read_text())
+    annotations = [
+        {
+            "json": {"caption": row["caption"], "url": "http://x", "status": "success"},
+            "sop_data": {"negative-prompt": row["negative-prompt"], "subject": "lamp"},
+        }
+        for row in rows
+    ]
+    whole = {"image_paths": [row["image_paths"] for row in rows], "annotations": annotations}
     torch.save(whole, root / "ccneg_preprocessed.pt")
+    (root / "ccneg.json").unlink()
     return root
 
 

@@ -1,17 +1,17 @@
 """Two-way choices: a picture, its caption, and one that differs in a detail and is wrong.
 
 SugarCrepe (Hsieh et al., arXiv:2306.14610): `add_att.json` and six more, over COCO's `val2017`.
-CC-Neg (Singh et al., arXiv:2403.20312): `ccneg_preprocessed.pt`, a negated caption of each picture.
+CC-Neg (Singh et al., arXiv:2403.20312): a negated caption of each picture, as `ccneg.json`. It is
+published as a pickle, which whoever has it converts themselves: none is opened here.
 
 Each becomes an image-to-text query whose own candidates are the two captions, so that its figure is
 the share of pictures closer to the right one. Every caption is a candidate of its own, copies too.
 """
 
 import os
-import pickle
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from elva.data.formats.flickr30k import PROMPTS
 from elva.data.formats.source import Entry, Example, Request, Source
@@ -24,15 +24,21 @@ SUGARCREPE = (
 )  # fmt: skip
 """Its kinds of hard negatives, each a file and a set."""
 
-CCNEG = "ccneg_preprocessed.pt"
-CCNEG_TEXTS = ("caption", "negative-prompt")
-"""Of a row's `json`, and of its `sop_data`."""
+CCNEG = "ccneg.json"
+"""A list of objects of `image_paths`, `caption` and `negative-prompt`."""
+
+CCNEG_PICKLE = "ccneg_preprocessed.pt"
+CCNEG_COMMAND = (
+    'python -c "import json,sys,torch;d=torch.load(sys.argv[1],weights_only=True);'
+    "json.dump([{'image_paths':p,'caption':a['json']['caption'],"
+    "'negative-prompt':a['sop_data']['negative-prompt']}"
+    " for p,a in zip(d['image_paths'],d['annotations'],strict=True)],open('ccneg.json','w'))\""
+)
+"""What writes the one, in its folder, out of the other, whose name follows; with it the end of a
+message, which is shortened in its middle."""
 
 CCNEG_TEST = 40_000
 """The last rows, on which CC-Neg evaluates; those before are for training."""
-
-NOT_SAVED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
-"""What torch raises, beside pickle's own error, for a file that it did not write."""
 
 CCNEG_ROOT = "/workspace/datasets/cc3m/"
 """The beginning of its pictures' paths on its authors' machine."""
@@ -50,17 +56,17 @@ def sugarcrepe(request: Request) -> Source:
 
 
 def ccneg(request: Request) -> Source:
-    """A folder of `ccneg_preprocessed.pt` and `ccneg_images`, or the file alone with `images`."""
+    """A folder of `ccneg.json` and `ccneg_images`, or the file alone with `images`."""
     request.check_split("train", "test")
-    file = request.path / CCNEG if request.path.is_dir() else request.path
-    paths, annotations = _ccneg_rows(file)
-    first = max(len(paths) - CCNEG_TEST, 0)
-    rows = range(first, len(paths)) if request.split == "test" else range(first)
+    file = _ccneg_file(request.path)
+    rows, count = _ccneg_rows(request, file)
+    first, is_test = max(count - CCNEG_TEST, 0), request.split == "test"
+    rows = {row: record for row, record in rows.items() if (row >= first) == is_test}
     if not rows:
         raise DataError(f"{file}: holds no rows of split {request.split}")
-    found = _source("ccneg", 21, _ccneg(request, file, paths, annotations, rows))
-    if request.split == "test" and len(rows) < CCNEG_TEST:
-        found.notices.append(f"{counted(len(rows), 'row')}; CC-Neg evaluates on {CCNEG_TEST:,}")
+    found = _source("ccneg", 21, _ccneg(request, rows, request.images or file.parent))
+    if is_test and count < CCNEG_TEST:
+        found.notices.append(f"{counted(count, 'row')}; CC-Neg evaluates on {CCNEG_TEST:,}")
     return found
 
 
@@ -98,41 +104,30 @@ def _sugarcrepe(request: Request, files: dict[str, Path], pictures: Path) -> Ite
 # -- CC-Neg ----------------------------------------------------------------------------------------
 
 
-def _ccneg_rows(file: Path) -> tuple[list[Any], list[Any]]:
-    """`image_paths` and `annotations`, of one length; nothing in the file is run."""
-    import torch  # beside whoever reads other data
-
-    try:
-        whole = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file") from None
-    except (*NOT_SAVED, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120]
+def _ccneg_file(path: Path) -> Path:
+    """The list of rows at a path; a pickle is refused by its name, and told how to convert."""
+    file = path / CCNEG if path.is_dir() else path
+    pickled = file if file.suffix == ".pt" else file.with_name(CCNEG_PICKLE)
+    if pickled == file or (path.is_dir() and pickled.is_file() and not file.exists()):
         raise DataError(
-            f"{file}: not lists, dicts and texts as torch.save writes them: {reason}"
-        ) from None
-    fields = whole if isinstance(whole, dict) else {}
-    paths, annotations = fields.get("image_paths"), fields.get("annotations")
-    are_lists = isinstance(paths, list) and isinstance(annotations, list)
-    if not are_lists or len(paths) != len(annotations):
-        raise DataError(f"{file}: must hold image_paths and annotations, lists of one length")
-    return paths, annotations
+            f"{pickled}: is a pickle, and none is opened; run in its folder, this writes {CCNEG}: "
+            f"{CCNEG_COMMAND} {shlex.quote(pickled.name)}"
+        )
+    return file
 
 
-def _ccneg(
-    request: Request, file: Path, paths: list[Any], annotations: list[Any], rows: range
-) -> Iterator[Example]:
-    root = request.images or file.parent
-    for row in request.told(rows, "rows"):
+def _ccneg_rows(request: Request, file: Path) -> tuple[dict[int, Record], int]:
+    """Row -> record, and how many rows there are with those left out, which keep their places."""
+    found, before = request.faults.found, len(request.faults.found)
+    rows: dict[int, Record] = {}
+    for _, record in objects(file, request.faults):
+        rows[len(rows) + len(found) - before] = record
+    return rows, len(rows) + len(found) - before
+
+
+def _ccneg(request: Request, rows: dict[int, Record], root: Path) -> Iterator[Example]:
+    for row, record in request.told(rows.items(), "rows"):
         with request.faults.row():
-            where, about = f"{file}:row {row + 1}", annotations[row]
-            parts = [
-                about.get(k) if isinstance(about, dict) else None for k in ("json", "sop_data")
-            ]
-            if not all(isinstance(part, dict) for part in parts):
-                raise DataError(f"{where}: annotations is not an object of json and sop_data")
-            said = {k: part[k] for k, part in zip(CCNEG_TEXTS, parts, strict=True) if k in part}
-            record = Record(where, {"image_paths": paths[row], **said})
             picture = _ccneg_picture(record, root)
             # Its own reader takes the commas out of the negated caption, and of no other.
             wrong = (record.text("negative-prompt") or "").replace(",", "")
