@@ -26,11 +26,20 @@ AT_A_TIME = 4096
 """Ours: items that are held as Python objects while a pool is embedded."""
 
 
+Embed = Callable[[Sequence[Item]], Tensor]
+"""Items -> [n, D], greedily, with the weights of now."""
+
+
+def embedded(embed: Embed, items: Sequence[Item] | Candidates, rows: Sequence[int]) -> Tensor:
+    """[n, D] of some rows, some thousand items at a time."""
+    some = (rows[start : start + AT_A_TIME] for start in range(0, len(rows), AT_A_TIME))
+    return torch.cat([embed([items[row] for row in part]) for part in some])
+
+
 class Negatives:
     """Where a stage's negatives come from; what it mined, and the embeddings it mined from.
 
     Args:
-        embed: items -> [n, D], greedily, with the weights of now.
         processes: those that share out what is searched.
     """
 
@@ -39,7 +48,7 @@ class Negatives:
         stage: StageConfig,
         examples: Examples,
         seed: Seed,
-        embed: Callable[[Sequence[Item]], Tensor],
+        embed: Embed,
         processes: Processes | None = None,
     ) -> None:
         self.processes = processes or Processes()
@@ -89,7 +98,7 @@ class Negatives:
         for span, tasks in pools.items():
             if not (self.stage.banks or any(len(wanted[task]) for task in tasks)):
                 continue
-            pool = self._embedded(candidates, range(*span))
+            pool = embedded(self.embed, candidates, range(*span))
             for task in tasks:
                 self._mine_task(wanted[task], pool, span[0])
             if self.stage.banks:
@@ -107,17 +116,12 @@ class Negatives:
         known = [len(self._given(self.examples.query(row), 0, row)) for row in rows.tolist()]
         return rows[np.array(known, np.int64) < settings.count]
 
-    def _embedded(self, items: Sequence[Item] | Candidates, rows: Sequence[int]) -> Tensor:
-        """[n, D], some thousand items at a time."""
-        some = (rows[start : start + AT_A_TIME] for start in range(0, len(rows), AT_A_TIME))
-        return torch.cat([self.embed([items[row] for row in part]) for part in some])
-
     def _mine_task(self, rows: np.ndarray, pool: Tensor, start: int) -> None:
         """Mine some queries of one pool, whose rows of candidates begin at `start`."""
         if not len(rows):
             return
         assert self.mined is not None
-        query = self._embedded(self.examples.queries, rows.tolist())
+        query = embedded(self.embed, self.examples.queries, rows.tolist())
         own = self.processes.share(len(rows))
         asked = (self.examples.query(row) for row in rows[own.start : own.stop].tolist())
         right = [self.examples.right(query) for query in asked]

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 import elva_kernels
-from elva.data import Item
 from elva.recipe import StageConfig
 from elva.training.comparison import Comparison
 from elva.training.examples import Examples
+from elva.training.negatives import Embed, embedded
 
-Embed = Callable[[Sequence[Item]], Tensor]
 Measure = Callable[[np.ndarray, np.ndarray], Tensor]
 """Rows of candidates [A], positives, and [A, N], their negatives, -1 where fewer -> [A, N]."""
 
@@ -38,11 +37,11 @@ class Relevance:
         """As the stage asks for it; None where it asks for none.
 
         Args:
-            embed: items -> [n, D] by the model that the stage starts from.
+            embed: by the model that the stage starts from.
         """
         if stage.relevance == "start":
-            candidates = examples.candidates
-            return cls(similarity(embed([candidates[i] for i in range(len(candidates))])))
+            rows = range(len(examples.candidates))
+            return cls(similarity(embedded(embed, examples.candidates, rows)))
         if stage.relevance == "grains":
             return cls(shared_grains(examples.candidate_grains()))
         return None
