@@ -186,7 +186,7 @@ def test_mmeb_as_it_lies(tmp_path):
     (root / "VisDial" / "original-00000-of-00002.parquet").unlink()
     with pytest.raises(DataError, match=r"VisDial: 1 of 2 shards original-\*"):
         convert_file("mmeb", root / "VisDial", tmp_path / "torn")
-    with pytest.raises(DataError, match="images is for .*mmeb, .*tevatron, got it for nli"):
+    with pytest.raises(DataError, match=r"images is for .*mmeb, .*tevatron, got it for nli"):
         convert_file("nli", root, tmp_path / "torn", images=images)
 
 
