@@ -300,6 +300,7 @@ def test_every_file_that_is_named_exists(readme):
     missing = []
     for code in re.findall(r"`([^`]+)`", prose(readme).replace("\n", " ")):
         files = [f for f in SOURCE.findall(code) if not re.search(r"[A-Z]{2}", Path(f).stem)]
-        files += [f"{module.replace('.', '/')}.py" for module in MODULE.findall(code)]
+        modules = [module.replace(".", "/") for module in MODULE.findall(code)]
+        files += [f"{m}/__main__.py" if (ROOT / m).is_dir() else f"{m}.py" for m in modules]
         missing += [f for f in files if not any([*ROOT.glob(f), *readme.parent.glob(f"**/{f}")])]
     assert missing == []
