@@ -301,6 +301,9 @@ def test_every_file_that_is_named_exists(readme):
     for code in re.findall(r"`([^`]+)`", prose(readme).replace("\n", " ")):
         files = [f for f in SOURCE.findall(code) if not re.search(r"[A-Z]{2}", Path(f).stem)]
         modules = [module.replace(".", "/") for module in MODULE.findall(code)]
-        files += [f"{m}/__main__.py" if (ROOT / m).is_dir() else f"{m}.py" for m in modules]
+        files += [
+            f"{m}/__main__.py" if (ROOT / m / "__main__.py").is_file() else f"{m}.py"
+            for m in modules
+        ]
         missing += [f for f in files if not any([*ROOT.glob(f), *readme.parent.glob(f"**/{f}")])]
     assert missing == []
