@@ -64,7 +64,7 @@ def work(place: Path, missing: Sequence[Trial], jobs: int) -> None:
     """Make what is missing, so many at a time, each on one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
     starts = [s for s in sorted({trial.start for trial in missing}) if not is_start(place, s)]
-    began, done = time.perf_counter(), 0
+    began, done, failed = time.perf_counter(), 0, 0
     context = get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=begin_worker) as pool:
         running: dict[Future[float], str] = {}
@@ -78,12 +78,14 @@ def work(place: Path, missing: Sequence[Trial], jobs: int) -> None:
             running[pool.submit(trial.run)] = label
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                label, seconds, done = running.pop(future), future.result(), done + 1
+                label, done = running.pop(future), done + 1
                 left = (time.perf_counter() - began) / done * (len(missing) - done) / 60
-                print(
-                    f"[{done}/{len(missing)}] {label}: {seconds:.0f} s, {left:.0f} min left",
-                    flush=True,
-                )
+                error = future.exception()
+                failed += error is not None
+                what = f"{future.result():.0f} s" if error is None else f"failed: {error!r}"
+                print(f"[{done}/{len(missing)}] {label}: {what}, {left:.0f} min left", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} trials failed; the others are kept, run it again for these")
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ def arms(file: Path = FILE) -> Mapping[str, Arm]:
     stages: dict[str, Mapping[str, Any] | None] = {}
     found: dict[str, Arm] = {}
     for name, entry in data["arms"].items():
+        build(Name, name, places, "arms")  # of a recipe, which a killed trial is read from again
         entry = dict(entry)
         changes = entry.pop("stage", {})
         described = build(Described, entry, places, f"arms.{name}")

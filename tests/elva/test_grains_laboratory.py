@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.grains import arms, measure, page, statistics, trial
 from benchmarks.grains.statistics import difference, hits, holm
+from elva.errors import UserError
 from elva.recipe import RewardConfig
 from elva.recipes import RECIPES
 
@@ -39,8 +40,12 @@ def test_a_bad_arm_is_one_line(tmp_path: Path) -> None:
     file.write_text(
         "base: {infonce: 1.0, steps: 2}\narms:\n  one: {group: ours, what: x, stage: {steps: no}}\n"
     )
-    with pytest.raises(Exception, match=r"arms.yaml:3: arms.one.stage.steps must be"):
+    with pytest.raises(UserError, match=r"arms.yaml:3: arms.one.stage.steps must be"):
         arms.arms(file)
+    other = tmp_path / "other.yaml"
+    other.write_text("base: {infonce: 1.0, steps: 2}\narms:\n  t-0.1: {group: ours, what: x}\n")
+    with pytest.raises(UserError, match=r"other.yaml:2: arms must be a word of letters"):
+        arms.arms(other)
 
 
 # -- statistics ------------------------------------------------------------------------------------
