@@ -34,7 +34,7 @@ PLATEAU = replace(
     RECIPES["emoji"].stages["2"], steps=600, eval_steps=100, load_best_model_at_end=True,
     metric_for_best_model="t2i_recall_at_1",
 )  # fmt: skip
-"""Stage 2 until val stops rising: 500 steps find no more than 400 in most starts."""
+"""Stage 2 until val hardly rises: the last 100 steps moved five starts by -.02 to +.04 of R@1."""
 
 
 def recipe_of_start(seed: int) -> Recipe:
