@@ -81,37 +81,53 @@ FIGURES = {
 }
 
 
-def tracking(split: str, results: Path = RESULTS) -> dict[str, float]:
-    """Figure -> how well its change from the start tells that of minimal pairs: Pearson's
-    correlation over arms, of means over pairs of start and seed."""
-    found = read(split, results)
-    moved, pairs = {name: [] for name in FIGURES}, []
-    start = {pair[0]: figures for pair, figures in found["start"].items()}
-    for name, own in found.items():
-        if name != "start":
-            for figure, of in FIGURES.items():
-                apart = [of(f["grains"]) - of(start[s]["grains"]) for (s, _), f in own.items()]
-                moved[figure].append(fmean(apart))
-            began = {pair: start[pair[0]] for pair in own}
-            pairs.append(mean(own, "pairs") - mean(began, "pairs"))
-    return {name: float(np.corrcoef(of, pairs)[0, 1]) for name, of in moved.items()}
+def moved(found: Mapping[str, Results], figure: str) -> dict[str, float]:
+    """Arm -> how far it moved a figure of `FIGURES` from its starts, a mean over pairs of start
+    and seed."""
+    began, of = found["start"], FIGURES[figure]
+    return {
+        name: fmean(of(own[pair]["grains"]) - of(began[pair]["grains"]) for pair in own)
+        for name, own in found.items()
+        if name != "start"
+    }
+
+
+def moved_pairs(found: Mapping[str, Results]) -> dict[str, float]:
+    """Arm -> how far it moved R@1 among the pictures of the same entity from its starts."""
+    return {
+        name: mean(own, "pairs") - mean({pair: found["start"][pair] for pair in own}, "pairs")
+        for name, own in found.items()
+        if name != "start"
+    }
+
+
+def tracking(found: Mapping[str, Results]) -> dict[str, float]:
+    """Figure -> how well its change tells that of minimal pairs: Pearson's r over arms."""
+    pairs = [*moved_pairs(found).values()]
+    return {
+        figure: float(np.corrcoef([*moved(found, figure).values()], pairs)[0, 1])
+        for figure in FIGURES
+    }
 
 
 COLOURS = {"control": "C0", "paper": "C3", "ours": "C2", "graded": "C1"}
+SHOWN = ("grain distance", "probe of the tone")
+"""Of `FIGURES`, beside minimal pairs: the paper's, and the one that tracks them best on val."""
 
 
 def plot(split: str, path: Path, results: Path = RESULTS) -> None:
-    """Left: each arm's difference to the control, with its interval. Right: where arms stand in
-    grain distance and in minimal pairs."""
+    """Left: each arm's difference to the control, with its interval. Right: how far arms moved
+    minimal pairs, over how far they moved the figures of `SHOWN`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     found = read(split, results)
-    apart = differences(found, "recall")
-    size = (12, 1.8 + 0.3 * len(apart))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=size, layout="constrained")
+    apart, tracks = differences(found, "recall"), tracking(found)
+    size = (12, max(6.0, 1.6 + 0.24 * len(apart)))
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    left, *right = figure.subplot_mosaic("ABC" if len(apart) < 12 else "AB;AC").values()
     for y, (name, one) in enumerate(apart.items()):
         colour = COLOURS[arms()[name].described.group]
         left.plot([100 * one.low, 100 * one.high], [y, y], color=colour, linewidth=2, alpha=0.5)
@@ -119,20 +135,23 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
     left.axvline(0, color="0.4", linewidth=1)
     left.set_yticks(range(len(apart)), [arms()[name].described.what for name in apart], fontsize=8)
     left.invert_yaxis()
+    left.margins(y=0.02)
     left.grid(axis="x", color="0.9")
     left.set_xlabel(f"R@1 of both directions, points over {arms()[CONTROL].described.what}")
-    for name, own in found.items():
-        group = arms()[name].described.group
-        x = fmean(one["grains"]["distance"]["all"] for one in own.values())
-        right.plot(x, mean(own, "pairs"), "o", color=COLOURS[group], markersize=6)
-        right.annotate(name, (x, mean(own, "pairs")), (4, 2), fontsize=6, color="0.3",
-                       textcoords="offset points")  # fmt: skip
+    pairs = moved_pairs(found)
+    for axes, what in zip(right, SHOWN, strict=True):
+        for name, x in moved(found, what).items():
+            axes.plot(x, 100 * pairs[name], "o", markersize=6, alpha=0.8,
+                      color=COLOURS[arms()[name].described.group])  # fmt: skip
+        axes.set_title(f"r = {tracks[what]:+.2f} over arms", fontsize=9, loc="left")
+        axes.set_xlabel(f"change of the {what}")
+        axes.set_ylabel("points of R@1 within an entity")
+        axes.axhline(0, color="0.8", linewidth=1)
+        axes.axvline(0, color="0.8", linewidth=1)
+        axes.grid(color="0.92")
     for group, colour in COLOURS.items():
-        right.plot([], [], "o", color=colour, label=group)
-    right.set_xlabel("grain distance (the paper's measure)")
-    right.set_ylabel("R@1 among the pictures of the same entity")
-    right.grid(color="0.92")
-    right.legend(frameon=False, fontsize=8)
+        right[0].plot([], [], "o", color=colour, label=group)
+    right[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"stage 3 on the emoji, {split} split, 95 % intervals", x=0.01, ha="left")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -141,9 +160,9 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
 def main() -> None:
     """Print the tables and draw the plots."""
     for split in ("val", "test"):
-        if CONTROL not in read(split):
+        if CONTROL not in (found := read(split)):
             continue
         print(f"{split}\n\n{table(split)}\n")
-        for name, r in tracking(split).items():
+        for name, r in tracking(found).items():
             print(f"  change of minimal pairs with {name}: r = {r:+.2f}")
         plot(split, RESULTS / f"{split}.png")

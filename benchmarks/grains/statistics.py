@@ -76,7 +76,8 @@ def difference(ours: Results, theirs: Results, what: str, seed: Seed = ()) -> Di
     low, high = np.quantile(means, (0.025, 0.975))
     tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
     found = float(np.mean([apart[some].mean() for some in of]))
-    return Difference(found, float(low), float(high), max(2 * tail, 1 / RESAMPLES), len(shared))
+    p = min(max(2 * tail, 1 / RESAMPLES), 1.0)
+    return Difference(found, float(low), float(high), p, len(shared))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import report
 from benchmarks.grains.arms import Arm, arms
-from benchmarks.grains.measure import Corpus, embed, figures
+from benchmarks.grains.measure import DIRECTIONS, Corpus, embed, figures
 from elva.cli.console import quiet_libraries
 from elva.commands.train import train
 from elva.data import emoji
@@ -106,6 +106,8 @@ class Trial:
             "seconds": round(seconds, 1), "flags": flags, "machine": report.machine(),
             "val": rounded(figures(embedded, corpus, "val")),
         }  # fmt: skip
+        if stage is None:
+            result["curve"] = rounded(curve(start))
         self.write(result)
         shutil.rmtree(self._directory, ignore_errors=True)
         return time.perf_counter() - began
@@ -167,6 +169,15 @@ def _corpus(size: int) -> Corpus:
 def corpus_of(recipe: Recipe) -> Corpus:
     """The emoji at the size that a recipe's model sees them."""
     return _corpus(recipe.model.scratch.image_size)
+
+
+def curve(start: Run) -> dict[str, dict[str, float]]:
+    """Direction -> step of stage 2 -> R@1 on val."""
+    steps = [line for line in start.metrics("2") if "eval_t2i_recall_at_1" in line]
+    return {
+        direction: {str(line["step"]): line[f"eval_{direction}_recall_at_1"] for line in steps}
+        for direction in DIRECTIONS
+    }
 
 
 def rounded(value: Any) -> Any:
