@@ -8,12 +8,14 @@ there already is not made again: kill it and start it again at any time.
   python -m benchmarks.grains                     everything; hours on two cores
   python -m benchmarks.grains --arms hard,soft    some arms
   python -m benchmarks.grains --test hard,soft    their figures of the test split, once
+  python -m benchmarks.grains --costs hard,soft   their seconds, one at a time, on a quiet machine
   python -m benchmarks.grains --page              the table and the plots, from the files
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -21,13 +23,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks import report
 from benchmarks.grains.arms import arms
-from benchmarks.grains.trial import Trial, begin_worker, recipe_of_start
+from benchmarks.grains.trial import COSTS, Trial, begin_worker, recipe_of_start
 from elva.commands.train import train
+from elva.files import write_text
 from elva.progress import SILENT
 from elva.run import Run
 
 STARTS = range(5)
+COST_TURNS = 2
 
 
 def make_start(place: Path, seed: int) -> float:
@@ -88,6 +93,18 @@ def work(place: Path, missing: Sequence[Trial], jobs: int) -> None:
         raise SystemExit(f"{failed} trials failed; the others are kept, run it again for these")
 
 
+def measure_costs(place: Path, names: Sequence[str]) -> None:
+    """Train each arm alone on one thread, in turns, and keep the seconds."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    begin_worker()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(COST_TURNS):
+        for name in names:
+            seconds[name].append(round(Trial(place, name, STARTS[0], 0).cost(), 1))
+            print(f"[{turn + 1}/{COST_TURNS}] {name}: {seconds[name][-1]:.0f} s", flush=True)
+    write_text(COSTS, json.dumps({"machine": report.machine(), "seconds": seconds}) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.grains", description=__doc__,
@@ -101,6 +118,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="trials at a time (default: 2)")
     parser.add_argument("--dry-run", action="store_true", help="what is missing, and nothing else")
     parser.add_argument("--test", metavar="ARMS", help="figures of the test split of some arms")
+    parser.add_argument("--costs", metavar="ARMS", help="measure what some arms cost")
     parser.add_argument("--page", action="store_true", help="print the table, draw the plots")
     asked = parser.parse_args()
     if asked.page:
@@ -108,10 +126,13 @@ def main() -> None:
 
         page.main()
         return
-    names = (asked.test or asked.arms or ",".join(arms())).split(",")
+    names = (asked.test or asked.costs or asked.arms or ",".join(arms())).split(",")
     if unknown := [name for name in names if name not in arms()]:
         parser.error(f"arms must be among {', '.join(arms())}, got {unknown[0]}")
     place = asked.place.resolve()
+    if asked.costs:
+        measure_costs(place, [name for name in names if arms()[name].stage is not None])
+        return
     starts = [int(s) for s in asked.starts.split(",")] if asked.starts else STARTS
     every = [*trials(place, names, starts, asked.seeds)]
     if asked.test:

@@ -28,13 +28,14 @@ from elva.run import Run
 from elva.settings import Places, build
 
 RESULTS = report.RESULTS / "grains"
+COSTS = RESULTS / "costs.json"
 OTHER_DRAWS = 1000  # added to the seed of the summaries, times the arm's `draws`
 
 PLATEAU = replace(
-    RECIPES["emoji"].stages["2"], steps=600, eval_steps=100, load_best_model_at_end=True,
+    RECIPES["emoji"].stages["2"], eval_steps=100, load_best_model_at_end=True,
     metric_for_best_model="t2i_recall_at_1",
 )  # fmt: skip
-"""Stage 2, with its best weights of 600 steps by val."""
+"""Stage 2, with its best weights by val."""
 
 
 def recipe_of_start(seed: int) -> Recipe:
@@ -111,6 +112,17 @@ class Trial:
         self.write(result)
         shutil.rmtree(self._directory, ignore_errors=True)
         return time.perf_counter() - began
+
+    def cost(self) -> float:
+        """Seconds to train it, from reading the data to the model's files; nothing is kept."""
+        stage, start = self.known.stage, Run.open(self.place / "starts" / str(self.start))
+        assert stage is not None
+        shutil.rmtree(self._directory, ignore_errors=True)
+        began = time.perf_counter()
+        self._trained(start, stage)
+        seconds = time.perf_counter() - began
+        shutil.rmtree(self._directory)
+        return seconds
 
     def test(self) -> None:
         """Add the figures of the test split, from the embeddings that were kept, once."""
