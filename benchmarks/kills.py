@@ -30,6 +30,8 @@ from typing import Any
 
 import yaml
 
+from elva.recipes import RECIPES
+
 WATCHED = Path(__file__).with_name("watched.py")
 KINDS = ("start", "step", "checkpoint", "model", "evaluation")
 KILLS_A_RUN = 20  # ours: a run then takes about three times as long as one that nobody disturbs
@@ -55,7 +57,7 @@ def small(data: str = "emoji") -> dict[str, Any]:
             name: {"steps": n, **changes, **({"learning_rate": 5e-3} if name == "0" else {})}
             for name, n in steps.items()
         },  # stage 0 long enough that summaries begin to end in [RET]
-        "controls": {name: {"steps": 2, **changes} for name in ("infonce", "grpo")},
+        "controls": {name: {"steps": 2, **changes} for name in RECIPES["smoke"].controls},
         "save_seconds": 0.0,
         "evaluate_limit": 24,
     }  # fmt: skip

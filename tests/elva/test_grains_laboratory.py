@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.grains import arms, measure, page, statistics, trial
 from benchmarks.grains.statistics import difference, hits, holm
 from elva.errors import UserError
-from elva.recipe import RewardConfig
 from elva.recipes import RECIPES
+from elva.run import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,8 +25,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_arms_are_changes_of_the_recipes_last_stage() -> None:
     known, recipe = arms.arms(), RECIPES["emoji"]
-    plain = known["infonce"].stage
-    assert plain == replace(recipe.controls["infonce"], steps=80, reward=RewardConfig())
+    shipped = {"infonce": "infonce-tau-20", "soft-rank": "hard-soft", "grpo": "grpo"}
+    assert known["hard"].stage == recipe.stages["3"]
+    for name, stage in recipe.controls.items():
+        assert known[shipped[name]].stage == replace(stage, steps=80), name
     for name, arm in known.items():
         of = arm.described.of
         if of is not None:
@@ -183,8 +186,18 @@ def test_a_trial_is_trained_measured_and_kept(
     before = one.file.read_bytes()
     one.test()
     assert one.file.read_bytes() == before
+    assert one.cost() > 0 and not (tmp_path / "trials" / "hard-3-1").exists()
+    assert one.file.read_bytes() == before
     made["hard"] = replace(made["hard"], stage=replace(stage, steps=3))
     assert not one.is_done
+
+
+def test_a_starts_curve_is_that_of_its_last_stage(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", RECIPES["smoke"])
+    for stage, step, more in (("1", 2, {}), ("2", 3, {"loss": 1.0}), ("2", 4, {}), ("2", 8, {})):
+        found = {f"eval_{d}_recall_at_1": step / 10 for d in ("t2i", "i2t")}
+        run.log(stage, step, more or found)
+    assert trial.curve(run) == {d: {"4": 0.4, "8": 0.8} for d in ("t2i", "i2t")}
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -196,6 +209,12 @@ def test_the_readme_has_the_table_of_the_files() -> None:
     assert "val" in shown
     for split, table in shown.items():
         assert table == page.table(split)
+
+
+def test_the_plot_is_drawn_from_the_files(tmp_path: Path) -> None:
+    page.plot("val", tmp_path / "val.png")
+    with Image.open(tmp_path / "val.png") as drawn:
+        assert min(drawn.size) > 500 and len(drawn.convert("RGB").getcolors(1 << 20) or ()) > 20
 
 
 def test_every_file_is_of_an_arm_as_it_is_described() -> None:

@@ -128,7 +128,7 @@ def test_numbers_below_their_range_are_refused(path: str) -> None:
          "recipe: stages.3.num_generations must be 1 where completions are gold"),
         ("stages.3.negatives.in_batch=false",
          "recipe: stages.3.negatives.in_batch must be true where infonce is over 0"),
-        ("stages.3={infonce: 0, negatives: {in_batch: false}}",
+        ("stages.3={infonce: 0, pathwise: 1, negatives: {in_batch: false}}",
          "recipe: stages.3.negatives must leave something to rank against"),
         ("controls.grpo.anchor=1", "recipe: controls.grpo.anchor must be 0 where policy is over 0"),
         ("stages.3.share=0", "recipe: stages.3.share must be over 0 and at most 1, got 0"),
@@ -263,7 +263,7 @@ def test_a_number_of_threads_is_refused_by_its_name(value: str) -> None:
 
 
 def test_temperatures_cool_geometrically_from_the_first_step_to_the_last() -> None:
-    stage = resolve("emoji").stages["3"]
+    stage = resolve("emoji").controls["soft-rank"]
     assert stage.cooled(0.5) is stage
     cooling = replace(stage, final_infonce_temperature=0.0125, final_rank_temperature=0.12)
     for share, infonce, rank in ((0.0, 0.05, 0.03), (0.5, 0.025, 0.06), (1.0, 0.0125, 0.12)):

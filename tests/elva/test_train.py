@@ -56,11 +56,11 @@ def test_run_directory_is_complete(finished: Path) -> None:
     for name in ("recipe.yaml", "run.json", "metrics.jsonl", "report.html"):
         assert (finished / name).stat().st_size > 0
     run = Run.open(finished)
-    assert run.trained == ["0", "1", "2", "3", "infonce", "grpo"]
+    assert run.trained == ["0", "1", "2", "3", "infonce", "soft-rank", "grpo"]
     facts = json.loads((finished / "run.json").read_text())
     assert {"torch", "transformers"} <= set(facts["versions"]) and facts["seed"] == 0
     steps = [len(run.metrics(name)) for name in run.trained]
-    assert steps == [80, 3, 4, 4, 2, 2]
+    assert steps == [80, 3, 4, 4, 2, 2, 2]
     assert not list(finished.rglob("*.partial")) and not list(finished.rglob("checkpoint-*"))
     assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pth", ".pkl")]
 
@@ -326,7 +326,7 @@ def test_dry_run_measures_and_writes_nothing(
     assert done.exit_code == 0 and not list(tmp_path.iterdir())
     plan = json.loads(done.stdout)
     stages = plan["plan"]
-    assert [stage["steps"] for stage in stages.values()] == [7, 3, 4, 4, 2, 2]
+    assert [stage["steps"] for stage in stages.values()] == [7, 3, 4, 4, 2, 2, 2]
     for stage in stages.values():
         assert 0.001 < stage["seconds_a_step"] < 5 and 3 < stage["data"]["prompt_tokens"] < 60
         at_least = stage["steps"] * stage["seconds_a_step"] / 3600
