@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import elva_kernels
 from elva.data import Dataset, Item, Query, load
 from elva.data.schema import Grain
 from elva.evaluation.grains import distance, masked
-from elva.evaluation.ranks import rank_all
+from elva.evaluation.ranks import rank_all, rank_among
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 
@@ -166,17 +165,13 @@ def _among_own(
         own = (pool.row(id) for id in split.minimal_pairs.get(query.id, ()))
         if rivals := [row for row in own if row != answer]:
             asked.append(i)
-            right.append(answer)
+            right.append([answer])
             wrong.append(rivals)
-    width = max(map(len, wrong))
-    index = torch.tensor([[*some, *[-1] * (width - len(some))] for some in wrong])
-    found = elva_kernels.ranking_reward(
-        embedded[f"{name}.t2i"][asked], shown[right], shown, negative_index=index
-    )
+    found = rank_among(embedded[f"{name}.t2i"][asked], shown, right, wrong)
     ranks = [0] * len(split.queries["t2i"])
     for i, rank in zip(asked, found.rank.tolist(), strict=True):
         ranks[i] = rank
-    return ranks, float((found.scores[:, 0] - found.scores[:, 1:].amax(1)).mean())
+    return ranks, float(found.lead.mean())
 
 
 def _probe(embedded: Mapping[str, Tensor], corpus: Corpus, name: str) -> dict[str, float]:

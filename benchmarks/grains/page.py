@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -103,14 +103,23 @@ def moved_pairs(found: Mapping[str, Results]) -> dict[str, float]:
 
 
 def tracking(found: Mapping[str, Results]) -> dict[str, float]:
-    """Figure -> how well its change tells that of minimal pairs: Pearson's r over arms."""
-    pairs = [*moved_pairs(found).values()]
+    """Figure -> how well its change tells that of minimal pairs: Spearman's rank correlation over
+    arms, of which one that collapses is one of many."""
+    pairs = ranked([*moved_pairs(found).values()])
     return {
-        figure: float(np.corrcoef([*moved(found, figure).values()], pairs)[0, 1])
+        figure: float(np.corrcoef(ranked([*moved(found, figure).values()]), pairs)[0, 1])
         for figure in FIGURES
     }
 
 
+def ranked(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, the mean of them where values are equal."""
+    x = np.asarray(values)
+    return (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) + 1) / 2
+
+
+LEAST = -12.0
+"""Points: an arm that lost more is named at the edge of a plot, so that the others can be seen."""
 COLOURS = {"control": "C0", "paper": "C3", "ours": "C2", "graded": "C1"}
 SHOWN = ("grain distance", "probe of the tone")
 """Of `FIGURES`, beside minimal pairs: the paper's, and the one that tracks them best on val."""
@@ -133,6 +142,9 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
         colour = COLOURS[arms()[name].described.group]
         left.plot([100 * one.low, 100 * one.high], [y, y], color=colour, linewidth=2, alpha=0.5)
         left.plot(100 * one.mean, y, "o", color=colour, markersize=6)
+        if 100 * one.mean < LEAST:
+            left.text(LEAST, y, f" ← {100 * one.mean:.0f}", color=colour, va="center", fontsize=8)
+    left.set_xlim(left=max(LEAST, left.get_xlim()[0]))
     left.axvline(0, color="0.4", linewidth=1)
     left.set_yticks(range(len(apart)), [arms()[name].described.what for name in apart], fontsize=8)
     left.invert_yaxis()
@@ -142,9 +154,13 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
     pairs = moved_pairs(found)
     for axes, what in zip(right, SHOWN, strict=True):
         for name, x in moved(found, what).items():
+            if 100 * pairs[name] < LEAST:
+                edge = f"off the plot: {name}, {x:+.2f}, {100 * pairs[name]:+.0f}"
+                axes.text(0.02, 0.03, edge, fontsize=8, color="0.3", transform=axes.transAxes)
+                continue
             axes.plot(x, 100 * pairs[name], "o", markersize=6, alpha=0.8,
                       color=COLOURS[arms()[name].described.group])  # fmt: skip
-        axes.set_title(f"r = {tracks[what]:+.2f} over arms", fontsize=9, loc="left")
+        axes.set_title(f"rank correlation over arms: {tracks[what]:+.2f}", fontsize=9, loc="left")
         axes.set_xlabel(f"change of the {what}")
         axes.set_ylabel("points of R@1 within an entity")
         axes.axhline(0, color="0.8", linewidth=1)
@@ -165,5 +181,7 @@ def main() -> None:
             continue
         print(f"{split}\n\n{table(split)}\n")
         for name, r in tracking(found).items():
-            print(f"  change of minimal pairs with {name}: r = {r:+.2f}")
+            print(
+                f"  rank correlation of the change of minimal pairs with that of {name}: {r:+.2f}"
+            )
         plot(split, RESULTS / f"{split}.png")

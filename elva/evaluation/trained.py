@@ -332,12 +332,13 @@ def _minimal_pairs(
     if not rows:
         return
     sizes = [len(set(rivals[i]) | set(positives[i])) for i in rows]
-    ranks = rank_among(
+    found = rank_among(
         asked.embeddings[rows], shown.embeddings,
         [positives[i] for i in rows], [rivals[i] for i in rows],
     )  # fmt: skip
     figures["minimal_pair_task"] = name
-    figures["minimal_pair_recall_at_1"] = recall_at_k(ranks, 1)
+    figures["minimal_pair_recall_at_1"] = recall_at_k(found.rank, 1)
+    figures["minimal_pair_lead"] = found.lead.nanmean().nan_to_num().item()
     figures["minimal_pair_queries"] = len(rows)
     figures["minimal_pair_pool_mean"] = fmean(sizes)
     figures["minimal_pair_chance"] = fmean(1 / size for size in sizes)

@@ -7,7 +7,7 @@ from typing import Any
 
 from elva.evaluation.columns import PAIRS, columns, tasks_of
 from elva.report.answer import certain, difference, intervals
-from elva.report.figures import MIN_PROBES, TASKS, Row, row_with
+from elva.report.figures import TASKS, Row, row_with
 from elva.report.table import number
 from elva.run import Run
 
@@ -113,8 +113,8 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
         rivals = f"on average {figures['minimal_pair_pool_mean']:.1f}"
         found.append(
             f"Pairs: only the {_shown(figures)} of the query's own entity compete ({rivals}), so "
-            "nothing but the small grains decides. Least grain: the smallest mean grain distance "
-            f"of any type with {MIN_PROBES} queries or more."
+            "nothing but the small grains decides. Lead: by how much the answer's score leads the "
+            "hardest of them, on average."
         )
     for task in tasks_of(row.figures for row in rows)[:1]:
         silent = {row.title: row.figures.get(f"{task}_frac_no_ret") or 0.0 for row in rows}

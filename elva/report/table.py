@@ -73,13 +73,13 @@ def figure_cells(rows: Sequence[Row]) -> Cells:
     cells, values = [], []
     for row in rows:
         figures = [row.figures.get(key) for key in shown]
-        values.append([*figures, least_distance(row)])
+        values.append(figures)
         steps = "-" if row.steps is None else f"{row.steps:,}"
         seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
-        cells.append([row.title, *map(number, figures), least_words(row), steps, seconds])
+        cells.append([row.title, *map(number, figures), steps, seconds])
     if levels := chance(rows):
-        cells.append(["chance", *(number(levels.get(key)) for key in shown), "", "", ""])
-    return Cells(["", *shown.values(), "least grain", "steps", "seconds"], cells, best_of(values))
+        cells.append(["chance", *(number(levels.get(key)) for key in shown), "", ""])
+    return Cells(["", *shown.values(), "steps", "seconds"], cells, best_of(values))
 
 
 def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:

@@ -211,6 +211,10 @@ def test_the_readme_has_the_table_of_the_files() -> None:
         assert table == page.table(split)
 
 
+def test_ranks_of_equal_values_are_their_mean() -> None:
+    assert page.ranked([0.3, -9.0, 0.3, 5.0]).tolist() == [2.5, 1.0, 2.5, 4.0]
+
+
 def test_the_plot_is_drawn_from_the_files(tmp_path: Path) -> None:
     page.plot("val", tmp_path / "val.png")
     with Image.open(tmp_path / "val.png") as drawn:

@@ -77,7 +77,7 @@ def test_json_and_table_hold_the_same_figures(run: Run) -> None:
     )
     assert [r["kind"] for r in data["rows"]] == ["stage", "stage", "control"]
     drawn = text(table(run))
-    assert re.search(r"stage 2 +0\.667 +0\.833 +0\.667 +0\.833 +0\.200 tone +4 +2", drawn)
+    assert re.search(r"stage 2 +0\.667 +0\.833 +0\.667 +0\.833 +4 +2", drawn)
     assert re.search(r"chance +0\.167 +0\.833", drawn)
 
 
