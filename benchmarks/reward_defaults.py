@@ -1,8 +1,7 @@
 """The reward's own constants on a trained model: `python -m benchmarks.reward_defaults RUN`.
 
-The paper prints neither `margin` nor `rank_penalty`. On the groups that stage 3 of RUN would train
-on (every training query of text to picture, 50 mined and 50 random negatives, the model after stage
-2):
+The paper prints neither `margin` nor `rank_penalty`. On the groups that GRPO would train on after
+stage 2 of RUN (every training query of text to picture, 50 mined and 50 random negatives):
 
 - margin: how often the hinge of eq. 3 is open among the groups whose positive is first. A margin
   that opens it always or never says nothing of a group.
@@ -40,7 +39,8 @@ TASK = "t2i"
 def scores_of(run: Run) -> Tensor:
     """[Q, 101] scores of every training query's group, the positive's first."""
     stage = replace(
-        run.recipe.stages["3"], tasks={TASK: 1.0}, rollout_candidates="query",
+        run.recipe.stages["2"], tasks={TASK: 1.0}, infonce=0.0, symmetric=False, policy=1.0,
+        num_generations=2, rollout_candidates="query", max_score=1.0,
         negatives=NegativeConfig(given=0, mined=50, random=50, in_batch=False),
     )  # fmt: skip
     examples = Examples(TrainingData(run.recipe).of(stage), stage, run.recipe.seed)

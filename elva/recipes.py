@@ -49,7 +49,8 @@ _STAGE_3 = replace(
     max_score=1.0,  # names are unique here: no candidate is a false negative
     hard_batches=True,
 )
-"""No ranking reward: none beats this (benchmarks/README.md, "Grain blindness")."""
+"""Without a ranking reward: none was shown to gain more than its noise over hard batches alone
+(benchmarks/README.md, "Grain blindness")."""
 
 _CONTROL_3 = replace(_STAGE_3, steps=None)
 
@@ -98,8 +99,8 @@ _EMOJI = Recipe(
         ),
     },
 )
-"""Real pictures on two cores in minutes. Stage 0, a captioning warm-up, is not the paper's: a model
-that starts from random weights must first learn to see and to write; Qwen2-VL already can."""
+"""Real pictures on two cores. Stage 0, a captioning warm-up, is not the paper's: a model that starts
+from random weights must first learn to see and to write; Qwen2-VL already can."""
 
 
 def _paper(name: str, model: ModelConfig) -> Recipe:

@@ -7,9 +7,9 @@ there already is not made again: kill it and start it again at any time.
   python -m benchmarks.grains --dry-run           what there is and what is missing
   python -m benchmarks.grains                     everything; hours on two cores
   python -m benchmarks.grains --arms hard,soft    some arms
-  python -m benchmarks.grains --test hard,soft    their figures of the test split, once
-  python -m benchmarks.grains --costs hard,soft   their seconds, one at a time, on a quiet machine
-  python -m benchmarks.grains --page              the table and the plots, from the files
+  python -m benchmarks.grains --measure test --arms hard,soft    their figures of the test split
+  python -m benchmarks.grains --costs --arms hard,soft    their seconds, on a quiet machine
+  python -m benchmarks.grains --page              the tables and the plots, from the files
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.grains.arms import arms
-from benchmarks.grains.trial import COSTS, Trial, begin_worker, recipe_of_start
+from benchmarks.grains.trial import COSTS, STARTS, Trial, begin_worker, recipe_of_start
 from elva.commands.train import train
 from elva.files import write_text
 from elva.progress import SILENT
 from elva.run import Run
 
-STARTS = range(5)
 COST_TURNS = 2
 
 
@@ -77,10 +76,12 @@ def work(place: Path, missing: Sequence[Trial], jobs: int) -> None:
             running[pool.submit(make_start, place, seed)] = f"start {seed}"
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                print(f"{running.pop(future)}: {future.result():.0f} s", flush=True)
+                label, error = running.pop(future), future.exception()
+                if error is not None:
+                    raise SystemExit(f"{label} failed: {error!r}")
+                print(f"{label}: {future.result():.0f} s", flush=True)
         for trial in missing:
-            label = f"{trial.arm} from start {trial.start}, seed {trial.seed}"
-            running[pool.submit(trial.run)] = label
+            running[pool.submit(trial.run)] = trial.label
         while running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 label, done = running.pop(future), done + 1
@@ -94,15 +95,56 @@ def work(place: Path, missing: Sequence[Trial], jobs: int) -> None:
 
 
 def measure_costs(place: Path, names: Sequence[str]) -> None:
-    """Train each arm alone on one thread, in turns, and keep the seconds."""
+    """Train each arm alone on one thread, in turns, and keep the seconds beside those of others."""
     os.environ["OMP_NUM_THREADS"] = "1"
     begin_worker()
+    kept = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {"seconds": {}}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(COST_TURNS):
         for name in names:
             seconds[name].append(round(Trial(place, name, STARTS[0], 0).cost(), 1))
             print(f"[{turn + 1}/{COST_TURNS}] {name}: {seconds[name][-1]:.0f} s", flush=True)
-    write_text(COSTS, json.dumps({"machine": report.machine(), "seconds": seconds}) + "\n")
+    kept = {"machine": report.machine(), "seconds": kept["seconds"] | seconds}
+    write_text(COSTS, json.dumps(kept) + "\n")
+
+
+def measure(split: str, every: Sequence[Trial]) -> None:
+    """Figures of a split for trials that are done, from their embeddings."""
+    for trial in every:
+        if not (trial.is_done and trial.embeddings.is_file()):
+            raise SystemExit(
+                f"--measure: {trial.label} must be done, with its embeddings under --place; run it"
+            )
+    for n, trial in enumerate(every, 1):
+        trial.measure(split)
+        print(f"[{n}/{len(every)}] {trial.label}", flush=True)
+
+
+def arm_names(text: str) -> list[str]:
+    """Some arms by name."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in arms()]:
+        raise argparse.ArgumentTypeError(
+            f"must be names of benchmarks/grains/arms.yaml with commas between, got {unknown[0]!r}"
+        )
+    return names
+
+
+def start_numbers(text: str) -> list[int]:
+    """Some starts by their seeds."""
+    known = {str(seed): seed for seed in STARTS}
+    if unknown := [word for word in text.split(",") if word not in known]:
+        raise argparse.ArgumentTypeError(
+            f"must be of {', '.join(known)} with commas between, got {unknown[0]!r}"
+        )
+    return [known[word] for word in text.split(",")]
+
+
+def count(text: str) -> int:
+    """A number of things, one or more."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 10_000):
+        raise argparse.ArgumentTypeError(f"must be a whole number over 0, got {text!r}")
+    return int(text)
 
 
 def main() -> None:
@@ -112,40 +154,40 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--place", type=Path, default=Path("runs/grains"),
                         help="of starts, runs and embeddings (default: runs/grains)")  # fmt: skip
-    parser.add_argument("--arms", help="some of them, with commas between (default: all)")
-    parser.add_argument("--starts", help="some of them, with commas between (default: all)")
-    parser.add_argument("--seeds", type=int, help="at most so many seeds a start")
-    parser.add_argument("--jobs", type=int, default=2, help="trials at a time (default: 2)")
-    parser.add_argument("--dry-run", action="store_true", help="what is missing, and nothing else")
-    parser.add_argument("--test", metavar="ARMS", help="figures of the test split of some arms")
-    parser.add_argument("--costs", metavar="ARMS", help="measure what some arms cost")
-    parser.add_argument("--page", action="store_true", help="print the table, draw the plots")
+    parser.add_argument("--arms", type=arm_names, default=[*arms()], metavar="A,B",
+                        help="some of them (default: all)")  # fmt: skip
+    parser.add_argument("--starts", type=start_numbers, default=[*STARTS], metavar="0,1",
+                        help="some of them (default: all)")  # fmt: skip
+    parser.add_argument("--seeds", type=count, help="at most so many seeds a start")
+    parser.add_argument("--jobs", type=count, default=2, help="trials at a time (default: 2)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="what is missing, and nothing else")
+    only.add_argument("--measure", choices=("val", "test"),
+                      help="figures of a split, from the embeddings of trials")  # fmt: skip
+    only.add_argument("--costs", action="store_true", help="measure what the arms cost")
+    only.add_argument("--page", action="store_true", help="print every table, draw the plots")
     asked = parser.parse_args()
     if asked.page:
         from benchmarks.grains import page
 
         page.main()
         return
-    names = (asked.test or asked.costs or asked.arms or ",".join(arms())).split(",")
-    if unknown := [name for name in names if name not in arms()]:
-        parser.error(f"arms must be among {', '.join(arms())}, got {unknown[0]}")
     place = asked.place.resolve()
-    if asked.costs:
-        measure_costs(place, [name for name in names if arms()[name].stage is not None])
+    every = [*trials(place, asked.arms, asked.starts, asked.seeds)]
+    if asked.measure:
+        measure(asked.measure, every)
         return
-    starts = [int(s) for s in asked.starts.split(",")] if asked.starts else STARTS
-    every = [*trials(place, names, starts, asked.seeds)]
-    if asked.test:
-        for trial in every:
-            trial.test()
+    if asked.costs:
+        if not is_start(place, STARTS[0]):
+            parser.error(f"--costs: start {STARTS[0]} must be trained under {place}; run an arm")
+        measure_costs(place, [name for name in asked.arms if arms()[name].stage is not None])
         return
     missing = [trial for trial in every if not trial.is_done]
-    print(f"{len(every)} trials of {len(names)} arms, {len(missing)} missing", flush=True)
+    print(f"{len(every)} trials of {len(asked.arms)} arms, {len(missing)} missing", flush=True)
     if asked.dry_run:
         for trial in missing:
-            print(f"  {trial.arm} from start {trial.start}, seed {trial.seed}")
-        return
-    if missing:
+            print(f"  {trial.label}")
+    elif missing:
         work(place, missing, asked.jobs)
 
 

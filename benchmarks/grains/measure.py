@@ -6,10 +6,9 @@ once, when every choice has been made.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from elva.data import Dataset, Item, Query, load
 from elva.data.schema import Grain
+from elva.draws import uniforms
 from elva.evaluation.grains import distance, masked
 from elva.evaluation.ranks import rank_all, rank_among
 from elva.model.retriever import Retriever
@@ -27,7 +27,7 @@ from elva.model.rollout import encode
 DIRECTIONS = ("t2i", "i2t")
 SUMMARY, AT_ONCE = 16, 512  # the emoji recipe's: tokens of a summary, rows at once
 RIDGE = 1e-2  # of the probe; ours, not tuned
-RIVALS = 20_000  # ours: pairs of pictures of different entities, at most
+ACROSS = 5_000  # ours: drawn pairs of pictures of different entities
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,15 @@ class Corpus:
 
     pools: Mapping[str, Any]
     splits: Mapping[str, Split]
-    grains: Mapping[str, Mapping[str, str]] = field(repr=False)  # picture -> type -> text
+    grains: Mapping[str, Mapping[str, str]] = field(repr=False)  # picture -> type -> text, of
+    # the types that it has one grain of: two people may differ in tone
     training: frozenset[str]  # pictures that were trained on
 
     @classmethod
     def of(cls, root: Path) -> Corpus:
         read = {s: load(root, split=s, tasks=DIRECTIONS) for s in ("train", "val", "test")}
         grains = {
-            id: {grain.type: grain.text for grain in query.grains or ()}
+            id: one_of_a_type(query)
             for dataset in read.values()
             for query in dataset.queries.select(dataset.queries.rows_of("t2i"))
             for id in query.positives
@@ -70,6 +71,12 @@ class Corpus:
             grains,
             frozenset(id for query in train for id in query.positives),
         )
+
+
+def one_of_a_type(query: Query) -> dict[str, str]:
+    """Type -> text of the grains that are a query's only ones of their type."""
+    counts = Counter(grain.type for grain in query.grains or ())
+    return {grain.type: grain.text for grain in query.grains or () if counts[grain.type] == 1}
 
 
 def embed(retriever: Retriever, corpus: Corpus) -> dict[str, Tensor]:
@@ -113,10 +120,11 @@ def _geometry(
 
     Returns:
         `distance`: the cosine distance of a query with and without one grain (definition 2 of the
-        paper), by the grain's type and over all; `within`, `across`: of the pictures of one entity
-        and of different ones; `relative`: the first over `across`; `norm`: of a query's embedding;
-        `contrast`: by how much the answer's score leads the hardest rival's of its own entity;
-        `probe`: accuracy of a linear probe for each type of grain, from held-out pictures.
+        paper), by the grain's type and over all; `within`: of two pictures of one entity, the mean
+        over entities; `across`: of pictures of two entities, drawn; `relative`: the first over
+        `across`; `norm`: of a query's embedding; `lead`: by how much the answer's score leads the
+        hardest rival's of its own entity; `probe`: accuracy of a linear probe for each type of
+        grain, asked of held-out pictures.
     """
     split = corpus.splits[name]
     whole, parts = embedded[f"{name}.t2i"], embedded[f"{name}.parts"]
@@ -131,16 +139,15 @@ def _geometry(
         own = split.minimal_pairs.get(query.id, ())
         if len(own) > 1:
             entities[" ".join(sorted(own))] = [pool.row(id) for id in own]
-    groups = list(entities.values())
-    inside = [pair for rows_ in groups for pair in combinations(rows_, 2)]
-    outside = [(a[0], b[-1]) for a, b in combinations(groups, 2)][:RIVALS]
+    groups = [torch.tensor(rows_) for rows_ in entities.values()]
     shown = embedded["t2i"]
 
-    def mean_distance(pairs: Sequence[tuple[int, int]]) -> float:
-        left, right = torch.tensor(pairs).unbind(1)
+    def mean_distance(pairs: Tensor) -> float:
+        left, right = pairs.unbind(1)
         return float(distance(shown[left], shown[right]).mean())
 
-    within, across = mean_distance(inside), mean_distance(outside)
+    within = fmean(mean_distance(torch.combinations(rows_)) for rows_ in groups)
+    across = mean_distance(_pairs_across(groups))
     every = fmean(apart)
     return {
         "distance": {"all": every, **{kind: fmean(d) for kind, d in sorted(moved.items())}},
@@ -148,9 +155,22 @@ def _geometry(
         "across": across,
         "relative": every / across,
         "norm": float(whole.norm(dim=1).mean()),
-        "contrast": lead,
+        "lead": lead,
         "probe": _probe(embedded, corpus, name),
     }
+
+
+def _pairs_across(groups: Sequence[Tensor]) -> Tensor:
+    """[n, 2] rows of two groups each: both groups are drawn, and one row of each."""
+    draws = uniforms(("across",), (ACROSS, 4)).double()
+    first = (draws[:, 0] * len(groups)).long()
+    second = (first + 1 + (draws[:, 1] * (len(groups) - 1)).long()) % len(groups)
+    pairs = [
+        torch.stack([groups[g][int(share * len(groups[g]))] for g, share in ends])
+        for ends in zip(zip(first, draws[:, 2], strict=True), zip(second, draws[:, 3], strict=True),
+                        strict=True)
+    ]  # fmt: skip
+    return torch.stack(pairs)
 
 
 def _among_own(

@@ -1,9 +1,9 @@
-"""The answer as a table and plots, from the files of the trials."""
+"""The answer as tables and a plot, from the files of the trials."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,104 +12,153 @@ import numpy as np
 
 from benchmarks.grains.arms import arms
 from benchmarks.grains.statistics import Difference, Results, difference, holm, mean
-from benchmarks.grains.trial import COSTS, RESULTS
+from benchmarks.grains.trial import COSTS, RESULTS, STARTS
 
 CONTROL = "hard"
-"""The best control, by val."""
+"""The best control, by R@1 of both directions on val."""
 
 
 def read(split: str, results: Path = RESULTS) -> dict[str, dict[tuple[int, int], Any]]:
-    """Arm -> (start, seed) -> a split's figures, of the trials that have them, in arms.yaml's
-    order."""
+    """Arm -> (start, seed) -> a split's figures, in arms.yaml's order, of the arms all of whose
+    trials have them."""
     found: dict[str, dict[tuple[int, int], Any]] = {}
-    for name in arms():
-        for file in sorted((results / name).glob("*.json")):
-            trial = json.loads(file.read_text(encoding="utf-8"))
-            if split in trial:
-                pair = trial["start"], trial["seed"]
-                found.setdefault(name, {})[pair] = trial[split]
-    starts = [name for name in found if arms()[name].stage is None and CONTROL in found]
-    for name in starts:  # a start is the same whatever the seed that others go on by
+    for name, arm in arms().items():
+        trials = [json.loads(f.read_text("utf-8")) for f in sorted((results / name).glob("*.json"))]
+        own = {(one["start"], one["seed"]): one[split] for one in trials if split in one}
+        if own.keys() >= {(s, k) for s in STARTS for k in range(arm.described.pairs)}:
+            found[name] = own
+    for name in [name for name in found if arms()[name].stage is None]:
         own = {start: figures for (start, _), figures in found[name].items()}
-        found[name] = {pair: own[pair[0]] for pair in found[CONTROL] if pair[0] in own}
+        pairs = {pair for others in found.values() for pair in others}
+        found[name] = {pair: own[pair[0]] for pair in sorted(pairs)}  # whatever the seed
     return found
 
 
-def differences(found: Mapping[str, Results], what: str) -> dict[str, Difference]:
-    """Of every arm to the control, their p corrected for as many as there are."""
-    others = [name for name in found if name != CONTROL]
-    apart = [difference(found[name], found[CONTROL], what, (what, name)) for name in others]
+# -- the comparisons that the plan names -----------------------------------------------------------
+
+SHOWN = {"recall": "R@1", "recall_5": "R@5", "own": "R@1 within the entity"}
+
+
+def comparisons(found: Mapping[str, Results], what: str) -> dict[tuple[str, str], Difference]:
+    """(arm, the arm that it is compared with) -> their difference, p corrected for them all."""
+    planned = [
+        (name, against)
+        for name in found
+        if (against := arms()[name].described.against) is not None and against in found
+    ]
+    apart = [difference(found[a], found[b], what, (what, a, b)) for a, b in planned]
     raised = holm([one.p for one in apart])
-    return {
-        name: one._replace(p=p) for name, one, p in zip(others, apart, raised, strict=True)
-    }  # fmt: skip
+    return {two: d._replace(p=p) for two, d, p in zip(planned, apart, raised, strict=True)}
+
+
+def comparison_table(split: str, results: Path = RESULTS) -> str:
+    """Markdown, a row a comparison."""
+    found = read(split, results)
+    apart = {what: comparisons(found, what) for what in SHOWN}
+    heads = ["arm", "less", "pairs", *(h for shown in SHOWN.values() for h in (shown, "p"))]
+    lines = []
+    for a, b in apart["recall"]:
+        cells = [arms()[a].described.what, arms()[b].described.what]
+        cells += [str(apart["recall"][a, b].pairs)]
+        for of in apart.values():
+            one = of[a, b]
+            cells += [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]", f"{one.p:.3f}"]
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+# -- every arm -------------------------------------------------------------------------------------
 
 
 def table(split: str, results: Path = RESULTS) -> str:
     """Markdown, a row an arm."""
     found = read(split, results)
-    recall, pairs = (differences(found, what) for what in ("recall", "pairs"))
     file = results / COSTS.name
     costs = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else {}
-    heads = ("arm", "pairs", "t→i R@1", "i→t R@1", "R@5", f"both, less {CONTROL}'s", "p",
-             "minimal pairs R@1", f"less {CONTROL}'s", "grain distance", "s")  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    heads = ["arm", "pairs", "t→i R@1", "i→t R@1", "R@5", "within the entity",
+             f"R@1 less {CONTROL}'s", "distance: tone", "gender", "lead", "s"]  # fmt: skip
+    lines = []
     for name, own in found.items():
         cells = [arms()[name].described.what, str(len(own))]
-        cells += [f"{mean(own, what):.3f}" for what in ("t2i", "i2t", "recall_5")]
-        cells += [shown(recall[name]), f"{recall[name].p:.3f}"] if name in recall else ["", ""]
-        cells += [f"{mean(own, 'pairs'):.3f}", shown(pairs[name]) if name in pairs else ""]
-        cells += [f"{fmean(one['grains']['distance']['all'] for one in own.values()):.3f}"]
+        cells += [f"{mean(own, what):.3f}" for what in ("t2i", "i2t", "recall_5", "own")]
+        shared = own.keys() & found[CONTROL].keys()
+        apart = (
+            mean({pair: of[pair] for pair in shared}, "recall") for of in (own, found[CONTROL])
+        )
+        cells += [f"{next(apart) - next(apart):+.3f}" if name != CONTROL else ""]
+        cells += [f"{figure_of(own, kind):.3f}" for kind in ("tone distance", "gender distance")]
+        cells += [f"{figure_of(own, 'lead'):.3f}"]
         cells += [f"{min(costs[name]):.0f}" if name in costs else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
-def shown(one: Difference) -> str:
-    """+.012 [-.003, +.027]"""
-    return f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-FIGURES = {
+# -- which figure tells what use is made of the grains ---------------------------------------------
+
+FIGURES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     "grain distance": lambda g: g["distance"]["all"],
-    "distance over that across entities": lambda g: g["relative"],
+    "tone distance": lambda g: g["distance"]["tone"],
+    "gender distance": lambda g: g["distance"]["gender"],
+    "grain distance over that across entities": lambda g: g["relative"],
     "distance within an entity": lambda g: g["within"],
     "distance across entities": lambda g: g["across"],
     "norm": lambda g: g["norm"],
-    "lead over the own entity's hardest": lambda g: g["contrast"],
+    "lead": lambda g: g["lead"],
     "probe of the tone": lambda g: g["probe"]["tone"],
     "probe of the gender": lambda g: g["probe"]["gender"],
 }
 
 
-def moved(found: Mapping[str, Results], figure: str) -> dict[str, float]:
-    """Arm -> how far it moved a figure of `FIGURES` from its starts, a mean over pairs of start
-    and seed."""
-    began, of = found["start"], FIGURES[figure]
-    return {
-        name: fmean(of(own[pair]["grains"]) - of(began[pair]["grains"]) for pair in own)
-        for name, own in found.items()
-        if name != "start"
+def figure_of(results: Results, figure: str) -> float:
+    """The mean of one of `FIGURES`."""
+    return fmean(FIGURES[figure](one["grains"]) for one in results.values())
+
+
+def of_start(results: Results, start: int) -> Results:
+    """Those from one start."""
+    return {pair: figures for pair, figures in results.items() if pair[0] == start}
+
+
+def tracking(found: Mapping[str, Results], names: Sequence[str]) -> dict[str, list[float]]:
+    """Figure -> for each start how well, over arms, it tells R@1 within the entity: Spearman's rank
+    correlation, of which an arm that collapses is one of many."""
+    told: dict[str, list[float]] = {figure: [] for figure in FIGURES}
+    for start in STARTS:
+        own = [of_start(found[name], start) for name in names]
+        truth = ranked([mean(one, "own") for one in own])
+        for figure in FIGURES:
+            guess = ranked([figure_of(one, figure) for one in own])
+            told[figure].append(correlation(guess, truth))
+    return told
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's, 0 where one does not vary: it tells nothing of the other."""
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 < y.std() else 0.0
+
+
+def tracking_table(split: str, results: Path = RESULTS) -> str:
+    """Markdown, a row a figure: the mean over starts, lowest and highest."""
+    found = read(split, results)
+    trained = {name: arms()[name].stage for name in found}
+    groups = {
+        "every arm": [*found],
+        "hard batches": [n for n, stage in trained.items() if stage and stage.hard_batches],
+        "other batches": [n for n, stage in trained.items() if stage and not stage.hard_batches],
     }
-
-
-def moved_pairs(found: Mapping[str, Results]) -> dict[str, float]:
-    """Arm -> how far it moved R@1 among the pictures of the same entity from its starts."""
-    return {
-        name: mean(own, "pairs") - mean({pair: found["start"][pair] for pair in own}, "pairs")
-        for name, own in found.items()
-        if name != "start"
-    }
-
-
-def tracking(found: Mapping[str, Results]) -> dict[str, float]:
-    """Figure -> how well its change tells that of minimal pairs: Spearman's rank correlation over
-    arms, of which one that collapses is one of many."""
-    pairs = ranked([*moved_pairs(found).values()])
-    return {
-        figure: float(np.corrcoef(ranked([*moved(found, figure).values()]), pairs)[0, 1])
+    told = {title: tracking(found, names) for title, names in groups.items()}
+    heads = ["figure", *(f"{title} ({len(names)})" for title, names in groups.items())]
+    return markdown(heads, [
+        [figure, *(f"{fmean(r):+.2f} ({min(r):+.2f} to {max(r):+.2f})"
+                   for r in (of[figure] for of in told.values()))]
         for figure in FIGURES
-    }
+    ])  # fmt: skip
 
 
 def ranked(values: Sequence[float]) -> np.ndarray:
@@ -118,58 +167,59 @@ def ranked(values: Sequence[float]) -> np.ndarray:
     return (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) + 1) / 2
 
 
-LEAST = -12.0
-"""Points: an arm that lost more is named at the edge of a plot, so that the others can be seen."""
+# -- the plot --------------------------------------------------------------------------------------
+
 COLOURS = {"control": "C0", "paper": "C3", "ours": "C2", "graded": "C1"}
-SHOWN = ("grain distance", "probe of the tone")
-"""Of `FIGURES`, beside minimal pairs: the paper's, and the one that tracks them best on val."""
+COLLAPSED = 0.7
+"""Share of the start's R@1 within the entity: arms below are named at a plot's edge, so that the
+others can be seen."""
+DRAWN = ("grain distance", "lead")
 
 
 def plot(split: str, path: Path, results: Path = RESULTS) -> None:
-    """Left: each arm's difference to the control, with its interval. Right: how far arms moved
-    minimal pairs, over how far they moved the figures of `SHOWN`."""
+    """Left: the comparisons with their intervals, uncorrected. Right: where arms stand by `DRAWN`
+    and by R@1 within the entity."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     found = read(split, results)
-    apart, tracks = differences(found, "recall"), tracking(found)
-    size = (12, max(6.0, 1.6 + 0.24 * len(apart)))
-    figure = pyplot.figure(figsize=size, layout="constrained")
-    left, *right = figure.subplot_mosaic("ABC" if len(apart) < 12 else "AB;AC").values()
-    for y, (name, one) in enumerate(apart.items()):
+    apart = comparisons(found, "recall")
+    figure = pyplot.figure(figsize=(12, 7), layout="constrained")
+    left, *right = figure.subplot_mosaic("AB;AC", width_ratios=(1.3, 1)).values()
+    for y, ((name, _), one) in enumerate(apart.items()):
         colour = COLOURS[arms()[name].described.group]
         left.plot([100 * one.low, 100 * one.high], [y, y], color=colour, linewidth=2, alpha=0.5)
         left.plot(100 * one.mean, y, "o", color=colour, markersize=6)
-        if 100 * one.mean < LEAST:
-            left.text(LEAST, y, f" ← {100 * one.mean:.0f}", color=colour, va="center", fontsize=8)
-    left.set_xlim(left=max(LEAST, left.get_xlim()[0]))
+    words = [f"{arms()[a].described.what}\nless {arms()[b].described.what}" for a, b in apart]
+    left.set_yticks(range(len(apart)), words, fontsize=8)
     left.axvline(0, color="0.4", linewidth=1)
-    left.set_yticks(range(len(apart)), [arms()[name].described.what for name in apart], fontsize=8)
     left.invert_yaxis()
-    left.margins(y=0.02)
     left.grid(axis="x", color="0.9")
-    left.set_xlabel(f"R@1 of both directions, points over {arms()[CONTROL].described.what}")
-    pairs = moved_pairs(found)
-    for axes, what in zip(right, SHOWN, strict=True):
-        for name, x in moved(found, what).items():
-            if 100 * pairs[name] < LEAST:
-                edge = f"off the plot: {name}, {x:+.2f}, {100 * pairs[name]:+.0f}"
-                axes.text(0.02, 0.03, edge, fontsize=8, color="0.3", transform=axes.transAxes)
-                continue
-            axes.plot(x, 100 * pairs[name], "o", markersize=6, alpha=0.8,
-                      color=COLOURS[arms()[name].described.group])  # fmt: skip
-        axes.set_title(f"rank correlation over arms: {tracks[what]:+.2f}", fontsize=9, loc="left")
-        axes.set_xlabel(f"change of the {what}")
-        axes.set_ylabel("points of R@1 within an entity")
-        axes.axhline(0, color="0.8", linewidth=1)
-        axes.axvline(0, color="0.8", linewidth=1)
+    left.set_xlabel("points of R@1, both directions")
+    own = {name: mean(of, "own") for name, of in found.items()}
+    gone = [name for name in own if own[name] < COLLAPSED * own["start"]]
+    for axes, what in zip(right, DRAWN, strict=True):
+        for name, of in found.items():
+            if name not in gone:
+                axes.plot(figure_of(of, what), 100 * own[name], "o", markersize=6, alpha=0.8,
+                          color=COLOURS[arms()[name].described.group])  # fmt: skip
+        axes.plot(figure_of(found["start"], what), 100 * own["start"], "k*", markersize=11)
+        axes.set_xlabel(what)
+        axes.set_ylabel("R@1 within the entity, %")
         axes.grid(color="0.92")
+        axes.locator_params(axis="x", nbins=6)
     for group, colour in COLOURS.items():
         right[0].plot([], [], "o", color=colour, label=group)
+    right[0].plot([], [], "k*", label="the start")
     right[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"stage 3 on the emoji, {split} split, 95 % intervals", x=0.01, ha="left")
+    if gone:
+        right[1].set_title(f"off the plots: {', '.join(gone)}", fontsize=8, loc="left")
+    figure.suptitle(
+        f"stage 3 on the emoji, {split} split; 95 % intervals, not corrected for their number",
+        x=0.01, ha="left",
+    )  # fmt: skip
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -177,11 +227,9 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
 def main() -> None:
     """Print the tables and draw the plots."""
     for split in ("val", "test"):
-        if CONTROL not in (found := read(split)):
-            continue
-        print(f"{split}\n\n{table(split)}\n")
-        for name, r in tracking(found).items():
-            print(
-                f"  rank correlation of the change of minimal pairs with that of {name}: {r:+.2f}"
-            )
-        plot(split, RESULTS / f"{split}.png")
+        if CONTROL in (found := read(split)) and "start" in found:
+            path = RESULTS / f"{split}.png"
+            for made in (comparison_table, tracking_table, table):
+                print(f"{split}\n\n{made(split)}\n")
+            plot(split, path)
+            print(path)

@@ -1,8 +1,10 @@
-"""Paired differences of arms: a bootstrap over starts, seeds, queries; a correction for many.
+"""Paired differences of arms: a bootstrap over starts, seeds and queries; a correction for several.
 
-Two arms share a start, an order of data and the queries, so that a difference is of pairs. What is
-drawn anew are starts, seeds within a start, and queries, those of one picture together: an interval
-says what another laboratory with other starts, seeds and emoji would find.
+Two arms share starts, seeds (orders of the data) and queries, so that a difference is of pairs. The
+order of a seed is the same for every start: the three are crossed, and each is drawn anew by
+itself, queries of one picture together (Owen, "The pigeonhole bootstrap", Annals of Applied
+Statistics, 2007). An interval says what another laboratory with other starts, orders and emoji
+would find. Of one seed it knows nothing of what another would change.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Difference(NamedTuple):
     Attributes:
         mean: ours minus theirs.
         low, high: the 95 % interval.
-        p: two-sided, of no difference; at least 1 / RESAMPLES.
+        p: two-sided, of no difference; at least 2 / (RESAMPLES + 1).
         pairs: of start and seed.
     """
 
@@ -39,8 +41,8 @@ class Difference(NamedTuple):
 
 def hits(figures: Mapping[str, Any], what: str) -> np.ndarray:
     """[Q] in [0, 1], a value a picture: `recall` is the mean of both directions' R@1, `t2i` and
-    `i2t` one's, `recall_5` the mean R@5, `pairs` R@1 among the entity's own, NaN without rivals."""
-    if what == "pairs":
+    `i2t` one's, `recall_5` the mean R@5, `own` R@1 among the entity's own, NaN without rivals."""
+    if what == "own":
         ranks = np.asarray(figures["pairs"], float)
         return np.where(ranks > 0, ranks == 1, np.nan)
     within = 5 if what == "recall_5" else 1
@@ -56,28 +58,27 @@ def mean(results: Results, what: str) -> float:
 
 
 def difference(ours: Results, theirs: Results, what: str, seed: Seed = ()) -> Difference:
-    """Over the pairs that both have; a start counts as much as another, however many its seeds."""
+    """Over the pairs that both have, each as much as another."""
     shared = sorted(ours.keys() & theirs.keys())
     apart = np.stack([hits(ours[pair], what) - hits(theirs[pair], what) for pair in shared])
-    kept = ~np.isnan(apart).any(0)
-    apart = apart[:, kept]
-    starts = [start for start, _ in shared]
-    of = [np.flatnonzero([s == start for s in starts]) for start in dict.fromkeys(starts)]
-    queries = apart.shape[1]
-    drawn = multinomial((*seed, "queries"), queries, np.full(queries, 1 / queries), RESAMPLES)
-    by_pair = drawn @ apart.T / queries  # [RESAMPLES, pairs]
-    by_start = np.stack([
-        (multinomial((*seed, "seeds", i), len(some), np.full(len(some), 1 / len(some)), RESAMPLES)
-         * by_pair[:, some]).sum(1) / len(some)
-        for i, some in enumerate(of)
-    ], 1)  # fmt: skip
-    counts = multinomial((*seed, "starts"), len(of), np.full(len(of), 1 / len(of)), RESAMPLES)
-    means = (counts * by_start).sum(1) / len(of)
+    apart = apart[:, ~np.isnan(apart).any(0)]
+    by_pair = _drawn(apart.shape[1], (*seed, "queries")) @ apart.T / apart.shape[1]
+    starts, seeds = (np.unique(side, return_inverse=True) for side in zip(*shared, strict=True))
+    weights = (
+        _drawn(len(starts[0]), (*seed, "starts"))[:, starts[1]]
+        * _drawn(len(seeds[0]), (*seed, "seeds"))[:, seeds[1]]
+    )  # [RESAMPLES, pairs]
+    drawn = weights.sum(1) > 0  # none, where no start has the seeds that were drawn
+    means = (weights * by_pair).sum(1)[drawn] / weights.sum(1)[drawn]
     low, high = np.quantile(means, (0.025, 0.975))
-    tail = min(float((means <= 0).mean()), float((means >= 0).mean()))
-    found = float(np.mean([apart[some].mean() for some in of]))
-    p = min(max(2 * tail, 1 / RESAMPLES), 1.0)
-    return Difference(found, float(low), float(high), p, len(shared))
+    tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    p = min(2 * (tail + 1) / (len(means) + 1), 1.0)
+    return Difference(float(apart.mean()), float(low), float(high), p, len(shared))
+
+
+def _drawn(count: int, seed: Seed) -> np.ndarray:
+    """[RESAMPLES, count]: how often each of so many is drawn, of as many draws."""
+    return multinomial(seed, count, np.full(count, 1 / count), RESAMPLES)
 
 
 def holm(p: Sequence[float]) -> list[float]:

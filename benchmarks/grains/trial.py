@@ -29,6 +29,7 @@ from elva.settings import Places, build
 
 RESULTS = report.RESULTS / "grains"
 COSTS = RESULTS / "costs.json"
+STARTS = range(5)
 OTHER_DRAWS = 1000  # added to the seed of the summaries, times the arm's `draws`
 
 PLATEAU = replace(
@@ -65,6 +66,10 @@ class Trial:
     @property
     def known(self) -> Arm:
         return arms()[self.arm]
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm} from start {self.start}, seed {self.seed}"
 
     @property
     def file(self) -> Path:
@@ -124,13 +129,11 @@ class Trial:
         shutil.rmtree(self._directory)
         return seconds
 
-    def test(self) -> None:
-        """Add the figures of the test split, from the embeddings that were kept, once."""
-        result = self.read()
-        if "test" not in result:
-            corpus = corpus_of(recipe_of_start(self.start))
-            result["test"] = rounded(figures(load_file(self.embeddings), corpus, "test"))
-            self.write(result)
+    def measure(self, split: str) -> None:
+        """Put the figures of a split into its file, from the embeddings that were kept."""
+        corpus = corpus_of(recipe_of_start(self.start))
+        found = rounded(figures(load_file(self.embeddings), corpus, split))
+        self.write(self.read() | {split: found})
 
     def write(self, result: dict[str, Any]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
