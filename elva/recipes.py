@@ -99,8 +99,8 @@ _EMOJI = Recipe(
         ),
     },
 )
-"""Real pictures on two cores. Stage 0, a captioning warm-up, is not the paper's: a model that starts
-from random weights must first learn to see and to write; Qwen2-VL already can."""
+"""Real pictures on two cores. Stage 0, a captioning warm-up, is not the paper's: a model that
+starts from random weights must first learn to see and to write; Qwen2-VL already can."""
 
 
 def _paper(name: str, model: ModelConfig) -> Recipe:
