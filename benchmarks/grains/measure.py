@@ -6,7 +6,7 @@ once, when every choice has been made.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import elva_kernels
 from elva.data import Dataset, Item, Query, load
 from elva.data.schema import Grain
 from elva.draws import uniforms
 from elva.evaluation.grains import distance, masked
-from elva.evaluation.ranks import rank_all, rank_among
+from elva.evaluation.ranks import rank_all
+from elva.evaluation.reading import one_of_a_type, readings
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 
 DIRECTIONS = ("t2i", "i2t")
 SUMMARY, AT_ONCE = 16, 512  # the emoji recipe's: tokens of a summary, rows at once
-RIDGE = 1e-2  # of the probe; ours, not tuned
 ACROSS = 5_000  # ours: drawn pairs of pictures of different entities
 
 
@@ -71,12 +72,6 @@ class Corpus:
             grains,
             frozenset(id for query in train for id in query.positives),
         )
-
-
-def one_of_a_type(query: Query) -> dict[str, str]:
-    """Type -> text of the grains that are a query's only ones of their type."""
-    counts = Counter(grain.type for grain in query.grains or ())
-    return {grain.type: grain.text for grain in query.grains or () if counts[grain.type] == 1}
 
 
 def embed(retriever: Retriever, corpus: Corpus) -> dict[str, Tensor]:
@@ -185,41 +180,27 @@ def _among_own(
         own = (pool.row(id) for id in split.minimal_pairs.get(query.id, ()))
         if rivals := [row for row in own if row != answer]:
             asked.append(i)
-            right.append([answer])
+            right.append(answer)
             wrong.append(rivals)
-    found = rank_among(embedded[f"{name}.t2i"][asked], shown, right, wrong)
+    width = max(map(len, wrong))
+    index = torch.tensor([[*some, *[-1] * (width - len(some))] for some in wrong])
+    found = elva_kernels.ranking_reward(
+        embedded[f"{name}.t2i"][asked], shown[right], shown, negative_index=index
+    )
     ranks = [0] * len(split.queries["t2i"])
     for i, rank in zip(asked, found.rank.tolist(), strict=True):
         ranks[i] = rank
-    return ranks, float(found.lead.mean())
+    return ranks, float((found.scores[:, 0] - found.scores[:, 1:].amax(1)).mean())
 
 
 def _probe(embedded: Mapping[str, Tensor], corpus: Corpus, name: str) -> dict[str, float]:
-    """Type of grain -> accuracy of a ridge regression to its values, fitted on the pictures of
-    training and asked of the split's; under `TYPE chance` that of the commonest value."""
+    """Type of grain -> accuracy of a linear probe, fitted on the pictures of training and asked of
+    the split's; under `TYPE chance` that of the commonest value."""
     pool = corpus.pools["t2i"]
-    held_out = {id for query in corpus.splits[name].queries["t2i"] for id in query.positives}
-    shown = embedded["t2i"].double()
-    shown = shown / shown.norm(dim=1, keepdim=True)
-    found: dict[str, float] = {}
-    kinds = sorted({kind for grains in corpus.grains.values() for kind in grains})
-    for kind in kinds:
-        known = {id: grains[kind] for id, grains in corpus.grains.items() if kind in grains}
-        seen = [id for id in known if id in corpus.training]
-        values = sorted({known[id] for id in seen})
-        asked = [id for id in known if id in held_out and known[id] in values]
-        if len(values) < 2 or len(asked) < 10 or kind == "entity":
-            continue
-        x = torch.cat([shown[[pool.row(id) for id in seen]],
-                       torch.ones(len(seen), 1, dtype=torch.float64)], 1)  # fmt: skip
-        y = torch.nn.functional.one_hot(torch.tensor([values.index(known[id]) for id in seen]))
-        ridge = RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
-        weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y.double())
-        z = torch.cat([shown[[pool.row(id) for id in asked]],
-                       torch.ones(len(asked), 1, dtype=torch.float64)], 1)  # fmt: skip
-        told = (z @ weights).argmax(1).tolist()
-        truth = [values.index(known[id]) for id in asked]
-        found[kind] = fmean(float(a == b) for a, b in zip(told, truth, strict=True))
-        commonest = max(values, key=[known[id] for id in seen].count)
-        found[f"{kind} chance"] = fmean(float(known[id] == commonest) for id in asked)
-    return found
+    asked = {id for query in corpus.splits[name].queries["t2i"] for id in query.positives}
+    known = {pool.row(id): own for id, own in corpus.grains.items()
+             if id in asked or id in corpus.training}  # fmt: skip
+    found = readings(embedded["t2i"], known, frozenset(map(pool.row, asked)))
+    return {kind: one.accuracy for kind, one in found.items()} | {
+        f"{kind} chance": one.chance for kind, one in found.items()
+    }

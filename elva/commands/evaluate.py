@@ -259,5 +259,5 @@ def _among(embeddings: Path, data: Path, one: QuerySet, split: str) -> dict[str,
         for i in asked
     ]
     bank = shown.rows([*rows.values()])
-    ranks = rank_among(query[asked], bank, positives, [own[i] for i in asked]).rank
+    ranks = rank_among(query[asked], bank, positives, [own[i] for i in asked])
     return {"hit_at_1_among_its_own": recall_at_k(ranks, 1), "own_queries": len(asked)}

@@ -9,7 +9,6 @@ SHOWN_TASKS = 3
 """Ours: tasks in a table at most, so that it fits a terminal; files hold all of them."""
 
 PAIRS = "minimal_pair_recall_at_1"
-LEAD = "minimal_pair_lead"
 
 
 def label(task: str) -> str:
@@ -31,5 +30,4 @@ def columns(figures: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         for task in tasks_of(every)[:SHOWN_TASKS]
         for k in (1, 5)
     }
-    pairs = {PAIRS: "pairs R@1", LEAD: "lead"}
-    return found | {key: heading for key, heading in pairs.items() if any(key in e for e in every)}
+    return found | ({PAIRS: "pairs R@1"} if any(PAIRS in one for one in every) else {})

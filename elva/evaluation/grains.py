@@ -122,4 +122,4 @@ def minimal_pair_recall(
     shown = encode([pool[pool.row(id)] for id in place])
     positives = [[place[p] for p in queries[i].positives if p in place] for i, _ in pairs]
     rivals = [[place[id] for id in ids] for _, ids in pairs]
-    return recall_at_k(rank_among(asked[[i for i, _ in pairs]], shown, positives, rivals).rank, 1)
+    return recall_at_k(rank_among(asked[[i for i, _ in pairs]], shown, positives, rivals), 1)

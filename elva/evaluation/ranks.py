@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import fmean
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,24 +68,17 @@ def rank_all(
     return Ranking(rank, rows.gather(1, best), paid.reward, paid.margin_reward, paid.rank_reward)
 
 
-class Among(NamedTuple):
-    """How queries rank among candidates of their own."""
-
-    rank: Tensor  # [Q] int32, 1-based, of the best positive; without one behind all rivals
-    lead: Tensor  # [Q] fp32, its score less the hardest rival's; NaN without a positive or a rival
-
-
 def rank_among(
     query: Tensor,
     bank: Tensor,
     positives: Sequence[Sequence[int]],
     rivals: Sequence[Sequence[int]],
-) -> Among:
-    """The rank and the lead of each query's best positive among its own candidates.
+) -> Tensor:
+    """[Q] int32, the rank of each query's best positive among its own candidates.
 
     Args:
         query: [Q, D] fp32; bank: [M, D] fp32.
-        positives: rows of the bank, right answers, possibly none.
+        positives: rows of the bank, right answers; without one a query ranks behind all rivals.
         rivals: rows of the bank that compete; positives among them do not.
     """
     wrong = _padded([[r for r in some if r not in right]
@@ -97,12 +89,7 @@ def rank_among(
         query[asked], bank[right], bank, negative_index=wrong[asked]
     )
     last = (wrong >= 0).sum(1).to(torch.int32) + 1
-    hardest = found.scores[:, 1:].where(wrong[asked] >= 0, -torch.inf).amax(1)
-    lead = torch.full((len(wrong),), -torch.inf)
-    lead = lead.scatter_reduce(0, asked, found.scores[:, 0] - hardest, "amax")
-    return Among(
-        last.scatter_reduce(0, asked, found.rank, "amin"), lead.where(lead.isfinite(), torch.nan)
-    )
+    return last.scatter_reduce(0, asked, found.rank, "amin")
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -21,6 +21,7 @@ from elva.evaluation.columns import columns
 from elva.evaluation.grains import by_type, probe
 from elva.evaluation.portrait import POINTS, grains_of, plane, pushes, spread
 from elva.evaluation.ranks import chance_at_k, rank_all, rank_among, recall_at_k
+from elva.evaluation.reading import one_of_a_type, readings
 from elva.model.retriever import Retriever
 from elva.model.rollout import encode
 from elva.processes import Processes, brought_together
@@ -126,7 +127,7 @@ def evaluate_model(
     retriever.plain.eval()
     with brought_together(retriever):
         for name, task in tasks.items():
-            _evaluate_task(name, task, dataset.minimal_pairs, encoder, result)
+            _evaluate_task(name, task, dataset.minimal_pairs, encoder, result, root)
     retriever.plain.train(training)
     result["seconds"] = time.perf_counter() - started
     return result
@@ -237,6 +238,7 @@ def _evaluate_task(
     minimal_pairs: Mapping[str, Sequence[str]],
     encoder: _Encoder,
     result: dict[str, Any],
+    root: Path,
 ) -> None:
     asked = encoder.queries(f"{name} queries", task.queries)
     shown = encoder.pool(f"{name} pool", task)
@@ -277,6 +279,7 @@ def _evaluate_task(
             result["pushes"] = {"task": name, **found}
     _plane(name, task, shown, positives, result)
     _grains(name, task, asked, encoder, result)
+    _readings(name, task, shown, root, result)
     if "minimal_pair_task" not in figures:
         _minimal_pairs(name, task, minimal_pairs, asked, shown, positives, figures)
 
@@ -316,6 +319,24 @@ def _grains(
     result["figures"]["grain_distance"] = {k: fmean(v) for k, v in sorted(probes.items())}
 
 
+def _readings(name: str, task: _Task, shown: _Encoded, root: Path, result: dict[str, Any]) -> None:
+    """What a linear probe reads off the answers, fitted on those of training: of the first task
+    whose queries have grains."""
+    trained = any((root / "query" / "train").glob(f"mbeir_*_task{TASKS[name]}_train.jsonl"))
+    asked = trained and any(query.grains for query in task.queries)
+    if not asked or "grain_reading" in result["figures"]:
+        return
+    grains: dict[int, dict[str, str]] = {}
+    held_out: set[int] = set()
+    for queries in (load(root, split="train", tasks=[name]).queries, task.queries):
+        own = [one_of_a_type(query) for query in queries]
+        right = task.places([query.positives for query in queries])
+        held_out = {place for some in right for place in some}  # in the end the split's
+        grains |= {place: one for one, some in zip(own, right, strict=True) for place in some}
+    found = readings(shown.embeddings, grains, frozenset(held_out))
+    result["figures"]["grain_reading"] = {kind: one._asdict() for kind, one in found.items()}
+
+
 def _minimal_pairs(
     name: str,
     task: _Task,
@@ -332,13 +353,12 @@ def _minimal_pairs(
     if not rows:
         return
     sizes = [len(set(rivals[i]) | set(positives[i])) for i in rows]
-    found = rank_among(
+    ranks = rank_among(
         asked.embeddings[rows], shown.embeddings,
         [positives[i] for i in rows], [rivals[i] for i in rows],
     )  # fmt: skip
     figures["minimal_pair_task"] = name
-    figures["minimal_pair_recall_at_1"] = recall_at_k(found.rank, 1)
-    figures["minimal_pair_lead"] = found.lead.nanmean().nan_to_num().item()
+    figures["minimal_pair_recall_at_1"] = recall_at_k(ranks, 1)
     figures["minimal_pair_queries"] = len(rows)
     figures["minimal_pair_pool_mean"] = fmean(sizes)
     figures["minimal_pair_chance"] = fmean(1 / size for size in sizes)

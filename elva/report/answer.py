@@ -15,7 +15,7 @@ from elva.evaluation.intervals import (
     sign_test,
 )
 from elva.report.figures import TASKS, Row, chance, row_with
-from elva.report.table import Cells, best_of, number
+from elva.report.table import Cells, best_of, least_read, number, typed
 
 CUTOFFS = (1, 5)
 
@@ -82,18 +82,18 @@ def answer_cells(rows: Sequence[Row]) -> Cells:
     for i, row in enumerate(rows):
         known = intervals(row)
         figures = [row.figures.get(key) for key in shown]
-        values.append([None, *figures])
+        values.append([None, *figures, least_read(row)])
         steps = "-" if row.steps is None else f"{row.steps:,}"
         seconds = "-" if row.seconds is None else f"{row.seconds:,.0f}"
-        cells.append([row.title, steps, *map(number, figures), seconds])
+        cells.append([row.title, steps, *map(number, figures), typed(row.least_read), seconds])
         notes |= {
             (i, j): _range(known[key])
             for j, key in enumerate(shown, 2)
             if key in known and _is_wide(known[key])
         }
     if levels := chance(rows):
-        cells.append(["chance", "", *(number(levels.get(key)) for key in shown), ""])
-    head = ["", "steps", *shown.values(), "seconds"]
+        cells.append(["chance", "", *(number(levels.get(key)) for key in shown), "", ""])
+    head = ["", "steps", *shown.values(), "least read", "seconds"]
     return Cells(head, cells, best_of(values), notes)
 
 

@@ -56,6 +56,12 @@ class Row:
         common = {k: m for k, m in means.items() if len(self.grains[k]) >= MIN_PROBES} or means
         return min(common.items(), key=lambda pair: pair[1]) if common else None
 
+    @property
+    def least_read(self) -> tuple[str, float] | None:
+        """The grain type that a linear probe reads worst off the embedding, and its accuracy."""
+        read = {k: one["accuracy"] for k, one in (self.figures.get("grain_reading") or {}).items()}
+        return min(read.items(), key=lambda pair: pair[1]) if read else None
+
     def samples(self, task: str) -> dict[str, dict[str, Any]]:
         """Query id -> its text, rank, summary and first five."""
         found = (self.evaluation.get("samples") or {}).get(task) or []

@@ -113,8 +113,8 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
         rivals = f"on average {figures['minimal_pair_pool_mean']:.1f}"
         found.append(
             f"Pairs: only the {_shown(figures)} of the query's own entity compete ({rivals}), so "
-            "nothing but the small grains decides. Lead: by how much the answer's score leads the "
-            "hardest of them, on average."
+            "nothing but the small grains decides. Least read: the grain type that a linear probe, "
+            "fitted on the answers of training, tells worst from those of these queries."
         )
     for task in tasks_of(row.figures for row in rows)[:1]:
         silent = {row.title: row.figures.get(f"{task}_frac_no_ret") or 0.0 for row in rows}

@@ -25,7 +25,11 @@ _SAMPLE = {
 SHAPES: Mapping[str, Any] = {
     "evaluation.json": {
         "split?": str,
-        "figures?": {"minimal_pair_task?": str, "grain_distance?": {ANY: NUMBER}, ANY: NUMBER},
+        "figures?": {
+            "minimal_pair_task?": str, "grain_distance?": {ANY: NUMBER},
+            "grain_reading?": {ANY: {"accuracy": NUMBER, "chance": NUMBER, "asked": NUMBER}},
+            ANY: NUMBER,
+        },
         "samples?": {ANY: [_SAMPLE]},
         "grain_distances?": {ANY: [NUMBER]},
         "pushes?": {

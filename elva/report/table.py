@@ -44,6 +44,8 @@ def as_json(run: Run) -> dict[str, Any]:
             "figures": dict(row.figures),
             "least_grain_distance": least,
             "least_grain_type": kind,
+            "least_read_accuracy": least_read(row),
+            "least_read_type": row.least_read[0] if row.least_read else None,
         })  # fmt: skip
     return {
         "run": str(run.directory),
@@ -73,13 +75,13 @@ def figure_cells(rows: Sequence[Row]) -> Cells:
     cells, values = [], []
     for row in rows:
         figures = [row.figures.get(key) for key in shown]
-        values.append(figures)
+        values.append([*figures, least_read(row)])
         steps = "-" if row.steps is None else f"{row.steps:,}"
         seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
-        cells.append([row.title, *map(number, figures), steps, seconds])
+        cells.append([row.title, *map(number, figures), typed(row.least_read), steps, seconds])
     if levels := chance(rows):
-        cells.append(["chance", *(number(levels.get(key)) for key in shown), "", ""])
-    return Cells(["", *shown.values(), "steps", "seconds"], cells, best_of(values))
+        cells.append(["chance", *(number(levels.get(key)) for key in shown), "", "", ""])
+    return Cells(["", *shown.values(), "least read", "steps", "seconds"], cells, best_of(values))
 
 
 def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:
@@ -87,7 +89,7 @@ def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:
     kinds = list(counts)
     means = [[fmean(row.grains[k]) if k in row.grains else None for k in kinds] for row in rows]
     pairs = list(zip(rows, means, strict=True))
-    cells = [[row.title, least_words(row), *map(number, found)] for row, found in pairs]
+    cells = [[row.title, typed(row.least_grain), *map(number, found)] for row, found in pairs]
     cells.append(["queries", "", *map(str, counts.values())])
     return Cells(
         ["", "least", *kinds], cells, best_of([[least_distance(r), *found] for r, found in pairs])
@@ -114,6 +116,11 @@ def least_distance(row: Row) -> float | None:
     return row.least_grain[1] if row.least_grain else None
 
 
-def least_words(row: Row) -> str:
-    """The same, with the type's name."""
-    return f"{row.least_grain[1]:.3f} {row.least_grain[0]}" if row.least_grain else "-"
+def least_read(row: Row) -> float | None:
+    """The accuracy of the grain type that is read worst."""
+    return row.least_read[1] if row.least_read else None
+
+
+def typed(least: tuple[str, float] | None) -> str:
+    """A figure with the name of its grain type."""
+    return f"{least[1]:.3f} {least[0]}" if least else "-"

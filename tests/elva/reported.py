@@ -89,6 +89,10 @@ def evaluation(root: Path, ranks: list[int], distance: float) -> dict[str, objec
     found["grain_distances"] = {
         "entity": [distance] * 12, "tone": [distance / 2] * 10, "size": [distance / 10]
     }  # fmt: skip
+    found["figures"]["grain_reading"] = {
+        "gender": {"accuracy": 0.98, "chance": 0.5, "asked": 12},
+        "tone": {"accuracy": 0.5 + distance, "chance": 0.2, "asked": 12},
+    }
     return found
 
 

@@ -67,6 +67,12 @@ def test_the_least_grain_is_over_types_with_enough_queries(run: Run) -> None:
     assert kind == "tone" and distance == pytest.approx(0.2)  # size has one query only
 
 
+def test_the_grain_that_is_read_worst(run: Run) -> None:
+    assert figures.rows_of(run)[1].least_read == ("tone", pytest.approx(0.9))
+    found = as_json(run)["rows"][1]
+    assert (found["least_read_type"], found["least_read_accuracy"]) == ("tone", pytest.approx(0.9))
+
+
 def test_json_and_table_hold_the_same_figures(run: Run) -> None:
     data = json.loads(json.dumps(as_json(run)))
     assert data["chance"] == pytest.approx(
@@ -77,7 +83,7 @@ def test_json_and_table_hold_the_same_figures(run: Run) -> None:
     )
     assert [r["kind"] for r in data["rows"]] == ["stage", "stage", "control"]
     drawn = text(table(run))
-    assert re.search(r"stage 2 +0\.667 +0\.833 +0\.667 +0\.833 +4 +2", drawn)
+    assert re.search(r"stage 2 +0\.667 +0\.833 +0\.667 +0\.833 +0\.900 tone +4 +2", drawn)
     assert re.search(r"chance +0\.167 +0\.833", drawn)
 
 

@@ -39,6 +39,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
         found["plane"]["points"] = [p | {"grains": {FORGED: FORGED[i // 3 :]}}
                                     for i, p in enumerate(found["plane"]["points"])]  # fmt: skip
         found["grain_distances"][FORGED] = [0.1] * 12
+        worst = {"accuracy": 0.1, "chance": 0.2, "asked": 12}
+        found["figures"]["grain_reading"] = {FORGED: worst}
         run.write("2", "evaluation.json", found)
         runs.append(run)
     return Pages(report(runs[0]), report(runs, parent / "two.html"))
