@@ -173,7 +173,7 @@ COLOURS = {"control": "C0", "paper": "C3", "ours": "C2", "graded": "C1"}
 COLLAPSED = 0.7
 """Share of the start's R@1 within the entity: arms below are named at a plot's edge, so that the
 others can be seen."""
-DRAWN = ("grain distance", "lead")
+DRAWN = ("grain distance", "probe of the tone")
 
 
 def plot(split: str, path: Path, results: Path = RESULTS) -> None:
