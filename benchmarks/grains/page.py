@@ -34,6 +34,17 @@ def read(split: str, results: Path = RESULTS) -> dict[str, dict[tuple[int, int],
     return found
 
 
+def curve_table(split: str, results: Path = RESULTS) -> str:
+    """Markdown, a row a look at stage 2: R@1 on val, the mean of the starts (lowest to highest)."""
+    assert split == "val", "starts are looked at on val"
+    curves = [json.loads(f.read_text("utf-8"))["curve"] for f in (results / "start").glob("*.json")]
+    rows = []
+    for step in curves[0]["t2i"]:
+        of = ([curve[direction][step] for curve in curves] for direction in ("t2i", "i2t"))
+        rows.append([step, *(f"{fmean(r):.3f} ({min(r):.3f} to {max(r):.3f})" for r in of)])
+    return markdown(["steps of stage 2", "t→i R@1", "i→t R@1"], rows)
+
+
 # -- the comparisons that the plan names -----------------------------------------------------------
 
 SHOWN = {"recall": "R@1", "recall_5": "R@5", "own": "R@1 within the entity"}
@@ -229,7 +240,8 @@ def main() -> None:
     for split in ("val", "test"):
         if CONTROL in (found := read(split)) and "start" in found:
             path = RESULTS / f"{split}.png"
-            for made in (comparison_table, tracking_table, table):
+            curves = [curve_table] if split == "val" else []
+            for made in (*curves, comparison_table, tracking_table, table):
                 print(f"{split}\n\n{made(split)}\n")
             plot(split, path)
             print(path)
