@@ -148,7 +148,7 @@ def test_a_runs_card_has_its_figures_beside_its_controls(finished: Path, tmp_pat
     export(finished, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text("utf-8")
     stages = [p.name.replace("-", " ") for p in finished.glob("stage-*")]
-    controls = [p.name.replace("-", " ") for p in finished.glob("control-*")]
+    controls = [p.name.replace("-", " ", 1) for p in finished.glob("control-*")]
     last = max(stages)
     assert f"this model: {last} of recipe `" in text and "data `" in text
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
