@@ -87,7 +87,7 @@ def table(split: str, results: Path = RESULTS) -> str:
     file = results / COSTS.name
     costs = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else {}
     heads = ["arm", "pairs", "t→i R@1", "i→t R@1", "R@5", "within the entity",
-             f"R@1 less {CONTROL}'s", "distance: tone", "gender", "lead", "s"]  # fmt: skip
+             f"R@1 less {CONTROL}'s", "distance: tone", "gender", "lead", *(["s"] if costs else [])]  # fmt: skip
     lines = []
     for name, own in found.items():
         cells = [arms()[name].described.what, str(len(own))]
@@ -99,7 +99,8 @@ def table(split: str, results: Path = RESULTS) -> str:
         cells += [f"{next(apart) - next(apart):+.3f}" if name != CONTROL else ""]
         cells += [f"{figure_of(own, kind):.3f}" for kind in ("tone distance", "gender distance")]
         cells += [f"{figure_of(own, 'lead'):.3f}"]
-        cells += [f"{min(costs[name]):.0f}" if name in costs else ""]
+        if costs:
+            cells += [f"{min(costs[name]):.0f}" if name in costs else ""]
         lines.append(cells)
     return markdown(heads, lines)
 
