@@ -87,7 +87,8 @@ def table(split: str, results: Path = RESULTS) -> str:
     file = results / COSTS.name
     costs = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else {}
     heads = ["arm", "pairs", "t→i R@1", "i→t R@1", "R@5", "within the entity",
-             f"R@1 less {CONTROL}'s", "distance: tone", "gender", "lead", *(["s"] if costs else [])]  # fmt: skip
+             f"R@1 less {CONTROL}'s", "distance: tone", "gender", "lead"]  # fmt: skip
+    heads += ["s"] if costs else []
     lines = []
     for name, own in found.items():
         cells = [arms()[name].described.what, str(len(own))]
