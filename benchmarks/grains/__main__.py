@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report
 from benchmarks.grains.arms import arms
@@ -95,16 +96,18 @@ def work(place: Path, missing: Sequence[Trial], jobs: int) -> None:
 
 
 def measure_costs(place: Path, names: Sequence[str]) -> None:
-    """Train each arm alone on one thread, in turns, and keep the seconds beside those of others."""
+    """Train each arm alone on one thread, in turns, and keep what it costs beside others' costs."""
     os.environ["OMP_NUM_THREADS"] = "1"
     begin_worker()
-    kept = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {"seconds": {}}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    kept = json.loads(COSTS.read_text(encoding="utf-8")) if COSTS.is_file() else {"arms": {}}
+    found: dict[str, Any] = {name: {"seconds": [], "first": None} for name in names}
     for turn in range(COST_TURNS):
         for name in names:
-            seconds[name].append(round(Trial(place, name, STARTS[0], 0).cost(), 1))
-            print(f"[{turn + 1}/{COST_TURNS}] {name}: {seconds[name][-1]:.0f} s", flush=True)
-    kept = {"machine": report.machine(), "seconds": kept["seconds"] | seconds}
+            seconds, first = Trial(place, name, STARTS[0], 0).cost()
+            found[name]["seconds"].append(round(seconds, 1))
+            found[name]["first"] = first if first is None else round(first, 4)
+            print(f"[{turn + 1}/{COST_TURNS}] {name}: {seconds:.0f} s", flush=True)
+    kept = {"machine": report.machine(), "arms": kept["arms"] | found}
     write_text(COSTS, json.dumps(kept) + "\n")
 
 

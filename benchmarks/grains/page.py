@@ -84,26 +84,38 @@ def comparison_table(split: str, results: Path = RESULTS) -> str:
 def table(split: str, results: Path = RESULTS) -> str:
     """Markdown, a row an arm."""
     found = read(split, results)
-    file = results / COSTS.name
-    costs = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.is_file() else {}
     heads = ["arm", "pairs", "t→i R@1", "i→t R@1", "R@5", "within the entity",
-             f"R@1 less {CONTROL}'s", "distance: tone", "gender", "lead"]  # fmt: skip
-    heads += ["s"] if costs else []
+             "R@1 less the start's", f"less {CONTROL}'s", "tone: distance", "read",
+             "lead"]  # fmt: skip
     lines = []
     for name, own in found.items():
         cells = [arms()[name].described.what, str(len(own))]
         cells += [f"{mean(own, what):.3f}" for what in ("t2i", "i2t", "recall_5", "own")]
-        shared = own.keys() & found[CONTROL].keys()
-        apart = (
-            mean({pair: of[pair] for pair in shared}, "recall") for of in (own, found[CONTROL])
-        )
-        cells += [f"{next(apart) - next(apart):+.3f}" if name != CONTROL else ""]
-        cells += [f"{figure_of(own, kind):.3f}" for kind in ("tone distance", "gender distance")]
-        cells += [f"{figure_of(own, 'lead'):.3f}"]
-        if costs:
-            cells += [f"{min(costs[name]):.0f}" if name in costs else ""]
+        for other in ("start", CONTROL):
+            shared = own.keys() & found[other].keys()
+            ours, theirs = (
+                mean({pair: of[pair] for pair in shared}, "recall") for of in (own, found[other])
+            )
+            cells += [f"{ours - theirs:+.3f}" if name != other else ""]
+        cells += [
+            f"{figure_of(own, what):.3f}" for what in ("tone distance", "probe of the tone", "lead")
+        ]
         lines.append(cells)
     return markdown(heads, lines)
+
+
+def cost_table(split: str, results: Path = RESULTS) -> str:
+    """Markdown, a row an arm whose cost was measured, beside its R@1 of both directions."""
+    found, file = read(split, results), results / COSTS.name
+    costs = json.loads(file.read_text(encoding="utf-8"))["arms"] if file.is_file() else {}
+    rows = [
+        [arms()[name].described.what, f"{min(cost['seconds']):.0f}",
+         "-" if cost["first"] is None else f"{cost['first']:.1%}",
+         f"{mean(found[name], 'recall'):.3f}" if name in found else "-"]
+        for name in arms()
+        if (cost := costs.get(name))
+    ]  # fmt: skip
+    return markdown(["arm", "s", "answers first where its reward looks", "R@1"], rows)
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -243,7 +255,7 @@ def main() -> None:
         if CONTROL in (found := read(split)) and "start" in found:
             path = RESULTS / f"{split}.png"
             curves = [curve_table] if split == "val" else []
-            for made in (*curves, comparison_table, tracking_table, table):
+            for made in (*curves, comparison_table, cost_table, tracking_table, table):
                 print(f"{split}\n\n{made(split)}\n")
             plot(split, path)
             print(path)

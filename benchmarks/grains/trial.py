@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -118,16 +119,19 @@ class Trial:
         shutil.rmtree(self._directory, ignore_errors=True)
         return time.perf_counter() - began
 
-    def cost(self) -> float:
-        """Seconds to train it, from reading the data to the model's files; nothing is kept."""
+    def cost(self) -> tuple[float, float | None]:
+        """Seconds to train it, from reading the data to the model's files, and the share of its
+        answers that are first already where its reward looks, None without one; nothing is kept."""
         stage, start = self.known.stage, Run.open(self.place / "starts" / str(self.start))
         assert stage is not None
         shutil.rmtree(self._directory, ignore_errors=True)
         began = time.perf_counter()
         self._trained(start, stage)
         seconds = time.perf_counter() - began
+        lines = Run.open(self._directory).metrics("3")
+        first = [line["rank_1"] for line in lines if "rank_1" in line]
         shutil.rmtree(self._directory)
-        return seconds
+        return seconds, fmean(first) if first else None
 
     def measure(self, split: str) -> None:
         """Put the figures of a split into its file, from the embeddings that were kept."""

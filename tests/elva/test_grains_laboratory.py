@@ -177,18 +177,18 @@ def test_a_trial_is_trained_measured_and_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     known = replace(known, splits=dict.fromkeys(("val", "test"), known.splits["test"]))
-    described = arms.arms()["hard"].described
-    stage = replace(arms.arms()["hard"].stage, data=str(corpus), steps=2, batch_size=8)
-    made = {"hard": arms.Arm("hard", described, stage)}
+    described = arms.arms()["hard-soft"].described
+    stage = replace(arms.arms()["hard-soft"].stage, data=str(corpus), steps=2, batch_size=8)
+    made = {"hard-soft": arms.Arm("hard-soft", described, stage)}
     monkeypatch.setattr(trial, "arms", lambda: made)
     monkeypatch.setattr(trial, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(trial, "corpus_of", lambda recipe: known)
     (tmp_path / "starts").mkdir()
     (tmp_path / "starts" / "3").symlink_to(finished)
-    one = trial.Trial(tmp_path, "hard", 3, 1)
+    one = trial.Trial(tmp_path, "hard-soft", 3, 1)
     assert not one.is_done
     one.run()
-    assert one.is_done and not (tmp_path / "trials" / "hard-3-1").exists()
+    assert one.is_done and not (tmp_path / "trials" / "hard-soft-3-1").exists()
     kept = one.read()
     assert (kept["start"], kept["seed"], kept["stage"]["steps"]) == (3, 1, 2)
     assert len(kept["val"]["ranks"]["t2i"]) == len(known.splits["val"].queries["t2i"])
@@ -199,10 +199,13 @@ def test_a_trial_is_trained_measured_and_kept(
     for split in ("val", "test"):
         one.measure(split)
     assert one.file.read_bytes() == before
-    assert one.cost() > 0 and not (tmp_path / "trials" / "hard-3-1").exists()
+    seconds, first = one.cost()
+    assert seconds > 0 and 0 < first <= 1 and not (tmp_path / "trials" / "hard-soft-3-1").exists()
     assert one.file.read_bytes() == before
-    made["hard"] = replace(made["hard"], stage=replace(stage, steps=3))
+    made["hard-soft"] = replace(made["hard-soft"], stage=replace(stage, steps=3))
     assert not one.is_done
+    made["hard-soft"] = replace(made["hard-soft"], stage=replace(stage, steps=1, pathwise=0.0))
+    assert one.cost()[1] is None
 
 
 def test_a_starts_curve_is_that_of_its_last_stage(tmp_path: Path) -> None:
