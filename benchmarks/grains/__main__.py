@@ -4,10 +4,11 @@ Makes the starts (models after stage 2, of several seeds), trains every arm of a
 with the same order of data, and writes one file a trial under benchmarks/results/grains. What is
 there already is not made again: kill it and start it again at any time.
 
-  python -m benchmarks.grains --dry-run           what there is and what is missing
+  python -m benchmarks.grains --dry-run           what is missing, START-SEED of each arm
   python -m benchmarks.grains                     everything; hours on two cores
   python -m benchmarks.grains --arms hard,soft    some arms
-  python -m benchmarks.grains --measure test --arms hard,soft    their figures of the test split
+  python -m benchmarks.grains --measure test --arms hard,soft    their figures of the test split,
+                                                  when nothing is left to choose
   python -m benchmarks.grains --costs --arms hard,soft    their seconds, on a quiet machine
   python -m benchmarks.grains --page              the tables and the plots, from the files
 """
@@ -168,7 +169,9 @@ def main() -> None:
     only.add_argument("--measure", choices=("val", "test"),
                       help="figures of a split, from the embeddings of trials")  # fmt: skip
     only.add_argument("--costs", action="store_true", help="measure what the arms cost")
-    only.add_argument("--page", action="store_true", help="print every table, draw the plots")
+    only.add_argument(
+        "--page", action="store_true", help="print every table, draw the plots under results/grains"
+    )
     asked = parser.parse_args()
     if asked.page:
         from benchmarks.grains import page
@@ -188,8 +191,9 @@ def main() -> None:
     missing = [trial for trial in every if not trial.is_done]
     print(f"{len(every)} trials of {len(asked.arms)} arms, {len(missing)} missing", flush=True)
     if asked.dry_run:
-        for trial in missing:
-            print(f"  {trial.label}")
+        for name in asked.arms:
+            if own := [f"{one.start}-{one.seed}" for one in missing if one.arm == name]:
+                print(f"  {name} ({arms()[name].described.what}): {' '.join(own)}")
     elif missing:
         work(place, missing, asked.jobs)
 

@@ -23,7 +23,7 @@ class Described:
     of: Name | None = None  # the arm whose stage it changes; None: the base
     draws: Whole = 0  # the seed of its summaries, apart from the data's
     pairs: Count = 1  # pairs of start and seed a start
-    against: Name | None = None  # the arm that the page compares it with
+    against: tuple[Name, ...] = ()  # the arms that the page compares it with
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def arms(file: Path = FILE) -> Mapping[str, Arm]:
             places.refuse(f"arms.{name}.stage.{field}", f"must {rule}")
         found[name] = Arm(name, described, made)
     for name, arm in found.items():
-        if arm.described.against not in (None, *found):
-            places.refuse(f"arms.{name}.against", "must be an arm of the file")
+        for i, other in enumerate(arm.described.against):
+            if other not in found:
+                places.refuse(f"arms.{name}.against.{i}", "must be an arm of the file", other)
     return found
 
 

@@ -53,11 +53,12 @@ SHOWN = {"recall": "R@1", "recall_5": "R@5", "own": "R@1 within the entity"}
 def comparisons(found: Mapping[str, Results], what: str) -> dict[tuple[str, str], Difference]:
     """(arm, the arm that it is compared with) -> their difference, p corrected for them all."""
     planned = [
-        (name, against)
+        (name, other)
         for name in found
-        if (against := arms()[name].described.against) is not None and against in found
+        for other in arms()[name].described.against
+        if other in found
     ]
-    apart = [difference(found[a], found[b], what, (what, a, b)) for a, b in planned]
+    apart = [difference(found[a], found[b], what) for a, b in planned]
     raised = holm([one.p for one in apart])
     return {two: d._replace(p=p) for two, d, p in zip(planned, apart, raised, strict=True)}
 
@@ -66,7 +67,7 @@ def comparison_table(split: str, results: Path = RESULTS) -> str:
     """Markdown, a row a comparison."""
     found = read(split, results)
     apart = {what: comparisons(found, what) for what in SHOWN}
-    heads = ["arm", "less", "pairs", *(h for shown in SHOWN.values() for h in (shown, "p"))]
+    heads = ["arm", "minus", "pairs", *(h for shown in SHOWN.values() for h in (shown, "p"))]
     lines = []
     for a, b in apart["recall"]:
         cells = [arms()[a].described.what, arms()[b].described.what]
@@ -85,7 +86,7 @@ def table(split: str, results: Path = RESULTS) -> str:
     """Markdown, a row an arm."""
     found = read(split, results)
     heads = ["arm", "pairs", "t→i R@1", "i→t R@1", "R@5", "within the entity",
-             "R@1 less the start's", f"less {CONTROL}'s", "tone: distance", "read",
+             "R@1 minus the start's", "minus hard batches'", "tone: distance", "read",
              "lead"]  # fmt: skip
     lines = []
     for name, own in found.items():
@@ -217,7 +218,7 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
         colour = COLOURS[arms()[name].described.group]
         left.plot([100 * one.low, 100 * one.high], [y, y], color=colour, linewidth=2, alpha=0.5)
         left.plot(100 * one.mean, y, "o", color=colour, markersize=6)
-    words = [f"{arms()[a].described.what}\nless {arms()[b].described.what}" for a, b in apart]
+    words = [f"{arms()[a].described.what}\nminus {arms()[b].described.what}" for a, b in apart]
     left.set_yticks(range(len(apart)), words, fontsize=8)
     left.axvline(0, color="0.4", linewidth=1)
     left.invert_yaxis()

@@ -1,22 +1,20 @@
-"""Paired differences of arms: a bootstrap over starts, seeds and queries; a correction for several.
+"""Paired differences of arms: a mixed model of starts, seeds and queries; a correction for several.
 
 Two arms share starts, seeds (orders of the data) and queries, so that a difference is of pairs. The
-order of a seed is the same for every start: the three are crossed, and each is drawn anew by
-itself, queries of one picture together (Owen, "The pigeonhole bootstrap", Annals of Applied
-Statistics, 2007). An interval says what another laboratory with other starts, orders and emoji
-would find. Of one seed it knows nothing of what another would change.
+order of a seed is the same for every start: the three are crossed, each a random effect, and so is
+what two or three of them have in common. Their variances are those of the balanced analysis of
+variance, none below 0, and an interval is Student's by Satterthwaite's degrees of freedom. It says
+what another laboratory with other starts, orders and emoji would find. Of one seed it knows nothing
+of what another would change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from elva.draws import Seed, multinomial
-
-RESAMPLES = 10_000
 
 Results = Mapping[tuple[int, int], Mapping[str, Any]]
 """(start, seed) -> a split's figures, as `measure.figures` gives them."""
@@ -28,7 +26,7 @@ class Difference(NamedTuple):
     Attributes:
         mean: ours minus theirs.
         low, high: the 95 % interval.
-        p: two-sided, of no difference; at least 2 / (RESAMPLES + 1).
+        p: two-sided, of no difference.
         pairs: of start and seed.
     """
 
@@ -57,28 +55,61 @@ def mean(results: Results, what: str) -> float:
     return float(np.nanmean([hits(figures, what) for figures in results.values()]))
 
 
-def difference(ours: Results, theirs: Results, what: str, seed: Seed = ()) -> Difference:
-    """Over the pairs that both have, each as much as another."""
-    shared = sorted(ours.keys() & theirs.keys())
-    apart = np.stack([hits(ours[pair], what) - hits(theirs[pair], what) for pair in shared])
-    apart = apart[:, ~np.isnan(apart).any(0)]
-    by_pair = _drawn(apart.shape[1], (*seed, "queries")) @ apart.T / apart.shape[1]
-    starts, seeds = (np.unique(side, return_inverse=True) for side in zip(*shared, strict=True))
-    weights = (
-        _drawn(len(starts[0]), (*seed, "starts"))[:, starts[1]]
-        * _drawn(len(seeds[0]), (*seed, "seeds"))[:, seeds[1]]
-    )  # [RESAMPLES, pairs]
-    drawn = weights.sum(1) > 0  # none, where no start has the seeds that were drawn
-    means = (weights * by_pair).sum(1)[drawn] / weights.sum(1)[drawn]
-    low, high = np.quantile(means, (0.025, 0.975))
-    tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    p = min(2 * (tail + 1) / (len(means) + 1), 1.0)
-    return Difference(float(apart.mean()), float(low), float(high), p, len(shared))
+def difference(ours: Results, theirs: Results, what: str) -> Difference:
+    """Over the seeds that both have of every start that both have."""
+    shared = ours.keys() & theirs.keys()
+    starts = sorted({start for start, _ in shared})
+    seeds = [k for k in sorted({k for _, k in shared}) if all((s, k) in shared for s in starts)]
+    apart = np.array([
+        [hits(ours[s, k], what) - hits(theirs[s, k], what) for k in seeds] for s in starts
+    ])  # fmt: skip
+    apart = apart[..., ~np.isnan(apart).any((0, 1))]  # [starts, seeds, queries]
+    middle, (variance, degrees) = float(apart.mean()), variance_of_mean(apart)
+    pairs = len(starts) * len(seeds)
+    if variance == 0:
+        return Difference(middle, middle, middle, float(middle == 0), pairs)
+    values, shares = _student(degrees)
+    half = float(np.interp(0.975, shares, values)) * variance**0.5
+    p = 2 * float(np.interp(-abs(middle) / variance**0.5, values, shares))
+    return Difference(middle, middle - half, middle + half, p, pairs)
 
 
-def _drawn(count: int, seed: Seed) -> np.ndarray:
-    """[RESAMPLES, count]: how often each of so many is drawn, of as many draws."""
-    return multinomial(seed, count, np.full(count, 1 / count), RESAMPLES)
+def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
+    """Of a table whose axes are crossed random effects: the variance of its mean, and its degrees
+    of freedom. An axis of length 1 is none."""
+    values = values.squeeze()
+    every = [axes for n in range(values.ndim + 1) for axes in combinations(range(values.ndim), n)]
+    effects: dict[tuple[int, ...], np.ndarray] = {}
+    squares, degrees = {}, {}
+    for axes in every:
+        others = tuple(axis for axis in range(values.ndim) if axis not in axes)
+        effects[axes] = values.mean(others, keepdims=True)
+        effects[axes] = effects[axes] - sum(effects[some] for some in every if {*some} < {*axes})
+        degrees[axes] = int(np.prod([values.shape[axis] - 1 for axis in axes]))
+        size = values.size / effects[axes].size
+        squares[axes] = size * float((effects[axes] ** 2).sum()) / max(degrees[axes], 1)
+    total, weights = 0.0, dict.fromkeys(every, 0)
+    for axes in every[1:]:
+        above = {more: (-1) ** (len(more) - len(axes)) for more in every if {*axes} <= {*more}}
+        part = sum(sign * squares[more] for more, sign in above.items())
+        if part > 0:  # the variance of this effect, times its share of the mean's
+            total += part
+            for more, sign in above.items():
+                weights[more] += sign
+    spread = sum((weights[axes] * squares[axes]) ** 2 / degrees[axes] for axes in every[1:])
+    return total / values.size, max(total**2 / spread, 1.0) if spread else 1.0
+
+
+def _student(degrees: float) -> tuple[np.ndarray, np.ndarray]:
+    """Student's distribution: values, and the share of it below each.
+
+    With t = sqrt(degrees) * tan(angle) its density is a power of the cosine.
+    """
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 200_001)[1:-1]
+    with np.errstate(under="ignore"):
+        density = np.cos(angle) ** (degrees - 1)
+    shares = np.cumsum(density) - density / 2
+    return np.sqrt(degrees) * np.tan(angle), shares / density.sum()
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -1,7 +1,8 @@
 """Which grains an embedding holds: a linear probe of it, fitted on some items and asked of others.
 
-Ours: over ways to train stage 3 it tells better than any distance which of them find the right
-picture among those of one entity (benchmarks/README.md, "Grain blindness").
+Ours. It says which grain embeddings lack, not how well they retrieve: over ways to train stage 3 no
+figure of embeddings told that in every comparison, and grain distance least of all
+(benchmarks/README.md, "Which figure tells it").
 """
 
 from __future__ import annotations
