@@ -27,7 +27,16 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.grains.arms import arms
-from benchmarks.grains.trial import COSTS, STARTS, Trial, begin_worker, recipe_of_start
+from benchmarks.grains.measure import entities
+from benchmarks.grains.trial import (
+    COSTS,
+    ENTITIES,
+    STARTS,
+    Trial,
+    begin_worker,
+    corpus_of,
+    recipe_of_start,
+)
 from elva.commands.train import train
 from elva.files import write_text
 from elva.progress import SILENT
@@ -122,6 +131,9 @@ def measure(split: str, every: Sequence[Trial]) -> None:
     for n, trial in enumerate(every, 1):
         trial.measure(split)
         print(f"[{n}/{len(every)}] {trial.label}", flush=True)
+    splits = corpus_of(recipe_of_start(STARTS[0])).splits
+    found = {name: entities(splits[name]) for name in splits}
+    write_text(ENTITIES, json.dumps(found) + "\n")
 
 
 def arm_names(text: str) -> list[str]:

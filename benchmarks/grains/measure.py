@@ -74,6 +74,13 @@ class Corpus:
         )
 
 
+def entities(split: Split) -> list[int]:
+    """[Q], which entity each picture asked for is of: that of the same minimal pairs."""
+    own = [" ".join(sorted(split.minimal_pairs.get(q.id, (q.id,)))) for q in split.queries["t2i"]]
+    places = {pairs: place for place, pairs in enumerate(dict.fromkeys(own))}
+    return [places[pairs] for pairs in own]
+
+
 def embed(retriever: Retriever, corpus: Corpus) -> dict[str, Tensor]:
     """[n, D] of both pools, and of each split's queries, whole and without one grain each."""
 

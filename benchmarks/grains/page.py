@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.grains.arms import arms
 from benchmarks.grains.statistics import Difference, Results, difference, holm, mean
-from benchmarks.grains.trial import COSTS, RESULTS, STARTS
+from benchmarks.grains.trial import COSTS, ENTITIES, RESULTS, STARTS
 
 CONTROL = "hard"
 """The best control, by R@1 of both directions on val."""
@@ -50,15 +50,18 @@ def curve_table(split: str, results: Path = RESULTS) -> str:
 SHOWN = {"recall": "R@1", "recall_5": "R@5", "own": "R@1 within the entity"}
 
 
-def comparisons(found: Mapping[str, Results], what: str) -> dict[tuple[str, str], Difference]:
+def comparisons(
+    found: Mapping[str, Results], what: str, split: str
+) -> dict[tuple[str, str], Difference]:
     """(arm, the arm that it is compared with) -> their difference, p corrected for them all."""
+    entities = json.loads(ENTITIES.read_text(encoding="utf-8"))[split]
     planned = [
         (name, other)
         for name in found
         for other in arms()[name].described.against
         if other in found
     ]
-    apart = [difference(found[a], found[b], what) for a, b in planned]
+    apart = [difference(found[a], found[b], what, entities) for a, b in planned]
     raised = holm([one.p for one in apart])
     return {two: d._replace(p=p) for two, d, p in zip(planned, apart, raised, strict=True)}
 
@@ -66,7 +69,7 @@ def comparisons(found: Mapping[str, Results], what: str) -> dict[tuple[str, str]
 def comparison_table(split: str, results: Path = RESULTS) -> str:
     """Markdown, a row a comparison."""
     found = read(split, results)
-    apart = {what: comparisons(found, what) for what in SHOWN}
+    apart = {what: comparisons(found, what, split) for what in SHOWN}
     heads = ["arm", "minus", "pairs", *(h for shown in SHOWN.values() for h in (shown, "p"))]
     lines = []
     for a, b in apart["recall"]:
@@ -74,7 +77,10 @@ def comparison_table(split: str, results: Path = RESULTS) -> str:
         cells += [str(apart["recall"][a, b].pairs)]
         for of in apart.values():
             one = of[a, b]
-            cells += [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]", f"{one.p:.3f}"]
+            cells += [
+                f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]",
+                f"{one.p:.3f}" if one.p >= 0.0005 else "<0.001",
+            ]
         lines.append(cells)
     return markdown(heads, lines)
 
@@ -90,7 +96,8 @@ def table(split: str, results: Path = RESULTS) -> str:
              "lead"]  # fmt: skip
     lines = []
     for name, own in found.items():
-        cells = [arms()[name].described.what, str(len(own))]
+        trained = arms()[name].stage is not None  # a start is one model, whatever the seed
+        cells = [arms()[name].described.what, str(len(own) if trained else len(STARTS))]
         cells += [f"{mean(own, what):.3f}" for what in ("t2i", "i2t", "recall_5", "own")]
         for other in ("start", CONTROL):
             shared = own.keys() & found[other].keys()
@@ -211,7 +218,7 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
     from matplotlib import pyplot
 
     found = read(split, results)
-    apart = comparisons(found, "recall")
+    apart = comparisons(found, "recall", split)
     figure = pyplot.figure(figsize=(12, 7), layout="constrained")
     left, *right = figure.subplot_mosaic("AB;AC", width_ratios=(1.3, 1)).values()
     for y, ((name, _), one) in enumerate(apart.items()):

@@ -1,11 +1,11 @@
-"""Paired differences of arms: a mixed model of starts, seeds and queries; a correction for several.
+"""Paired differences of arms: a mixed model of starts, seeds, entities; a correction for several.
 
 Two arms share starts, seeds (orders of the data) and queries, so that a difference is of pairs. The
-order of a seed is the same for every start: the three are crossed, each a random effect, and so is
-what two or three of them have in common. Their variances are those of the balanced analysis of
-variance, none below 0, and an interval is Student's by Satterthwaite's degrees of freedom. It says
-what another laboratory with other starts, orders and emoji would find. Of one seed it knows nothing
-of what another would change.
+order of a seed is the same for every start, and queries of one entity share their words and rivals:
+starts, seeds and entities are crossed, each a random effect, and so is what they have in common.
+Their variances are those of the balanced analysis of variance, none below 0, and an interval is
+Student's by Satterthwaite's degrees of freedom. It says what another laboratory with other starts,
+orders and entities would find. Of one seed it knows nothing of what another would change.
 """
 
 from __future__ import annotations
@@ -55,16 +55,25 @@ def mean(results: Results, what: str) -> float:
     return float(np.nanmean([hits(figures, what) for figures in results.values()]))
 
 
-def difference(ours: Results, theirs: Results, what: str) -> Difference:
-    """Over the seeds that both have of every start that both have."""
+def difference(ours: Results, theirs: Results, what: str, entities: Sequence[int]) -> Difference:
+    """Over the seeds that both have of every start that both have.
+
+    Args:
+        entities: [Q], which of them each query asks for.
+    """
     shared = ours.keys() & theirs.keys()
     starts = sorted({start for start, _ in shared})
     seeds = [k for k in sorted({k for _, k in shared}) if all((s, k) in shared for s in starts)]
+    assert seeds, "two arms that are compared share a seed of every start"
     apart = np.array([
         [hits(ours[s, k], what) - hits(theirs[s, k], what) for k in seeds] for s in starts
     ])  # fmt: skip
-    apart = apart[..., ~np.isnan(apart).any((0, 1))]  # [starts, seeds, queries]
-    middle, (variance, degrees) = float(apart.mean()), variance_of_mean(apart)
+    known = ~np.isnan(apart).any((0, 1))
+    apart, own = apart[..., known], np.unique(np.asarray(entities)[known], return_inverse=True)[1]
+    middle = float(apart.mean())
+    # Of an entity what its queries add to the mean, which so stays that of the queries.
+    summed = (apart - middle) @ np.eye(own.max() + 1)[own] * ((own.max() + 1) / len(own))
+    variance, degrees = variance_of_mean(middle + summed)  # [starts, seeds, entities]
     pairs = len(starts) * len(seeds)
     if variance == 0:
         return Difference(middle, middle, middle, float(middle == 0), pairs)
@@ -76,7 +85,7 @@ def difference(ours: Results, theirs: Results, what: str) -> Difference:
 
 def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
     """Of a table whose axes are crossed random effects: the variance of its mean, and its degrees
-    of freedom. An axis of length 1 is none."""
+    of freedom, at least 1. An axis of length 1 is none."""
     values = values.squeeze()
     every = [axes for n in range(values.ndim + 1) for axes in combinations(range(values.ndim), n)]
     effects: dict[tuple[int, ...], np.ndarray] = {}

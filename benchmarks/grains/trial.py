@@ -30,6 +30,7 @@ from elva.settings import Places, build
 
 RESULTS = report.RESULTS / "grains"
 COSTS = RESULTS / "costs.json"
+ENTITIES = RESULTS / "entities.json"
 STARTS = range(5)
 OTHER_DRAWS = 1000  # added to the seed of the summaries, times the arm's `draws`
 

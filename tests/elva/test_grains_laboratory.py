@@ -20,6 +20,7 @@ from elva.recipes import RECIPES
 from elva.run import Run
 
 ROOT = Path(__file__).parents[2]
+APART = range(200)  # each query of an entity of its own
 
 
 # -- arms ------------------------------------------------------------------------------------------
@@ -80,17 +81,17 @@ def results(
 
 def test_a_difference_is_the_mean_of_pairs_with_an_interval() -> None:
     ours, theirs = results(0.1, 1), results(0.0, 2)
-    found = difference(ours, theirs, "recall")
+    found = difference(ours, theirs, "recall", APART)
     plain = np.mean([hits(ours[pair], "t2i") - hits(theirs[pair], "t2i") for pair in ours])
     assert found.mean == pytest.approx(plain) and found.pairs == 15
     assert 0 < found.low < found.mean < found.high and found.p < 0.001
-    none = difference(results(0.0, 3), theirs, "recall")
+    none = difference(results(0.0, 3), theirs, "recall", APART)
     assert none.low < 0 < none.high and none.p > 0.05
     fewer = {pair: ours[pair] for pair in ours if pair != (0, 2)}
-    assert difference(fewer, theirs, "recall").pairs == 10
-    assert difference(ours, ours, "recall") == (0.0, 0.0, 0.0, 1.0, 15)
+    assert difference(fewer, theirs, "recall", APART).pairs == 10
+    assert difference(ours, ours, "recall", APART) == (0.0, 0.0, 0.0, 1.0, 15)
     one = {pair: ours[pair] for pair in ours if pair[1] == 0}
-    assert difference(one, theirs, "recall").pairs == 5
+    assert difference(one, theirs, "recall", APART).pairs == 5
 
 
 def test_of_one_random_effect_it_is_students_test() -> None:
@@ -105,7 +106,7 @@ def test_of_one_random_effect_it_is_students_test() -> None:
     p = 2 * np.interp(-0.15 / variance**0.5, t, shares)
     half = np.interp(0.975, shares, t) * variance**0.5
     assert (p, 0.15 - half, 0.15 + half) == pytest.approx((0.3393, -0.2710, 0.5710), abs=1e-4)
-    assert difference(ours, theirs, "t2i").mean == pytest.approx(0.15)
+    assert difference(ours, theirs, "t2i", range(10)).mean == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(
@@ -142,8 +143,21 @@ def test_an_effect_of_the_seeds_order_widens_the_interval() -> None:
         (start, seed): theirs[start, seed] if seed else results(0.2, 2)[start, seed]
         for start, seed in theirs
     }
-    found = difference(ours, theirs, "t2i")
+    found = difference(ours, theirs, "t2i", APART)
     assert found.mean > 0.03 and found.low <= 0 and found.high > 2 * found.mean
+
+
+def test_queries_of_one_entity_are_no_evidence_of_their_own() -> None:
+    """Each asked ten times over, in an entity: as if it had been asked once."""
+    ours, theirs = results(0.1, 1), results(0.0, 2)
+    once = difference(ours, theirs, "t2i", APART)
+    tenfold = [
+        {pair: {"ranks": {"t2i": one["ranks"]["t2i"] * 10}} for pair, one in arm.items()}
+        for arm in (ours, theirs)
+    ]
+    assert difference(*tenfold, "t2i", [*APART] * 10) == pytest.approx(once)
+    more = difference(*tenfold, "t2i", range(2000))
+    assert more.mean == pytest.approx(once.mean) and more.high < once.high
 
 
 def test_rivals_that_a_query_lacks_are_not_counted() -> None:
@@ -205,6 +219,13 @@ def test_who_sees_every_grain_has_them_far_apart_and_who_is_blind_has_not(drawn:
     assert seen["grains"]["relative"] == pytest.approx(
         seen["grains"]["distance"]["all"] / seen["grains"]["across"]
     )
+
+
+def test_the_entities_that_are_kept_are_those_of_the_corpus(drawn: Path) -> None:
+    known = measure.Corpus.of(drawn)
+    kept = json.loads(trial.ENTITIES.read_text(encoding="utf-8"))
+    assert kept == {name: measure.entities(split) for name, split in known.splits.items()}
+    assert {name: max(kept[name]) + 1 for name in kept} == {"val": 65, "test": 122}
 
 
 # -- a trial ---------------------------------------------------------------------------------------
@@ -301,7 +322,9 @@ def test_the_figures_of_the_words_are_those_of_the_tables() -> None:
     assert len(said) > 5 and said <= known
     front = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.findall(r"[+-]0\.\d{3} \[.0\.\d{3}, .0\.\d{3}\]", front)
-    assert shown and all(interval in page.comparison_table("test") for interval in shown)
+    compared = page.comparison_table("test")
+    assert shown and all(interval in compared for interval in shown)
+    assert f"the {len(compared.splitlines()) - 2} comparisons" in front
 
 
 def test_arms_of_which_a_trial_is_missing_are_not_shown(tmp_path: Path) -> None:
