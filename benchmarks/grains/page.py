@@ -203,10 +203,12 @@ def ranked(values: Sequence[float]) -> np.ndarray:
 # -- the plot --------------------------------------------------------------------------------------
 
 COLOURS = {"control": "C0", "paper": "C3", "ours": "C2", "graded": "C1"}
-COLLAPSED = 0.7
+COLLAPSED = 0.8
 """Share of the start's R@1 within the entity: arms below are named at a plot's edge, so that the
 others can be seen."""
 DRAWN = ("grain distance", "probe of the tone")
+WIDEST = 8
+"""Points of R@1 at which an interval is cut off, of two seeds that differ."""
 
 
 def plot(split: str, path: Path, results: Path = RESULTS) -> None:
@@ -230,7 +232,8 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
     left.axvline(0, color="0.4", linewidth=1)
     left.invert_yaxis()
     left.grid(axis="x", color="0.9")
-    left.set_xlabel("points of R@1, both directions")
+    left.set_xlim(*np.clip(left.get_xlim(), -WIDEST, WIDEST))
+    left.set_xlabel(f"points of R@1, both directions; an interval ends at {WIDEST} at most")
     own = {name: mean(of, "own") for name, of in found.items()}
     gone = [name for name in own if own[name] < COLLAPSED * own["start"]]
     for axes, what in zip(right, DRAWN, strict=True):

@@ -324,7 +324,10 @@ def test_the_figures_of_the_words_are_those_of_the_tables() -> None:
     shown = re.findall(r"[+-]0\.\d{3} \[.0\.\d{3}, .0\.\d{3}\]", front)
     compared = page.comparison_table("test")
     assert shown and all(interval in compared for interval in shown)
-    assert f"the {len(compared.splitlines()) - 2} comparisons" in front
+    (row,) = (line for line in compared.splitlines() if f"{shown[0]} |" in line)
+    corrected = re.search(r"p is (0\.\d{3}) by Holm's correction for the (\d+) comp", front)
+    assert corrected and row.split(" | ")[4] == corrected[1]
+    assert len(compared.splitlines()) - 2 == int(corrected[2])
 
 
 def test_arms_of_which_a_trial_is_missing_are_not_shown(tmp_path: Path) -> None:
