@@ -27,7 +27,6 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.grains.arms import arms
-from benchmarks.grains.measure import entities
 from benchmarks.grains.trial import (
     COSTS,
     ENTITIES,
@@ -131,8 +130,12 @@ def measure(split: str, every: Sequence[Trial]) -> None:
     for n, trial in enumerate(every, 1):
         trial.measure(split)
         print(f"[{n}/{len(every)}] {trial.label}", flush=True)
+
+
+def keep_entities() -> None:
+    """Keep which queries ask for one entity: a piece of evidence, to the statistics of the page."""
     splits = corpus_of(recipe_of_start(STARTS[0])).splits
-    found = {name: entities(splits[name]) for name in splits}
+    found = {name: split.entity_numbers() for name, split in splits.items()}
     write_text(ENTITIES, json.dumps(found) + "\n")
 
 
@@ -194,6 +197,7 @@ def main() -> None:
     every = [*trials(place, asked.arms, asked.starts, asked.seeds)]
     if asked.measure:
         measure(asked.measure, every)
+        keep_entities()
         return
     if asked.costs:
         if not is_start(place, STARTS[0]):
@@ -208,6 +212,7 @@ def main() -> None:
                 print(f"  {name} ({arms()[name].described.what}): {' '.join(own)}")
     elif missing:
         work(place, missing, asked.jobs)
+        keep_entities()
 
 
 if __name__ == "__main__":

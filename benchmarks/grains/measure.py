@@ -37,13 +37,19 @@ class Split:
 
     queries: Mapping[str, list[Query]]
     parts: list[tuple[int, Grain, Query]]  # (a text query's place, the grain, the query without it)
-    minimal_pairs: Mapping[str, Sequence[str]]
+    entities: list[tuple[str, ...]]  # of each text query, the pictures of its entity
 
     @classmethod
     def of(cls, dataset: Dataset) -> Split:
         asked = {d: [*dataset.queries.select(dataset.queries.rows_of(d))] for d in DIRECTIONS}
         parts = [(i, *part) for i, query in enumerate(asked["t2i"]) for part in masked(query)]
-        return cls(asked, parts, dataset.minimal_pairs)
+        own = (dataset.minimal_pairs.get(q.id, q.positives) for q in asked["t2i"])
+        return cls(asked, parts, [*map(tuple, own)])
+
+    def entity_numbers(self) -> list[int]:
+        """Of each text query: equal where they ask for one entity."""
+        number = {entity: i for i, entity in enumerate(dict.fromkeys(self.entities))}
+        return [number[entity] for entity in self.entities]
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,6 @@ class Corpus:
             grains,
             frozenset(id for query in train for id in query.positives),
         )
-
-
-def entities(split: Split) -> list[int]:
-    """[Q], which entity each picture asked for is of: that of the same minimal pairs."""
-    own = [" ".join(sorted(split.minimal_pairs.get(q.id, (q.id,)))) for q in split.queries["t2i"]]
-    places = {pairs: place for place, pairs in enumerate(dict.fromkeys(own))}
-    return [places[pairs] for pairs in own]
 
 
 def embed(retriever: Retriever, corpus: Corpus) -> dict[str, Tensor]:
@@ -136,12 +135,8 @@ def _geometry(
     for (_, grain, _), d in zip(split.parts, apart, strict=True):
         moved[grain.type].append(d)
     pool = corpus.pools["t2i"]
-    entities: dict[str, list[int]] = defaultdict(list)
-    for query in split.queries["t2i"]:
-        own = split.minimal_pairs.get(query.id, ())
-        if len(own) > 1:
-            entities[" ".join(sorted(own))] = [pool.row(id) for id in own]
-    groups = [torch.tensor(rows_) for rows_ in entities.values()]
+    several = (entity for entity in dict.fromkeys(split.entities) if len(entity) > 1)
+    groups = [torch.tensor([pool.row(id) for id in entity]) for entity in several]
     shown = embedded["t2i"]
 
     def mean_distance(pairs: Tensor) -> float:
@@ -184,7 +179,7 @@ def _among_own(
     asked, right, wrong = [], [], []
     for i, query in enumerate(split.queries["t2i"]):
         answer = pool.row(query.positives[0])
-        own = (pool.row(id) for id in split.minimal_pairs.get(query.id, ()))
+        own = (pool.row(id) for id in split.entities[i])
         if rivals := [row for row in own if row != answer]:
             asked.append(i)
             right.append(answer)

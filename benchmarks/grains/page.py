@@ -51,10 +51,9 @@ SHOWN = {"recall": "R@1", "recall_5": "R@5", "own": "R@1 within the entity"}
 
 
 def comparisons(
-    found: Mapping[str, Results], what: str, split: str
+    found: Mapping[str, Results], what: str, entities: Sequence[int]
 ) -> dict[tuple[str, str], Difference]:
     """(arm, the arm that it is compared with) -> their difference, p corrected for them all."""
-    entities = json.loads(ENTITIES.read_text(encoding="utf-8"))[split]
     planned = [
         (name, other)
         for name in found
@@ -66,10 +65,17 @@ def comparisons(
     return {two: d._replace(p=p) for two, d, p in zip(planned, apart, raised, strict=True)}
 
 
+def entities_of(split: str, results: Path = RESULTS) -> list[int]:
+    """Which entity each query of a split asks for."""
+    found: dict[str, list[int]] = json.loads((results / ENTITIES.name).read_text("utf-8"))
+    return found[split]
+
+
 def comparison_table(split: str, results: Path = RESULTS) -> str:
     """Markdown, a row a comparison."""
     found = read(split, results)
-    apart = {what: comparisons(found, what, split) for what in SHOWN}
+    entities = entities_of(split, results)
+    apart = {what: comparisons(found, what, entities) for what in SHOWN}
     heads = ["arm", "minus", "pairs", *(h for shown in SHOWN.values() for h in (shown, "p"))]
     lines = []
     for a, b in apart["recall"]:
@@ -220,7 +226,7 @@ def plot(split: str, path: Path, results: Path = RESULTS) -> None:
     from matplotlib import pyplot
 
     found = read(split, results)
-    apart = comparisons(found, "recall", split)
+    apart = comparisons(found, "recall", entities_of(split, results))
     figure = pyplot.figure(figsize=(12, 7), layout="constrained")
     left, *right = figure.subplot_mosaic("AB;AC", width_ratios=(1.3, 1)).values()
     for y, ((name, _), one) in enumerate(apart.items()):

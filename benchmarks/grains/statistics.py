@@ -73,14 +73,8 @@ def difference(ours: Results, theirs: Results, what: str, entities: Sequence[int
     middle = float(apart.mean())
     # Of an entity what its queries add to the mean, which so stays that of the queries.
     summed = (apart - middle) @ np.eye(own.max() + 1)[own] * ((own.max() + 1) / len(own))
-    variance, degrees = variance_of_mean(middle + summed)  # [starts, seeds, entities]
-    pairs = len(starts) * len(seeds)
-    if variance == 0:
-        return Difference(middle, middle, middle, float(middle == 0), pairs)
-    values, shares = _student(degrees)
-    half = float(np.interp(0.975, shares, values)) * variance**0.5
-    p = 2 * float(np.interp(-abs(middle) / variance**0.5, values, shares))
-    return Difference(middle, middle - half, middle + half, p, pairs)
+    low, high, p = interval(middle + summed)  # [starts, seeds, entities]
+    return Difference(middle, low, high, p, len(starts) * len(seeds))
 
 
 def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
@@ -107,6 +101,17 @@ def variance_of_mean(values: np.ndarray) -> tuple[float, float]:
                 weights[more] += sign
     spread = sum((weights[axes] * squares[axes]) ** 2 / degrees[axes] for axes in every[1:])
     return total / values.size, max(total**2 / spread, 1.0) if spread else 1.0
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Low, high, p: the 95 % interval of such a table's mean, and the two-sided p of 0."""
+    middle, (variance, degrees) = float(values.mean()), variance_of_mean(values)
+    if variance == 0:
+        return middle, middle, float(middle == 0)
+    t, shares = _student(degrees)
+    half = float(np.interp(0.975, shares, t)) * variance**0.5
+    p = 2 * float(np.interp(-abs(middle) / variance**0.5, t, shares))
+    return middle - half, middle + half, p
 
 
 def _student(degrees: float) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -326,13 +326,15 @@ def _readings(name: str, task: _Task, shown: _Encoded, root: Path, result: dict[
     asked = trained and any(query.grains for query in task.queries)
     if not asked or "grain_reading" in result["figures"]:
         return
-    grains: dict[int, dict[str, str]] = {}
-    held_out: set[int] = set()
-    for queries in (load(root, split="train", tasks=[name]).queries, task.queries):
-        own = [one_of_a_type(query) for query in queries]
-        right = task.places([query.positives for query in queries])
-        held_out = {place for some in right for place in some}  # in the end the split's
-        grains |= {place: one for one, some in zip(own, right, strict=True) for place in some}
+
+    def of_answers(queries: Iterable[Query]) -> dict[int, dict[str, str]]:
+        known = [*queries]
+        right = task.places([query.positives for query in known])
+        own = map(one_of_a_type, known)
+        return {place: one for one, some in zip(own, right, strict=True) for place in some}
+
+    held_out = of_answers(task.queries)
+    grains = of_answers(load(root, split="train", tasks=[name]).queries) | held_out
     found = readings(shown.embeddings, grains, frozenset(held_out))
     result["figures"]["grain_reading"] = {kind: one._asdict() for kind, one in found.items()}
 
