@@ -5,12 +5,24 @@ whose node ids fall into share 2 of 7, so that shares 0 to 6 together run each o
 """
 
 import argparse
+import importlib.util
 import os
+import sys
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+if "benchmarks" not in sys.modules and BENCHMARKS.is_dir():
+    # By its place: the import path has no source tree.
+    spec = importlib.util.spec_from_file_location(
+        "benchmarks", BENCHMARKS / "__init__.py", submodule_search_locations=[str(BENCHMARKS)]
+    )
+    assert spec is not None
+    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
 
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, database=None, print_blob=True

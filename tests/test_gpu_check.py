@@ -1,7 +1,6 @@
 """What a GPU will be asked (`benchmarks.gpu_check`), as far as it can be asked without one."""
 
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -19,11 +18,6 @@ from elva_kernels.backends import choice, table
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("no benchmarks beside these tests", allow_module_level=True)
-if "benchmarks" not in sys.modules:  # by its place: the import path has no source tree
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", BENCHMARKS / "__init__.py", submodule_search_locations=[str(BENCHMARKS)]
-    )
-    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
 gpu_check, collect, lines, parts, prove, schedule, tools = (
     importlib.import_module(f"benchmarks.{name}")
     for name in (

@@ -1,7 +1,6 @@
 """A corpus of a few hundred emoji and a model that trains in seconds, each made once a session."""
 
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,13 +21,6 @@ from tests.elva import standin
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-if "benchmarks" not in sys.modules:  # by its place: the import path has no source tree
-    folder = Path(__file__).parents[2] / "benchmarks"
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
 kills = importlib.import_module("benchmarks.kills")
 
 

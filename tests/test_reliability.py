@@ -1,0 +1,61 @@
+"""The rows of benchmarks/reliability: what each tries, what is kept, and the README's table."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.reliability import row as rows
+from benchmarks.reliability.row import Outcome, Row, Trials, measure
+from benchmarks.reliability.rows import ROWS
+from benchmarks.reliability.table import table
+
+README = Path(__file__).parent.parent / "benchmarks" / "README.md"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_share_of_the_row_goes_right(name):
+    row = ROWS[name]
+    outcome = row.run(Trials(0, row.smoke, seed=1))  # another seed than the kept figures
+    assert outcome.tried == row.smoke
+    assert outcome.wrong == []
+
+
+def test_the_readme_has_what_is_kept():
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"<!-- reliability -->\n\n(.*?)\n\n<!-- end -->", text, re.S)
+    assert found is not None
+    assert found[1] == table(rows.KEPT)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_goal_is_tried_and_nothing_went_wrong(name):
+    found = rows.kept(name)
+    assert found is not None and found["tried"] >= ROWS[name].amount
+    assert found["failed"] == len(found["wrong"]) == 0
+
+
+def odd(trials):
+    outcome = Outcome()
+    for number in trials.numbers:
+        outcome.tried += 1
+        outcome.counts["odd" if number % 2 else "even"] += 1
+        outcome.measured("largest", number)
+        if number == 7:
+            outcome.wrong.append(f"{number} of seed {trials.seed}")
+    return outcome
+
+
+TRIED = Row("numbers", "none is 7", "numbers", amount=20, smoke=2, chunk=4, run=odd)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.thorough)])
+def test_a_run_that_was_ended_goes_on(tmp_path, monkeypatch, processes):
+    monkeypatch.syspath_prepend(str(README.parents[1]))  # for the processes
+    measure("row", TRIED, 6, 3, directory=tmp_path)
+    found = measure("row", TRIED, 20, 3, processes=processes, directory=tmp_path)
+    assert (found["tried"], found["failed"], found["wrong"]) == (20, 1, ["7 of seed 3"])
+    assert found["counts"] == {"even": 10, "odd": 10} and found["most"] == {"largest": 19}
+    assert [part["tried"] for part in found["parts"]] == [6, 14]
+    again = measure("row", TRIED, 20, 4, directory=tmp_path)  # of another seed, nothing is kept
+    assert again["wrong"] == ["7 of seed 4"] and len(again["parts"]) == 1
