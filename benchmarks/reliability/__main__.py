@@ -50,6 +50,9 @@ def main() -> None:
     failed = []
     for name in given.rows or ROWS:
         row = ROWS[name]
+        if missing := row.missing():
+            print(f"{name}: not tried: {missing}", file=sys.stderr)
+            continue
         amount = row.smoke if given.smoke else given.amount or row.amount
         with tempfile.TemporaryDirectory(prefix="elva-smoke-") as scratch:
             place = Path(scratch) if given.smoke else KEPT

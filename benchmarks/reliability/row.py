@@ -73,6 +73,7 @@ class Row(NamedTuple):
     chunk: trials after which the file is written, and where a run that was ended goes on.
     run: does trials.
     said: the table's cell, made of what was kept; "" adds nothing to the counts.
+    missing: what this machine lacks for it, in words; "" for nothing.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Row(NamedTuple):
     chunk: int
     run: Callable[[Trials], Outcome]
     said: Callable[[Mapping[str, Any]], str] = lambda kept: ""
+    missing: Callable[[], str] = lambda: ""
 
 
 def kept(name: str, directory: Path = KEPT) -> dict[str, Any] | None:

@@ -13,7 +13,8 @@ from benchmarks.reliability.rows import ROWS
 def cell(name: str, found: Mapping[str, Any]) -> str:
     """What came of a row: how many trials, how many wrong, and what the row adds."""
     row = ROWS[name]
-    said = f"{found['tried']:,} {row.unit}, {found['failed']:,} wrong"
+    of = f" of {row.amount:,}" * (found["tried"] < row.amount)  # it goes on
+    said = f"{found['tried']:,}{of} {row.unit}, {found['failed']:,} wrong"
     more = row.said(found)
     return f"{said}; {more}" if more else said
 

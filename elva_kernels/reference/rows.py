@@ -10,11 +10,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def unit(rows: Tensor) -> Tensor:
-    """`rows` over their norms; a zero row stays zero and gets gradient 0."""
+    """`rows` over their norms; a zero row stays zero and gets 0 times the gradient that reaches it:
+    NaN, as the others, in a group that is not finite."""
     rows, _ = scaled(rows)
     square = (rows * rows).sum(-1, keepdim=True)
     zero = square == 0
-    return torch.where(zero, 0.0, rows / torch.where(zero, 1.0, square).sqrt())
+    units = rows / torch.where(zero, 1.0, square).sqrt()
+    return torch.where(zero, 0.0 * rows + 0.0, units)
 
 
 def scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
