@@ -2,8 +2,9 @@
 
 Such a session is a process of its own: the CUDA kernels' bodies on fibers, or Triton interpreted.
 A test is named by its function and by the values of its parameters, never by a part of its id. By
-default each test runs as often as each value of each of its parameters needs, of the dtypes one but
-in the tests of an op's numbers; with --thorough it runs in every case.
+default those of an op's numbers and a backend's own run as often as each value of each of their
+parameters needs, the rest of the contract in two cases of each test, far apart; with --thorough all
+run in every case.
 """
 
 import json
@@ -28,6 +29,7 @@ ROOT = HERE.parent.parent
 ASKED = "ELVA_TEST_SESSION"  # the key in SESSIONS
 PART = "ELVA_TEST_PART"  # I/N: every Nth of the chosen tests from the Ith, 0 <= I < N
 REPORT = "ELVA_TEST_REPORT"  # the file that the session writes
+AT_MOST = 2  # cases of a test; ours: every value of each took two minutes of a core a session
 
 
 class Clause(NamedTuple):
@@ -77,29 +79,24 @@ def test_of(item: pytest.Item) -> str:
 def every_value_once(items: list[pytest.Item]) -> list[pytest.Item]:
     """Few cases of each test, among them every value of each of its parameters.
 
-    Of `dtype` only where it is a backend's own and for the `NUMBERS`: of the rest of the contract
-    each test takes one, and not all the same.
+    Of the contract but for its `NUMBERS` `AT_MOST` cases, those with most values, from another one
+    on in each test.
     """
     tests, taken = defaultdict(list), set()
     for item in items:
         tests[test_of(item)].append(item)
     for test, of_test in tests.items():
         turn = zlib.crc32(test.encode()) % len(of_test)
-        one_dtype = "backend" in parameters(of_test[0]) and test not in NUMBERS
+        whole = "backend" not in parameters(of_test[0]) or test in NUMBERS
         values = {
-            item: {
-                (name, str(value))
-                for name, value in parameters(item).items()
-                if not (one_dtype and name == "dtype")
-            }
-            or {None}
+            item: {(name, str(value)) for name, value in parameters(item).items()} or {None}
             for item in of_test[turn:] + of_test[:turn]
         }
-        left = set().union(*values.values())
-        while left:
-            best = max(values, key=lambda item: len(values[item] & left))
-            taken.add(best)
-            left -= values[best]
+        left, found = set().union(*values.values()), []
+        while left and (whole or len(found) < AT_MOST):
+            found.append(max(values, key=lambda item: len(values[item] & left)))
+            left -= values[found[-1]]
+        taken.update(found)
     return [item for item in items if item in taken]
 
 
