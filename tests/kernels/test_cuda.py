@@ -45,7 +45,7 @@ def build(folder, *flags):
         pytest.skip("kernels run on the host by g++ and from csrc, and one is missing")
     module = folder / f"cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [HERE, ROOT / "csrc", sysconfig.get_path("include"), pybind11.get_include()]
-    command = [compiler, "-std=c++17", "-O1", "-g", "-fPIC", "-ffp-contract=off", "-w", *flags]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-w", *flags]
     command += ["-DELVA_CUDA_ARCHS", *(f"-I{x}" for x in includes)]
     sources = [HERE / "cuda_module.cpp", HERE / "cuda_host.cpp", ROOT / "csrc/bindings_cuda.cpp"]
     sources += [*(ROOT / "csrc/cuda").glob("*.cpp"), *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
@@ -95,7 +95,7 @@ def on_fibers(config):
 def sanitized(config, *options):
     """Of the kernels' bodies, on blocks of exactly the memory that they ask for."""
     # What the sanitizers look for takes the compiler many times as long where it optimises.
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g")
     module = build(home(config, "cuda_host_sanitized"), *flags)
     runtimes = [
         processes.run(["g++", f"-print-file-name={name}"], check=True).stdout.strip()

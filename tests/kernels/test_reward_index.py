@@ -303,7 +303,9 @@ def test_gradcheck(backend, weights):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.thorough)], ids=str
+)
 def test_opcheck(backend, dtype):
     query, positive, bank, index = indexed((3,), 5, 8, 6, dtype)
     reward = reference.compute_dtype(dtype)
