@@ -12,7 +12,7 @@ import torch
 from elva_kernels.backends.cuda import launch, products
 from elva_kernels.backends.table import BACKENDS
 
-# Names of environment variables: the module that `test_cuda.build` makes; Triton's own.
+# Names of environment variables: the module of `fibers`; Triton's own.
 CUDA_HOST, INTERPRET = "ELVA_TEST_CUDA_HOST", "TRITON_INTERPRET"
 INTERPRETED = os.environ.get(INTERPRET) == "1"
 ON_FIBERS = CUDA_HOST in os.environ

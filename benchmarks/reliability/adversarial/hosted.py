@@ -17,7 +17,7 @@ from collections import Counter
 import torch
 
 from benchmarks.reliability.adversarial.trials import trials
-from benchmarks.reliability.child import ROOT, spoken
+from benchmarks.reliability.child import spoken
 from benchmarks.reliability.row import Outcome, Trials
 
 DTYPES = {
@@ -34,10 +34,9 @@ def elsewhere(wanted: Trials, *, backend: str) -> Outcome:
     if backend == "triton":
         environment["TRITON_INTERPRET"] = "1"
     elif "ELVA_TEST_CUDA_HOST" not in os.environ:
-        from tests.kernels.test_cuda import build
+        from tests.kernels import fibers
 
-        (folder := ROOT / "build" / "cuda_host").mkdir(parents=True, exist_ok=True)
-        environment["ELVA_TEST_CUDA_HOST"] = str(build(folder))
+        environment["ELVA_TEST_CUDA_HOST"] = str(fibers.module())
     found = json.loads(spoken(__name__, backend, *map(str, wanted), environment=environment))
     return Outcome(**found | {"counts": Counter(found["counts"])})
 
