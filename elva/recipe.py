@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from elva.errors import UserError
 from elva.settings import (
     Count,
     Name,
@@ -26,9 +23,6 @@ from elva.settings import (
     Whole,
     at_least,
     between,
-    build,
-    read_yaml,
-    shown,
 )
 from elva.trainer_arguments import TrainerArguments
 
@@ -388,23 +382,3 @@ class Recipe:
                     yield f"{kind}.{name}", "have lm, ret, infonce, pathwise or policy over 0"
                 for field_name, rule in stage.contradictions():
                     yield f"{kind}.{name}.{field_name}", rule
-
-
-def chosen(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
-    """The named stages of a recipe, all of them for None; UserError for one that it has not."""
-    if unknown := [name for name in stages or () if name not in recipe.stages]:
-        raise UserError(
-            f"train: stages must be among {', '.join(recipe.stages)}, got {shown(unknown[0])}"
-        )
-    return list(recipe.stages if stages is None else stages)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved recipe as plain data, as it is written to a run directory."""
-    plain: dict[str, Any] = dataclasses.asdict(config)
-    return plain
-
-
-def read_recipe(file: Path) -> Recipe:
-    """The recipe that a run directory holds, as `to_dict` gave it."""
-    return typing.cast(Recipe, build(Recipe, *read_yaml(file)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from elva.model.note import base_of
 from elva.model.pictures import AHEAD_MB, KEPT_MB
 from elva.model.rollout import LOGITS_AT_ONCE
 from elva.model.vision import FEATURES_KEPT_MB
-from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
+from elva.recipe import ModelConfig, Recipe, StageConfig
 
 if TYPE_CHECKING:
     from elva.training.measure import Measured
@@ -305,7 +305,7 @@ def describe(
     known = [stage["hours"] for stage in stages.values()]
     counted = all(isinstance(one, float) for one in known)
     hours = round(sum(known), 4) if counted else "not known of every stage"
-    return {"recipe": to_dict(recipe), "parameters": parameters, "plan": stages, "hours": hours}
+    return {"recipe": asdict(recipe), "parameters": parameters, "plan": stages, "hours": hours}
 
 
 def _described(

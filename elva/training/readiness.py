@@ -23,7 +23,8 @@ from elva.model.family import DAMAGED, has_head, read_inputs, takes_pictures
 from elva.model.inputs import RET
 from elva.model.note import base_of, reading_of, stands_on
 from elva.model.reading import Reading, asked_for
-from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
+from elva.recipe import ModelConfig, Recipe, StageConfig
+from elva.recipes import chosen
 from elva.run import Run, evaluated, source_of
 from elva.training.callbacks import missing_tracker
 from elva.training.estimate import at_hand, disk_bytes, memory_bytes
