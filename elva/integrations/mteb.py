@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import elva_kernels
-from elva.data import Item, Query, mbeir
+from elva.data import Item, Query
 from elva.data.formats.mteb import DATASETS
+from elva.data.instructions import read_instructions
 from elva.data.schema import TASKS, modalities, normalise
 from elva.errors import DataError, UserError
 from elva.model.encoder import Encoder
@@ -83,7 +84,7 @@ class ElvaEncoder(AbsEncoder):
         self.searcher = Searcher(model, **options)
         self.model = self.searcher.encoder
         self.prompts_dict = dict(prompts or {}) or None
-        self.instructions = {} if instructions is None else mbeir.read_instructions(
+        self.instructions = {} if instructions is None else read_instructions(
             Path(instructions)
         )  # fmt: skip
         self.mteb_model_meta = _meta(self.model)

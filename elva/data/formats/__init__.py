@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elva.data import mbeir
 from elva.data.formats import (
     beir,
     choices,
@@ -21,6 +20,7 @@ from elva.data.formats import (
 )
 from elva.data.formats.source import Request, Source
 from elva.data.formats.writer import check_output, convert
+from elva.data.layout import SPLITS
 from elva.data.strict import Faults
 from elva.errors import DataError
 from elva.progress import SILENT, Reporter
@@ -80,8 +80,8 @@ def convert_file(
     """
     if format not in KNOWN:
         raise DataError(f"format must be one of {', '.join(KNOWN)}, got {format!r}")
-    if split not in mbeir.SPLITS:
-        raise DataError(f"split must be one of {', '.join(mbeir.SPLITS)}, got {split!r}")
+    if split not in SPLITS:
+        raise DataError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     if images is not None:

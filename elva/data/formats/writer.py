@@ -14,7 +14,9 @@ from typing import IO, Any
 from elva.data import extras, mbeir, strict
 from elva.data.formats.places import Places, copy
 from elva.data.formats.source import Entry, Example, Reference, Source
-from elva.data.schema import TASKS, Item, hashed_id, normalise
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
+from elva.data.schema import TASKS, Item, hashed_id, modalities, normalise
 from elva.data.strict import Faults, dump
 from elva.errors import DataError
 from elva.files import check_directory, write_directory
@@ -186,8 +188,8 @@ class _Writer:
         prompts = {kinds: [prompt] for kinds, prompt in source.prompts.items()}
         sets, tasks = {}, dict.fromkeys((task for _, task in self.queries), 0)
         for (subset, task), asked in self.queries.items():
-            stem = mbeir.file_stem("_".join(filter(None, (source.name, subset))), task)
-            kinds = mbeir.modalities(task)
+            stem = file_stem("_".join(filter(None, (source.name, subset))), task)
+            kinds = modalities(task)
             prompts[kinds] = [source.prompts.get(kinds, source.instruction)]
             copy(self._pool_file(subset, kinds[1]), self._pool_file(stem))
             mbeir.write_queries(self.root, stem, self.split, list(self._rows(asked)))
@@ -195,7 +197,7 @@ class _Writer:
             tasks[task] += len(asked)
         for part in self.pools:
             self._pool_file(*part).unlink()
-        mbeir.write_instructions(self.root, source.name, source.number, prompts)
+        write_instructions(self.root, source.name, source.number, prompts)
         if self.restricted:
             extras.write_extras(self.root, {}, {}, self.restricted)
         return {
@@ -331,7 +333,7 @@ class _Writer:
             )
 
     def _notices(self) -> list[str]:
-        shown = {(subset, mbeir.modalities(task)[1]) for subset, task in self.queries}
+        shown = {(subset, modalities(task)[1]) for subset, task in self.queries}
         found = [
             f"candidates of kind {modality} are in no pool: no query asks for them"
             for _, modality in (part for part in self.pools if part not in shown)
@@ -381,7 +383,7 @@ def _only(where: str, modalities: Sequence[str]) -> str:
 
 def _task(where: str, query: str, candidate: str) -> str:
     for task in TASKS:
-        if mbeir.modalities(task) == (query, candidate):
+        if modalities(task) == (query, candidate):
             return task
     raise DataError(f"{where}: {query} to {candidate} is no task of M-BEIR")
 
