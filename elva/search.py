@@ -114,7 +114,7 @@ class Searcher:
         lay = model or about.get("model")
         if lay is None:
             raise UserError(
-                f"search: {index.directory} does not say which model made it; pass --model"
+                f"index: {index.directory} does not say which model made it; pass --model"
             )
         length, read = about.get("max_completion_length"), about.get("read", "at_ret")
         return cls(lay, stage=stage, max_completion_length=length, read=read)

@@ -1,6 +1,7 @@
 """`elva index sync`."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +48,8 @@ def sync(
         from elva.commands import sync_index as syncing
         from elva.data.strict import Faults
         from elva.index import Index
-        from elva.model.encoder import Encoder, open_encoder
+        from elva.model.encoder import Encoder
+        from elva.search import Searcher
 
         root = syncing.folder_of(index) if folder is None else folder
         if dry_run:
@@ -68,16 +70,13 @@ def sync(
                 as_json,
             )
             return
-        options = syncing.opens(index, model)
-        opened: list[Encoder] = [] if model is None else [open_encoder(**options)]
-        if opened:
-            Index(index, verify=False).check_model(opened[0].identity)
 
+        @cache
         def encoder() -> Encoder:
-            if not opened:
-                opened.append(open_encoder(**options))
-            return opened[0]
+            return Searcher.of(Index(index, verify=False), model).encoder
 
+        if model is not None:
+            Index(index, verify=False).check_model(encoder().identity)
         with progress(as_json) as bars:
 
             def once() -> None:

@@ -8,7 +8,6 @@ build goes on where it was when it is called again.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def _embed(
     reporter.start("embed", total, "pictures")
     for part in parts.missing:
         files = found.pictures[part * rows : (part + 1) * rows]
-        good, out = folder.embedded(encoder, files, faults, _offset(reporter, before))
+        good, out = folder.embedded(encoder, files, faults, reporter, before)
         before += len(files)
         reporter.advance(before)
         if len(faults.found) > known:
@@ -159,7 +158,3 @@ def _embed(
     if not any(one.rows for one in parts.opened):
         name = printable(str(parts.about["folder"]))
         raise DataError(f"{name}: must hold a picture that can be read, got none")
-
-
-def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
-    return lambda more: reporter.advance(done + more)
