@@ -125,24 +125,22 @@ def _wire(
         "preprocess": False,
     }  # fmt: skip
     asking: dict[str, Any] = {
-        "fn": _told(_ask(desk), 3), "inputs": [visit, words, image, where],
+        "fn": _told(_ask(desk)), "inputs": [visit, words, image, where],
         "outputs": [visit, grains, found], **shared,
     }  # fmt: skip
     words.submit(**asking)
     search.click(**asking)
     where.input(**asking)
-    grains.input(
-        _told(_flip(desk), 1), [visit, grains], [found], trigger_mode="always_last", **shared
+    grains.input(_told(_flip(desk)), [visit, grains], [found], trigger_mode="always_last", **shared)
+    files.upload(_told(_drop(desk)), [visit, files], [visit, files, where, kept], **shared).success(
+        **asking
     )
-    files.upload(
-        _told(_drop(desk), 4), [visit, files], [visit, files, where, kept], **shared
-    ).success(**asking)
     tried.click(lambda sample: str(sample[0]), tried, words, api_visibility="private").success(
         **asking
     )
 
 
-def _told(call: Callable[..., Any], outputs: int) -> Callable[..., Any]:
+def _told(call: Callable[..., Any]) -> Callable[..., Any]:
     """The same, of which a visitor is told what they can mend; words of theirs are no HTML."""
 
     @wraps(call)

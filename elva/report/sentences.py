@@ -128,12 +128,12 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
         last = run.title(list(run.recipe.stages)[-1])
         found.append(
             f"A control starts where {last} starts and is evaluated the same way: {last} is worth "
-            f"what it adds to its controls, not to the stage before. {_lengths(run, rows)}"
+            f"what it adds to its controls, not to the stage before. {_lengths(rows)}"
         )
     return found
 
 
-def _lengths(run: Run, rows: Sequence[Row]) -> str:
+def _lengths(rows: Sequence[Row]) -> str:
     """Steps of the last stage and of its controls."""
     last = row_with(rows, "last")
     arms = [row for row in (last, *(r for r in rows if r.role == "control")) if row is not None]
