@@ -36,17 +36,17 @@ Schedule = Literal[
 
 COLDEST = 1e-6  # elva_kernels' least temperature
 
-Temperature = Annotated[float, at_least(COLDEST)]
-RankTemperature = Annotated[
+_Temperature = Annotated[float, at_least(COLDEST)]
+_RankTemperature = Annotated[
     float,
     Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
 ]
-TRACKERS = ("tensorboard", "wandb", "trackio")
+_TRACKERS = ("tensorboard", "wandb", "trackio")
 Trackers = Annotated[
     str,
     Rule(
-        f"be none, or some of {', '.join(TRACKERS)} with commas between",
-        lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS),
+        f"be none, or some of {', '.join(_TRACKERS)} with commas between",
+        lambda text: text == "none" or set(text.split(",")) <= set(_TRACKERS),
     ),
 ]
 Seed = Annotated[int, between(0, 2**63 - 1)]
@@ -147,7 +147,7 @@ class RewardConfig:
     rank_penalty: Weight = 0.01
     w_margin: Weight = 0.4
     w_rank: Weight = 0.6
-    rank_temperature: RankTemperature = 0.0
+    rank_temperature: _RankTemperature = 0.0
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,9 @@ class StageConfig:
     early_stopping_patience: Count | None = None  # evaluations without a better one
     lora: LoraSettings = LoraSettings()
     # contrastive
-    infonce_temperature: Temperature = 0.05
+    infonce_temperature: _Temperature = 0.05
     learn_infonce_temperature: bool = False  # from there on, as CLIP does
-    final_infonce_temperature: Temperature | None = None  # reached geometrically at the last step
+    final_infonce_temperature: _Temperature | None = None  # reached geometrically at the last step
     symmetric: bool = False  # half of the loss from candidates to queries; the paper's is one-way
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
@@ -232,7 +232,7 @@ class StageConfig:
     max_score: Number = 0.99  # a candidate more similar than this is not mined (sec. 3.4)
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
-    final_rank_temperature: Temperature | None = None  # of the reward, reached likewise
+    final_rank_temperature: _Temperature | None = None  # of the reward, reached likewise
     relevance: Literal["none", "start", "grains"] = "none"
     """What a negative's relevance in the reward is: none (the paper's), its similarity to the right
     answer under the model that the stage starts from, or the share of grains that both have."""

@@ -22,7 +22,7 @@ from elva.model.encoder import Encoder, unfamiliar
 from elva.model.modalities import must_read
 from elva.progress import SILENT, Reporter
 
-PART_PICTURES = 1024
+_PART_PICTURES = 1024
 """Ours: what a kill can cost."""
 
 BAD = "skipped.txt"
@@ -55,7 +55,7 @@ def build(
     overwrite: bool = False,
     codes: bool = True,
     skip_bad: int = 0,
-    part_pictures: int = PART_PICTURES,
+    part_pictures: int = _PART_PICTURES,
     reporter: Reporter = SILENT,
 ) -> tuple[Index, dict[str, Any]]:
     """Make an index of a folder's pictures; ids and names are their paths under it.

@@ -25,10 +25,10 @@ from elva.progress import SILENT, Reporter
 BATCH = 1024
 """Pictures of one change. Ours: what a kill can cost."""
 
-LOOK_MS = 500
+_LOOK_MS = 500
 """Ours: how long a watched folder is waited for before one looks at the keyboard."""
 
-MANY_SEGMENTS = 64
+_MANY_SEGMENTS = 64
 """Ours: from here on compacting is worth a word."""
 
 
@@ -293,7 +293,7 @@ def _added(
 
 
 def _advice(index: Index) -> list[str]:
-    if len(index.segments) < MANY_SEGMENTS:
+    if len(index.segments) < _MANY_SEGMENTS:
         return []
     return [
         f"{index.directory} has {len(index.segments)} segments; elva index compact makes them one"
@@ -339,7 +339,7 @@ def follow(
             raise UserError(
                 "index: --watch must have watchfiles, got none; pip install 'elva[watch]'"
             ) from None
-        changes = watch(root, yield_on_timeout=True, rust_timeout=LOOK_MS)
+        changes = watch(root, yield_on_timeout=True, rust_timeout=_LOOK_MS)
     begun = False
     for found in changes:  # it watches before the first sync, so that none is missed meanwhile
         if begun and not found:

@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
 
-MIRROR = re.compile(r"mbeir_([a-z0-9]+)_task(\d)$")
+_MIRROR = re.compile(r"mbeir_([a-z0-9]+)_task(\d)$")
 """The end of the path of one of mteb's mirrors of M-BEIR's sets."""
 
 PAIRS = 4096
@@ -134,7 +134,7 @@ class ElvaEncoder(AbsEncoder):
             return ""
         own = {task_metadata.name, task_metadata.type, PromptType.query.value}
         if not own & {*(self.prompts_dict or {})}:
-            mirror = MIRROR.search(str(task_metadata.dataset["path"]))
+            mirror = _MIRROR.search(str(task_metadata.dataset["path"]))
             if mirror and mirror[1] in DATASETS and task_metadata.category in TASKS:
                 key = (DATASETS.index(mirror[1]), *modalities(task_metadata.category))
                 if key in self.instructions:

@@ -16,7 +16,7 @@ from elva.report.sections import Key, Panel, Section
 from elva.report.table import Cells, number
 from elva.run import Run
 
-OVERLAID = {"loss": "loss", "reward": "reward", "rank_1": "positive first in its list"}
+_OVERLAID = {"loss": "loss", "reward": "reward", "rank_1": "positive first in its list"}
 """Values of metrics.jsonl that are drawn, and their headings."""
 
 
@@ -108,7 +108,7 @@ def curves(runs: Sequence[Compared]) -> Section:
     stages = dict.fromkeys(name for one in runs for name in one.run.recipe.stages)
     logged = [(one.series, one.run.metrics()) for one in runs]
     for stage in stages:
-        for key, heading in OVERLAID.items():
+        for key, heading in _OVERLAID.items():
             lines = {
                 series: [line.get(key) for line in every if line["stage"] == stage]
                 for series, every in logged

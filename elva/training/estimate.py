@@ -28,7 +28,7 @@ _SAMPLED = (
     3 * _FP32 + 8
 )  # bytes an id of a distribution that is drawn from: logits, p, sums in fp64
 
-NOT_COUNTED = "epochs over data that is not here"
+_NOT_COUNTED = "epochs over data that is not here"
 _TOWER_KEPT = 18
 """Times its width a layer of a vision tower keeps of a patch: what enters and leaves two norms,
 queries and keys before and after they are turned, values, what attention read, and four times two
@@ -298,8 +298,8 @@ def describe(
     }
     for name in names:
         if stages[name]["steps"] is None:
-            stages[name]["steps"] = NOT_COUNTED
-            stages[name]["hours"] = f"not known: {NOT_COUNTED}"
+            stages[name]["steps"] = _NOT_COUNTED
+            stages[name]["hours"] = f"not known: {_NOT_COUNTED}"
     sizes = sizes_of(recipe.model)
     parameters = None if sizes is None else sizes.parameters
     known = [stage["hours"] for stage in stages.values()]

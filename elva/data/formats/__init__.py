@@ -46,7 +46,7 @@ UNSEEN: dict[str, Callable[[Request], Source]] = {
 
 KNOWN = {**FORMATS, **UNSEEN}
 
-WITH_IMAGES = ("ccneg", "circo", "flickr30k", "mmeb", "mmeb-test", "sugarcrepe", "tevatron")
+_WITH_IMAGES = ("ccneg", "circo", "flickr30k", "mmeb", "mmeb-test", "sugarcrepe", "tevatron")
 """Formats whose pictures may lie in a folder of their own."""
 
 
@@ -105,8 +105,8 @@ def convert_file(
 
 
 def _check_images(format: str, images: Path) -> None:
-    if format not in WITH_IMAGES:
-        raise DataError(f"images is for {', '.join(WITH_IMAGES)}, got it for {format}")
+    if format not in _WITH_IMAGES:
+        raise DataError(f"images is for {', '.join(_WITH_IMAGES)}, got it for {format}")
     if not images.is_dir():
         raise DataError(f"{images}: no such folder")
 

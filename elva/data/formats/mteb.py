@@ -25,7 +25,7 @@ DATASETS = (
 SISTERS = {"oven": "infoseek", "infoseek": "oven"}
 """Their judgements name answers of both, while each corpus holds its own."""
 
-ITEM = ("id", "modality", "text", "image")
+_ITEM = ("id", "modality", "text", "image")
 
 
 def read(request: Request) -> Source:
@@ -62,7 +62,7 @@ def _prompts(path: Path, number: int) -> dict[tuple[str, str], str]:
 def _items(request: Request, *names: str) -> Iterator[Entry]:
     seen: set[str] = set()
     for file in table_files(request.path, *names):
-        for record in rows(file, ITEM, request.faults):
+        for record in rows(file, _ITEM, request.faults):
             with request.faults.row():
                 id = record.name("id")
                 if id in seen:

@@ -21,13 +21,13 @@ from elva.data.strict import Faults, dump
 from elva.errors import DataError
 from elva.files import check_directory, write_directory
 
-MAX_QUERIES, MAX_CANDIDATES = 499_999, 9_999_999
+_MAX_QUERIES, MAX_CANDIDATES = 499_999, 9_999_999
 """M-BEIR's ids a dataset."""
 
 MAX_ANSWERS = 50_000_000
 """Ours: of all rows that ask the same, written out for each of them; 0.6 GB of ids."""
 
-OWN_BYTES, ID_BYTES = 512, 20
+_OWN_BYTES, _ID_BYTES = 512, 20
 """Of a line, at most: names, ids and a path of ours; one answer."""
 
 MODALITIES = ("text", "image", "image,text")
@@ -151,8 +151,8 @@ class _Writer:
         found = [self._modality(one) for one in (*positives, *negatives, *candidates)]
         shown = [modality for part, modality in self.pools if part == subset]
         task = _task(where, asked.modality, _only(where, found or shown))
-        if self.count >= MAX_QUERIES:
-            raise DataError(f"{where}: more than {MAX_QUERIES:,} queries; split the source")
+        if self.count >= _MAX_QUERIES:
+            raise DataError(f"{where}: more than {_MAX_QUERIES:,} queries; split the source")
         number = self._own_number(query, self.count)
         group = f"{subset} {task} ".encode() + self._asks(query, asked)
         right, wrong, among = (
@@ -313,7 +313,7 @@ class _Writer:
         for one in queries:
             right = dict.fromkeys(one.positives) | self.groups[one.group]
             wrong = dict.fromkeys(n for n in one.negatives if n not in right)
-            if one.size + ID_BYTES * (len(right) + len(wrong)) > strict.MAX_LINE_BYTES:
+            if one.size + _ID_BYTES * (len(right) + len(wrong)) > strict.MAX_LINE_BYTES:
                 raise DataError(f"{one.where}: more answers than a line holds")
             yield {
                 **one.fields,
@@ -364,7 +364,7 @@ def _size(entry: Entry) -> int:
     """Bytes that an entry's line takes at most."""
     try:
         line = dump({"text": entry.text, "src_content": _extra(entry)})
-        size = len(line.encode()) + OWN_BYTES
+        size = len(line.encode()) + _OWN_BYTES
     except (ValueError, RecursionError) as error:
         reason = "holds a lone surrogate" if isinstance(error, UnicodeError) else str(error)
         raise DataError(f"{entry.where}: no line of JSON: {reason}") from error
