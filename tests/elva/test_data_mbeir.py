@@ -12,6 +12,7 @@ from PIL import Image
 
 from elva.data import extras, load, mbeir, schema, strict
 from elva.data import table as pool_file
+from elva.data.instructions import write_instructions
 from elva.errors import DataError
 
 PROMPTS = {
@@ -59,7 +60,7 @@ def corpus(tmp_path):
     pool = [candidate(), candidate(did="9:2"), candidate(did="9:3")]
     mbeir.write_pool(tmp_path, "toy_task0", pool)
     mbeir.write_pool(tmp_path, "toy_task7_test", pool)
-    mbeir.write_instructions(tmp_path, "toy", 9, PROMPTS)
+    write_instructions(tmp_path, "toy", 9, PROMPTS)
     mbeir.write_queries(
         tmp_path,
         "toy_task0",

@@ -19,6 +19,7 @@ import torch
 import elva_kernels
 from elva_kernels.backends import boundary
 from elva_kernels.backends.cpu import reward as cpu
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.reference import Weights
 from tests.kernels import processes
 
@@ -64,7 +65,7 @@ def inputs(groups=24, n=20, dim=512, dtype=torch.float32):
 
 def results(tensors, rank_temperature=0.0):
     weights = Weights(**WEIGHTS, rank_temperature=rank_temperature)
-    return cpu.ranking_reward_and_grad(*tensors, *(None,) * 4, weights, (True,) * 3)
+    return cpu.ranking_reward_and_grad(Groups(*tensors), None, weights, (True,) * 3)
 
 
 def equal(left, right):
@@ -141,11 +142,12 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
     program = """
         import multiprocessing, threading, torch
         from elva_kernels.backends.cpu import reward as cpu
+        from elva_kernels.backends.launcher import Groups
         from elva_kernels.reference import Weights
         weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(24, 512), torch.randn(24, 512), torch.randn(24, 20, 512))
-        call = lambda: cpu.ranking_reward_and_grad(*tensors, *(None,) * 4, weights, (True,) * 3)
+        call = lambda: cpu.ranking_reward_and_grad(Groups(*tensors), None, weights, (True,) * 3)
         right = call()
         done = threading.Event()
         def busy():
@@ -235,18 +237,19 @@ def test_the_interpreter_exits_while_the_pool_works(times):
     program = """
         import threading, time, torch
         from elva_kernels.backends.cpu import reward as cpu
+        from elva_kernels.backends.launcher import Groups
         from elva_kernels.reference import Weights
         weights = Weights(margin=0.1, rank_penalty=0.01, w_margin=0.4, w_rank=0.6)
         torch.set_num_threads(3)
         tensors = (torch.randn(64, 2048), torch.randn(64, 2048), torch.randn(64, 100, 2048))
         # Results made beforehand: torch's own allocation aborts a process that ends inside it.
-        values = cpu._empty_values(tensors[0], tensors[2])
+        values = cpu._empty_values(Groups(*tensors))
         gradients = {id(x): cpu.empty_gradient(x) for x in tensors}
         cpu._empty_values = lambda *_: values
         cpu.empty_gradient = lambda x: gradients[id(x)]
         def busy():
             while True:
-                cpu.ranking_reward_and_grad(*tensors, *(None,) * 4, weights, (True,) * 3)
+                cpu.ranking_reward_and_grad(Groups(*tensors), None, weights, (True,) * 3)
         threading.Thread(target=busy, daemon=True).start()
         time.sleep(0.2)
         print("leaving")

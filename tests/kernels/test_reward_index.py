@@ -15,6 +15,7 @@ from elva_kernels import (
     reference,
 )
 from elva_kernels.backends import choice
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.backends.segments import occurrences
 from elva_kernels.backends.table import LAUNCHERS
 from tests import tolerances
@@ -210,8 +211,8 @@ def test_a_row_that_does_not_exist_is_not_finite(backend, dtype):
     index[1, 2] = -2
     weights = reference.Weights(**OPEN_HINGE)
     launch = LAUNCHERS["ranking_reward_and_grad"][backend]
-    inputs = (query, positive, bank, None, index, None, None, weights, (True, True, True))
-    reward, _, _, _, scores, *gradients = launch(*inputs)
+    groups = Groups(query, positive, bank, index=index)
+    reward, _, _, _, scores, *gradients = launch(groups, None, weights, (True, True, True))
     assert reward.isnan().tolist() == [False, True, False]
     assert scores[1].isnan().nonzero().flatten().tolist() == [3]
     assert gradients[0].isnan().all(-1).tolist() == [False, True, False]
