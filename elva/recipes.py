@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -263,8 +262,8 @@ def resolve(
 
 def _merge(base: Any, changes: Mapping[str, Any], whole: bool = True) -> dict[str, Any]:
     """`whole`: shares of tasks are replaced, not added to those that there are."""
-    merged: dict[str, Any] = {str(k): v for k, v in (
-        asdict(base) if dataclasses.is_dataclass(base) else base).items()}  # fmt: skip
+    known = base if isinstance(base, Mapping) else asdict(base)
+    merged: dict[str, Any] = {str(key): value for key, value in known.items()}
     for key, value in changes.items():
         old = merged.get(str(key))
         nest = isinstance(value, Mapping) and isinstance(old, Mapping)

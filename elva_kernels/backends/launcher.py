@@ -69,7 +69,7 @@ class Groups(NamedTuple):
     positive: Tensor  # [*, D]
     negatives: Tensor  # [*, N, D]; with an index a bank [M, D]
     mask: Tensor | None = None  # bool [*, N]
-    index: Tensor | None = None  # int64 [*, N]
+    negative_index: Tensor | None = None  # int64 [*, N]
     relevance: Tensor | None = None  # [*, N]
 
     @property
@@ -78,7 +78,11 @@ class Groups(NamedTuple):
 
     @property
     def n(self) -> int:
-        return self.negatives.shape[-2] if self.index is None else self.index.shape[-1]
+        return (
+            self.negatives.shape[-2]
+            if self.negative_index is None
+            else self.negative_index.shape[-1]
+        )
 
     @property
     def dim(self) -> int:
@@ -87,12 +91,12 @@ class Groups(NamedTuple):
     @property
     def sizes(self) -> tuple[tuple[int, ...], int, int, int]:
         """The leading shape, N, D, and the rows of a bank or 0: as the compiled module is told."""
-        rows = 0 if self.index is None else len(self.negatives)
+        rows = 0 if self.negative_index is None else len(self.negatives)
         return tuple(self.leading), self.n, self.dim, rows
 
     def in_groups(self, wrt: Wanted) -> Wanted:
         """Those in `wrt` but a bank's, which is no sum over one group: it is made of `saved`."""
-        return wrt[0], wrt[1], wrt[2] and self.index is None
+        return wrt[0], wrt[1], wrt[2] and self.negative_index is None
 
     def empty_saved(self, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         shape = saved_shape((*self.leading, self.n + 1))

@@ -16,8 +16,9 @@ _CODED_ELEMENTS = 2**23  # at once; ours
 
 
 def ranking_reward(groups: Groups, weights: Weights) -> Tensors:
-    *rows, mask, index, relevance = groups
-    return detached(reference.ranking_reward(*rows, mask, weights, index, relevance))
+    query, positive, negatives, mask, index, relevance = groups
+    inputs = (query, positive, negatives, mask)
+    return detached(reference.ranking_reward(*inputs, weights, index, relevance))
 
 
 def ranking_reward_saved(groups: Groups, weights: Weights) -> Tensors:
@@ -41,9 +42,9 @@ def ranking_reward_and_grad(
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    *rows, mask, index, relevance = groups
+    query, positive, negatives, mask, index, relevance = groups
     result, *gradients = reference.ranking_reward_and_grad(
-        *rows, mask, upstream, weights, index, wrt, relevance
+        query, positive, negatives, mask, upstream, weights, index, wrt, relevance
     )
     found = (None if x is None else x.contiguous() for x in gradients)
     return *detached(result), *found

@@ -72,7 +72,7 @@ def merged(op: str, groups: Groups) -> Groups:
     index = _within(op, index, negatives.shape[-2])
     if negatives.dim() > 2:
         negatives, index = _joined(negatives, index)
-    return groups._replace(negatives=negatives, mask=None, index=index)
+    return groups._replace(negatives=negatives, mask=None, negative_index=index)
 
 
 def _joined(banks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

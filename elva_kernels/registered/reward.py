@@ -44,7 +44,7 @@ def _launcher(op: str, backend: str, like: Tensor) -> Launcher:
 def _checked(op: str, groups: Groups) -> Groups:
     """What the values of index and relevance must hold; index and mask as one."""
     groups = merged(op, groups)
-    index = groups.index
+    index = groups.negative_index
     check_relevance(op, groups.relevance, groups.mask if index is None else index != -1)
     return groups
 
@@ -55,7 +55,7 @@ def _ranking_reward(*arguments: Any) -> Tensors:
     launch = _launcher("ranking_reward", backend, groups.query)
     groups = _checked("ranking_reward", groups)
     leading = leading_of(groups)
-    if groups.index is None:
+    if groups.negative_index is None:
         groups = groups._replace(negatives=expanded(groups.negatives, leading, 2))
     return launch(groups_of(leading, groups), Weights(*weights))
 

@@ -211,7 +211,7 @@ def test_a_row_that_does_not_exist_is_not_finite(backend, dtype):
     index[1, 2] = -2
     weights = reference.Weights(**OPEN_HINGE)
     launch = LAUNCHERS["ranking_reward_and_grad"][backend]
-    groups = Groups(query, positive, bank, index=index)
+    groups = Groups(query, positive, bank, negative_index=index)
     reward, _, _, _, scores, *gradients = launch(groups, None, weights, (True, True, True))
     assert reward.isnan().tolist() == [False, True, False]
     assert scores[1].isnan().nonzero().flatten().tolist() == [3]

@@ -91,20 +91,20 @@ def _of_bank(inputs: Groups) -> Groups:
     index[:, n // 2] = -1
     index[0, 1] = index[1, 2]
     index[-1, 0] = -2
-    return inputs._replace(negatives=bank, mask=None, index=index)
+    return inputs._replace(negatives=bank, mask=None, negative_index=index)
 
 
 def _graded(inputs: Groups) -> Groups:
     """With a relevance, NaN where it is not looked at; one in the first group is none. All
     are small but that of the least score, which leaves hinges open."""
-    rows = inputs.negatives if inputs.index is None else inputs.index.unsqueeze(2)
+    rows = inputs.negatives if inputs.negative_index is None else inputs.negative_index.unsqueeze(2)
     groups, n = rows.shape[:2]
     order = torch.randperm(groups * n, generator=torch.Generator().manual_seed(4))
     relevance = torch.linspace(0, 0.3, groups * n, dtype=torch.float64)[order].view(groups, n)
     relevance[:, n // 3] = 1
     live = torch.ones(groups, n, dtype=torch.bool) if inputs.mask is None else inputs.mask
-    if inputs.index is not None:
-        live = inputs.index != -1
+    if inputs.negative_index is not None:
+        live = inputs.negative_index != -1
     relevance[~live] = torch.nan
     relevance[0, live[0].nonzero()[0]] = 1.5
     return inputs._replace(relevance=relevance)
@@ -149,7 +149,7 @@ def _case(
     """None for `copies`: one, and negatives that are not dense."""
     query, positive, negatives = rows = [x.to(dtype) for x in inputs[:3]]
     exact = [x.double() for x in rows]
-    mask, index, relevance = inputs.mask, inputs.index, inputs.relevance
+    mask, index, relevance = inputs.mask, inputs.negative_index, inputs.relevance
     values = reference.compute_dtype(dtype)
     upstream = torch.linspace(-1.5, 1, len(query)).to(values)
     relevance = None if relevance is None else relevance.to(values)
@@ -271,7 +271,7 @@ def _check_gradients(found: Iterable[Tensor | None], case: _Case, wrt: Wanted) -
                 raise Wrong(f"{name} is missing" if wanted else f"{name} is not wanted")
             continue
         truth, scale = case.gradients[i], case.norms[i].nan_to_num()
-        if i == 2 and case.inputs.index is not None:  # a sum over all copies
+        if i == 2 and case.inputs.negative_index is not None:  # a sum over all copies
             truth, scale = truth * case.copies, scale / case.copies
         else:
             actual = _once(name, actual)

@@ -40,12 +40,12 @@ def ranking_reward_and_grad(
     wrt: Wanted,
 ) -> Gradients:
     """Values and gradients in one pass over memory; a bank's gradient takes a second one."""
-    in_groups = groups.in_groups(wrt)
-    if in_groups == wrt:
+    index = groups.negative_index
+    if index is None or not wrt[2]:
         return _forward(groups, upstream, weights, None, wrt)
     saved = groups.empty_saved()
-    *results, _ = _forward(groups, upstream, weights, saved, in_groups)
-    return *results, _bank_gradient(groups, saved, upstream)
+    *results, _ = _forward(groups, upstream, weights, saved, groups.in_groups(wrt))
+    return *results, _bank_gradient(groups, index, saved, upstream)
 
 
 def ranking_reward_backward(
@@ -56,22 +56,22 @@ def ranking_reward_backward(
     wrt: Wanted,
 ) -> Gradients:
     """Gradients from what was saved; reads the inputs again."""
-    in_groups = groups.in_groups(wrt)
-    gradients = _empty_gradients(groups, in_groups)
+    index = groups.negative_index
+    gradients = _empty_gradients(groups, groups.in_groups(wrt))
     if any(x is not None for x in gradients):
         module().reward_backward(
             DTYPE_CODES[groups.query.dtype],
             torch.get_num_threads(),
             *groups.sizes,
             *map(operand, groups[:3]),
-            operand(groups.index),
+            operand(groups.negative_index),
             operand(grad_reward),
             saved.data_ptr(),
             *(pointer(x) for x in gradients),
         )
-    if in_groups == wrt:
+    if index is None or not wrt[2]:
         return gradients
-    return *gradients[:2], _bank_gradient(groups, saved, grad_reward)
+    return *gradients[:2], _bank_gradient(groups, index, saved, grad_reward)
 
 
 def reward_from_scores(
@@ -133,7 +133,7 @@ def _forward(
         *groups.sizes,
         *map(operand, groups[:4]),
         pointer(groups.relevance),
-        operand(groups.index),
+        operand(groups.negative_index),
         operand(upstream),
         weights,
         *[x.data_ptr() for x in values],
@@ -143,10 +143,10 @@ def _forward(
     return *values, *gradients
 
 
-def _bank_gradient(groups: Groups, saved: Tensor, upstream: Tensor | None) -> Tensor:
+def _bank_gradient(groups: Groups, index: Tensor, saved: Tensor, upstream: Tensor | None) -> Tensor:
     """The gradient [M, D] of a bank whose rows the index names."""
     gradient = empty_gradient(groups.negatives)
-    order, first = occurrences(groups.index, len(gradient))
+    order, first = occurrences(index, len(gradient))
     module().bank_gradient(
         DTYPE_CODES[groups.query.dtype],
         torch.get_num_threads(),

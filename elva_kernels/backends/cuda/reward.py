@@ -55,7 +55,7 @@ def ranking_reward_backward(
             launch.place(groups.query),
             *groups.sizes,
             *map(operand, groups[:3]),
-            operand(groups.index),
+            operand(groups.negative_index),
             operand(grad_reward),
             saved.data_ptr(),
             *(pointer(x) for x in gradients),
@@ -67,10 +67,11 @@ def _with_bank(
     gradients: Gradients, groups: Groups, saved: Tensor, upstream: Tensor | None, wrt: Wanted
 ) -> Gradients:
     """With the gradient of sum(upstream * reward) on a bank, from what a forward saved."""
-    if groups.in_groups(wrt) == wrt:
+    index = groups.negative_index
+    if index is None or not wrt[2]:
         return gradients
     query, _, bank, *_ = groups
-    order, first = occurrences(groups.index, len(bank))
+    order, first = occurrences(index, len(bank))
     gradient = torch.empty_like(bank, memory_format=torch.contiguous_format)
     launch.call(
         _OP,
@@ -112,7 +113,7 @@ def _forward(
         *rest,
         *map(operand, groups[:4]),
         pointer(groups.relevance),
-        operand(groups.index),
+        operand(groups.negative_index),
         operand(upstream),
         weights,
         *(x.data_ptr() for x in values),

@@ -134,7 +134,7 @@ def reward_from_scores_backward(
 
 
 def _bank_rows(groups: Groups) -> int | None:
-    return None if groups.index is None else len(groups.negatives)
+    return None if groups.negative_index is None else len(groups.negatives)
 
 
 def _are_wide(groups: Groups) -> bool:
@@ -144,10 +144,10 @@ def _are_wide(groups: Groups) -> bool:
 
 def _operands(groups: Groups) -> tuple[Tensor | None, ...]:
     """As the kernels take them: a bank is every group's, and its index says what is masked."""
-    if groups.index is None:
+    if groups.negative_index is None:
         return groups[:4]
     bank = groups.negatives.expand(*groups.leading, *groups.negatives.shape)
-    return groups.query, groups.positive, bank, groups.index
+    return groups.query, groups.positive, bank, groups.negative_index
 
 
 def _blocks(groups: Groups, *, soft: bool = False) -> launch.Blocks:
@@ -208,9 +208,10 @@ def _with_bank(
     """With a bank's [M, D], the sum over the groups that name a row; by what `saved` holds."""
     from elva_kernels.backends.triton.kernels.bank import bank_gradient_kernel
 
-    if groups.in_groups(wrt) == wrt:
+    index = groups.negative_index
+    if index is None or not wrt[2]:
         return gradients
-    query, _, bank, _, index, _ = groups
+    query, _, bank, *_ = groups
     rows, dim = bank.shape
     gradient = launch.empty(bank.shape, bank.dtype, bank.device)
     if rows == 0:
