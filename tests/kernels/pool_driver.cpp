@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "elva.h"
 
 namespace {
 
@@ -25,6 +26,8 @@ void one_loop(std::mt19937* random) {
   const bool nested = (*random)() % 8 == 0, full = (*random)() % 8 == 0;
   std::vector<int64_t> times(static_cast<size_t>(items));
   int64_t factor = 3;  // written before the loop, read by its threads, written again behind it
+  ElvaBlock block = {};
+  if (elva_acquire_block(items + 1, &block) != ELVA_OK) abort();
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) times[static_cast<size_t>(i)] += factor;
     if (nested) elva::parallel_for(end - begin, 1, 2, [](int64_t, int64_t) {});
@@ -32,6 +35,8 @@ void one_loop(std::mt19937* random) {
   };
   const ElvaStatus status = elva::for_pieces(items, grain, threads, body);
   factor = 0;
+  static_cast<char*>(block.data)[items] = 1;
+  elva_release_block(&block);
   for (int64_t found : times) {
     if (found != 3) abort();
   }
@@ -49,7 +54,7 @@ void in_a_child(const Work& work) {
   const pid_t child = fork();
   if (child < 0) abort();
   if (child == 0) {
-    alarm(30);  // a child that waits for a thread which it does not have would do so for ever
+    alarm(60);  // a child that waits for a thread which it does not have would do so for ever
     work();
     _exit(0);
   }

@@ -3,7 +3,6 @@
 import importlib.util
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,26 +19,11 @@ import elva_kernels
 from elva_kernels.backends import boundary
 from elva_kernels.backends.cpu import reward as cpu
 from elva_kernels.reference import Weights
-from tests.kernels import processes
+from tests.kernels import compiled, processes
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
-ARM_LEVELS = {"plain": 0, "neon": 1, "neondot": 2}
-LEVELS = {"plain": 0, "avx2": 3, "avx512": 4, "avx512bf16": 5, "amx": 6}
-AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-LEVEL_FLAGS = {
-    "plain": "",
-    "neon": "",
-    "neondot": "-march=armv8.2-a+dotprod",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": AVX512,
-    "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
-    "amx": f"{AVX512} -mavx512bf16 -mavx512vnni",
-}
-if platform.machine().lower() in ("aarch64", "arm64"):
-    LEVELS = ARM_LEVELS
-elif platform.machine().lower() not in ("x86_64", "amd64"):
-    LEVELS = {"plain": 0}
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 THREAD = "-fsanitize=thread"
 
@@ -352,33 +336,13 @@ def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
     assert int(done.stdout) < 0.01 * 64 * 102 * 1536 * 4
 
 
-def compile_driver(folder, flags, whole, other):
-    """tests/kernels/cpu_driver.cpp and csrc/cpu with `flags`: the program's path.
-
-    `other` are more flags of the levels that are not among the `whole` ones.
-    """
-    compiler = shutil.which("g++")
-    if compiler is None:
+def compile_driver(folder, flags, whole=compiled.LEVELS, other=""):
+    """tests/kernels/cpu_driver.cpp and csrc/cpu with `flags`: the program's path."""
+    if shutil.which("g++") is None:
         pytest.skip("the sanitizers are tested with g++, which is not installed")
     if not (ROOT / "csrc").is_dir():
         pytest.skip("no csrc beside these tests")
-    flags = f"-std=c++17 -g -pthread -ffp-contract=off -w {flags} -I{ROOT}/csrc".split()
-    sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
-    sources.append(("", ROOT / "tests/kernels/cpu_driver.cpp"))
-    # The driver links all levels and runs what this CPU has. The whole ones first: of an inline
-    # function the linker takes the first one that it sees.
-    for level in sorted(LEVELS, key=lambda level: level not in whole):
-        extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
-        extra += "" if level in whole else f" {other}"
-        sources += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]
-    objects, commands = [], []
-    for i, (extra, source) in enumerate(sources):
-        objects.append(str(folder / f"{i}.o"))
-        commands.append([compiler, *flags, *extra.split(), "-c", str(source), "-o", objects[-1]])
-    processes.compile_all(commands)
-    program = folder / "driver"
-    processes.compile_one([compiler, *flags, *objects, "-o", str(program)])
-    return program
+    return compiled.program(folder, HERE / "cpu_driver.cpp", flags, whole=whole, other=other)
 
 
 def sanitize(flags, whole, other, run, callers):
@@ -420,7 +384,7 @@ def test_no_thread_races_at_the_best_level(beside): ...
 @pytest.mark.parametrize("sanitizer", [ADDRESS_UNDEFINED, THREAD], ids=["undefined", "thread"])
 def test_sanitizers_are_silent_at_every_level(sanitizer):
     levels = boundary.describe()["levels"]
-    sanitize(f"{sanitizer} -O1", whole=LEVELS, other="", run=levels, callers=3)
+    sanitize(f"{sanitizer} -O1", whole=compiled.LEVELS, other="", run=levels, callers=3)
 
 
 def build(tmp_path, **environment):

@@ -99,7 +99,9 @@ def _make_recipes(root: Path) -> None:
     for name in ("smoke", "elva-2b"):
         whole = yaml.safe_dump(to_dict(RECIPES[name]), sort_keys=False)
         (root / f"{name}.yaml").write_text(whole)
-    (root / "words.txt").write_text("seed=1\nstages.2.tasks.t2i=0.3\nmodel.scratch.layers=3\ntrainer={}")
+    (root / "words.txt").write_text(
+        "seed=1\nstages.2.tasks.t2i=0.3\nmodel.scratch.layers=3\ntrainer={}"
+    )
 
 
 def _read_recipes(root: Path, changed: Path) -> object:

@@ -1,0 +1,61 @@
+"""csrc/cpu and a main of one's own as a program, of the C API alone: no Python, no torch."""
+
+import platform
+from pathlib import Path
+
+from tests.kernels import processes
+
+ROOT = Path(__file__).resolve().parents[2]
+ARM_LEVELS = {"plain": 0, "neon": 1, "neondot": 2}
+LEVELS = {"plain": 0, "avx2": 3, "avx512": 4, "avx512bf16": 5, "amx": 6}
+AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+LEVEL_FLAGS = {
+    "plain": "",
+    "neon": "",
+    "neondot": "-march=armv8.2-a+dotprod",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+    "amx": f"{AVX512} -mavx512bf16 -mavx512vnni",
+}
+if platform.machine().lower() in ("aarch64", "arm64"):
+    LEVELS = ARM_LEVELS
+elif platform.machine().lower() not in ("x86_64", "amd64"):
+    LEVELS = {"plain": 0}
+FLAGS = f"-std=c++17 -g1 -pthread -ffp-contract=off -w -I{ROOT}/csrc"
+
+
+def program(folder, main, flags, *, compiler="g++", link="", whole=LEVELS, other="", parts=None):
+    """The program's path.
+
+    Args:
+        flags: of every file and of the program.
+        link: more of the program alone.
+        other: more of the levels that are not among the `whole` ones.
+        parts: names of files of csrc/cpu without their ending; all of them, at every level, for
+            None.
+    """
+    command = [compiler, *FLAGS.split(), *flags.split()]
+    objects, commands = [], []
+    for i, (extra, source) in enumerate(sources(main, whole, other, parts)):
+        objects.append(str(folder / f"{i}.o"))
+        commands.append([*command, *extra.split(), "-c", str(source), "-o", objects[-1]])
+    processes.compile_all(commands)
+    made = folder / Path(main).stem
+    processes.compile_one([*command, *objects, *link.split(), "-o", str(made)])
+    return made
+
+
+def sources(main, whole, other, parts):
+    """(flags, file) of what a program is made of."""
+    if parts is not None:
+        return [("", main), *(("", ROOT / f"csrc/cpu/{name}.cpp") for name in parts)]
+    found = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
+    found.append(("", main))
+    # It links all levels and runs what this CPU has. The whole ones first: of an inline function
+    # the linker takes the first one that it sees.
+    for level in sorted(LEVELS, key=lambda level: level not in whole):
+        extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
+        extra += "" if level in whole else f" {other}"
+        found += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]
+    return found
