@@ -191,6 +191,18 @@ def test_a_child_forked_before_the_first_call_waits_for_no_thread(imported):
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no csrc beside these tests")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_no_child_waits_for_what_a_thread_of_its_parent_has_begun(tmp_path):
+    """A static of a function is made by one thread while others wait. A child that was forked
+    meanwhile has no such thread: it waited for ever for the parent's first call of all."""
+    driver = HERE / "pool_driver.cpp"
+    program = compiled.program(tmp_path, driver, "-O1", parts=("parallel", "kept_memory"))
+    for seed in range(6):
+        done = processes.run([program, str(seed), "4"], timeout=300)
+        assert (done.returncode, done.stdout) == (0, "each once\n"), done.stderr[:2000]
+
+
 @needs_native
 def test_a_data_loader_worker_computes_the_parents_bits(threads):
     if "fork" not in multiprocessing.get_all_start_methods():
