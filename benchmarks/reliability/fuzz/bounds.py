@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import resource
 import signal
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from elva.errors import MAX_MESSAGE, UserError, printable
 
@@ -75,3 +77,12 @@ def check_line(said: str) -> None:
     """An error is one line of bounded length, and plain text wherever it is shown."""
     assert said == printable(said), f"an error holds hidden characters: {said!r}"
     assert 0 < len(said) <= MAX_MESSAGE + 3, f"an error of {len(said):,} characters"
+
+
+def report(where: str, error: BaseException) -> str:
+    """A line on what a reader should not have raised; a person's Ctrl-C goes on its way."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(last.filename).name}:{last.lineno}"
+    return f"{where}: {type(error).__name__} {str(error)[:300]!r} at {place}"
