@@ -1,6 +1,7 @@
-"""csrc/cpu and a main of one's own as a program, of the C API alone: no Python, no torch."""
+"""csrc/cpu with flags of one's own: as a program of the C API alone, or as the compiled module."""
 
 import platform
+import sysconfig
 from pathlib import Path
 
 from tests.kernels import processes
@@ -36,17 +37,33 @@ def program(folder, main, flags, *, compiler="g++", link="", whole=LEVELS, other
             None.
     """
     command = [compiler, *FLAGS.split(), *flags.split()]
-    objects, commands = [], []
-    for i, (extra, source) in enumerate(sources(main, whole, other, parts)):
-        objects.append(str(folder / f"{i}.o"))
-        commands.append([*command, *extra.split(), "-c", str(source), "-o", objects[-1]])
-    processes.compile_all(commands)
-    made = folder / Path(main).stem
-    processes.compile_one([*command, *objects, *link.split(), "-o", str(made)])
-    return made
+    return built(folder / main.stem, command, sources(main, whole, other, parts), link.split())
 
 
-def sources(main, whole, other, parts):
+def module(folder, flags, *, whole=LEVELS, other=""):
+    """elva_kernels._C, of the CPU alone: its path. Arguments as of a program."""
+    import pybind11
+
+    command = ["g++", *FLAGS.split(), "-fPIC", '-DELVA_CUDA_LACKS=""', *flags.split()]
+    includes = [f"-I{x}" for x in (sysconfig.get_path("include"), pybind11.get_include())]
+    found = sources(ROOT / "csrc/bindings.cpp", whole, other)
+    return built(folder / "_C.so", [*command, *includes], found, ["-shared"])
+
+
+def built(target, command, sources, link):
+    """The target's path, of (flags, file) of its sources."""
+    objects = [str(target.parent / f"{i}.o") for i in range(len(sources))]
+    processes.compile_all(
+        [*command, *extra.split(), "-c", str(source), "-o", made]
+        for (extra, source), made in zip(sources, objects, strict=True)
+    )
+    processes.compile_one([*command, *objects, *link, "-o", str(target)])
+    for made in objects:
+        Path(made).unlink()
+    return target
+
+
+def sources(main, whole, other, parts=None):
     """(flags, file) of what a program is made of."""
     if parts is not None:
         return [("", main), *(("", ROOT / f"csrc/cpu/{name}.cpp") for name in parts)]

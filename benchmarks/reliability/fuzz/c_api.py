@@ -21,6 +21,7 @@ from tests.kernels import compiled
 MAIN = Path(__file__).parent / "c_api.cpp"
 COMPILER = "clang++-19"
 FLAGS = "-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -O1"
+OTHER = "-fno-sanitize=undefined"  # as in the row of the suites
 LINK = "-fsanitize=fuzzer"
 CHUNK = 20_000
 MOST_SECONDS = 7_200
@@ -30,8 +31,10 @@ OPTIONS = ("-len_control=0", "-max_len=4096", "-timeout=60", "-rss_limit_mb=4096
 @cache
 def program() -> Path:
     folder = kept(
-        "c-api", f"{COMPILER} {FLAGS} {LINK}", MAIN, Path(compiled.__file__),
-        make=lambda folder: compiled.program(folder, MAIN, FLAGS, compiler=COMPILER, link=LINK),
+        "c-api", f"{COMPILER} {FLAGS} {OTHER} {LINK}", MAIN, Path(compiled.__file__),
+        make=lambda folder: compiled.program(
+            folder, MAIN, FLAGS, compiler=COMPILER, link=LINK, whole=["plain"], other=OTHER
+        ),
     )  # fmt: skip
     return folder / MAIN.stem
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.reliability.fuzz.bounds import came_of
+from benchmarks.reliability.fuzz.bounds import came_of, report
 from benchmarks.reliability.fuzz.mutate import mutated
 from benchmarks.reliability.fuzz.readers import READERS, Reader
 from benchmarks.reliability.row import Outcome, Row, Trials
@@ -94,7 +94,7 @@ ROWS = {
         unit="files",
         amount=100_000,
         smoke=60,
-        chunk=1_000,
+        chunk=250,
         run=trials,
         said=said,
     ),

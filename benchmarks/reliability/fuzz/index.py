@@ -133,7 +133,7 @@ ROWS = {
         unit="files",
         amount=100_000,
         smoke=40,
-        chunk=1_000,
+        chunk=250,
         run=trials,
         said=lambda kept: f"{kept['counts'].get('refused', 0):,} refused in a line",
     ),
