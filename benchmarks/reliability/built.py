@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def kept(name: str, how: str, *mains: Path, make: Callable[[Path], object]) -> Path:
-    """The folder that `make` has filled from csrc and `mains`.
+    """The folder that `make` has filled from csrc, but for CUDA's, and `mains`.
 
     Args:
         name: of the folder, before its digest; earlier folders of that name are removed.
@@ -23,7 +23,7 @@ def kept(name: str, how: str, *mains: Path, make: Callable[[Path], object]) -> P
     """
     digest = hashlib.sha256(how.encode())
     for path in (*sorted((ROOT / "csrc").rglob("*")), *mains):
-        if path.is_file():
+        if path.is_file() and path.parent.name != "cuda":
             digest.update(f"\n{path} {path.stat().st_size}\n".encode() + path.read_bytes())
     home = cache_directory() / "reliability"
     folder = home / f"{name}-{digest.hexdigest()[:16]}"
