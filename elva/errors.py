@@ -8,15 +8,20 @@ MAX_MESSAGE = 600
 
 
 class UserError(ValueError):
-    """Bad input or a state that the user can change, in one line.
+    """Bad input or a state that the user can change, in one line of plain text, whatever a file
+    that it quotes holds.
 
     Args:
         message: Shortened in its middle: it begins with the place and ends with what to do.
     """
 
     def __init__(self, message: object = "") -> None:
-        text, half = str(message), MAX_MESSAGE // 2
-        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:half]}...{text[-half:]}")
+        super().__init__(_shortened(printable(_shortened(str(message)))))
+
+
+def _shortened(text: str) -> str:
+    half = MAX_MESSAGE // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]}...{text[-half:]}"
 
 
 class DataError(UserError):

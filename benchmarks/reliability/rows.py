@@ -1,9 +1,11 @@
 """The table's rows: a name -> what it tries. A new row is one line, and a module that tries it."""
 
-from benchmarks.reliability import adversarial, repeats
+from benchmarks.reliability import adversarial, fuzz, repeats, sanitizers
 from benchmarks.reliability.row import Row
 
 ROWS: dict[str, Row] = {
     **adversarial.ROWS,
     **repeats.ROWS,
+    **sanitizers.ROWS,
+    **fuzz.ROWS,
 }

@@ -11,7 +11,7 @@ import typer
 
 import elva_kernels
 from elva.cli.console import one_line_errors
-from elva.errors import DataError, IndexFault, RunError, UserError
+from elva.errors import MAX_MESSAGE, DataError, IndexFault, PictureFault, RunError, UserError
 from tests.elva.people import call, draw
 
 
@@ -39,6 +39,16 @@ def test_errors_are_of_one_family(kind, capsys):
     with pytest.raises(typer.Exit) as ended, one_line_errors():
         raise kind("a: must be b; do c")
     assert ended.value.exit_code == 2 and capsys.readouterr().err == "elva: a: must be b; do c\n"
+
+
+@pytest.mark.parametrize("kind", [UserError, DataError, RunError, IndexFault, PictureFault])
+def test_an_error_is_plain_text_whatever_a_file_holds(kind):
+    """Not only where `elva` prints it: also in a log, a page, a list of what was left out."""
+    said = str(kind("a.csv:2: cell '\x1b[2J\n\u202e\ud800\x9b\0' is no id; mend it"))
+    assert said == r"a.csv:2: cell '\x1b[2J\n\u202e\ud800\x9b\x00' is no id; mend it"
+    long = str(kind("a" + "\x1b" * 10**7 + "z"))
+    assert len(long) == MAX_MESSAGE + 3 and long.isprintable()
+    assert str(kind(kind(said))) == said
 
 
 @pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])

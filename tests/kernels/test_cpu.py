@@ -3,7 +3,6 @@
 import importlib.util
 import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -21,26 +20,11 @@ from elva_kernels.backends import boundary
 from elva_kernels.backends.cpu import reward as cpu
 from elva_kernels.backends.launcher import Groups
 from elva_kernels.reference import Weights
-from tests.kernels import processes
+from tests.kernels import compiled, processes
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
-ARM_LEVELS = {"plain": 0, "neon": 1, "neondot": 2}
-LEVELS = {"plain": 0, "avx2": 3, "avx512": 4, "avx512bf16": 5, "amx": 6}
-AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-LEVEL_FLAGS = {
-    "plain": "",
-    "neon": "",
-    "neondot": "-march=armv8.2-a+dotprod",
-    "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": AVX512,
-    "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
-    "amx": f"{AVX512} -mavx512bf16 -mavx512vnni",
-}
-if platform.machine().lower() in ("aarch64", "arm64"):
-    LEVELS = ARM_LEVELS
-elif platform.machine().lower() not in ("x86_64", "amd64"):
-    LEVELS = {"plain": 0}
 ADDRESS_UNDEFINED = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 THREAD = "-fsanitize=thread"
 
@@ -209,6 +193,18 @@ def test_a_child_forked_before_the_first_call_waits_for_no_thread(imported):
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
+@pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no csrc beside these tests")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_no_child_waits_for_what_a_thread_of_its_parent_has_begun(tmp_path):
+    """A static of a function is made by one thread while others wait. A child that was forked
+    meanwhile has no such thread: it waited for ever for the parent's first call of all."""
+    driver = HERE / "pool_driver.cpp"
+    program = compiled.program(tmp_path, driver, "-O1", parts=("parallel", "kept_memory"))
+    for seed in range(6):
+        done = processes.run([program, str(seed), "4"], timeout=300)
+        assert (done.returncode, done.stdout) == (0, "each once\n"), done.stderr[:2000]
+
+
 @needs_native
 def test_a_data_loader_worker_computes_the_parents_bits(threads):
     if "fork" not in multiprocessing.get_all_start_methods():
@@ -356,33 +352,13 @@ def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
 
 
 def compile_driver(folder, flags, levels, whole, other):
-    """tests/kernels/cpu_driver.cpp and csrc/cpu of these levels with `flags`: the program's path.
-
-    `other` are more flags of the levels that are not among the `whole` ones.
-    """
-    compiler = shutil.which("g++")
-    if compiler is None:
+    """tests/kernels/cpu_driver.cpp and csrc/cpu with `flags`: the program's path."""
+    if shutil.which("g++") is None:
         pytest.skip("the sanitizers are tested with g++, which is not installed")
     if not (ROOT / "csrc").is_dir():
         pytest.skip("no csrc beside these tests")
-    listed = " ".join(f'X({n}, "{level}")' for level, n in LEVELS.items() if level in levels)
-    flags = f"-std=c++17 -g -pthread -ffp-contract=off -w {flags} -I{ROOT}/csrc".split()
-    flags.append(f"-DELVA_EACH_LEVEL(X)={listed}")
-    sources = [("", x) for x in ROOT.glob("csrc/cpu/*.cpp") if "_simd" not in x.stem]
-    sources.append(("", ROOT / "tests/kernels/cpu_driver.cpp"))
-    # The whole ones first: of an inline function the linker takes the first one that it sees.
-    for level in sorted(levels, key=lambda level: level not in whole):
-        extra = f"-DELVA_LEVEL={LEVELS[level]} {LEVEL_FLAGS[level]}"
-        extra += "" if level in whole else f" {other}"
-        sources += [(extra, x) for x in ROOT.glob("csrc/cpu/*_simd.cpp")]
-    objects, commands = [], []
-    for i, (extra, source) in enumerate(sources):
-        objects.append(str(folder / f"{i}.o"))
-        commands.append([compiler, *flags, *extra.split(), "-c", str(source), "-o", objects[-1]])
-    processes.compile_all(commands)
-    program = folder / "driver"
-    processes.compile_one([compiler, *flags, *objects, "-o", str(program)])
-    return program
+    driver = HERE / "cpu_driver.cpp"
+    return compiled.program(folder, driver, flags, levels=levels, whole=whole, other=other)
 
 
 def sanitize(flags, whole, other, run, callers):
