@@ -1,6 +1,5 @@
 """`elva data`: what is in a data directory, and how other formats become one."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from elva.cli.console import AsJson, check_sheet, choose, err, named_path, one_line_errors, out, say
+from elva.cli.console import (
+    AsJson,
+    check_sheet,
+    choose,
+    err,
+    named_path,
+    one_line_errors,
+    out,
+    print_json,
+    say,
+)
 from elva.errors import UserError, counted
 
 PROVED = 1000
@@ -179,7 +188,7 @@ def check(
                 }
         found |= {"card": card}
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
         else:
             out.print(_table(found["sets"]))
             say(found, _lines(found, decode), as_json)
@@ -280,7 +289,7 @@ def stats(
 
         found = inspection.stats(data, split=split, tasks=task)
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
         else:
             out.print(_table(found))
             say(found, [line for row in found.values() for line in row["notices"]], as_json)

@@ -1,6 +1,5 @@
 """`elva embed`."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from elva.cli.console import (
     err,
     one_line_errors,
     out,
+    print_json,
     quiet_libraries,
     say,
 )
@@ -121,4 +121,4 @@ def embed(
                 shard_rows=shard_size, skip_bad=skip_bad, reporter=bars,
             )  # fmt: skip
         if as_json and first:
-            print(json.dumps({str(one.directory): one.items for one in done}))
+            print_json({str(one.directory): one.items for one in done})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from elva.cli.console import (
     choose,
     err,
     out,
+    print_json,
     quiet_libraries,
     say,
     together,
@@ -150,7 +150,7 @@ def _beside_paper(files: list[Path], as_json: bool) -> None:
 
     rows = beside_paper(files)
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
     else:
         out.print(paper_table(rows, [str(path) for path in files]))
 
@@ -169,7 +169,7 @@ def _evaluate_embeddings(
     with Bars(err if as_json else out) as bars:
         result = evaluate_embeddings(embeddings, data, where, **which, reporter=bars)
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
         return
     for shown in tables(result):
         out.print(shown)
@@ -196,6 +196,6 @@ def _evaluate_run(
     if not processes.first:
         return
     if as_json:
-        print(json.dumps(figures(opened)))
+        print_json(figures(opened))
     else:
         out.print(table(opened))
