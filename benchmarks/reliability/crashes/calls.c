@@ -19,14 +19,18 @@
 static char under[PATH_MAX];
 static long calls, nth;
 static int number;  // of the error; 0 kills
+static const char* refused = "";
 
 // Arm for the calls under a directory, or disarm for "". `error` 0: the n-th kills.
 void elva_calls_at(const char* directory, long n, int error) {
-  calls = 0, nth = n, number = error;
+  calls = 0, nth = n, number = error, refused = "";
   snprintf(under, sizeof under, "%s", directory);
 }
 
 long elva_calls(void) { return calls; }
+
+// The name of the call that failed; "" before.
+const char* elva_refused(void) { return refused; }
 
 static int due(const char* path) {
   return *under && !strncmp(path, under, strlen(under)) && ++calls == nth;
@@ -43,7 +47,8 @@ static int due_at(int directory, const char* path) {
   return due(full);
 }
 
-static int refuse(void) {
+static int refuse(const char* name) {
+  refused = name;
   if (!number) kill(getpid(), SIGKILL);
   errno = number;
   return -1;
@@ -51,12 +56,12 @@ static int refuse(void) {
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 #define REFUSED(condition) \
-  if (*under && (condition)) return refuse()
+  if (*under && (condition)) return refuse(__func__)
 
 ssize_t write(int fd, const void* from, size_t n) {
   if (*under && due_at(fd, NULL)) {
     if (n > 1) REAL(write)(fd, from, n / 2);
-    return refuse();
+    return refuse("write");
   }
   return REAL(write)(fd, from, n);
 }

@@ -57,10 +57,16 @@ def count() -> int:
     return int(_preloaded().elva_calls())
 
 
+def refused() -> str:
+    """The name of the call that failed; "" for none."""
+    return bytes(_preloaded().elva_refused()).decode()
+
+
 @cache
 def _preloaded() -> ctypes.CDLL:
     found = ctypes.CDLL(None)
     if not hasattr(found, "elva_calls_at"):
         raise RuntimeError("this process was started without calls.so; try by the row")
     found.elva_calls.restype = ctypes.c_long
+    found.elva_refused.restype = ctypes.c_char_p
     return found

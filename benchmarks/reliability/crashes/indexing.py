@@ -35,7 +35,7 @@ LATE = 1.3
 """Ours: kills by time are drawn up to so many times what an undisturbed change takes."""
 
 
-def _rows(name: str, count: int) -> dict[str, Any]:
+def rows_of(name: str, count: int) -> dict[str, Any]:
     """A .npy file and its ids, as `elva index build` takes them."""
     folder = place() / "rows"
     folder.mkdir(exist_ok=True)
@@ -48,11 +48,11 @@ def _rows(name: str, count: int) -> dict[str, Any]:
 
 
 def _build(path: Path) -> None:
-    build_index.build(path, [], overwrite=True, **_rows("new", 300))
+    build_index.build(path, [], overwrite=True, **rows_of("new", 300))
 
 
 def _add(path: Path) -> None:
-    embeddings = torch.from_numpy(np.load(_rows("more", 120)["npy"]))
+    embeddings = torch.from_numpy(np.load(rows_of("more", 120)["npy"]))
     ids = [f"more {i}" for i in range(len(embeddings))]
     Index(path).add(ids, embeddings, model=Identity(MODEL, MODEL, "unknown"))
 
@@ -62,7 +62,7 @@ def _delete(path: Path) -> None:
 
 
 def _begin(path: Path) -> None:
-    build_index.build(path, [], codes=False, **_rows("old", 200))
+    build_index.build(path, [], codes=False, **rows_of("old", 200))
 
 
 CHANGES: dict[str, tuple[tuple[Callable[[Path], object], ...], Callable[[Path], object]]] = {
@@ -126,16 +126,17 @@ def known(name: str) -> Known:
         done(one, before)
     if before.exists():
         shutil.copytree(before, after)
-    counted, began = place() / "counted", time.monotonic()
-    done(lambda path: _counted(change, path, counted), after)
+    told, began = place() / "counted", time.monotonic()
+    done(lambda path: counted(change, path, told), after)
     seconds = time.monotonic() - began
-    return Known(before, state(before), state(after), int(counted.read_text()), seconds)
+    return Known(before, state(before), state(after), int(told.read_text()), seconds)
 
 
-def _counted(change: Callable[[Path], object], path: Path, counted: Path) -> None:
+def counted(change: Callable[[Path], object], path: Path, told: Path) -> None:
+    """Do it, and write down in how many calls."""
     calls.at(path, 0, calls.KILL)
     change(path)
-    counted.write_text(str(calls.count()))
+    told.write_text(str(calls.count()))
 
 
 def done(change: Callable[[Path], object], path: Path) -> None:
