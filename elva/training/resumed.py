@@ -73,7 +73,9 @@ def restored(path: Path, model: nn.Module) -> Restored:
     return Restored(groups, facts)
 
 
-def _check_fits(groups: Mapping[str, Mapping[str, Tensor]], there: Mapping[str, nn.Parameter]) -> None:
+def _check_fits(
+    groups: Mapping[str, Mapping[str, Tensor]], there: Mapping[str, nn.Parameter]
+) -> None:
     """Refuse weights and moments of other names or shapes than the model's."""
     for group in ("weights", "optimizer"):
         if group not in groups:

@@ -225,7 +225,9 @@ def two_runs(there: Path, draw: random.Random) -> str:
 
     found = together([begin(0), begin(1)], there, draw)
     for one in found:
-        if one.said and not any(w in one.said for w in ("must be empty to start", "by one process")):
+        if one.said and not any(
+            w in one.said for w in ("must be empty to start", "by one process")
+        ):
             raise RuntimeError(one.said)
     winners = [one.answer for one in found if not one.said]
     if len(winners) != 1:

@@ -22,7 +22,7 @@ from benchmarks.reliability.crashes import calls, indexing, small
 from benchmarks.reliability.crashes.forks import ended, forked, place, scratch
 from benchmarks.reliability.row import Outcome, Trials
 from elva import checkpoint
-from elva.cli.console import one_line_errors
+from elva.cli.console import one_line_errors, quiet_libraries
 from elva.commands.embed import embed
 from elva.commands.report import report
 from elva.data import Item
@@ -123,7 +123,9 @@ def _files(path: Path) -> dict[str, str]:
 def _each_whole(now: dict[str, str], old: dict[str, str], new: dict[str, str]) -> list[str]:
     """Files that are neither what was there nor what was to come."""
     gone = [name for name in old.keys() & new.keys() if name not in now]
-    return gone + [name for name, digest in now.items() if digest not in (old.get(name), new.get(name))]
+    return gone + [
+        name for name, digest in now.items() if digest not in (old.get(name), new.get(name))
+    ]
 
 
 def _same_index(now: Any, old: Any, new: Any) -> list[str]:
@@ -198,7 +200,8 @@ def cases() -> list[Case]:
 def trials(wanted: Trials) -> Outcome:
     """All cases in turn, those of one artefact behind each other."""
     outcome, every = Outcome(), cases()
-    outcome.measured("calls that can fail", len(every) / len(CODES))
+    if len(every) != ALL:
+        outcome.wrong.append(f"there are {len(every):,} failures, and the row tries {ALL:,}")
     for number in wanted.numbers:
         case = every[number * STRIDE % len(every)]
         outcome.tried += 1
@@ -207,6 +210,9 @@ def trials(wanted: Trials) -> Outcome:
                 outcome.wrong.append(f"{case.artefact}, call {case.nth}, {_name(case)}: {why}")
     return outcome
 
+
+ALL = 908
+"""How many `cases` there are."""
 
 STRIDE = 1_009
 """A prime, so that a few trials are of several artefacts and as many as there are cases are all."""
@@ -224,16 +230,16 @@ def _fault(case: Case, path: Path, outcome: Outcome) -> str:
     printed, name = path.with_name("printed"), path.with_name("call")
 
     def work() -> None:
+        quiet_libraries()
         calls.at(path, case.nth, case.code)
+        code = 0
         try:
             with one_line_errors():
                 one.write(path)
         except typer.Exit as leaving:
-            name.write_text(calls.refused())
-            os._exit(leaving.exit_code)
-        finally:
-            calls.at(path, 0, calls.KILL)
+            code = leaving.exit_code
         name.write_text(calls.refused())
+        os._exit(code)
 
     code, said = ended(forked(work, printed)), printed.read_text()
     call = name.read_text() if name.exists() else ""

@@ -90,7 +90,7 @@ def state(path: Path) -> Any:
     said = asdict(found)
     del said["generation"]
     said["segments"] = [
-        (entry.rows, entry.deleted, [_digest(path / manifest.SEGMENTS / n) for n in entry.files])
+        (entry.rows, entry.deleted, {_digest(path / manifest.SEGMENTS / n) for n in entry.files})
         for entry in found.segments
     ]
     return said
@@ -180,8 +180,9 @@ def _killed(name: str, path: Path, draw: random.Random, outcome: Outcome) -> Non
     outcome.counts["new" if now == one.new else "old"] += 1
     again, wanted = (change, one.new) if now == one.old else (_build, known("build").new)
     done(again, path)
-    if state(path) != wanted:
-        raise RuntimeError(f"other bytes by the next change, after a kill at {moment}")
+    if (after := state(path)) != wanted:
+        other = [name for name in wanted if after[name] != wanted[name]]
+        raise RuntimeError(f"other {other} by the next change, after a kill at {moment}")
     if left := left_behind(path):
         raise RuntimeError(f"{left} left behind after a kill at {moment} and the next change")
 

@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.reliability.crashes import small
 from benchmarks.reliability.crashes.forks import place, scratch
 from benchmarks.reliability.row import Outcome, Trials
 from elva.commands import build_index
@@ -207,7 +206,7 @@ GOOD = np.arange(12, dtype=np.float32).reshape(4, 3) + 1
 
 def _broken_matrix(root: Path, draw: random.Random) -> Case:
     spoilt = GOOD.copy()
-    spoilt[draw.randrange(4), draw.randrange(3)] = draw.choice((np.nan, np.inf, 1e30))
+    spoilt[draw.randrange(4), draw.randrange(3)] = draw.choice((np.nan, np.inf, -np.inf))
     matrices = (
         GOOD[0], GOOD[None], GOOD.astype(np.int64), GOOD.astype(str), GOOD.astype(object),
         GOOD[:, :0], GOOD + 1j, spoilt, GOOD[:2], np.rec.array([(1.0, 2)] * 4),

@@ -41,7 +41,12 @@ def corpus(root: Path) -> Path:
     return root
 
 
-TASKS = {0: ("text", "image"), 1: ("text", "text"), 3: ("image", "text"), 7: ("image,text", "image")}
+TASKS = {
+    0: ("text", "image"),
+    1: ("text", "text"),
+    3: ("image", "text"),
+    7: ("image,text", "image"),
+}
 """M-BEIR's number of a task -> modalities of its queries and candidates."""
 
 

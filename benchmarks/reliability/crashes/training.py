@@ -16,7 +16,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -94,9 +94,11 @@ class Ended(NamedTuple):
 
 
 def once(
-    works: Sequence[Callable[[], object]], printed: Path, due_at: Callable[[Mark | None], Due | None],
+    works: Sequence[Callable[[], object]],
+    printed: Path,
+    due_at: Callable[[Mark | None], Due | None],
     victim: int = 0,
-) -> Ended:  # fmt: skip
+) -> Ended:
     """Work from its start to its end, by a process each.
 
     Args:
@@ -112,15 +114,9 @@ def once(
     children = [forked(work, printed) for work in (watched, *works[1:])]
     os.close(writing)
     seen: list[Mark] = []
-    due, killed = due_at(None), ""
+    killed = ""
     try:
-        for mark in _read(reading, lambda: due and due.time):
-            if mark is None:
-                assert due is not None
-                killed = due.kind
-                break
-            seen.append(mark)
-            due = due or due_at(mark)
+        killed = _look_on(reading, due_at, seen)
     finally:
         os.close(reading)
         if killed:
@@ -129,29 +125,29 @@ def once(
     return Ended(next((code for code in codes if code), 0), seen, killed)
 
 
+def _look_on(reading: int, due_at: Callable[[Mark | None], Due | None], seen: list[Mark]) -> str:
+    """Collect marks until a process ends, or until it is time to kill it: in what."""
+    rest, due = b"", due_at(None)
+    while True:
+        left = PATIENCE_S if due is None else max(0.0, due.time - time.monotonic())
+        ready = select.select([reading], [], [], left)[0]
+        if due is not None and time.monotonic() >= due.time:
+            return due.kind
+        if not ready:
+            raise RuntimeError(f"no mark of a training for {PATIENCE_S:.0f} s")
+        read = os.read(reading, 1 << 16)
+        if not read:
+            return ""
+        *lines, rest = (rest + read).split(b"\n")
+        for mark in map(json.loads, lines):
+            seen.append(mark)
+            due = due or due_at(mark)
+
+
 def _code(child: int, killed: str) -> int:
     if killed:
         os.kill(child, signal.SIGKILL)  # of a child that nobody has waited for, ended or not
     return ended(child)
-
-
-def _read(reading: int, until: Callable[[], float | None]) -> Iterator[Mark | None]:
-    """The marks of a process until it ends; None when the time has come."""
-    rest, began = b"", time.monotonic()
-    while True:
-        due = until()
-        left = PATIENCE_S if due is None else max(0.0, due - time.monotonic())
-        ready = select.select([reading], [], [], left)[0]
-        if due is not None and time.monotonic() >= due:
-            yield None
-            return
-        if not ready:
-            raise RuntimeError(f"no mark of a training for {time.monotonic() - began:.0f} s")
-        read = os.read(reading, 1 << 16)
-        if not read:
-            return
-        *lines, rest = (rest + read).split(b"\n")
-        yield from map(json.loads, lines)
 
 
 # -- a run of a span -------------------------------------------------------------------------------
