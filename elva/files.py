@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from elva.errors import UserError
+from elva.errors import MAX_MESSAGE, UserError, printable
 from elva.settings import JSON_BYTES, FileSize, Places, Sha256, build, read_json
 
 PARTIAL = ".partial"  # after a name: not whole yet, or what a killed process left
@@ -393,17 +393,21 @@ def fault(directory: Path) -> str | None:
     except UserError:
         return f"no readable {MANIFEST}"
     for name, entry in wanted.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (there := path.stat().st_size) != entry.bytes:
-            return f"{name} has {there:,} bytes, {entry.bytes:,} were written"
+        path, shown = directory / name, printable(name)[:MAX_MESSAGE]
+        try:
+            there = path.stat().st_size if path.is_file() else None
+        except OSError as error:  # a name that no file has
+            return f"{shown} is missing, {error.strerror}"
+        if there is None:
+            return f"{shown} is missing"
+        if there != entry.bytes:
+            return f"{shown} has {there:,} bytes, {entry.bytes:,} were written"
         if sha256(path) != entry.sha256:
-            return f"{name} has another SHA-256"
+            return f"{shown} has another SHA-256"
     for path in sorted(p for p in directory.rglob("*") if p.suffix in LOADED):
         name = str(path.relative_to(directory))
         if name not in wanted and name != MANIFEST:
-            return f"{name} is not listed in {MANIFEST}"
+            return f"{printable(name)} is not listed in {MANIFEST}"
     return None
 
 

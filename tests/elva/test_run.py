@@ -11,7 +11,7 @@ import pytest
 from elva import files
 from elva.commands import build_index
 from elva.errors import RunError, UserError
-from elva.recipe import Recipe
+from elva.recipe import Recipe, StageConfig
 from elva.run import Run
 
 
@@ -23,7 +23,9 @@ def test_of_two_that_begin_a_run_in_one_directory_one_is_refused(tmp_path, monke
 
     def begin(seed: int) -> None:
         try:
-            found[seed] = Run.create(tmp_path / "run", Recipe("tiny", seed=seed, stages={}))
+            found[seed] = Run.create(
+                tmp_path / "run", Recipe("tiny", seed=seed, stages={"1": StageConfig(steps=1)})
+            )
         except RunError as error:
             found[seed] = str(error)
 
@@ -38,7 +40,7 @@ def test_of_two_that_begin_a_run_in_one_directory_one_is_refused(tmp_path, monke
 
 
 def test_a_line_of_metrics_that_does_not_fit_is_taken_back(tmp_path, monkeypatch):
-    run = Run.create(tmp_path / "run", Recipe("tiny", stages={}))
+    run = Run.create(tmp_path / "run", Recipe("tiny", stages={"1": StageConfig(steps=1)}))
     run.log("1", 1, {"loss": 0.5})
     before, real = run.metrics_file.read_bytes(), os.write
 

@@ -27,7 +27,11 @@ def _forking(run: Callable[[Trials], Outcome]) -> Callable[[Trials], Outcome]:
 def _runs(kept: Mapping[str, Any]) -> str:
     counts = kept["counts"]
     compared = counts.get("checkpoint files compared", 0)
-    return f"{counts.get('runs', 0):,} runs, {compared:,} checkpoint files compared"
+    together = counts.get("runs of two processes", 0)
+    return (
+        f"{counts.get('runs', 0):,} runs, {together:,} of them by two processes, {compared:,} "
+        "checkpoint files compared"
+    )
 
 
 def _states(kept: Mapping[str, Any]) -> str:

@@ -126,22 +126,21 @@ int mkdir(const char* path, mode_t mode) {
   return REAL(mkdir)(path, mode);
 }
 
-#define OPENS(name, before, arguments, changed)                          \
-  int name before {                                                      \
-    mode_t mode = 0;                                                     \
-    if (flags & (O_CREAT | O_TMPFILE)) {                                 \
-      va_list rest;                                                      \
-      va_start(rest, flags);                                             \
-      mode = va_arg(rest, mode_t);                                       \
-      va_end(rest);                                                      \
-    }                                                                    \
-    REFUSED((flags & (O_CREAT | O_TRUNC)) && (changed));                 \
-    return REAL(name) arguments;                                         \
+#define OPENS(name, before, arguments, changed)          \
+  int name before {                                      \
+    mode_t mode = 0;                                     \
+    if (flags & (O_CREAT | O_TMPFILE)) {                 \
+      va_list rest;                                      \
+      va_start(rest, flags);                             \
+      mode = va_arg(rest, mode_t);                       \
+      va_end(rest);                                      \
+    }                                                    \
+    REFUSED((flags & (O_CREAT | O_TRUNC)) && (changed)); \
+    return REAL(name) arguments;                         \
   }
 
 OPENS(open, (const char* path, int flags, ...), (path, flags, mode), due(path))
 OPENS(open64, (const char* path, int flags, ...), (path, flags, mode), due(path))
-OPENS(openat, (int at, const char* path, int flags, ...), (at, path, flags, mode),
-      due_at(at, path))
+OPENS(openat, (int at, const char* path, int flags, ...), (at, path, flags, mode), due_at(at, path))
 OPENS(openat64, (int at, const char* path, int flags, ...), (at, path, flags, mode),
       due_at(at, path))

@@ -11,9 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
+
+from benchmarks.reliability.crashes.places import place
 
 SOURCE = Path(__file__).with_name("calls.c")
 KILL = 0
@@ -30,16 +31,10 @@ def missing() -> str:
 @cache
 def library() -> Path:
     """The compiled library, of this process alone."""
-    found = tempfile.TemporaryDirectory(prefix="elva-calls-")
-    _KEPT.append(found)
-    path = Path(found.name) / "calls.so"
+    path = place() / "calls.so"
     words = ["cc", "-shared", "-fPIC", "-O1", "-o", str(path), str(SOURCE), "-ldl"]
     subprocess.run(words, check=True)
     return path
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Removed when the process ends."""
 
 
 def at(under: Path, nth: int, code: int) -> None:

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.reliability.crashes import indexing, small
-from benchmarks.reliability.crashes.forks import ended, forked, place, scratch
+from benchmarks.reliability.crashes.forks import ended, forked
+from benchmarks.reliability.crashes.places import place, scratch
 from benchmarks.reliability.row import Outcome, Trials
 from elva.errors import IndexFault, UserError
 from elva.files import MANIFEST, PARTIAL, fault, write_directory, write_text

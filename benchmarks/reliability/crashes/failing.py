@@ -19,7 +19,8 @@ import torch
 import typer
 
 from benchmarks.reliability.crashes import calls, indexing, small
-from benchmarks.reliability.crashes.forks import ended, forked, place, scratch
+from benchmarks.reliability.crashes.forks import ended, forked
+from benchmarks.reliability.crashes.places import place, scratch
 from benchmarks.reliability.row import Outcome, Trials
 from elva import checkpoint
 from elva.cli.console import one_line_errors, quiet_libraries

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.reliability.crashes.places import place
 from benchmarks.reliability.row import Outcome, Trials
 from elva import checkpoint
 from elva.errors import IndexFault, RunError
@@ -33,17 +33,6 @@ class Flip(NamedTuple):
     bits: int
 
 
-@cache
-def _place() -> Path:
-    found = tempfile.TemporaryDirectory(prefix="elva-flips-")
-    _KEPT.append(found)
-    return Path(found.name)
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Removed when the process ends."""
-
-
 def _rows(count: int, seed: int) -> torch.Tensor:
     return torch.randn(count, 96, generator=torch.Generator().manual_seed(seed))
 
@@ -51,7 +40,7 @@ def _rows(count: int, seed: int) -> torch.Tensor:
 @cache
 def index() -> tuple[Path, ...]:
     """The files of an index: its manifest, two segments, one with codes, one with deleted rows."""
-    path = _place() / "index"
+    path = place() / "flipped" / "index"
     ids = [f"item {i}" for i in range(200)]
     built = Index.build(path, ids, _rows(200, 0), model=MODEL, columns={"year": [*range(200)]})
     added = built.add([f"more {i}" for i in range(80)], _rows(80, 1), model=MODEL)
@@ -67,7 +56,9 @@ def saved() -> tuple[Path, ...]:
         "optimizer": {"a|exp_avg": _rows(8, 3).double(), "a|step": torch.full((), 3.0)},
     }
     best = {"value": None, "step": 0, "worse": 0}
-    path = checkpoint.save(_place() / "stage-2", 3, groups, {"elapsed": 1.5, "best": best})
+    path = checkpoint.save(
+        place() / "flipped" / "stage-2", 3, groups, {"elapsed": 1.5, "best": best}
+    )
     return tuple(sorted(path.iterdir()))
 
 
@@ -128,7 +119,7 @@ def _is_blank(one: Flip, before: bytes, after: bytes) -> bool:
 
 def _of_index() -> str | None:
     try:
-        Index(_place() / "index")
+        Index(place() / "flipped" / "index")
     except IndexFault as error:
         return str(error)
     return None

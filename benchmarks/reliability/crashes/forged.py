@@ -12,9 +12,7 @@ import copy
 import hashlib
 import json
 import os
-import re
 import struct
-import tempfile
 import time
 import tracemalloc
 import zlib
@@ -27,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from benchmarks.reliability.crashes.places import place
 from benchmarks.reliability.row import Outcome, Trials
 from elva import checkpoint, files
 from elva.errors import UserError
@@ -45,6 +44,9 @@ VALUES = [
     "../" * 9 + "etc/passwd", "/dev/zero", "a\0b", "\x1b[2J", "\ud800", "f" * 64, "x" * 100_000, [],
     {}, [None], [{}], {"x": 1}, BITS, BOMB, BITS + "\n",
 ]  # fmt: skip
+KEYS = ["", "a\nb", "\x1b[2J", "\u202ex", "../x", "/dev/zero", "a\0b", "x" * 5_000]
+"""In place of a field's name, which may be a file's."""
+
 NUMBERS = ["NaN", "Infinity", "-1e999", "9" * 5_000]
 """In place of a value, as JSON has none of them."""
 
@@ -76,20 +78,20 @@ def fields(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def changed(data: Any, path: Sequence[Any], value: Any) -> Any:
     """A copy of a document with one value replaced."""
     data = copy.deepcopy(data)
-    around = data
-    for key in path[:-1]:
-        around = around[key]
-    around[path[-1]] = value
+    _at(data, path[:-1])[path[-1]] = value
+    return data
+
+
+def _at(data: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        data = data[key]
     return data
 
 
 def without(data: Any, path: Sequence[Any]) -> Any:
     """A copy of a document with one value taken out."""
     data = copy.deepcopy(data)
-    around = data
-    for key in path[:-1]:
-        around = around[key]
-    del around[path[-1]]
+    del _at(data, path[:-1])[path[-1]]
     return data
 
 
@@ -103,7 +105,12 @@ def forgeries(data: Any) -> Iterator[Forgery]:
         for number in NUMBERS:
             text = json.dumps(changed(data, path, mark)).replace(f'"{mark}"', number).encode()
             yield Forgery(f"{path} = {number[:9]}", text)
-        yield Forgery(f"no {path}", json.dumps(without(data, path)).encode())
+        rest = without(data, path)
+        yield Forgery(f"no {path}", json.dumps(rest).encode())
+        if isinstance(path[-1], str):
+            for key in KEYS:
+                named = changed(rest, (*path[:-1], key), _at(data, path))
+                yield Forgery(f"{path} as {key[:9]!r}", json.dumps(named).encode())
     yield Forgery("a field too many", json.dumps({**data, "codes_of_mine": 1}).encode())
     if data.get("segments"):
         twice, one = data["segments"][:1] * 2, data["segments"][:1]
@@ -143,17 +150,6 @@ class Target:
     @cached_property
     def forged(self) -> list[Forgery]:
         return [*forgeries(self.data)]
-
-
-@cache
-def _place() -> Path:
-    found = tempfile.TemporaryDirectory(prefix="elva-forged-")
-    _KEPT.append(found)
-    return Path(found.name)
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Removed when the process ends."""
 
 
 @cache
@@ -314,14 +310,14 @@ MAKERS: Mapping[str, Callable[[Path], Target]] = {
 
 @cache
 def target(name: str) -> Target:
-    root = _place() / re.sub(r"\W", "-", name)
-    root.mkdir()
+    root = place() / "forged" / name
+    root.mkdir(parents=True)
     return MAKERS[name](root)
 
 
 # -- the row ---------------------------------------------------------------------------------------
 
-ALL = 4_800
+ALL = 5_632
 """How many `cases` there are."""
 
 STRIDE = 1_009

@@ -7,13 +7,10 @@ import gc
 import importlib
 import logging
 import os
-import shutil
-import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,24 +80,3 @@ def forked(work: Callable[[], object], printed: Path) -> int:
 def ended(child: int) -> int:
     """The exit code of a process, once it is there; minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-@cache
-def place() -> Path:
-    """A directory of this process, removed when it ends."""
-    found = tempfile.TemporaryDirectory(prefix="elva-crashes-")
-    _KEPT.append(found)
-    return Path(found.name)
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """A directory for the length of a block."""
-    found = Path(tempfile.mkdtemp(dir=place()))
-    try:
-        yield found
-    finally:
-        shutil.rmtree(found)

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.reliability.crashes import calls
-from benchmarks.reliability.crashes.forks import ended, forked, place, scratch
+from benchmarks.reliability.crashes.forks import ended, forked
+from benchmarks.reliability.crashes.places import place, scratch
 from benchmarks.reliability.row import Outcome, Trials
 from elva.commands import build_index
 from elva.index import Index, manifest

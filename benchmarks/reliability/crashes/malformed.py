@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from benchmarks.reliability.crashes.forks import place, scratch
+from benchmarks.reliability.crashes.places import place, scratch
 from benchmarks.reliability.row import Outcome, Trials
 from elva.commands import build_index
 from elva.data import Item, load

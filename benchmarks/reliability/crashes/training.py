@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.reliability.crashes import marks, small
-from benchmarks.reliability.crashes.forks import ended, forked, place, scratch
+from benchmarks.reliability.crashes.forks import ended, forked
+from benchmarks.reliability.crashes.places import place, scratch
 from benchmarks.reliability.row import Outcome, Trials
 from elva.commands.train import train
 from elva.processes import Processes
@@ -293,18 +295,15 @@ def differences(
 # -- the row ---------------------------------------------------------------------------------------
 
 
-def trials(wanted: Trials, *, processes: int = 1) -> Outcome:
-    """Kills, `KILLS_A_RUN` to a run, spans in turn."""
+def trials(wanted: Trials) -> Outcome:
+    """Kills, `KILLS_A_RUN` to a run, spans in turn, every fourth run by two processes."""
     outcome = Outcome()
-    runs: dict[int, int] = {}
-    for number in wanted.numbers:
-        runs[number // KILLS_A_RUN] = runs.get(number // KILLS_A_RUN, 0) + 1
-    for run, kills in runs.items():
+    for run, kills in Counter(number // KILLS_A_RUN for number in wanted.numbers).items():
         attempt = 0
         while kills > 0:  # on a busy machine some come when all is done
             draw = random.Random(f"{wanted.seed} {run} {attempt}")
-            done = _run(run % len(SPANS), kills, processes, draw, outcome,
-                        f"seed {wanted.seed} run {run} attempt {attempt}")  # fmt: skip
+            name = f"seed {wanted.seed} run {run} attempt {attempt}"
+            done = _run(run % len(SPANS), kills, 2 if run % 4 == 3 else 1, draw, outcome, name)
             kills, attempt = kills - done, attempt + 1
             outcome.tried += done
     return outcome
@@ -326,5 +325,6 @@ def _run(
         outcome.wrong += [f"{name}: {w}" for w in differences(whole, one.directory, timeline, seen)]
     outcome.counts.update(f"in {kind}" for kind in kills)
     outcome.counts["runs"] += 1
+    outcome.counts["runs of two processes"] += processes == 2
     outcome.counts["checkpoint files compared"] += sum(len(mark["files"]) for mark in seen)
     return len(kills)
