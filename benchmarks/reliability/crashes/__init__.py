@@ -68,7 +68,7 @@ ROWS = {
         unit="failures",
         amount=failing.ALL,
         smoke=10,
-        chunk=150,
+        chunk=76,
         run=_forking(failing.trials),
         missing=calls.missing,
     ),
