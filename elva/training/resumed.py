@@ -6,7 +6,8 @@ its tensors are those of the model that goes on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -61,29 +62,55 @@ def restored(path: Path, model: nn.Module) -> Restored:
     Raises:
         RunError: it is of another model, or says what no stage writes.
     """
-    try:
+    with _refused(path):
         groups, facts = checkpoint.load(path)
         build(Facts, facts, Places(checkpoint.STATE))
-        _check_fits(groups, trained(model))
+        there = trained(model)
+        _check_weights(groups, there)
+        _check_moments(groups, there)
+    return Restored(groups, facts)
+
+
+def best_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Those of a stage's best evaluation.
+
+    Raises:
+        RunError: they are damaged, or of another model.
+    """
+    groups, _ = checkpoint.load_whole(path)
+    with _refused(path):
+        _check_weights(groups, trained(model))
+    return groups["weights"]
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise RunError(
             f"{path}: must be a checkpoint of this stage, got {error}; delete it, and --resume "
             "goes on from the one before"
         ) from None
-    return Restored(groups, facts)
 
 
-def _check_fits(
+def _check_weights(
     groups: Mapping[str, Mapping[str, Tensor]], there: Mapping[str, nn.Parameter]
 ) -> None:
-    """Refuse weights and moments of other names or shapes than the model's."""
-    for group in ("weights", "optimizer"):
-        if group not in groups:
-            raise UserError(f"no {group}")
-    if lacking := there.keys() ^ groups["weights"].keys():
-        raise UserError(f"weights of other names, {min(lacking)!r} first")
-    for name, value in groups["weights"].items():
+    """Refuse weights of other names or shapes than the model's."""
+    found = groups.get("weights", {})
+    if apart := there.keys() ^ found.keys():
+        raise UserError(f"weights of other names, {min(apart)!r} first")
+    for name, value in found.items():
         _check_shape(name, value, there[name])
+
+
+def _check_moments(
+    groups: Mapping[str, Mapping[str, Tensor]], there: Mapping[str, nn.Parameter]
+) -> None:
+    """Refuse what an optimiser does not keep of the model."""
+    if "optimizer" not in groups:
+        raise UserError("no optimizer")
     for name, value in groups["optimizer"].items():
         parameter, _, key = name.rpartition("|")
         if parameter not in there:
@@ -95,6 +122,5 @@ def _check_fits(
 
 
 def _check_shape(name: str, value: Tensor, parameter: nn.Parameter) -> None:
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # of a whole one, under ZeRO too
-    if tuple(value.shape) != tuple(shape):
-        raise UserError(f"{name!r} of {tuple(value.shape)}, not {tuple(shape)}")
+    if value.shape != parameter.shape:
+        raise UserError(f"{name!r} of {tuple(value.shape)}, not {tuple(parameter.shape)}")

@@ -15,7 +15,7 @@ from benchmarks.reliability.row import Outcome
 from elva.errors import RunError, UserError
 from elva.index import Index, segment
 from elva.index.embeddings import Embeddings
-from elva.training.resumed import restored
+from elva.training.resumed import best_weights, restored
 
 MODEL = forged.MODEL
 
@@ -63,9 +63,10 @@ def test_a_checkpoint_of_another_model_is_one_line(fault, tmp_path):
         other.b = torch.nn.Parameter(torch.zeros(3))
     else:
         other.b.requires_grad_(False)
-    with pytest.raises(RunError, match="must be a checkpoint of this stage, got") as caught:
-        restored(path, other)
-    assert "\n" not in str(caught.value)
+    for read in (restored, best_weights):
+        with pytest.raises(RunError, match="must be a checkpoint of this stage, got") as caught:
+            read(path, other)
+        assert "\n" not in str(caught.value)
 
 
 def stream(table, packed=None):
