@@ -113,7 +113,7 @@ class GradientColumns {
   template <class Late>
   __device__ void run(int64_t negatives, const double* query_b, const Late& late) {
     if (negatives == 0) late();
-    if (works_) widen_all(rows_.read_query(), q_);
+    if (works_) set_query();
     for (int64_t first = 0; first < negatives; first += kGradientThreads) {
       const int64_t left = negatives - first;
       const int count = static_cast<int>(left < kGradientThreads ? left : kGradientThreads);
@@ -132,11 +132,18 @@ class GradientColumns {
   }
 
  private:
+  // Of a query that is not finite the live candidates' coefficients are NaN: 0 in its place leaves
+  // those gradients NaN, and a masked row's 0.
+  __device__ void set_query() {
+    widen_all(rows_.read_query(), q_);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) q_[k] = isfinite(q_[k]) ? q_[k] : 0;
+  }
   // Coefficients of some negatives as floats; whether those are enough for all.
   __device__ bool set_fast(int64_t first, int count) {
     const int own = static_cast<int>(threadIdx.x);
     if (first > 0) __syncthreads();
-    bool slow = false;
+    bool slow = isnan(a_[0]);  // of a group that is not finite: what is not wanted may not be
     if (own < count) {
       fast_[own] = fast_coefficients(a_[1 + first + own], b_[1 + first + own], upstream_);
       slow = isnan(fast_[own].x);

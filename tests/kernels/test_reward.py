@@ -265,6 +265,21 @@ def test_masked_rows_are_never_read(backend, dtype, weights, n, graded):
 
 
 @each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("n", [1, 9, 70])
+def test_masked_rows_have_no_gradient_beside_a_query_that_is_not_finite(backend, dtype, bad, n):
+    query, positive, negatives = embeddings((4,), n, 27, dtype)
+    mask = torch.rand(4, n) < 0.5
+    mask[0], mask[1] = False, True
+    query[:3, 0] = bad
+    _, *gradients = ranking_reward_and_grad(query, positive, negatives, mask=mask, backend=backend)
+    assert (gradients[2][~mask] == 0).all()
+    assert gradients[2][:3][mask[:3]].isnan().all() and gradients[2][3].isfinite().all()
+    for gradient in gradients[:2]:
+        assert gradient[:3].isnan().all() and gradient[3].isfinite().all()
+
+
+@each_dtype
 @each_ranks
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
 @each_grade

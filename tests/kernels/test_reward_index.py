@@ -190,6 +190,20 @@ def test_non_finite_rows_reach_the_groups_that_name_them(backend, dtype, bad):
 
 
 @each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_query_that_is_not_finite_reaches_the_rows_that_it_names(backend, dtype, bad):
+    query, positive, bank, _ = indexed((3,), 0, 21, 7, dtype)
+    index = torch.tensor([[0, 1, -1], [2, 3, 0], [4, 5, 5]])
+    mask = torch.tensor([[True, False, True], [True, True, False], [True, True, True]])
+    query[0, 0] = bad
+    _, *gradients = ranking_reward_and_grad(
+        query, positive, bank, negative_index=index, mask=mask, backend=backend
+    )
+    assert gradients[2][0].isnan().all() and gradients[2][1:].isfinite().all()
+    assert (gradients[2][[1, 6]] == 0).all()
+
+
+@each_dtype
 def test_a_row_that_does_not_exist_is_not_finite(backend, dtype):
     """As a device sees it that nobody waits for: -2 in a launcher's index."""
     query, positive, bank, index = indexed((3,), 5, 16, 6, dtype, hidden=0)
