@@ -126,6 +126,23 @@ int mkdir(const char* path, mode_t mode) {
   return REAL(mkdir)(path, mode);
 }
 
+// Removals are where a kill may come; that they fail is no failing write.
+
+int unlink(const char* path) {
+  REFUSED(!number && due(path));
+  return REAL(unlink)(path);
+}
+
+int unlinkat(int at, const char* path, int flags) {
+  REFUSED(!number && due_at(at, path));
+  return REAL(unlinkat)(at, path, flags);
+}
+
+int rmdir(const char* path) {
+  REFUSED(!number && due(path));
+  return REAL(rmdir)(path);
+}
+
 #define OPENS(name, before, arguments, changed)          \
   int name before {                                      \
     mode_t mode = 0;                                     \

@@ -250,7 +250,7 @@ def two_trainings(there: Path, draw: random.Random) -> str:
         with run.locked():
             os.close(os.open(at_work, os.O_CREAT | os.O_EXCL))
             run.log("0", 1, {"loss": 0.5})
-            time.sleep(draw.uniform(0.01, 0.5))
+            time.sleep(draw.uniform(0.2, 0.8))
             at_work.unlink()
 
     winners = _won(together([go_on, go_on], there, draw), "must be trained by one process")

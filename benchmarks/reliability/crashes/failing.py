@@ -182,7 +182,7 @@ def known(name: str) -> Known:
     if before.exists():
         shutil.copytree(before, after)
     counted = place() / "counted"
-    indexing.done(lambda path: indexing.counted(one.write, path, counted), after)
+    indexing.done(lambda path: indexing.counted(one.write, path, counted, errno.EIO), after)
     return Known(before, one.state(before), one.state(after), int(counted.read_text()))
 
 

@@ -133,9 +133,15 @@ def known(name: str) -> Known:
     return Known(before, state(before), state(after), int(told.read_text()), seconds)
 
 
-def counted(change: Callable[[Path], object], path: Path, told: Path) -> None:
-    """Do it, and write down in how many calls."""
-    calls.at(path, 0, calls.KILL)
+def counted(
+    change: Callable[[Path], object], path: Path, told: Path, code: int = calls.KILL
+) -> None:
+    """Do it, and write down in how many calls.
+
+    Args:
+        code: of those that can fail with it; `calls.KILL` for those where a kill can come.
+    """
+    calls.at(path, 0, code)
     change(path)
     told.write_text(str(calls.count()))
 

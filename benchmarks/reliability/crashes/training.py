@@ -212,10 +212,11 @@ class Spanned:
             moment = _Moment(target, timeline, share)
             done = once(self.works(), self.printed, moment, victim)
             seen += done.marks
-            kills += [done.killed_in] * bool(done.killed_in)
-            if done.code == 0:
+            if done.code == 0:  # by itself, perhaps before its time had come
                 return kills, seen
-            if not done.killed_in:
+            if done.killed_in and (done.code == -signal.SIGKILL or self.processes > 1):
+                kills.append(done.killed_in)
+            else:
                 last = self.printed.read_text().strip().splitlines()[-1:]
                 raise RuntimeError(f"a training ended with {done.code}: {' '.join(last)}")
         raise RuntimeError("the last process was killed by somebody else")
