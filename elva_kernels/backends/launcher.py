@@ -94,9 +94,9 @@ class Groups(NamedTuple):
         """Those in `wrt` but a bank's, which is no sum over one group: it is made of `saved`."""
         return wrt[0], wrt[1], wrt[2] and self.index is None
 
-    def empty_saved(self) -> Tensor:
+    def empty_saved(self, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         shape = saved_shape((*self.leading, self.n + 1))
-        return torch.empty(shape, dtype=torch.float64, device=self.query.device)
+        return empty(shape, dtype=torch.float64, device=self.query.device)
 
 
 class Contrast(NamedTuple):

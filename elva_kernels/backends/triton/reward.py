@@ -25,7 +25,7 @@ def ranking_reward(groups: Groups, weights: Weights) -> Tensors:
 
 def ranking_reward_saved(groups: Groups, weights: Weights) -> Tensors:
     """Values, and coefficients for the backward."""
-    saved = groups.empty_saved()
+    saved = groups.empty_saved(launch.empty)
     return *_reward(groups, None, weights, saved, _NONE), saved
 
 
@@ -36,7 +36,7 @@ def ranking_reward_and_grad(
     wrt: Wanted,
 ) -> Gradients:
     """Values, and the gradients of sum(upstream * reward), None where they are not in `wrt`."""
-    saved, gradients = groups.empty_saved(), _empty_gradients(groups, wrt)
+    saved, gradients = groups.empty_saved(launch.empty), _empty_gradients(groups, wrt)
     values = _reward(groups, upstream, weights, saved, gradients)
     return *values, *_with_bank(gradients, groups, saved, upstream, wrt)
 
