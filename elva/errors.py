@@ -2,6 +2,7 @@
 
 import traceback
 import unicodedata
+from tokenize import TokenError
 
 MAX_MESSAGE = 600
 """Ours, characters: what is wrong in a cell of megabytes is still a line to read."""
@@ -47,6 +48,10 @@ class RunError(UserError):
 
 class IndexFault(UserError):
     """An index that is damaged, foreign or busy, or what does not fit into it."""
+
+
+NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError, OverflowError)
+"""What numpy raises of a .npy file that is none: it reads the header as a piece of Python."""
 
 
 def torchvision_is_foreign(error: BaseException) -> bool:

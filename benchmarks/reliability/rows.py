@@ -1,6 +1,14 @@
 """The table's rows: a name -> what it tries. A new row is one line, and a module that tries it."""
 
-from benchmarks.reliability import adversarial, fuzz, repeats, sanitizers
+from benchmarks.reliability import (
+    adversarial,
+    crashes,
+    fuzz,
+    repeats,
+    sanitizers,
+    servers,
+    shown,
+)
 from benchmarks.reliability.row import Row
 
 ROWS: dict[str, Row] = {
@@ -8,4 +16,7 @@ ROWS: dict[str, Row] = {
     **repeats.ROWS,
     **sanitizers.ROWS,
     **fuzz.ROWS,
+    **crashes.ROWS,
+    **servers.ROWS,
+    **shown.ROWS,
 }

@@ -137,10 +137,15 @@ def check_sheet(path: Path) -> None:
     check_file(path, "--sheet")
 
 
+def print_json(data: Any, **options: Any) -> None:
+    """Print one line of JSON, in ASCII; json.dumps leaves its last character, DEL, as it is."""
+    print(json.dumps(data, **options).replace("\x7f", "\\u007f"))
+
+
 def say(data: Any, lines: list[str], as_json: bool) -> None:
     """Print lines, or the data as JSON."""
     if as_json:
-        print(json.dumps(data))
+        print_json(data)
         return
     for line in lines:
         out.print_line(line)

@@ -1,6 +1,5 @@
 """`elva data`: what is in a data directory, and how other formats become one."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,16 @@ import typer
 from rich.table import Table
 
 from elva.cli import options
-from elva.cli.console import check_sheet, choose, named_path, one_line_errors, out, progress, say
+from elva.cli.console import (
+    check_sheet,
+    choose,
+    named_path,
+    one_line_errors,
+    out,
+    print_json,
+    progress,
+    say,
+)
 from elva.errors import UserError, counted
 
 PROVED = 1000
@@ -166,7 +174,7 @@ def check(
                 }
         found |= {"card": card}
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
         else:
             out.print(_table(found["sets"]))
             say(found, _lines(found, decode), as_json)
@@ -270,7 +278,7 @@ def stats(
 
         found = inspection.stats(data, split=split, tasks=task)
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
         else:
             out.print(_table(found))
             say(found, [line for row in found.values() for line in row["notices"]], as_json)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from elva.cli import options
-from elva.cli.console import one_line_errors, out
+from elva.cli.console import one_line_errors, out, print_json
 
 EXAMPLES = "Examples:  elva doctor   |   elva doctor --json"
 
@@ -17,7 +15,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
         found = command.doctor()
         if as_json:
-            print(json.dumps(found, default=str))
+            print_json(found, default=str)
             return
         for line in command.lines(found):
             out.print_line(line)

@@ -1,6 +1,5 @@
 """`elva embed`."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from elva.cli import options
-from elva.cli.console import choose, one_line_errors, out, progress, quiet_libraries, say
+from elva.cli.console import (
+    choose,
+    one_line_errors,
+    out,
+    print_json,
+    progress,
+    quiet_libraries,
+    say,
+)
 from elva.errors import counted
 
 ModelArgument = Annotated[
@@ -104,4 +111,4 @@ def embed(
                 shard_rows=shard_size, skip_bad=skip_bad, reporter=bars,
             )  # fmt: skip
         if as_json and first:
-            print(json.dumps({str(one.directory): one.items for one in done}))
+            print_json({str(one.directory): one.items for one in done})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from elva.cli import options
-from elva.cli.console import choose, out, progress, quiet_libraries, say, together
+from elva.cli.console import choose, out, print_json, progress, quiet_libraries, say, together
 
 if TYPE_CHECKING:
     from elva.processes import Processes
@@ -136,7 +135,7 @@ def _beside_paper(files: list[Path], as_json: bool) -> None:
 
     rows = beside_paper(files)
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
     else:
         out.print(paper_table(rows, [str(path) for path in files]))
 
@@ -154,7 +153,7 @@ def _evaluate_embeddings(
     with progress(as_json) as bars:
         result = evaluate_embeddings(embeddings, data, where, **which, reporter=bars)
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
         return
     for shown in tables(result):
         out.print(shown)
@@ -181,6 +180,6 @@ def _evaluate_run(
     if not processes.first:
         return
     if as_json:
-        print(json.dumps(figures(opened)))
+        print_json(figures(opened))
     else:
         out.print(table(opened))

@@ -1,13 +1,12 @@
 """`elva grains`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from elva.cli import options
-from elva.cli.console import one_line_errors, out, progress, quiet_libraries
+from elva.cli.console import one_line_errors, out, print_json, progress, quiet_libraries
 
 EXAMPLES = (
     "Examples:  elva grains runs/one --data data/emoji --output grains   |   "
@@ -54,7 +53,7 @@ def grains(
                 reporter=bars,
             )  # fmt: skip
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
             return
         out.print(probe.table(found))
         last = found["models"][models[-1]]

@@ -277,7 +277,8 @@ def export(
         from elva.index.engines import export
 
         place = export(Index(index), to)
-        say({"engine": to, "place": place}, [f"{to}: {place}"], as_json)
+        engine = to.partition(":")[0]  # an address may hold a password
+        say({"engine": engine, "place": place}, [f"{engine}: {place}"], as_json)
 
 
 def _say_index(info: dict[str, Any], as_json: bool, more: Sequence[str] = ()) -> None:

@@ -1,13 +1,12 @@
 """`elva report`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from elva.cli import options
-from elva.cli.console import one_line_errors, out
+from elva.cli.console import one_line_errors, out, print_json
 
 EXAMPLES = "Examples:  elva report runs/one   |   elva report runs/one runs/two --output two.html"
 
@@ -47,6 +46,6 @@ def report(
         known = [Run.open(path) for path in runs]
         page = write(known, output)
         if as_json:
-            print(json.dumps({"page": str(page), **figures(known)}))
+            print_json({"page": str(page), **figures(known)})
         else:
             out.print_line(f"report: {page}")

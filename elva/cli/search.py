@@ -1,13 +1,19 @@
 """`elva search`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from elva.cli import options
-from elva.cli.console import check_sheet, one_line_errors, out, progress, quiet_libraries
+from elva.cli.console import (
+    check_sheet,
+    one_line_errors,
+    out,
+    print_json,
+    progress,
+    quiet_libraries,
+)
 
 EXAMPLES = (
     'Examples:  elva search runs/one "woman firefighter"   |   '
@@ -70,7 +76,7 @@ def search(
         if page is not None:
             write_sheet(hits, page, query)
         if as_json:
-            print(json.dumps([hit.as_json() for hit in hits]))
+            print_json([hit.as_json() for hit in hits])
             return
         for hit in hits:
             out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.title(hits)}")

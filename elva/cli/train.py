@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from elva.cli import options
-from elva.cli.console import out, progress, quiet_libraries, together
+from elva.cli.console import out, print_json, progress, quiet_libraries, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +139,7 @@ def _print_result(run: Run, as_json: bool) -> None:
 
     page = report(run)
     if as_json:
-        print(json.dumps(figures(run)))
+        print_json(figures(run))
     else:
         out.print(table(run))
         out.print_line(f"report: {page}")
@@ -205,7 +204,7 @@ def _print_plan(
     if not processes.first:
         return
     if as_json:
-        print(json.dumps(plan))
+        print_json(plan)
         return
     import yaml
 

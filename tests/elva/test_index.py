@@ -232,3 +232,15 @@ def test_rows_of_any_strides_are_stored(tmp_path):
         ids = names(len(embeddings))
         index = Index.build(tmp_path / "i", ids, embeddings, model=MODEL, overwrite=True)
         assert torch.equal(index.embeddings(range(len(ids))), embeddings.half().float())
+
+
+def test_an_index_is_built_where_a_kill_left_a_half_manifest(tmp_path):
+    path = tmp_path / "index"
+    (path / "segments").mkdir(parents=True)
+    (path / "index.json.partial").write_text("{")
+    Index.build(path, ["a"], rows(1), model=MODEL)
+    assert Index(path).ids([0]) == ["a"] and not [*path.rglob("*.partial")]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.partial").touch()
+    with pytest.raises(IndexFault, match="must be empty or an index"):
+        Index.build(tmp_path / "other", ["a"], rows(1), model=MODEL)

@@ -1,113 +1,70 @@
 """Files that somebody else wrote, every checksum right: refused in one line, or they answer as the
 real ones; never another error, nor memory or time beyond what the files hold."""
 
-import json
 import os
 import struct
-import time
-import tracemalloc
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
-from elva.errors import UserError
+from benchmarks.reliability.crashes import forged
+from benchmarks.reliability.row import Outcome
+from elva.errors import RunError, UserError
 from elva.index import Index, segment
 from elva.index.embeddings import Embeddings
-from tests.elva import forged
-from tests.elva.forged import MODEL
-from tests.elva.forgeries import forgeries
+from elva.training.resumed import best_weights, restored
 
-MOST_BYTES, MOST_SECONDS = 120 << 20, 2.0
+MODEL = forged.MODEL
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    return forged.rows()
 
 
 @pytest.fixture
-def place(tmp_path, rows):
-    return forged.make(tmp_path, rows)
+def place(tmp_path):
+    return forged.make(tmp_path)
 
 
-def hold(tried, answer, wanted):
-    """Every forgery is refused in one line or answers as the real file, within bounds."""
-    refused = 0
-    for what, write in tried:
-        write()
-        tracemalloc.start()
-        began = time.perf_counter()
-        try:
-            found = answer()
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error) and len(str(error)) < 1_000, what
-        else:
-            assert found in wanted, what
-        took, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert took < MOST_SECONDS and peak < MOST_BYTES, (what, took, peak)
-    return refused
+@pytest.mark.parametrize("name", forged.MAKERS)
+def test_every_forgery_is_refused_or_answers_as_the_real_file(name):
+    outcome = Outcome()
+    for number in range(len(forged.target(name).forged)):
+        forged.tried(name, number, outcome)
+    assert outcome.wrong == []
+    assert outcome.tried > 150 and outcome.counts[f"{name} refused"] > 0.7 * outcome.tried
 
 
-def test_a_forged_manifest_is_refused_or_the_same_index(place, rows):
-    data = forged.manifest(place)
-
-    def write(body):
-        forged.write_manifest(place, body)
-
-    def answer():
-        about = Index(place / "i").about
-        asked = about.get("instructions", {}).items()
-        assert all(len(text.split()) < 99 for pair in asked for text in pair)
-        _ = Path(about.get("model") or "") / (about.get("folder") or "")
-        return forged.answer(place, rows)
-
-    wanted = [answer()]
-    first, last = data["segments"]
-    whole = {**first, "deleted": ""}
-    # What its writer might have written: fewer segments, or none of their rows deleted.
-    for segments in ([whole, last], [first], [last], []):
-        write(json.dumps({**data, "segments": segments}).encode())
-        wanted.append(answer())
-    assert [count for _, count in wanted] == [10, 11, 9, 1, 0]
-    tried = [(what, lambda b=body: write(b)) for what, body in forgeries(data)]
-    refused = hold(tried, answer, wanted)
-    print(f"\n{refused} of {len(tried)} forged manifests refused")
-    assert len(tried) > 900 and refused > 0.85 * len(tried)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("step", "x"), ("step", -5), ("elapsed", None), ("best", []), ("guards", {"since": 3})],
+)
+def test_a_checkpoint_whose_numbers_no_stage_writes_is_one_line(
+    field, value, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(forged.FACTS, field, value)
+    with pytest.raises(
+        RunError, match=rf"must be a checkpoint of this stage, got .*{field}"
+    ) as caught:
+        restored(forged.save(tmp_path), forged.Small())
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["segment", "codes"])
-def test_a_forged_header_is_refused_or_the_same_file(place, rows, part):
-    """The manifest names the forged header, so that nothing but its fields is wrong."""
-    header = forged.Header(place, part)
-    write = header.write
-
-    def answer():
-        return forged.answer(place, rows)
-
-    real = answer()
-    tried = [(what, lambda b=body: write(b)) for what, body in forgeries(header.fields)]
-    refused = hold(tried, answer, [real])
-    print(f"\n{refused} of {len(tried)} forged headers of {part} refused")
-    assert len(tried) > 150 and refused > 0.85 * len(tried)
-
-
-def test_a_forged_plan_is_refused_or_the_same_embeddings(place, rows):
-    path = place / "e" / "embeddings.json"
-    data = json.loads(path.read_bytes())
-
-    def answer():
-        ids, query = Embeddings.open(place / "e").queries()
-        return ids, query.tolist()
-
-    real = answer()
-    tried = [(what, lambda b=body: path.write_bytes(b)) for what, body in forgeries(data)]
-    refused = hold(tried, answer, [real])
-    print(f"\n{refused} of {len(tried)} forged plans refused")
-    assert len(tried) > 250 and refused > 0.7 * len(tried)
+@pytest.mark.parametrize("fault", ["lacking", "more", "shape"])
+def test_a_checkpoint_of_another_model_is_one_line(fault, tmp_path):
+    path, other = forged.save(tmp_path), forged.Small()
+    if fault == "lacking":
+        other.c = torch.nn.Parameter(torch.zeros(2))
+    elif fault == "shape":
+        other.b = torch.nn.Parameter(torch.zeros(3))
+    else:
+        other.b.requires_grad_(False)
+    for read in (restored, best_weights):
+        with pytest.raises(RunError, match="must be a checkpoint of this stage, got") as caught:
+            read(path, other)
+        assert "\n" not in str(caught.value)
 
 
 def stream(table, packed=None):

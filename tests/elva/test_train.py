@@ -1,10 +1,9 @@
-"""`elva train` end to end on a small corpus: files, figures, resuming after kill -9, bad input."""
+"""`elva train` end to end on a small corpus: files, figures, resuming, bad input. Of kill -9:
+benchmarks/reliability, `kills-training`."""
 
 import hashlib
-import importlib
 import json
 import math
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,8 +24,6 @@ from elva.run import Run
 from elva.training.callbacks import Callback
 from elva.training.estimate import describe
 from elva.training.loop import BEST, Loop
-
-kills = importlib.import_module("benchmarks.kills")  # which conftest puts there
 
 Start = Callable[..., BaseProcess]
 
@@ -87,36 +84,6 @@ def test_evaluate_repeats_the_table(finished: Path, start: Start, tmp_path: Path
     words = ("evaluate", str(finished), "--stage", "2", "--json")
     assert ended(start(*words, directory=tmp_path)) == 0, (tmp_path / "printed").read_text()
     assert Run.open(finished).read("2", "evaluation.json")["figures"] == before
-
-
-LATE = 5
-"""So many more are drawn, one of each kind: on a busy machine some come when all is done."""
-
-
-@pytest.mark.parametrize("times", [5, pytest.param(10, marks=pytest.mark.thorough)])
-def test_killed_many_times_and_resumed_gives_the_same_bits(
-    finished: Path, recipe_file: Path, start: Start, tmp_path: Path, times: int
-) -> None:
-    """Models, every checkpoint's weights and optimizer, metrics and evaluations; a hundred times:
-    `python -m benchmarks.kills`."""
-    timeline = kills.Timeline(kills.read_journal(finished.parent / "journal"))
-    run, draw = tmp_path / "killed", random.Random(0)
-    there = ("train", "--output", str(run))
-    begin = (*there, "--recipe", "smoke", "--config", str(recipe_file))
-    disturbed = kills.Disturbed()
-    disturbed.go(
-        lambda words, before: [start(*words, directory=tmp_path, before=before)],
-        begin, (*there, "--resume"), timeline, timeline.draw(times + LATE, draw), draw, tmp_path,
-    )  # fmt: skip
-    assert len(disturbed.kills) >= times
-    assert {kill.kind for kill in disturbed.kills} == set(kills.KINDS)
-    assert len({kill.stage for kill in disturbed.kills}) >= 4
-    compared = [m for m in disturbed.marks if m["files"]]
-    assert len(compared) >= len([m for m in timeline.marks if m["files"]]) - times - LATE
-    assert all(
-        {"weights.safetensors", "optimizer.safetensors"} <= set(m["files"]) for m in compared
-    )
-    assert kills.differences(finished, run, timeline, disturbed.marks) == []
 
 
 def ended(process: BaseProcess) -> int:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import torch
-
+from benchmarks.reliability.crashes import forged
 from benchmarks.reliability.fuzz.bounds import came_of, report
 from benchmarks.reliability.fuzz.mutate import json_with_another_value, mutated
 from benchmarks.reliability.row import Outcome, Row, Trials
-from elva.index import segment
+from elva.index import blocks, segment
 from elva.index.embeddings import Embeddings
-from tests.elva import forged
 
 
 class Place:
@@ -27,18 +27,17 @@ class Place:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.rows = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-        forged.make(root, self.rows)
+        forged.make(root)
         self.whole = {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
         self.headers = [forged.Header(root, part) for part in ("segment", "codes")]
         self.table = bytes(self._table())
-        self.manifest = forged.manifest(root)
+        self.manifest = self.headers[0].listed
         self.right = [self.answer()]
         first, last = self.manifest["segments"]
         undeleted = {**first, "deleted": ""}
         # What its writer might have written: fewer segments, or none of their rows deleted.
         for segments in ([undeleted, last], [first], [last], [undeleted], []):
-            self._write_manifest({**self.manifest, "segments": segments})
+            self._write_listing(json.dumps({**self.manifest, "segments": segments}).encode())
             self.right.append(self.answer())
         self.restore()
 
@@ -51,10 +50,10 @@ class Place:
             path.write_bytes(content)
 
     def answer(self) -> object:
-        return forged.answer(self.root, self.rows)
+        return forged.found(self.root)
 
     def of_manifest(self, random: Random) -> Callable[[], object]:
-        forged.write_manifest(self.root, _forged(json.dumps(self.manifest).encode(), random))
+        self._write_listing(_forged(json.dumps(self.manifest).encode(), random))
         return self.right_answer
 
     def of_header(self, random: Random) -> Callable[[], object]:
@@ -68,7 +67,7 @@ class Place:
         return lambda: Embeddings.open(self.root / "e").queries()
 
     def of_table(self, random: Random) -> Callable[[], object]:
-        path = forged.write_table(self.root, mutated(self.table, [self.table], random))
+        path = self._write_table(mutated(self.table, [self.table], random))
         return lambda: segment.Segment(path).table["id"].to_pylist()
 
     def of_bytes(self, random: Random) -> Callable[[], object]:
@@ -90,8 +89,21 @@ class Place:
     def _of_index(self) -> list[Path]:
         return [path for path in self.whole if path.is_relative_to(self.root / "i")]
 
-    def _write_manifest(self, fields: dict[str, object]) -> None:
-        forged.write_manifest(self.root, json.dumps(fields).encode())
+    def _write_listing(self, body: bytes) -> None:
+        forged.write_listing(self.root / "i" / "index.json", body)
+
+    def _write_table(self, table: bytes) -> Path:
+        """The first segment with another table behind its rows, as a new file."""
+        header = dict(self.headers[0].fields)
+        end = blocks.HEADER_BYTES + header["rows"] * header["dim"] * 2
+        body = self.headers[0].content[blocks.HEADER_BYTES : end] + table
+        sums = hashlib.sha256(body).digest()
+        header |= {"table_bytes": len(table), "sums": hashlib.sha256(sums).hexdigest()}
+        text = json.dumps(header).encode()
+        start = segment.MAGIC + struct.pack("<Q", len(text)) + hashlib.sha256(text).digest() + text
+        target = self.root / "forged.elva"
+        target.write_bytes(start.ljust(blocks.HEADER_BYTES, b"\0") + body + sums)
+        return target
 
     def _table(self) -> memoryview:
         one = segment.Segment(self.headers[0].path)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from random import Random
 
-from tests.elva.forgeries import VALUES, changed, fields
+from benchmarks.reliability.crashes.forged import VALUES, changed, fields
 
 MOST_BYTES = 1 << 20
 """Ours: of a changed file. What takes more is a fault of size, which the readers' bounds see."""
