@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,8 @@ from elva import __version__
 from elva.data import emoji
 from elva.errors import RunError
 from elva.files import PARTIAL, append_text, is_whole, make_directory, write_text
-from elva.recipe import Recipe, read_recipe, to_dict
+from elva.recipe import Recipe
+from elva.recipes import read_recipe
 
 EVALUATED = ("test", "val")
 """Splits that stages are evaluated on, the first that there is."""
@@ -65,7 +67,7 @@ class Run:
         run = cls(directory, recipe)
         with run.locked():
             _check_empty(directory)  # nobody else begins one from here on
-            write_text(directory / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
+            write_text(directory / "recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
             write_text(directory / "run.json", json.dumps(_facts(recipe), indent=1))
         return run
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, one_line_errors, out
+from elva.cli import options
+from elva.cli.console import one_line_errors, out
 
 EXAMPLES = "Examples:  elva report runs/one   |   elva report runs/one runs/two --output two.html"
 
@@ -18,7 +19,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="The page; by default report.html of the first run.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write a run's page again from its files, or one that compares several runs.
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from elva.data import Item, Pool, Queries
-from elva.data.mbeir import QuerySet, first_instructions, read_sets
+from elva.data.instructions import first_instructions
+from elva.data.mbeir import QuerySet, read_sets
 from elva.data.schema import modalities
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError

@@ -12,6 +12,7 @@ from PIL import Image
 
 from elva.data import extras, load, mbeir, schema, strict
 from elva.data import table as pool_file
+from elva.data.instructions import write_instructions
 from elva.errors import DataError
 
 PROMPTS = {
@@ -58,7 +59,7 @@ def toy(root):
     pool = [candidate(), candidate(did="9:2"), candidate(did="9:3")]
     mbeir.write_pool(root, "toy_task0", pool)
     mbeir.write_pool(root, "toy_task7_test", pool)
-    mbeir.write_instructions(root, "toy", 9, PROMPTS)
+    write_instructions(root, "toy", 9, PROMPTS)
     mbeir.write_queries(
         root,
         "toy_task0",

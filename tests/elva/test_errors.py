@@ -65,7 +65,9 @@ def test_advice_fits_what_the_system_says(number, line, capsys):
 
 
 @pytest.mark.parametrize("place", ["x" * 300, "/proc/x/y", "/proc/y", "file/y", ""])
-def test_a_place_that_takes_nothing_is_one_line_before_work_starts(place, tmp_path, monkeypatch):
+def test_a_place_that_takes_nothing_is_one_line_before_work_starts(
+    place, recipe_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     draw(tmp_path / "s" / "a.png", "red")
@@ -79,7 +81,7 @@ def test_a_place_that_takes_nothing_is_one_line_before_work_starts(place, tmp_pa
         (*words, "d/e", "--list-left-out", place),
         ("search", "no index", "x", "--sheet", place and f"{place}.png"),
         ("index", "build", place, "--npy", "v.npy", "--ids", "ids.txt", "--model", "m"),
-        ("train", "--recipe", "smoke", "--output", place),
+        ("train", "--recipe", "smoke", "--config", recipe_file, "--output", place),
     ):
         said = call(*command, code=2)
         assert place[:4] in said and "no index" not in said, said

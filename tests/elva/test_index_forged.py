@@ -117,11 +117,11 @@ def test_a_forged_table_is_refused(place, name):
     start = segment.MAGIC + struct.pack("<Q", len(text)) + hashlib.sha256(text).digest() + text
     target = place / "forged.elva"
     target.write_bytes(start.ljust(4096, b"\0") + body + sums)
-    forged = segment.Segment(target)
-    forged.verify()
+    one = segment.Segment(target)
+    one.verify()
     before = pa.total_allocated_bytes()
     with pytest.raises(UserError, match=r"forged.elva: must have a readable table of ids"):
-        _ = forged.table
+        _ = one.table
     assert pa.total_allocated_bytes() - before < 1 << 20
 
 

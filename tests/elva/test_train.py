@@ -124,8 +124,9 @@ GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches
     "changes",
     [
         {**GRPO, "rollout_candidates": "all", "micro_batch_size": 16},
-        {**GRPO, "num_iterations": 2},
-        {**GRPO, "lora": {"rank": 4, "alpha": 8}},
+        # test_processes has each of the two by several processes and by one
+        pytest.param({**GRPO, "num_iterations": 2}, marks=pytest.mark.thorough),
+        pytest.param({**GRPO, "lora": {"rank": 4, "alpha": 8}}, marks=pytest.mark.thorough),
         {
             **GRPO,
             "pathwise": 0.5,
@@ -134,7 +135,10 @@ GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches
             "negatives": {"given": 1, "mined": 3, "random": 2, "in_batch": True},
         },
         {**GRPO, "policy": 0.0, "pathwise": 1.0, "reward": {"rank_temperature": 0.03}},
-        {**GRPO, "policy": 0.0, "pathwise": 1.0, "rollout_candidates": "all"},
+        pytest.param(
+            {**GRPO, "policy": 0.0, "pathwise": 1.0, "rollout_candidates": "all"},
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["all", "two-iterations", "lora", "mixed", "soft-pathwise", "pathwise-all"],
 )

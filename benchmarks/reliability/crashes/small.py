@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from elva.data import mbeir
+from elva.data.instructions import write_instructions
 from elva.recipe import NegativeConfig, Recipe, ScratchModel
 from elva.recipes import RECIPES
 
@@ -37,7 +38,7 @@ def corpus(root: Path) -> Path:
         prompts[asked, answered] = ("Find it.", "Show it.", "Which is it?", "What is meant?")
         for split in ("train", "test"):
             mbeir.write_queries(root, f"small_task{task}", split, [*_queries(task)])
-    mbeir.write_instructions(root, "small", 9, prompts)
+    write_instructions(root, "small", 9, prompts)
     return root
 
 
