@@ -75,7 +75,7 @@ class Encoder:
 
 
 def _embed(path: Path) -> None:
-    embed(Encoder(), _corpus(), path / "embedded", tasks=["t2i"], shard_rows=8, resume=True)
+    embed(Encoder(), small.shared(), path / "embedded", tasks=["t2i"], shard_rows=8, resume=True)
 
 
 def _begin_run(path: Path) -> None:
@@ -93,11 +93,6 @@ def _step(path: Path) -> None:
 
 def _report(path: Path) -> None:
     report(Run.open(path / "run"))
-
-
-@cache
-def _corpus() -> Path:
-    return small.corpus(place() / "corpus")
 
 
 @cache
@@ -189,7 +184,7 @@ def known(name: str) -> Known:
 @cache
 def cases() -> list[Case]:
     """Every call of every artefact, failing in each way."""
-    _corpus()  # once, for all that are forked
+    small.shared()  # once, for all that are forked
     _told()
     return [
         Case(name, nth, code)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from benchmarks.reliability.crashes.places import place
 from elva.data import mbeir
 from elva.data.instructions import write_instructions
 from elva.recipe import NegativeConfig, Recipe, ScratchModel
