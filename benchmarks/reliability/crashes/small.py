@@ -44,6 +44,12 @@ def corpus(root: Path) -> Path:
     return root
 
 
+@cache
+def shared() -> Path:
+    """The corpus of this process, and of all that are forked from it."""
+    return corpus(place() / "corpus")
+
+
 TASKS = {
     0: ("text", "image"),
     1: ("text", "text"),
