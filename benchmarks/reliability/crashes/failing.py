@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -112,9 +113,14 @@ def _files(path: Path) -> dict[str, str]:
             lines = one.read_text(encoding="utf-8").splitlines()
             found |= {f"{name}:{i} {line}": "" for i, line in enumerate(lines)}
         elif one.name != ".lock":
-            content = one.read_bytes().replace(os.fsencode(path), b"")  # a page tells its place
+            content = re.sub(_elsewhere(), b"", one.read_bytes())
             found[name] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def _elsewhere() -> bytes:
+    """What a page tells of where its run lies: another place for each copy of it."""
+    return re.escape(os.fsencode(place())) + rb"/[\w/-]*?/(?=run/)"
 
 
 def _each_whole(now: dict[str, str], old: dict[str, str], new: dict[str, str]) -> list[str]:
