@@ -3,6 +3,7 @@
 from benchmarks.reliability import (
     adversarial,
     crashes,
+    curves,
     fuzz,
     repeats,
     sanitizers,
@@ -17,6 +18,7 @@ ROWS: dict[str, Row] = {
     **sanitizers.ROWS,
     **fuzz.ROWS,
     **crashes.ROWS,
+    **curves.ROWS,
     **servers.ROWS,
     **shown.ROWS,
 }
