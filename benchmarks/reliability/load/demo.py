@@ -53,9 +53,10 @@ class Words:
         return torch.stack(drawn).sum(0)
 
     def __call__(self, items: Sequence[Item], progress: Any = None) -> Encoded:
-        return Encoded(
-            torch.stack([self.row(item.text or "") for item in items]), [""] * len(items)
-        )
+        from elva.model.rollout import Encoded
+
+        rows = [self.row(item.text or "") for item in items]
+        return Encoded(torch.stack(rows), [""] * len(items))
 
 
 class Visitor:
@@ -127,7 +128,7 @@ def collection(place: Path) -> Collection:
 def answers(searched: Collection) -> dict[str, list[str]]:
     """Words -> ids by plain cosines; the page asks `Red dog.`."""
     reader = Words()
-    texts = searched.index.table["txt"].to_pylist()
+    texts = searched.index.table["text"].to_pylist()
     rows = torch.stack([reader.row(text) for text in texts]).double().numpy()
     rows /= np.linalg.norm(rows, axis=1)[:, None]
     found = {}
