@@ -77,7 +77,7 @@ def elva_rooms(path):
 # flows down this list. The rest of the world is torch, numpy and, for triton's kernels, triton.
 KERNEL_ROOMS = {
     "reference": (),
-    "backends.launcher": (),
+    "backends.launcher": ("reference",),
     "backends.boundary": (),
     "backends.segments": (),
     "backends.skipped": ("reference",),

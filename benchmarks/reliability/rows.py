@@ -1,10 +1,23 @@
 """The table's rows: a name -> what it tries. A new row is one line, and a module that tries it."""
 
-from benchmarks.reliability import adversarial, load, servers, shown
+from benchmarks.reliability import (
+    adversarial,
+    crashes,
+    fuzz,
+    load,
+    repeats,
+    sanitizers,
+    servers,
+    shown,
+)
 from benchmarks.reliability.row import Row
 
 ROWS: dict[str, Row] = {
     **adversarial.ROWS,
+    **repeats.ROWS,
+    **sanitizers.ROWS,
+    **fuzz.ROWS,
+    **crashes.ROWS,
     **servers.ROWS,
     **load.ROWS,
     **shown.ROWS,

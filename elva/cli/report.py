@@ -5,12 +5,8 @@ from typing import Annotated
 
 import typer
 
-from elva.cli.console import (
-    AsJson,
-    one_line_errors,
-    out,
-    print_json,
-)
+from elva.cli import options
+from elva.cli.console import one_line_errors, out, print_json
 
 EXAMPLES = "Examples:  elva report runs/one   |   elva report runs/one runs/two --output two.html"
 
@@ -22,7 +18,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="The page; by default report.html of the first run.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write a run's page again from its files, or one that compares several runs.
 

@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elva.cli.console import (
-    AsJson,
-    err,
-    out,
-    print_json,
-    quiet_libraries,
-    together,
-)
+from elva.cli import options
+from elva.cli.console import out, print_json, progress, quiet_libraries, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +86,7 @@ def train(
             help="Callback of your own, a subclass of elva.training.callbacks.Callback.",
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report.
 
@@ -115,7 +109,6 @@ def train(
             )  # fmt: skip
             return
         from elva.commands.train import train as run_stages
-        from elva.progress import Bars
         from elva.training.callbacks import callbacks_of
 
         added = callbacks_of(callback or ())
@@ -128,10 +121,9 @@ def train(
                 )  # fmt: skip
         directory = processes.agreed(None if run is None else run.directory)
         run = run or Run.open(directory)
-        console = err if as_json else out
-        if processes.first:
-            console.print_line(f"run directory: {run.directory}")
-        with Bars(console) as bars:
+        with progress(as_json) as bars:
+            if processes.first:
+                bars.say(f"run directory: {run.directory}")
             run_stages(
                 run, bars, stages=wanted, start_from=began, limit=limit, controls=controls,
                 callbacks=added, processes=processes,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from torch import Tensor
 from elva.errors import IndexFault
 from elva.index import change, exact, manifest
 from elva.index import query as asked
+from elva.index.about import facts
 from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
 from elva.index.manifest import Entry, Manifest
@@ -384,27 +385,4 @@ class Index:
 
     def info(self) -> dict[str, Any]:
         """What there is to know, as plain data."""
-        size = sum(one.size for one in self.files)
-        rows = sum(one.rows_bytes for one in self.segments)
-        fields = sum(one.size for one in self.segments) - rows
-        deleted = int((~self.alive).sum())
-        return {
-            "directory": str(self.directory),
-            "items": len(self),
-            "deleted": deleted,
-            "dim": self.dim,
-            "dtype": self.manifest.dtype,
-            "metric": "cosine",
-            "model": asdict(self.model),
-            "trained_on": self.about.get("trained_on"),
-            "folder": self.about.get("folder"),
-            "generation": self.manifest.generation,
-            "segments": len(self.segments),
-            "bytes": size,
-            "rows_bytes": rows,
-            "fields_bytes": fields,
-            "codes_bytes": size - rows - fields,
-            "deleted_bytes": deleted * size // max(1, len(self.alive)),
-            "fields": {f.name: str(f.type) for f in self.table.schema},
-            "conflicts": self.conflicts,
-        }
+        return facts(self)

@@ -240,3 +240,15 @@ def test_an_id_that_is_no_text_is_not_there(tmp_path):
     with pytest.raises(IndexFault, match="must be in the index"):
         index.delete(["a\udc9b"])
     assert len(Index(tmp_path / "i")) == 1
+
+
+def test_an_index_is_built_where_a_kill_left_a_half_manifest(tmp_path):
+    path = tmp_path / "index"
+    (path / "segments").mkdir(parents=True)
+    (path / "index.json.partial").write_text("{")
+    Index.build(path, ["a"], rows(1), model=MODEL)
+    assert Index(path).ids([0]) == ["a"] and not [*path.rglob("*.partial")]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.partial").touch()
+    with pytest.raises(IndexFault, match="must be empty or an index"):
+        Index.build(tmp_path / "other", ["a"], rows(1), model=MODEL)
