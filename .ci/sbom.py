@@ -1,8 +1,8 @@
 """The SBOM of a wheel, SPDX 2.3 as JSON, put into its .dist-info/sboms (PEP 770): `python
-.ci/sbom.py WHEEL...`. It is validated before it is written; spdx-tools and wheel must be there."""
+.ci/sbom.py WHEEL...`. It is validated before it is written, by spdx-tools, which must be there."""
 
+import base64
 import hashlib
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -96,17 +96,25 @@ def add(wheel: Path) -> Path:
     if faults := validate_full_spdx_document(made):
         raise ValueError("\n".join(fault.validation_message for fault in faults))
     with tempfile.TemporaryDirectory() as scratch:
-        _wheel("unpack", "--dest", scratch, str(wheel))
-        (tree,) = Path(scratch).iterdir()
-        sboms = tree / Path(place).parent / "sboms"
-        sboms.mkdir(exist_ok=True)  # auditwheel keeps its own there
-        write_document_to_file(made, str(sboms / f"{metadata['Name']}.spdx.json"))
-        _wheel("pack", "--dest-dir", str(wheel.parent), str(tree))
+        file = Path(scratch) / f"{metadata['Name']}.spdx.json"
+        write_document_to_file(made, str(file))
+        put(wheel, f"{Path(place).parent}/sboms/{file.name}", file.read_bytes())
     return wheel
 
 
-def _wheel(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "wheel", *words], check=True, capture_output=True)
+def put(wheel: Path, name: str, content: bytes) -> None:
+    """Add a file to a wheel, and its line to RECORD; everything else is copied as it is."""
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+    line = f"{name},sha256={digest},{len(content)}\n"
+    partial = wheel.with_suffix(".partial")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            kept = old.read(info)
+            if info.filename.endswith(".dist-info/RECORD"):
+                kept = kept.rstrip(b"\r\n") + b"\n" + line.encode()
+            new.writestr(info, kept)
+        new.writestr(name, content)
+    partial.replace(wheel)
 
 
 if __name__ == "__main__":

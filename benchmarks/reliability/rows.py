@@ -5,6 +5,7 @@ from benchmarks.reliability import (
     crashes,
     curves,
     fuzz,
+    load,
     repeats,
     sanitizers,
     servers,
@@ -20,5 +21,6 @@ ROWS: dict[str, Row] = {
     **crashes.ROWS,
     **curves.ROWS,
     **servers.ROWS,
+    **load.ROWS,
     **shown.ROWS,
 }

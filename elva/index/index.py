@@ -303,14 +303,15 @@ class Index:
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """The rows of some ids, in their order; IndexFault for one that is not there."""
-        column = pa.array(list(ids), pa.string())
-        there = self._rows_of(column)
-        known = dict(zip(self.ids(there), there.tolist(), strict=True))
         try:
+            column = pa.array(list(ids), pa.string())
+            there = self._rows_of(column)
+            known = dict(zip(self.ids(there), there.tolist(), strict=True))
             return np.array([known[id] for id in column.to_pylist()], np.int64)
-        except KeyError as error:
+        except (KeyError, UnicodeEncodeError) as error:  # no id has bytes that are no text
+            asked = error.object if isinstance(error, UnicodeEncodeError) else error.args[0]
             raise IndexFault(
-                f"index: ids must be in the index, got {error.args[0]!r}; see elva index info"
+                f"index: ids must be in the index, got {asked!r}; see elva index info"
             ) from None
 
     def embeddings(self, rows: Sequence[int] | np.ndarray) -> Tensor:

@@ -234,6 +234,14 @@ def test_rows_of_any_strides_are_stored(tmp_path):
         assert torch.equal(index.embeddings(range(len(ids))), embeddings.half().float())
 
 
+def test_an_id_that_is_no_text_is_not_there(tmp_path):
+    """As the command line takes a name with bytes that are no UTF-8."""
+    index = Index.build(tmp_path / "i", ["a"], torch.ones(1, 4), model=Identity("m", "r", "p"))
+    with pytest.raises(IndexFault, match="must be in the index"):
+        index.delete(["a\udc9b"])
+    assert len(Index(tmp_path / "i")) == 1
+
+
 def test_an_index_is_built_where_a_kill_left_a_half_manifest(tmp_path):
     path = tmp_path / "index"
     (path / "segments").mkdir(parents=True)

@@ -70,7 +70,7 @@ ROWS = {
         unit="texts",
         amount=4_000,
         smoke=12,
-        chunk=200,
+        chunk=20,
         run=trials,
         said=said,
     ),

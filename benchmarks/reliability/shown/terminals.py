@@ -132,10 +132,10 @@ def data(text: str, marker: str, place: Path) -> None:
 def followed(text: str, marker: str, place: Path) -> None:
     """A training as `elva inspect` follows it, whose files have the text."""
     from elva.commands import follow
-    from elva.recipe import Recipe
+    from elva.recipe import Recipe, StageConfig
     from elva.run import Run
 
-    run = Run.create(place / "run", Recipe("tiny", stages={}))
+    run = Run.create(place / "run", Recipe("tiny", stages={"1": StageConfig()}))
     status = {"what": text, "done": 1, "total": 2, "rate": 1.0, "unit": text, "time": 1.0, "pid": 1}
     run.status_file.write_text(json.dumps(status))
     with mock.patch.object(Run, "is_training", True):
