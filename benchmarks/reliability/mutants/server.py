@@ -1,0 +1,126 @@
+"""Runs tests in forks of a process that has imported all but what is mutated: a program.
+
+    python server.py PRELOADED...
+
+Works where it is started, which is the root of the tests. A line of JSON in: pytest's words,
+seconds, fixtures without which. A line out: how it ended (passed, failed, crashed, timed out) and
+the last test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from typing import NoReturn
+
+import pytest
+
+MEMORY_BYTES, FILE_BYTES = 12 << 30, 1 << 30
+"""Ours: torch alone maps gigabytes that it does not use."""
+WALL = 4
+"""Ours: times the seconds of CPU, for what waits and for machines with much to do."""
+
+
+class Told:
+    """A pytest plugin that says by a pipe which test runs and which has failed.
+
+    Args:
+        without: fixtures whose tests are left out.
+    """
+
+    def __init__(self, pipe: int, without: list[str]) -> None:
+        self.pipe, self.without = pipe, {*without}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [x for x in items if self.without.isdisjoint(getattr(x, "fixturenames", ()))]
+
+    def _say(self, *words: str) -> None:
+        os.write(self.pipe, (json.dumps(words) + "\n").encode())
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._say("runs", nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._say("failed", report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._say("failed", report.nodeid)
+
+
+def main() -> None:
+    sys.path[0] = os.getcwd()
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    answers = os.dup(1)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer = tried(asked["words"], asked["seconds"], asked["without"])
+        os.write(answers, (json.dumps(answer) + "\n").encode())
+
+
+def tried(words: list[str], seconds: float, without: list[str]) -> dict[str, str]:
+    """How a run of these tests in a process of its own ends."""
+    here, there = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(here)
+        run(words, seconds, Told(there, without))
+    os.close(there)
+    told, late = heard(here, time.monotonic() + WALL * seconds)
+    os.close(here)
+    with contextlib.suppress(ProcessLookupError):  # and what it has started
+        os.killpg(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    lines = [json.loads(line) for line in told.splitlines()]
+    test = lines[-1][1] if lines else ""
+    failed = [name for what, name in lines if what == "failed"]
+    if failed:
+        return {"end": "failed", "test": failed[0]}
+    if late or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
+        return {"end": "timed out", "test": test}
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+        return {"end": "passed", "test": test}
+    return {"end": "crashed", "test": test}
+
+
+def heard(pipe: int, deadline: float) -> tuple[bytes, bool]:
+    """What a pipe says until its writer has gone, and whether that was too late."""
+    told = b""
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([pipe], [], [], left)[0]:
+            some = os.read(pipe, 1 << 16)
+            if not some:
+                return told, False
+            told += some
+    return told, True
+
+
+def run(words: list[str], seconds: float, told: Told) -> NoReturn:
+    """The child: ends with pytest's status, whatever the mutated code does."""
+    status = 70
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(nothing, standard)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", f"{os.getcwd()}.tests"]
+        status = int(pytest.main([*options, *words], plugins=[told]))
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
