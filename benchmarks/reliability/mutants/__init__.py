@@ -2,10 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.reliability.mutants import workshop
-from benchmarks.reliability.mutants.suites import INDEX, Suite
+from benchmarks.reliability.mutants import compiled, workshop
+from benchmarks.reliability.mutants.suites import (
+    CPP,
+    INDEX,
+    INTERPRETED,
+    KERNELS,
+    LOSSES,
+    READERS,
+    Suite,
+)
 from benchmarks.reliability.mutants.trial import share, trials
 from benchmarks.reliability.row import Row
 
@@ -19,6 +28,15 @@ def said(kept: Mapping[str, Any]) -> str:
         f"{counts.get('equivalent', 0)} equivalent, {counts.get('survived', 0)} survive; a sample "
         f"of {int(kept['most']['mutants']):,}"
     )
+
+
+def missing_for_cpp() -> str:
+    return workshop.missing() or compiled.missing()
+
+
+def missing_for_kernels() -> str:
+    lacks = "" if find_spec("triton") else "triton is not installed"
+    return workshop.missing() or lacks
 
 
 def row(title: str, *suites: Suite, missing: Callable[[], str] = workshop.missing) -> Row:
@@ -36,5 +54,14 @@ def row(title: str, *suites: Suite, missing: Callable[[], str] = workshop.missin
 
 
 ROWS = {
+    "mutants-cpp": row("the CPU kernels (`csrc/cpu`)", CPP, missing=missing_for_cpp),
+    "mutants-kernels": row(
+        "`elva_kernels`: public functions, checks, reference, Triton kernels interpreted",
+        KERNELS,
+        INTERPRETED,
+        missing=missing_for_kernels,
+    ),
     "mutants-index": row("the index (`elva/index`)", INDEX),
+    "mutants-readers": row("the readers (`elva/data/formats`, strict, schema, TREC)", READERS),
+    "mutants-losses": row("the losses and their negatives (`elva/training`)", LOSSES),
 }

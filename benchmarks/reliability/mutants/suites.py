@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from benchmarks.reliability.mutants import python
+from benchmarks.reliability.mutants import cpp, python
 from benchmarks.reliability.mutants.mutant import Mutant, read
 from benchmarks.reliability.mutants.workshop import ROOT
 
@@ -30,7 +31,7 @@ class Suite:
     env: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
-    seconds: float = 120
+    seconds: float = 60
 
     @cached_property
     def sources(self) -> dict[str, tuple[str, ...]]:
@@ -60,16 +61,16 @@ PROGRAMS = ("start", "finished", "training", "browser", "recipe_file", "released
 
 INDEX = Suite(
     {
-        "elva/index/codes.py": _files("elva", "index_codes index index_forged"),
-        "elva/index/compact.py": _files("elva", "index_compact index_codes"),
-        "elva/index/fields.py": _files("elva", "index_sync folder_index"),
+        "elva/index/codes.py": _files("elva", "index_codes index_parts index_forged"),
+        "elva/index/compact.py": _files("elva", "index_compact index_parts"),
+        "elva/index/fields.py": _files("elva", "index_parts index_sync folder_index"),
         "elva/index/folder.py": _files("elva", "folder_index index_sync"),
         "elva/index/embeddings.py": _files("elva", "index_forged embed_and_search"),
         "elva/index/engines/milvus.py": _files("elva", "index_engines"),
         "elva/index/engines/*.py": _files("elva", "index_engines"),
-        "elva/index/stream.py": _files("elva", "index index_forged index_compact"),
+        "elva/index/stream.py": _files("elva", "index_parts index_forged"),
         "elva/index/*.py": _files(
-            "elva", "index index_promises index_codes index_compact index_forged"
+            "elva", "index index_parts index_promises index_codes index_compact index_forged"
         ),
     },
     left_out=(
@@ -79,3 +80,92 @@ INDEX = Suite(
     ),
     without=PROGRAMS,
 )
+
+READERS = Suite(
+    {
+        "elva/evaluation/trec.py": _files("elva", "metrics data_texts"),
+        "elva/data/qrels.py": _files("elva", "data_texts data_published"),
+        "elva/data/schema.py": _files("elva", "data_formats data_mbeir"),
+        "elva/data/formats/captions.py": _files("elva", "data_captions folder"),
+        "elva/data/formats/titles.py": _files("elva", "data_captions folder"),
+        "elva/data/formats/places.py": _files("elva", "data_captions folder"),
+        "elva/data/formats/folder.py": _files("elva", "folder data_captions"),
+        "elva/data/formats/scan.py": _files("elva", "folder folder_index"),
+        "elva/data/formats/choices.py": _files("elva", "ccneg data_formats"),
+        "elva/data/strict.py": _files("elva", "data_texts data_sources data_formats data_mbeir"),
+        "elva/data/formats/*.py": _files("elva", "data_sources data_formats data_texts"),
+    },
+    without=PROGRAMS,
+)
+
+LOSSES = Suite(
+    {
+        "elva/training/objective.py": _files("elva", "objective_trl train"),
+        "elva/training/relevance.py": _files("elva", "stage"),
+        "elva/training/ranking.py": _files("elva", "stage contrastive_batch"),
+        "elva/training/negatives.py": _files("elva", "stage"),
+        "elva/training/comparison.py": _files("elva", "stage"),
+        "elva/hardest.py": _files("elva", "hardest stage"),
+    },
+    without=("start", "finished", "training", "browser", "recipe_file", "drawn"),
+)
+
+GROUPED = _files("kernels", "reward reward_errors reward_relevance reward_scores reward_index")
+IN_BATCH = _files(
+    "kernels",
+    "rank_statistics in_batch_reward info_nce in_batch_positives reward_errors in_batch_relations",
+)
+SEARCH = _files("kernels", "topk codes")
+
+KERNELS = Suite(
+    {
+        "elva_kernels/reward.py": GROUPED,
+        "elva_kernels/in_batch.py": IN_BATCH,
+        "elva_kernels/info_nce.py": _files("kernels", "info_nce in_batch_positives info_nce_torch"),
+        "elva_kernels/topk.py": SEARCH,
+        "elva_kernels/codes.py": _files("kernels", "codes topk"),
+        "elva_kernels/checks.py": _files("kernels", "reward_errors refusals topk codes info_nce"),
+        "elva_kernels/scalars.py": _files("kernels", "reward_errors reward info_nce"),
+        "elva_kernels/modules.py": _files(
+            "kernels", "reward reward_torch info_nce in_batch_reward"
+        ),
+        "elva_kernels/reference/topk.py": ("tests/test_reference.py", *SEARCH),
+        "elva_kernels/reference/codes.py": _files("kernels", "codes"),
+        "elva_kernels/reference/in_batch.py": ("tests/test_reference.py", *IN_BATCH),
+        "elva_kernels/reference/*.py": ("tests/test_reference.py", *GROUPED),
+        "elva_kernels/backends/cpu/reward.py": GROUPED,
+        "elva_kernels/backends/cpu/in_batch.py": IN_BATCH,
+        "elva_kernels/backends/cpu/topk.py": SEARCH,
+        "elva_kernels/backends/cpu/codes.py": SEARCH,
+    },
+)
+
+INTERPRETED = Suite(
+    {
+        "elva_kernels/backends/triton/kernels/topk.py": _files("kernels", "topk"),
+        "elva_kernels/backends/triton/kernels/codes.py": _files("kernels", "codes"),
+        "elva_kernels/backends/triton/kernels/in_batch.py": IN_BATCH,
+        "elva_kernels/backends/triton/kernels/matrix.py": IN_BATCH,
+        "elva_kernels/backends/triton/kernels/bank.py": _files("kernels", "reward_index"),
+        "elva_kernels/backends/triton/kernels/from_scores.py": _files("kernels", "reward_scores"),
+        "elva_kernels/backends/triton/kernels/*.py": _files("kernels", "reward reward_relevance"),
+    },
+    env={
+        "TRITON_INTERPRET": "1", "ELVA_TEST_SESSION": "interpreter",
+        "ELVA_TEST_REPORT": os.devnull,
+    },
+    seconds=200,
+)  # fmt: skip
+
+OF_NUMBERS = "*reward*.cpp *reward*.h advantages.cpp coefficients.h ranking.h unit_rows.cpp"
+CPP = Suite(
+    {
+        **{f"csrc/cpu/{name}": IN_BATCH for name in ["in_batch*.cpp", "matrix_simd.cpp"]},
+        **{f"csrc/cpu/{name}": SEARCH for name in ["topk*.cpp", "topk*.h", "codes*.cpp"]},
+        "csrc/rank_math.h": (*IN_BATCH, *GROUPED),
+        "csrc/cpu/rescale.h": (*GROUPED, *SEARCH),
+        **{f"csrc/cpu/{name}": GROUPED for name in OF_NUMBERS.split()},
+    },
+    made=cpp.mutants,
+)
+"""Without what starts threads and keeps memory, and without NEON: no figure comes of those here."""

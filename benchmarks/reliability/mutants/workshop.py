@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.reliability.mutants.mutant import Mutant, read
 
@@ -29,8 +29,10 @@ LONG_AGO = 1_000_000_000
 
 
 PRELOADED = (
-    "hypothesis", "numpy", "PIL.Image", "pyarrow", "pyarrow.compute", "safetensors.torch", "torch",
-    "transformers", "yaml",
+    "accelerate", "hypothesis", "numpy", "PIL.Image", "pyarrow", "pyarrow.compute",
+    "safetensors.torch", "torch", "torch._dynamo", "transformers",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl", "yaml",
 )  # fmt: skip
 """Modules that every fork has already: none of the mutated, none that starts threads."""
 
@@ -47,8 +49,8 @@ class Workshop:
         self._times = count(LONG_AGO)
         self._servers: dict[str, subprocess.Popen[str]] = {}
 
-    def run(self, suite: Suite, words: Sequence[str]) -> dict[str, str]:
-        """How tests end in the copy as it is: `end` and the last `test`."""
+    def run(self, suite: Suite, words: Sequence[str]) -> dict[str, Any]:
+        """How tests end in the copy as it is: `end`, the last `test`, `cpu` in seconds."""
         server = self._server(suite.env)
         assert server.stdin is not None and server.stdout is not None
         asked = {"words": [*words], "seconds": suite.seconds, "without": suite.without}
@@ -58,7 +60,7 @@ class Workshop:
         if not line:
             raise RuntimeError("the server of the tests has ended")
         shutil.rmtree(f"{self.tree}.tests", ignore_errors=True)
-        answer: dict[str, str] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
@@ -71,7 +73,7 @@ class Workshop:
         if name not in self._servers:
             known = {
                 **os.environ, "PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1",
-                "TMPDIR": str(self.tree.parent), **env,
+                "TMPDIR": str(self.tree.parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **env,
             }  # fmt: skip
             self._servers[name] = subprocess.Popen(
                 [sys.executable, str(SERVER), *PRELOADED], cwd=self.tree, env=known, text=True,
