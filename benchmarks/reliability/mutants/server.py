@@ -3,8 +3,8 @@
     python server.py PRELOADED...
 
 Works where it is started, which is the root of the tests. A line of JSON in: pytest's words,
-seconds, fixtures without which. A line out: how it ended (passed, failed, crashed, timed out) and
-the last test.
+seconds a test, fixtures without which. A line out: how it ended (passed, failed, crashed, timed
+out) and the last test.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Told:
 
     Args:
         without: fixtures whose tests are left out.
+        seconds: of CPU that a test may take.
     """
 
-    def __init__(self, pipe: int, without: list[str]) -> None:
-        self.pipe, self.without = pipe, {*without}
+    def __init__(self, pipe: int, without: list[str], seconds: float) -> None:
+        self.pipe, self.without, self.seconds = pipe, {*without}, seconds
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [x for x in items if self.without.isdisjoint(getattr(x, "fixturenames", ()))]
@@ -43,7 +44,14 @@ class Told:
     def _say(self, *words: str) -> None:
         os.write(self.pipe, (json.dumps(words) + "\n").encode())
 
+    def bounded(self) -> None:
+        """From now on so many seconds are left."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        end = int(used.ru_utime + used.ru_stime + self.seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.bounded()
         self._say("runs", nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -72,7 +80,7 @@ def tried(words: list[str], seconds: float, without: list[str]) -> dict[str, Any
     child = os.fork()
     if not child:
         os.close(here)
-        run(words, seconds, Told(there, without))
+        run(words, Told(there, without, seconds))
     os.close(there)
     told, late = heard(here, WALL * seconds)
     os.close(here)
@@ -99,7 +107,7 @@ def heard(pipe: int, patience: float) -> tuple[bytes, bool]:
     return told, True
 
 
-def run(words: list[str], seconds: float, told: Told) -> NoReturn:
+def run(words: list[str], told: Told) -> NoReturn:
     """The child: ends with pytest's status, whatever the mutated code does."""
     status = 70
     try:
@@ -107,7 +115,7 @@ def run(words: list[str], seconds: float, told: Told) -> NoReturn:
         nothing = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(nothing, standard)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
+        told.bounded()
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -23,7 +23,9 @@ class Suite:
         env: of the tests' process.
         left_out: tests that are long, or of programs that are started.
         without: fixtures whose tests are left out.
-        seconds: of CPU, ours: about five times what the longest list takes.
+        preloaded: modules that every fork has already: none of the mutated, none that starts
+            threads.
+        seconds: of CPU that a test may take; ours: about five times what the longest does.
     """
 
     tests: Mapping[str, tuple[str, ...]]
@@ -31,6 +33,7 @@ class Suite:
     env: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    preloaded: tuple[str, ...] = ("hypothesis", "numpy", "torch")
     seconds: float = 60
 
     @cached_property
@@ -50,6 +53,15 @@ class Suite:
         """pytest's arguments for a mutant."""
         left_out = [word for test in self.left_out for word in ("--deselect", test)]
         return [*self.sources[mutant.file], *left_out]
+
+
+TRAINER = (
+    "accelerate", "hypothesis", "numpy", "PIL.Image", "pyarrow", "pyarrow.compute",
+    "safetensors.torch", "torch", "torch._dynamo", "transformers",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl", "yaml",
+)  # fmt: skip
+"""What the tests of elva import beside it."""
 
 
 def _files(room: str, names: str) -> tuple[str, ...]:
@@ -79,6 +91,7 @@ INDEX = Suite(
         "tests/elva/test_index_sync.py::test_the_command_says_what_is_done",
     ),
     without=PROGRAMS,
+    preloaded=TRAINER,
 )
 
 READERS = Suite(
@@ -96,6 +109,7 @@ READERS = Suite(
         "elva/data/formats/*.py": _files("elva", "data_sources data_formats data_texts"),
     },
     without=PROGRAMS,
+    preloaded=TRAINER,
 )
 
 LOSSES = Suite(
@@ -108,14 +122,19 @@ LOSSES = Suite(
         "elva/hardest.py": _files("elva", "hardest stage"),
     },
     without=("start", "finished", "training", "browser", "recipe_file", "drawn"),
+    preloaded=TRAINER,
 )
 
-GROUPED = _files("kernels", "reward reward_errors reward_relevance reward_scores reward_index")
-IN_BATCH = _files(
-    "kernels",
-    "rank_statistics in_batch_reward info_nce in_batch_positives reward_errors in_batch_relations",
+CLAIMS = ("tests/kernels/test_mutants.py::test_the_claims_hold",)
+"""Of each op the tests that planted wrong kernels must break: seconds."""
+GROUPED = CLAIMS + _files(
+    "kernels", "reward_scores reward_relevance reward reward_index reward_errors"
 )
-SEARCH = _files("kernels", "topk codes")
+IN_BATCH = CLAIMS + _files(
+    "kernels",
+    "in_batch_reward in_batch_positives info_nce rank_statistics in_batch_relations",
+)
+SEARCH = CLAIMS + _files("kernels", "topk codes")
 
 KERNELS = Suite(
     {
@@ -154,7 +173,6 @@ INTERPRETED = Suite(
         "TRITON_INTERPRET": "1", "ELVA_TEST_SESSION": "interpreter",
         "ELVA_TEST_REPORT": os.devnull,
     },
-    seconds=200,
 )  # fmt: skip
 
 OF_NUMBERS = "*reward*.cpp *reward*.h advantages.cpp coefficients.h ranking.h unit_rows.cpp"

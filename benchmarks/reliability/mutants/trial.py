@@ -36,9 +36,9 @@ def trials(wanted: Trials, *, suites: tuple[Suite, ...]) -> Outcome:
 
 
 def short(outcome: Outcome, wanted: Trials) -> list[str]:
-    """A line where the goal is missed."""
+    """A line where the goal is missed by a whole mutant, or the only one survives."""
     killed, judged = share(outcome.counts)
-    if killed >= GOAL * judged:
+    if killed >= min(judged, max(1, int(GOAL * judged))):
         return []
     return [
         f"{killed} of {judged} mutants killed, numbers {wanted.first} to "

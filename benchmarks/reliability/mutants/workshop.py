@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
@@ -28,15 +28,6 @@ LONG_AGO = 1_000_000_000
 """Times of mutated files, a second each: no bytecode of another one passes for theirs."""
 
 
-PRELOADED = (
-    "accelerate", "hypothesis", "numpy", "PIL.Image", "pyarrow", "pyarrow.compute",
-    "safetensors.torch", "torch", "torch._dynamo", "transformers",
-    "transformers.models.qwen2_vl.modeling_qwen2_vl",
-    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl", "yaml",
-)  # fmt: skip
-"""Modules that every fork has already: none of the mutated, none that starts threads."""
-
-
 class Workshop:
     """Tests of one mutant after the other.
 
@@ -51,7 +42,7 @@ class Workshop:
 
     def run(self, suite: Suite, words: Sequence[str]) -> dict[str, Any]:
         """How tests end in the copy as it is: `end`, the last `test`, `cpu` in seconds."""
-        server = self._server(suite.env)
+        server = self._server(suite)
         assert server.stdin is not None and server.stdout is not None
         asked = {"words": [*words], "seconds": suite.seconds, "without": suite.without}
         server.stdin.write(json.dumps(asked) + "\n")
@@ -68,16 +59,17 @@ class Workshop:
             server.kill()
             server.communicate()
 
-    def _server(self, env: Mapping[str, str]) -> subprocess.Popen[str]:
-        name = json.dumps(dict(env))
+    def _server(self, suite: Suite) -> subprocess.Popen[str]:
+        name = json.dumps([dict(suite.env), suite.preloaded])
         if name not in self._servers:
             known = {
                 **os.environ, "PYTHONPATH": str(self.tree), "OMP_NUM_THREADS": "1",
-                "TMPDIR": str(self.tree.parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **env,
+                "TMPDIR": str(self.tree.parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                **suite.env,
             }  # fmt: skip
             self._servers[name] = subprocess.Popen(
-                [sys.executable, str(SERVER), *PRELOADED], cwd=self.tree, env=known, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, str(SERVER), *suite.preloaded], cwd=self.tree, env=known,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
         return self._servers[name]
 
