@@ -34,10 +34,11 @@ def linked(file: str, tree: Path) -> Iterator[bool]:
     for step in steps("cxx"):
         if ROOT / file in read_of(step.output):
             made[step.output] = str(tree.parent / step.output.replace("/", "."))
-            words = [word.replace(f"{ROOT}/csrc", f"{tree}/csrc") for word in step.words]
-            if not _run([made.get(word, word) for word in words] + [OPTIMISED]):
+            if not _run([*_moved(step, made[step.output], tree), OPTIMISED]):
                 yield False
                 return
+    if not made:
+        raise ValueError(f"{file}: must be a source of an object of {build_directory()}, got none")
     (link,) = steps("link")
     words = [str(target) if word == link.output else made.get(word, word) for word in link.words]
     target.unlink()
@@ -45,6 +46,13 @@ def linked(file: str, tree: Path) -> Iterator[bool]:
         yield _run(words)
     finally:
         shutil.copy2(module(), target)
+
+
+def _moved(step: Step, output: str, tree: Path) -> list[str]:
+    """The command that compiles the copy's source into another place, its list of files too."""
+    moved = {step.output: output, f"{step.output}.d": f"{output}.d"}
+    words = [word.replace(f"{ROOT}/csrc", f"{tree}/csrc") for word in step.words]
+    return [moved.get(word, word) for word in words]
 
 
 @cache
