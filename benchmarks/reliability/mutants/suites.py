@@ -75,12 +75,12 @@ INDEX = Suite(
     {
         "elva/index/codes.py": _files("elva", "index_codes index_parts index_forged"),
         "elva/index/compact.py": _files("elva", "index_compact index_parts"),
-        "elva/index/fields.py": _files("elva", "index_parts index_sync folder_index"),
+        "elva/index/fields.py": _files("elva", "index_tables index_sync folder_index"),
         "elva/index/folder.py": _files("elva", "folder_index index_sync"),
         "elva/index/embeddings.py": _files("elva", "index_forged embed_and_search"),
         "elva/index/engines/milvus.py": _files("elva", "index_engines"),
         "elva/index/engines/*.py": _files("elva", "index_engines"),
-        "elva/index/stream.py": _files("elva", "index_parts index_forged"),
+        "elva/index/stream.py": _files("elva", "index_tables index_parts index_forged"),
         "elva/index/*.py": _files(
             "elva", "index index_parts index_promises index_codes index_compact index_forged"
         ),
