@@ -8,6 +8,7 @@ ELVA_KERNELS_WERROR=1 makes errors of nvcc's warnings. Without a C++ compiler no
 What is left out is printed, and doctor() says why.
 """
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -155,8 +156,10 @@ class NinjaBuild(build_ext):
         objects = " ".join(f"{name}{level}.o" for _, name, level, _ in steps)
         text += f"build {str(target).replace(' ', '$ ')}: link {objects}\n"
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        Path(self.build_temp, "build.ninja").write_text(text)
-        subprocess.run([sys.executable, "-m", "ninja", "-C", self.build_temp], check=True)
+        with open(Path(self.build_temp, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of builds of this tree at a time ninja orders none
+            Path(self.build_temp, "build.ninja").write_text(text)
+            subprocess.run([sys.executable, "-m", "ninja", "-C", self.build_temp], check=True)
 
 
 EXTENSION = Extension("elva_kernels._C", [], optional=True)

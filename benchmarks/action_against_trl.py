@@ -41,6 +41,8 @@ from PIL import Image
 
 from benchmarks import report
 from elva.data import Item, Query, mbeir
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
 from elva.model.inputs import RET
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
@@ -70,7 +72,7 @@ def write(place: Path, steps: int, pictures: bool) -> None:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(120)]
     task, data = TASKS[pictures], place / "data"
-    stem, kind = mbeir.file_stem("made", task), _modality(pictures)
+    stem, kind = file_stem("made", task), _modality(pictures)
 
     def text() -> str:
         return " ".join(draw.choices(words, k=draw.randint(*((10, 60) if pictures else (50, 230)))))
@@ -96,7 +98,7 @@ def write(place: Path, steps: int, pictures: bool) -> None:
     ]  # fmt: skip
     mbeir.write_queries(data, stem, SPLIT, queries)
     instruction = "Find the candidate that answers this query."
-    mbeir.write_instructions(data, "made", 9, {(kind, kind): [instruction]})
+    write_instructions(data, "made", 9, {(kind, kind): [instruction]})
     spec = ScratchModel(
         vocabulary=1000, hidden_size=128, intermediate_size=384, layers=2, heads=4,
         **({"image_size": 196, "patch_size": 14} if pictures else {}),

@@ -23,13 +23,15 @@ from benchmarks import report
 from benchmarks.bench_index import CHUNK, anonymous_mb
 from elva.commands.mine import Mining, mine, plan
 from elva.data import mbeir
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
 from elva.index import segment as segment_file
 from elva.index.embeddings import Embeddings
 from elva.model.identity import Identity
 
 MODEL = Identity("clustered rows", "none", "none")
 DIM, CLUSTERS, SPLIT = 1536, 20_000, "train"
-STEM = mbeir.file_stem("made", "t2t")
+STEM = file_stem("made", "t2t")
 
 
 def clustered(count: int, seed: int) -> Iterator[Tensor]:
@@ -61,7 +63,7 @@ def write_data(root: Path, queries: int, pool: int) -> None:
         for i in range(queries)
     ]  # fmt: skip
     mbeir.write_queries(root, STEM, SPLIT, rows)
-    mbeir.write_instructions(root, "made", 9, {("text", "text"): ["Find its candidate."]})
+    write_instructions(root, "made", 9, {("text", "text"): ["Find its candidate."]})
 
 
 def write_embeddings(place: Path, queries: int, pool: int) -> None:

@@ -36,6 +36,8 @@ from torch import Tensor, nn
 
 from benchmarks import report
 from elva.data import mbeir
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
 from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
@@ -46,7 +48,7 @@ from elva.training.loop import Loop
 from elva.training.plan import Saving
 from elva.training.stage import Stage
 
-STEM, SPLIT, PROMPT = mbeir.file_stem("made", "t2t"), "train", "Summarise it."
+STEM, SPLIT, PROMPT = file_stem("made", "t2t"), "train", "Summarise it."
 WHOLE = 2**31 - 1  # sequences in one forward: all
 CASES = {64: (8, 32, WHOLE), 240: (8, 32, WHOLE), 960: (8, 32, WHOLE)}
 """Queries a step -> sequences a forward and backward."""
@@ -72,7 +74,7 @@ def write(place: Path, count: int, model: ScratchModel = MODEL) -> None:
     mbeir.write_pool(place / "data", STEM, pool)
     mbeir.write_queries(place / "data", STEM, SPLIT, queries)
     instruction = "Find the candidate that answers this query."
-    mbeir.write_instructions(place / "data", "made", 9, {("text", "text"): [instruction]})
+    write_instructions(place / "data", "made", 9, {("text", "text"): [instruction]})
     said = [*texts, instruction, PROMPT]
     create(place / "model", model, said, summary_prompt=PROMPT, seed=0)
 

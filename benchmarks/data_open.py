@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks import report
-from elva.data import mbeir
+from elva.data.instructions import write_instructions
 
 ROWS = 300_000
 SETS = {"text": 0, "image": 3, "image,text": 7}
@@ -52,7 +52,7 @@ print(json.dumps({"queries": len(dataset.queries), "tasks": dataset.queries.task
 def write(root: Path, rows: int) -> int:
     """Queries, pool and instructions as M-BEIR has them for training; the files' bytes."""
     prompts = {(query, cand): ["Find it."] for query in SETS for cand in SETS}
-    mbeir.write_instructions(root, "made", 1, prompts)
+    write_instructions(root, "made", 1, prompts)
     paths = [
         root / "cand_pool" / "global" / "mbeir_union_train_cand_pool.jsonl",
         root / "query" / "train" / "mbeir_made_train.jsonl",

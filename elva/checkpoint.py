@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elva.errors import RunError, UserError
+from elva.errors import MAX_MESSAGE, RunError, UserError, printable
 from elva.files import PARTIAL, fault, listed, read_bounded, write_directory, write_text
 from elva.settings import JSON_BYTES, FileSize, Name, Places, build, read_json
 
@@ -146,7 +146,8 @@ def _damage(directory: Path) -> str | None:
             with safe_open(directory / f"{name}.safetensors", "pt") as file:
                 file.keys()
     except (OSError, UserError, SafetensorError) as error:
-        return f"{type(error).__name__}: {error}"
+        said = " ".join(str(error).split())  # what a header says is quoted as it is
+        return f"{type(error).__name__}: {printable(said)[:MAX_MESSAGE]}"
     return None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from elva.data import Pool, load
-from elva.data.mbeir import first_instructions
+from elva.data.instructions import first_instructions
 from elva.errors import IndexFault
 from elva.index import Index
 from elva.model.encoder import unfamiliar

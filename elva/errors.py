@@ -2,21 +2,27 @@
 
 import traceback
 import unicodedata
+from tokenize import TokenError
 
 MAX_MESSAGE = 600
 """Ours, characters: what is wrong in a cell of megabytes is still a line to read."""
 
 
 class UserError(ValueError):
-    """Bad input or a state that the user can change, in one line.
+    """Bad input or a state that the user can change, in one line of plain text, whatever a file
+    that it quotes holds.
 
     Args:
         message: Shortened in its middle: it begins with the place and ends with what to do.
     """
 
     def __init__(self, message: object = "") -> None:
-        text, half = str(message), MAX_MESSAGE // 2
-        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:half]}...{text[-half:]}")
+        super().__init__(_shortened(printable(_shortened(str(message)))))
+
+
+def _shortened(text: str) -> str:
+    half = MAX_MESSAGE // 2
+    return text if len(text) <= MAX_MESSAGE else f"{text[:half]}...{text[-half:]}"
 
 
 class DataError(UserError):
@@ -42,6 +48,10 @@ class RunError(UserError):
 
 class IndexFault(UserError):
     """An index that is damaged, foreign or busy, or what does not fit into it."""
+
+
+NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError, OverflowError)
+"""What numpy raises of a .npy file that is none: it reads the header as a piece of Python."""
 
 
 def torchvision_is_foreign(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from elva.errors import UserError
+from elva.errors import MAX_MESSAGE, UserError, printable
 from elva.settings import JSON_BYTES, FileSize, Places, Sha256, build, read_json
 
 PARTIAL = ".partial"  # after a name: not whole yet, or what a killed process left
@@ -66,8 +66,10 @@ def replacing(path: Path) -> Iterator[Sink]:
     partial = path.with_name(path.name + PARTIAL)
     descriptor = _own(partial)
     try:
-        yield Sink(path, descriptor)
-        os.fsync(descriptor)
+        sink = Sink(path, descriptor)
+        yield sink
+        with _named(f"{path} at byte {sink.size:,}"):
+            os.fsync(descriptor)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -75,6 +77,17 @@ def replacing(path: Path) -> Iterator[Sink]:
     finally:
         os.close(descriptor)
     sync_directory(path.parent)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """The system does not say of which file an error of a descriptor is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, where) from error
 
 
 def _own(partial: Path) -> int:
@@ -205,6 +218,21 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a file, or leave it as it was; an error names it and how far it came."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        sink = Sink(path, descriptor)
+        sink.size = before = os.fstat(descriptor).st_size
+        try:
+            sink.write(text.encode("utf-8"))
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def cache_directory() -> Path:
     """Where ELVA keeps what it can make again."""
     for variable, folder in (("ELVA_CACHE", "."), ("XDG_CACHE_HOME", "elva")):
@@ -230,7 +258,8 @@ def sync_directory(path: Path) -> None:
     """Make the names in a directory as lasting as the files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with _named(str(path)):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -260,17 +289,29 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
         os.rename(partial, final)
         sync_directory(final.parent)
     except BaseException as error:
+        came = _came(partial)
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors hides the system's error number in its text; callers want the real thing.
-        number = (
-            re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
-        )
-        if number is None:
+        if (code := _code(error)) is None:
             raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(final)) from error
+        raise OSError(code, os.strerror(code), f"{final} at byte {came:,}") from error
     finally:
         os.close(descriptor)
+
+
+def _code(error: BaseException) -> int | None:
+    """The system's number of an error of a write that does not say of which file: a library's, or
+    safetensors', which hides the number in its text; None of every other error."""
+    if isinstance(error, OSError) and error.filename is None:
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    return None if found is None else int(found[1])
+
+
+def _came(directory: Path) -> int:
+    """Bytes that a directory's files have."""
+    with suppress(OSError):
+        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return 0
 
 
 def _own_directory(partial: Path) -> int:
@@ -352,17 +393,21 @@ def fault(directory: Path) -> str | None:
     except UserError:
         return f"no readable {MANIFEST}"
     for name, entry in wanted.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if (there := path.stat().st_size) != entry.bytes:
-            return f"{name} has {there:,} bytes, {entry.bytes:,} were written"
+        path, shown = directory / name, printable(name)[:MAX_MESSAGE]
+        try:
+            there = path.stat().st_size if path.is_file() else None
+        except OSError as error:  # a name that no file has
+            return f"{shown} is missing, {error.strerror}"
+        if there is None:
+            return f"{shown} is missing"
+        if there != entry.bytes:
+            return f"{shown} has {there:,} bytes, {entry.bytes:,} were written"
         if sha256(path) != entry.sha256:
-            return f"{name} has another SHA-256"
+            return f"{shown} has another SHA-256"
     for path in sorted(p for p in directory.rglob("*") if p.suffix in LOADED):
         name = str(path.relative_to(directory))
         if name not in wanted and name != MANIFEST:
-            return f"{name} is not listed in {MANIFEST}"
+            return f"{printable(name)} is not listed in {MANIFEST}"
     return None
 
 

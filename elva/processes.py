@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process beside WORLD_SIZE."""
 
 WRAPPERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -37,20 +37,20 @@ WRAPPERS: dict[str, dict[str, tuple[str, ...]]] = {
 model that the first process alone reads is empty elsewhere until it is wrapped; FSDP2 shards
 weights, and so ZeRO-3 does not; offloading puts another optimiser in ours' place."""
 
-EXCHANGE = timedelta(minutes=30)
+_EXCHANGE = timedelta(minutes=30)
 """Ours: how long one process waits in an exchange for another, whose share of the work is as
 large."""
 
 PATIENCE = timedelta(hours=12)
 """Ours: how long processes wait for the first one, which writes a model."""
 
-GRACE_S = 5.0
+_GRACE_S = 5.0
 """Ours: how long the first process stays for others, of which one may be dead."""
 
-OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
+_OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
 """Where torchrun tells that the store is its own."""
 
-ENDED = "ended"
+_ENDED = "ended"
 """What a process counts up among all of them when it ends early."""
 
 _turns = count()
@@ -98,16 +98,16 @@ class Processes:
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self.index = int(os.environ.get("RANK", "0"))
         if self.count > 1:
-            if missing := [name for name in MEETING if name not in os.environ]:
+            if missing := [name for name in _MEETING if name not in os.environ]:
                 raise RunError(
                     f"train: the environment of {self.count} processes must have "
-                    f"{', '.join(MEETING)}, got no {missing[0]}; start them by torchrun or "
+                    f"{', '.join(_MEETING)}, got no {missing[0]}; start them by torchrun or "
                     "accelerate launch"
                 )
             import torch
             from accelerate import PartialState
 
-            PartialState(cpu=not torch.cuda.is_available(), timeout=EXCHANGE)
+            PartialState(cpu=not torch.cuda.is_available(), timeout=_EXCHANGE)
 
     @property
     def first(self) -> bool:
@@ -195,7 +195,7 @@ class Processes:
                 error = found
             if self.count > 1:
                 if not isinstance(error, UserError | OSError | None):
-                    _store().add(ENDED, 1)  # it says so itself; the others may not know the class
+                    _store().add(_ENDED, 1)  # it says so itself; the others may not know the class
                 _store().set(turn, "done")
         else:
             yield False
@@ -220,7 +220,7 @@ class Processes:
         except (SystemExit, GeneratorExit):
             if self.count > 1:
                 with suppress(RuntimeError):
-                    _store().add(ENDED, 1)
+                    _store().add(_ENDED, 1)
             raise
         except BaseException as error:
             if self.count == 1:
@@ -228,7 +228,7 @@ class Processes:
             lost = _is_lost_exchange(error)
             line = "lost" if lost else f"{type(error).__name__}: {error}"
             try:
-                ended = _store().add(ENDED, 1)
+                ended = _store().add(_ENDED, 1)
                 said = _store().add(f"said {line}", 1)
             except RuntimeError:  # gone with the process that held it
                 ended = said = 1
@@ -244,10 +244,10 @@ class Processes:
     def see_off(self) -> None:
         """Where processes end early and the first one holds what they tell each other, stay until
         the others have looked."""
-        if self.count == 1 or not self.first or os.environ.get(OF_LAUNCHER) == "True":
+        if self.count == 1 or not self.first or os.environ.get(_OF_LAUNCHER) == "True":
             return
-        until = time.monotonic() + GRACE_S
-        while time.monotonic() < until and 0 < _store().add(ENDED, 0) < self.count:
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until and 0 < _store().add(_ENDED, 0) < self.count:
             time.sleep(0.05)
 
 
@@ -288,7 +288,7 @@ def _wait_for(turn: str) -> None:
     since, store = time.monotonic(), _store()
     while not store.check([turn]):
         waited = time.monotonic() - since
-        if store.check([ENDED]) or waited > PATIENCE.total_seconds():
+        if store.check([_ENDED]) or waited > PATIENCE.total_seconds():
             raise DistError("the first process has not done what it does alone")
         time.sleep(min(0.5, 0.01 + waited / 10))
 

@@ -55,7 +55,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.3g} {task.fields['unit']}/s")
 
 
-LINE_SECONDS = 30.0
+_LINE_SECONDS = 30.0
 """Ours: between two lines on work that goes on, in a log."""
 
 
@@ -97,7 +97,7 @@ class Bars:
         for task in self._progress.task_ids:
             self._progress.update(task, completed=done, values=text)
         now = time.perf_counter()
-        if self._progress.disable and now - self._said >= LINE_SECONDS:
+        if self._progress.disable and now - self._said >= _LINE_SECONDS:
             self._said = now
             for one in self._progress.tasks:
                 total = "" if one.total is None else f" of {one.total:,.0f}"

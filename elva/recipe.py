@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from elva.errors import UserError
 from elva.settings import (
     Count,
     Name,
@@ -26,9 +23,6 @@ from elva.settings import (
     Whole,
     at_least,
     between,
-    build,
-    read_yaml,
-    shown,
 )
 from elva.trainer_arguments import TrainerArguments
 
@@ -42,17 +36,17 @@ Schedule = Literal[
 
 COLDEST = 1e-6  # elva_kernels' least temperature
 
-Temperature = Annotated[float, at_least(COLDEST)]
-RankTemperature = Annotated[
+_Temperature = Annotated[float, at_least(COLDEST)]
+_RankTemperature = Annotated[
     float,
     Rule(f"be 0 or finite and at least {COLDEST}", lambda t: t == 0 or COLDEST <= t < math.inf),
 ]
-TRACKERS = ("tensorboard", "wandb", "trackio")
+_TRACKERS = ("tensorboard", "wandb", "trackio")
 Trackers = Annotated[
     str,
     Rule(
-        f"be none, or some of {', '.join(TRACKERS)} with commas between",
-        lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS),
+        f"be none, or some of {', '.join(_TRACKERS)} with commas between",
+        lambda text: text == "none" or set(text.split(",")) <= set(_TRACKERS),
     ),
 ]
 Seed = Annotated[int, between(0, 2**63 - 1)]
@@ -153,7 +147,7 @@ class RewardConfig:
     rank_penalty: Weight = 0.01
     w_margin: Weight = 0.4
     w_rank: Weight = 0.6
-    rank_temperature: RankTemperature = 0.0
+    rank_temperature: _RankTemperature = 0.0
 
 
 @dataclass(frozen=True)
@@ -224,9 +218,9 @@ class StageConfig:
     early_stopping_patience: Count | None = None  # evaluations without a better one
     lora: LoraSettings = LoraSettings()
     # contrastive
-    infonce_temperature: Temperature = 0.05
+    infonce_temperature: _Temperature = 0.05
     learn_infonce_temperature: bool = False  # from there on, as CLIP does
-    final_infonce_temperature: Temperature | None = None  # reached geometrically at the last step
+    final_infonce_temperature: _Temperature | None = None  # reached geometrically at the last step
     symmetric: bool = False  # half of the loss from candidates to queries; the paper's is one-way
     # rollouts
     completions: Literal["gold", "sampled"] = "sampled"
@@ -238,7 +232,7 @@ class StageConfig:
     max_score: Number = 0.99  # a candidate more similar than this is not mined (sec. 3.4)
     refresh_steps: Count | None = None  # embed the pool and mine again, every so many steps
     reward: RewardConfig = RewardConfig()
-    final_rank_temperature: Temperature | None = None  # of the reward, reached likewise
+    final_rank_temperature: _Temperature | None = None  # of the reward, reached likewise
     relevance: Literal["none", "start", "grains"] = "none"
     """What a negative's relevance in the reward is: none (the paper's), its similarity to the right
     answer under the model that the stage starts from, or the share of grains that both have."""
@@ -388,23 +382,3 @@ class Recipe:
                     yield f"{kind}.{name}", "have lm, ret, infonce, pathwise or policy over 0"
                 for field_name, rule in stage.contradictions():
                     yield f"{kind}.{name}.{field_name}", rule
-
-
-def chosen(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
-    """The named stages of a recipe, all of them for None; UserError for one that it has not."""
-    if unknown := [name for name in stages or () if name not in recipe.stages]:
-        raise UserError(
-            f"train: stages must be among {', '.join(recipe.stages)}, got {shown(unknown[0])}"
-        )
-    return list(recipe.stages if stages is None else stages)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved recipe as plain data, as it is written to a run directory."""
-    plain: dict[str, Any] = dataclasses.asdict(config)
-    return plain
-
-
-def read_recipe(file: Path) -> Recipe:
-    """The recipe that a run directory holds, as `to_dict` gave it."""
-    return typing.cast(Recipe, build(Recipe, *read_yaml(file)))

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from elva.errors import UserError
 from elva.recipe import (
@@ -17,7 +16,6 @@ from elva.recipe import (
     Recipe,
     RewardConfig,
     StageConfig,
-    to_dict,
 )
 from elva.settings import Places, build, read_value, read_yaml, shown
 
@@ -264,11 +262,34 @@ def resolve(
 
 def _merge(base: Any, changes: Mapping[str, Any], whole: bool = True) -> dict[str, Any]:
     """`whole`: shares of tasks are replaced, not added to those that there are."""
-    merged: dict[str, Any] = {str(k): v for k, v in (
-        to_dict(base) if dataclasses.is_dataclass(base) else base).items()}  # fmt: skip
+    known = base if isinstance(base, Mapping) else asdict(base)
+    merged: dict[str, Any] = {str(key): value for key, value in known.items()}
     for key, value in changes.items():
         old = merged.get(str(key))
         nest = isinstance(value, Mapping) and isinstance(old, Mapping)
         nest = nest and not (whole and key == "tasks")
         merged[str(key)] = _merge(old, value, whole) if nest else value
     return merged
+
+
+def chosen(recipe: Recipe, stages: Sequence[str] | None) -> list[str]:
+    """The named stages of a recipe, all of them for None; UserError for one that it has not."""
+    if unknown := [name for name in stages or () if name not in recipe.stages]:
+        raise UserError(
+            f"train: stages must be among {', '.join(recipe.stages)}, got {shown(unknown[0])}"
+        )
+    return list(recipe.stages if stages is None else stages)
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The recipe that a run directory holds, as plain data."""
+    return cast(Recipe, build(Recipe, *read_yaml(file)))
+
+
+def flat(plain: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """a.b.c -> value, of plain data."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        nested = isinstance(value, Mapping)
+        found |= flat(value, f"{before}{key}.") if nested else {before + key: value}
+    return found

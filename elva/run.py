@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +32,9 @@ import yaml
 from elva import __version__
 from elva.data import emoji
 from elva.errors import RunError
-from elva.files import PARTIAL, is_whole, make_directory, write_text
-from elva.recipe import Recipe, read_recipe, to_dict
+from elva.files import PARTIAL, append_text, is_whole, make_directory, write_text
+from elva.recipe import Recipe
+from elva.recipes import read_recipe
 
 EVALUATED = ("test", "val")
 """Splits that stages are evaluated on, the first that there is."""
@@ -60,18 +62,14 @@ class Run:
         """Start a run in an absent or empty directory (a fresh dated one under runs/ for None)."""
         if directory is None:
             directory = _dated(Path("runs"), recipe.name)
-        killed = "recipe.yaml" + PARTIAL  # what one that was killed at its start may have left
-        if directory.exists() and (
-            not directory.is_dir() or any(p.name != killed for p in directory.iterdir())
-        ):
-            raise RunError(
-                f"{directory}: must be empty to start a run in; "
-                "pass --resume to go on with it or choose another --output"
-            )
+        _check_empty(directory)  # before anything is made there
         make_directory(directory)
-        write_text(directory / "recipe.yaml", yaml.safe_dump(to_dict(recipe), sort_keys=False))
-        write_text(directory / "run.json", json.dumps(_facts(recipe), indent=1))
-        return cls(directory, recipe)
+        run = cls(directory, recipe)
+        with run.locked():
+            _check_empty(directory)  # nobody else begins one from here on
+            write_text(directory / "recipe.yaml", yaml.safe_dump(asdict(recipe), sort_keys=False))
+            write_text(directory / "run.json", json.dumps(_facts(recipe), indent=1))
+        return run
 
     @classmethod
     def open(cls, directory: Path) -> Run:
@@ -178,8 +176,8 @@ class Run:
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append one line; a NaN is written as null, for strict readers."""
         clean = {k: v if v == v and abs(v) != float("inf") else None for k, v in values.items()}
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **clean}) + "\n")
+        line = json.dumps({"stage": stage, "step": step, **clean})
+        append_text(self.metrics_file, f"{line}\n")
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """The lines of a stage, or all: their numbers, None for NaN; torn lines are left out."""
@@ -193,6 +191,19 @@ class Run:
         kept = [e for e in self.metrics() if e["stage"] != stage or e["step"] <= step]
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(e) + "\n" for e in kept))
+
+
+def _check_empty(directory: Path) -> None:
+    """RunError where a run cannot begin: anything lies there but what one that was killed at its
+    start may have left."""
+    left = ("recipe.yaml" + PARTIAL, LOCK)
+    if directory.exists() and (
+        not directory.is_dir() or any(p.name not in left for p in directory.iterdir())
+    ):
+        raise RunError(
+            f"{directory}: must be empty to start a run in; "
+            "pass --resume to go on with it or choose another --output"
+        )
 
 
 def metrics_line(line: bytes) -> dict[str, Any] | None:

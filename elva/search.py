@@ -24,11 +24,11 @@ from elva.model.modalities import MODALITIES, must_read
 from elva.model.rollout import Encoded
 from elva.progress import SILENT, Reporter
 
-MAX_CHARACTERS = 2000
+_MAX_CHARACTERS = 2000
 """Ours: longer than any query of M-BEIR, short enough for one row of the model."""
 
 
-ASK_OTHERWISE = {
+_ASK_OTHERWISE = {
     "text": "pass --image",
     "image": "ask in words",
     "image,text": "leave out the words or --image",
@@ -114,7 +114,7 @@ class Searcher:
         lay = model or about.get("model")
         if lay is None:
             raise UserError(
-                f"search: {index.directory} does not say which model made it; pass --model"
+                f"index: {index.directory} does not say which model made it; pass --model"
             )
         length, read = about.get("max_completion_length"), about.get("read", "at_ret")
         return cls(lay, stage=stage, max_completion_length=length, read=read)
@@ -245,9 +245,9 @@ def check_query(query: str, k: int, image: Path | None) -> None:
         raise UserError(f"search: k must be at least 1, got {k}; ask for 10")
     if not normalise(query) and image is None:
         raise UserError(f"search: query must hold words, got {query!r}; pass some, or a picture")
-    if len(query) > MAX_CHARACTERS:
+    if len(query) > _MAX_CHARACTERS:
         raise UserError(
-            f"search: query must have at most {MAX_CHARACTERS} characters, got {len(query)}; "
+            f"search: query must have at most {_MAX_CHARACTERS} characters, got {len(query)}; "
             "shorten it"
         )
     if any("\ud800" <= letter <= "\udfff" for letter in query):
@@ -273,7 +273,7 @@ def _query(
         reads = " or ".join(MODALITIES[m][0] for m in MODALITIES if m in encoder.modalities)
         raise UserError(
             f"search: the query must be {reads} for {encoder.identity.name}, got "
-            f"{MODALITIES[modality][0]}; {ASK_OTHERWISE[modality]}"
+            f"{MODALITIES[modality][0]}; {_ASK_OTHERWISE[modality]}"
         )
     known = index.about.get("instructions", {})
     if encoder.instructions == "unread" and instruction is not None:

@@ -78,7 +78,7 @@ Name = Annotated[
 FileSize = Annotated[int, between(0, 2**62)]
 Sha256 = Annotated[str, Rule("be a SHA-256 in hexadecimal", re.compile(r"[0-9a-f]{64}").fullmatch)]
 
-JSON_BYTES, JSON_VALUES = 64 << 20, 4_000_000
+JSON_BYTES, _JSON_VALUES = 64 << 20, 4_000_000
 """Ours: what a file that is read as a whole may hold, far over what is ever written."""
 
 
@@ -161,8 +161,8 @@ def read_json(content: bytes, places: Places) -> Any:
         UserError: no JSON in UTF-8, over `JSON_BYTES`, a key twice, NaN, a lone surrogate.
     """
     values = sum(content.count(mark) for mark in (b"[", b"{", b",", b":"))
-    if len(content) > JSON_BYTES or values > JSON_VALUES:
-        places.refuse("", f"must be JSON of up to {JSON_BYTES:,} bytes and {JSON_VALUES:,} values")
+    if len(content) > JSON_BYTES or values > _JSON_VALUES:
+        places.refuse("", f"must be JSON of up to {JSON_BYTES:,} bytes and {_JSON_VALUES:,} values")
     try:
         data = json.loads(
             content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant

@@ -16,7 +16,7 @@ TAKEN = (
 """Arguments of transformers' TrainingArguments that a stage can follow. Every other one is said by
 a field of the recipe already, or would be ignored, or would train something else."""
 
-OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Those whose state is tensors a weight, which a checkpoint holds."""
 
 
@@ -25,7 +25,7 @@ MOST_WORKERS = 64
 
 
 def _are_taken(values: Mapping[str, Any]) -> bool:
-    return set(values) <= set(TAKEN) and values.get("optim", OPTIMISERS[0]) in OPTIMISERS
+    return set(values) <= set(TAKEN) and values.get("optim", _OPTIMISERS[0]) in _OPTIMISERS
 
 
 def _are_in_range(values: Mapping[str, Any]) -> bool:
@@ -65,7 +65,7 @@ def _are_trainer_arguments(values: Mapping[str, Any]) -> bool:
 TrainerArguments = Annotated[
     Mapping[Name, Plain],
     Rule(
-        f"hold no more than {', '.join(TAKEN)}, optim one of {', '.join(OPTIMISERS)} (batch size: "
+        f"hold no more than {', '.join(TAKEN)}, optim one of {', '.join(_OPTIMISERS)} (batch size: "
         "stages.N.batch_size, memory: stages.N.micro_batch_size)",
         _are_taken,
     ),

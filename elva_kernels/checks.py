@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.boundary import in_default_float_mode
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.backends.table import BACKENDS
 from elva_kernels.reference import MOST_COLUMNS, RowCodes, Weights, compute_dtype
 from elva_kernels.registered.batch import Given
@@ -36,30 +37,23 @@ _METRICS = ("cosine", "dot")
 _ROWS_NAMED = 8
 
 
-def embeddings(
-    op: str,
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    negative_index: Tensor | None = None,
-    relevance: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+def groups(op: str, given: Groups) -> Groups:
     """query [*, D], positive [*, D], negatives [*, N, D], mask and relevance [*, N].
 
-    With negative_index [*, N] negatives are [M, D]. Returns the index as int64, and the relevance
+    With an index [*, N] negatives are [M, D]. Returned with the index as int64, and the relevance
     as a constant in the scores' dtype.
     """
+    query, positive, negatives, mask, index, relevance = given
     _tensor(op, "query", query, "[*, D]", 1)
     _tensor(op, "positive", positive, "[*, D]", 1)
-    _tensor(op, "negatives", negatives, "[*, N, D]" if negative_index is None else "[M, D]", 2)
+    _tensor(op, "negatives", negatives, "[*, N, D]" if index is None else "[M, D]", 2)
     _alike(op, "positive", positive, query)
     _alike(op, "negatives", negatives, query)
     shape, rows = query.shape, negatives.shape
-    if negative_index is not None:
-        _bank(op, negatives, negative_index, query)
-        rows = torch.Size((*negative_index.shape, rows[-1]))
-        negative_index = negative_index.to(torch.int64)
+    if index is not None:
+        _bank(op, negatives, index, query)
+        rows = torch.Size((*index.shape, rows[-1]))
+        index = index.to(torch.int64)
     if mask is not None:
         _mask(op, mask, query, rows[-2])
     if relevance is not None:
@@ -72,8 +66,8 @@ def embeddings(
         or mask is not None
         or relevance is not None
     ):
-        _embedding_shapes(op, query, positive, negatives, mask, negative_index, relevance)
-    return negative_index, relevance
+        _embedding_shapes(op, given)
+    return Groups(query, positive, negatives, mask, index, relevance)
 
 
 def _bank(op: str, negatives: Tensor, index: Tensor, query: Tensor) -> None:
@@ -86,16 +80,9 @@ def _bank(op: str, negatives: Tensor, index: Tensor, query: Tensor) -> None:
         _refuse(ValueError, op, "negatives", rule, _shape(negatives), "use .flatten(0, -2)")
 
 
-def _embedding_shapes(
-    op: str,
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-) -> None:
+def _embedding_shapes(op: str, given: Groups) -> None:
     """Equal D, and leading dimensions that broadcast."""
+    query, positive, negatives, *_ = given
     size = query.shape[-1]
     if size == 0:
         _refuse(ValueError, op, "query", "have D >= 1", _shape(query))
@@ -103,17 +90,12 @@ def _embedding_shapes(
         _refuse(ValueError, op, "positive", f"have query's D = {size}", _shape(positive))
     if negatives.shape[-1] != size:
         _refuse(ValueError, op, "negatives", f"have query's D = {size}", _shape(negatives))
-    _broadcast(op, query.shape[:-1], **_leading(positive, negatives, mask, index, relevance))
+    _broadcast(op, query.shape[:-1], **_leading(given))
 
 
-def _leading(
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-) -> dict[str, torch.Size]:
+def _leading(given: Groups) -> dict[str, torch.Size]:
     """The leading dimensions of all but the query, by argument."""
+    _, positive, negatives, mask, index, relevance = given
     leading = {"positive": positive.shape[:-1]}
     if index is None:
         leading["negatives"] = negatives.shape[:-2]
@@ -299,18 +281,9 @@ def reduction(op: str, value: str) -> None:
     _one_of(op, "reduction", value, _REDUCTIONS)
 
 
-def upstream(
-    op: str,
-    weight: Tensor,
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-) -> Tensor:
+def upstream(op: str, weight: Tensor, given: Groups) -> Tensor:
     """weight, broadcastable to the reward [*]; returned in the reward's dtype."""
-    others = _leading(positive, negatives, mask, index, relevance).values()
+    query, others = given.query, _leading(given).values()
     return upstream_of(op, weight, query, torch.broadcast_shapes(query.shape[:-1], *others))
 
 
@@ -430,15 +403,9 @@ def _typed_rows(
         _refuse_device(op, argument, value, query.device)
 
 
-def finite_rows(
-    op: str,
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-) -> None:
+def finite_rows(op: str, given: Groups) -> None:
     """No NaN and no inf in any row that is read."""
+    query, positive, negatives, mask, index, _ = given
     for name, rows in (("query", query), ("positive", positive)):
         _finite(op, name, torch.isfinite(rows).all(-1), "rows")
     sound = torch.isfinite(negatives).all(-1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from elva_kernels import checks
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.reference import RankingReward, Weights
 from elva_kernels.registered import reward as registered
 from elva_kernels.registered.library import is_watched, requires_grad
@@ -120,20 +121,18 @@ def ranking_reward(
         reward = w_margin * margin_reward + w_rank * rank_reward
     """
     op = "ranking_reward"
-    index, relevance = checks.embeddings(
-        op, query, positive, negatives, mask, negative_index, relevance
-    )
+    groups = Groups(query, positive, negatives, mask, negative_index, relevance)
+    groups = checks.groups(op, groups)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if checks.flag(op, "check_finite", check_finite):
-        checks.finite_rows(op, query, positive, negatives, mask, index)
-    inputs = (query, positive, negatives, mask, index, relevance, weights)
+        checks.finite_rows(op, groups)
     if is_watched(query, positive, negatives):
         wrt = tuple(requires_grad(x) for x in (query, positive, negatives))
-        results = registered.differentiable_ranking_reward(*inputs, wrt, backend)
+        results = registered.differentiable_ranking_reward(*groups, weights, wrt, backend)
         return RankingReward(*results[:5])
-    return RankingReward(*registered.ranking_reward(*inputs, backend))
+    return RankingReward(*registered.ranking_reward(*groups, weights, backend))
 
 
 def ranking_reward_and_grad(
@@ -185,22 +184,21 @@ def ranking_reward_and_grad(
     with None in the places that `wrt` does not name.
     """
     op = "ranking_reward_and_grad"
-    index, relevance = checks.embeddings(
-        op, query, positive, negatives, mask, negative_index, relevance
-    )
+    groups = Groups(query, positive, negatives, mask, negative_index, relevance)
+    groups = checks.groups(op, groups)
     wanted = checks.wrt(op, wrt, checks.EMBEDDINGS)
     checks.known_backend(op, backend)
     weights = Weights(margin, rank_penalty, w_margin, w_rank, rank_temperature)
     weights = checks.weights(op, weights, checks.WIDEST_COSINE)
     if weight is not None:
-        weight = checks.upstream(op, weight, query, positive, negatives, mask, index, relevance)
+        weight = checks.upstream(op, weight, groups)
     if checks.flag(op, "check_finite", check_finite):
-        checks.finite_rows(op, query, positive, negatives, mask, index)
+        checks.finite_rows(op, groups)
     inputs = (query, positive, negatives)
     if is_watched(*inputs):
         inputs = (query.detach(), positive.detach(), negatives.detach())
     results = registered.ranking_reward_and_grad(
-        *inputs, mask, index, relevance, weight, weights, wanted, backend
+        *inputs, *groups[3:], weight, weights, wanted, backend
     )
     grads = (x if kept else None for x, kept in zip(results[5:], wanted, strict=True))
     grad_query, grad_positive, grad_negatives = grads

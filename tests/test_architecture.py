@@ -77,7 +77,7 @@ def elva_rooms(path):
 # flows down this list. The rest of the world is torch, numpy and, for triton's kernels, triton.
 KERNEL_ROOMS = {
     "reference": (),
-    "backends.launcher": (),
+    "backends.launcher": ("reference",),
     "backends.boundary": (),
     "backends.segments": (),
     "backends.skipped": ("reference",),
@@ -142,7 +142,14 @@ KERNEL_ROOMS = {
         "backends.choice",
     ),
     "scalars": (),
-    "checks": ("reference", "backends.boundary", "backends.table", "registered", "scalars"),
+    "checks": (
+        "reference",
+        "backends.launcher",
+        "backends.boundary",
+        "backends.table",
+        "registered",
+        "scalars",
+    ),
     "reward": ("reference", "registered", "checks"),
     "in_batch": ("reference", "registered", "checks"),
     "info_nce": ("reference", "registered", "checks"),

@@ -1,11 +1,15 @@
 """What is shipped: one version, an sdist of the whole repository, a wheel of both packages."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import tarfile
 import zipfile
+from base64 import urlsafe_b64encode
+from hashlib import sha256
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from packaging.version import Version
@@ -73,6 +77,66 @@ def test_the_sdist_is_the_repository(built, tracked):
     found = {p.relative_to(top).as_posix() for p in top.rglob("*") if p.is_file()}
     found = {name for name in found if not name.startswith((*MADE, "build/"))}
     assert found == tracked - {".gitignore"}
+
+
+def test_a_wheel_gets_an_sbom_that_is_valid(built, tmp_path):
+    """Of what its metadata asks for; RECORD holds it, and no other file is added."""
+    pytest.importorskip("spdx_tools", reason="no spdx-tools: pip install spdx-tools")
+    from spdx_tools.spdx.parser.parse_anything import parse_file
+    from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
+
+    (wheel,) = built.glob("*.whl")
+    copy = tmp_path / wheel.name
+    copy.write_bytes(wheel.read_bytes())
+    done = subprocess.run(
+        [sys.executable, str(ROOT / ".ci" / "sbom.py"), str(copy)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    info = f"elva-{elva.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(copy) as after:
+        place = f"{info}/sboms/elva.spdx.json"
+        assert set(after.namelist()) - set(before.namelist()) == {place}
+        listed = after.read(f"{info}/RECORD").decode().splitlines()
+        digest = urlsafe_b64encode(sha256(after.read(place)).digest()).decode().rstrip("=")
+        assert listed[-1] == f"{place},sha256={digest},{after.getinfo(place).file_size}"
+        assert listed[:-1] == before.read(f"{info}/RECORD").decode().splitlines()
+        (tmp_path / "elva.spdx.json").write_bytes(after.read(place))
+        asked = after.read(f"{info}/METADATA").decode().count("\nRequires-Dist: ")
+    made = parse_file(str(tmp_path / "elva.spdx.json"))
+    assert made.creation_info.spdx_version == "SPDX-2.3"
+    assert validate_full_spdx_document(made) == []
+    names = {package.name for package in made.packages}
+    assert {"elva", "torch", "numpy", "jinja2", "gradio"} <= names and 30 < len(names) <= asked
+    needed = [x for x in made.relationships if x.relationship_type.name == "DEPENDS_ON"]
+    assert {"SPDXRef-torch", "SPDXRef-typer"} <= {x.related_spdx_element_id for x in needed}
+    assert "SPDXRef-gradio" not in {x.related_spdx_element_id for x in needed}
+    made.packages[0].name = ""
+    made.creation_info.spdx_version = "SPDX-9"
+    assert validate_full_spdx_document(made)  # it can fail
+
+
+def load_audit():
+    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_audit_fails_by_a_known_vulnerability_and_says_where_it_cannot_know(monkeypatch, capsys):
+    audit = load_audit()
+    bad = {"name": "x", "version": "1", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]}
+    fine = {"name": "y", "version": "1", "vulns": []}
+    monkeypatch.setattr(sys, "argv", ["audit.py", "site-packages"])
+    for answers, code, said in (
+        ([([bad], ""), ([fine, bad], "")], 1, "x 1: PYSEC-1, fixed in 2\naudit: 1 known"),
+        ([([bad], ""), ([fine], "")], 0, "audit: 0 known vulnerabilities of 1 packages"),
+        ([([bad], ""), ([], "no answer in 240 s")], 0, "audit: not done, no answer in 240 s"),
+        ([([], "no route to host")], 0, "advisories cannot be had: no route to host"),
+        ([([fine], "")], 0, "advisories cannot be had: it knows none of pyyaml==5.3"),
+    ):
+        monkeypatch.setattr(audit, "audited", mock.Mock(side_effect=answers))
+        assert audit.main() == code
+        assert said in capsys.readouterr().out
 
 
 def test_a_wheel_of_the_sdist_holds_both_packages_whole(built, tracked):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +23,7 @@ from elva.data import emoji
 from elva.files import write_text
 from elva.model.retriever import Retriever
 from elva.progress import SILENT
-from elva.recipe import Recipe, StageConfig, to_dict
+from elva.recipe import Recipe, StageConfig
 from elva.recipes import RECIPES
 from elva.run import Run
 from elva.settings import Places, build
@@ -178,7 +178,7 @@ class Trial:
 
     def _stage(self) -> dict[str, Any] | None:
         stage = self.known.stage
-        return None if stage is None else json.loads(json.dumps(to_dict(stage)))
+        return None if stage is None else json.loads(json.dumps(asdict(stage)))
 
 
 @cache

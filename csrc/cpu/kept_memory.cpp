@@ -12,9 +12,11 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 
 #include "../elva.h"
+#include "made_once.h"
 
 namespace elva {
 namespace {
@@ -39,9 +41,10 @@ struct IdleBlocks {
   }
 };
 
+std::atomic<IdleBlocks*> all_idle{nullptr};
+
 IdleBlocks& idle_blocks() {
-  static IdleBlocks* idle = new IdleBlocks;
-  return *idle;
+  return *made_once(&all_idle, [] { return new IdleBlocks; });
 }
 
 int64_t most_idle_bytes() {

@@ -5,11 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
-#include <mutex>
 #include <string>
 
 #include "../elva.h"
 #include "kernels.h"
+#include "made_once.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -127,19 +127,10 @@ Choice choose() {
 }
 
 std::atomic<const Choice*> current{nullptr};
-std::mutex choosing;
 
 // Never freed: a call may hold it at process exit.
 const Choice& choice() {
-  const Choice* known = current.load(std::memory_order_acquire);
-  if (known != nullptr) return *known;
-  std::lock_guard<std::mutex> lock(choosing);
-  known = current.load(std::memory_order_acquire);
-  if (known == nullptr) {
-    known = new Choice(choose());
-    current.store(known, std::memory_order_release);
-  }
-  return *known;
+  return *made_once(&current, [] { return new const Choice(choose()); });
 }
 
 }  // namespace

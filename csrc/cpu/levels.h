@@ -11,8 +11,10 @@
 #define ELVA_LEVEL_AVX512BF16 5
 #define ELVA_LEVEL_AMX 6
 
-// X(number, name) for each level of this processor family, in ascending order.
-#if defined(__x86_64__)
+// X(number, name) for each level of this processor family, in ascending order. A build that needs
+// fewer, such as a sanitizer's, defines it and compiles those alone.
+#if defined(ELVA_EACH_LEVEL)
+#elif defined(__x86_64__)
 #define ELVA_EACH_LEVEL(X)     \
   X(ELVA_LEVEL_PLAIN, "plain") \
   X(ELVA_LEVEL_AVX2, "avx2")   \

@@ -182,16 +182,26 @@ bool was_forked() {
 }
 #endif
 
-OpenMp openmp() {
 #if defined(__linux__)
-  static const auto entry = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  // In a child of a fork the runtime's threads are gone, and it does not know.
-  static const bool forked = was_forked();
-  return forked || getpid() != loaded_in ? nullptr : entry;
-#else
-  return nullptr;
-#endif
+// Stands for "there is none".
+void no_runtime(void (*)(void*), void*, unsigned, unsigned) {}
+
+OpenMp openmp() {
+  // Callers that come at once look it up each, and find the same: a static that one of them makes
+  // and the others wait for would never be there in the child of a fork in between.
+  static std::atomic<OpenMp> found{nullptr};
+  OpenMp entry = found.load(std::memory_order_relaxed);
+  if (entry == nullptr) {
+    // In a child of a fork the runtime's threads are gone, and it does not know.
+    if (!was_forked()) entry = reinterpret_cast<OpenMp>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (entry == nullptr) entry = no_runtime;
+    found.store(entry, std::memory_order_relaxed);
+  }
+  return entry == no_runtime || getpid() != loaded_in ? nullptr : entry;
 }
+#else
+OpenMp openmp() { return nullptr; }
+#endif
 
 }  // namespace
 

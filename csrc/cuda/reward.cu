@@ -179,6 +179,7 @@ class RowsInPlace {
         grad_negatives_(static_cast<T*>(args.grad_negative) + index * args.negatives * args.dim +
                         at) {}
 
+  __device__ int64_t negatives() const { return args_.negatives; }
   __device__ Vector<T> read_query() const { return read(query_); }
   __device__ Vector<T> read_positive() const { return read(rows_.at(0, 0)); }
   // Of what lies nowhere another one: its coefficients are NaN, and so are they by any row.

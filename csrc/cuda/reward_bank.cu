@@ -70,8 +70,12 @@ __device__ inline void add_queries(const ElvaBankGradientArgs& args, const Term<
       if (first + j >= count) break;
       float q[kSize];
       widen_all(queries[j], q);
-      const bool fast = is_moderate(by[j]);
       const float narrow = static_cast<float>(by[j]);
+      // A large query by the coefficient of a tiny row is beyond floats.
+      float largest = 0;
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) largest = fmaxf(largest, fabsf(q[k]));
+      const bool fast = is_moderate(by[j]) && fabsf(narrow) * largest < 0x1p120f;
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         if (fast) chain[k] = fmaf(narrow, q[k], chain[k]);

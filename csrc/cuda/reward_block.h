@@ -71,6 +71,7 @@ class HeldRows {
         grad_negatives_(static_cast<unsigned char*>(args.grad_negative) +
                         (index * args.negatives * args.dim + at) * sizeof(T)) {}
 
+  __device__ int64_t negatives() const { return args_.negatives; }
   __device__ Vector<T> read_query() const { return read(0); }
   __device__ Vector<T> read_positive() const { return read(1); }
   __device__ Vector<T> read_negative(int64_t n, bool is_wanted) const {
@@ -108,7 +109,9 @@ class HeldRows {
 template <class T, bool kSoft, bool kGraded>
 class Block {
   static constexpr int kSize = Vector<T>::kSize, kWarps = kGradientThreads / 32;
-  static constexpr int kAhead = sizeof(T) == 2 && !kIsTight ? kTogether : 2;  // four of fp32 spill
+  // Four of fp32 spill, and of any dtype where ranks are soft and graded.
+  static constexpr bool kIsNarrow = sizeof(T) == 2 && !kIsTight && !(kSoft && kGraded);
+  static constexpr int kAhead = kIsNarrow ? kTogether : 2;
 
  public:
   __device__ Block(const ClusterArgs& args, unsigned char* memory)

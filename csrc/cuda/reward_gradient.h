@@ -9,7 +9,8 @@
 namespace elva {
 
 constexpr int kMostWide = 64, kClasses = 4, kGradientThreads = kMostWide * kClasses;
-constexpr int kTogether = 4;  // rows of a class whose products are summed first
+constexpr int kTogether = 4;       // rows of a class whose products are summed first
+constexpr double kUnit = 0x1p192;  // of terms over the smallest norm of floats
 
 // How many vectors of a row are taken at a time, where it has `vectors`.
 __host__ __device__ inline int wide_of(int64_t vectors) {
@@ -113,7 +114,7 @@ class GradientColumns {
   template <class Late>
   __device__ void run(int64_t negatives, const double* query_b, const Late& late) {
     if (negatives == 0) late();
-    if (works_) widen_all(rows_.read_query(), q_);
+    if (works_) set_query();
     for (int64_t first = 0; first < negatives; first += kGradientThreads) {
       const int64_t left = negatives - first;
       const int count = static_cast<int>(left < kGradientThreads ? left : kGradientThreads);
@@ -127,19 +128,27 @@ class GradientColumns {
       }
     }
     if (works_ && class_ == kClasses - 1) positive();
-    add_classes(query_b);
+    add_classes();
+    if (works_ && class_ == 0) write_query(query_b);
     __syncthreads();
   }
 
  private:
+  // Of a query that is not finite the live candidates' coefficients are NaN: 0 in its place leaves
+  // those gradients NaN, and a masked row's 0.
+  __device__ void set_query() {
+    widen_all(rows_.read_query(), q_);
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) q_[k] = isfinite(q_[k]) ? q_[k] : 0;
+  }
   // Coefficients of some negatives as floats; whether those are enough for all.
   __device__ bool set_fast(int64_t first, int count) {
     const int own = static_cast<int>(threadIdx.x);
     if (first > 0) __syncthreads();
-    bool slow = false;
+    bool slow = isnan(a_[0]);  // of a group that is not finite: what is not wanted may not be
     if (own < count) {
       fast_[own] = fast_coefficients(a_[1 + first + own], b_[1 + first + own], upstream_);
-      slow = isnan(fast_[own].x);
+      slow = slow || isnan(fast_[own].x);
     }
     return __syncthreads_or(slow) == 0;
   }
@@ -238,8 +247,8 @@ class GradientColumns {
     for (int k = 0; k < kSize; ++k) sum_[k] += chain[k];
   }
 
-  // (0 + 2) + (1 + 3), and the query's own share.
-  __device__ void add_classes(const double* query_b) {
+  // (0 + 2) + (1 + 3).
+  __device__ void add_classes() {
     for (int half = kClasses / 2; half > 0; half /= 2) {
       __syncthreads();
       float* const theirs = sums_ + (class_ % half * wide_ + at_);
@@ -253,11 +262,36 @@ class GradientColumns {
         for (int k = 0; k < kSize; ++k) sum_[k] += theirs[k * 2 * wide_];
       }
     }
-    if (!works_ || class_ != 0) return;
+  }
+  __device__ bool is_finite() const {
+    bool finite = true;
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) finite = finite && isfinite(sum_[k]);
+    return finite;
+  }
+  // The sums, over `unit`, where a query of tiny norm has terms beyond the range of floats, which
+  // their sum need not be.
+  __device__ void sum_again(double unit) {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) sum_[k] = 0;
+#pragma unroll 1
+    for (int64_t c = 0; c <= rows_.negatives(); ++c) {
+      const double by_query = upstream_ * a_[c] / unit;
+      if (by_query == 0) continue;  // masked, perhaps
+      float x[kSize];
+      widen_all(c == 0 ? rows_.read_positive() : rows_.read_negative(c - 1, true), x);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) sum_[k] += static_cast<float>(by_query * x[k]);
+    }
+  }
+  // And the query's own share.
+  __device__ void write_query(const double* query_b) {
+    double unit = 1;
+    if (!is_finite()) sum_again(unit = kUnit);
     const double by_query = upstream_ * *query_b;
     double gradient[kSize];
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + sum_[k];
+    for (int k = 0; k < kSize; ++k) gradient[k] = by_query * q_[k] + unit * sum_[k];
     rows_.write_query(gradient);
   }
 

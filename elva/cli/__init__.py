@@ -3,9 +3,12 @@
 import logging
 import os
 import warnings
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from elva import __version__
 from elva.cli import (
@@ -26,6 +29,7 @@ from elva.cli import (
     train,
 )
 from elva.cli.console import one_line_errors, out
+from elva.errors import printable
 
 WAYS_IN = f"""\
 elva {__version__}: train multimodal models to retrieve by ranking (arXiv:2606.20280)
@@ -45,7 +49,32 @@ Use the reward in your own trainer, in Python:
 Every command: elva --help.  What can run here: elva doctor.
 """
 
-app = typer.Typer(pretty_exceptions_enable=False)
+
+class Commands(TyperGroup):
+    """All commands. What is wrong with a command's words is shown as all other text is: typer would
+    print the words themselves, which may be names of files."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _shown():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _shown():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _shown() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # typer brings a click of its own, whose errors have no other name
+        if hasattr(error, "format_message"):
+            line = printable(error.format_message(), "\n")
+            error.format_message = lambda: line
+        raise
+
+
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:

@@ -1,5 +1,7 @@
 """What every command shares: where it prints, and what becomes of errors."""
 
+from __future__ import annotations
+
 import atexit
 import contextlib
 import errno
@@ -9,7 +11,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,20 +20,13 @@ from elva.files import PARTIAL, check_file
 from elva.processes import Processes
 from elva.terminal import Terminal
 
+if TYPE_CHECKING:
+    from elva.progress import Bars
+
 out = Terminal()
 if not out.is_terminal:
     out.width = 120  # a file or a pipe has no width: the table's own
 err = Terminal(stderr=True)
-
-RunArgument = Annotated[Path, typer.Argument(help="A run directory of elva train.", metavar="RUN")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
-DataOption = Annotated[Path, typer.Option("--data", help="Data directory in M-BEIR's layout.")]
-SplitOption = Annotated[str, typer.Option(help="Split of the data: train, val or test.")]
-TaskOption = Annotated[
-    list[str] | None, typer.Option("--task", help="Task (t2i) or set (cirr_task7); all by default.")
-]
-PoolsOption = Annotated[str, typer.Option(help="Candidate pools: local (a set's) or global.")]
 
 ADVICE = {
     errno.ENOSPC: "cannot write, {}; free space or choose another directory",
@@ -122,6 +117,13 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def progress(as_json: bool = False) -> Bars:
+    """Bars that leave standard output to a verb's JSON."""
+    from elva.progress import Bars
+
+    return Bars(err if as_json else out)
+
+
 def choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """UserError for a value that is not among those allowed."""
     if value not in allowed:
@@ -135,10 +137,15 @@ def check_sheet(path: Path) -> None:
     check_file(path, "--sheet")
 
 
+def print_json(data: Any, **options: Any) -> None:
+    """Print one line of JSON, in ASCII; json.dumps leaves its last character, DEL, as it is."""
+    print(json.dumps(data, **options).replace("\x7f", "\\u007f"))
+
+
 def say(data: Any, lines: list[str], as_json: bool) -> None:
     """Print lines, or the data as JSON."""
     if as_json:
-        print(json.dumps(data))
+        print_json(data)
         return
     for line in lines:
         out.print_line(line)

@@ -1,6 +1,5 @@
 """`elva data`: what is in a data directory, and how other formats become one."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from elva.cli.console import AsJson, check_sheet, choose, err, named_path, one_line_errors, out, say
+from elva.cli import options
+from elva.cli.console import (
+    check_sheet,
+    choose,
+    named_path,
+    one_line_errors,
+    out,
+    print_json,
+    progress,
+    say,
+)
 from elva.errors import UserError, counted
 
 PROVED = 1000
@@ -23,7 +32,7 @@ def emoji_corpus(
     size: Annotated[
         int, typer.Option(min=16, max=512, help="Pixels a side of every picture, 16 to 512.")
     ] = 64,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write the embedded emoji corpus in M-BEIR's layout."""
     with one_line_errors():
@@ -55,7 +64,7 @@ def convert(
     ],
     source: Annotated[Path, typer.Argument(help="A file, or a folder of them.", parser=named_path)],
     output: Annotated[Path, typer.Option(help="Directory to write; absent or empty so far.")],
-    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
+    split: options.Split = "train",
     name: Annotated[str | None, typer.Option(help="Name of the dataset, in file names.")] = None,
     number: Annotated[
         int | None,
@@ -73,32 +82,22 @@ def convert(
             "mmeb-test, sugarcrepe, tevatron)."
         ),
     ] = None,
-    skip_bad: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Bad rows and pictures left out and listed, at most; one more is an error.",
-        ),
-    ] = 0,
+    skip_bad: options.SkipBad = 0,
     duplicates: Annotated[
         str,
         typer.Option(help="Pictures of a folder that show what another one shows: keep or drop."),
     ] = "keep",
-    list_left_out: Annotated[
-        Path | None,
-        typer.Option(help="File to list what of a folder is left out, and why: a line a file."),
-    ] = None,
+    list_left_out: options.LeftOut = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Contact sheet (PNG) to write of the pictures that are in.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write another format's data in M-BEIR's layout, which every command reads."""
     with one_line_errors("nothing is written"):
         from elva.data.formats import convert_file
         from elva.data.formats.scan import write_list
         from elva.files import check_file
-        from elva.progress import Bars
 
         if list_left_out is not None and format != "folder":
             raise UserError(f"--list-left-out is for folder, got it for {format}; leave it out")
@@ -106,7 +105,7 @@ def convert(
             check_file(list_left_out, "--list-left-out")
         if sheet is not None:
             check_sheet(sheet)
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             counts = convert_file(
                 format, source, output, split=split, name=name, number=number,
                 instruction=instruction, images=images, skip_bad=skip_bad, duplicates=duplicates,
@@ -141,9 +140,6 @@ DataArgument = Annotated[Path, typer.Argument(help="Data directory in M-BEIR's l
 AnySplit = Annotated[
     str | None, typer.Option(help="Split of the data: train, val or test; all by default.")
 ]
-Tasks = Annotated[
-    list[str] | None, typer.Option("--task", help="Task (t2i) or set (cirr_task7); all by default.")
-]
 
 
 @app.command("check", epilog="Examples:  elva data check data/mine   |   "
@@ -152,7 +148,7 @@ Tasks = Annotated[
 def check(
     data: DataArgument,
     split: AnySplit = None,
-    task: Tasks = None,
+    task: options.Tasks = None,
     decode: Annotated[
         bool,
         typer.Option("--decode", help="Decode every picture whole, and count equal ones."),
@@ -161,17 +157,16 @@ def check(
         bool,
         typer.Option("--prove", help="Evaluate random embeddings of a part of every set too."),
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """List bad rows, missing pictures, copies, and what of M-BEIR is not there; exit code 2 for bad
     rows."""
     with one_line_errors():
         from elva.commands import inspect as inspection
         from elva.commands.survey import survey
-        from elva.progress import Bars
 
         card = survey(data)
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             found = inspection.check(data, split=split, tasks=task, decode=decode, reporter=bars)
             if prove and not found["bad"]:
                 found["proof"] = {
@@ -179,7 +174,7 @@ def check(
                 }
         found |= {"card": card}
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
         else:
             out.print(_table(found["sets"]))
             say(found, _lines(found, decode), as_json)
@@ -250,9 +245,9 @@ def subset(
     ] = None,
     per: Annotated[str, typer.Option(help="Group to draw from: dataset, task or set.")] = "dataset",
     split: AnySplit = None,
-    task: Tasks = None,
+    task: options.Tasks = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write a drawn part of the queries; pools and pictures are links to the whole."""
     with one_line_errors():
@@ -272,7 +267,10 @@ def subset(
 
 @app.command("stats", epilog="Example:  elva data stats data/emoji --split test")
 def stats(
-    data: DataArgument, split: AnySplit = None, task: Tasks = None, as_json: AsJson = False
+    data: DataArgument,
+    split: AnySplit = None,
+    task: options.Tasks = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Count queries, pools, answers and words of every set."""
     with one_line_errors():
@@ -280,7 +278,7 @@ def stats(
 
         found = inspection.stats(data, split=split, tasks=task)
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
         else:
             out.print(_table(found))
             say(found, [line for row in found.values() for line in row["notices"]], as_json)
@@ -290,13 +288,13 @@ def stats(
 def sample(
     data: DataArgument,
     sheet: Annotated[Path, typer.Option(help="Contact sheet (PNG) to write.")] = Path("sample.png"),
-    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "test",
+    split: options.Split = "test",
     task: Annotated[
         str | None, typer.Option(help="Task (t2i) or set (cirr_task7); all by default.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Queries to show, 1 or more.")] = 12,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show some queries with their answers."""
     with one_line_errors():

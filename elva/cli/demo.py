@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from elva.cli.console import one_line_errors, out, quiet_libraries
+from elva.cli import options
+from elva.cli.console import one_line_errors, out, progress, quiet_libraries
 
 EXAMPLES = (
     "Examples:  elva demo   |   elva demo runs/one   |   elva demo my.index --port 8080 --no-open"
@@ -21,12 +22,8 @@ def demo(
             metavar="[INDEX|RUN]",
         ),
     ] = None,
-    stage: Annotated[
-        str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
-    ] = None,
+    stage: options.Stage = None,
+    model: options.MovedModel = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Data whose grains.jsonl names grains; a run's own by default."),
@@ -48,9 +45,7 @@ def demo(
     limit: Annotated[
         int, typer.Option(help="Searches that may wait, 1 or more; further ones are turned away.")
     ] = 16,
-    verify: Annotated[
-        bool, typer.Option(help="Compare all of the index with its checksums first.")
-    ] = True,
+    verify: options.Verify = True,
 ) -> None:
     """Search in a browser, and see which ranks move when a grain of the query is off."""
     with one_line_errors("nothing was changed"):
@@ -58,7 +53,6 @@ def demo(
         from elva.commands.demo import Server, check, newest_run
         from elva.commands.demo import demo as serve
         from elva.index import Index
-        from elva.progress import Bars
         from elva.run import Run
 
         check()
@@ -66,7 +60,7 @@ def demo(
         is_run = (target / "recipe.yaml").is_file()
         opened = Run.open(target) if is_run else Index(target, verify=verify)
         show = sys.stdout.isatty() if show is None else show
-        with Bars(out) as bars:
+        with progress() as bars:
             serve(
                 opened, stage=stage, model=model, data=data, k=k,
                 server=Server(host, port, share, show, limit),

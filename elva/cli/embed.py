@@ -1,22 +1,18 @@
 """`elva embed`."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from elva.cli import options
 from elva.cli.console import (
-    AsJson,
-    DataOption,
-    PoolsOption,
-    SplitOption,
-    TaskOption,
     choose,
-    err,
     one_line_errors,
     out,
+    print_json,
+    progress,
     quiet_libraries,
     say,
 )
@@ -40,17 +36,15 @@ EXAMPLES = (
 
 def embed(
     model: ModelArgument,
-    data: DataOption,
+    data: options.Data,
     output: Annotated[
         Path, typer.Option(help="Directory for a subdirectory a pool and query file.")
     ],
-    split: SplitOption = "test",
-    task: TaskOption = None,
+    split: options.Split = "test",
+    task: options.Tasks = None,
     sides: Annotated[str, typer.Option(help="Sides to embed: queries, pools or both.")] = "both",
-    pools: PoolsOption = "local",
-    stage: Annotated[
-        str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
-    ] = None,
+    pools: options.Pools = "local",
+    stage: options.Stage = None,
     mode: Annotated[
         str,
         typer.Option(help="Embedding: generative (at [RET] after a summary) or prompt (after it)."),
@@ -73,17 +67,14 @@ def embed(
         int | None, typer.Option(min=1, help="Items a forward pass, 1 or more.")
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Items a shard file, 1 or more.")] = 8192,
-    skip_bad: Annotated[
-        int,
-        typer.Option(min=0, help="Bad items left out and listed, at most; one more is an error."),
-    ] = 0,
+    skip_bad: options.SkipBad = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue what was interrupted in --output.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the items to embed; embed nothing.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Embed the queries and pools of a data directory."""
     with one_line_errors():
@@ -95,7 +86,6 @@ def embed(
         quiet_libraries()
         from elva.commands import embed as command
         from elva.model.encoder import open_encoder
-        from elva.progress import Bars
 
         which: dict[str, Any] = {"split": split, "tasks": task, "sides": sides, "pools": pools}
         if dry_run:
@@ -115,10 +105,10 @@ def embed(
             read=read,  # type: ignore[arg-type]
             batch_size=batch_size,
         )
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             done = command.embed(
                 encoder, data, output, **which, dtype=dtype, metadata=metadata, resume=resume,
                 shard_rows=shard_size, skip_bad=skip_bad, reporter=bars,
             )  # fmt: skip
         if as_json and first:
-            print(json.dumps({str(one.directory): one.items for one in done}))
+            print_json({str(one.directory): one.items for one in done})

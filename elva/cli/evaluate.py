@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elva.cli.console import (
-    AsJson,
-    PoolsOption,
-    TaskOption,
-    choose,
-    err,
-    out,
-    quiet_libraries,
-    say,
-    together,
-)
+from elva.cli import options
+from elva.cli.console import choose, out, print_json, progress, quiet_libraries, say, together
 
 if TYPE_CHECKING:
     from elva.processes import Processes
@@ -64,20 +54,15 @@ def evaluate(
             help="Split of the data: train, val or test; by default test, of a RUN else val."
         ),
     ] = None,
-    task: TaskOption = None,
-    pools: PoolsOption = "local",
+    task: options.Tasks = None,
+    pools: options.Pools = "local",
     by_content: Annotated[
         bool,
         typer.Option(
             "--by-content", help="Count copies of a right answer as right; M-BEIR does not."
         ),
     ] = False,
-    skip_bad: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Bad rows of --data left out and listed, at most; one more is an error."
-        ),
-    ] = 0,
+    skip_bad: options.SkipBad = 0,
     run_file: Annotated[
         Path | None,
         typer.Option("--run", help="Ranked answers to measure: a file in TREC's run format."),
@@ -92,7 +77,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Directory that --embeddings was measured into, for --paper; several."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure a training run's models, embeddings by M-BEIR's protocol, or a TREC run."""
     with together() as processes:
@@ -150,7 +135,7 @@ def _beside_paper(files: list[Path], as_json: bool) -> None:
 
     rows = beside_paper(files)
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
     else:
         out.print(paper_table(rows, [str(path) for path in files]))
 
@@ -161,15 +146,14 @@ def _evaluate_embeddings(
     from elva.commands.evaluate import evaluate_embeddings
     from elva.errors import UserError
     from elva.evaluation.protocol import tables
-    from elva.progress import Bars
 
     if data is None:
         raise UserError("evaluate: --embeddings must come with --data, got none; name the data")
     where = output or embeddings / f"evaluation-{which['split']}-{which['pools']}"
-    with Bars(err if as_json else out) as bars:
+    with progress(as_json) as bars:
         result = evaluate_embeddings(embeddings, data, where, **which, reporter=bars)
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
         return
     for shown in tables(result):
         out.print(shown)
@@ -185,17 +169,17 @@ def _evaluate_run(
 ) -> None:
     quiet_libraries()
     from elva.commands.evaluate import evaluate as measure
-    from elva.progress import SILENT, Bars
+    from elva.progress import SILENT
     from elva.report.table import as_json as figures
     from elva.report.table import table
     from elva.run import Run
 
     opened = Run.open(run)
-    with Bars(err if as_json else out) as bars:
+    with progress(as_json) as bars:
         measure(opened, bars if processes.first else SILENT, stage or None, split=split)
     if not processes.first:
         return
     if as_json:
-        print(json.dumps(figures(opened)))
+        print_json(figures(opened))
     else:
         out.print(table(opened))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from elva.cli import options
 from elva.cli.console import one_line_errors, out, quiet_libraries
 
 EXAMPLES = (
@@ -18,9 +19,7 @@ EXAMPLES = (
 def export(
     model: Annotated[str, typer.Argument(help="Run, checkpoint or hub name.", metavar="MODEL")],
     output: Annotated[Path, typer.Option(help="Directory to write; it must not exist yet.")],
-    stage: Annotated[
-        str | None, typer.Option(help="Stage or control of a run; its last stage by default.")
-    ] = None,
+    stage: options.Stage = None,
 ) -> None:
     """Write a model as one ordinary checkpoint in fp32, its adapter merged, which transformers and
     sentence-transformers load, with a model card."""

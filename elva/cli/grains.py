@@ -1,12 +1,12 @@
 """`elva grains`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries
+from elva.cli import options
+from elva.cli.console import one_line_errors, out, print_json, progress, quiet_libraries
 
 EXAMPLES = (
     "Examples:  elva grains runs/one --data data/emoji --output grains   |   "
@@ -20,7 +20,7 @@ def grains(
     ],
     data: Annotated[Path, typer.Option(help="Data in M-BEIR's layout with grains.jsonl.")],
     output: Annotated[Path, typer.Option(help="Directory for grains.json and two charts.")],
-    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "test",
+    split: options.Split = "test",
     task: Annotated[str, typer.Option(help="Task (t2i) or set of the queries.")] = "t2i",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Queries to probe at most, 1 or more.")
@@ -35,26 +35,25 @@ def grains(
         int | None,
         typer.Option(min=0, help="Tokens of a summary at most; the model's setting by default."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Mask one grain a query: how far does the embedding move?"""
     with one_line_errors():
         quiet_libraries()
         from elva.commands import grains as probe
         from elva.model.encoder import open_encoder
-        from elva.progress import Bars
 
         opened = [
             (name, open_encoder(name, max_completion_length=max_completion_length))
             for name in models
         ]
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             found = probe.grains(
                 opened, data, output, split=split, task=task, limit=limit, delta=delta,
                 reporter=bars,
             )  # fmt: skip
         if as_json:
-            print(json.dumps(found))
+            print_json(found)
             return
         out.print(probe.table(found))
         last = found["models"][models[-1]]

@@ -1,28 +1,24 @@
 """`elva index`."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from elva.cli import options, sync
 from elva.cli.console import (
-    AsJson,
     choose,
-    err,
     named_path,
     one_line_errors,
     out,
+    progress,
     quiet_libraries,
     say,
 )
-from elva.errors import UserError, counted, printable
+from elva.errors import UserError, counted
 from elva.files import check_file
-
-IndexArgument = Annotated[
-    Path, typer.Argument(help="An index directory.", metavar="INDEX", parser=named_path)
-]
 
 app = typer.Typer(help="Embeddings on disk, searched where they lie.", no_args_is_help=True)
 
@@ -34,7 +30,7 @@ app = typer.Typer(help="Embeddings on disk, searched where they lie.", no_args_i
     "elva index build my.index --npy vectors.npy --ids ids.txt --model my-model",
 )
 def build(
-    index: IndexArgument,
+    index: options.Index,
     embeddings: Annotated[
         list[Path] | None, typer.Argument(help="Directories that elva embed wrote.")
     ] = None,
@@ -59,16 +55,8 @@ def build(
             "name of the model that made it."
         ),
     ] = None,
-    skip_bad: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Bad pictures of the folder left out and listed, at most; one more ends it."
-        ),
-    ] = 0,
-    list_left_out: Annotated[
-        Path | None,
-        typer.Option(help="File to list what of the folder is left out, and why: a line a file."),
-    ] = None,
+    skip_bad: options.SkipBad = 0,
+    list_left_out: options.LeftOut = None,
     dtype: Annotated[
         str,
         typer.Option(help="Number format of a .npy or folder: float16, bfloat16 or float32."),
@@ -85,7 +73,7 @@ def build(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count what of the folder is embedded; embed nothing.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Make an index: of embeddings, whose shards are linked, not copied, or of a folder's pictures,
     which are embedded; a killed one goes on where it was."""
@@ -101,9 +89,8 @@ def build(
         if skip_bad or list_left_out or dry_run:
             raise UserError("index: --skip-bad, --list-left-out and --dry-run are for --folder")
         from elva.commands import build_index as indexing
-        from elva.progress import Bars
 
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             made = indexing.build(
                 index, embeddings or [], npy=npy, ids=ids, model=model, dtype=dtype,
                 overwrite=overwrite, codes=codes, reporter=bars,
@@ -144,10 +131,9 @@ def _build_folder(
     from elva.commands.index_folder import build as build_folder
     from elva.commands.index_folder import check
     from elva.model.encoder import open_encoder
-    from elva.progress import Bars
 
     check(index, folder, overwrite=options["overwrite"])
-    with Bars(err if as_json else out) as bars:
+    with progress(as_json) as bars:
         made, found = build_folder(
             index, folder, open_encoder(model), dtype=dtype, reporter=bars, **options
         )
@@ -165,28 +151,27 @@ def _build_folder(
     "add", epilog="Example:  elva index add my.index embeddings/more/mbeir_mine_task0_cand_pool"
 )
 def add(
-    index: IndexArgument,
+    index: options.Index,
     embeddings: Annotated[list[Path], typer.Argument(help="Directories that elva embed wrote.")],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace items that are there already.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Add embeddings; what is there is not written again."""
     with one_line_errors():
         from elva.commands import build_index as indexing
-        from elva.progress import Bars
 
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             made = indexing.add(index, embeddings, overwrite=overwrite, reporter=bars)
         _say_index(made.info(), as_json)
 
 
 @app.command("delete", epilog="Example:  elva index delete my.index 10:17 10:18")
 def delete(
-    index: IndexArgument,
+    index: options.Index,
     ids: Annotated[list[str], typer.Argument(help="Ids of the items to delete.")],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Delete items; their bytes go by elva index compact."""
     with one_line_errors():
@@ -195,121 +180,22 @@ def delete(
         _say_index(Index(index, verify=False).delete(ids).info(), as_json)
 
 
-@app.command(
-    "sync",
-    epilog="Examples:  elva index sync my.index --folder ~/Pictures --dry-run   |   "
-    "elva index sync my.index   |   "
-    "elva index sync my.index --folder ~/Pictures --watch",
-)
-def sync(
-    index: IndexArgument,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of pictures that the index was built of; as it notes, if none.",
-            parser=named_path,
-            metavar="PATH",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
-    ] = None,
-    skip_bad: Annotated[
-        int,
-        typer.Option(min=0, help="Bad pictures left out and listed, at most; one more ends it."),
-    ] = 0,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Follow the folder's changes until interrupted.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what is new, changed and gone; change nothing.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make an index of a folder what the folder is: new pictures are embedded, changed ones
-    replaced, gone ones deleted, moved ones keep their embeddings; a killed one goes on."""
-    with one_line_errors("call it again to go on"):
-        quiet_libraries()
-        from elva.commands import sync_index as syncing
-        from elva.data.strict import Faults
-        from elva.index import Index
-        from elva.model.encoder import Encoder, open_encoder
-        from elva.progress import Bars
-
-        root = syncing.folder_of(index) if folder is None else folder
-        if dry_run:
-            faults = Faults(skip_bad)
-            there = syncing.compare(index, root, faults)
-            told = {
-                "left_out": there.found.left_out, "bad": faults.found,
-                "notices": there.found.notices,
-            }  # fmt: skip
-            names = [
-                f"  {kind}: {printable(n)}" for kind in SHOWN for n in getattr(there.plan, kind)
-            ]
-            lines = _synced(index, {**there.plan.counts(), **told})
-            _say_synced(
-                len(there.index),
-                {**vars(there.plan), **told},
-                [*there.found.notices, lines[0], *names, *lines[1:]],
-                as_json,
-            )
-            return
-        options = syncing.opens(index, model)
-        opened: list[Encoder] = [] if model is None else [open_encoder(**options)]
-        if opened:
-            Index(index, verify=False).check_model(opened[0].identity)
-
-        def encoder() -> Encoder:
-            if not opened:
-                opened.append(open_encoder(**options))
-            return opened[0]
-
-        with Bars(err if as_json else out) as bars:
-
-            def once() -> None:
-                made, done = syncing.sync(index, root, encoder, skip_bad=skip_bad, reporter=bars)
-                _say_synced(len(made), done, _synced(index, done), as_json)
-
-            if watch:
-                syncing.follow(index, root, once, bars)
-            else:
-                once()
-
-
-SHOWN = ("new", "changed", "moved", "relabelled", "gone")
-
-
-def _synced(index: Path, done: Mapping[str, Any]) -> list[str]:
-    """The lines on what a sync did, or would do."""
-    parts = [f"{done[kind]:,} {kind}" for kind in (*SHOWN, "unchanged")]
-    lines = [f"{index}: {', '.join(parts)}"]
-    if done["kept"]:
-        lines.append(f"  kept: {done['kept']:,} that cannot be read now")
-    if done["unread"]:
-        lines.append(f"  unread: {done['unread']:,} new that cannot be read now")
-    return [*lines, *(f"  left out: {row}" for row in done["bad"])]
-
-
-def _say_synced(items: int, done: Mapping[str, Any], lines: list[str], as_json: bool) -> None:
-    left_out = {why: len(names) for why, names in done["left_out"].items()}
-    say({"items": items, **done, "left_out": left_out}, lines, as_json)
+app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
 
 
 @app.command("compact", epilog="Example:  elva index compact my.index")
 def compact(
-    index: IndexArgument,
+    index: options.Index,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would save and write nothing.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write an index anew as one segment without its deleted items, in one step: killed at any
     moment it is as it was, and the next call does it."""
     with one_line_errors():
         from elva.index import Index
         from elva.index import compact as compacting
-        from elva.progress import Bars
 
         before = Index(index, verify=False).info()
         if dry_run:
@@ -319,7 +205,7 @@ def compact(
             )
             say(before, [line], as_json)
             return
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             after = compacting.compact(index, bars).info()
         if not as_json:
             out.print_line(
@@ -330,20 +216,19 @@ def compact(
 
 
 @app.command("codes", epilog="Example:  elva index codes my.index")
-def codes(index: IndexArgument, as_json: AsJson = False) -> None:
+def codes(index: options.Index, as_json: options.AsJson = False) -> None:
     """Put 8-bit codes beside all rows, which exact search reads in their place; damaged ones are
     made again."""
     with one_line_errors():
         from elva.index import Index
-        from elva.progress import Bars
 
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             made = Index.with_codes(index, bars)
         _say_index(made.info(), as_json)
 
 
 @app.command("info", epilog="Example:  elva index info my.index --json")
-def info(index: IndexArgument, as_json: AsJson = False) -> None:
+def info(index: options.Index, as_json: options.AsJson = False) -> None:
     """Print what an index holds and which model made it."""
     with one_line_errors():
         from elva.index import Index
@@ -352,15 +237,14 @@ def info(index: IndexArgument, as_json: AsJson = False) -> None:
 
 
 @app.command("verify", epilog="Example:  elva index verify my.index")
-def verify(index: IndexArgument, as_json: AsJson = False) -> None:
+def verify(index: options.Index, as_json: options.AsJson = False) -> None:
     """Read every byte of an index and compare it with its checksum."""
     with one_line_errors():
         from elva.index import Index
-        from elva.progress import Bars
 
         began = time.perf_counter()
         opened = Index(index, verify=False)
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             opened.verify(bars)
             bars.finish("")
         info, seconds = opened.info(), time.perf_counter() - began
@@ -381,11 +265,11 @@ def verify(index: IndexArgument, as_json: AsJson = False) -> None:
     "elva index export my.index --to milvus:http://localhost:19530",
 )
 def export(
-    index: IndexArgument,
+    index: options.Index,
     to: Annotated[
         str, typer.Option(help="Engine to copy to: faiss-ivf, faiss-hnsw or milvus:URI.")
     ],
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Make an approximate or a remote copy, for elva search --engine."""
     with one_line_errors():
@@ -393,7 +277,8 @@ def export(
         from elva.index.engines import export
 
         place = export(Index(index), to)
-        say({"engine": to, "place": place}, [f"{to}: {place}"], as_json)
+        engine = to.partition(":")[0]  # an address may hold a password
+        say({"engine": engine, "place": place}, [f"{engine}: {place}"], as_json)
 
 
 def _say_index(info: dict[str, Any], as_json: bool, more: Sequence[str] = ()) -> None:

@@ -1,12 +1,12 @@
 """`elva inspect`."""
 
-import json
 import time
 from typing import Annotated
 
 import typer
 
-from elva.cli.console import RunArgument, one_line_errors, out
+from elva.cli import options
+from elva.cli.console import one_line_errors, out, print_json
 
 EVERY_S = 30
 """Seconds between two lines in a pipe."""
@@ -15,7 +15,7 @@ EXAMPLES = "Examples:  elva inspect runs/one   |   elva inspect runs/one --json"
 
 
 def inspect(
-    run: RunArgument,
+    run: options.Run,
     once: Annotated[bool, typer.Option("--once", help="Print where it stands, and end.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print where it stands as one JSON object, and end.")
@@ -36,7 +36,7 @@ def inspect(
         if once or as_json:
             standing = follow.Follower(known).look()
             if as_json:
-                print(json.dumps(follow.as_json(standing)))
+                print_json(follow.as_json(standing))
             elif out.is_terminal:
                 out.print(follow.panel(standing))
             else:

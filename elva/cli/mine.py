@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out, say
+from elva.cli import options
+from elva.cli.console import one_line_errors, progress, say
 
 EXAMPLES = (
     "Examples:  elva mine --embeddings embeddings --data data/emoji --output data/mined   |   "
@@ -16,16 +17,13 @@ EXAMPLES = (
 
 
 def mine(
-    data: Annotated[Path, typer.Option(help="Data directory in M-BEIR's layout.")],
+    data: options.Data,
     embeddings: Annotated[Path, typer.Option(help="Embeddings of --data by elva embed.")],
     output: Annotated[
         Path, typer.Option(help="Directory to write the mined data to; absent so far.")
     ],
-    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "train",
-    task: Annotated[
-        list[str] | None,
-        typer.Option("--task", help="Task (t2i) or set (cirr_task7); all by default."),
-    ] = None,
+    split: options.Split = "train",
+    task: options.Tasks = None,
     num_negatives: Annotated[int, typer.Option(help="Hard negatives a query, 0 or more.")] = 50,
     num_random: Annotated[int, typer.Option(help="Random negatives a query, 0 or more.")] = 50,
     max_score: Annotated[
@@ -52,19 +50,15 @@ def mine(
         str, typer.Option(help="Hard negatives to take: top, or random in range.")
     ] = "top",
     seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
-    skip_bad: Annotated[
-        int,
-        typer.Option(min=0, help="Bad rows left out and listed, at most; one more is an error."),
-    ] = 0,
+    skip_bad: options.SkipBad = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the work and its size; mine nothing.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write the data again with each query's hardest and some random negatives."""
     with one_line_errors():
         from elva.commands import mine as command
-        from elva.progress import Bars
 
         settings = command.Mining(
             num_negatives, num_random, max_score, min_score, absolute_margin, relative_margin,
@@ -80,7 +74,7 @@ def mine(
             ]
             say(planned, lines, as_json)
             return
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             counts = command.mine(
                 embeddings, data, output, settings, split=split, tasks=task, skip_bad=skip_bad,
                 reporter=bars,

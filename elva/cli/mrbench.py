@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, one_line_errors, out, quiet_libraries, say
+from elva.cli import options
+from elva.cli.console import one_line_errors, progress, quiet_libraries, say
 
 app = typer.Typer(
     help="Queries of two and more grains, judged and reviewed (rebuilt, not the paper's list).",
@@ -20,7 +21,7 @@ app = typer.Typer(
     "--judge-model Qwen/Qwen2.5-VL-7B-Instruct --output data/mrbench",
 )
 def build(
-    data: Annotated[Path, typer.Option(help="Data directory in M-BEIR's layout.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option(help="Directory to write; absent so far.")],
     judge: Annotated[
         str, typer.Option(help="Judge: rules (offline), local, or the URL of an OpenAI server.")
@@ -34,21 +35,18 @@ def build(
     describe: Annotated[
         str | None, typer.Option(help="Run or checkpoint whose summaries put pictures in words.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the data: train, val or test.")] = "test",
+    split: options.Split = "test",
     task: Annotated[
         list[str] | None,
         typer.Option("--task", help="Set (cirr_task7); the paper's four by default."),
     ] = None,
     per_set: Annotated[int, typer.Option(min=1, help="Queries a set to keep, 1 or more.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
-    skip_bad: Annotated[
-        int,
-        typer.Option(min=0, help="Bad queries left out and listed, at most; one more is an error."),
-    ] = 0,
+    skip_bad: options.SkipBad = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a build that was interrupted.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Judge queries, sample them, and write data with a page to review."""
     with one_line_errors():
@@ -57,14 +55,13 @@ def build(
         from elva.model.encoder import RetrieverEncoder
         from elva.mrbench.judges import judge_of
         from elva.mrbench.review import PAGE
-        from elva.progress import Bars
 
         asked = judge_of(judge, judge_model)
         words = None
         if describe is not None:
             encoder = RetrieverEncoder.open(describe)
             words = lambda query: encoder([query]).summaries[0]  # noqa: E731
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             notes = mrbench.build(
                 data, output, asked, split=split, sets=task, per_set=per_set, seed=seed,
                 resume=resume, skip_bad=skip_bad, describe=words, reporter=bars,
@@ -87,7 +84,7 @@ def review(
     decisions: Annotated[
         Path | None, typer.Option(help="Decisions: a review.tsv as the page saves it.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Take decisions: dropped queries leave the data until a later review keeps them."""
     with one_line_errors():

@@ -1,12 +1,12 @@
 """`elva report`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, one_line_errors, out
+from elva.cli import options
+from elva.cli.console import one_line_errors, out, print_json
 
 EXAMPLES = "Examples:  elva report runs/one   |   elva report runs/one runs/two --output two.html"
 
@@ -18,7 +18,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="The page; by default report.html of the first run.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write a run's page again from its files, or one that compares several runs.
 
@@ -46,6 +46,6 @@ def report(
         known = [Run.open(path) for path in runs]
         page = write(known, output)
         if as_json:
-            print(json.dumps({"page": str(page), **figures(known)}))
+            print_json({"page": str(page), **figures(known)})
         else:
             out.print_line(f"report: {page}")

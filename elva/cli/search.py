@@ -1,12 +1,19 @@
 """`elva search`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from elva.cli.console import AsJson, check_sheet, err, one_line_errors, out, quiet_libraries
+from elva.cli import options
+from elva.cli.console import (
+    check_sheet,
+    one_line_errors,
+    out,
+    print_json,
+    progress,
+    quiet_libraries,
+)
 
 EXAMPLES = (
     'Examples:  elva search runs/one "woman firefighter"   |   '
@@ -36,22 +43,16 @@ def search(
     instruction: Annotated[
         str | None, typer.Option(help="Instruction before the query; the index's by default.")
     ] = None,
-    stage: Annotated[
-        str | None, typer.Option(help="Stage or control of a run; the last stage by default.")
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the index's model, if it was moved.")
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option(help="Compare all of the index with its checksums first.")
-    ] = True,
+    stage: options.Stage = None,
+    model: options.MovedModel = None,
+    verify: options.Verify = True,
     engine: Annotated[
         str, typer.Option(help="Engine: exact, or an exported faiss-ivf, faiss-hnsw or milvus:URI.")
     ] = "exact",
     sheet: Annotated[
         Path | None, typer.Option(help="Contact sheet (PNG) to write; RUN/search.png by default.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Find the best items for a text, a picture, or both."""
     with one_line_errors():
@@ -59,7 +60,6 @@ def search(
         from elva.commands.search import condition, write_sheet
         from elva.commands.search import search as find
         from elva.index import Index
-        from elva.progress import Bars
         from elva.run import Run
 
         if sheet is not None:
@@ -67,7 +67,7 @@ def search(
         is_run = (target / "recipe.yaml").is_file()
         opened = Run.open(target) if is_run else Index(target, verify=verify)
         conditions = [condition(text) for text in where or []]
-        with Bars(err if as_json else out) as bars:
+        with progress(as_json) as bars:
             hits = find(
                 opened, query, k=k, stage=stage, image=image, where=conditions,
                 instruction=instruction, model=model, engine=engine, reporter=bars,
@@ -76,7 +76,7 @@ def search(
         if page is not None:
             write_sheet(hits, page, query)
         if as_json:
-            print(json.dumps([hit.as_json() for hit in hits]))
+            print_json([hit.as_json() for hit in hits])
             return
         for hit in hits:
             out.print_line(f"{hit.rank:3d}  {hit.score:.3f}  {hit.title(hits)}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elva.cli.console import AsJson, err, out, quiet_libraries, together
+from elva.cli import options
+from elva.cli.console import out, print_json, progress, quiet_libraries, together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +86,7 @@ def train(
             help="Callback of your own, a subclass of elva.training.callbacks.Callback.",
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Train every stage of a recipe, evaluate after each, and write a report.
 
@@ -109,7 +109,6 @@ def train(
             )  # fmt: skip
             return
         from elva.commands.train import train as run_stages
-        from elva.progress import Bars
         from elva.training.callbacks import callbacks_of
 
         added = callbacks_of(callback or ())
@@ -122,10 +121,9 @@ def train(
                 )  # fmt: skip
         directory = processes.agreed(None if run is None else run.directory)
         run = run or Run.open(directory)
-        console = err if as_json else out
-        if processes.first:
-            console.print_line(f"run directory: {run.directory}")
-        with Bars(console) as bars:
+        with progress(as_json) as bars:
+            if processes.first:
+                bars.say(f"run directory: {run.directory}")
             run_stages(
                 run, bars, stages=wanted, start_from=began, limit=limit, controls=controls,
                 callbacks=added, processes=processes,
@@ -141,7 +139,7 @@ def _print_result(run: Run, as_json: bool) -> None:
 
     page = report(run)
     if as_json:
-        print(json.dumps(figures(run)))
+        print_json(figures(run))
     else:
         out.print(table(run))
         out.print_line(f"report: {page}")
@@ -206,7 +204,7 @@ def _print_plan(
     if not processes.first:
         return
     if as_json:
-        print(json.dumps(plan))
+        print_json(plan)
         return
     import yaml
 

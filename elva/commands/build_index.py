@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elva.data.strict import lines
-from elva.errors import UserError
+from elva.errors import NPY_FAULTS, UserError
 from elva.index import Index
 from elva.index.embeddings import Embeddings
 from elva.model.identity import Identity
@@ -92,7 +92,7 @@ def _id(where: str, line: str) -> str:
 def _matrix(path: Path) -> np.ndarray:
     try:
         rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except NPY_FAULTS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: must be a .npy file of numbers; {reason}") from None
     if rows.ndim != 2 or rows.dtype.kind != "f":

@@ -25,10 +25,10 @@ from elva.progress import SILENT, Reporter
 from elva.report.render import render
 from elva.run import Run
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-UPLOADS = "uploads"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_UPLOADS = "uploads"
 MOST_KEPT = 2 << 30
-MOST_UPLOAD = 256 << 20
+_MOST_UPLOAD = 256 << 20
 """Ours, bytes: of all that visitors sent and is kept at once, and of one request's files."""
 MOST_VISITORS = 1000
 """Ours: whose last answers and pictures are kept; of more, those who asked last."""
@@ -49,7 +49,7 @@ class Server:
         limit: searches that may wait; more are turned away.
     """
 
-    host: str = LOOPBACK[0]
+    host: str = _LOOPBACK[0]
     port: int | None = None
     share: bool = False
     show: bool = False
@@ -58,7 +58,7 @@ class Server:
     @property
     def is_local(self) -> bool:
         """Whether this machine alone reaches it."""
-        return self.host in LOOPBACK and not self.share
+        return self.host in _LOOPBACK and not self.share
 
     def check(self) -> None:
         """UserError for what cannot be served, before work starts."""
@@ -71,7 +71,7 @@ class Server:
         with socket.socket() as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                tried.bind((LOOPBACK[0], self.port))
+                tried.bind((_LOOPBACK[0], self.port))
             except OSError:
                 raise UserError(TAKEN.format(self.port)) from None
 
@@ -130,7 +130,7 @@ def demo(
         raise UserError(f"demo: --data must hold grains.jsonl, got {data}; leave it out")
     collection = open_collection(target, stage=stage, model=model, reporter=reporter)
     known = {} if data is None else known_grains(data)
-    if server.host not in LOOPBACK:
+    if server.host not in _LOOPBACK:
         reporter.say(
             f"note: everyone who reaches {server.host} can search this, and upload pictures"
         )
@@ -164,7 +164,7 @@ def serving(
         UserError: a port that is taken.
     """
     with tempfile.TemporaryDirectory(prefix="elva-demo-") as place:
-        uploads = Path(place) / UPLOADS
+        uploads = Path(place) / _UPLOADS
         uploads.mkdir()
         with _environment(uploads):
             from elva.demo.page import build  # gradio takes seconds
@@ -218,9 +218,9 @@ def _launch(page: Any, uploads: Path, server: Server) -> str:
     from elva.demo.guard import Guard
     from elva.demo.page import theme
 
-    known = frozenset({*LOOPBACK, "[::1]"}) if server.is_local else frozenset()
+    known = frozenset({*_LOOPBACK, "[::1]"}) if server.is_local else frozenset()
     guard = Middleware(
-        Guard, place=uploads.parent, uploads=uploads, hosts=known, most_upload=MOST_UPLOAD,
+        Guard, place=uploads.parent, uploads=uploads, hosts=known, most_upload=_MOST_UPLOAD,
         most_kept=MOST_KEPT,
     )  # fmt: skip
     try:

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from elva.data import Item, Pool, Queries
-from elva.data.mbeir import QuerySet, first_instructions, read_sets
+from elva.data.instructions import first_instructions
+from elva.data.mbeir import QuerySet, read_sets
 from elva.data.schema import modalities
 from elva.data.strict import Faults
 from elva.errors import DataError, UserError
-from elva.files import write_text
+from elva.files import append_text, write_text
 from elva.index import fields
 from elva.index import segment as segment_file
 from elva.index.embeddings import PLAN, Embeddings, columns
@@ -244,8 +245,8 @@ def _embed_shards(
             }
         )
         if len(faults.found) > before:
-            with open(plan.directory / SKIPPED, "a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in faults.found[before:])
+            left_out = "".join(f"{line}\n" for line in faults.found[before:])
+            append_text(plan.directory / SKIPPED, left_out)
         segment_file.write(
             plan.shards[shard], [out.embeddings], table,
             dim=encoder.embedding_size, dtype=dtype, model=plan.model,

@@ -27,14 +27,14 @@ SHOWN = (
 )  # fmt: skip
 """Values with a sparkline, in this order, where the stage has them."""
 
-BLOCKS, WIDTH = "▁▂▃▄▅▆▇█", 48
+_BLOCKS, WIDTH = "▁▂▃▄▅▆▇█", 48
 
-STARTING_S = 300
+_STARTING_S = 300
 """Ours: a run without a lock that was created so lately may still be reading its data."""
 
 
 @dataclass(frozen=True)
-class Standing:
+class _Standing:
     """Where a training stands.
 
     Args:
@@ -76,7 +76,7 @@ class Follower:
         self._lines: dict[str, dict[int, dict[str, Any]]] = {}  # stage -> step -> values
         self._stage: str | None = None
 
-    def look(self) -> Standing:
+    def look(self) -> _Standing:
         """Where it stands now."""
         training = self.run.is_training
         status, finished = _status(self.run.status_file), self.run.trained
@@ -93,7 +93,7 @@ class Follower:
         left = None
         if training and done is not None and total is not None and rate:
             left = max(0.0, (total - done) / rate)
-        return Standing(
+        return _Standing(
             run=str(self.run.directory),
             state=self._state(training, bool(status or (steps and not finished)), bool(finished)),
             what=str(status.get("what") or ""),
@@ -117,7 +117,7 @@ class Follower:
         if finished:
             return "finished"
         age = time.time() - (self.run.directory / "recipe.yaml").stat().st_mtime
-        return "starting" if age < STARTING_S else "stopped"
+        return "starting" if age < _STARTING_S else "stopped"
 
     def _read(self) -> None:
         """The whole lines behind those known; a file that was replaced is read anew."""
@@ -138,7 +138,7 @@ class Follower:
                 self._lines.setdefault(self._stage, {}).setdefault(entry["step"], {}).update(entry)
 
 
-def follow(run: Run, interval: float) -> Iterator[Standing]:
+def follow(run: Run, interval: float) -> Iterator[_Standing]:
     """Where a run stands, every so many seconds, until it trains no more."""
     follower = Follower(run)
     while True:
@@ -149,12 +149,12 @@ def follow(run: Run, interval: float) -> Iterator[Standing]:
         time.sleep(interval)
 
 
-def as_json(standing: Standing) -> dict[str, Any]:
+def as_json(standing: _Standing) -> dict[str, Any]:
     """For programs."""
     return asdict(standing)
 
 
-def line(standing: Standing) -> str:
+def line(standing: _Standing) -> str:
     """Where it stands, in one line."""
     said = {
         "training": "",
@@ -180,7 +180,7 @@ def line(standing: Standing) -> str:
     return ", ".join(words) + (f"; {said}" if said else "")
 
 
-def panel(standing: Standing) -> Group:
+def panel(standing: _Standing) -> Group:
     """The same with a sparkline a value, for a terminal."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for key, values in standing.curves.items():
@@ -214,8 +214,8 @@ def sparkline(values: Sequence[float | None], width: int = WIDTH) -> str:
     if not found:
         return " " * count
     low, span = min(found), (max(found) - min(found)) or 1.0
-    top = len(BLOCKS) - 1
-    return "".join(" " if v is None else BLOCKS[round(top * (v - low) / span)] for v in means)
+    top = len(_BLOCKS) - 1
+    return "".join(" " if v is None else _BLOCKS[round(top * (v - low) / span)] for v in means)
 
 
 def _status(file: Path) -> Mapping[str, Any]:
@@ -234,7 +234,7 @@ def _number(value: Any) -> float | None:
     return float(value) if known and math.isfinite(value) else None
 
 
-def _ago(standing: Standing) -> str:
+def _ago(standing: _Standing) -> str:
     return "" if standing.age_s is None else f" {_time(standing.age_s)} ago"
 
 

@@ -25,13 +25,13 @@ from elva.progress import SILENT, Reporter
 from elva.report import charts
 from elva.report.drawing import Series, write_png
 
-DELTA = 0.05
+_DELTA = 0.05
 """Ours: below it a grain counts as not seen; the paper's delta is not printed."""
 
 MIN_PROBES = 5
 """Types with fewer stand in the table, not in the pictures."""
 
-FIGURES, MEANS, HISTOGRAM = "grains.json", "grain-distance.png", "grain-histogram.png"
+FIGURES, _MEANS, _HISTOGRAM = "grains.json", "grain-distance.png", "grain-histogram.png"
 
 
 def grains(
@@ -42,7 +42,7 @@ def grains(
     split: str = "test",
     task: str = "t2i",
     limit: int | None = None,
-    delta: float = DELTA,
+    delta: float = _DELTA,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Probe one or more models, such as a checkpoint before and after.
@@ -129,5 +129,5 @@ def _draw(output: Path, models: Mapping[str, Any]) -> None:
     kinds = _kinds(models)
     common = [k for k in kinds if max(len(g.get(k, ())) for g in groups.values()) >= MIN_PROBES]
     drawn = (common or kinds)[:8]
-    write_png(output / MEANS, charts.grain_chart(drawn, groups))
-    write_png(output / HISTOGRAM, charts.grain_histogram(drawn[:6], groups))
+    write_png(output / _MEANS, charts.grain_chart(drawn, groups))
+    write_png(output / _HISTOGRAM, charts.grain_histogram(drawn[:6], groups))

@@ -8,7 +8,6 @@ build goes on where it was when it is called again.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from elva.model.encoder import Encoder, unfamiliar
 from elva.model.modalities import must_read
 from elva.progress import SILENT, Reporter
 
-PART_PICTURES = 1024
+_PART_PICTURES = 1024
 """Ours: what a kill can cost."""
 
 BAD = "skipped.txt"
@@ -56,7 +55,7 @@ def build(
     overwrite: bool = False,
     codes: bool = True,
     skip_bad: int = 0,
-    part_pictures: int = PART_PICTURES,
+    part_pictures: int = _PART_PICTURES,
     reporter: Reporter = SILENT,
 ) -> tuple[Index, dict[str, Any]]:
     """Make an index of a folder's pictures; ids and names are their paths under it.
@@ -143,7 +142,7 @@ def _embed(
     reporter.start("embed", total, "pictures")
     for part in parts.missing:
         files = found.pictures[part * rows : (part + 1) * rows]
-        good, out = folder.embedded(encoder, files, faults, _offset(reporter, before))
+        good, out = folder.embedded(encoder, files, faults, reporter, before)
         before += len(files)
         reporter.advance(before)
         if len(faults.found) > known:
@@ -159,7 +158,3 @@ def _embed(
     if not any(one.rows for one in parts.opened):
         name = printable(str(parts.about["folder"]))
         raise DataError(f"{name}: must hold a picture that can be read, got none")
-
-
-def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
-    return lambda more: reporter.advance(done + more)

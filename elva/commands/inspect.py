@@ -20,7 +20,7 @@ from elva.errors import DataError, counted
 from elva.progress import SILENT, Reporter
 from elva.report import pictures
 
-EVERY = 1_000_000_000
+_EVERY = 1_000_000_000
 """More bad rows than a file has."""
 
 AT_ONCE = 1024
@@ -50,7 +50,7 @@ def check(
     Raises:
         DataError: no data there at all.
     """
-    faults = Faults(EVERY)
+    faults = Faults(_EVERY)
     sets = _whole(root, split, tasks) or _sets(root, split, tasks, faults)
     faults.found.sort(key=_place)
     before = len(faults.found)

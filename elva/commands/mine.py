@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elva.data.mbeir import LINKED, QuerySet, query_file, read_sets
+from elva.data.layout import LINKED, query_file
+from elva.data.mbeir import QuerySet, read_sets
 from elva.data.schema import hashed_id
 from elva.data.strict import Faults, columns, dump, lines, write_lines
 from elva.draws import permutation

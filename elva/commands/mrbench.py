@@ -62,7 +62,7 @@ def build(
     asker = Asker(judge, describe, faults)
     for one in found:
         rows, tally = judge_set(one, asker, per_set * SPARE, seed, log, reporter)
-        sample = stratified(rows, per_set, seed)
+        sample = stratified(rows, per_set)
         counts[one.stem] = {**tally, "kept": len(sample)}
         kept += sample
     if not kept:

@@ -16,7 +16,7 @@ from elva.errors import UserError
 KINDS = (".safetensors", ".json", ".txt", ".md", ".model", ".jinja", ".png")
 """What a checkpoint consists of; nothing that runs when it is opened."""
 
-SIGNED_OUT = (401, 403)
+_SIGNED_OUT = (401, 403)
 
 
 def files_to_push(directory: Path) -> list[Path]:
@@ -75,7 +75,7 @@ def push(directory: Path, repository: str, *, public: bool = False, message: str
     except HfHubHTTPError as error:
         code = error.response.status_code
         advice = "run `hf auth login`, or set HF_TOKEN to a token that may write"
-        if code not in SIGNED_OUT:
+        if code not in _SIGNED_OUT:
             advice = "try again later, or another name"
         reason = error.response.reason_phrase
         raise UserError(f"push: {repository}: the hub answers {code} {reason}; {advice}") from error

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from elva.files import write_text
-from elva.recipe import to_dict
 from elva.recipes import RECIPES
 from elva.report import answer, compare, sections
 from elva.report.drawing import DARK, LIGHT, variables
@@ -86,7 +86,7 @@ def _page(run: Run) -> str:
         curves=sections.curves(run),
         facts=_facts(run),
         command=_command(run),
-        recipe=yaml.safe_dump(to_dict(run.recipe), sort_keys=False),
+        recipe=yaml.safe_dump(asdict(run.recipe), sort_keys=False),
     )
 
 

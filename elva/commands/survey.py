@@ -19,7 +19,7 @@ from elva.draws import permutation, uniforms
 from elva.errors import DataError
 from elva.evaluation.sets import SUBTASKS
 
-UNIONS = (
+_UNIONS = (
     "query/union_train/mbeir_union_up_train.jsonl",
     "query/union_val/mbeir_union_val.jsonl",
     *(
@@ -41,7 +41,7 @@ def survey(root: Path) -> dict[str, list[str]]:
     """
     names = list(dict.fromkeys(stem.rpartition("_")[0] for stem in SUBTASKS))
     known = [n for n in names if any(root.glob(f"query/*/mbeir_{n}_*.jsonl"))]
-    if not known and not any((root / union).exists() for union in UNIONS):
+    if not known and not any((root / union).exists() for union in _UNIONS):
         return {}
     missing = []
     whole = []
@@ -53,7 +53,7 @@ def survey(root: Path) -> dict[str, list[str]]:
             whole.append(stem)
     train = [n for n in names if not any(root.glob(f"query/train/mbeir_{n}*_train.jsonl"))]
     missing += [f"query/train/mbeir_{name}_train.jsonl: not there" for name in train]
-    missing += [f"{union}: not there" for union in UNIONS if not (root / union).exists()]
+    missing += [f"{union}: not there" for union in _UNIONS if not (root / union).exists()]
     return {"sets": whole, "missing": missing, "archives": _archives(root)}
 
 

@@ -25,10 +25,10 @@ from elva.progress import SILENT, Reporter
 BATCH = 1024
 """Pictures of one change. Ours: what a kill can cost."""
 
-LOOK_MS = 500
+_LOOK_MS = 500
 """Ours: how long a watched folder is waited for before one looks at the keyboard."""
 
-MANY_SEGMENTS = 64
+_MANY_SEGMENTS = 64
 """Ours: from here on compacting is worth a word."""
 
 
@@ -158,7 +158,7 @@ def sync(
         reporter.start(f"{directory}: embed", len(fresh), "pictures")
         for start in range(0, len(fresh), batch):
             some = fresh[start : start + batch]
-            good, out = folder.embedded(model, some, faults, _offset(reporter, start))
+            good, out = folder.embedded(model, some, faults, reporter, start)
             bad |= {one.name for one in some} - {one.name for one in good}
             index = _added(index, there, good, out, added)
             reporter.advance(start + len(some))
@@ -191,10 +191,6 @@ def _done(plan: Plan, added: Collection[str], bad: Collection[str]) -> Plan:
         kept=sorted([*plan.kept, *(name for name in plan.changed if name in bad)]),
         unread=sorted([*plan.unread, *(name for name in plan.new if name in bad)]),
     )
-
-
-def _offset(reporter: Reporter, done: int) -> Callable[[int], None]:
-    return lambda more: reporter.advance(done + more)
 
 
 def _kinds(index: Index, found: Contents) -> tuple[dict[str, pa.DataType], list[str]]:
@@ -297,7 +293,7 @@ def _added(
 
 
 def _advice(index: Index) -> list[str]:
-    if len(index.segments) < MANY_SEGMENTS:
+    if len(index.segments) < _MANY_SEGMENTS:
         return []
     return [
         f"{index.directory} has {len(index.segments)} segments; elva index compact makes them one"
@@ -317,20 +313,6 @@ def _of_no_folder(directory: Path) -> IndexFault:
         f"{directory}: must be of a folder to be synced, got one that was not built by "
         "elva index build --folder; build it so"
     )
-
-
-def opens(directory: Path, model: str | None) -> dict[str, Any]:
-    """How an index's model is opened, by `open_encoder`; UserError where nobody knows.
-
-    Args:
-        model: where it lies now; where it lay for None.
-    """
-    about = Index(directory, verify=False).about
-    lay = model or about.get("model")
-    if lay is None:
-        raise UserError(f"index: {directory} does not say which model made it; pass --model")
-    kept = ("max_completion_length", "read")
-    return {"model": lay, **{key: about[key] for key in kept if key in about}}
 
 
 def follow(
@@ -357,7 +339,7 @@ def follow(
             raise UserError(
                 "index: --watch must have watchfiles, got none; pip install 'elva[watch]'"
             ) from None
-        changes = watch(root, yield_on_timeout=True, rust_timeout=LOOK_MS)
+        changes = watch(root, yield_on_timeout=True, rust_timeout=_LOOK_MS)
     begun = False
     for found in changes:  # it watches before the first sync, so that none is missed meanwhile
         if begun and not found:

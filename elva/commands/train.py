@@ -20,7 +20,8 @@ from elva.model.retriever import Retriever
 from elva.model.scratch import create
 from elva.processes import Processes
 from elva.progress import SILENT, Noted, Reporter
-from elva.recipe import Recipe, StageConfig, chosen
+from elva.recipe import Recipe, StageConfig
+from elva.recipes import chosen
 from elva.run import CHOSEN_ON, Run, evaluate_split, evaluated
 from elva.training.beginning import begin, open_model
 from elva.training.callbacks import Callback, Trackers

@@ -4,7 +4,6 @@ Reads M-BEIR itself and whatever is written in its layout, the embedded emoji co
 all. Two files of ours may stand beside M-BEIR's (`extras.py`).
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,13 +18,11 @@ from elva.data import qrels
 from elva.data import queries as query_table
 from elva.data import table as tables
 from elva.data.extras import read_grains, read_minimal_pairs
+from elva.data.instructions import datasets, read_instructions
 from elva.data.layout import (
     INSTRUCTIONS,
-    LINKED,
-    SPLITS,
     QueryFile,
     Which,
-    file_stem,
     find,
     pool_files,
     qrels_file,
@@ -44,14 +41,8 @@ from elva.data.schema import (
     normalise,
     task_between,
 )
-from elva.data.strict import Faults, Record, dump, lines, modality_of, records, write_lines
+from elva.data.strict import Faults, Record, dump, records, write_lines
 from elva.errors import DataError
-
-__all__ = [
-    "LINKED", "SPLITS", "QuerySet", "file_stem", "first_instructions", "load", "modalities",
-    "query_file", "read_instructions", "read_pool", "read_sets",
-    "write_instructions", "write_pool", "write_queries",
-]  # fmt: skip
 
 Prompts = Mapping[tuple[int, str, str], tuple[str, ...]]
 
@@ -235,7 +226,7 @@ def _read_queries(
     faults: Faults,
 ) -> Queries:
     """One query file; every positive and negative must be in its pool, or could be another's."""
-    known = sets_with_pools(root, _datasets(root / INSTRUCTIONS))
+    known = sets_with_pools(root, datasets(root / INSTRUCTIONS))
     judged = [(task, qrels_file(root, file.stem(task), split)) for task in asked]
     judged = [(task, path) for task, path in judged if path.exists()]
     against = [f"{task} {tables.stamp(path)}" for task in asked for path in asked[task].files]
@@ -339,36 +330,6 @@ def _candidates(path: Path, faults: Faults) -> Iterator[pool_file.Row]:
             yield record.id("did"), text, image, modality, line, known
 
 
-def read_instructions(path: Path) -> dict[tuple[int, str, str], tuple[str, ...]]:
-    """(dataset, query modality, candidate modality) -> normalised prompts."""
-    return {(number, q, c): prompts for _, number, q, c, prompts in _instruction_rows(path)}
-
-
-def _datasets(path: Path) -> list[tuple[str, int]]:
-    return [(name, number) for name, number, *_ in _instruction_rows(path)]
-
-
-def _instruction_rows(path: Path) -> Iterator[tuple[str, int, str, str, tuple[str, ...]]]:
-    for number, (where, line) in enumerate(lines(path)):
-        fields = line.split("\t")
-        is_number = len(fields) > 3 and re.fullmatch("[0-9]{1,8}", fields[3])
-        if number == 0 and not is_number:
-            continue  # The header.
-        found = tuple(normalise(field) for field in fields[4:] if field.strip())
-        modalities = [modality_of(field) for field in fields[:2]]
-        if not found or None in modalities or not is_number:
-            raise DataError(
-                f"{where}: not query_modality, cand_modality, dataset, dataset_id, prompts"
-            )
-        yield fields[2], int(fields[3]), str(modalities[0]), str(modalities[1]), found
-
-
-def first_instructions(root: Path, dataset: int, candidate: str) -> dict[str, str]:
-    """Query modality -> the instruction by which a dataset asks for such candidates."""
-    prompts = read_instructions(root / INSTRUCTIONS)
-    return {q: p[0] for (number, q, c), p in prompts.items() if (number, c) == (dataset, candidate)}
-
-
 def write_queries(root: Path, stem: str, split: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Write `mbeir_<stem>_<split>.jsonl` and its qrels from M-BEIR's own rows; no qrels where no
     row has answers."""
@@ -386,20 +347,6 @@ def write_pool(root: Path, stem: str, rows: Iterable[Mapping[str, object]]) -> N
     """Write `mbeir_<stem>_cand_pool.jsonl` from M-BEIR's own rows."""
     path = root / "cand_pool" / "local" / f"mbeir_{stem}_cand_pool.jsonl"
     write_lines(path, map(dump, rows))
-
-
-def write_instructions(
-    root: Path, dataset: str, number: int, prompts: Mapping[tuple[str, str], Sequence[str]]
-) -> None:
-    """Write the instructions of one dataset."""
-    header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
-    header += [f"prompt_{i}" for i in range(1, 5)]
-    # Queries that say themselves what to look for: an empty prompt is written as it is quoted.
-    rows = [
-        [query, cand, dataset, str(number), *(prompt or '""' for prompt in some)]
-        for (query, cand), some in prompts.items()
-    ]
-    write_lines(root / INSTRUCTIONS, ("\t".join(row) for row in [header, *rows]))
 
 
 def _content(

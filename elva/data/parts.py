@@ -25,7 +25,7 @@ from elva.errors import DataError, UserError
 
 FORMATS = ("mbeir", "mmeb", "mmeb-test", "nli", "folder")
 
-PART_ROWS = 1000
+_PART_ROWS = 1000
 """Ours: so few rows that parts in a drawn order mix a file of several sets, and rows that were seen
 are passed over in a moment."""
 
@@ -234,6 +234,6 @@ def _spans(total: int, count: int | None) -> list[Part]:
     """[start, stop) of parts that differ by one row at most."""
     if count is not None and count < 1:
         raise UserError(f"datasets: num_shards must be at least 1, got {count}; pass 1 or more")
-    wanted = max(1, min(total, ceil(total / PART_ROWS) if count is None else count))
+    wanted = max(1, min(total, ceil(total / _PART_ROWS) if count is None else count))
     edges = np.linspace(0, total, wanted + 1).astype(int).tolist()
     return [*pairwise(edges)]

@@ -35,23 +35,23 @@ from elva.errors import DataError, PictureFault, UserError
 _T = TypeVar("_T")
 
 LIMIT = "ELVA_MAX_PIXELS"
-"""The environment variable that raises `MAX_PIXELS`."""
+"""The environment variable that raises `_MAX_PIXELS`."""
 
-MAX_PIXELS = 64_000_000
+_MAX_PIXELS = 64_000_000
 """Ours: holds every M-BEIR picture. A larger JPEG is decoded at a half, a quarter or an eighth of
 its sides, whatever the limit is, so that an embedding does not depend on it."""
 
-MOST_JPEG, MOST_PROGRESSIVE = 8, 2
+_MOST_JPEG, _MOST_PROGRESSIVE = 8, 2
 """Ours: of the limit. A JPEG that is decoded smaller needs memory for the smaller picture alone;
 a progressive one for all its coefficients, 6 bytes a pixel at most."""
 
-MAX_ASPECT_RATIO = 200
+_MAX_ASPECT_RATIO = 200
 """Qwen2-VL's, beyond which its processor refuses."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
 """What is read: HEIF with the extra `heif` alone."""
 
-NEEDS = {
+_NEEDS = {
     "HEIF": "a HEIC picture; pip install 'elva[heif]' to read it",
     "AVIF": "an AVIF picture, which this Pillow cannot read; pip install 'pillow>=11.3'",
 }
@@ -112,21 +112,21 @@ def format_of(source: Path | bytes) -> str:
 def missing(format: str) -> str | None:
     """What a picture of this format needs that is not installed; None: nothing."""
     there = {"HEIF": lambda: find_spec("pillow_heif"), "AVIF": lambda: features.check("avif")}
-    return None if format not in there or there[format]() else NEEDS[format]
+    return None if format not in there or there[format]() else _NEEDS[format]
 
 
 def most_pixels() -> int:
-    """The pixels that a picture may have: `MAX_PIXELS`, or what ELVA_MAX_PIXELS says.
+    """The pixels that a picture may have: `_MAX_PIXELS`, or what ELVA_MAX_PIXELS says.
 
     Raises:
         UserError: it says no whole number above 0; no fault of a picture, and never passed over.
     """
     said = os.environ.get(LIMIT)
     if not said:
-        return MAX_PIXELS
+        return _MAX_PIXELS
     if not re.fullmatch("[1-9][0-9]{0,17}", said):
         raise UserError(
-            f"{LIMIT}: must be a whole number of pixels above 0, got {said!r}; e.g. {MAX_PIXELS}"
+            f"{LIMIT}: must be a whole number of pixels above 0, got {said!r}; e.g. {_MAX_PIXELS}"
         )
     return int(said)
 
@@ -245,18 +245,18 @@ def _check(image: ImageFile.ImageFile, limit: int) -> None:
     width, height = image.size
     if not width or not height:
         raise PictureFault("damaged: it has no height or no width")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise PictureFault(f"{width} x {height} is longer than {MAX_ASPECT_RATIO}:1", "large")
+    if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
+        raise PictureFault(f"{width} x {height} is longer than {_MAX_ASPECT_RATIO}:1", "large")
     most = limit
     if image.format == "JPEG":
         progressive = "progressive" in image.info or "progression" in image.info
-        most *= MOST_PROGRESSIVE if progressive else MOST_JPEG
+        most *= _MOST_PROGRESSIVE if progressive else _MOST_JPEG
     if width * height > most:
         raise PictureFault(
             f"{width} x {height} is more than {most} pixels; {LIMIT} raises the limit", "large"
         )
     if image.format == "JPEG":
-        scale = next(s for s in (1, 2, 4, 8) if s == 8 or _scaled(width, height, s) <= MAX_PIXELS)
+        scale = next(s for s in (1, 2, 4, 8) if s == 8 or _scaled(width, height, s) <= _MAX_PIXELS)
         if scale > 1:
             image.draft(None, (width // scale, height // scale))
 

@@ -22,7 +22,7 @@ BEIR = ("query-id", "corpus-id", "score")
 """The columns of BEIR's and MTEB's qrels."""
 
 
-class Judgement(NamedTuple):
+class _Judgement(NamedTuple):
     """A relevance, and the `file:line` that says it."""
 
     relevance: int
@@ -33,11 +33,11 @@ class Judgement(NamedTuple):
         return self.relevance > 0
 
 
-Judgements = Mapping[str, Mapping[str, Judgement]]
+Judgements = Mapping[str, Mapping[str, _Judgement]]
 """Query -> candidate -> judgement."""
 
 
-def read(path: Path, faults: Faults | None = None) -> dict[str, dict[str, Judgement]]:
+def read(path: Path, faults: Faults | None = None) -> dict[str, dict[str, _Judgement]]:
     """Qrels of four columns (TREC's), five (M-BEIR's), or three under BEIR's header.
 
     Raises:
@@ -49,7 +49,7 @@ def read(path: Path, faults: Faults | None = None) -> dict[str, dict[str, Judgem
 
 def collect(
     path: Path, rows: Iterable[tuple[str, str, str, object]], faults: Faults
-) -> dict[str, dict[str, Judgement]]:
+) -> dict[str, dict[str, _Judgement]]:
     """The judgements of (`file:line`, query, candidate, relevance), in their order.
 
     Args:
@@ -59,11 +59,11 @@ def collect(
     Raises:
         DataError: no whole number, a pair judged otherwise before; none at all, or none right.
     """
-    found: dict[str, dict[str, Judgement]] = {}
+    found: dict[str, dict[str, _Judgement]] = {}
     any_right = False
     for where, qid, did, value in rows:
         with faults.row():
-            one = Judgement(_relevance(where, value), where)
+            one = _Judgement(_relevance(where, value), where)
             known = found.setdefault(qid, {}).setdefault(did, one)
             if known.relevance != one.relevance:
                 raise DataError(

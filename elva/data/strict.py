@@ -19,10 +19,10 @@ from elva.errors import DataError, counted
 # Ours: the longest M-BEIR line is a few MiB; beyond this a file is not what it says it is.
 MAX_LINE_BYTES = 64 * 2**20
 
-HEAD_BYTES = 65_536
+_HEAD_BYTES = 65_536
 """Ours: of a file, by which its encoding and line end are known."""
 
-MAX_PATH_BYTES = 3000
+_MAX_PATH_BYTES = 3000
 """Ours: Linux's limit is 4,096 with the root, and 255 for each part; beyond it `stat` fails."""
 
 
@@ -171,7 +171,7 @@ class Record:
             self.fail(f"{key} {value!r} leaves the root")
         if "\0" in value:
             self.fail(f"{key} holds a null character")
-        if len(value.encode()) > MAX_PATH_BYTES or max(len(p.encode()) for p in parts) > 255:
+        if len(value.encode()) > _MAX_PATH_BYTES or max(len(p.encode()) for p in parts) > 255:
             self.fail(f"{key} {value!r} is longer than a file's name may be")
         return value
 
@@ -280,7 +280,7 @@ def dump(row: Mapping[str, object]) -> str:
 
 def _form(path: Path, stream: BinaryIO) -> tuple[str, str]:
     """The encoding and the line end of a file, from its beginning; its mark is passed over."""
-    head = stream.read(HEAD_BYTES)
+    head = stream.read(_HEAD_BYTES)
     stream.seek(0)
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise DataError(f"{path}:1: is UTF-32; save the file as UTF-8")

@@ -101,7 +101,7 @@ class Desk:
             UserError: a query that cannot be answered, in one line.
         """
         if image is not None:
-            check_upload(image)
+            _check_upload(image)
         answer = self._answer(" ".join(words.split()), image, scratch)  # refuses a long text
         found = switches(words, self.known) if normalise(words) else Switches("", (), "words")
         return Asked(image, scratch is not None, found, answer)
@@ -142,7 +142,7 @@ class Desk:
         scratch.lines = []
         for file in files:
             try:
-                check_upload(file)
+                _check_upload(file)
             except UserError as error:
                 scratch.lines.append(str(error).removeprefix("demo: "))
                 continue
@@ -177,7 +177,7 @@ class Desk:
             return self.searcher.answer(index, text, image=image, k=max(DEPTH, self.k))
 
 
-def check_upload(file: Path) -> None:
+def _check_upload(file: Path) -> None:
     """Refuse what no visitor may send.
 
     Raises:

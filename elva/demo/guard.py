@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[Any]]
+_Send = Callable[[Any], Awaitable[None]]
 
-READ = re.compile(
+_READ = re.compile(
     r"/|/config/?|/(?:gradio_api/)?theme\.css|/favicon\.ico|/manifest\.json|/(?:assets|static)/.+"
     r"|/gradio_api/(?:startup-events|heartbeat/\w+|queue/data|upload_progress|file=.+)"
 )
 WRITTEN = re.compile(r"/gradio_api/(?:upload|queue/join|cancel|reset/?)")
 """Paths that the page itself asks for; gradio has others, which are nobody's here."""
 
-MOST_JSON = 1 << 20
+_MOST_JSON = 1 << 20
 """Ours, bytes: a query has 2,000 characters at most."""
 
 LEAST = 1 << 14
@@ -56,7 +56,7 @@ class Guard:
         self.hosts, self.most_upload, self.most_kept = hosts, most_upload, most_kept
         self._coming: list[int] = []  # bytes of each upload that has not ended
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -94,7 +94,7 @@ class Guard:
             if not self._coming:
                 _drop_torn(self.uploads)
 
-    def _refused(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _refused(self, scope: _Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and words for what is not let in."""
         if scope["type"] != "http":
             return 404, "no such page"
@@ -106,7 +106,7 @@ class Guard:
             return 403, "ask from the server's own page"
         path, method = scope["path"], scope["method"]
         if method in ("GET", "HEAD"):
-            if not READ.fullmatch(path):
+            if not _READ.fullmatch(path):
                 return 404, "no such page"
             _, named, file = path.partition("/gradio_api/file=")
             return (403, "no such file") if named and not self._is_upload(unquote(file)) else None
@@ -116,7 +116,7 @@ class Guard:
         if not re.fullmatch(r"[0-9]{1,15}", length):
             return 411, "say how long the request is"
         uploads = path.endswith("/upload")
-        if int(length) > (self.most_upload if uploads else MOST_JSON):
+        if int(length) > (self.most_upload if uploads else _MOST_JSON):
             return 413, "the request is too large"
         if uploads and _kept(self.place) + sum(self._coming) + int(length) > self.most_kept:
             return 413, "too much was uploaded; try again later"
@@ -173,8 +173,8 @@ def _drop_torn(uploads: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """A request's whole body; None where it is longer than `MOST_JSON` or breaks off."""
+async def _body(receive: _Receive) -> bytes | None:
+    """A request's whole body; None where it is longer than `_MOST_JSON` or breaks off."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -182,13 +182,13 @@ async def _body(receive: Receive) -> bytes | None:
             return None
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MOST_JSON:
+        if size > _MOST_JSON:
             return None
         if not message.get("more_body"):
             return b"".join(parts)
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
+def _again(body: bytes, receive: _Receive) -> _Receive:
     """What hands a body on that was read already, and then whatever comes."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -198,7 +198,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _refuse(send: Send, status: int, words: str) -> None:
+async def _refuse(send: _Send, status: int, words: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": words.encode()})

@@ -33,7 +33,7 @@ SESSION_SECONDS = 3600
 
 
 @dataclass
-class Visit:
+class _Visit:
     """What one visitor has asked and dropped."""
 
     asked: Asked | None = None
@@ -65,7 +65,7 @@ def build(desk: Desk, heading: str, examples: Sequence[str]) -> gr.Blocks:
     """
     with gr.Blocks(title="ELVA", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         visit = gr.State(
-            Visit(), time_to_live=SESSION_SECONDS, delete_callback=lambda gone: gone.leave()
+            _Visit(), time_to_live=SESSION_SECONDS, delete_callback=lambda gone: gone.leave()
         )
         gr.HTML(view.title(heading), elem_id="title")
         with gr.Row(elem_id="main"):
@@ -125,24 +125,22 @@ def _wire(
         "preprocess": False,
     }  # fmt: skip
     asking: dict[str, Any] = {
-        "fn": _told(_ask(desk), 3), "inputs": [visit, words, image, where],
+        "fn": _told(_ask(desk)), "inputs": [visit, words, image, where],
         "outputs": [visit, grains, found], **shared,
     }  # fmt: skip
     words.submit(**asking)
     search.click(**asking)
     where.input(**asking)
-    grains.input(
-        _told(_flip(desk), 1), [visit, grains], [found], trigger_mode="always_last", **shared
+    grains.input(_told(_flip(desk)), [visit, grains], [found], trigger_mode="always_last", **shared)
+    files.upload(_told(_drop(desk)), [visit, files], [visit, files, where, kept], **shared).success(
+        **asking
     )
-    files.upload(
-        _told(_drop(desk), 4), [visit, files], [visit, files, where, kept], **shared
-    ).success(**asking)
     tried.click(lambda sample: str(sample[0]), tried, words, api_visibility="private").success(
         **asking
     )
 
 
-def _told(call: Callable[..., Any], outputs: int) -> Callable[..., Any]:
+def _told(call: Callable[..., Any]) -> Callable[..., Any]:
     """The same, of which a visitor is told what they can mend; words of theirs are no HTML."""
 
     @wraps(call)
@@ -157,7 +155,7 @@ def _told(call: Callable[..., Any], outputs: int) -> Callable[..., Any]:
 
 
 def _ask(desk: Desk) -> Callable[..., Any]:
-    def ask(visit: Visit, words: Any, image: Any, where: Any) -> tuple[Any, ...]:
+    def ask(visit: _Visit, words: Any, image: Any, where: Any) -> tuple[Any, ...]:
         if not _text(words).strip() and _file(image) is None:
             visit.asked = None
             return visit, gr.CheckboxGroup(visible=False), view.HINT
@@ -179,7 +177,7 @@ def _ask(desk: Desk) -> Callable[..., Any]:
 
 
 def _flip(desk: Desk) -> Callable[..., Any]:
-    def flip(visit: Visit, on: Any) -> str:
+    def flip(visit: _Visit, on: Any) -> str:
         asked = visit.asked
         if asked is None:
             raise UserError("demo: a query must be asked first, got none; ask one")
@@ -194,7 +192,7 @@ def _flip(desk: Desk) -> Callable[..., Any]:
 
 
 def _drop(desk: Desk) -> Callable[..., Any]:
-    def drop(visit: Visit, files: Any) -> tuple[Any, ...]:
+    def drop(visit: _Visit, files: Any) -> tuple[Any, ...]:
         visit.scratch = visit.scratch or desk.scratch()
         paths = [path for one in files or [] if (path := _file(one)) is not None]
         desk.add(visit.scratch, paths)

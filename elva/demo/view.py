@@ -18,7 +18,7 @@ from elva.report.pictures import attribution, small
 from elva.report.render import render
 from elva.search import Hit
 
-QUALITY = 85  # of WebP: a thumbnail of 256 pixels has about 10 KB
+_QUALITY = 85  # of WebP: a thumbnail of 256 pixels has about 10 KB
 
 
 def found(asked: Asked, k: int) -> str:
@@ -141,5 +141,5 @@ def _uri(file: Path) -> str | None:
 @lru_cache(maxsize=4096)
 def _thumbnail(file: Path, changed: int) -> str:
     buffer = io.BytesIO()
-    small(Item("", None, file, "image")).save(buffer, format="WEBP", quality=QUALITY)
+    small(Item("", None, file, "image")).save(buffer, format="WEBP", quality=_QUALITY)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

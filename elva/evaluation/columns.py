@@ -5,7 +5,7 @@ from typing import Any
 
 from elva.data.schema import TASKS
 
-SHOWN_TASKS = 3
+_SHOWN_TASKS = 3
 """Ours: tasks in a table at most, so that it fits a terminal; files hold all of them."""
 
 PAIRS = "minimal_pair_recall_at_1"
@@ -27,7 +27,7 @@ def columns(figures: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     every = list(figures)
     found = {
         f"{task}_recall_at_{k}": f"{label(task)} R@{k}"
-        for task in tasks_of(every)[:SHOWN_TASKS]
+        for task in tasks_of(every)[:_SHOWN_TASKS]
         for k in (1, 5)
     }
     return found | ({PAIRS: "pairs R@1"} if any(PAIRS in one for one in every) else {})

@@ -19,7 +19,7 @@ from elva.recipe import StageConfig
 POINTS = 600
 """Ours: candidates in the plane; more are a blot at a page's width."""
 
-PUSHED, NEGATIVES = 256, 100
+_PUSHED, NEGATIVES = 256, 100
 """Ours: queries over which a push is averaged. The paper's: negatives of a reward's group."""
 
 
@@ -86,7 +86,7 @@ def pushes(
         `queries`, the number averaged over; `temperature`; `infonce` and `reward`, each the mean
         share at ranks 1, 2, ...; None where no query has a positive and a negative.
     """
-    asks = spread(np.array([i for i, some in enumerate(positives) if some], np.int64), PUSHED)
+    asks = spread(np.array([i for i, some in enumerate(positives) if some], np.int64), _PUSHED)
     if not len(asks) or len(pool) < 2:
         return None
     target = torch.tensor([positives[i][0] for i in asks])

@@ -20,8 +20,8 @@ from elva.evaluation.sets import (
     lines,
 )
 
-REBUILT = "MRBench is rebuilt: the paper's own list of queries is not public"
-UNKNOWN = "the paper's figures of the unseen sets are not known to us: their cells are empty"
+_REBUILT = "MRBench is rebuilt: the paper's own list of queries is not public"
+_UNKNOWN = "the paper's figures of the unseen sets are not known to us: their cells are empty"
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -38,7 +38,7 @@ def _retrieved(result: Mapping[str, Any]) -> Table:
     known = any(stem in titles for stem in found) and result["pools"] == "local"
     models = [model for model in paper if model.startswith("ELVA")] if known else []
     title = f"{result['split']}, {result['pools']} pools"
-    shown = Table(title=title, caption=REBUILT if result.get("mrbench") else None)
+    shown = Table(title=title, caption=_REBUILT if result.get("mrbench") else None)
     shown.add_column("set")
     for name in ("queries", "pool", "hit@k", "recall@k", "MRR", "nDCG@10", "own hit@1", *models):
         shown.add_column(name, justify="right")
@@ -138,7 +138,9 @@ def _measured(result: Mapping[str, Any], line: Line) -> float | None:
 
 def paper_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     """`beside_paper`'s rows for a terminal; a cell is empty where nothing is known or measured."""
-    caption = f"{REBUILT}. {UNKNOWN[0].upper()}{UNKNOWN[1:]}. Not read here: {', '.join(UNREAD)}."
+    caption = (
+        f"{_REBUILT}. {_UNKNOWN[0].upper()}{_UNKNOWN[1:]}. Not read here: {', '.join(UNREAD)}."
+    )
     shown = Table(title="the paper's sets, in points", caption=caption)
     shown.add_column("set")
     shown.add_column("figure")

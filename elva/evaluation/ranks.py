@@ -15,7 +15,7 @@ from torch import Tensor
 
 import elva_kernels
 
-TOP = 5
+_TOP = 5
 """Answers that a ranking keeps of each query."""
 
 
@@ -57,14 +57,14 @@ def rank_all(
     """
     target = _padded(positives)
     ids = None if identities is None else torch.from_numpy(identities)
-    found = elva_kernels.rank_statistics(query, pool, target, k=TOP, candidate_ids=ids)
+    found = elva_kernels.rank_statistics(query, pool, target, k=_TOP, candidate_ids=ids)
     # The paper's reward (Liu et al., ELVA, arXiv:2606.20280, sec. 3.4) with its 100 negatives.
     paid = elva_kernels.in_batch_ranking_reward(query, pool, target, head=100, candidate_ids=ids)
     rank = found.rank.where(target >= 0, len(pool) + 1).amin(1)
     rows, order = torch.cat([target, found.topk_index], 1).sort(dim=1)
     scores = torch.cat([found.target_score, found.topk_scores], 1).gather(1, order)
     scores = scores.where(rows >= 0, -torch.inf)
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :_TOP]
     return Ranking(rank, rows.gather(1, best), paid.reward, paid.margin_reward, paid.rank_reward)
 
 

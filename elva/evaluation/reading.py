@@ -17,10 +17,10 @@ from torch import Tensor
 
 from elva.data import Query
 
-RIDGE = 1e-2
+_RIDGE = 1e-2
 """Of the regression, on embeddings of length 1."""
 
-LEAST_ASKED = 10
+_LEAST_ASKED = 10
 """Items of which a type of grain is asked, at least."""
 
 
@@ -53,7 +53,7 @@ def readings(
     """Type of grain -> how well a ridge regression to its values reads it.
 
     The entity, of which grains are attributes, is left out, and a type with one value or with
-    fewer than `LEAST_ASKED` items.
+    fewer than `_LEAST_ASKED` items.
 
     Args:
         embeddings: [n, D] of items.
@@ -70,10 +70,10 @@ def readings(
         values = sorted({known[row] for row in fitted})
         place = {value: i for i, value in enumerate(values)}
         told = [row for row in known if row in asked and known[row] in place]
-        if len(values) < 2 or len(told) < LEAST_ASKED:
+        if len(values) < 2 or len(told) < _LEAST_ASKED:
             continue
         x, truth = shown[fitted], torch.tensor([place[known[row]] for row in fitted])
-        ridge = RIDGE * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        ridge = _RIDGE * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         y = torch.nn.functional.one_hot(truth).to(x)
         guess = (shown[told] @ torch.linalg.solve(x.T @ x + ridge, x.T @ y)).argmax(1).tolist()
         right = [place[known[row]] for row in told]

@@ -16,7 +16,7 @@ SUBTASKS = {
 }  # fmt: skip
 """M-BEIR's sixteen test sets, in the paper's order."""
 
-PUBLISHED = {
+_PUBLISHED = {
     "LamRA-Ret-2B": (30.8, 78.8, 23.1, 82.5, 54.3, 77.8, 31.2, 88.5, 27.1, 28.7, 51.1, 44.2, 28.9,
                      47.7, 72.3, 60.8),
     "ELVA-2B": (35.6, 80.3, 25.0, 88.0, 56.1, 80.5, 33.4, 90.2, 25.9, 29.3, 52.0, 47.4, 30.9, 50.0,
@@ -28,7 +28,7 @@ PUBLISHED = {
 }  # fmt: skip
 """M-BEIR: hit@k on local pools, in points, in the order of `SUBTASKS`."""
 
-PUBLISHED_MEANS = {"LamRA-Ret-2B": 51.6, "ELVA-2B": 53.8, "LamRA-Ret-7B": 56.6, "ELVA-7B": 58.7}
+_PUBLISHED_MEANS = {"LamRA-Ret-2B": 51.6, "ELVA-2B": 53.8, "LamRA-Ret-7B": 56.6, "ELVA-7B": 58.7}
 """The means that the paper prints; those of its rounded cells lie up to 0.14 from them."""
 
 MRBENCH = {
@@ -37,39 +37,39 @@ MRBENCH = {
 }  # fmt: skip
 """MRBench's sets: queries of two and more grains out of M-BEIR's of the same name."""
 
-MRBENCH_PUBLISHED = {
+_MRBENCH_PUBLISHED = {
     "Qwen2-VL-7B": (39.2, 32.0, 15.6, 10.8),
     "LamRA-Ret-7B": (50.4, 54.0, 22.4, 25.7),
     "ELVA-7B": (55.5, 60.6, 24.1, 32.5),
 }
 """MRBench: hit@5, in points, on the paper's own list of queries, which is not public."""
 
-MRBENCH_MEANS = {"LamRA-Ret-7B": 38.1, "ELVA-7B": 43.2}
+_MRBENCH_MEANS = {"LamRA-Ret-7B": 38.1, "ELVA-7B": 43.2}
 
-Tabled = tuple[Mapping[str, str], Mapping[str, Sequence[float]], Mapping[str, float]]
+_Tabled = tuple[Mapping[str, str], Mapping[str, Sequence[float]], Mapping[str, float]]
 """Titles by stem, the paper's figures in their order, and its means."""
 
-BENCHMARKS: Mapping[str, Tabled] = {
-    "M-BEIR": (SUBTASKS, PUBLISHED, PUBLISHED_MEANS),
-    "MRBench": (MRBENCH, MRBENCH_PUBLISHED, MRBENCH_MEANS),
+BENCHMARKS: Mapping[str, _Tabled] = {
+    "M-BEIR": (SUBTASKS, _PUBLISHED, _PUBLISHED_MEANS),
+    "MRBench": (MRBENCH, _MRBENCH_PUBLISHED, _MRBENCH_MEANS),
 }
 
-RECALL = ("hit_at_1", "hit_at_5", "hit_at_10")
-PRECISION = ("map_at_5", "map_at_10", "map_at_25", "map_at_50")
-CHOICE = ("hit_at_1_among_its_own",)
+_RECALL = ("hit_at_1", "hit_at_5", "hit_at_10")
+_PRECISION = ("map_at_5", "map_at_10", "map_at_25", "map_at_50")
+_CHOICE = ("hit_at_1_among_its_own",)
 
 UNSEEN = {
-    "flickr30k_task0": ("Flickr30K t→i", RECALL), "flickr30k_task3": ("Flickr30K i→t", RECALL),
-    "urban1k_task0": ("Urban-1k t→i", RECALL[:1]), "urban1k_task3": ("Urban-1k i→t", RECALL[:1]),
-    "circo_task7": ("CIRCO it→i", PRECISION),
-    "sugarcrepe_add_obj_task3": ("SugarCrepe add obj", CHOICE),
-    "sugarcrepe_add_att_task3": ("SugarCrepe add att", CHOICE),
-    "sugarcrepe_replace_obj_task3": ("SugarCrepe replace obj", CHOICE),
-    "sugarcrepe_replace_att_task3": ("SugarCrepe replace att", CHOICE),
-    "sugarcrepe_replace_rel_task3": ("SugarCrepe replace rel", CHOICE),
-    "sugarcrepe_swap_obj_task3": ("SugarCrepe swap obj", CHOICE),
-    "sugarcrepe_swap_att_task3": ("SugarCrepe swap att", CHOICE),
-    "ccneg_task3": ("CC-Neg", CHOICE),
+    "flickr30k_task0": ("Flickr30K t→i", _RECALL), "flickr30k_task3": ("Flickr30K i→t", _RECALL),
+    "urban1k_task0": ("Urban-1k t→i", _RECALL[:1]), "urban1k_task3": ("Urban-1k i→t", _RECALL[:1]),
+    "circo_task7": ("CIRCO it→i", _PRECISION),
+    "sugarcrepe_add_obj_task3": ("SugarCrepe add obj", _CHOICE),
+    "sugarcrepe_add_att_task3": ("SugarCrepe add att", _CHOICE),
+    "sugarcrepe_replace_obj_task3": ("SugarCrepe replace obj", _CHOICE),
+    "sugarcrepe_replace_att_task3": ("SugarCrepe replace att", _CHOICE),
+    "sugarcrepe_replace_rel_task3": ("SugarCrepe replace rel", _CHOICE),
+    "sugarcrepe_swap_obj_task3": ("SugarCrepe swap obj", _CHOICE),
+    "sugarcrepe_swap_att_task3": ("SugarCrepe swap att", _CHOICE),
+    "ccneg_task3": ("CC-Neg", _CHOICE),
 }  # fmt: skip
 """Sets that no stage trains on -> title, and the figures that the set's own paper defines, the
 first of which stands for it in a mean."""
@@ -128,7 +128,7 @@ def figures(stem: str) -> tuple[str, ...]:
 
 def map_cutoffs(stem: str) -> tuple[int, ...]:
     """The ks of the mAP@k that a set is judged by."""
-    keys = (key for key in figures(stem) if key in PRECISION)
+    keys = (key for key in figures(stem) if key in _PRECISION)
     return tuple(int(key.removeprefix("map_at_")) for key in keys)
 
 
@@ -136,7 +136,7 @@ def heading(figure: str) -> str:
     """`mAP@5` for `map_at_5`."""
     if figure == "mean":
         return figure
-    if figure in CHOICE:
+    if figure in _CHOICE:
         return "accuracy"
     name, _, k = figure.partition("_at_")
     return f"{'mAP' if name == 'map' else 'R'}@{k}"

@@ -278,7 +278,7 @@ def _evaluate_task(
         if found is not None:
             result["pushes"] = {"task": name, **found}
     _plane(name, task, shown, positives, result)
-    _grains(name, task, asked, encoder, result)
+    _grains(task, asked, encoder, result)
     _readings(name, task, shown, root, result)
     if "minimal_pair_task" not in figures:
         _minimal_pairs(name, task, minimal_pairs, asked, shown, positives, figures)
@@ -308,9 +308,7 @@ def _plane(
     }
 
 
-def _grains(
-    name: str, task: _Task, asked: _Encoded, encoder: _Encoder, result: dict[str, Any]
-) -> None:
+def _grains(task: _Task, asked: _Encoded, encoder: _Encoder, result: dict[str, Any]) -> None:
     """Grain distances of the first task whose queries have grains."""
     if result.get("grain_distances"):
         return

@@ -34,7 +34,7 @@ from elva.settings import Places, build, read_json, shown
 
 HEADER_BYTES = 4096
 BLOCK_BYTES = 4 << 20
-DIGEST = hashlib.sha256().digest_size
+_DIGEST = hashlib.sha256().digest_size
 Read = TypeVar("Read")
 Head = TypeVar("Head")
 
@@ -66,7 +66,7 @@ class Blocks(Generic[Head]):
             self.header = _header(path, start, magic, kind)
             self.header_sum = start[16:48].hex()
             self.end = HEADER_BYTES + content_bytes(self.header)
-            expected = self.end + -(-(self.end - HEADER_BYTES) // BLOCK_BYTES) * DIGEST
+            expected = self.end + -(-(self.end - HEADER_BYTES) // BLOCK_BYTES) * _DIGEST
             if self.size != expected:
                 raise damaged(path, f"{expected:,} bytes, got {self.size:,}")
             self.map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
@@ -100,12 +100,12 @@ class Blocks(Generic[Head]):
                 start = HEADER_BYTES + number * BLOCK_BYTES
                 block = view[start : min(start + BLOCK_BYTES, self.end)]
                 found = hashlib.sha256(block).digest()
-                wanted = sums[number * DIGEST : (number + 1) * DIGEST]
+                wanted = sums[number * _DIGEST : (number + 1) * _DIGEST]
                 return len(block), None if found == wanted else start
 
             try:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the GIL
-                    for read, bad in pool.map(check, range(len(sums) // DIGEST)):
+                    for read, bad in pool.map(check, range(len(sums) // _DIGEST)):
                         if bad is not None:
                             raise damaged(self.path, f"its checksum in the block at byte {bad:,}")
                         if progress is not None:

@@ -149,7 +149,7 @@ def check_parts(
     tables = [one.table for one in parts]
     check_fields(tables)
     ids = pa.chunked_array([c for t in tables for c in t["id"].chunks], pa.string())
-    check_unique(ids)
+    _check_unique(ids)
     return ids
 
 
@@ -219,11 +219,11 @@ def table_of(ids: Sequence[str], columns: Mapping[str, Sequence[Any]] | None) ->
         raise IndexFault(f"index: ids and columns must be as long and text; {reason}") from None
     if table["id"].null_count:
         raise IndexFault("index: ids must be text, got null; give every item an id")
-    check_unique(table["id"])
+    _check_unique(table["id"])
     return table
 
 
-def check_unique(ids: pa.ChunkedArray) -> None:
+def _check_unique(ids: pa.ChunkedArray) -> None:
     """Refuse an id that comes twice."""
     if pc.count_distinct(ids).as_py() == len(ids):
         return

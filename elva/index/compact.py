@@ -34,7 +34,7 @@ def compact(directory: str | Path, reporter: Reporter = SILENT) -> Index:
     with manifest.writing(place):
         now = Index(place, verify=False)
         before = now.manifest
-        if not wasted(now):
+        if not _wasted(now):
             return now
         for name, kinds in now.conflicts.items():
             raise IndexFault(
@@ -57,7 +57,7 @@ def compact(directory: str | Path, reporter: Reporter = SILENT) -> Index:
         return Index(place, verify=False)
 
 
-def wasted(index: Index) -> int:
+def _wasted(index: Index) -> int:
     """Bytes that compacting saves, or, of many segments, 1 where it saves none."""
     gone = int((~index.alive).sum())
     size = sum(one.size for one in index.files)

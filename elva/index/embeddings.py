@@ -25,10 +25,10 @@ from elva.index.segment import Rows
 from elva.model.identity import Identity
 from elva.settings import JSON_BYTES, between
 
-PLAN, SHARDS = "embeddings.json", "shards"
+PLAN, _SHARDS = "embeddings.json", "shards"
 
 
-MOST_SHARDS = 1_000_000
+_MOST_SHARDS = 1_000_000
 """Ours: of a plan that names more, each would be looked for."""
 
 
@@ -42,8 +42,8 @@ class _Plan:
     about: Mapping[str, Any]
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        if self.items > MOST_SHARDS * self.shard_rows:
-            yield "items", f"fit into {MOST_SHARDS:,} shards"
+        if self.items > _MOST_SHARDS * self.shard_rows:
+            yield "items", f"fit into {_MOST_SHARDS:,} shards"
         yield from about.faults(self.about)
 
 
@@ -79,7 +79,7 @@ class Embeddings:
     def shards(self) -> list[Path]:
         """Every shard's path, whether it is there or not."""
         count = -(-self.items // self.shard_rows)
-        return [self.directory / SHARDS / f"{i:05d}.elva" for i in range(count)]
+        return [self.directory / _SHARDS / f"{i:05d}.elva" for i in range(count)]
 
     @property
     def missing(self) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import elva_kernels
 
-KERNEL_ERROR = 1e-5
+_KERNEL_ERROR = 1e-5
 """What `elva_kernels.topk` promises of a score."""
 
 BLOCK_MB = 16
@@ -27,7 +27,7 @@ BLOCK_MB = 16
 MAX_CANDIDATES = 1024
 """Ours: beyond it rescoring costs as much as the widened pass."""
 
-MAX_DROPPED = 256
+_MAX_DROPPED = 256
 """Ours: so many excluded rows are searched and dropped; beyond it the others are gathered."""
 
 CODED_BYTES = 64 << 20
@@ -85,7 +85,7 @@ def search(
         return _proven(query, stack, min(k, len(stack)), progress)
     dropped = len(stack) - live
     may = torch.from_numpy(np.ascontiguousarray(allowed))
-    if live and dropped <= MAX_DROPPED:
+    if live and dropped <= _MAX_DROPPED:
         found = _proven(query, stack, min(k + dropped, len(stack)), progress)
         # The allowed ones first, in their order; every query has at least min(k, live) of them.
         order = (~may[found.rows]).to(torch.int8).sort(dim=1, stable=True).indices
@@ -204,7 +204,7 @@ def _proven(query: Tensor, stack: Stack, k: int, progress: Callable[[int], None]
     unit = torch.nn.functional.normalize(query.double(), dim=1)
     rounded = unit.to(stack.dtype)
     length = rounded.double().norm(dim=1)
-    moved = (unit - rounded.double()).norm(dim=1) + 2 * KERNEL_ERROR
+    moved = (unit - rounded.double()).norm(dim=1) + 2 * _KERNEL_ERROR
     pending, depth = torch.arange(len(query)), min(2 * k + 16, len(stack))
     while len(pending) and depth <= max(MAX_CANDIDATES, k):
         candidates = stack.nearest(rounded[pending], depth, progress)

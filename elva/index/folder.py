@@ -1,7 +1,7 @@
 """Pictures of a folder as rows of an index: id and name are the path under the folder, and size,
 time of change and SHA-256 tell whether a file is still what was embedded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from elva.errors import DataError
 from elva.index import fields
 from elva.model.encoder import Encoder
 from elva.model.rollout import Encoded
+from elva.progress import Reporter
 
 OWN = fields.OWN | {"size", "modified_ns", "digest"}
 
@@ -31,13 +32,21 @@ def embedded(
     encoder: Encoder,
     files: Sequence[PictureFile],
     faults: Faults,
-    progress: Callable[[int], None] | None = None,
+    reporter: Reporter,
+    before: int,
 ) -> tuple[list[PictureFile], Encoded]:
     """Those files that can be read, and their embeddings.
+
+    Args:
+        before: files that the reporter was told of already.
 
     Raises:
         DataError: more cannot be read than are allowed.
     """
+
+    def progress(done: int) -> None:
+        reporter.advance(before + done)
+
     good = [*files]
     if not faults.allowed:
         with suppress(DataError):  # below it is said of the first file of which it is true

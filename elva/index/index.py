@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from torch import Tensor
 from elva.errors import IndexFault
 from elva.index import change, exact, manifest
 from elva.index import query as asked
+from elva.index.about import facts
 from elva.index.codes import SegmentCodes
 from elva.index.exact import Found
 from elva.index.manifest import Entry, Manifest
@@ -302,14 +303,15 @@ class Index:
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """The rows of some ids, in their order; IndexFault for one that is not there."""
-        column = pa.array(list(ids), pa.string())
-        there = self._rows_of(column)
-        known = dict(zip(self.ids(there), there.tolist(), strict=True))
         try:
+            column = pa.array(list(ids), pa.string())
+            there = self._rows_of(column)
+            known = dict(zip(self.ids(there), there.tolist(), strict=True))
             return np.array([known[id] for id in column.to_pylist()], np.int64)
-        except KeyError as error:
+        except (KeyError, UnicodeEncodeError) as error:  # no id has bytes that are no text
+            asked = error.object if isinstance(error, UnicodeEncodeError) else error.args[0]
             raise IndexFault(
-                f"index: ids must be in the index, got {error.args[0]!r}; see elva index info"
+                f"index: ids must be in the index, got {asked!r}; see elva index info"
             ) from None
 
     def embeddings(self, rows: Sequence[int] | np.ndarray) -> Tensor:
@@ -383,27 +385,4 @@ class Index:
 
     def info(self) -> dict[str, Any]:
         """What there is to know, as plain data."""
-        size = sum(one.size for one in self.files)
-        rows = sum(one.rows_bytes for one in self.segments)
-        fields = sum(one.size for one in self.segments) - rows
-        deleted = int((~self.alive).sum())
-        return {
-            "directory": str(self.directory),
-            "items": len(self),
-            "deleted": deleted,
-            "dim": self.dim,
-            "dtype": self.manifest.dtype,
-            "metric": "cosine",
-            "model": asdict(self.model),
-            "trained_on": self.about.get("trained_on"),
-            "folder": self.about.get("folder"),
-            "generation": self.manifest.generation,
-            "segments": len(self.segments),
-            "bytes": size,
-            "rows_bytes": rows,
-            "fields_bytes": fields,
-            "codes_bytes": size - rows - fields,
-            "deleted_bytes": deleted * size // max(1, len(self.alive)),
-            "fields": {f.name: str(f.type) for f in self.table.schema},
-            "conflicts": self.conflicts,
-        }
+        return facts(self)

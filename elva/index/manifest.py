@@ -27,9 +27,9 @@ from elva.settings import JSON_BYTES, Rule, Sha256, Whole
 FILE, SEGMENTS, LOCK = "index.json", "segments", ".lock"
 FORMAT: Literal["elva-index"] = "elva-index"
 VERSION: Literal[2] = 2
-READABLE = (1, 2)
+_READABLE = (1, 2)
 
-SegmentName = Annotated[
+_SegmentName = Annotated[
     str,
     Rule("be a segment's own name", re.compile(r"[\w-][\w.-]{0,100}\.elva", re.A).fullmatch),
 ]
@@ -47,7 +47,7 @@ class Entry:
             in version 1.
     """
 
-    file: SegmentName
+    file: _SegmentName
     rows: Rows
     header: Sha256
     deleted: str = ""
@@ -139,7 +139,7 @@ def read(directory: Path) -> Manifest:
     body, _, digest = content.partition(b"\n")
     if digest != hashlib.sha256(body).hexdigest().encode() + b"\n":
         raise damaged(path, "the checksum in its last line")
-    return replace(read_fields(Manifest, body, path, READABLE), version=VERSION)
+    return replace(read_fields(Manifest, body, path, _READABLE), version=VERSION)
 
 
 def write(directory: Path, manifest: Manifest) -> None:
@@ -154,7 +154,7 @@ def write(directory: Path, manifest: Manifest) -> None:
         reason = " ".join(str(error).split())[:200]
         raise IndexFault(f"index: about must be plain JSON; {reason}") from None
     try:
-        read_fields(Manifest, body, directory / FILE, READABLE)
+        read_fields(Manifest, body, directory / FILE, _READABLE)
     except IndexFault as error:
         reason = str(error).partition(": ")[2].removesuffix("; the file is damaged, make it again")
         raise IndexFault(f"index: {reason}; mend what is to be kept") from None

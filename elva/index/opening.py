@@ -23,7 +23,7 @@ def opened(
         try:
             parts = [part(directory, found, entry) for entry in found.segments]
             both = zip(found.segments, parts, strict=True)
-            return found, parts, [codes_of(directory, entry, one) for entry, one in both]
+            return found, parts, [_codes_of(directory, entry, one) for entry, one in both]
         except IndexFault:
             if manifest.read(directory) == found:
                 raise  # else replaced while it was being opened
@@ -47,7 +47,7 @@ def part(directory: Path, found: Manifest, entry: Entry) -> Segment:
 def has_codes(directory: Path, entry: Entry, one: Segment) -> bool:
     """Whether an entry's codes are there, every byte of them."""
     try:
-        found = codes_of(directory, entry, one)
+        found = _codes_of(directory, entry, one)
         if found is not None:
             found.verify()
     except IndexFault:
@@ -55,7 +55,7 @@ def has_codes(directory: Path, entry: Entry, one: Segment) -> bool:
     return found is not None
 
 
-def codes_of(directory: Path, entry: Entry, one: Segment) -> SegmentCodes | None:
+def _codes_of(directory: Path, entry: Entry, one: Segment) -> SegmentCodes | None:
     """The codes of an entry's segment, where it has any."""
     if entry.codes is None:
         return None

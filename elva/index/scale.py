@@ -12,7 +12,7 @@ from torch import Tensor
 KEPT = {torch.float16: (2.0**-8, 2.0**15)}
 """A row's largest number within which it is left alone: float16 has 10 bits down to 2**-14, so one
 of 2**-8 loses under 2**-17 of its length in the numbers that are smaller still."""
-KEPT_WIDE = (2.0**-100, 2.0**100)
+_KEPT_WIDE = (2.0**-100, 2.0**100)
 
 
 def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,7 +25,7 @@ def rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.dtype != torch.float64:
         rows = rows.float()
     if rows.numel():
-        low, high = KEPT.get(dtype, KEPT_WIDE)
+        low, high = KEPT.get(dtype, _KEPT_WIDE)
         smallest, largest = rows.aminmax(dim=1)
         size = torch.maximum(-smallest, largest)
         outside = (size > 0) & ((size < low) | (size > high)) & size.isfinite()

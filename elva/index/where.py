@@ -16,7 +16,7 @@ Condition = tuple[str, str, Any]
 Where = Sequence[Condition]
 """Conditions that must all hold."""
 
-COMPARISONS: dict[str, Callable[..., pa.ChunkedArray]] = {
+_COMPARISONS: dict[str, Callable[..., pa.ChunkedArray]] = {
     "=": pc.equal, "==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal,
     ">": pc.greater, ">=": pc.greater_equal, "in": pc.is_in,
 }  # fmt: skip
@@ -50,7 +50,7 @@ def held(table: pa.Table, conditions: Sequence[Condition]) -> np.ndarray:
             if comparison == "in":
                 found = pc.is_in(column, value_set=pa.array(value, column.type))
             else:
-                found = COMPARISONS[comparison](column, pa.scalar(value, column.type))
+                found = _COMPARISONS[comparison](column, pa.scalar(value, column.type))
         except pa.ArrowException:
             raise IndexFault(
                 f"search: where must name a field that compares by {comparison}, got {name} of "
@@ -74,9 +74,10 @@ def _condition(
             f"{', '.join(schema.names)}"
         )
     kind = schema.field(name).type
-    if comparison not in tuple(COMPARISONS):
+    if comparison not in tuple(_COMPARISONS):
         raise IndexFault(
-            f"search: where must compare by one of {' '.join(COMPARISONS)}, got {shown(comparison)}"
+            f"search: where must compare by one of {' '.join(_COMPARISONS)}, got "
+            f"{shown(comparison)}"
         )
     try:
         if comparison == "in":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import elva_kernels
-from elva.errors import UserError
+from elva.errors import UserError, printable
 from elva.files import write_directory
 
 NAME, VERSION = "elva-kernels", 1
@@ -145,16 +145,17 @@ def main() -> None:
     try:
         output = export(parser.parse_args().output)
     except UserError as error:
-        print(f"elva: {error}", file=sys.stderr)
+        print(f"elva: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        reason = printable(str(error))
         print(
-            f"elva: kernels_hub: OUTPUT must be writable, got {error}; choose another place",
+            f"elva: kernels_hub: OUTPUT must be writable, got {reason}; choose another place",
             file=sys.stderr,
         )
         sys.exit(2)
     for path in sorted(output.rglob("metadata.json")):
-        print(f"{path.parent}: {json.loads(path.read_text())['id']}")
+        print(f"{printable(str(path.parent))}: {json.loads(path.read_text())['id']}")
 
 
 if __name__ == "__main__":

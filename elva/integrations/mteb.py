@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import elva_kernels
-from elva.data import Item, Query, mbeir
+from elva.data import Item, Query
 from elva.data.formats.mteb import DATASETS
+from elva.data.instructions import read_instructions
 from elva.data.schema import TASKS, modalities, normalise
 from elva.errors import DataError, UserError
 from elva.model.encoder import Encoder
@@ -37,7 +38,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
 
-MIRROR = re.compile(r"mbeir_([a-z0-9]+)_task(\d)$")
+_MIRROR = re.compile(r"mbeir_([a-z0-9]+)_task(\d)$")
 """The end of the path of one of mteb's mirrors of M-BEIR's sets."""
 
 PAIRS = 4096
@@ -83,7 +84,7 @@ class ElvaEncoder(AbsEncoder):
         self.searcher = Searcher(model, **options)
         self.model = self.searcher.encoder
         self.prompts_dict = dict(prompts or {}) or None
-        self.instructions = {} if instructions is None else mbeir.read_instructions(
+        self.instructions = {} if instructions is None else read_instructions(
             Path(instructions)
         )  # fmt: skip
         self.mteb_model_meta = _meta(self.model)
@@ -133,7 +134,7 @@ class ElvaEncoder(AbsEncoder):
             return ""
         own = {task_metadata.name, task_metadata.type, PromptType.query.value}
         if not own & {*(self.prompts_dict or {})}:
-            mirror = MIRROR.search(str(task_metadata.dataset["path"]))
+            mirror = _MIRROR.search(str(task_metadata.dataset["path"]))
             if mirror and mirror[1] in DATASETS and task_metadata.category in TASKS:
                 key = (DATASETS.index(mirror[1]), *modalities(task_metadata.category))
                 if key in self.instructions:

@@ -22,7 +22,7 @@ an array, floating."""
 Parts = dict[str, list[float | None]]
 """`reward` and its parts, each a number a rollout; None where there was nothing to rank."""
 
-MOST_TOGETHER = 512
+_MOST_TOGETHER = 512
 """Ours: rollouts that `Together` scores at once; as many as a step of the paper has."""
 
 
@@ -243,7 +243,7 @@ class Together:
     def _serve(self) -> None:
         while True:
             batch = [self.waiting.get()]
-            while len(batch) < MOST_TOGETHER and not self.waiting.empty():
+            while len(batch) < _MOST_TOGETHER and not self.waiting.empty():
                 batch.append(self.waiting.get())
             # One that was given up is not scored; the others can no longer be.
             batch = [one for one in batch if one[1].set_running_or_notify_cancel()]

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elva.errors import UserError
+from elva.errors import NPY_FAULTS, UserError
 from elva.integrations.named import named
 from elva.integrations.rollouts import RolloutReward, Together
 
@@ -129,7 +129,7 @@ class _Scorer:
 def _bank(path: str) -> torch.Tensor:
     try:
         return torch.from_numpy(np.load(path, mmap_mode="c"))
-    except (OSError, TypeError, ValueError) as error:
+    except NPY_FAULTS as error:
         raise UserError(
             f"verl: bank must be a .npy file of [M, D] embeddings, got {path!r}; {error}"
         ) from error

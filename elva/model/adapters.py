@@ -37,9 +37,9 @@ FOLDER = "adapter"
 """Of a checkpoint of ours that is an adapter, in peft's own format; somebody else's lies at its
 checkpoint's top."""
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-FURTHER = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+_FURTHER = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
 """What somebody else's adapter may have, and a learner that goes on from it cannot."""
 
 LEARNER, REFERENCE = "default", "reference"
@@ -115,7 +115,7 @@ def begin(
         return get_peft_model(model, _config(model, settings, rows))
     before = model.peft_config[LEARNER]
     assert isinstance(before, LoraConfig)
-    if kind := next((name for name in FURTHER if getattr(before, name)), None):
+    if kind := next((name for name in _FURTHER if getattr(before, name)), None):
         raise UserError(
             f"train: lora.rank must be 0 for an adapter with {kind}, got {settings.rank}; rank 0 "
             "merges it in fp32 and trains all weights"
@@ -237,7 +237,7 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
 def folder_of(path: str | Path, revision: str | None = None) -> Path | None:
     """Where the adapter of a checkpoint that is one lies: a directory's or a hub name's."""
     for name in (f"{FOLDER}/", ""):
-        config = find(path, name + CONFIG, revision)
+        config = find(path, name + _CONFIG, revision)
         if config is not None:
             find(path, name + WEIGHTS, revision)  # of a hub name: fetched beside it
             return config.parent

@@ -31,10 +31,10 @@ from elva.run import Run
 VERSION = 2
 """Raise it when the same model and item would give another embedding than before."""
 
-STORED = ("transformers_version", "dtype", "torch_dtype")
+_STORED = ("transformers_version", "dtype", "torch_dtype")
 """Of a configuration: how a checkpoint was stored, and not what it computes."""
 
-MAX_COMPLETION_LENGTH = 128
+_MAX_COMPLETION_LENGTH = 128
 """Of a checkpoint that no run of ours says more about: the recipes of the paper's models. A
 retriever of somebody else is read after its prompt."""
 
@@ -42,7 +42,7 @@ retriever of somebody else is read after its prompt."""
 MODULE = {
     "idx": 0, "name": "0", "path": "", "type": "elva.integrations.sentence_transformers.RetModule",
 }  # fmt: skip
-LAID_OUT = {
+_LAID_OUT = {
     "model_type": "SentenceTransformer",
     "prompts": {"query": "", "document": ""},
     "default_prompt_name": None,
@@ -232,7 +232,7 @@ class RetrieverEncoder:
         if length is None:
             length = kept_length(path) if home is None else None
         if length is None:
-            length = MAX_COMPLETION_LENGTH if own else 0
+            length = _MAX_COMPLETION_LENGTH if own else 0
         if length and not retriever.writes:
             raise UserError(f"embed: --mode must be prompt of {model}, which has no head to write "
                             "a summary with, got generative")  # fmt: skip
@@ -255,7 +255,7 @@ class RetrieverEncoder:
         write_text(path / NOTE, json.dumps(note))
         if not (path / "modules.json").is_file():  # a retriever of somebody else has its own
             write_text(path / "modules.json", json.dumps([MODULE], indent=2))
-            write_text(path / ABOUT, json.dumps(LAID_OUT, indent=2))
+            write_text(path / ABOUT, json.dumps(_LAID_OUT, indent=2))
 
     @cached_property
     def identity(self) -> Identity:
@@ -335,7 +335,7 @@ def _configuration(retriever: Retriever) -> dict[str, Any]:
 
     def kept(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: kept(v) for k, v in value.items() if k not in STORED and k[:1] != "_"}
+            return {k: kept(v) for k, v in value.items() if k not in _STORED and k[:1] != "_"}
         return [kept(v) for v in value] if isinstance(value, list) else value
 
     return dict(kept(found))

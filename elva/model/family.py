@@ -22,7 +22,7 @@ from elva.model.processor import ProcessorInputs
 from elva.model.reading import AT_RET, Reading, find, layout
 
 
-class QwenVL:
+class _QwenVL:
     """Qwen2-VL and Qwen2.5-VL: rotary positions on three axes, a picture's features in place of its
     placeholders."""
 
@@ -55,7 +55,7 @@ class QwenVL:
         return position_ids
 
 
-class Qwen3VL(QwenVL):
+class _Qwen3VL(_QwenVL):
     """Qwen3-VL: features of inner layers of the tower too (deepstack), which are added to the
     states after the first layers of the language model. They stand behind a token's embedding:
     W = H * (1 + their number)."""
@@ -74,7 +74,7 @@ class Qwen3VL(QwenVL):
         }
 
 
-class ImageTextToText(QwenVL):
+class _ImageTextToText(_QwenVL):
     """Any other image-text-to-text model of transformers, read through its own processor, with
     positions on one axis; `probe` says whether that is how it works."""
 
@@ -85,16 +85,16 @@ class ImageTextToText(QwenVL):
         return position_ids[0]
 
 
-KNOWN = {"qwen2_vl": QwenVL(), "qwen2_5_vl": QwenVL(), "qwen3_vl": Qwen3VL()}
+KNOWN = {"qwen2_vl": _QwenVL(), "qwen2_5_vl": _QwenVL(), "qwen3_vl": _Qwen3VL()}
 """Families by `model_type`, each equal to its model's own forward in a test."""
 
-OTHER = ImageTextToText()
+OTHER = _ImageTextToText()
 
 HEAD = "lm_head.weight"
 
 WORDS = ("tokenizer_config.json",)
 PICTURES = ("preprocessor_config.json", "processor_config.json")
-VOCABULARY = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
+_VOCABULARY = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt", "spiece.model")
 """Files of which a checkpoint that reads words, and pictures, has one."""
 
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
@@ -106,7 +106,7 @@ def takes_pictures(model_type: object) -> bool:
     return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def family_of(config: PreTrainedConfig) -> QwenVL:
+def family_of(config: PreTrainedConfig) -> _QwenVL:
     """The family of a checkpoint's configuration."""
     return KNOWN.get(config.model_type, OTHER)
 
@@ -134,7 +134,7 @@ def read_inputs(
         raise unreadable(path, config, "no token of its config holds a picture's place")
     brings = [any(find(path, name, revision) for name in names) for names in (WORDS, PICTURES)]
     source = (path, revision) if all(brings) else stands_on
-    for names in (PICTURES, VOCABULARY):
+    for names in (PICTURES, _VOCABULARY):
         if not any(find(source[0], name, source[1]) for name in names):
             raise UserError(
                 f"train: model.path must be a whole checkpoint, got {source[0]} without "

@@ -35,19 +35,19 @@ from elva.model.reading import AT_RET, Reading
 RET = "[RET]"
 """The token whose hidden state is the embedding."""
 
-IMAGE_PAD = "<|image_pad|>"
+_IMAGE_PAD = "<|image_pad|>"
 
-CHAT_END = "<|im_end|>"
+_CHAT_END = "<|im_end|>"
 """Ends an answer of Qwen's chat models: to the sampler one token with [RET], which takes its
 place."""
 
-WORDS_HERE = "\ue000"
+_WORDS_HERE = "\ue000"
 """Where the chat template puts what is asked; a character for private use."""
 
 SYSTEM_HERE = "\ue001"
 """Likewise its system message."""
 
-PROMPTS_KEPT = 100_000
+_PROMPTS_KEPT = 100_000
 """Tokenised prompts kept at a time; about 1 KB each."""
 
 
@@ -81,14 +81,14 @@ class Inputs:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.summary_prompt = summary_prompt
-        self.image_id = token_id(tokenizer, IMAGE_PAD) if image_id is None else image_id
+        self.image_id = token_id(tokenizer, _IMAGE_PAD) if image_id is None else image_id
         self._renderer: Any = tokenizer  # whose chat template it is
         self.ret_is_new = reading.at_ret and RET not in tokenizer.get_vocab()
         if self.ret_is_new:
             # Never `add_special_tokens`: it replaces the list of those that there are.
             tokenizer.add_tokens([AddedToken(RET, special=True, normalized=False)], True)
         own = {tokenizer.get_vocab()[RET]} if reading.at_ret else set()
-        ends = [tokenizer.get_vocab().get(CHAT_END), tokenizer.eos_token_id, *end_ids]
+        ends = [tokenizer.get_vocab().get(_CHAT_END), tokenizer.eos_token_id, *end_ids]
         known_ends = dict.fromkeys(i for i in ends if i is not None and i not in own)
         self.end_ids = list(known_ends)  # the chat's own first
         known = tokenizer.added_tokens_decoder
@@ -253,7 +253,7 @@ class Inputs:
         image = None if item.image is None else _picture_key(item)
         key = (image, system, text)
         if key not in self._prompts:
-            if len(self._prompts) >= PROMPTS_KEPT:
+            if len(self._prompts) >= _PROMPTS_KEPT:
                 self._prompts.clear()
             if image is not None:
                 self._pictures[image] = item
@@ -308,7 +308,7 @@ class Inputs:
 
     def _rendered(self, picture: bool, words: bool, system: bool) -> tuple[str, str]:
         content: list[Any] = [{"type": "image"}] if picture else []
-        content += [{"type": "text", "text": WORDS_HERE}] if words else []
+        content += [{"type": "text", "text": _WORDS_HERE}] if words else []
         chat: Any = [{"role": "user", "content": content}]
         if system:
             chat = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_HERE}]}, *chat]
@@ -322,7 +322,7 @@ class Inputs:
                 "train: model.path must be a checkpoint whose chat template (chat_template.jinja) "
                 f"renders a message of parts, got {self.tokenizer.name_or_path}: {reason}"
             ) from None
-        before, _, after = str(rendered).partition(WORDS_HERE)
+        before, _, after = str(rendered).partition(_WORDS_HERE)
         return before, after
 
     def _ids(self, text: str, **how: Any) -> list[int]:

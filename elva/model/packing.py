@@ -19,7 +19,7 @@ from elva.model.prompt import PromptBatch
 
 
 @dataclass
-class Packed:
+class _Packed:
     """K rows of a prompt and some completions of it: W completion tokens after L prompt tokens."""
 
     prompts: PromptBatch  # K rows
@@ -39,7 +39,7 @@ class Packed:
         )
 
 
-def pack(prompts: PromptBatch, completions: Tensor, mask: Tensor, share: int, pad: int) -> Packed:
+def pack(prompts: PromptBatch, completions: Tensor, mask: Tensor, share: int, pad: int) -> _Packed:
     """Lay completions behind their prompts.
 
     Args:
@@ -72,7 +72,7 @@ def pack(prompts: PromptBatch, completions: Tensor, mask: Tensor, share: int, pa
         number = torch.arange(1, share + 1, device=device).repeat_interleave(width)
         part = torch.cat([prompts.attention_mask - 1, laid(number.expand(rows, -1), -1)], 1)
         attention = _side_by_side(part)
-    return Packed(
+    return _Packed(
         prompts,
         laid(completions, pad),
         torch.cat([prompts.position_ids, position.expand(3, -1, -1)], 2),

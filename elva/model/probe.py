@@ -17,7 +17,7 @@ from elva.model.prompt import Prompt
 from elva.model.retriever import Retriever
 from elva.model.rollout import sample
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Of a difference to the norm of an embedding, by the weights' dtype. Ours: random models of four
 families, of 4 and of 24 layers, stay within 8e-7 in fp32 and .017 in bf16; what another picture
 makes of an embedding is .09 to 1."""
@@ -43,7 +43,7 @@ def fault(retriever: Retriever) -> str | None:
 
 def _faults(retriever: Retriever) -> Iterator[str]:
     inputs, plain = retriever.inputs, retriever.plain
-    tolerance = TOLERANCE[plain.dtype]
+    tolerance = _TOLERANCE[plain.dtype]
     tables = (plain.get_input_embeddings(), plain.lm_head)
     rows = min(cast(Tensor, p.weight).shape[0] for p in tables)
     written = inputs.tokenizer(RET, add_special_tokens=False).input_ids

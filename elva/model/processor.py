@@ -16,7 +16,7 @@ from elva.model.inputs import SYSTEM_HERE, Inputs
 from elva.model.pictures import Pixels
 from elva.model.prompt import Prompt
 
-WORDS_ONLY = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_WORDS_ONLY = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor returns of the text; all else is of the picture."""
 
 
@@ -71,7 +71,7 @@ class ProcessorInputs(Inputs):
     def _cut(self, image: str) -> Pixels:
         before, _ = self._rendered(True, True, False)
         seen = self._seen(before, image, self._cutter)
-        return {k: v for k, v in seen.items() if k not in WORDS_ONLY and isinstance(v, Tensor)}
+        return {k: v for k, v in seen.items() if k not in _WORDS_ONLY and isinstance(v, Tensor)}
 
     @property
     def _cutter(self) -> ProcessorMixin:

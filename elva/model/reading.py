@@ -28,7 +28,7 @@ from elva.data import Item, Query
 from elva.errors import UserError
 from elva.recipe import ModelConfig
 
-LAYOUT = (
+_LAYOUT = (
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
     "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json",
@@ -45,21 +45,21 @@ CHAT = ("add_generation_prompt", "restore_suffix")
 KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 """What JSON calls them."""
 
-SCRIPT = "scripts/qwen3_vl_embedding.py"
+_SCRIPT = "scripts/qwen3_vl_embedding.py"
 """By which Qwen3-VL-Embedding is known where it has no files of sentence-transformers."""
 
-SCRIPT_CLASS = "Qwen3VLForEmbedding"
+_SCRIPT_CLASS = "Qwen3VLForEmbedding"
 """Its class: Qwen3-VL without a head."""
 
-SCRIPT_INSTRUCTION = "Represent the user's input."
-SCRIPT_PIXELS = (4 * 32 * 32, 1800 * 32 * 32)
+_SCRIPT_INSTRUCTION = "Represent the user's input."
+_SCRIPT_PIXELS = (4 * 32 * 32, 1800 * 32 * 32)
 """What it says to an item without an instruction, and the bounds of its pictures."""
 
 LONGEST = 8192
 """Ours: a prompt of more tokens is not expected. A retriever that cuts at so many is kept, and read
 whole; one that cuts earlier would embed other tokens than are read here."""
 
-DOCUMENTS = ("document", "passage", "corpus")
+_DOCUMENTS = ("document", "passage", "corpus")
 """Names of prompts of what is found, as sentence-transformers looks for them."""
 
 
@@ -215,10 +215,10 @@ def detect(path: str | Path, revision: str | None = None) -> Reading:
     if find(path, "modules.json", revision) is None:
         if not script:
             return AT_RET
-        said = SCRIPT_INSTRUCTION
+        said = _SCRIPT_INSTRUCTION
         return Reading(
             "last", normalize=True, system=True, query_instruction=said, item_instruction=said,
-            sentence=True, pixels=SCRIPT_PIXELS,
+            sentence=True, pixels=_SCRIPT_PIXELS,
         )  # fmt: skip
     if fault := next(_faults(path, revision), None):
         raise UserError(
@@ -231,8 +231,8 @@ def detect(path: str | Path, revision: str | None = None) -> Reading:
     prompts: dict[str, str] = _part(path, ABOUT, about, "prompts")
     if not all(isinstance(said, str) for said in prompts.values()):
         raise _unruly(path, ABOUT, "hold strings as prompts")
-    usual = prompts.get(str(about.get("default_prompt_name")), SCRIPT_INSTRUCTION * script)
-    shown = next((prompts[name] for name in DOCUMENTS if name in prompts), usual)
+    usual = prompts.get(str(about.get("default_prompt_name")), _SCRIPT_INSTRUCTION * script)
+    shown = next((prompts[name] for name in _DOCUMENTS if name in prompts), usual)
     given = _part(path, READS, read_json(path, READS, revision), "processing_kwargs")
     chat = _part(path, READS, given, "chat_template")
     return Reading(
@@ -246,7 +246,7 @@ def detect(path: str | Path, revision: str | None = None) -> Reading:
 def layout(path: str | Path, revision: str | None = None) -> dict[str, bytes]:
     """{name: content} of the files that a retriever's own tools read beside its weights."""
     modules = [f"{place}/config.json" for place in modules_of(path, revision).values() if place]
-    names = [*LAYOUT, *modules, *[SCRIPT] * _is_scripts(path, revision)]
+    names = [*_LAYOUT, *modules, *[_SCRIPT] * _is_scripts(path, revision)]
     found = {name: find(path, name, revision) for name in names}
     return {name: file.read_bytes() for name, file in found.items() if file is not None}
 
@@ -280,8 +280,8 @@ def _unruly(path: str | Path, name: str, rule: str) -> UserError:
 def _is_scripts(path: str | Path, revision: str | None) -> bool:
     """Whether it is Qwen3-VL-Embedding as its makers published it."""
     classes = read_json(path, "config.json", revision).get("architectures")
-    named = isinstance(classes, list) and SCRIPT_CLASS in classes
-    return named or find(path, SCRIPT, revision) is not None
+    named = isinstance(classes, list) and _SCRIPT_CLASS in classes
+    return named or find(path, _SCRIPT, revision) is not None
 
 
 def modules_of(path: str | Path, revision: str | None = None) -> dict[str, str]:

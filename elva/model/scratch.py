@@ -14,12 +14,12 @@ from elva.model.inputs import RET, Inputs, token_id
 from elva.model.retriever import Retriever
 from elva.recipe import ScratchModel
 
-QWEN_TOKENS = (
+_QWEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 
-SCRATCH_TEMPLATE = (
+_SCRATCH_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
@@ -36,7 +36,7 @@ def create(
 ) -> None:
     """Write a randomly initialised Qwen2-VL with a tokenizer trained on `texts` as a checkpoint."""
     tokenizer = _train_tokenizer(texts, spec.vocabulary)
-    ids = {token: token_id(tokenizer, token) for token in QWEN_TOKENS}
+    ids = {token: token_id(tokenizer, token) for token in _QWEN_TOKENS}
     head = spec.hidden_size // spec.heads
     half = head // 2
     config = Qwen2VLConfig(
@@ -110,7 +110,7 @@ def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[*QWEN_TOKENS, RET],
+        special_tokens=[*_QWEN_TOKENS, RET],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -119,7 +119,7 @@ def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=[*QWEN_TOKENS[1:], RET],
-        chat_template=SCRATCH_TEMPLATE,
+        additional_special_tokens=[*_QWEN_TOKENS[1:], RET],
+        chat_template=_SCRATCH_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

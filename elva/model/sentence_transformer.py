@@ -44,31 +44,31 @@ from elva.model.weights import hash_of_files
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-EXTRA = "pip install 'elva[sentence-transformers]'"
+_EXTRA = "pip install 'elva[sentence-transformers]'"
 
-NEEDED = "6"
+_NEEDED = "6"
 """The first version that imports no class of a model's own choice from a local directory."""
 
-OWN_CODE = "sentence_transformers."
+_OWN_CODE = "sentence_transformers."
 """Where the classes of a model's modules must come from."""
 
-FETCHED = [f"*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja", "tiktoken")]
+_FETCHED = [f"*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja", "tiktoken")]
 OTHERS = ["onnx/*", "openvino/*"]
 """Of a hub name: what is fetched, and the same weights in other forms, which are not."""
 
-PICKLE = "pytorch_model.bin"
-SAFE = ("model.safetensors", "model.safetensors.index.json")
+_PICKLE = "pytorch_model.bin"
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
 
-SETTINGS_VERSION = 1
+_SETTINGS_VERSION = 1
 """Raise it when the same model and item would give another embedding than before."""
 
-BATCHES_AT_ONCE = 32
+_BATCHES_AT_ONCE = 32
 """Ours: of texts, which are sorted by length among so many batches."""
 
-INSTRUCTION = re.compile(r"(.*Instruct: ?)(.*?)(\nQuery: ?)", re.DOTALL)
+_INSTRUCTION = re.compile(r"(.*Instruct: ?)(.*?)(\nQuery: ?)", re.DOTALL)
 """A query's prompt that leaves a place for an instruction, as E5's, GTE's and Qwen3-Embedding's."""
 
-VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+_VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
 """What of a config changes no embedding."""
 
 
@@ -152,7 +152,7 @@ class SentenceTransformerEncoder:
                 f"embed: {model} must have all of its weights, got some that are missing; fetch it "
                 "again"
             )
-        settings = [SETTINGS_VERSION, *_settings(opened)]
+        settings = [_SETTINGS_VERSION, *_settings(opened)]
         text = json.dumps(settings, sort_keys=True, default=str)
         preprocessing = hashlib.sha256(text.encode()).hexdigest()
         return cls(Identity(str(model), weights, preprocessing), opened, batch_size or 32)
@@ -188,7 +188,7 @@ class SentenceTransformerEncoder:
 
     @property
     def _template(self) -> re.Match[str] | None:
-        return INSTRUCTION.fullmatch(self.model.prompts.get("query") or "")
+        return _INSTRUCTION.fullmatch(self.model.prompts.get("query") or "")
 
     def check(self, item: Item) -> None:
         """Try whether an item can be read; DataError where it cannot."""
@@ -233,7 +233,7 @@ class SentenceTransformerEncoder:
             key = isinstance(item, Query), item.modality, self._prompt(item)
             alike.setdefault(key, []).append(place)
         for (asks, modality, prompt), at in alike.items():
-            step = self.batch_size * (BATCHES_AT_ONCE if modality == "text" else 1)
+            step = self.batch_size * (_BATCHES_AT_ONCE if modality == "text" else 1)
             for start in range(0, len(at), step):
                 yield at[start : start + step], asks, prompt
 
@@ -266,11 +266,12 @@ def _library(model: str | Path) -> Any:
     """sentence-transformers; UserError where it is absent or too old."""
     if find_spec("sentence_transformers") is None:
         raise UserError(
-            f"embed: {model} must be read by sentence-transformers, which is not installed; {EXTRA}"
+            f"embed: {model} must be read by sentence-transformers, which is not installed; "
+            f"{_EXTRA}"
         )
-    if Version(found := version("sentence-transformers")) < Version(NEEDED):
+    if Version(found := version("sentence-transformers")) < Version(_NEEDED):
         raise UserError(
-            f"embed: sentence-transformers must be {NEEDED} or later, got {found}; {EXTRA}"
+            f"embed: sentence-transformers must be {_NEEDED} or later, got {found}; {_EXTRA}"
         )
     return import_module("sentence_transformers")
 
@@ -281,7 +282,7 @@ def _fetched(model: str | Path) -> Path:
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(str(model), allow_patterns=FETCHED, ignore_patterns=OTHERS))
+        return Path(snapshot_download(str(model), allow_patterns=_FETCHED, ignore_patterns=OTHERS))
     except OSError as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"embed: {model} must be a hub name that can be fetched; {said}") from None
@@ -314,7 +315,7 @@ def _faults(model: str | Path) -> Iterator[str]:
     modules_of(model)  # of the form that it must have
     listed = read_json(model, "modules.json", kind=list)
     for one in listed:
-        if not one["type"].startswith(OWN_CODE):
+        if not one["type"].startswith(_OWN_CODE):
             yield f"modules.json names a class of its own code, {one['type']}"
     about = read_json(model, ABOUT)
     kind = about.get("model_type") or "SentenceTransformer"
@@ -328,23 +329,23 @@ def _faults(model: str | Path) -> Iterator[str]:
         yield "it is an adapter; merge it into its base"
     for place in {one["path"] for one in listed} or {""}:
         lies = f"{place}/" if place else ""
-        pickled = find(model, lies + PICKLE) is not None
-        if pickled and not any(find(model, lies + name) is not None for name in SAFE):
-            yield f"{lies}{PICKLE} is a pickle, and no safetensors lie beside it"
+        pickled = find(model, lies + _PICKLE) is not None
+        if pickled and not any(find(model, lies + name) is not None for name in _SAFE):
+            yield f"{lies}{_PICKLE} is a pickle, and no safetensors lie beside it"
 
 
 def _settings(model: SentenceTransformer) -> Iterator[Any]:
     """Everything beside the weights on which an embedding depends."""
     yield [model.prompts, model.default_prompt_name, model.truncate_dim]
     for name, module in model.named_modules():
-        if not type(module).__module__.startswith(OWN_CODE) or module is model:
+        if not type(module).__module__.startswith(_OWN_CODE) or module is model:
             continue
         kept: dict[str, Any] = getattr(module, "get_config_dict", dict)()
         yield [name, type(module).__name__, {str(k): str(v) for k, v in kept.items()}]
         inner = getattr(getattr(module, "model", None), "config", None)
         if inner is not None:
             config = json.loads(inner.to_json_string())
-            yield {k: v for k, v in config.items() if k not in VOLATILE}
+            yield {k: v for k, v in config.items() if k not in _VOLATILE}
         processor = getattr(module, "processor", None)
         pictures = getattr(processor, "image_processor", None)
         if pictures is not None:

@@ -106,7 +106,7 @@ def _answers(log: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def stratified(rows: Sequence[Judged], wanted: int, seed: int) -> list[Judged]:
+def stratified(rows: Sequence[Judged], wanted: int) -> list[Judged]:
     """Spread over the combinations of grain types as evenly as they allow."""
     strata: dict[str, list[Judged]] = {}
     for row in rows:

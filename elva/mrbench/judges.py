@@ -10,12 +10,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -25,6 +22,7 @@ from torch import Tensor
 
 from elva.data import Grain, Item
 from elva.errors import UserError
+from elva.mrbench.server import check_url, post
 
 if TYPE_CHECKING:
     from elva.model.inputs import Inputs
@@ -238,6 +236,7 @@ class OpenAIJudge:
     Args:
         url: its base, such as `http://localhost:8000/v1`; the key is OPENAI_API_KEY.
         model: which of its models.
+        timeout_seconds: of a try, whole; a question has so many `tries`.
         at_once: questions under way at a time.
     """
 
@@ -266,34 +265,16 @@ class OpenAIJudge:
             "temperature": 0,
             "messages": [{"role": "user", "content": content}],
         }
-        answer = _post(f"{self.url.rstrip('/')}/chat/completions", body, self)
-        try:
-            return str(answer["choices"][0]["message"]["content"])
-        except (KeyError, IndexError, TypeError):
-            raise UserError(
-                f"{self.url}: must answer as OpenAI's chat completions do, got "
-                f"{json.dumps(answer)[:200]}"
-            ) from None
-
-
-def _post(url: str, body: dict[str, Any], judge: OpenAIJudge) -> Any:
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    for attempt in range(judge.tries):
-        try:
-            with urllib.request.urlopen(request, timeout=judge.timeout_seconds) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            reason = f"status {error.code}"
-            if error.code not in (408, 429, 500, 502, 503, 504):
-                break  # asking again would not help
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            reason = " ".join(str(getattr(error, "reason", error)).split())
-        if attempt + 1 < judge.tries:
-            time.sleep(0.5 * 2**attempt)
-    raise UserError(f"{url}: must answer, got {reason}; what was judged so far is kept")
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        answer = post(url, body, seconds=self.timeout_seconds, tries=self.tries)
+        with suppress(KeyError, IndexError, TypeError):
+            said = answer["choices"][0]["message"]["content"]
+            if isinstance(said, str | None):
+                return said or ""  # null where it would not say
+        raise UserError(
+            f"{self.url}: must answer as OpenAI's chat completions do, got "
+            f"{json.dumps(answer)[:200]}"
+        )
 
 
 def _data_url(item: Item) -> str:
@@ -304,10 +285,10 @@ def _data_url(item: Item) -> str:
 
 def parse(answer: str, text: str) -> list[Grain]:
     """The grains of a model's answer that are copied from the text; none where it is no JSON."""
-    match = re.search(r"\[.*\]", answer, re.DOTALL)
+    listed = answer[max(0, answer.find("[")) : answer.rfind("]") + 1]
     try:
-        rows = json.loads(match[0]) if match else []
-    except ValueError:
+        rows = json.loads(listed or "[]")
+    except (ValueError, RecursionError):
         return []
     found, used = [], 0
     lower = text.casefold()
@@ -339,6 +320,7 @@ def judge_of(spec: str, model: str | None) -> Judge:
     if model is None:
         raise UserError(f"mrbench: --judge {spec} must come with --judge-model, got none")
     if spec.startswith(("http://", "https://")):
+        check_url(spec)
         return OpenAIJudge(spec, model)
     if spec == "local":
         return LocalJudge(model)

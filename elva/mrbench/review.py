@@ -13,7 +13,7 @@ from elva.report.pictures import attribution
 from elva.report.render import render
 
 JUDGED, REVIEW, PAGE = "judged.jsonl", "review.tsv", "review.html"
-DECISIONS = ("keep", "drop", "")
+_DECISIONS = ("keep", "drop", "")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_review(path: Path) -> dict[str, list[str]]:
         cells = line.split("\t")
         if number == 0 and cells[0].strip() == "decision":
             continue  # The header.
-        if len(cells) < 2 or cells[0].strip() not in DECISIONS:
+        if len(cells) < 2 or cells[0].strip() not in _DECISIONS:
             raise DataError(f"{where}: must start with keep, drop or nothing, then a qid")
         rows[cells[1]] = [cells[0].strip(), *cells[1:]]
     return rows

@@ -15,9 +15,9 @@ from elva.report.shapes import read
 from elva.report.table import Cells, figure_cells
 from elva.run import Run
 
-TAGS = ["elva", "retrieval", "multimodal", "image-text-embedding", "sentence-transformers"]
+_TAGS = ["elva", "retrieval", "multimodal", "image-text-embedding", "sentence-transformers"]
 
-USE = """
+_USE = """
 It needs `pip install 'elva[sentence-transformers]'`, and gives a SentenceTransformer.
 
 ```python
@@ -52,10 +52,10 @@ def card(name: str, reads: str, *, base: str | None, run: Run | None, stage: str
     """
     on_hub = base is not None and base.count("/") == 1 and not Path(base).exists()
     header = ModelCardData(
-        library_name="sentence-transformers", pipeline_tag="feature-extraction", tags=TAGS,
+        library_name="sentence-transformers", pipeline_tag="feature-extraction", tags=_TAGS,
         base_model=base if on_hub else None,
     )  # fmt: skip
-    parts = [f"---\n{header.to_yaml()}\n---\n\n# {name}\n\n{reads}\n", f"## Use\n{USE}"]
+    parts = [f"---\n{header.to_yaml()}\n---\n\n# {name}\n\n{reads}\n", f"## Use\n{_USE}"]
     if run is not None and stage is not None:
         parts += [_trained(run, stage), _figures(run)]
     parts.append(f"## Citation\n\n```bibtex\n{elva.CITATION.strip()}\n```\n")

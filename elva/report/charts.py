@@ -115,7 +115,7 @@ def rank_axis(axis: Axis, furthest: int) -> None:
     axis.set_major_formatter(lambda k, _: f"{k:,.0f}")
 
 
-PANELS: dict[str, tuple[str, ...]] = {
+_PANELS: dict[str, tuple[str, ...]] = {
     "loss parts": ("lm", "infonce", "policy"),
     "reward": ("reward",),
     "its parts": ("margin_reward", "rank_reward"),
@@ -137,7 +137,7 @@ def curves(stages: Mapping[str, Sequence[Mapping[str, float | None]]]) -> Drawin
     """Small multiples: a row a stage, a column a quantity; None where there is nothing to draw."""
     found = {
         panel: [k for k in keys if any(_values(s, k) is not None for s in stages.values())]
-        for panel, keys in PANELS.items()
+        for panel, keys in _PANELS.items()
     }
     columns = {panel: keys for panel, keys in found.items() if keys}
     if not columns:
@@ -219,7 +219,7 @@ def _cell(
 
 
 def _ink(theme: Theme, panel: str, key: str) -> str:
-    return (theme.last, theme.controls[3], theme.controls[1])[PANELS[panel].index(key)]
+    return (theme.last, theme.controls[3], theme.controls[1])[_PANELS[panel].index(key)]
 
 
 def _values(lines: Sequence[Mapping[str, float | None]], key: str) -> np.ndarray | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elva.evaluation.columns import columns
-from elva.recipe import to_dict
+from elva.recipes import flat
 from elva.report import charts
 from elva.report.answer import Difference, certain, difference, differences_of_runs
 from elva.report.drawing import Series, svg
@@ -16,7 +16,7 @@ from elva.report.sections import Key, Panel, Section
 from elva.report.table import Cells, number
 from elva.run import Run
 
-OVERLAID = {"loss": "loss", "reward": "reward", "rank_1": "positive first in its list"}
+_OVERLAID = {"loss": "loss", "reward": "reward", "rank_1": "positive first in its list"}
 """Values of metrics.jsonl that are drawn, and their headings."""
 
 
@@ -89,9 +89,9 @@ def lead(runs: Sequence[Compared]) -> str:
 
 def recipe_differences(runs: Sequence[Compared]) -> dict[str, list[Any]]:
     """Field -> its value in each run, of the fields that differ; None where a run has it not."""
-    flat = [_flat(to_dict(one.run.recipe)) for one in runs]
-    names = dict.fromkeys(name for one in flat for name in one)
-    found = {name: [one.get(name) for one in flat] for name in names}
+    fields = [flat(asdict(one.run.recipe)) for one in runs]
+    names = dict.fromkeys(name for one in fields for name in one)
+    found = {name: [one.get(name) for one in fields] for name in names}
     return {name: values for name, values in found.items() if any(v != values[0] for v in values)}
 
 
@@ -108,7 +108,7 @@ def curves(runs: Sequence[Compared]) -> Section:
     stages = dict.fromkeys(name for one in runs for name in one.run.recipe.stages)
     logged = [(one.series, one.run.metrics()) for one in runs]
     for stage in stages:
-        for key, heading in OVERLAID.items():
+        for key, heading in _OVERLAID.items():
             lines = {
                 series: [line.get(key) for line in every if line["stage"] == stage]
                 for series, every in logged
@@ -140,14 +140,3 @@ def ranks(runs: Sequence[Compared]) -> Section:
 
 def _keys(runs: Sequence[Compared]) -> list[Key]:
     return [Key(one.name, one.series.variable) for one in runs]
-
-
-def _flat(plain: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """a.b.c -> value."""
-    found: dict[str, Any] = {}
-    for key, value in plain.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{key}.")
-        else:
-            found[before + key] = value
-    return found

@@ -20,8 +20,8 @@ from elva.data.strict import records
 from elva.errors import printable
 from elva.report.drawing import LIGHT, Theme, draw_themes, drawable
 
-THUMBNAIL = 256  # pixels a side at most, of a sheet's
-ON_PAGE = 192  # of a page's: twice what it shows, for dense screens
+_THUMBNAIL = 256  # pixels a side at most, of a sheet's
+_ON_PAGE = 192  # of a page's: twice what it shows, for dense screens
 SHEET_COLUMNS, SHEET_TILES = 5, 50
 
 
@@ -42,7 +42,7 @@ def attribution(ids: Iterable[str]) -> str | None:
     return ATTRIBUTION if ours else None
 
 
-def small(item: Item, side: int = THUMBNAIL) -> Image.Image:
+def small(item: Item, side: int = _THUMBNAIL) -> Image.Image:
     """An item's picture, at most so many pixels a side."""
     image = item.load_image()
     image.thumbnail((side, side))
@@ -52,7 +52,7 @@ def small(item: Item, side: int = THUMBNAIL) -> Image.Image:
 def data_uri(item: Item) -> str:
     """A picture small enough to stand inside a page, as WebP, which every browser shows."""
     buffer = io.BytesIO()
-    small(item, ON_PAGE).save(buffer, format="WEBP", quality=80, method=6)
+    small(item, _ON_PAGE).save(buffer, format="WEBP", quality=80, method=6)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

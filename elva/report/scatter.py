@@ -93,7 +93,7 @@ def groups_of(points: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {kind: [text for _, text in found[kind]] for kind in order[:2]}
 
 
-def group_colours(theme: Theme) -> tuple[str, ...]:
+def _group_colours(theme: Theme) -> tuple[str, ...]:
     """`GROUPS` colours."""
     return (theme.last, *theme.controls)
 
@@ -113,7 +113,7 @@ def plane(points: Sequence[Mapping[str, Any]], kind: str | None, texts: Sequence
         of = [p["grains"].get(kind) for p in points]
         rest = np.array([text not in texts for text in of])
         axes.scatter(x[rest], y[rest], s=7, color=theme.muted, alpha=0.35, linewidths=0)
-        for text, colour, marker in zip(texts, group_colours(theme), MARKERS, strict=False):
+        for text, colour, marker in zip(texts, _group_colours(theme), MARKERS, strict=False):
             own = np.array([found == text for found in of])
             axes.scatter(x[own], y[own], s=16, color=colour, marker=marker, linewidths=0, zorder=3)
         axes.set_aspect("equal", adjustable="datalim")

@@ -36,7 +36,7 @@ class Section(NamedTuple):
     sentences: list[str]
 
 
-MARKS = "●■▲◆▼"
+_MARKS = "●■▲◆▼"
 """`scatter.MARKERS` as characters."""
 
 
@@ -133,7 +133,7 @@ def pushes(rows: Sequence[Row]) -> Section:
     return Section(panels, keys if panels else [], sentences)
 
 
-class Map(NamedTuple):
+class _Map(NamedTuple):
     """Candidates in their plane, coloured by the texts of a grain type."""
 
     kind: str | None
@@ -141,7 +141,7 @@ class Map(NamedTuple):
     panels: list[Panel]
 
 
-def maps(rows: Sequence[Row]) -> list[Map]:
+def maps(rows: Sequence[Row]) -> list[_Map]:
     """The planes of the stage before and of the last, a pair for each grain type that colours
     them."""
     known = [row for row in (row_with(rows, "before"), row_with(rows, "last")) if row]
@@ -165,10 +165,10 @@ def maps(rows: Sequence[Row]) -> list[Map]:
         colours = ("last", *(f"controls-{i}" for i in range(len(LIGHT.controls))))
         keys = [
             Key(text, f"var(--chart-{name})", mark)
-            for text, name, mark in zip(texts, colours, MARKS, strict=False)
+            for text, name, mark in zip(texts, colours, _MARKS, strict=False)
         ]
         rest = [Key("others", "var(--chart-muted)", "●")] if texts else []
-        found.append(Map(kind, [*keys, *rest], panels))
+        found.append(_Map(kind, [*keys, *rest], panels))
     return found
 
 

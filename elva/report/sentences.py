@@ -11,7 +11,7 @@ from elva.report.figures import TASKS, Row, row_with
 from elva.report.table import number
 from elva.run import Run
 
-NOUNS = {"t": "texts", "i": "pictures", "it": "pictures with texts"}
+_NOUNS = {"t": "texts", "i": "pictures", "it": "pictures with texts"}
 """A task's sides in words."""
 
 
@@ -36,14 +36,14 @@ def _aim(run: Run, rows: Sequence[Row]) -> str:
     if list(run.recipe.stages.values())[-1].data == "emoji":
         return "to find pictures by their names and names by their pictures"
     sides = [task.split("2") for task in tasks_of(row.figures for row in rows)]
-    words = [f"{NOUNS[shown]} by {NOUNS[asked]}" for asked, shown in sides]
+    words = [f"{_NOUNS[shown]} by {_NOUNS[asked]}" for asked, shown in sides]
     return f"to find {_list(words)}" if words else "to retrieve"
 
 
 def _shown(figures: Mapping[str, Any], task: str = "") -> str:
     """What the candidates of a task are, or of the task whose minimal pairs were measured."""
     named = task or figures.get("minimal_pair_task") or "t2i"
-    return NOUNS[named.split("2")[1]]
+    return _NOUNS[named.split("2")[1]]
 
 
 def _verdict(rows: Sequence[Row]) -> str:
@@ -128,12 +128,12 @@ def notes(run: Run, rows: Sequence[Row]) -> list[str]:
         last = run.title(list(run.recipe.stages)[-1])
         found.append(
             f"A control starts where {last} starts and is evaluated the same way: {last} is worth "
-            f"what it adds to its controls, not to the stage before. {_lengths(run, rows)}"
+            f"what it adds to its controls, not to the stage before. {_lengths(rows)}"
         )
     return found
 
 
-def _lengths(run: Run, rows: Sequence[Row]) -> str:
+def _lengths(rows: Sequence[Row]) -> str:
     """Steps of the last stage and of its controls."""
     last = row_with(rows, "last")
     arms = [row for row in (last, *(r for r in rows if r.role == "control")) if row is not None]

@@ -13,7 +13,7 @@ NUMBER = (int, float, type(None))
 ANY = "*"
 
 WORDS = {int: "a number", float: "a number", str: "a text", type(None): "null"}
-AGAIN = {
+_AGAIN = {
     "evaluation.json": "elva evaluate writes it again",
     "stage.json": "put a copy of it back",
     "run.json": "put a copy of it back, or remove it",
@@ -56,7 +56,7 @@ def read(run: Run, file: str, stage: str | None = None) -> dict[str, Any]:
     path = (run.directory if stage is None else run.stage(stage)) / file
     if not path.is_file():
         return {}
-    again = AGAIN[file]
+    again = _AGAIN[file]
     try:
         found: dict[str, Any] = json.loads(path.read_text("utf-8"), parse_constant=lambda _: None)
     except ValueError as error:

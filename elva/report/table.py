@@ -92,7 +92,7 @@ def grain_cells(rows: Sequence[Row], counts: Mapping[str, int]) -> Cells:
     cells = [[row.title, typed(row.least_grain), *map(number, found)] for row, found in pairs]
     cells.append(["queries", "", *map(str, counts.values())])
     return Cells(
-        ["", "least", *kinds], cells, best_of([[least_distance(r), *found] for r, found in pairs])
+        ["", "least", *kinds], cells, best_of([[_least_distance(r), *found] for r, found in pairs])
     )
 
 
@@ -111,7 +111,7 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def least_distance(row: Row) -> float | None:
+def _least_distance(row: Row) -> float | None:
     """Of the grain type that the row sees least."""
     return row.least_grain[1] if row.least_grain else None
 

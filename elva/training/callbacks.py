@@ -8,12 +8,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elva import checkpoint
 from elva.errors import UserError
-from elva.recipe import Recipe, to_dict
+from elva.recipe import Recipe
+from elva.recipes import flat
 from elva.run import Run
 
 if TYPE_CHECKING:
@@ -69,10 +71,15 @@ class Trackers(Callback):
             cpu=not torch.cuda.is_available(), log_with=run.recipe.report_to.split(","),
             project_dir=run.directory, mixed_precision="no",
         )  # fmt: skip
-        known = None if goes_on else _flat(to_dict(run.recipe))
+        known = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in flat(asdict(run.recipe)).items()
+        }
         try:
             with redirect_stdout(sys.stderr):  # what a tracker says of itself is no result
-                self._accelerator.init_trackers("elva", known, _settings(run, goes_on))
+                self._accelerator.init_trackers(
+                    "elva", None if goes_on else known, _settings(run, goes_on)
+                )
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
@@ -180,14 +187,3 @@ def _callback(name: str) -> Callback:
             f"got {name}"
         )
     return made
-
-
-def _flat(plain: Mapping[str, Any], before: str = "") -> dict[str, str | float]:
-    """a.b.c -> value, as trackers take them."""
-    found: dict[str, str | float] = {}
-    for key, value in plain.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{before}{key}.")
-        else:
-            found[before + key] = value if isinstance(value, int | float | str) else str(value)
-    return found

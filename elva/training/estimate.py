@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from elva.model.note import base_of
 from elva.model.pictures import AHEAD_MB, KEPT_MB
 from elva.model.rollout import LOGITS_AT_ONCE
 from elva.model.vision import FEATURES_KEPT_MB
-from elva.recipe import ModelConfig, Recipe, StageConfig, to_dict
+from elva.recipe import ModelConfig, Recipe, StageConfig
 
 if TYPE_CHECKING:
     from elva.training.measure import Measured
@@ -28,7 +28,7 @@ _SAMPLED = (
     3 * _FP32 + 8
 )  # bytes an id of a distribution that is drawn from: logits, p, sums in fp64
 
-NOT_COUNTED = "epochs over data that is not here"
+_NOT_COUNTED = "epochs over data that is not here"
 _TOWER_KEPT = 18
 """Times its width a layer of a vision tower keeps of a patch: what enters and leaves two norms,
 queries and keys before and after they are turned, values, what attention read, and four times two
@@ -298,14 +298,14 @@ def describe(
     }
     for name in names:
         if stages[name]["steps"] is None:
-            stages[name]["steps"] = NOT_COUNTED
-            stages[name]["hours"] = f"not known: {NOT_COUNTED}"
+            stages[name]["steps"] = _NOT_COUNTED
+            stages[name]["hours"] = f"not known: {_NOT_COUNTED}"
     sizes = sizes_of(recipe.model)
     parameters = None if sizes is None else sizes.parameters
     known = [stage["hours"] for stage in stages.values()]
     counted = all(isinstance(one, float) for one in known)
     hours = round(sum(known), 4) if counted else "not known of every stage"
-    return {"recipe": to_dict(recipe), "parameters": parameters, "plan": stages, "hours": hours}
+    return {"recipe": asdict(recipe), "parameters": parameters, "plan": stages, "hours": hours}
 
 
 def _described(

@@ -24,6 +24,7 @@ from elva.training.callbacks import Callback
 from elva.training.guards import refuse_broken_weights
 from elva.training.optimizer import make_optimizer, make_schedule, put_schedule
 from elva.training.plan import Saving
+from elva.training.resumed import best_weights, restored
 from elva.training.states import moments_of, put_moments, put_weights, weights_of
 from elva.training.wrapping import accelerator_of
 
@@ -113,7 +114,7 @@ class Loop:
                 self.save()
         if self.stage.load_best_model_at_end and self.best["value"] is not None:
             best = checkpoint.place(self.directory / BEST, self.best["step"])
-            put_weights(self.module, checkpoint.load_whole(best)[0]["weights"])
+            put_weights(self.module, best_weights(best, self.module))
         self._tell("on_stage_end")
 
     @property
@@ -155,7 +156,7 @@ class Loop:
         return checkpoint.place(parent, self.step)
 
     def _restore(self, path: Path) -> None:
-        groups, facts = checkpoint.load(path)
+        groups, facts = restored(path, self.module)
         put_weights(self.module, groups["weights"])
         put_moments(self.module, self.inner, self.optimizer, groups["optimizer"])
         self.work.restore(groups, facts)

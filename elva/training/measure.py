@@ -32,17 +32,17 @@ from elva.training.plan import Saving
 from elva.training.readiness import TrainingData
 from elva.training.stage import Stage
 
-ENOUGH_S = 0.3  # ours: of a step, in which a loop's overhead is a few hundredths
-FIRST, FACTOR, STEPS = (
+_ENOUGH_S = 0.3  # ours: of a step, in which a loop's overhead is a few hundredths
+FIRST, _FACTOR, STEPS = (
     16,
     4,
     3,
 )  # ours: queries of the first measured step, how much larger the next is, and steps of each
-EMBEDDED, EMBEDDED_S = (
+_EMBEDDED, _EMBEDDED_S = (
     32,
     1.0,
 )  # ours: items by which a pool's embedding is measured first, and seconds that are long enough
-CPU_OPERATIONS = 4e12  # ours: of the first step, about a minute of two cores
+_CPU_OPERATIONS = 4e12  # ours: of the first step, about a minute of two cores
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _unfit(recipe: Recipe, stage: StageConfig, checkpoint: Path) -> str | None:
     if parts["peak"] > there:
         return f"its least step takes {parts['peak'] / 1e9:.1f} GB, {of} has {there / 1e9:.1f}"
     tokens = sequences_a_step(piece) * (sizes.prompt + stage.max_completion_length)
-    if not torch.cuda.is_available() and 8.0 * sizes.parameters * tokens > CPU_OPERATIONS:
+    if not torch.cuda.is_available() and 8.0 * sizes.parameters * tokens > _CPU_OPERATIONS:
         return "no GPU is here, and its least step would take minutes"
     return None
 
@@ -181,9 +181,9 @@ def _measure(
         # The first one's includes what is done once; all of a launcher's go on or stop together.
         seconds = processes.agreed(min(clock.seconds[1:]))
         loop.close()
-        if seconds >= ENOUGH_S or queries >= stage.batch_size:
+        if seconds >= _ENOUGH_S or queries >= stage.batch_size:
             break
-        queries *= FACTOR
+        queries *= _FACTOR
     share = sequences_a_step(stage) / sequences_a_step(piece)
     prompts = work.last.asked.prompts if work.last is not None else []
     if stage.embeds_pools:
@@ -198,7 +198,7 @@ def _mining_seconds(work: Stage, examples: Examples) -> float:
     """Of embedding the pools and the queries once, by as many as take long enough: fewer at once
     than the stage embeds take longer each."""
     asked = np.concatenate([*examples.rows.values()])
-    everything, done, count = len(asked) + len(examples.candidates), 0, EMBEDDED
+    everything, done, count = len(asked) + len(examples.candidates), 0, _EMBEDDED
     while True:
         some = slice(done, done + count // 2)  # others than before, whose features are kept
         items: list[Item] = [examples.query(row) for row in asked[some].tolist()]
@@ -208,6 +208,6 @@ def _mining_seconds(work: Stage, examples: Examples) -> float:
         with torch.no_grad():
             work.retriever(work.summaries.embed, items)
         seconds = time.perf_counter() - began
-        done, count = done + count // 2, count * FACTOR
-        if seconds >= EMBEDDED_S or done + count // 2 > min(len(asked), len(examples.candidates)):
+        done, count = done + count // 2, count * _FACTOR
+        if seconds >= _EMBEDDED_S or done + count // 2 > min(len(asked), len(examples.candidates)):
             return seconds / len(items) * everything

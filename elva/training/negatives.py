@@ -19,10 +19,10 @@ from elva.training.comparison import SOURCES
 from elva.training.examples import Candidates, Examples
 from elva.training.plan import Batch
 
-NEIGHBOURHOOD = 50
+_NEIGHBOURHOOD = 50
 """Ours: the hardest candidates among which a hard batch looks for the batch's other answers."""
 
-AT_A_TIME = 4096
+_AT_A_TIME = 4096
 """Ours: items that are held as Python objects while a pool is embedded."""
 
 
@@ -32,7 +32,7 @@ Embed = Callable[[Sequence[Item]], Tensor]
 
 def embedded(embed: Embed, items: Sequence[Item] | Candidates, rows: Sequence[int]) -> Tensor:
     """[n, D] of some rows, some thousand items at a time."""
-    some = (rows[start : start + AT_A_TIME] for start in range(0, len(rows), AT_A_TIME))
+    some = (rows[start : start + _AT_A_TIME] for start in range(0, len(rows), _AT_A_TIME))
     return torch.cat([embed([items[row] for row in part]) for part in some])
 
 
@@ -65,7 +65,7 @@ class Negatives:
     @property
     def depth(self) -> int:
         """Mined candidates a query."""
-        return max(self.stage.negatives.mined, NEIGHBOURHOOD if self.stage.hard_batches else 0)
+        return max(self.stage.negatives.mined, _NEIGHBOURHOOD if self.stage.hard_batches else 0)
 
     def prepare(self, step: int) -> None:
         """Embed and mine where this step needs it and nothing was mined or restored."""

@@ -23,16 +23,17 @@ from elva.model.family import DAMAGED, has_head, read_inputs, takes_pictures
 from elva.model.inputs import RET
 from elva.model.note import base_of, reading_of, stands_on
 from elva.model.reading import Reading, asked_for
-from elva.recipe import ModelConfig, Recipe, StageConfig, chosen
+from elva.recipe import ModelConfig, Recipe, StageConfig
+from elva.recipes import chosen
 from elva.run import Run, evaluated, source_of
 from elva.training.callbacks import missing_tracker
 from elva.training.estimate import at_hand, disk_bytes, memory_bytes
 from elva.training.examples import Examples
 from elva.training.plan import steps_an_epoch
 
-HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+_HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
-DECODED = 16
+_DECODED = 16
 """Ours: pictures of each stage that are decoded before training, drawn by the seed."""
 
 Row = dict[str, Any]
@@ -207,7 +208,7 @@ def _missing_model(asked: ModelConfig) -> Iterator[str]:
                 "recipe: model.revision must be left out of a directory, got "
                 f"{asked.revision!r} of {model}"
             )
-    elif not re.fullmatch(HUB_NAME, model):
+    elif not re.fullmatch(_HUB_NAME, model):
         yield f"recipe: model.path must be a checkpoint directory or a hub name, got {model!r}"
 
 
@@ -215,7 +216,7 @@ def _look(recipe: Recipe, stage: StageConfig, dataset: Dataset) -> Row:
     """A stage's data: chosen as it will be, some of its pictures decoded."""
     examples = Examples(dataset, stage, recipe.order_seed)
     parts: list[Queries | Pool] = [examples.queries, *examples.candidates.pools]
-    if found := unreadable(parts, DECODED, recipe.seed):
+    if found := unreadable(parts, _DECODED, recipe.seed):
         raise DataError(found[0])
     return {
         "queries": {task: len(found) for task, found in examples.rows.items()},

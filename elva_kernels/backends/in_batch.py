@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.head import reward_of_head
-from elva_kernels.backends.launcher import Gradients, Tensors
+from elva_kernels.backends.launcher import Contrast, Gradients, Tensors
 from elva_kernels.backends.steps import Steps
 from elva_kernels.reference import Batch, RankStatistics, Weights
 
@@ -56,34 +56,17 @@ def in_batch_ranking_reward_backward(
     return call.gradients_of_slopes(index, slopes, dtypes)
 
 
-def info_nce(
-    steps: type[Steps],
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    *,
-    symmetric: bool,
-    workspace_mb: int,
-) -> Tensors:
+def info_nce(steps: type[Steps], contrast: Contrast) -> Tensors:
+    query, candidates, batch, temperature, symmetric, workspace_mb = contrast
     call = steps(query, candidates, batch, 0, temperature, workspace_mb)
     loss, found = call.info_nce(symmetric=symmetric)
     return loss, *all_statistics(found)
 
 
 def info_nce_and_grad(
-    steps: type[Steps],
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    weight: Tensor,
-    *,
-    symmetric: bool,
-    workspace_mb: int,
-    wrt: tuple[bool, bool],
-    rounded: bool,
+    steps: type[Steps], contrast: Contrast, weight: Tensor, wrt: tuple[bool, bool], rounded: bool
 ) -> Gradients:
+    query, candidates, batch, temperature, symmetric, workspace_mb = contrast
     call = steps(query, candidates, batch, 0, temperature, workspace_mb, wrt)
     dtypes = (query.dtype, candidates.dtype) if rounded else (call.dtype, call.dtype)
     loss, found, *gradients, grad_temperature = call.info_nce_and_gradients(

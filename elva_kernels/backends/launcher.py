@@ -1,20 +1,18 @@
 """What a launcher is: an op on a backend, as `table` lists them and `registered` calls them.
 
 Its tensors arrive checked, on one device, of one dtype out of bfloat16, float16, float32 and
-float64, with any strides; those of the grouped ops are expanded to one leading shape `*`. They are
-read where they lie and never written. Results are contiguous and have no graph. With `weights` a
-`reference.Weights`, `batch` a `reference.Batch`, and None where an argument is optional:
+float64, with any strides; those of `Groups` are expanded to one leading shape `*`. They are read
+where they lie and never written. Results are contiguous and have no graph. With `groups` a
+`Groups`, `contrast` a `Contrast`, `weights` a `reference.Weights`, `batch` a `reference.Batch`, and
+None where an argument is optional:
 
-    ranking_reward            (query, positive, negatives, mask, index, relevance, weights) ->
-                              reward, margin_reward, rank_reward [*], rank int32 [*], scores
-                              [*, N + 1]
+    ranking_reward            (groups, weights) -> reward, margin_reward, rank_reward [*], rank
+                              int32 [*], scores [*, N + 1]
     ranking_reward_saved      the same, and saved: all that the backward needs beside the inputs
-    ranking_reward_backward   (query, positive, negatives, mask, index, relevance, saved,
-                              grad_reward, weights, wrt) -> the gradients of sum(grad_reward *
-                              reward) on the three inputs
-    ranking_reward_and_grad   (query, positive, negatives, mask, index, relevance, upstream,
-                              weights, wrt) -> the values and the gradients of sum(upstream *
-                              reward); None is 1
+    ranking_reward_backward   (groups, saved, grad_reward, weights, wrt) -> the gradients of
+                              sum(grad_reward * reward) on query, positive and negatives
+    ranking_reward_and_grad   (groups, upstream, weights, wrt) -> the values and the gradients of
+                              sum(upstream * reward); None is 1
     reward_from_scores        (scores, mask, relevance, weights) -> the values, with the live scores
     reward_from_scores_backward  (scores, mask, relevance, grad_reward, weights) -> grad_scores
     group_advantages          (reward, *, scale, std_eps) -> advantages
@@ -29,15 +27,12 @@ read where they lie and never written. Results are contiguous and have no graph.
     in_batch_ranking_reward_backward  (query, candidates, index, scores, rank, grad_reward, head,
                               weights, wrt, *, diagonal) -> grad_query, grad_candidates;
                               diagonal: query i has the positive i and no other
-    info_nce                  (query, candidates, batch, temperature, *, symmetric, workspace_mb)
-                              -> loss, the statistics
-    info_nce_and_grad         (query, candidates, batch, temperature, weight, *, symmetric,
-                              workspace_mb, wrt, rounded) -> the same, and the gradients of
+    info_nce                  (contrast) -> loss, the statistics
+    info_nce_and_grad         (contrast, weight, wrt, rounded) -> the same, and the gradients of
                               sum(weight * loss) on query, candidates and temperature
-    info_nce_share            (query, candidates, batch, temperature, weight, exchange, *,
-                              symmetric, workspace_mb, wrt, rounded) -> what `info_nce_and_grad`
-                              gives, of one process's queries and candidates: `query` are its own,
-                              `candidates`, `batch` and `weight` those of all (`shares.Exchange`)
+    info_nce_share            (contrast, weight, wrt, rounded, exchange) -> the same of one
+                              process's queries and candidates: `query` are its own, `candidates`,
+                              `batch` and `weight` those of all (`shares.Exchange`)
 
 With `index` (int64 [*, N], any strides) `negatives` is a bank [M, D], any strides: a group's
 negative i is row index[..., i], read where it lies. -1: masked, so that `mask` is None; -2: a row
@@ -55,13 +50,68 @@ the scores', and on the temperature in float64: a factor is still to come.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from elva_kernels.reference import Batch, Wanted
 
 Tensors = tuple[Tensor, ...]
 Gradients = tuple[Any, ...]  # tensors, and None for each that is not wanted
 Launcher = Callable[..., tuple[Any, ...]]
+
+
+class Groups(NamedTuple):
+    """The inputs of a grouped op, on one leading shape where a launcher takes them."""
+
+    query: Tensor  # [*, D]
+    positive: Tensor  # [*, D]
+    negatives: Tensor  # [*, N, D]; with an index a bank [M, D]
+    mask: Tensor | None = None  # bool [*, N]
+    negative_index: Tensor | None = None  # int64 [*, N]
+    relevance: Tensor | None = None  # [*, N]
+
+    @property
+    def leading(self) -> torch.Size:
+        return self.query.shape[:-1]
+
+    @property
+    def n(self) -> int:
+        return (
+            self.negatives.shape[-2]
+            if self.negative_index is None
+            else self.negative_index.shape[-1]
+        )
+
+    @property
+    def dim(self) -> int:
+        return self.query.shape[-1]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], int, int, int]:
+        """The leading shape, N, D, and the rows of a bank or 0: as the compiled module is told."""
+        rows = 0 if self.negative_index is None else len(self.negatives)
+        return tuple(self.leading), self.n, self.dim, rows
+
+    def in_groups(self, wrt: Wanted) -> Wanted:
+        """Those in `wrt` but a bank's, which is no sum over one group: it is made of `saved`."""
+        return wrt[0], wrt[1], wrt[2] and self.negative_index is None
+
+    def empty_saved(self, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
+        shape = saved_shape((*self.leading, self.n + 1))
+        return empty(shape, dtype=torch.float64, device=self.query.device)
+
+
+class Contrast(NamedTuple):
+    """The inputs of InfoNCE."""
+
+    query: Tensor  # [B, D]
+    candidates: Tensor  # [M, D]
+    batch: Batch
+    temperature: Tensor  # []
+    symmetric: bool
+    workspace_mb: int
 
 
 def saved_shape(scores: Sequence[int]) -> tuple[int, ...]:

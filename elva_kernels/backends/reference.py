@@ -1,6 +1,5 @@
 """The reference as a backend: `elva_kernels.reference` behind the launchers' signatures."""
 
-import functools
 from collections.abc import Iterable
 
 import torch
@@ -9,68 +8,41 @@ from torch import Tensor
 from elva_kernels import reference
 from elva_kernels.backends.head import slopes_of_head
 from elva_kernels.backends.in_batch import all_statistics, reward_of_statistics
-from elva_kernels.backends.launcher import Gradients, Tensors, detached, saved_shape
+from elva_kernels.backends.launcher import Contrast, Gradients, Groups, Tensors, detached
 from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import Batch, FineCodes, RowCodes, Wanted, Weights
 
 _CODED_ELEMENTS = 2**23  # at once; ours
 
 
-def ranking_reward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Weights,
-) -> Tensors:
+def ranking_reward(groups: Groups, weights: Weights) -> Tensors:
+    query, positive, negatives, mask, index, relevance = groups
     inputs = (query, positive, negatives, mask)
     return detached(reference.ranking_reward(*inputs, weights, index, relevance))
 
 
-def ranking_reward_saved(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Weights,
-) -> Tensors:
+def ranking_reward_saved(groups: Groups, weights: Weights) -> Tensors:
     """Saves nothing that counts: the backward starts from the inputs again."""
-    values = ranking_reward(query, positive, negatives, mask, index, relevance, weights)
-    saved = torch.zeros(saved_shape(values[-1].shape), dtype=torch.float64, device=query.device)
-    return *values, saved
+    return *ranking_reward(groups, weights), groups.empty_saved().zero_()
 
 
 def ranking_reward_backward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
+    groups: Groups,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
-    inputs = (query, positive, negatives, mask, index, relevance)
-    return ranking_reward_and_grad(*inputs, grad_reward, weights, wrt)[5:]
+    return ranking_reward_and_grad(groups, grad_reward, weights, wrt)[5:]
 
 
 def ranking_reward_and_grad(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
+    groups: Groups,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
+    query, positive, negatives, mask, index, relevance = groups
     result, *gradients = reference.ranking_reward_and_grad(
         query, positive, negatives, mask, upstream, weights, index, wrt, relevance
     )
@@ -136,35 +108,17 @@ def in_batch_ranking_reward_backward(
     return _wanted(gradients, wrt)
 
 
-def info_nce(
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    *,
-    symmetric: bool,
-    workspace_mb: int,
-) -> Tensors:
+def info_nce(contrast: Contrast) -> Tensors:
     """Holds all scores, whatever `workspace_mb` says."""
-    loss, found = reference.info_nce(query, candidates, batch, temperature, symmetric=symmetric)
+    loss, found = reference.info_nce(*contrast[:4], symmetric=contrast.symmetric)
     return *detached([loss]), *all_statistics(found)
 
 
 def info_nce_and_grad(
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    weight: Tensor,
-    *,
-    symmetric: bool,
-    workspace_mb: int,
-    wrt: tuple[bool, bool],
-    rounded: bool,
+    contrast: Contrast, weight: Tensor, wrt: tuple[bool, bool], rounded: bool
 ) -> Gradients:
-    results = info_nce(
-        query, candidates, batch, temperature, symmetric=symmetric, workspace_mb=workspace_mb
-    )
+    results = info_nce(contrast)
+    query, candidates, batch, temperature, symmetric, _ = contrast
     if not rounded:
         query, candidates = (x.to(results[0].dtype) for x in (query, candidates))
         temperature = temperature.double()
@@ -175,36 +129,19 @@ def info_nce_and_grad(
 
 
 def info_nce_share(
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
-    weight: Tensor,
-    exchange: Exchange,
-    *,
-    symmetric: bool,
-    workspace_mb: int,
-    wrt: tuple[bool, bool],
-    rounded: bool,
+    contrast: Contrast, weight: Tensor, wrt: tuple[bool, bool], rounded: bool, exchange: Exchange
 ) -> Gradients:
     """The share of what one process computes of the whole batch; holds all of its scores."""
     rows, columns = exchange.rows, exchange.columns
-    inputs = (exchange.queries(), candidates, batch, temperature)
-    launch = functools.partial(
-        info_nce_and_grad,
-        *inputs,
-        symmetric=symmetric,
-        workspace_mb=workspace_mb,
-        rounded=rounded,
-    )
-    *values, grad_query, grad_candidates, _ = launch(weight, wrt=wrt)
+    whole = contrast._replace(query=exchange.queries())
+    *values, grad_query, grad_candidates, _ = info_nce_and_grad(whole, weight, wrt, rounded)
     own = torch.zeros_like(weight)
     own[rows] = weight[rows]
     return (
         *(None if x is None else x[rows] for x in values),
         None if grad_query is None else grad_query[rows],
         None if grad_candidates is None else grad_candidates[columns],
-        launch(own, wrt=(False, False))[-1],
+        info_nce_and_grad(whole, own, (False, False), rounded)[-1],
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.in_batch import all_statistics
-from elva_kernels.backends.launcher import Gradients
+from elva_kernels.backends.launcher import Contrast, Gradients
 from elva_kernels.backends.skipped import Skipped, skipped_of
 from elva_kernels.backends.steps import Slopes, Steps, finite
 from elva_kernels.reference import NO_POSITIVE, Batch
@@ -47,15 +47,11 @@ class _Share:
     def __init__(
         self,
         steps: type[Steps],
-        query: Tensor,
-        candidates: Tensor,
-        batch: Batch,
-        temperature: Tensor,
+        contrast: Contrast,
         weight: Tensor,
         exchange: Exchange,
-        workspace_mb: int,
-        symmetric: bool,
     ) -> None:
+        query, candidates, batch, temperature, symmetric, workspace_mb = contrast
         self.steps, self.batch, self.weight, self.exchange = steps, batch, weight, exchange
         self.candidates, self.rest = candidates, (0, temperature, workspace_mb)
         self.skipped, self.symmetric = skipped_of(batch), symmetric
@@ -124,20 +120,14 @@ class _Share:
 
 def info_nce_share(
     steps: type[Steps],
-    query: Tensor,
-    candidates: Tensor,
-    batch: Batch,
-    temperature: Tensor,
+    contrast: Contrast,
     weight: Tensor,
-    exchange: Exchange,
-    *,
-    symmetric: bool,
-    workspace_mb: int,
     wrt: tuple[bool, bool],
     rounded: bool,
+    exchange: Exchange,
 ) -> Gradients:
-    inputs = (query, candidates, batch, temperature, weight, exchange, workspace_mb, symmetric)
-    share = _Share(steps, *inputs)
+    query, candidates, _, temperature, symmetric, _ = contrast
+    share = _Share(steps, contrast, weight, exchange)
     own = share.own
     held = own.sums(symmetric=False)
     mine, held_of_all = share.all_queries() if symmetric or wrt[1] else None, None

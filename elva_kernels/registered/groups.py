@@ -11,14 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.reference import Wanted, compute_dtype, scaled, times_power
 
 _POSITIONS_NAMED = 8
-
-
-# Query, positive, negatives, mask, index and relevance as a launcher takes them, on one leading
-# shape.
-Groups = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Shared(NamedTuple):
@@ -35,44 +31,30 @@ class Shared(NamedTuple):
         return total.to(like.dtype)
 
 
-def leading_of(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-) -> torch.Size:
+def leading_of(groups: Groups) -> torch.Size:
     """The common leading shape `*`."""
-    leading = query.shape[:-1]
+    query, positive, negatives, mask, index, relevance = groups
     of_negatives = negatives.shape[:-2] if index is None else index.shape[:-1]
-    if (
-        positive.shape[:-1] == leading
-        and of_negatives == leading
-        and (mask is None or mask.shape[:-1] == leading)
-        and (relevance is None or relevance.shape[:-1] == leading)
-    ):
+    return common_leading(of_negatives, query, positive, mask, relevance)
+
+
+def common_leading(leading: torch.Size, *others: Tensor | None) -> torch.Size:
+    """`leading`, broadcast with all but the last dimension of each of `others`."""
+    shapes = [x.shape[:-1] for x in others if x is not None]
+    if all(x == leading for x in shapes):
         return leading
-    others = (x.shape[:-1] for x in (mask, relevance) if x is not None)
-    return torch.Size(torch.broadcast_shapes(leading, positive.shape[:-1], of_negatives, *others))
+    return torch.Size(torch.broadcast_shapes(leading, *shapes))
 
 
-def groups_of(
-    leading: torch.Size,
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-) -> Groups:
+def groups_of(leading: torch.Size, groups: Groups) -> Groups:
     """The inputs over the leading shape; negatives that groups share as a bank."""
+    query, positive, negatives, mask, index, relevance = groups
     query, positive = expanded(query, leading, 1), expanded(positive, leading, 1)
     if index is None and negatives.shape[:-2] != leading:
         negatives, place = _bank_of(negatives)
         mask, index = None, place if mask is None else torch.where(mask, place, -1)
     mask, index = expanded(mask, leading, 1), expanded(index, leading, 1)
-    return query, positive, negatives, mask, index, graded(relevance, leading)
+    return Groups(query, positive, negatives, mask, index, graded(relevance, leading))
 
 
 def graded(relevance: Tensor | None, leading: torch.Size) -> Tensor | None:
@@ -80,18 +62,17 @@ def graded(relevance: Tensor | None, leading: torch.Size) -> Tensor | None:
     return None if relevance is None else expanded(relevance, leading, 1).contiguous()
 
 
-def merged(
-    op: str, negatives: Tensor, mask: Tensor | None, index: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Negatives and the mask; or a bank and an index alone, -1 where the mask hides a row of it."""
+def merged(op: str, groups: Groups) -> Groups:
+    """With a bank an index alone, -1 where the mask hides a row of it."""
+    _, _, negatives, mask, index, _ = groups
     if index is None:
-        return negatives, mask, None
+        return groups
     if mask is not None:
         index = torch.where(mask, index, -1)
     index = _within(op, index, negatives.shape[-2])
     if negatives.dim() > 2:
         negatives, index = _joined(negatives, index)
-    return negatives, None, index
+    return groups._replace(negatives=negatives, mask=None, negative_index=index)
 
 
 def _joined(banks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +166,7 @@ def exact(groups: Groups) -> Groups:
         place = torch.arange(index.numel(), device=index.device).view(index.shape)
         index = torch.where(index < 0, index, place)
     dtype = compute_dtype(query.dtype)
-    return query.to(dtype), positive.to(dtype), negatives.to(dtype), mask, index, relevance
+    return Groups(query.to(dtype), positive.to(dtype), negatives.to(dtype), mask, index, relevance)
 
 
 def expanded(tensor: Any, leading: torch.Size, kept: int) -> Any:

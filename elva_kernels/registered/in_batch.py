@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elva_kernels.backends.boundary import empty_on_cpu, in_default_float_mode
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Gradients, Tensors
+from elva_kernels.backends.launcher import Contrast, Gradients, Tensors
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered.batch import (
     batch_of,
@@ -106,8 +106,8 @@ def _info_nce(
     op = "info_nce"
     batch = batch_of(op, query, len(candidates), target, excluded, candidate_ids, max_score)
     launch = launcher(op, backend, query.device, query.dtype)
-    options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
-    loss, *statistics = launch(query, candidates, batch, temperature, **options)
+    contrast = Contrast(query, candidates, batch, temperature, symmetric, workspace_mb)
+    loss, *statistics = launch(contrast)
     return loss, *statistics_like(statistics, target)
 
 
@@ -136,8 +136,8 @@ def _info_nce_and_grad(
         if mean and not one:  # over those that have a positive
             weight /= counted(batch.target).clamp(min=1)
     launch = launcher("info_nce_and_grad", backend, query.device, query.dtype, op)
-    options = {"symmetric": symmetric, "workspace_mb": workspace_mb, "rounded": rounded}
-    results = launch(query, candidates, batch, temperature, weight, wrt=tuple(wrt), **options)
+    contrast = Contrast(query, candidates, batch, temperature, symmetric, workspace_mb)
+    results = launch(contrast, weight, tuple(wrt), rounded)
     return results[0], *statistics_like(results[1:-3], target), *present(results[-3:], query)
 
 

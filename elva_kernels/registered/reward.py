@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Groups, Launcher, Tensors, saved_shape
 from elva_kernels.reference import Weights, compute_dtype
 from elva_kernels.registered import batched
 from elva_kernels.registered.groups import (
     check_relevance,
+    common_leading,
     exact,
     expanded,
     graded,
@@ -36,63 +37,50 @@ from elva_kernels.registered.library import (
 )
 
 
-def _ranking_reward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Sequence[float],
-    backend: str,
-) -> Tensors:
-    launch = launcher("ranking_reward", backend, query.device, query.dtype)
-    negatives, mask, index = merged("ranking_reward", negatives, mask, index)
-    check_relevance("ranking_reward", relevance, mask if index is None else index != -1)
-    leading = leading_of(query, positive, negatives, mask, index, relevance)
-    if index is None:
-        negatives = expanded(negatives, leading, 2)
-    groups = groups_of(leading, query, positive, negatives, mask, index, relevance)
-    return launch(*groups, Weights(*weights))
+def _launcher(op: str, backend: str, like: Tensor) -> Launcher:
+    return launcher(op, backend, like.device, like.dtype)
 
 
-def _ranking_reward_saved(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Sequence[float],
-    backend: str,
-) -> Tensors:
-    launch = launcher("ranking_reward_saved", backend, query.device, query.dtype)
-    negatives, mask, index = merged("ranking_reward", negatives, mask, index)
-    check_relevance("ranking_reward", relevance, mask if index is None else index != -1)
-    leading = leading_of(query, positive, negatives, mask, index, relevance)
-    rows = [in_range(x, leading).rows for x in (query, positive)]
-    groups = groups_of(leading, rows[0], rows[1], negatives, mask, index, relevance)
-    return launch(*groups, Weights(*weights))
+def _checked(op: str, groups: Groups) -> Groups:
+    """What the values of index and relevance must hold; index and mask as one."""
+    groups = merged(op, groups)
+    index = groups.negative_index
+    check_relevance(op, groups.relevance, groups.mask if index is None else index != -1)
+    return groups
 
 
-def _ranking_reward_backward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    saved: Tensor,
-    grad_reward: Tensor,
-    weights: Sequence[float],
-    wrt: Sequence[bool],
-    backend: str,
-) -> Tensors:
-    launch = launcher("ranking_reward_backward", backend, query.device, query.dtype)
-    bank, mask, index = merged("ranking_reward", negatives, mask, index)
-    leading = leading_of(query, positive, bank, mask, index, relevance)
+def _ranking_reward(*arguments: Any) -> Tensors:
+    *inputs, weights, backend = arguments
+    groups = Groups(*inputs)
+    launch = _launcher("ranking_reward", backend, groups.query)
+    groups = _checked("ranking_reward", groups)
+    leading = leading_of(groups)
+    if groups.negative_index is None:
+        groups = groups._replace(negatives=expanded(groups.negatives, leading, 2))
+    return launch(groups_of(leading, groups), Weights(*weights))
+
+
+def _ranking_reward_saved(*arguments: Any) -> Tensors:
+    *inputs, weights, backend = arguments
+    groups = Groups(*inputs)
+    launch = _launcher("ranking_reward_saved", backend, groups.query)
+    groups = _checked("ranking_reward", groups)
+    leading = leading_of(groups)
+    query, positive = (in_range(x, leading).rows for x in groups[:2])
+    groups = groups._replace(query=query, positive=positive)
+    return launch(groups_of(leading, groups), Weights(*weights))
+
+
+def _ranking_reward_backward(*arguments: Any) -> Tensors:
+    *inputs, saved, grad_reward, weights, wrt, backend = arguments
+    given = Groups(*inputs)
+    query, positive = given[:2]
+    launch = _launcher("ranking_reward_backward", backend, query)
+    groups = merged("ranking_reward", given)
+    leading = leading_of(groups)
     shared = [in_range(x, leading) for x in (query, positive)]
-    groups = groups_of(leading, shared[0].rows, shared[1].rows, bank, mask, index, relevance)
+    groups = groups._replace(query=shared[0].rows, positive=shared[1].rows)
+    groups = groups_of(leading, groups)
     rest = (saved.contiguous(), grad_reward, Weights(*weights))
     summed = summed_of(leading, query, positive, wrt)
     # Of half rows a sum over groups takes float32 terms, to be rounded once.
@@ -100,46 +88,34 @@ def _ranking_reward_backward(
     at_once = tuple(x and not (halves and s) for x, s in zip(wrt, summed, strict=True))
     found: list[Any] = [None, None, None]
     if any(at_once):
-        found[:] = launch(*groups, *rest, at_once)
+        found[:] = launch(groups, *rest, at_once)
     if halves:
-        terms = launch(*exact(groups), *rest, summed)
+        terms = launch(exact(groups), *rest, summed)
         found = [y if s else x for x, y, s in zip(found, terms, summed, strict=True)]
     for i, (x, rows) in enumerate(zip((query, positive), shared, strict=True)):
         if summed[i]:
             found[i] = rows.summed(found[i], x)
-    return _filled(tuple(found), (query, positive, negatives))
+    return _filled(tuple(found), given[:3])
 
 
-def _ranking_reward_and_grad(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    upstream: Tensor | None,
-    weights: Sequence[float],
-    wrt: Sequence[bool],
-    backend: str,
-) -> Tensors:
-    bank, mask, index = merged("ranking_reward_and_grad", negatives, mask, index)
-    live = mask if index is None else index != -1
-    check_relevance("ranking_reward_and_grad", relevance, live)
-    leading = leading_of(query, positive, bank, mask, index, relevance)
+def _ranking_reward_and_grad(*arguments: Any) -> Tensors:
+    *inputs, upstream, weights, wrt, backend = arguments
+    given = Groups(*inputs)
+    groups = _checked("ranking_reward_and_grad", given)
+    query, positive = given[:2]
+    leading = leading_of(groups)
     if upstream is not None:
         upstream = upstream.expand(leading)
     if not any(summed_of(leading, query, positive, wrt)):
-        launch = launcher("ranking_reward_and_grad", backend, query.device, query.dtype)
-        groups = groups_of(leading, query, positive, bank, mask, index, relevance)
-        results = launch(*groups, upstream, Weights(*weights), tuple(wrt))
-        return *results[:5], *_filled(results[5:], (query, positive, negatives))
+        launch = _launcher("ranking_reward_and_grad", backend, query)
+        results = launch(groups_of(leading, groups), upstream, Weights(*weights), tuple(wrt))
+        return *results[:5], *_filled(results[5:], given[:3])
     # In two passes: the gradients' float32 terms must not change a bit of the half inputs' values.
-    inputs = (query, positive, bank, mask, index, relevance)
-    *values, saved = _ranking_reward_saved(*inputs, weights, backend)
+    *values, saved = _ranking_reward_saved(*groups, weights, backend)
     if upstream is None:
         upstream = torch.ones_like(values[0])
-    gradients = _ranking_reward_backward(*inputs, saved, upstream, weights, wrt, backend)
-    return *values, *gradients[:2], gradients[2].view(negatives.shape if wrt[2] else 0)
+    gradients = _ranking_reward_backward(*groups, saved, upstream, weights, wrt, backend)
+    return *values, *gradients[:2], gradients[2].view(given.negatives.shape if wrt[2] else 0)
 
 
 def _filled(gradients: Gradients, inputs: Tensors) -> Tensors:
@@ -160,9 +136,9 @@ def _reward_from_scores(
     weights: Sequence[float],
     backend: str,
 ) -> Tensors:
-    launch = launcher("reward_from_scores", backend, scores.device, scores.dtype)
+    launch = _launcher("reward_from_scores", backend, scores)
     check_relevance("reward_from_scores", relevance, mask)
-    leading = _leading_of_scores(scores, mask, relevance)
+    leading = common_leading(scores.shape[:-1], mask, relevance)
     inputs = (expanded(scores, leading, 1), expanded(mask, leading, 1), graded(relevance, leading))
     return launch(*inputs, Weights(*weights))
 
@@ -175,8 +151,8 @@ def _reward_from_scores_backward(
     weights: Sequence[float],
     backend: str,
 ) -> Tensor:
-    launch = launcher("reward_from_scores_backward", backend, scores.device, scores.dtype)
-    leading = _leading_of_scores(scores, mask, relevance)
+    launch = _launcher("reward_from_scores_backward", backend, scores)
+    leading = common_leading(scores.shape[:-1], mask, relevance)
     exact = scores if scores.shape[:-1] == leading else scores.to(compute_dtype(scores.dtype))
     inputs = (expanded(exact, leading, 1), expanded(mask, leading, 1), graded(relevance, leading))
     gradient: Tensor
@@ -185,18 +161,10 @@ def _reward_from_scores_backward(
 
 
 def _group_advantages(reward: Tensor, scale: str, std_eps: float, backend: str) -> Tensor:
-    launch = launcher("group_advantages", backend, reward.device, reward.dtype)
+    launch = _launcher("group_advantages", backend, reward)
     advantages: Tensor
     (advantages,) = launch(reward, scale=scale, std_eps=std_eps)
     return advantages
-
-
-def _leading_of_scores(scores: Tensor, mask: Tensor | None, relevance: Tensor | None) -> torch.Size:
-    leading = scores.shape[:-1]
-    others = [x.shape[:-1] for x in (mask, relevance) if x is not None]
-    if all(x == leading for x in others):
-        return leading
-    return torch.Size(torch.broadcast_shapes(leading, *others))
 
 
 def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensors:
@@ -207,18 +175,9 @@ def _like_reward(like: Tensor, leading: torch.Size, n_candidates: int) -> Tensor
     return *rewards, rank, like.new_empty((*leading, n_candidates), dtype=dtype)
 
 
-def _trace_ranking_reward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    *_: Any,
-) -> Tensors:
-    leading = leading_of(query, positive, negatives, mask, index, relevance)
-    n = negatives.shape[-2] if index is None else index.shape[-1]
-    return _like_reward(query, leading, n + 1)
+def _trace_ranking_reward(*arguments: Any) -> Tensors:
+    groups = Groups(*arguments[:6])
+    return _like_reward(groups.query, leading_of(groups), groups.n + 1)
 
 
 def _trace_ranking_reward_saved(*arguments: Any) -> Tensors:
@@ -243,7 +202,9 @@ def _trace_reward_and_grad(*arguments: Any) -> Tensors:
 def _trace_from_scores(
     scores: Tensor, mask: Tensor | None, relevance: Tensor | None, *_: Any
 ) -> Tensors:
-    return _like_reward(scores, _leading_of_scores(scores, mask, relevance), scores.shape[-1])
+    return _like_reward(
+        scores, common_leading(scores.shape[:-1], mask, relevance), scores.shape[-1]
+    )
 
 
 def _trace_grad_scores(scores: Tensor, *_: Any) -> Tensor:

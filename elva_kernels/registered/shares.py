@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elva_kernels.backends.choice import launcher
-from elva_kernels.backends.launcher import Gradients, Launcher, Tensors
+from elva_kernels.backends.launcher import Contrast, Gradients, Launcher, Tensors
 from elva_kernels.reference import NO_POSITIVE, Weights
 from elva_kernels.registered.batch import Given, counted, like_target, statistics_like
 from elva_kernels.registered.library import (
@@ -57,7 +57,7 @@ class _InfoNCE(NamedTuple):
     temperature: Tensor
     processes: Processes
     reduction: str
-    options: dict[str, Any]
+    options: tuple[bool, int]  # symmetric, workspace_mb
 
     def factor(self) -> Tensor:
         """[] of each query's loss in the sum of all processes' losses; inf over no query."""
@@ -84,8 +84,8 @@ class _InfoNCE(NamedTuple):
         if wrt[1]:
             self.processes.ask_for_queries()  # they come while the first product is made
         everyone = (self.processes.candidates(), self.processes.batch)
-        inputs = (self.query, *everyone, self.temperature, weight, self.processes)
-        return self.launch(*inputs, wrt=tuple(wrt), rounded=rounded, **self.options)
+        contrast = Contrast(self.query, *everyone, self.temperature, *self.options)
+        return self.launch(contrast, weight, tuple(wrt), rounded, self.processes)
 
 
 def _info_nce_call(
@@ -105,9 +105,8 @@ def _info_nce_call(
     if symmetric:
         processes.ask_for_queries()
     launch = launcher("info_nce_share", backend, query.device, query.dtype)
-    options = {"symmetric": symmetric, "workspace_mb": workspace_mb}
     rows = (query.detach(), temperature.detach())
-    return _InfoNCE(launch, *rows, processes, reduction, options)
+    return _InfoNCE(launch, *rows, processes, reduction, (symmetric, workspace_mb))
 
 
 class _InfoNCEShare(torch.autograd.Function):

@@ -8,20 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
 
 from elva.data import emoji, load
 from elva.recipe import Recipe
-from elva.recipes import resolve
-from tests.elva import standin
+from elva.recipes import RECIPES, resolve
+from tests.elva import standin, warm
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
-
-kills = importlib.import_module("benchmarks.kills")
 
 
 class Training(NamedTuple):
@@ -87,6 +85,26 @@ def corpus(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def small(data: str) -> dict[str, Any]:
+    """What makes the smoke recipe a run of seconds: a model of one layer, few steps, a checkpoint
+    after each."""
+    changes = {"batch_size": 8, "data": data, "refresh_steps": 2}
+    steps = {"0": 80, "1": 3, "2": 4, "3": 4}
+    return {
+        "model": {"scratch": {
+            "hidden_size": 32, "intermediate_size": 64, "layers": 1, "heads": 2, "vocabulary": 600,
+            "vision_size": 32, "vision_layers": 1, "vision_heads": 2,
+        }},
+        "stages": {
+            name: {"steps": n, **changes, **({"learning_rate": 5e-3} if name == "0" else {})}
+            for name, n in steps.items()
+        },  # stage 0 long enough that summaries begin to end in [RET]
+        "controls": {name: {"steps": 2, **changes} for name in RECIPES["smoke"].controls},
+        "save_seconds": 0.0,
+        "evaluate_limit": 24,
+    }  # fmt: skip
+
+
 def write(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
@@ -96,7 +114,7 @@ def write(path: Path, lines: list[str]) -> None:
 def recipe_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke recipe on the small corpus with a model of one layer, a checkpoint every step."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(yaml.safe_dump(kills.small(str(corpus))))
+    path.write_text(yaml.safe_dump(small(str(corpus))))
     return path
 
 
@@ -124,18 +142,16 @@ def start(
 ) -> Callable[..., BaseProcess]:
     """Begins `elva WORDS` in a warm process of its own, which may be killed. `finished` is one as a
     user starts it."""
-    return kills.Server(tmp_path_factory.mktemp("server")).start
+    return warm.Server(tmp_path_factory.mktemp("server")).start
 
 
 @pytest.fixture(scope="session")
 def training(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
-    """`elva train` of that recipe as a user starts it, while other tests run; it marks its steps
-    in `journal` beside it."""
+    """`elva train` of that recipe as a user starts it, while other tests run."""
     directory = tmp_path_factory.mktemp("runs")
     words = ("train", "--recipe", "smoke", "--config", str(recipe_file), "--output", "whole")
-    program = f"{kills.watching(directory / 'journal')}; from elva.cli import app; app()"
     with (directory / "printed").open("w") as printed, subprocess.Popen(
-        [sys.executable, "-c", program, *words],
+        [sys.executable, "-m", "elva", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=printed, stderr=printed, cwd=directory,
     ) as process:  # fmt: skip
         yield Training(process, directory)

@@ -1,6 +1,7 @@
 """A server that speaks Milvus's protocol over TCP: what it is asked goes on to milvus-lite's own
 server (its HNSW too), is recorded, and may be made to fail. It is no cluster."""
 
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -21,11 +22,13 @@ class Recorded(grpc.GenericRpcHandler):
 
     Args:
         fails: the call of this name fails, from the time it is set.
+        stalls: the call of this name is not answered before the server ends.
     """
 
     def __init__(self, target: str) -> None:
         self.calls: list[tuple[str, bytes]] = []
-        self.fails = ""
+        self.fails = self.stalls = ""
+        self.ended = threading.Event()
         self._channel = grpc.insecure_channel(target.removeprefix("http://"))
 
     def service(self, details: Any) -> Any:
@@ -34,6 +37,8 @@ class Recorded(grpc.GenericRpcHandler):
 
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
             self.calls.append((name, request))
+            if name == self.stalls:
+                self.ended.wait(60)
             if name == self.fails:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the disk\nis full")
             try:
@@ -62,5 +67,6 @@ def serving(directory: Path) -> Iterator[tuple[str, Recorded]]:
     try:
         yield f"http://127.0.0.1:{port}", recorded
     finally:
+        recorded.ended.set()
         server.stop(grace=0).wait()
         server_manager_instance.release_server(str(directory / "server.db"))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from elva.data import extras, load, mbeir, schema, strict
 from elva.data import table as pool_file
+from elva.data.instructions import write_instructions
 from elva.errors import DataError
 
 PROMPTS = {
@@ -51,17 +52,16 @@ def candidate(**changed):
     return {**row, **changed}
 
 
-@pytest.fixture
-def corpus(tmp_path):
+def toy(root):
     """One dataset, tasks 0 and 7, written by our writer."""
-    (tmp_path / "mbeir_images").mkdir()
-    (tmp_path / "mbeir_images" / "a.png").write_bytes(picture())
+    (root / "mbeir_images").mkdir(parents=True)
+    (root / "mbeir_images" / "a.png").write_bytes(picture())
     pool = [candidate(), candidate(did="9:2"), candidate(did="9:3")]
-    mbeir.write_pool(tmp_path, "toy_task0", pool)
-    mbeir.write_pool(tmp_path, "toy_task7_test", pool)
-    mbeir.write_instructions(tmp_path, "toy", 9, PROMPTS)
+    mbeir.write_pool(root, "toy_task0", pool)
+    mbeir.write_pool(root, "toy_task7_test", pool)
+    write_instructions(root, "toy", 9, PROMPTS)
     mbeir.write_queries(
-        tmp_path,
+        root,
         "toy_task0",
         "test",
         [query(), query(qid="9:2", query_txt='"is it?"\r', neg_cand_list=["9:2", "9:3"])],
@@ -69,8 +69,13 @@ def corpus(tmp_path):
     change = query(
         query_modality="text,image", query_img_path="mbeir_images/a.png", task_id=7, qid="9:5"
     )
-    mbeir.write_queries(tmp_path, "toy_task7", "test", [change])
-    return tmp_path
+    mbeir.write_queries(root, "toy_task7", "test", [change])
+    return root
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return toy(tmp_path)
 
 
 QUERIES = "query/test/mbeir_toy_task0_test.jsonl"

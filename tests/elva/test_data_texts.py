@@ -14,6 +14,7 @@ from elva.commands import build_index, mine
 from elva.data import load, mbeir, qrels, strict
 from elva.data.formats import convert_file
 from elva.data.formats.rows import rows
+from elva.data.instructions import read_instructions
 from elva.data.strict import Faults, lines
 from elva.errors import DataError, IndexFault, RunError, UserError
 from elva.evaluation.trec import read_qrels, read_run
@@ -186,7 +187,7 @@ def test_an_empty_line_between_ids_is_no_id(tmp_path):
 def test_a_table_without_its_header_loses_no_row(tmp_path):
     name = "instructions/query_instructions.tsv"
     (tmp_path / "t").write_text("text\ttext\tX\t9\tfind\n")
-    assert mbeir.read_instructions(tmp_path / "t") == {(9, "text", "text"): ("Find.",)}
+    assert read_instructions(tmp_path / "t") == {(9, "text", "text"): ("Find.",)}
     (tmp_path / "r").write_text("drop\t9:1\tx\nkeep\t9:2\tx\n")
     assert [row[0] for row in read_review(tmp_path / "r").values()] == ["drop", "keep"]
     assert name in TREE
@@ -315,7 +316,7 @@ def test_an_error_that_quotes_megabytes_is_a_line_with_its_place_and_its_advice(
     assert str(kind("a.csv:3: rule")) == "a.csv:3: rule"
 
 
-@pytest.mark.parametrize("read", [read_run, read_qrels, read_review, mbeir.read_instructions])
+@pytest.mark.parametrize("read", [read_run, read_qrels, read_review, read_instructions])
 def test_no_reader_quotes_megabytes(read, tmp_path):
     long = "x" * 10**6
     for line in (f"q 0 {long} {long}", f"q Q0 d 1 {long} t", long):

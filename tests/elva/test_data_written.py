@@ -15,7 +15,7 @@ from PIL import Image
 
 from elva.data import load
 from elva.data.formats import FORMATS, convert_file
-from elva.data.mbeir import SPLITS
+from elva.data.layout import SPLITS
 from elva.errors import DataError
 
 ANY = 10**6

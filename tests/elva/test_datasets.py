@@ -30,6 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from elva.data import Dataset, Item, Query, load, mbeir
 from elva.data.formats import convert_file
+from elva.data.instructions import write_instructions
 from elva.errors import DataError, UserError
 from elva.integrations.datasets import candidates, examples, pairs
 from tests.elva import families, sentence_models, shelf
@@ -74,7 +75,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]  # fmt: skip
         mbeir.write_queries(root, f"things_task{task}", "train", rows)
     prompts = {("text", "image"): ["Find it."], ("image,text", "image"): ["Change it."]}
-    mbeir.write_instructions(root, "things", 9, prompts)
+    write_instructions(root, "things", 9, prompts)
     return root
 
 
@@ -288,7 +289,7 @@ def test_a_stream_holds_none_of_its_rows(tmp_path: Path) -> None:
     query = {"qid": "9:1", "query_txt": "q", "query_img_path": None, "query_modality": "text"}
     query |= {"pos_cand_list": ["9:1"], "neg_cand_list": [], "task_id": 1}
     mbeir.write_queries(tmp_path, "things_task1", "train", [query])
-    mbeir.write_instructions(tmp_path, "things", 9, {("text", "text"): ["Find it."]})
+    write_instructions(tmp_path, "things", 9, {("text", "text"): ["Find it."]})
     stream = candidates(tmp_path, "t2t")
     next(iter(stream))
     peaks = []

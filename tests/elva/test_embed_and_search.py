@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from elva.cli import app
 from elva.commands.embed import embed
 from elva.data import emoji, mbeir
+from elva.data.instructions import write_instructions
 from elva.errors import IndexFault, UserError
 from elva.model.encoder import Encoder, open_encoder
 from elva.model.identity import Identity
@@ -60,7 +61,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts that ask for texts, in M-BEIR's layout."""
     root = tmp_path_factory.mktemp("names") / "data"
     texts = ["cat", "black cat", "ice cream", "beach with umbrella"]
-    mbeir.write_instructions(root, "mine", 20, {("text", "text"): ["Find the name."]})
+    write_instructions(root, "mine", 20, {("text", "text"): ["Find the name."]})
     mbeir.write_pool(root, "mine_task1", [
         {"did": f"20:{i}", "txt": t, "img_path": None, "modality": "text"}
         for i, t in enumerate(texts)

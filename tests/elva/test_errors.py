@@ -11,7 +11,7 @@ import typer
 
 import elva_kernels
 from elva.cli.console import one_line_errors
-from elva.errors import DataError, IndexFault, RunError, UserError
+from elva.errors import MAX_MESSAGE, DataError, IndexFault, PictureFault, RunError, UserError
 from tests.elva.people import call, draw
 
 
@@ -41,6 +41,16 @@ def test_errors_are_of_one_family(kind, capsys):
     assert ended.value.exit_code == 2 and capsys.readouterr().err == "elva: a: must be b; do c\n"
 
 
+@pytest.mark.parametrize("kind", [UserError, DataError, RunError, IndexFault, PictureFault])
+def test_an_error_is_plain_text_whatever_a_file_holds(kind):
+    """Not only where `elva` prints it: also in a log, a page, a list of what was left out."""
+    said = str(kind("a.csv:2: cell '\x1b[2J\n\u202e\ud800\x9b\0' is no id; mend it"))
+    assert said == r"a.csv:2: cell '\x1b[2J\n\u202e\ud800\x9b\x00' is no id; mend it"
+    long = str(kind("a" + "\x1b" * 10**7 + "z"))
+    assert len(long) == MAX_MESSAGE + 3 and long.isprintable()
+    assert str(kind(kind(said))) == said
+
+
 @pytest.mark.parametrize("kind", [TypeError, ValueError, KeyError])
 def test_a_defect_keeps_its_traceback(kind):
     with pytest.raises(kind, match="ours"), one_line_errors():
@@ -65,7 +75,9 @@ def test_advice_fits_what_the_system_says(number, line, capsys):
 
 
 @pytest.mark.parametrize("place", ["x" * 300, "/proc/x/y", "/proc/y", "file/y", ""])
-def test_a_place_that_takes_nothing_is_one_line_before_work_starts(place, tmp_path, monkeypatch):
+def test_a_place_that_takes_nothing_is_one_line_before_work_starts(
+    place, recipe_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     draw(tmp_path / "s" / "a.png", "red")
@@ -79,7 +91,7 @@ def test_a_place_that_takes_nothing_is_one_line_before_work_starts(place, tmp_pa
         (*words, "d/e", "--list-left-out", place),
         ("search", "no index", "x", "--sheet", place and f"{place}.png"),
         ("index", "build", place, "--npy", "v.npy", "--ids", "ids.txt", "--model", "m"),
-        ("train", "--recipe", "smoke", "--output", place),
+        ("train", "--recipe", "smoke", "--config", recipe_file, "--output", place),
     ):
         said = call(*command, code=2)
         assert place[:4] in said and "no index" not in said, said

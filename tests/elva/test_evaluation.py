@@ -15,8 +15,8 @@ from elva.cli import app
 from elva.commands import evaluate as command
 from elva.commands.mine import Mining, mine
 from elva.data import Pool, load
-from elva.data.mbeir import modalities, read_sets, write_queries
-from elva.data.schema import TASKS
+from elva.data.mbeir import read_sets, write_queries
+from elva.data.schema import TASKS, modalities
 from elva.data.strict import dump, records, write_lines
 from elva.errors import DataError, UserError
 from elva.evaluation import protocol

@@ -190,7 +190,7 @@ def test_a_folder_is_asked_by_words_a_picture_or_both(tmp_path: Path) -> None:
     convert_file("folder", tmp_path / "s", tmp_path / "o")
     convert_file("folder", tmp_path / "s", tmp_path / "p", instruction="Find it.")
     number = folder.dataset_number(tmp_path / "s")
-    from elva.data.mbeir import first_instructions
+    from elva.data.instructions import first_instructions
 
     assert first_instructions(tmp_path / "o", number, "image") == {
         "text": "Find the picture.", "image": "Find the same picture.",

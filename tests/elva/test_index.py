@@ -232,3 +232,23 @@ def test_rows_of_any_strides_are_stored(tmp_path):
         ids = names(len(embeddings))
         index = Index.build(tmp_path / "i", ids, embeddings, model=MODEL, overwrite=True)
         assert torch.equal(index.embeddings(range(len(ids))), embeddings.half().float())
+
+
+def test_an_id_that_is_no_text_is_not_there(tmp_path):
+    """As the command line takes a name with bytes that are no UTF-8."""
+    index = Index.build(tmp_path / "i", ["a"], torch.ones(1, 4), model=Identity("m", "r", "p"))
+    with pytest.raises(IndexFault, match="must be in the index"):
+        index.delete(["a\udc9b"])
+    assert len(Index(tmp_path / "i")) == 1
+
+
+def test_an_index_is_built_where_a_kill_left_a_half_manifest(tmp_path):
+    path = tmp_path / "index"
+    (path / "segments").mkdir(parents=True)
+    (path / "index.json.partial").write_text("{")
+    Index.build(path, ["a"], rows(1), model=MODEL)
+    assert Index(path).ids([0]) == ["a"] and not [*path.rglob("*.partial")]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.partial").touch()
+    with pytest.raises(IndexFault, match="must be empty or an index"):
+        Index.build(tmp_path / "other", ["a"], rows(1), model=MODEL)

@@ -5,6 +5,7 @@ import datetime
 import json
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -183,6 +184,47 @@ def test_a_missing_package_names_the_extra(index, module, spec, extra, monkeypat
 def test_a_server_that_is_not_there_is_one_line(index):
     with pytest.raises(UserError, match=r"must be a Milvus file or server|Milvus must answer"):
         open_engine(index, "milvus:http://127.0.0.1:9")
+
+
+def test_a_password_in_an_address_is_not_repeated(index):
+    for spec in ("milvus:http://me:hidden@127.0.0.1:9", "milvus:http://hidden@127.0.0.1:9/a"):
+        for call in (open_engine, export):
+            with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9") as caught:
+                call(index, spec)
+            assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["Search", "ShowCollections", "Insert"])
+def test_a_server_that_takes_a_call_and_does_not_answer_gets_a_line(
+    tmp_path, server, monkeypatch, call
+):
+    spec, recorded = server
+    index = small(tmp_path / "i")
+    export(index, spec)
+    answers = open_engine(index, spec)
+    recorded.stalls = call
+    monkeypatch.setattr(milvus, "SECONDS", {})
+    monkeypatch.setattr(milvus, "WORK_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="Milvus must answer"):
+        if call == "Search":
+            answers.search(clustered(1, 2), 3)
+        else:
+            export(index, spec)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("rows", [[40], [-1], [1 << 62], [3, 3], [*range(40)] * 2])
+def test_rows_that_a_server_makes_up_are_refused(tmp_path, server, monkeypatch, rows):
+    from pymilvus import MilvusClient
+
+    spec, _ = server
+    index = small(tmp_path / "i")
+    export(index, spec)
+    answers = open_engine(index, spec)
+    monkeypatch.setattr(MilvusClient, "search", lambda *_, **__: [[{"row": x} for x in rows]])
+    with pytest.raises(UserError, match="must answer with rows of the index, each once"):
+        answers.search(clustered(1, 2), 3)
 
 
 # -- what a server is asked ------------------------------------------------------------------------

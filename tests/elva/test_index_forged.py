@@ -1,195 +1,70 @@
 """Files that somebody else wrote, every checksum right: refused in one line, or they answer as the
 real ones; never another error, nor memory or time beyond what the files hold."""
 
-import base64
-import copy
-import hashlib
-import json
 import os
 import struct
-import time
-import tracemalloc
-import zlib
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
-from elva.errors import UserError
-from elva.index import Index, blocks, segment
+from benchmarks.reliability.crashes import forged
+from benchmarks.reliability.row import Outcome
+from elva.errors import RunError, UserError
+from elva.index import Index, segment
 from elva.index.embeddings import Embeddings
-from elva.model.identity import Identity
+from elva.training.resumed import best_weights, restored
 
-MODEL = Identity("a model", "revision", "preprocessing")
-ABOUT = {"model": "m", "read": "at_ret", "folder": "/s", "max_completion_length": 0,
-         "instructions": {"text": "Find it."}}  # fmt: skip
-BITS = base64.b64encode(zlib.compress(b"\x20\x00")).decode()  # the third of ten rows
-BOMB = base64.b64encode(zlib.compress(bytes(300 << 20), 9)).decode()  # 400 kB that unpack to 300 MB
-VALUES = [
-    None, True, False, 0, 1, -1, 9, 10**9, 2**31, 2**63, 2**64, 10**300, 0.5, 1e308, "", "x", "0",
-    "../" * 9 + "etc/passwd", "/dev/zero", "a\0b", "\x1b[2J", "\ud800", "f" * 64, "x" * 100_000, [],
-    {}, [None], [{}], {"x": 1}, BITS, BOMB, BITS + "\n",
-]  # fmt: skip
-TEXTS = [
-    b"", b"[]", b"null", b"{}", b"1", b'"x"', b"[" * 100_000, b"{" * 100_000, b'{"a":' * 9_000,
-    b"NaN", b"9" * 5_000, b"\xff\xfe", b"\xef\xbb\xbf{}", b"[" + b"{}," * 2_500_000 + b"{}]",
-    b"[[],[]" * 1_000_000, b'{"version": 1, "version": 1}',
-]  # fmt: skip
-MOST_BYTES, MOST_SECONDS = 120 << 20, 2.0
+MODEL = forged.MODEL
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    return forged.rows()
 
 
 @pytest.fixture
-def place(tmp_path, rows):
-    """An index of two segments, one with a deleted row, and an embedded pool of one shard."""
-    names = [f"item {i}" for i in range(10)]
-    index = Index.build(tmp_path / "i", names, rows, model=MODEL, columns={"year": [*range(10)]},
-                        about=ABOUT)  # fmt: skip
-    index = index.add(["late"], rows[:1] + 1, model=MODEL, columns={"year": [11]})
-    index.delete(["item 2"])
-    plan = Embeddings(tmp_path / "e", 10, 16, MODEL, {**ABOUT, "side": "queries"})
-    plan.save()
-    plan.shards[0].parent.mkdir()
-    os.link(index.segments[0].path, plan.shards[0])
-    return tmp_path
+def place(tmp_path):
+    return forged.make(tmp_path)
 
 
-def fields(data, path=()):
-    """The place of every value in a document."""
-    if path:
-        yield path
-    if isinstance(data, (dict, list)):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from fields(value, (*path, key))
+@pytest.mark.parametrize("name", forged.MAKERS)
+def test_every_forgery_is_refused_or_answers_as_the_real_file(name):
+    outcome = Outcome()
+    for number in range(len(forged.target(name).forged)):
+        forged.tried(name, number, outcome)
+    assert outcome.wrong == []
+    assert outcome.tried > 150 and outcome.counts[f"{name} refused"] > 0.7 * outcome.tried
 
 
-def changed(data, path, value):
-    """A copy of a document with one value replaced."""
-    data = copy.deepcopy(data)
-    around = data
-    for key in path[:-1]:
-        around = around[key]
-    around[path[-1]] = value
-    return data
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("step", "x"), ("step", -5), ("elapsed", None), ("best", []), ("guards", {"since": 3})],
+)
+def test_a_checkpoint_whose_numbers_no_stage_writes_is_one_line(
+    field, value, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(forged.FACTS, field, value)
+    with pytest.raises(
+        RunError, match=rf"must be a checkpoint of this stage, got .*{field}"
+    ) as caught:
+        restored(forged.save(tmp_path), forged.Small())
+    assert "\n" not in str(caught.value)
 
 
-def forgeries(data):
-    """(what, document's bytes): every field by every value, missing, and beside one too many."""
-    for path in fields(data):
-        for value in VALUES:
-            yield f"{path} = {str(value)[:40]!r}", json.dumps(changed(data, path, value)).encode()
-        around = copy.deepcopy(data)
-        inner = around
-        for key in path[:-1]:
-            inner = inner[key]
-        del inner[path[-1]]
-        yield f"no {path}", json.dumps(around).encode()
-    yield "a field too many", json.dumps({**data, "codes_of_mine": 1}).encode()
-    if data.get("segments"):
-        yield "one twice", json.dumps({**data, "segments": data["segments"][:1] * 2}).encode()
-        yield "one of two", json.dumps({**data, "segments": data["segments"][:1]}).encode()
-    yield from ((f"text {text[:20]!r}", text) for text in TEXTS)
-
-
-def hold(tried, answer, wanted):
-    """Every forgery is refused in one line or answers as the real file, within bounds."""
-    refused = 0
-    for what, write in tried:
-        write()
-        tracemalloc.start()
-        began = time.perf_counter()
-        try:
-            found = answer()
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error) and len(str(error)) < 1_000, what
-        else:
-            assert found in wanted, what
-        took, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert took < MOST_SECONDS and peak < MOST_BYTES, (what, took, peak)
-    return refused
-
-
-def test_a_forged_manifest_is_refused_or_the_same_index(place, rows):
-    path = place / "i" / "index.json"
-    data = json.loads(path.read_bytes().split(b"\n")[0])
-
-    def write(body):
-        path.write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
-
-    def answer():
-        index = Index(place / "i")
-        asked = index.about.get("instructions", {}).items()
-        assert all(len(text.split()) < 99 for pair in asked for text in pair)
-        _ = Path(index.about.get("model") or "") / (index.about.get("folder") or "")
-        return [index.ids(r.tolist()) for r in index.search(rows, 3).rows], len(index)
-
-    wanted = [answer()]
-    first, last = data["segments"]
-    whole = {**first, "deleted": ""}
-    # What its writer might have written: fewer segments, or none of their rows deleted.
-    for segments in ([whole, last], [first], [last], []):
-        write(json.dumps({**data, "segments": segments}).encode())
-        wanted.append(answer())
-    assert [count for _, count in wanted] == [10, 11, 9, 1, 0]
-    tried = [(what, lambda b=body: write(b)) for what, body in forgeries(data)]
-    refused = hold(tried, answer, wanted)
-    print(f"\n{refused} of {len(tried)} forged manifests refused")
-    assert len(tried) > 900 and refused > 0.85 * len(tried)
-
-
-@pytest.mark.parametrize("part", ["segment", "codes"])
-def test_a_forged_header_is_refused_or_the_same_file(place, rows, part):
-    """The manifest names the forged header, so that nothing but its fields is wrong."""
-    index, manifest = Index(place / "i"), place / "i" / "index.json"
-    path = index.segments[0].path if part == "segment" else index.codes[0].path
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[8:16])
-    data = json.loads(content[48 : 48 + length])
-    listed = json.loads(manifest.read_bytes().split(b"\n")[0])
-    key = "header" if part == "segment" else "codes"
-
-    def write(text):
-        text = text[: blocks.HEADER_BYTES - 48]
-        digest = hashlib.sha256(text).digest()
-        start = content[:8] + struct.pack("<Q", len(text)) + digest + text
-        place_of = path
-        if part == "codes":  # which are named after their header
-            place_of = path.with_name(f"{path.name.split('.')[0]}.{digest.hex()[:16]}.codes")
-        place_of.write_bytes(start.ljust(blocks.HEADER_BYTES, b"\0") + content[4096:])
-        body = json.dumps(changed(listed, ("segments", 0, key), digest.hex())).encode()
-        manifest.write_bytes(body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n")
-
-    def answer():
-        index = Index(place / "i")
-        return [index.ids(r.tolist()) for r in index.search(rows, 3).rows], len(index)
-
-    real = answer()
-    tried = [(what, lambda b=body: write(b)) for what, body in forgeries(data)]
-    refused = hold(tried, answer, [real])
-    print(f"\n{refused} of {len(tried)} forged headers of {part} refused")
-    assert len(tried) > 150 and refused > 0.85 * len(tried)
-
-
-def test_a_forged_plan_is_refused_or_the_same_embeddings(place, rows):
-    path = place / "e" / "embeddings.json"
-    data = json.loads(path.read_bytes())
-
-    def answer():
-        ids, query = Embeddings.open(place / "e").queries()
-        return ids, query.tolist()
-
-    real = answer()
-    tried = [(what, lambda b=body: path.write_bytes(b)) for what, body in forgeries(data)]
-    refused = hold(tried, answer, [real])
-    print(f"\n{refused} of {len(tried)} forged plans refused")
-    assert len(tried) > 250 and refused > 0.7 * len(tried)
+@pytest.mark.parametrize("fault", ["lacking", "more", "shape"])
+def test_a_checkpoint_of_another_model_is_one_line(fault, tmp_path):
+    path, other = forged.save(tmp_path), forged.Small()
+    if fault == "lacking":
+        other.c = torch.nn.Parameter(torch.zeros(2))
+    elif fault == "shape":
+        other.b = torch.nn.Parameter(torch.zeros(3))
+    else:
+        other.b.requires_grad_(False)
+    for read in (restored, best_weights):
+        with pytest.raises(RunError, match="must be a checkpoint of this stage, got") as caught:
+            read(path, other)
+        assert "\n" not in str(caught.value)
 
 
 def stream(table, packed=None):
@@ -229,22 +104,12 @@ TABLES = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_forged_table_is_refused(place, name):
-    path = Index(place / "i").segments[0].path
-    one = segment.Segment(path)
-    body = one.content[4096 : 4096 + one.rows * one.dim * 2].tobytes() + TABLES[name]
-    (length,) = struct.unpack("<Q", one.content[8:16])
-    header = json.loads(one.content[48 : 48 + length].tobytes())
-    sums = hashlib.sha256(body).digest()
-    header |= {"table_bytes": len(TABLES[name]), "sums": hashlib.sha256(sums).hexdigest()}
-    text = json.dumps(header).encode()
-    start = segment.MAGIC + struct.pack("<Q", len(text)) + hashlib.sha256(text).digest() + text
-    target = place / "forged.elva"
-    target.write_bytes(start.ljust(4096, b"\0") + body + sums)
-    forged = segment.Segment(target)
-    forged.verify()
+    target = forged.write_table(place, TABLES[name])
+    found = segment.Segment(target)
+    found.verify()
     before = pa.total_allocated_bytes()
     with pytest.raises(UserError, match=r"forged.elva: must have a readable table of ids"):
-        _ = forged.table
+        _ = found.table
     assert pa.total_allocated_bytes() - before < 1 << 20
 
 

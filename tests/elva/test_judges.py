@@ -4,16 +4,22 @@ import base64
 import io
 import json
 import threading
+import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.reliability import servers
+from benchmarks.reliability.row import Trials
+from benchmarks.reliability.servers import behaviours
 from elva.commands import mrbench
 from elva.data import Item, load
 from elva.errors import UserError
 from elva.model.scratch import create
+from elva.mrbench import server as asking
 from elva.mrbench.judges import (
     DESCRIBE,
     PROMPT,
@@ -183,6 +189,85 @@ def test_a_build_by_a_server_goes_on_where_it_was_cut_off(server, corpus, tmp_pa
     page = (output / "review.html").read_text()
     assert "A red dog runs." in page and "OpenMoji" in page and 'src="mbeir_images/' in page
     assert not (tmp_path / "bench.judged.jsonl").exists()
+
+
+@pytest.fixture
+def keyed(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", servers.KEY)
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "drips a body", "drips headers", "pours a body", "says a length of a terabyte",
+        "says too great a length, and goes", "redirects by 302", "nests deeply", "says NaN",
+        "says half a surrogate", "has the key in its status", "says the key in escapes",
+        "speaks another protocol", "would not say",
+    ],
+)  # fmt: skip
+def test_a_server_that_misbehaves_gets_a_line(keyed, way):
+    """As the row `servers` of benchmarks/reliability judges it; these were faults, or could be."""
+    servers.trial("grains", way)
+
+
+@pytest.mark.thorough
+def test_all_servers_that_misbehave_get_a_line():
+    outcome = servers.trials(Trials(0, len(servers.CASES), seed=0))
+    assert outcome.wrong == [] and outcome.tried == len(servers.CASES) > 200
+
+
+def test_a_client_that_waits_follows_or_tells_is_found(keyed, monkeypatch):
+    """The row can fail: by each of three faults."""
+    with monkeypatch.context() as patch:
+        patch.setattr(asking._Deadline, "_shut", lambda self: None)
+        patch.setattr(behaviours, "PATIENCE_SECONDS", 5)
+        patch.setattr(servers, "SLACK_SECONDS", 1)
+        with pytest.raises(AssertionError, match="s of at most"):
+            servers.trial("grains", "drips headers")
+    with monkeypatch.context() as patch:
+        patch.setattr(asking, "_opener", lambda deadline: urllib.request.build_opener())
+        with pytest.raises(AssertionError, match=r"for 'leads elsewhere|it went elsewhere"):
+            servers.trial("grains", "redirects by 302")
+    with monkeypatch.context() as patch:
+        patch.setattr(asking, "_key", lambda: "")
+        with pytest.raises(AssertionError, match="the key is in"):
+            servers.trial("grains", "has the key in its status")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:hidden@host/v1", "https://host/v1?key=hidden", "http://host/v1#hidden",
+        "http://:80/hidden", "http://host:hidden/v1", "http://[hidden/v1",
+    ],
+)  # fmt: skip
+def test_an_address_that_holds_a_secret_is_refused_and_not_repeated(url):
+    with pytest.raises(UserError, match=r"--judge must be http\(s\)://HOST") as caught:
+        judge_of(url, "m")
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "caf\u00e9", "a b", 'a"b', "\x1b[2J"])
+def test_a_key_that_no_header_holds_is_not_repeated(monkeypatch, key):
+    """http.client would print the whole of it."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY must be letters") as caught:
+        OpenAIJudge("http://127.0.0.1:9/v1", "m").grains("a")
+    assert key not in str(caught.value)
+
+
+def test_a_key_of_a_file_may_end_in_a_line_end(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\r\n")
+    OpenAIJudge(server.url, "m").grains("Dog is red.")
+    assert server.asked[0][1]["Authorization"] == "Bearer secret"
+
+
+def test_brackets_without_end_are_no_work():
+    """A pattern took a second for 20,000 of them, and four times as long for twice as many."""
+    began = time.monotonic()
+    assert parse("[" * 260_000, "a dog") == parse("[" * 100_000 + "]" * 100_000, "a dog") == []
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize(

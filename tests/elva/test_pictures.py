@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from elva.data import Item, load, mbeir
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
 from elva.errors import DataError
 from elva.model import pictures
 from elva.model.family import read_inputs
@@ -32,7 +34,7 @@ from tests.elva import families
 from tests.elva.stages import POLICY, Stage
 
 QUERIES, CANDIDATES = 12, 24
-STEM = mbeir.file_stem("made", "i2i")
+STEM = file_stem("made", "i2i")
 
 I2I = replace(
     POLICY, tasks={"i2i": 1.0}, learning_rate=1e-2, max_completion_length=4,
@@ -73,7 +75,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(QUERIES)
     ]  # fmt: skip
     mbeir.write_queries(root, STEM, "train", queries)
-    mbeir.write_instructions(root, "made", 9, {("image", "image"): ["Find a like one."]})
+    write_instructions(root, "made", 9, {("image", "image"): ["Find a like one."]})
     return root
 
 

@@ -100,8 +100,9 @@ def test_two_processes_give_the_same_bits_again(
 @pytest.mark.parametrize(
     ("before", "after", "by", "least"),
     [
-        ("1", 3, "ddp", 1e-12), ("3", 2, "ddp", 1e-12), ("2-fsdp2", 1, "ddp", 1e-12),
-        ("2-zero", 1, "ddp", 5e-7), ("1", 2, "zero", 5e-7),
+        ("1", 3, "ddp", 1e-12), ("2-fsdp2", 1, "ddp", 1e-12), ("2-zero", 1, "ddp", 5e-7),
+        pytest.param("3", 2, "ddp", 1e-12, marks=pytest.mark.thorough),
+        pytest.param("1", 2, "zero", 5e-7, marks=pytest.mark.thorough),
     ],
 )  # fmt: skip
 def test_a_run_goes_on_on_another_number_of_processes(
@@ -120,7 +121,14 @@ def test_a_run_goes_on_on_another_number_of_processes(
     assert max((whole[k] - resumed[k]).abs().max().item() for k in ends) <= least
 
 
-@pytest.mark.parametrize("by", ["ddp", "fsdp2", "zero"])
+@pytest.mark.parametrize(
+    "by",
+    [
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.thorough),
+        pytest.param("zero", marks=pytest.mark.thorough),
+    ],
+)
 def test_elva_train_on_two_processes_writes_one_run(
     recipe_file: Path, start: Start, tmp_path: Path, by: str
 ) -> None:
@@ -160,7 +168,14 @@ class Faulty(Callback):
 """
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kill", "nan",
+        pytest.param("interrupt", marks=pytest.mark.thorough),
+        pytest.param("bad data", marks=pytest.mark.thorough),
+    ],
+)  # fmt: skip
 def test_where_one_ends_all_end_and_one_says_why(
     name: str, recipe_file: Path, start: Start, tmp_path: Path
 ) -> None:

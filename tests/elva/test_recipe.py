@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +16,8 @@ from elva import recipe
 from elva.cli import app
 from elva.data.schema import TASKS
 from elva.errors import UserError
-from elva.recipe import Recipe, read_recipe, to_dict
-from elva.recipes import RECIPES, resolve
+from elva.recipe import Recipe
+from elva.recipes import RECIPES, read_recipe, resolve
 from elva.settings import Places, Rule, build
 from elva.training import objective
 
@@ -202,12 +202,12 @@ def test_aliases_are_read_once_however_often_they_stand(tmp_path: Path) -> None:
 def test_the_recipes_keep_their_own_rules(name: str, tmp_path: Path) -> None:
     """They are written as Python, so nothing has built them; and a run's file reads back whole."""
     own = RECIPES[name]
-    assert build(Recipe, to_dict(own), Places("recipe")) == own
+    assert build(Recipe, asdict(own), Places("recipe")) == own
     assert not list(own.idle())
     import yaml
 
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(to_dict(own), sort_keys=False))
+    file.write_text(yaml.safe_dump(asdict(own), sort_keys=False))
     assert read_recipe(file) == own
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks import reported
 from elva.cli import app
 from elva.commands.report import figures as figures_of
 from elva.commands.report import report
@@ -24,7 +25,6 @@ from elva.recipe import Recipe, StageConfig
 from elva.report import charts, drawing, figures, gallery, pictures
 from elva.report.table import as_json, table
 from elva.run import Run
-from tests.elva import reported
 
 
 @pytest.fixture(scope="module")

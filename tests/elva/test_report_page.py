@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from benchmarks import reported
 from elva.commands.report import report
 from elva.recipe import Recipe
 from elva.run import Run
-from tests.elva import reported
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -10,6 +10,7 @@ from PIL import Image
 from elva.collection import ROOM
 from elva.commands import search
 from elva.data import load, mbeir
+from elva.data.instructions import write_instructions
 from elva.errors import UserError
 from elva.files import write_directory
 from elva.index import Index
@@ -41,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "pos_cand_list": [f"7:{i}"], "neg_cand_list": [], "task_id": 0}
         for i, name in enumerate(NAMES[:11])
     ]  # fmt: skip
-    mbeir.write_instructions(root, "tiny", 7, INSTRUCTIONS)
+    write_instructions(root, "tiny", 7, INSTRUCTIONS)
     mbeir.write_pool(root, "tiny_task0", pool)
     mbeir.write_queries(root, "tiny_task0", "test", queries)
     return root

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
+from benchmarks.reliability.shown import pages, terminals
+from benchmarks.reliability.shown.terminals import harmless
 from elva.cli import app, console
 from elva.errors import UserError, printable
 from elva.index import Index
@@ -27,10 +30,6 @@ CAFE, FIREFIGHTER = (
     "\U0001f469\u200d\U0001f692",
 )
 I_WANT = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # which is spelt with a joiner
-
-
-def harmless(printed: str) -> bool:
-    return not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2028\ud800]", printed)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +66,7 @@ def test_nothing_that_is_printed_reaches_the_terminal_as_a_command(terminal):
         shown.print(HOSTILE, table)
         bars.finish(HOSTILE)
     printed = file.getvalue()
-    styles = r"\x1b\[[0-9;]*m|\x1b\[\d*[AK]|\x1b\[\?25[lh]|\r"
-    assert harmless(re.sub(styles, "", printed) if terminal else printed)
+    assert harmless(printed, terminal)
     assert "\x1b[2J" not in printed and "\x1b]" not in printed
     assert printed.count("[link=http://evil]b[/a]:cat:") >= 5
     assert (":cat:" in printed) and "\U0001f431" not in printed
@@ -79,6 +77,52 @@ def test_an_error_is_one_harmless_line(capsys):
         raise UserError(f"{HOSTILE}\nforged: all is well")
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and harmless(printed) and "\\nforged" in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["index", HOSTILE], ["report", "a", f"--{HOSTILE}"], ["search", "i", "q", "-k", HOSTILE],
+        [f"{HOSTILE}\ud800"],
+    ],
+)  # fmt: skip
+def test_a_wrong_word_of_a_command_is_shown_harmlessly(words):
+    """typer would print it as it is; names of files may begin with a dash."""
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and harmless(done.output) and "Error" in done.output
+
+
+def test_json_is_ascii_without_its_last_character(capsys):
+    console.print_json({HOSTILE: "\ud800\x7f"})
+    printed = capsys.readouterr().out
+    assert harmless(printed) and printed.isascii()
+    assert json.loads(printed) == {HOSTILE: "\ud800\x7f"}
+
+
+def test_no_command_prints_beside_the_terminal():
+    """By `print`, which shows text as it is; `print_json` alone does, and the version."""
+    found = [
+        (path.name, ast.unparse(node.args[0]))
+        for path in (ROOT / "elva" / "cli").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    ]
+    assert sorted(name for name, _ in found) == ["__init__.py", "console.py"]
+
+
+def test_a_surface_that_shows_a_text_as_it_is_is_found(monkeypatch, tmp_path):
+    """The row `terminal` of benchmarks/reliability can fail, by a terminal and by a page."""
+    text = f"{HOSTILE} <b>k1k</b>"
+    terminals.consoles(text, "k1k", tmp_path)
+    pages.stays_text(pages.demo)(text, "k1k", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr("elva.terminal.printable", lambda text, keep="": text)
+        terminals.consoles(text, "k1k", tmp_path)
+    plain = render.__globals__["_PAGES"]
+    monkeypatch.setattr(plain, "autoescape", False)
+    monkeypatch.setattr(plain, "cache", None)
+    with pytest.raises(AssertionError, match="it became HTML"):
+        pages.stays_text(pages.demo)(text, "k1k", tmp_path)
 
 
 def test_ids_and_fields_of_an_index_are_shown_as_they_are(tmp_path):

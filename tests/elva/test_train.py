@@ -1,10 +1,9 @@
-"""`elva train` end to end on a small corpus: files, figures, resuming after kill -9, bad input."""
+"""`elva train` end to end on a small corpus: files, figures, resuming, bad input. Of kill -9:
+benchmarks/reliability, `kills-training`."""
 
 import hashlib
-import importlib
 import json
 import math
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,8 +24,6 @@ from elva.run import Run
 from elva.training.callbacks import Callback
 from elva.training.estimate import describe
 from elva.training.loop import BEST, Loop
-
-kills = importlib.import_module("benchmarks.kills")  # which conftest puts there
 
 Start = Callable[..., BaseProcess]
 
@@ -89,35 +86,6 @@ def test_evaluate_repeats_the_table(finished: Path, start: Start, tmp_path: Path
     assert Run.open(finished).read("2", "evaluation.json")["figures"] == before
 
 
-KILLS, LATE = 10, 5
-"""So many more are drawn, three of each kind: on a busy machine some come when all is done."""
-
-
-def test_killed_ten_times_and_resumed_gives_the_same_bits(
-    finished: Path, recipe_file: Path, start: Start, tmp_path: Path
-) -> None:
-    """Models, every checkpoint's weights and optimizer, metrics and evaluations; a hundred times:
-    `python -m benchmarks.kills`."""
-    timeline = kills.Timeline(kills.read_journal(finished.parent / "journal"))
-    run, draw = tmp_path / "killed", random.Random(0)
-    there = ("train", "--output", str(run))
-    begin = (*there, "--recipe", "smoke", "--config", str(recipe_file))
-    disturbed = kills.Disturbed()
-    disturbed.go(
-        lambda words, before: [start(*words, directory=tmp_path, before=before)],
-        begin, (*there, "--resume"), timeline, timeline.draw(KILLS + LATE, draw), draw, tmp_path,
-    )  # fmt: skip
-    assert len(disturbed.kills) >= KILLS
-    assert {kill.kind for kill in disturbed.kills} == set(kills.KINDS)
-    assert len({kill.stage for kill in disturbed.kills}) >= 4
-    compared = [m for m in disturbed.marks if m["files"]]
-    assert len(compared) >= len([m for m in timeline.marks if m["files"]]) - KILLS - LATE
-    assert all(
-        {"weights.safetensors", "optimizer.safetensors"} <= set(m["files"]) for m in compared
-    )
-    assert kills.differences(finished, run, timeline, disturbed.marks) == []
-
-
 def ended(process: BaseProcess) -> int:
     """Its exit code, once it is there."""
     process.join(300)
@@ -156,8 +124,9 @@ GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches
     "changes",
     [
         {**GRPO, "rollout_candidates": "all", "micro_batch_size": 16},
-        {**GRPO, "num_iterations": 2},
-        {**GRPO, "lora": {"rank": 4, "alpha": 8}},
+        # test_processes has each of the two by several processes and by one
+        pytest.param({**GRPO, "num_iterations": 2}, marks=pytest.mark.thorough),
+        pytest.param({**GRPO, "lora": {"rank": 4, "alpha": 8}}, marks=pytest.mark.thorough),
         {
             **GRPO,
             "pathwise": 0.5,
@@ -166,7 +135,10 @@ GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches
             "negatives": {"given": 1, "mined": 3, "random": 2, "in_batch": True},
         },
         {**GRPO, "policy": 0.0, "pathwise": 1.0, "reward": {"rank_temperature": 0.03}},
-        {**GRPO, "policy": 0.0, "pathwise": 1.0, "rollout_candidates": "all"},
+        pytest.param(
+            {**GRPO, "policy": 0.0, "pathwise": 1.0, "rollout_candidates": "all"},
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["all", "two-iterations", "lora", "mixed", "soft-pathwise", "pathwise-all"],
 )

@@ -1,13 +1,12 @@
 """Inputs, truths and backends of the contract suite. A new backend is one line in `BACKENDS`."""
 
-import os
-
 import pytest
 import torch
 
 from elva_kernels import available_backends, doctor, rank_statistics, reference
 from elva_kernels.backends.table import LAUNCHERS
 from tests import tolerances
+from tests.kernels.hosted import INTERPRETED, ON_FIBERS
 
 WEIGHTS = {"margin": 0.1, "rank_penalty": 0.01, "w_margin": 0.4, "w_rank": 0.6}
 OPEN_HINGE = WEIGHTS | {"margin": -1.0, "rank_penalty": 0.1}
@@ -15,10 +14,6 @@ SOFT_RANKS = OPEN_HINGE | {"rank_temperature": 0.05}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 # |loss - float64 truth| of scores that are 1e-5 off at most, per 1 / temperature.
 LOSS = dict.fromkeys(DTYPES, 1e-06) | {torch.float64: 1e-13}
-# Set by test_triton.py: the suite on Triton's interpreter alone, at sizes that it can bear.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Set by test_cuda.py: the suite on the bodies of the CUDA kernels alone, run on the host.
-ON_FIBERS = "ELVA_TEST_CUDA_HOST" in os.environ
 
 
 def _backends(*names):

@@ -23,6 +23,7 @@ from elva_kernels.backends.cuda import topk as cuda_topk
 from elva_kernels.backends.cuda.products import float_product
 from elva_kernels.backends.cuda.select import Best, Factors
 from elva_kernels.backends.gpu.topk import best_of
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.reference import Weights
 from tests import tolerances
 from tests.kernels.cases import (
@@ -63,8 +64,8 @@ def launch(op, *inputs, relevance=None, **weights):
     """A launcher of the grouped reward, of negatives in their place and of all gradients."""
     query, positive, negatives, mask, *rest = inputs
     wrt = (reference.ALL,) if op in ("ranking_reward_and_grad", "ranking_reward_backward") else ()
-    inputs = (query, positive, negatives, mask, None, relevance, *rest)
-    return LAUNCHERS[op](*inputs, Weights(**weights), *wrt)
+    groups = Groups(query, positive, negatives, mask, None, relevance)
+    return LAUNCHERS[op](groups, *rest, Weights(**weights), *wrt)
 
 
 def grades(n, groups=3):
@@ -170,8 +171,8 @@ def bank_of(n, d, dtype, rows=7):
 
 def run_indexed(query, positive, bank, index, wrt=reference.ALL, relevance=None, **weights):
     weight = torch.tensor([0.7, -3.0, 0.0])
-    inputs = (query, positive, bank, None, index, relevance, weight, Weights(**weights), wrt)
-    return LAUNCHERS["ranking_reward_and_grad"](*inputs)
+    groups = Groups(query, positive, bank, None, index, relevance)
+    return LAUNCHERS["ranking_reward_and_grad"](groups, weight, Weights(**weights), wrt)
 
 
 @pytest.mark.parametrize("shape", CLUSTERS)
@@ -294,11 +295,11 @@ def test_sanitized_bank(n, d, dtype):
     found = run_indexed(query, positive, bank, index, relevance=relevance, **OPEN_HINGE)
     assert found[0].isnan().tolist() == [False, False, n > 1]
     saved = LAUNCHERS["ranking_reward_saved"]
-    given = (query, positive, bank, None, index, relevance)
-    *values, coefficients = saved(*given, Weights(**OPEN_HINGE))
+    given = Groups(query, positive, bank, None, index, relevance)
+    *values, coefficients = saved(given, Weights(**OPEN_HINGE))
     weight = torch.tensor([0.7, -3.0, 0.0])
     rest = (coefficients, weight, Weights(**OPEN_HINGE), reference.ALL)
-    again = LAUNCHERS["ranking_reward_backward"](*given, *rest)
+    again = LAUNCHERS["ranking_reward_backward"](given, *rest)
     for a, b in zip((*values, *again), found, strict=True):
         assert same_bits(a, b)
 

@@ -5,6 +5,7 @@ the committed table (cuda_resources.json), which `test_cuda_resources` holds the
 """
 
 import importlib
+import importlib.util
 import json
 import re
 import shutil

@@ -98,7 +98,13 @@ def taken(op="ranking_reward", dtype=torch.float32):
     return next(name for name, found in LAUNCHERS[op].items() if found is launch)
 
 
-@pytest.mark.parametrize("dtype", verdicts.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(x, marks=[] if x == torch.float32 else pytest.mark.thorough, id=str(x))
+        for x in verdicts.DTYPES
+    ],
+)
 def test_a_right_backend_is_taken_and_tested_once(machine, dtype):
     machine.install(right)
     for op in verdicts.TRIALS:

@@ -13,6 +13,7 @@ from elva_kernels import (
     reference,
 )
 from elva_kernels.backends.choice import launcher
+from elva_kernels.backends.launcher import Contrast
 from tests import tolerances
 from tests.kernels import in_batch_oracle as oracle
 from tests.kernels.cases import (
@@ -311,9 +312,8 @@ def test_a_positive_that_does_not_exist_is_a_pair_that_is_not_finite(backend):
     dirty = clean._replace(target=target, excluded=outside)
     heat = torch.tensor(TEMPERATURE)
     launch = launcher("info_nce", backend, torch.device("cpu"), torch.float32)
-    options = {"symmetric": True, "workspace_mb": 1}
-    loss, *found = launch(*case[:2], dirty, heat, **options)
-    clean_loss, *clean_found = launch(*case[:2], clean, heat, **options)
+    loss, *found = launch(Contrast(*case[:2], dirty, heat, True, 1))
+    clean_loss, *clean_found = launch(Contrast(*case[:2], clean, heat, True, 1))
     assert loss.isnan().tolist() == [True, False, False, True]
     assert same_bits(loss[1:3], clean_loss[1:3])
     assert torch.equal(found[3].isnan(), target == -2)

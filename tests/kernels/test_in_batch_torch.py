@@ -77,7 +77,11 @@ def test_gradcheck_of_the_reward(backend, head):
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.thorough)],
+    ids=lambda d: str(d)[6:],
+)
 def test_opcheck(backend, dtype):
     pairs = (*rows(dtype), TARGET, EVERYTHING["excluded"], EVERYTHING["candidate_ids"])
     heat = torch.tensor(0.1)

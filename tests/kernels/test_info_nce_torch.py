@@ -72,7 +72,11 @@ def test_gradients_of_a_batch_of_upstream_gradients(backend, reduction):
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.thorough)],
+    ids=lambda d: str(d)[6:],
+)
 def test_opcheck(backend, dtype):
     query, candidates = batch(4, 7, 5, dtype)
     heat = torch.tensor(0.1)

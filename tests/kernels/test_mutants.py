@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from elva_kernels.backends import choice
+from elva_kernels.backends.launcher import Contrast, Groups
 from elva_kernels.backends.table import LAUNCHERS
 from tests.kernels import (
     test_codes,
@@ -42,13 +43,18 @@ def results(change):
 
 
 def inputs(change):
-    """A mutation of a launcher's inputs, given as a list."""
+    """A mutation of a launcher's inputs, given as a list; of its groups or contrast."""
 
     def mutation(launch):
         def mutant(*tensors, **options):
-            given = list(tensors)
+            first, *rest = tensors
+            if not isinstance(first, Groups | Contrast):
+                given = [*tensors]
+                change(given)
+                return launch(*given, **options)
+            given = [*first]
             change(given)
-            return launch(*given, **options)
+            return launch(type(first)(*given), *rest)
 
         return mutant
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels import guest_session, processes
-from tests.kernels.test_cpu import ARM_LEVELS, LEVEL_FLAGS
+from tests.kernels.compiled import ARM_LEVELS, LEVEL_FLAGS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -17,21 +17,6 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 OBJECTS = "-std=c++17 -O3 -pthread -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror"
 OBJECTS += " -Wno-psabi -Wno-maybe-uninitialized"
 UNDEFINED = "-fsanitize=undefined -fno-sanitize-recover=all -Wno-error"
-# Files whose tests take a level of the cpu backend.
-CONTRACT = [
-    "reward",
-    "reward_scores",
-    "reward_index",
-    "reward_relevance",
-    "reward_properties",
-    "rank_statistics",
-    "info_nce",
-    "in_batch_reward",
-    "in_batch_relations",
-    "in_batch_positives",
-    "topk",
-    "codes",
-]
 
 
 def needs(*programs):
@@ -116,7 +101,7 @@ def guest(tmp_path_factory):
 
 @needs(COMPILER, EMULATOR)
 @pytest.mark.thorough
-@pytest.mark.parametrize("file", CONTRACT)
+@pytest.mark.parametrize("file", guest_session.CONTRACT)
 def test_contract_under_emulation(guest, file):
     """Every level on the diagonal of its cases, all of float64, float32 and the two halves."""
     counts = run(guest, f"tests/kernels/test_{file}.py")

@@ -265,6 +265,48 @@ def test_masked_rows_are_never_read(backend, dtype, weights, n, graded):
 
 
 @each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("n", [1, 9, 70])
+def test_masked_rows_have_no_gradient_beside_a_query_that_is_not_finite(backend, dtype, bad, n):
+    query, positive, negatives = embeddings((4,), n, 27, dtype)
+    mask = torch.rand(4, n) < 0.5
+    mask[0], mask[1] = False, True
+    query[:3, 0] = bad
+    _, *gradients = ranking_reward_and_grad(query, positive, negatives, mask=mask, backend=backend)
+    assert (gradients[2][~mask] == 0).all()
+    assert gradients[2][:3][mask[:3]].isnan().all() and gradients[2][3].isfinite().all()
+    for gradient in gradients[:2]:
+        assert gradient[:3].isnan().all() and gradient[3].isfinite().all()
+
+
+@each_dtype
+@pytest.mark.parametrize("n", [3, 40])
+def test_terms_beyond_the_range_cancel_in_the_gradient_of_a_tiny_query(backend, dtype, n):
+    """It is that of the query in range over the power of two, infinite where that is beyond."""
+    steps = {torch.float16: -14, torch.float64: -1022}
+    info = torch.finfo(dtype)
+    for seed in range(3):
+        query, *rows = embeddings((3,), n, 24, dtype, seed=seed)
+        inside = 0
+        for shift in (0, -3, -6):  # no bit is lost where it is subnormal
+            factor = 2.0 ** (steps.get(dtype, -126) + shift)
+            near = ranking_reward_and_grad(query.sign(), *rows, backend=backend, **OPEN_HINGE)
+            far = ranking_reward_and_grad(
+                query.sign() * factor, *rows, backend=backend, **OPEN_HINGE
+            )
+            for a, b in zip(near[0], far[0], strict=True):
+                assert same_bits(a, b)
+            expected = near[1].double()
+            bound = tolerances.GRADIENT[dtype] + 2 * tolerances.half_ulp(expected, dtype)
+            low, high = ((expected + side * bound) / factor for side in (-1, 1))
+            low, high = (x.clamp(-info.max, info.max) for x in (low, high))
+            found = far[1].double().clamp(-info.max, info.max)
+            assert ((found >= low) & (found <= high)).all()
+            inside += (found.abs() < info.max).sum()
+        assert inside
+
+
+@each_dtype
 @each_ranks
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
 @each_grade

@@ -15,6 +15,7 @@ from elva_kernels import (
     reference,
 )
 from elva_kernels.backends import choice
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.backends.segments import occurrences
 from elva_kernels.backends.table import LAUNCHERS
 from tests import tolerances
@@ -190,14 +191,28 @@ def test_non_finite_rows_reach_the_groups_that_name_them(backend, dtype, bad):
 
 
 @each_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_query_that_is_not_finite_reaches_the_rows_that_it_names(backend, dtype, bad):
+    query, positive, bank, _ = indexed((3,), 0, 21, 7, dtype)
+    index = torch.tensor([[0, 1, -1], [2, 3, 0], [4, 5, 5]])
+    mask = torch.tensor([[True, False, True], [True, True, False], [True, True, True]])
+    query[0, 0] = bad
+    _, *gradients = ranking_reward_and_grad(
+        query, positive, bank, negative_index=index, mask=mask, backend=backend
+    )
+    assert gradients[2][0].isnan().all() and gradients[2][1:].isfinite().all()
+    assert (gradients[2][[1, 6]] == 0).all()
+
+
+@each_dtype
 def test_a_row_that_does_not_exist_is_not_finite(backend, dtype):
     """As a device sees it that nobody waits for: -2 in a launcher's index."""
     query, positive, bank, index = indexed((3,), 5, 16, 6, dtype, hidden=0)
     index[1, 2] = -2
     weights = reference.Weights(**OPEN_HINGE)
     launch = LAUNCHERS["ranking_reward_and_grad"][backend]
-    inputs = (query, positive, bank, None, index, None, None, weights, (True, True, True))
-    reward, _, _, _, scores, *gradients = launch(*inputs)
+    groups = Groups(query, positive, bank, negative_index=index)
+    reward, _, _, _, scores, *gradients = launch(groups, None, weights, (True, True, True))
     assert reward.isnan().tolist() == [False, True, False]
     assert scores[1].isnan().nonzero().flatten().tolist() == [3]
     assert gradients[0].isnan().all(-1).tolist() == [False, True, False]
@@ -289,7 +304,9 @@ def test_gradcheck(backend, weights):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.thorough)], ids=str
+)
 def test_opcheck(backend, dtype):
     query, positive, bank, index = indexed((3,), 5, 8, 6, dtype)
     reward = reference.compute_dtype(dtype)
@@ -353,7 +370,8 @@ def test_compiles_where_one_tensor_stands_in_two_places(backend):
 
 @each_dtype
 @pytest.mark.parametrize("place", ["query", "positive", "negatives"])
-def test_terms_of_a_shared_row_are_summed_before_they_are_scaled(backend, dtype, place):
+@pytest.mark.parametrize("beside", [1.0, 2.0**40], ids=["small", "large"])  # the size of other rows
+def test_terms_of_a_shared_row_are_summed_before_they_are_scaled(backend, dtype, place, beside):
     """A tiny row's gradient is that of the same row in range, divided by the power of two.
 
     Each group's own term overflows where their sum, of opposite signs, does not.
@@ -365,6 +383,7 @@ def test_terms_of_a_shared_row_are_summed_before_they_are_scaled(backend, dtype,
     for name, x in inputs.items():
         if name != place:  # two groups that are nearly one
             x[1] = x[0] * (1 + torch.finfo(dtype).eps * torch.randint(-1, 2, x[1].shape).to(dtype))
+            inputs[name] = x * (1.0 if dtype == torch.float16 else beside)
     row = inputs[place][0].clone()
     options = {"weight": torch.tensor([1.0, -1.0]), "backend": backend} | OPEN_HINGE
     for scaled in (row.sign(), row.sign() * 2.0**-6):  # no bit is lost where it is subnormal
@@ -386,6 +405,28 @@ def test_terms_of_a_shared_row_are_summed_before_they_are_scaled(backend, dtype,
             assert inside.any()
             error = (found.double() * factor - near[i].double()).abs()
             assert (error <= allowed)[inside].all()
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [1.0, 2.0**60])  # of the queries
+def test_terms_of_a_tiny_row_of_a_bank_are_summed_before_they_are_rounded(backend, dtype, size):
+    steps = {torch.float16: -14, torch.float64: -1022}
+    factor, size = 2.0 ** steps.get(dtype, -126), 1.0 if dtype == torch.float16 else size
+    query, positive, bank = embeddings((2,), 5, 16, dtype)
+    query[1], positive[1] = query[0] * (1 + torch.finfo(dtype).eps), positive[0]
+    query, bank = query * size, bank[0]
+    index = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    options = {"weight": torch.tensor([1.0, -1.0]), "negative_index": index, "backend": backend}
+    bank[0] = bank[0].sign()
+    near = ranking_reward_and_grad(query, positive, bank, **options, **OPEN_HINGE)
+    bank[0] *= factor * 2.0**-6
+    far = ranking_reward_and_grad(query, positive, bank, **options, **OPEN_HINGE)
+    found, expected = (x[3][0].double() for x in (far, near))
+    assert same_bits(near[0].scores, far[0].scores)
+    allowed = 4 * (tolerances.GRADIENT[dtype] + torch.finfo(dtype).eps * expected.abs())
+    inside = (expected.abs() + allowed) / factor * 64 < torch.finfo(dtype).max
+    assert not found.isnan().any() and inside.any()
+    assert ((found * factor / 64 - expected).abs() <= allowed)[inside].all()
 
 
 def test_two_groups_share_a_subnormal_positive(backend):

@@ -12,6 +12,7 @@ from elva_kernels import (
     reference,
     reward_from_scores,
 )
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.backends.table import LAUNCHERS
 from elva_kernels.reference import Weights
 from tests import tolerances
@@ -228,9 +229,9 @@ def test_what_is_no_relevance_spoils_its_group_alone(backend, dtype, of_bank):
     bad[range(len(NONE)), 2], bad[-1, 2] = torch.tensor(NONE).to(bad), math.nan
     launch = LAUNCHERS["ranking_reward_and_grad"][backend]
     for weights in (OPEN_HINGE, SOFT_RANKS):
-        given = (query, positive, negatives, mask, index)
+        given = Groups(query, positive, negatives, mask, index)
         rest = (None, Weights(**weights), reference.ALL)
-        right, found = launch(*given, good, *rest), launch(*given, bad, *rest)
+        right, found = (launch(given._replace(relevance=x), *rest) for x in (good, bad))
         spoilt = torch.arange(7) < len(NONE)
         for i, (a, b) in enumerate(zip(found, right, strict=True)):
             a, b = (x.view(7, 5, 24) if of_bank and i == 7 else x for x in (a, b))

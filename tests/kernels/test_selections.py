@@ -13,7 +13,7 @@ from tests.kernels.selections import (
     Clause,
     Session,
     check_dtypes,
-    every_value_once,
+    few_cases,
     select,
 )
 
@@ -43,7 +43,7 @@ def session(never=(), thorough=()):
     return Session("cuda_on_fibers", ("test_topk",), {"": [*never]}, {"": [*thorough]})
 
 
-def test_a_value_is_not_a_part_of_another():
+def test_a_value_is_not_a_part_of_another(monkeypatch):
     """float16 is not bfloat16, 2 is not float32, and test_map is no other test."""
     never = [
         Clause("test_topk::test_numbers", {"dtype": torch.float16}),
@@ -52,21 +52,28 @@ def test_a_value_is_not_a_part_of_another():
     long = [Clause("test_topk::test_numbers", {"shape": 2})]
     kept = select(session(never, long), ITEMS + OTHERS, thorough=True)
     assert kept == [x for x in ITEMS if x.callspec.params["dtype"] != torch.float16] + [OTHERS[1]]
+    monkeypatch.setattr(selections, "NUMBERS", {"test_topk::test_numbers"})
     kept = select(session(never, long), ITEMS + OTHERS, thorough=False)
     assert torch.float16 not in {x.callspec.params.get("dtype") for x in kept}
     assert {x.callspec.params.get("shape") for x in kept} == {1, 5, 32, None}
 
 
-def test_every_value_is_there_in_few_cases():
-    kept = every_value_once(ITEMS)
-    assert len(kept) == len(SHAPES)
-    assert {x.callspec.params["shape"] for x in kept} == set(SHAPES)
-    assert every_value_once(OTHERS) == OTHERS
+def test_of_the_contract_each_test_is_taken_in_one_case():
+    kept = few_cases(ITEMS + OTHERS)
+    assert kept[1:] == OTHERS and kept[0] in ITEMS
+    other = [Item("test_layouts", **item.callspec.params) for item in ITEMS]
+    assert few_cases(other)[0].callspec != kept[0].callspec, "not all in the same"
+
+
+def test_what_is_a_backends_own_is_there_in_every_value():
+    own = [Item("test_own", dtype=dtype, shape=n) for dtype in DTYPES for n in SHAPES]
+    kept = few_cases(own)
+    assert len(kept) == len(SHAPES) and {x.callspec.params["shape"] for x in kept} == set(SHAPES)
 
 
 def test_numbers_are_taken_in_every_dtype(monkeypatch):
     monkeypatch.setattr(selections, "NUMBERS", {"test_topk::test_numbers"})
-    kept = every_value_once(ITEMS)
+    kept = few_cases(ITEMS)
     assert len(kept) == len(SHAPES)
     for name, values in (("dtype", DTYPES), ("shape", SHAPES)):
         assert {x.callspec.params[name] for x in kept} == set(values)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from elva_kernels.backends import triton
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.backends.triton import codes, in_batch, launch, reward, topk
 from elva_kernels.reference import ALL, Batch, FineCodes, RowCodes, Weights
 from tests.kernels.cases import OPEN_HINGE
@@ -50,11 +51,11 @@ def train(groups, n, dim, mask, relevance=None):
     shapes = ((groups, dim), (groups, dim), (groups, n, dim))
     inputs = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
     upstream = torch.ones(groups)
-    given = (*inputs, mask, None, relevance)
-    *_, saved = reward.ranking_reward_saved(*given, WEIGHTS)
-    reward.ranking_reward_backward(*given, saved, upstream, WEIGHTS, ALL)
-    reward.ranking_reward_and_grad(*given, upstream, WEIGHTS, ALL)
-    reward.ranking_reward(*given, WEIGHTS)
+    given = Groups(*inputs, mask, None, relevance)
+    *_, saved = reward.ranking_reward_saved(given, WEIGHTS)
+    reward.ranking_reward_backward(given, saved, upstream, WEIGHTS, ALL)
+    reward.ranking_reward_and_grad(given, upstream, WEIGHTS, ALL)
+    reward.ranking_reward(given, WEIGHTS)
     scores = torch.zeros(groups, n + 1)
     reward.reward_from_scores(scores, mask, relevance, WEIGHTS)
     reward.reward_from_scores_backward(scores, mask, relevance, upstream, WEIGHTS)

@@ -9,6 +9,7 @@ from elva_kernels import ranking_reward, ranking_reward_and_grad, reference
 from elva_kernels.backends import choice
 from elva_kernels.backends.admission import in_batch as admitted
 from elva_kernels.backends.admission import verdicts
+from elva_kernels.backends.launcher import Groups
 from elva_kernels.backends.table import LAUNCHERS
 from elva_kernels.backends.triton import codes, in_batch, launch, reward, topk
 from elva_kernels.backends.triton.kernels.in_batch import score_rows_kernel
@@ -82,13 +83,13 @@ def interpreted_score_rows(case, table, temperature, results):
 
 def every_launch(inputs, scores, mask, relevance, upstream, weights):
     """All results of all launchers, some with a relevance and some without."""
-    given = (*inputs, mask, None)
-    *values, saved = reward.ranking_reward_saved(*given, relevance, weights)
+    groups = Groups(*inputs, mask)
+    graded = groups._replace(relevance=relevance)
+    *values, saved = reward.ranking_reward_saved(graded, weights)
     yield from values
-    yield from reward.ranking_reward(*given, None, weights)
-    backward = reward.ranking_reward_backward
-    yield from backward(*given, relevance, saved, upstream, weights, ALL)
-    yield from reward.ranking_reward_and_grad(*given, None, upstream, weights, ALL)
+    yield from reward.ranking_reward(groups, weights)
+    yield from reward.ranking_reward_backward(graded, saved, upstream, weights, ALL)
+    yield from reward.ranking_reward_and_grad(groups, upstream, weights, ALL)
     yield from every_bank_launch(inputs, mask, relevance, upstream, weights)
     for grades in (relevance, None):
         yield from reward.reward_from_scores(scores, mask, grades, weights)
@@ -101,16 +102,16 @@ def every_bank_launch(inputs, mask, relevance, upstream, weights):
     bank = negatives.flatten(0, 1)
     index = torch.arange(len(bank)).view(mask.shape) // 2
     index[-1, -1] = index[0, 0] = len(bank) - 1
-    given = (query, positive, bank, None, torch.where(mask, index, -1), relevance)
-    yield from reward.ranking_reward_and_grad(*given, upstream, weights, ALL)
-    *values, saved = reward.ranking_reward_saved(*given, weights)
+    given = Groups(query, positive, bank, None, torch.where(mask, index, -1), relevance)
+    yield from reward.ranking_reward_and_grad(given, upstream, weights, ALL)
+    *values, saved = reward.ranking_reward_saved(given, weights)
     yield from values
-    yield from reward.ranking_reward_backward(*given, saved, upstream, weights, ALL)
+    yield from reward.ranking_reward_backward(given, saved, upstream, weights, ALL)
     for place in range(3):
         wrt = tuple(i == place for i in range(3))
-        yield reward.ranking_reward_and_grad(*given, None, weights, wrt)[5 + place]
-        plain = (*inputs, mask, None, relevance, saved, upstream, weights, wrt)
-        yield reward.ranking_reward_backward(*plain)[place]
+        yield reward.ranking_reward_and_grad(given, None, weights, wrt)[5 + place]
+        plain = Groups(*inputs, mask, None, relevance)
+        yield reward.ranking_reward_backward(plain, saved, upstream, weights, wrt)[place]
 
 
 def every_batch_launch(query, candidates, weight):
@@ -286,9 +287,11 @@ def test_leading_dimensions_that_do_not_merge():
         negatives.permute(1, 0, 2, 4, 3).contiguous().permute(1, 0, 2, 4, 3),
     )
     dense = [x.contiguous() for x in strange]
-    rest = (None, None, torch.rand(2, 3, 2, 3), None, Weights(**OPEN_HINGE), ALL)
-    actual = reward.ranking_reward_and_grad(*strange, *rest)
-    expected = reward.ranking_reward_and_grad(*dense, *rest)
+    relevance, rest = torch.rand(2, 3, 2, 3), (None, Weights(**OPEN_HINGE), ALL)
+    actual, expected = (
+        reward.ranking_reward_and_grad(Groups(*rows, relevance=relevance), *rest)
+        for rows in (strange, dense)
+    )
     for a, b in zip(actual, expected, strict=True):
         assert same_bits(a, b)
         assert a.is_contiguous()

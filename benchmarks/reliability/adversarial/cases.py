@@ -59,16 +59,19 @@ def grouped(draw: Draw, backend: str) -> None:
     upstream = draw.randn(*part(shape)).to(compute_dtype(draw.dtype))
     wrt = [x for x in NAMES if draw.maybe(0.8)]
     if draw.maybe(0.5):
-        found, *gradients = ek.ranking_reward_and_grad(
-            *given, weight=upstream, wrt=wrt, backend=backend, **options, **scalars
-        )
+        with draw.mode():
+            found, *gradients = ek.ranking_reward_and_grad(
+                *given, weight=upstream, wrt=wrt, backend=backend, **options, **scalars
+            )
     else:
         leaves = [
             x.detach().requires_grad_(name in wrt) for x, name in zip(given, NAMES, strict=True)
         ]
-        found = ek.ranking_reward(*leaves, backend=backend, **options, **scalars)
+        with draw.mode():
+            found = ek.ranking_reward(*leaves, backend=backend, **options, **scalars)
         if wrt:
-            found.reward.backward(upstream.expand(found.reward.shape))
+            with draw.mode():
+                found.reward.backward(upstream.expand(found.reward.shape))
         gradients = [x.grad for x in leaves]
     assert [x is not None for x in gradients] == [x in wrt for x in NAMES], "gradients wanted"
     judge.grouped(
@@ -95,9 +98,10 @@ def from_scores(draw: Draw, backend: str) -> None:
     relevance = draw.rand(*shape[:-1], shape[-1] - 1) if draw.maybe(0.3) else None
     scalars = draw.weights(soft=True)
     weights, leaf = Weights(**scalars), draw.laid(scores).requires_grad_()
-    found = ek.reward_from_scores(
-        leaf, mask=mask, relevance=relevance, backend=backend, **scalars
-    )  # fmt: skip
+    with draw.mode():
+        found = ek.reward_from_scores(
+            leaf, mask=mask, relevance=relevance, backend=backend, **scalars
+        )  # fmt: skip
     live = torch.cat([torch.ones(*shape[:-1], 1, dtype=torch.bool),
                       torch.ones(*shape[:-1], shape[-1] - 1, dtype=torch.bool)
                       if mask is None else mask], -1)  # fmt: skip
@@ -105,7 +109,8 @@ def from_scores(draw: Draw, backend: str) -> None:
     judge.near(found.scores, shown, 0.0, "scores")
     judge.rewards(found, mask, relevance, weights)
     upstream = draw.randn(*shape[:-1]).to(found.reward.dtype)
-    found.reward.backward(upstream)
+    with draw.mode():
+        found.reward.backward(upstream)
     exact = None if relevance is None else relevance.double()
     right = reference.reward_from_scores_backward(
         scores.double(), mask, upstream.double(), weights, exact
@@ -149,12 +154,13 @@ def batch_of(draw: Draw) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any],
     return draw.laid(query), draw.laid(candidates), target, options, Batch(columns, **exact)
 
 
-def own_scores(query: Tensor, candidates: Tensor, backend: str) -> Tensor:
+def own_scores(draw: Draw, query: Tensor, candidates: Tensor, backend: str) -> Tensor:
     """[B, M] by the backend itself, put together from the orders of two targets."""
     b, m = len(query), len(candidates)
-    found = ek.rank_statistics(
-        query, candidates, torch.zeros(b, dtype=torch.int64), k=m, backend=backend
-    )
+    with draw.mode():
+        found = ek.rank_statistics(
+            query, candidates, torch.zeros(b, dtype=torch.int64), k=m, backend=backend
+        )
     scores = torch.full((b, m), math.nan, dtype=compute_dtype(query.dtype))
     if b and m:
         row = torch.arange(b).unsqueeze(1).expand_as(found.topk_index)
@@ -168,10 +174,11 @@ def statistics(draw: Draw, backend: str) -> None:
     """`rank_statistics`."""
     query, candidates, target, options, batch = batch_of(draw)
     k, t = draw.one_of((0, 1, 3, len(candidates) + 2)), draw.one_of((1e-3, 0.05, 1.0, 30.0))
-    found = ek.rank_statistics(
-        query, candidates, target, k=k, temperature=t, backend=backend, **options
-    )
-    scores = own_scores(query, candidates, backend)
+    with draw.mode():
+        found = ek.rank_statistics(
+            query, candidates, target, k=k, temperature=t, backend=backend, **options
+        )
+    scores = own_scores(draw, query, candidates, backend)
     judge.matrix(scores, query, candidates)
     one = target is None or target.dim() == 1
     if one:
@@ -188,10 +195,18 @@ def in_batch(draw: Draw, backend: str) -> None:
     scalars = draw.weights(soft=False)
     weights, last = Weights(**scalars), len(candidates) if head is None else head
     weight = draw.randn(len(query)).to(compute_dtype(draw.dtype))
-    found, *gradients = ek.in_batch_ranking_reward_and_grad(
-        query, candidates, target, head=head, weight=weight, backend=backend, **options, **scalars
-    )
-    scores = own_scores(query, candidates, backend)
+    with draw.mode():
+        found, *gradients = ek.in_batch_ranking_reward_and_grad(
+            query,
+            candidates,
+            target,
+            head=head,
+            weight=weight,
+            backend=backend,
+            **options,
+            **scalars,
+        )
+    scores = own_scores(draw, query, candidates, backend)
     right = reference.statistics_of_scores(scores, batch, k=last, temperature=None)
     judge.exactly(found.rank, right.rank.reshape(found.rank.shape), "rank")
     pairs = torch.cat([right.target_score, right.topk_scores], dim=1).double()
@@ -218,13 +233,14 @@ def nce(draw: Draw, backend: str) -> None:
     query, candidates, target, options, batch = batch_of(draw)
     symmetric, t = draw.maybe(0.5), draw.one_of((0.01, 0.05, 0.2, 1.0, 10.0))
     heat = torch.tensor(t, dtype=torch.float64)
-    loss, *gradients = ek.info_nce_and_grad(
-        query, candidates, target, temperature=heat, symmetric=symmetric, reduction="none",
-        workspace_mb=draw.one_of((1, 256)), backend=backend, **options,
-    )  # fmt: skip
+    with draw.mode():
+        loss, *gradients = ek.info_nce_and_grad(
+            query, candidates, target, temperature=heat, symmetric=symmetric, reduction="none",
+            workspace_mb=draw.one_of((1, 256)), backend=backend, **options,
+        )  # fmt: skip
     rows, exponents = judge.scaled((query, candidates))
     if options["max_score"] is not None:  # whose side a score is on, the backend's own say
-        scores = own_scores(query, candidates, backend)
+        scores = own_scores(draw, query, candidates, backend)
         truth = reference.cosine_matrix(*rows)
         cut = options["max_score"]
         if ((scores > cut) != (truth > cut)).any():
@@ -256,14 +272,18 @@ def search(draw: Draw, backend: str) -> None:
     corpus = draw.rows(p, size=size, near=finite(query), bad=bad)
     query, corpus = draw.laid(query), draw.laid(corpus)
     k, metric = draw.one_of((0, 1, 5, p, p + 3)), draw.one_of(("cosine", "dot"))
-    found = ek.topk(query, corpus, k, metric=metric, backend=backend)
+    with draw.mode():
+        found = ek.topk(query, corpus, k, metric=metric, backend=backend)
     judge.searched(found, query, corpus, k, metric)
     if draw.maybe(0.5) and backend in ("cpu", "reference"):
-        codes = ek.row_codes(corpus, backend=backend)
+        with draw.mode():
+            codes = ek.row_codes(corpus, backend=backend)
         live = draw.mask(p)
-        coded = ek.coded_topk(query, corpus, codes, k, mask=live, backend=backend)
+        with draw.mode():
+            coded = ek.coded_topk(query, corpus, codes, k, mask=live, backend=backend)
         kept = torch.arange(p) if live is None else live.nonzero()[:, 0]
-        right = ek.topk(query, corpus[kept], k, backend=backend)
+        with draw.mode():
+            right = ek.topk(query, corpus[kept], k, backend=backend)
         judge.exactly(coded.scores, right.scores, "scores by codes")
         judge.exactly(coded.index, kept[right.index], "index by codes")
 
@@ -279,7 +299,8 @@ def advantages(draw: Draw, backend: str) -> None:
     if draw.maybe(0.2) and reward.numel():
         reward.view(-1)[draw.random.randrange(reward.numel())] = draw.one_of((math.nan, math.inf))
     scale, eps = draw.one_of(("std", "batch", "none")), draw.one_of((0.0, 1e-4, 1.0))
-    found = ek.group_advantages(draw.laid(reward), scale=scale, std_eps=eps)
+    with draw.mode():
+        found = ek.group_advantages(draw.laid(reward), scale=scale, std_eps=eps)
     exact = reference.group_advantages(reward.double(), scale=scale, std_eps=eps)
     stored = exact.to(found.dtype).double()
     relative = 1e-12 if draw.dtype == torch.float64 else 1e-6

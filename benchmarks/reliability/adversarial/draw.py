@@ -7,9 +7,10 @@ layout that a tensor may have. Shapes around every width of a vector, empty ones
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,22 @@ class Draw:
         self.dtype = self.random.choice(dtypes)
         self.largest = largest
         self.words: list[str] = [str(self.dtype)[6:]]
+        self.flushed, self.threads = self.maybe(0.1), self.one_of((1, 1, 1, 2, 3))
+        self.cast = self.maybe(0.1)
+        self.words += ["flushed"] * self.flushed + ["autocast"] * self.cast
+
+    @contextlib.contextmanager
+    def mode(self) -> Iterator[None]:
+        """The case's threads, autocast and flushing of subnormals, as a program may have them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        torch.set_flush_denormal(self.flushed)
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.cast):
+                yield
+        finally:
+            torch.set_flush_denormal(False)
+            torch.set_num_threads(threads)
 
     def maybe(self, share: float) -> bool:
         return self.random.random() < share

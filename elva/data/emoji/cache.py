@@ -18,6 +18,8 @@ from elva.data.emoji.corpus import CLDR, collect
 from elva.data.emoji.pictures import missing_extra, noto_font
 from elva.data.emoji.prompts import EMOJI_DATASET, EMOJI_PROMPTS
 from elva.data.emoji.tasks import IMAGE_FOLDERS, SPLITS, Row, candidates, rows, split_of
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
 from elva.errors import DataError
 from elva.files import MANIFEST, cache_directory, sha256, swap_directory, write_text
 
@@ -135,13 +137,13 @@ def _build(root: Path, size: int) -> dict[str, Any]:
     training = [entry for entry in corpus.entries if splits[entry.name.text] == "train"]
     tasks = [task for task in _POOLS if any(row.task == task for row in made)]
     for task in tasks:
-        stem = mbeir.file_stem("emoji", task)
+        stem = file_stem("emoji", task)
         mbeir.write_pool(root, stem, candidates(corpus.entries, _POOLS[task]))
         mbeir.write_pool(root, f"{stem}_train", candidates(training, _POOLS[task]))
         for split in SPLITS:
             queries = [row.query for row in made if (row.task, row.split) == (task, split)]
             mbeir.write_queries(root, stem, split, queries)
-    mbeir.write_instructions(root, "emoji", EMOJI_DATASET, EMOJI_PROMPTS)
+    write_instructions(root, "emoji", EMOJI_DATASET, EMOJI_PROMPTS)
     asked = {str(row.query["qid"]): row.grains for row in made if row.grains}
     named = {entry.name_id: entry.name.grains for entry in corpus.entries}
     pairs = {str(row.query["qid"]): row.minimal_pairs for row in made if row.minimal_pairs}

@@ -15,7 +15,7 @@ from elva.data.emoji.pictures import missing_extra, noto, noto_font, openmoji
 from elva.data.emoji.tasks import Entry
 
 # Two languages close to each other: words recur often enough for a small vocabulary.
-LANGUAGES = ("es", "fr")
+_LANGUAGES = ("es", "fr")
 # English keywords, where Debian's unicode-cldr-core is installed.
 CLDR = Path("/usr/share/unicode/cldr/common")
 _KEYWORD_FILES = ("annotations/en.xml", "annotationsDerived/en.xml")
@@ -55,7 +55,7 @@ def collect(size: int) -> Corpus:
     except ModuleNotFoundError as error:
         raise missing_extra("emoji") from error
 
-    emoji.config.load_language(list(LANGUAGES))
+    emoji.config.load_language(list(_LANGUAGES))
     qualified = emoji.STATUS["fully_qualified"]
     data = {key: value for key, value in emoji.EMOJI_DATA.items() if value["status"] == qualified}
     names = {sequence: name_of(sequence, value["en"]) for sequence, value in data.items()}
@@ -144,7 +144,7 @@ def _aliases(name: Name, data: Mapping[str, Any], keywords: str | None) -> tuple
     """Short codes, other languages' names and keywords, where they differ from the name."""
     codes = [
         *data.get("alias", ()),
-        *(data[language] for language in LANGUAGES if language in data),
+        *(data[language] for language in _LANGUAGES if language in data),
     ]
     texts = [str(code).strip(":").replace("_", " ") for code in codes]
     if keywords is not None:

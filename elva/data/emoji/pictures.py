@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from elva.errors import DataError
 
 # Where distributions put the font (Debian's fonts-noto-color-emoji, Fedora, Arch).
-NOTO_FONTS = (
+_NOTO_FONTS = (
     Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
     Path("/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf"),
     Path("/usr/share/fonts/noto/NotoColorEmoji.ttf"),
@@ -72,7 +72,7 @@ def noto(path: Path, sequences: Iterable[str], size: int) -> Iterator[tuple[str,
 
 def noto_font() -> Path | None:
     """The installed Noto Color Emoji, or None."""
-    return next((path for path in NOTO_FONTS if path.is_file()), None)
+    return next((path for path in _NOTO_FONTS if path.is_file()), None)
 
 
 def missing_extra(package: str) -> DataError:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elva.data import mbeir
 from elva.data.formats import (
     beir,
     choices,
@@ -21,6 +20,7 @@ from elva.data.formats import (
 )
 from elva.data.formats.source import Request, Source
 from elva.data.formats.writer import check_output, convert
+from elva.data.layout import SPLITS
 from elva.data.strict import Faults
 from elva.errors import DataError
 from elva.progress import SILENT, Reporter
@@ -46,7 +46,7 @@ UNSEEN: dict[str, Callable[[Request], Source]] = {
 
 KNOWN = {**FORMATS, **UNSEEN}
 
-WITH_IMAGES = ("ccneg", "circo", "flickr30k", "mmeb", "mmeb-test", "sugarcrepe", "tevatron")
+_WITH_IMAGES = ("ccneg", "circo", "flickr30k", "mmeb", "mmeb-test", "sugarcrepe", "tevatron")
 """Formats whose pictures may lie in a folder of their own."""
 
 
@@ -80,8 +80,8 @@ def convert_file(
     """
     if format not in KNOWN:
         raise DataError(f"format must be one of {', '.join(KNOWN)}, got {format!r}")
-    if split not in mbeir.SPLITS:
-        raise DataError(f"split must be one of {', '.join(mbeir.SPLITS)}, got {split!r}")
+    if split not in SPLITS:
+        raise DataError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     if images is not None:
@@ -105,8 +105,8 @@ def convert_file(
 
 
 def _check_images(format: str, images: Path) -> None:
-    if format not in WITH_IMAGES:
-        raise DataError(f"images is for {', '.join(WITH_IMAGES)}, got it for {format}")
+    if format not in _WITH_IMAGES:
+        raise DataError(f"images is for {', '.join(_WITH_IMAGES)}, got it for {format}")
     if not images.is_dir():
         raise DataError(f"{images}: no such folder")
 

@@ -22,19 +22,19 @@ WORDS = ("caption", "text", "description", "comment", "title")
 """Columns of a table, the first that is there; of words `captions`, `caption_1` and so on too."""
 
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.parquet", "captions.txt")
-IMAGEFOLDER = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_IMAGEFOLDER = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Hugging Face's `imagefolder`: beside the pictures that it names, in any folder."""
 
-FLICKR30K = re.compile(r"image_name *\| *comment_number *\| *comment *")
+_FLICKR30K = re.compile(r"image_name *\| *comment_number *\| *comment *")
 """The header of Flickr30k's `results.csv`, as it is published on Kaggle."""
 
 TOKENS = re.compile(r"([^\t]+)#\d+\t(.*)")
 """Flickr8k's and Flickr30k's own form: `1000268201.jpg#0<TAB>A child ...`."""
 
-MAX_JSON_BYTES = 512 * 2**20
+_MAX_JSON_BYTES = 512 * 2**20
 """Ours: COCO's captions of its training split are 92 MB, and take 0.9 GB of memory."""
 
-MAX_NOTE_BYTES = 2**20
+_MAX_NOTE_BYTES = 2**20
 """Ours: of a text beside one picture."""
 
 
@@ -96,7 +96,7 @@ def read(root: Path, pictures: Sequence[Path], others: Sequence[Path], faults: F
             none.
     """
     known = Named(root, pictures)
-    for kind in (_tables(TABLES), _tables(IMAGEFOLDER), _tokens, _flickr30k, _coco, _notes):
+    for kind in (_tables(TABLES), _tables(_IMAGEFOLDER), _tokens, _flickr30k, _coco, _notes):
         found = kind(known, sorted(others), faults)
         if found is not None:
             return found
@@ -194,7 +194,7 @@ def _columns(known: Named, file: Path, record: Record) -> tuple[str, list[str]]:
     words = next((w for stem in WORDS if (w := _numbered(stem, others))), [])
     if names is not None and not words and len(others) == 1:
         words = others
-    if names is None or not (words or file.name in IMAGEFOLDER):
+    if names is None or not (words or file.name in _IMAGEFOLDER):
         lacks = FILES[0] if names is None else WORDS[0]
         found = ", ".join(map(repr, record.fields))
         raise DataError(
@@ -249,7 +249,7 @@ def _token_rows(known: Named, file: Path, faults: Faults) -> Iterator[Row]:
 
 def _flickr30k(known: Named, others: Sequence[Path], faults: Faults) -> Captions | None:
     named = [path for path in others if path.name == "results.csv"]
-    files = [path for path in named if FLICKR30K.fullmatch(next(lines(path, faults), ("", ""))[1])]
+    files = [path for path in named if _FLICKR30K.fullmatch(next(lines(path, faults), ("", ""))[1])]
     return _all(known, files, faults, _table) if files else None
 
 
@@ -268,7 +268,7 @@ def _coco(known: Named, others: Sequence[Path], faults: Faults) -> Captions | No
 
 def _coco_images(known: Named, file: Path) -> dict[str, list[dict[str, object]]]:
     """`images` and `annotations` of a file; nothing where the folder has none of its images."""
-    whole = parse(str(file), read_text(file, MAX_JSON_BYTES))
+    whole = parse(str(file), read_text(file, _MAX_JSON_BYTES))
     for key, needed in (("images", ("id", "file_name")), ("annotations", ("image_id", "caption"))):
         rows = whole.get(key)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -315,7 +315,7 @@ def _notes(known: Named, others: Sequence[Path], faults: Faults) -> Captions | N
             continue
         files.append(note)
         with faults.row():
-            said = " ".join(read_text(note, MAX_NOTE_BYTES).split())
+            said = " ".join(read_text(note, _MAX_NOTE_BYTES).split())
             if said:
                 captions.append(Caption(said, picture, f"{note}:1"))
     if not files:

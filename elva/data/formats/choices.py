@@ -19,16 +19,16 @@ from elva.data.formats.whole import objects
 from elva.data.strict import Record
 from elva.errors import DataError, counted
 
-SUGARCREPE = (
+_SUGARCREPE = (
     "add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att",
 )  # fmt: skip
 """Its kinds of hard negatives, each a file and a set."""
 
-CCNEG = "ccneg.json"
+_CCNEG = "ccneg.json"
 """A list of objects of `image_paths`, `caption` and `negative-prompt`."""
 
-CCNEG_PICKLE = "ccneg_preprocessed.pt"
-CCNEG_COMMAND = (
+_CCNEG_PICKLE = "ccneg_preprocessed.pt"
+_CCNEG_COMMAND = (
     'python -c "import json,sys,torch;d=torch.load(sys.argv[1],weights_only=True);'
     "json.dump([{'image_paths':p,'caption':a['json']['caption'],"
     "'negative-prompt':a['sop_data']['negative-prompt']}"
@@ -40,7 +40,7 @@ message, which is shortened in its middle."""
 CCNEG_TEST = 40_000
 """The last rows, on which CC-Neg evaluates; those before are for training."""
 
-CCNEG_ROOT = "/workspace/datasets/cc3m/"
+_CCNEG_ROOT = "/workspace/datasets/cc3m/"
 """The beginning of its pictures' paths on its authors' machine."""
 
 
@@ -48,9 +48,9 @@ def sugarcrepe(request: Request) -> Source:
     """A folder of the seven files, or the clone of the repository that has them in `data/`."""
     request.check_split("test")
     root = request.path / "data" if (request.path / "data").is_dir() else request.path
-    files = {kind: root / f"{kind}.json" for kind in SUGARCREPE}
+    files = {kind: root / f"{kind}.json" for kind in _SUGARCREPE}
     if lacks := next((file for file in files.values() if not file.is_file()), None):
-        raise DataError(f"{lacks}: no such file; SugarCrepe has {', '.join(SUGARCREPE)}")
+        raise DataError(f"{lacks}: no such file; SugarCrepe has {', '.join(_SUGARCREPE)}")
     pictures = request.pictures("val2017", "images/val2017", "data/coco/images/val2017")
     return _source("sugarcrepe", 20, _sugarcrepe(request, files, pictures))
 
@@ -106,12 +106,12 @@ def _sugarcrepe(request: Request, files: dict[str, Path], pictures: Path) -> Ite
 
 def _ccneg_file(path: Path) -> Path:
     """The list of rows at a path; a pickle is refused by its name, and told how to convert."""
-    file = path / CCNEG if path.is_dir() else path
-    pickled = file if file.suffix == ".pt" else file.with_name(CCNEG_PICKLE)
+    file = path / _CCNEG if path.is_dir() else path
+    pickled = file if file.suffix == ".pt" else file.with_name(_CCNEG_PICKLE)
     if pickled == file or (path.is_dir() and pickled.is_file() and not file.exists()):
         raise DataError(
-            f"{pickled}: is a pickle, and none is opened; run in its folder, this writes {CCNEG}: "
-            f"{CCNEG_COMMAND} {shlex.quote(pickled.name)}"
+            f"{pickled}: is a pickle, and none is opened; run in its folder, this writes {_CCNEG}: "
+            f"{_CCNEG_COMMAND} {shlex.quote(pickled.name)}"
         )
     return file
 
@@ -136,7 +136,7 @@ def _ccneg(request: Request, rows: dict[int, Record], root: Path) -> Iterator[Ex
 
 def _ccneg_picture(record: Record, root: Path) -> Path:
     said = record.text("image_paths") or ""
-    below = Record(record.where, {"image_paths": said.removeprefix(CCNEG_ROOT)})
+    below = Record(record.where, {"image_paths": said.removeprefix(_CCNEG_ROOT)})
     name = below.path("image_paths") or record.fail("image_paths is empty")
     places = (root / name, root / "ccneg_images" / name, root / os.path.basename(name))
     found = next((place for place in places if place.is_file()), None)

@@ -19,7 +19,7 @@ FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv")
 PICTURES = (
     "flickr30k-images", "flickr30k_images/flickr30k_images", "flickr30k_images", "images",
 )  # fmt: skip
-UNSPLIT = ("results.csv", "results_20130124.token")
+_UNSPLIT = ("results.csv", "results_20130124.token")
 
 PROMPTS = {
     ("text", "image"): "Find the picture that this caption describes.",
@@ -51,7 +51,7 @@ def _file(path: Path) -> Path:
         return path
     found = next((path / name for name in FILES if (path / name).is_file()), None)
     if found is None:
-        lone = next((name for name in UNSPLIT if any(path.rglob(name))), None)
+        lone = next((name for name in _UNSPLIT if any(path.rglob(name))), None)
         more = f"; {lone} names no split" if lone else ""
         raise DataError(f"{path}: no {' or '.join(FILES)}{more}")
     return found

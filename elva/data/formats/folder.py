@@ -75,7 +75,7 @@ def contents(root: Path, faults: Faults) -> Contents:
     """
     found, told = _found(root, faults)
     shown = [picture for picture in found.pictures if _has_header(picture, found)]
-    known = {path.relative_to(root).as_posix(): about for path, about in known_of(told).items()}
+    known = {path.relative_to(root).as_posix(): about for path, about in _known_of(told).items()}
     notices = [*([told.notice(len(shown))] if told.captions else []), *lines(found.left_out)]
     if not shown:
         raise DataError(
@@ -148,7 +148,7 @@ def dataset_number(root: Path) -> int:
     return NUMBERS[int.from_bytes(digest[:8], "big") % len(NUMBERS)]
 
 
-def known_of(told: captions.Captions) -> dict[Path, dict[str, object]]:
+def _known_of(told: captions.Captions) -> dict[Path, dict[str, object]]:
     """Picture -> what is known of it beside what it shows: its captions, and a table's columns."""
     said: dict[Path, list[str]] = defaultdict(list)
     for one in told.captions:
@@ -167,7 +167,7 @@ def _source(
     notices: list[str],
     left_out: Mapping[str, Sequence[str]],
 ) -> Source:
-    known = known_of(told)
+    known = _known_of(told)
     names = {picture.path: picture.name for picture in seen.pictures}
     kept = {path: dropped.get(name, name) for path, name in names.items()}
     entries = {

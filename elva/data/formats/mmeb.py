@@ -15,7 +15,7 @@ from elva.data.formats.rows import rows, table_files
 from elva.data.formats.source import Entry, Example, Request, Source
 from elva.data.strict import Record
 
-PLACEHOLDER = "<|image_1|>"
+_PLACEHOLDER = "<|image_1|>"
 COLUMNS = {
     "original": ("qry", "qry_image_path", "pos_text", "pos_image_path"),
     "test": ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"),
@@ -85,7 +85,7 @@ def _joined(instruction: object, text: str | None) -> str:
 
 
 def _entry(record: Record, text: str | None, image: str | None, roots: Sequence[Path]) -> Entry:
-    said = (text or "").replace(PLACEHOLDER, "").strip()
+    said = (text or "").replace(_PLACEHOLDER, "").strip()
     return Entry(said or None, None if image is None else _find(record, image, roots), record.where)
 
 

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from elva.data import mbeir
 from elva.data.formats.beir import asked, relevant
 from elva.data.formats.rows import first_row, rows, table_files
 from elva.data.formats.source import Entry, Request, Source
+from elva.data.instructions import read_instructions
 from elva.errors import DataError
 
 DATASETS = (
@@ -25,7 +25,7 @@ DATASETS = (
 SISTERS = {"oven": "infoseek", "infoseek": "oven"}
 """Their judgements name answers of both, while each corpus holds its own."""
 
-ITEM = ("id", "modality", "text", "image")
+_ITEM = ("id", "modality", "text", "image")
 
 
 def read(request: Request) -> Source:
@@ -55,14 +55,14 @@ def _prompts(path: Path, number: int) -> dict[tuple[str, str], str]:
     places = (path, path.parent, path.parent / "instructions")
     files = (place / "query_instructions.tsv" for place in places)
     file = next((file for file in files if file.is_file()), None)
-    found = {} if file is None else mbeir.read_instructions(file)
+    found = {} if file is None else read_instructions(file)
     return {(q, c): prompts[0] for (n, q, c), prompts in found.items() if n == number}
 
 
 def _items(request: Request, *names: str) -> Iterator[Entry]:
     seen: set[str] = set()
     for file in table_files(request.path, *names):
-        for record in rows(file, ITEM, request.faults):
+        for record in rows(file, _ITEM, request.faults):
             with request.faults.row():
                 id = record.name("id")
                 if id in seen:

@@ -18,10 +18,10 @@ from elva.errors import DataError
 BATCH_ROWS = 256
 """Rows of parquet at a time: some hold pictures."""
 
-UNCLOSED = "unexpected end of data"
+_UNCLOSED = "unexpected end of data"
 """What Python's csv says of a quote that is open at the end."""
 
-SEPARATORS = ",;\t|"
+_SEPARATORS = ",;\t|"
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".tsv")
 
 
@@ -139,7 +139,7 @@ def _separator(where: str, line: str, names: dict[str, str]) -> str:
         return sum(cell.strip().casefold() in names for cell in cells), len(cells)
 
     try:
-        return max(SEPARATORS, key=found)
+        return max(_SEPARATORS, key=found)
     except csv.Error as error:
         raise DataError(f"{where}: not csv: {error}") from error
 
@@ -162,7 +162,7 @@ def _cells(
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            if str(error) == UNCLOSED:  # whatever rows follow are in it: no one row is bad
+            if str(error) == _UNCLOSED:  # whatever rows follow are in it: no one row is bad
                 raise DataError(f"{where}: not csv: a quote that is never closed") from error
             with faults.row():
                 raise DataError(f"{where}: not csv: {error}") from error

@@ -14,21 +14,21 @@ from elva.data.schema import Item
 from elva.errors import DataError, counted, printable
 from elva.files import sha256, write_text
 
-ENDINGS = {
+_ENDINGS = {
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib",
     ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif",
 }  # fmt: skip
 """Of a picture's file."""
 
-CONVERTED = "mbeir_images"
-THUMBNAILS = {".thumbnails", ".thumbs", "@eadir"}
-SYSTEM = {
+_CONVERTED = "mbeir_images"
+_THUMBNAILS = {".thumbnails", ".thumbs", "@eadir"}
+_SYSTEM = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin",
     "system volume information", "lost+found",
 }  # fmt: skip
 """What systems, servers and archives leave beside pictures, in small letters."""
 
-WHY = {
+_WHY = {
     "formats": "of formats that are not read",
     "HEIF": "HEIC pictures; pip install 'elva[heif]' to read them",
     "AVIF": "AVIF pictures, which this Pillow cannot read; pip install 'pillow>=11.3'",
@@ -64,7 +64,7 @@ ONE = {
 }
 """The same of a single file, where it reads otherwise."""
 
-MOST_ENDINGS = 12
+_MOST_ENDINGS = 12
 """Ours: endings that one line names."""
 
 
@@ -112,7 +112,7 @@ class Scan:
         root: The folder as it was named.
         pictures: In the order of their names.
         others: Names of files that are no pictures, captions among them.
-        left_out: Key of `WHY` -> names.
+        left_out: Key of `_WHY` -> names.
     """
 
     root: Path
@@ -186,9 +186,9 @@ def _sorted_in(found: Scan, entry: os.DirEntry[str], inside: Path) -> bool:
         return False
     if not stat.S_ISREG(about.st_mode):
         found.leave_out("no_files", name)
-    elif not is_text(name):
+    elif not _is_text(name):
         found.leave_out("names", name)
-    elif PurePosixPath(name).suffix.lower() in ENDINGS:
+    elif PurePosixPath(name).suffix.lower() in _ENDINGS:
         found.pictures.append(PictureFile(name, Path(entry.path), about.st_size, about.st_mtime_ns))
     else:
         found.others.append(name)
@@ -197,11 +197,11 @@ def _sorted_in(found: Scan, entry: os.DirEntry[str], inside: Path) -> bool:
 
 def _kept_by_a_tool(small: str) -> str | None:
     """Why something of this name, in small letters, is no picture of a person's."""
-    if small == CONVERTED:
+    if small == _CONVERTED:
         return "converted"
-    if small in THUMBNAILS:
+    if small in _THUMBNAILS:
         return "thumbnails"
-    return "hidden" if small in SYSTEM or small.startswith(".") else None
+    return "hidden" if small in _SYSTEM or small.startswith(".") else None
 
 
 def _link(root: Path, path: Path) -> str | None:
@@ -224,16 +224,16 @@ def _name(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def is_text(name: str) -> bool:
+def _is_text(name: str) -> bool:
     """Whether a file's name is UTF-8: others cannot be written into a line of JSON."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
     """One line a kind of what is left out: its count, its reason and, of formats, the endings."""
-    kinds = [(why, names) for why in WHY if (names := left_out.get(why))]
+    kinds = [(why, names) for why in _WHY if (names := left_out.get(why))]
     return [
-        f"left out: {counted(len(names), ONE.get(why, WHY[why]), WHY[why])}"
+        f"left out: {counted(len(names), ONE.get(why, _WHY[why]), _WHY[why])}"
         + (f": {_endings(names)}" * (why == "formats"))
         for why, names in kinds
     ]
@@ -242,12 +242,13 @@ def lines(left_out: Mapping[str, Sequence[str]]) -> list[str]:
 def write_list(path: Path, left_out: Mapping[str, Sequence[str]]) -> None:
     """Write what is left out, a line a file: why, a tab, and the name as one line."""
     write_text(
-        path, "".join(f"{WHY[why]}\t{printable(n)}\n" for why in WHY for n in left_out.get(why, ()))
+        path,
+        "".join(f"{_WHY[why]}\t{printable(n)}\n" for why in _WHY for n in left_out.get(why, ())),
     )
 
 
 def _endings(names: Sequence[str]) -> str:
     counts = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in names)
     parts = [f"{count:,} {printable(ending)}" for ending, count in counts.most_common()]
-    more = len(parts) - MOST_ENDINGS
-    return ", ".join(parts[:MOST_ENDINGS]) + (f" and {more:,} more endings" if more > 0 else "")
+    more = len(parts) - _MOST_ENDINGS
+    return ", ".join(parts[:_MOST_ENDINGS]) + (f" and {more:,} more endings" if more > 0 else "")

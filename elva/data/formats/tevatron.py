@@ -11,8 +11,8 @@ from elva.data.formats.rows import first_row, rows, table_files
 from elva.data.formats.source import Entry, Example, Reference, Request, Source
 from elva.data.strict import Record
 
-TEXT, IMAGE = ("document_text", "text"), ("document_image", "image")
-PASSAGES = ("positive_passages", "negative_passages")
+TEXT, _IMAGE = ("document_text", "text"), ("document_image", "image")
+_PASSAGES = ("positive_passages", "negative_passages")
 IDS = ("positive_document_ids", "negative_document_ids")
 
 
@@ -23,7 +23,7 @@ def read(request: Request) -> Source:
     """
     path = request.path
     files = table_files(path, "queries", "train") if path.is_dir() else [path]
-    alone = PASSAGES[0] in first_row(files[0]).fields
+    alone = _PASSAGES[0] in first_row(files[0]).fields
     corpus = () if alone else _corpus(request)
     return Source("tevatron", 13, "Find what answers it.", _examples(request, files), corpus=corpus)
 
@@ -41,7 +41,7 @@ def _corpus(request: Request) -> Iterator[Entry]:
                 if id in seen:
                     record.fail(f"docid {id} again")
                 seen.add(id)
-                text, image = (_first(record, names) for names in (TEXT, IMAGE))
+                text, image = (_first(record, names) for names in (TEXT, _IMAGE))
                 yield _entry(request, record, id, text, image)
 
 
@@ -51,8 +51,8 @@ def _examples(request: Request, files: list[Path]) -> Iterator[Example]:
             with request.faults.row():
                 text = _first(record, ("query_text", "query"))
                 query = _entry(request, record, record.name("query_id"), text, "query_image")
-                if PASSAGES[0] in record.fields:
-                    positives, negatives = (_passages(record, key) for key in PASSAGES)
+                if _PASSAGES[0] in record.fields:
+                    positives, negatives = (_passages(record, key) for key in _PASSAGES)
                     yield Example(query, positives, negatives)
                     continue
                 named = (

@@ -9,13 +9,13 @@ from PIL import Image, ImageFile, IptcImagePlugin
 from elva.data import pictures
 from elva.errors import PictureFault
 
-MAX_XMP_BYTES = 4 * 2**20
+_MAX_XMP_BYTES = 4 * 2**20
 """Ours: XMP in a JPEG is at most 64 KiB; beyond this a packet is passed over."""
 
-DC = "http://purl.org/dc/elements/1.1/"
-LANGUAGE = "http://www.w3.org/XML/1998/namespace lang"
+_DC = "http://purl.org/dc/elements/1.1/"
+_LANGUAGE = "http://www.w3.org/XML/1998/namespace lang"
 
-BY_CAMERAS = re.compile(
+_BY_CAMERAS = re.compile(
     r"((OLYMPUS|KONICA|MINOLTA|SAMSUNG|KODAK|SONY|CASIO|VIVITAR) )*(DIGITAL (STILL )?CAMERA|DSC)"
     r"|SAMSUNG|default|cof|hdr|dav|edf|sdr|Screenshot|Created with \w+|untitled"
     r"|DCIM[\\/].*|(PICT?|YDXJ|DJI|IMG|DSC[NF]?|P)[_-]?\d+(\.\w+)?",
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, str]:
 
 def _is_made(line: str, path: Path) -> bool:
     """Whether a program wrote it: a camera's line, or the file's own name."""
-    return bool(BY_CAMERAS.fullmatch(line)) or line in (path.name, path.stem)
+    return bool(_BY_CAMERAS.fullmatch(line)) or line in (path.name, path.stem)
 
 
 def _xmp(image: Image.Image) -> dict[str, str]:
@@ -53,7 +53,7 @@ def _xmp(image: Image.Image) -> dict[str, str]:
     packet = image.info.get("xmp")
     if isinstance(packet, str):
         packet = packet.encode()
-    if not isinstance(packet, bytes) or len(packet) > MAX_XMP_BYTES:
+    if not isinstance(packet, bytes) or len(packet) > _MAX_XMP_BYTES:
         return {}
     reader = _Packet()
     try:
@@ -92,11 +92,11 @@ class _Packet:
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         for kind in self.found:
-            if name == f"{DC} {kind}":
+            if name == f"{_DC} {kind}":
                 self.inside = kind
-            if said := attributes.get(f"{DC} {kind}"):  # the short form
+            if said := attributes.get(f"{_DC} {kind}"):  # the short form
                 self.found[kind].append((True, said))
-        self.language = attributes.get(LANGUAGE, "x-default")
+        self.language = attributes.get(_LANGUAGE, "x-default")
         self.parts.clear()
 
     def _end(self, name: str) -> None:
@@ -104,7 +104,7 @@ class _Packet:
         self.parts.clear()
         if self.inside and said:
             self.found[self.inside].append((self.language == "x-default", said))
-        if name == f"{DC} {self.inside}":
+        if name == f"{_DC} {self.inside}":
             self.inside = None
 
 

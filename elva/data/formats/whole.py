@@ -9,7 +9,7 @@ from typing import NoReturn
 from elva.data.strict import Faults, Record, parse, read_text
 from elva.errors import DataError
 
-MAX_BYTES = 512 * 2**20
+_MAX_BYTES = 512 * 2**20
 """Ours: Karpathy's Flickr30k is 36 MB, COCO's list of its unlabelled pictures 31 MB."""
 
 _DECODER = json.JSONDecoder()
@@ -28,7 +28,7 @@ def objects(path: Path, faults: Faults, key: str | None = None) -> Iterator[tupl
         DataError: no JSON, neither a list nor an object, empty, a name twice, no such key; an
             element that is no object, or breaks a rule of `strict.parse`.
     """
-    text = read_text(path, MAX_BYTES)
+    text = read_text(path, _MAX_BYTES)
     members = _members(path, text, _after_space(text, 0), whole=True)
     if key is not None:
         places = {name: at for name, at, _ in members}

@@ -14,18 +14,20 @@ from typing import IO, Any
 from elva.data import extras, mbeir, strict
 from elva.data.formats.places import Places, copy
 from elva.data.formats.source import Entry, Example, Reference, Source
-from elva.data.schema import TASKS, Item, hashed_id, normalise
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
+from elva.data.schema import TASKS, Item, hashed_id, modalities, normalise
 from elva.data.strict import Faults, dump
 from elva.errors import DataError
 from elva.files import check_directory, write_directory
 
-MAX_QUERIES, MAX_CANDIDATES = 499_999, 9_999_999
+_MAX_QUERIES, MAX_CANDIDATES = 499_999, 9_999_999
 """M-BEIR's ids a dataset."""
 
 MAX_ANSWERS = 50_000_000
 """Ours: of all rows that ask the same, written out for each of them; 0.6 GB of ids."""
 
-OWN_BYTES, ID_BYTES = 512, 20
+_OWN_BYTES, _ID_BYTES = 512, 20
 """Of a line, at most: names, ids and a path of ours; one answer."""
 
 MODALITIES = ("text", "image", "image,text")
@@ -149,8 +151,8 @@ class _Writer:
         found = [self._modality(one) for one in (*positives, *negatives, *candidates)]
         shown = [modality for part, modality in self.pools if part == subset]
         task = _task(where, asked.modality, _only(where, found or shown))
-        if self.count >= MAX_QUERIES:
-            raise DataError(f"{where}: more than {MAX_QUERIES:,} queries; split the source")
+        if self.count >= _MAX_QUERIES:
+            raise DataError(f"{where}: more than {_MAX_QUERIES:,} queries; split the source")
         number = self._own_number(query, self.count)
         group = f"{subset} {task} ".encode() + self._asks(query, asked)
         right, wrong, among = (
@@ -186,8 +188,8 @@ class _Writer:
         prompts = {kinds: [prompt] for kinds, prompt in source.prompts.items()}
         sets, tasks = {}, dict.fromkeys((task for _, task in self.queries), 0)
         for (subset, task), asked in self.queries.items():
-            stem = mbeir.file_stem("_".join(filter(None, (source.name, subset))), task)
-            kinds = mbeir.modalities(task)
+            stem = file_stem("_".join(filter(None, (source.name, subset))), task)
+            kinds = modalities(task)
             prompts[kinds] = [source.prompts.get(kinds, source.instruction)]
             copy(self._pool_file(subset, kinds[1]), self._pool_file(stem))
             mbeir.write_queries(self.root, stem, self.split, list(self._rows(asked)))
@@ -195,7 +197,7 @@ class _Writer:
             tasks[task] += len(asked)
         for part in self.pools:
             self._pool_file(*part).unlink()
-        mbeir.write_instructions(self.root, source.name, source.number, prompts)
+        write_instructions(self.root, source.name, source.number, prompts)
         if self.restricted:
             extras.write_extras(self.root, {}, {}, self.restricted)
         return {
@@ -311,7 +313,7 @@ class _Writer:
         for one in queries:
             right = dict.fromkeys(one.positives) | self.groups[one.group]
             wrong = dict.fromkeys(n for n in one.negatives if n not in right)
-            if one.size + ID_BYTES * (len(right) + len(wrong)) > strict.MAX_LINE_BYTES:
+            if one.size + _ID_BYTES * (len(right) + len(wrong)) > strict.MAX_LINE_BYTES:
                 raise DataError(f"{one.where}: more answers than a line holds")
             yield {
                 **one.fields,
@@ -331,7 +333,7 @@ class _Writer:
             )
 
     def _notices(self) -> list[str]:
-        shown = {(subset, mbeir.modalities(task)[1]) for subset, task in self.queries}
+        shown = {(subset, modalities(task)[1]) for subset, task in self.queries}
         found = [
             f"candidates of kind {modality} are in no pool: no query asks for them"
             for _, modality in (part for part in self.pools if part not in shown)
@@ -362,7 +364,7 @@ def _size(entry: Entry) -> int:
     """Bytes that an entry's line takes at most."""
     try:
         line = dump({"text": entry.text, "src_content": _extra(entry)})
-        size = len(line.encode()) + OWN_BYTES
+        size = len(line.encode()) + _OWN_BYTES
     except (ValueError, RecursionError) as error:
         reason = "holds a lone surrogate" if isinstance(error, UnicodeError) else str(error)
         raise DataError(f"{entry.where}: no line of JSON: {reason}") from error
@@ -381,7 +383,7 @@ def _only(where: str, modalities: Sequence[str]) -> str:
 
 def _task(where: str, query: str, candidate: str) -> str:
     for task in TASKS:
-        if mbeir.modalities(task) == (query, candidate):
+        if modalities(task) == (query, candidate):
             return task
     raise DataError(f"{where}: {query} to {candidate} is no task of M-BEIR")
 

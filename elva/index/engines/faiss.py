@@ -25,12 +25,12 @@ from elva.model.identity import Identity
 from elva.settings import JSON_BYTES, Places, Sha256, build, read_json
 
 KINDS = ("ivf", "hnsw")
-DERIVED = "derived"
+_DERIVED = "derived"
 
-NEIGHBOURS, BUILD_DEPTH = 32, 200
+NEIGHBOURS, _BUILD_DEPTH = 32, 200
 """HNSW's M and efConstruction: FAISS's own advice for high recall."""
 
-TRAINING_ROWS_A_LIST = 64
+_TRAINING_ROWS_A_LIST = 64
 """Of IVF: rows a cluster that k-means looks at; FAISS warns below 39."""
 
 EXACT_BELOW = 16_384
@@ -56,15 +56,15 @@ def export(index: Index, kind: str) -> Path:
         raise IndexFault(f"index: {index.directory} must hold items to export, got none; add some")
     if kind == "hnsw":
         made = faiss.IndexHNSWFlat(dim, NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        made.hnsw.efConstruction = BUILD_DEPTH
+        made.hnsw.efConstruction = _BUILD_DEPTH
     else:
-        lists = max(1, min(int(4 * sqrt(rows)), rows // TRAINING_ROWS_A_LIST))
+        lists = max(1, min(int(4 * sqrt(rows)), rows // _TRAINING_ROWS_A_LIST))
         made = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
-        chosen = np.random.default_rng(0).permutation(rows)[: lists * TRAINING_ROWS_A_LIST]
+        chosen = np.random.default_rng(0).permutation(rows)[: lists * _TRAINING_ROWS_A_LIST]
         made.train(_unit(index.embeddings(np.sort(chosen))))
     for block in _blocks(index):
         made.add(block)
-    place = index.directory / DERIVED / f"{kind}.faiss"
+    place = index.directory / _DERIVED / f"{kind}.faiss"
     with replacing(place) as sink:
         faiss.write_index(made, faiss.PyCallbackIOWriter(sink.write))
     about = _About(index.fingerprint, sha256(place))
@@ -87,7 +87,7 @@ class FaissEngine:
     def __init__(self, index: Index, kind: str, *, effort: int | None = None) -> None:
         self._lib = _faiss(kind)
         self.index, self.kind, self.effort = index, kind, effort
-        place = index.directory / DERIVED / f"{kind}.faiss"
+        place = index.directory / _DERIVED / f"{kind}.faiss"
         again = f"run elva index export {index.directory} --to faiss-{kind}"
         try:
             content = read_bounded(place.with_suffix(".json"), JSON_BYTES)

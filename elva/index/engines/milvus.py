@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +26,14 @@ MAX_ANSWERS = 16_384
 """Milvus's own limit."""
 
 OVERFETCH = 4
+
+SECONDS = {"search": 60.0, "list_collections": 60.0}
+WORK_SECONDS = 1800.0
+"""Ours: of a call, and of one that makes, fills or loads a collection; pymilvus would wait for
+ever for a server that takes a call and does not answer it."""
+
+LOCAL = ("create_schema", "prepare_index_params", "close")
+"""Calls that ask no server."""
 
 EXACT_BELOW = 16_384
 """Ours: where a filter leaves so few rows, exact search among them is as fast and misses none, as a
@@ -78,7 +87,7 @@ def export(index: Index, uri: str) -> str:
         for name in old:
             if name != final:
                 client.drop_collection(name)
-    return uri
+    return _shown(uri)
 
 
 class MilvusEngine:
@@ -91,12 +100,12 @@ class MilvusEngine:
     def __init__(self, index: Index, uri: str) -> None:
         self.index, self.uri = index, uri
         with _client(uri) as client:
-            again = f"run elva index export {index.directory} --to milvus:{uri}"
+            again = f"run elva index export {index.directory} --to milvus:{_shown(uri)}"
             there = _collections(client, index)
         if not there:
-            raise IndexFault(f"{uri}: must be exported first, got no collection; {again}")
+            raise IndexFault(f"{_shown(uri)}: must be exported first, got no collection; {again}")
         if _collection(index) not in there:
-            raise IndexFault(f"{uri}: must be of the index as it is, got another; {again}")
+            raise IndexFault(f"{_shown(uri)}: must be of the index as it is, got another; {again}")
 
     def search(
         self, query: Tensor, k: int, *, model: Identity | None = None, where: Where | None = None
@@ -122,10 +131,18 @@ class MilvusEngine:
         candidates = []
         for hits in answers:
             rows = [int(hit["row"]) for hit in hits]
+            self._check_rows(rows, depth)
             fine = [row for row in rows if allowed is None or allowed[row]]
             candidates.append(torch.tensor(fine, dtype=torch.int64))
         stack = exact.Stack([s.embeddings for s in self.index.segments])
         return exact.rescored(query, stack, candidates, k)
+
+    def _check_rows(self, rows: list[int], depth: int) -> None:
+        """UserError for what no search of this index finds."""
+        there = range(len(self.index.alive))
+        if len(set(rows)) > depth or len(set(rows)) < len(rows) or set(rows) - set(there):
+            raise UserError(f"{_shown(self.uri)}: Milvus must answer with rows of the index, each "
+                            "once, got others; export it again")  # fmt: skip
 
 
 def _collection(index: Index) -> str:
@@ -174,6 +191,24 @@ def _is_file(uri: str) -> bool:
     return not uri.startswith(("http://", "https://", "tcp://", "unix:"))
 
 
+def _shown(uri: str) -> str:
+    """An address without the name and the password that it may hold."""
+    return re.sub(r"//[^/]*@", "//", uri)
+
+
+class _Bounded:
+    """A client of Milvus, of whose calls each has an end."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+        if name in LOCAL:
+            return call
+        return partial(call, timeout=SECONDS.get(name, WORK_SECONDS))
+
+
 def _types() -> Any:
     from pymilvus import DataType
 
@@ -197,17 +232,19 @@ def _client(uri: str) -> Iterator[Any]:
         try:
             client = MilvusClient(uri)
         except (MilvusException, RpcError, ValueError, OSError) as error:
-            raise UserError(f"{uri}: must be a Milvus file or server; {_reason(error)}") from None
+            raise UserError(
+                f"{_shown(uri)}: must be a Milvus file or server; {_reason(error, uri)}"
+            ) from None
         try:
-            yield client
+            yield _Bounded(client)
         except (MilvusException, RpcError) as error:
-            raise UserError(f"{uri}: Milvus must answer; {_reason(error)}") from None
+            raise UserError(f"{_shown(uri)}: Milvus must answer; {_reason(error, uri)}") from None
         finally:
             client.close()
     finally:
         log.setLevel(level)
 
 
-def _reason(error: Exception) -> str:
-    details = error.details() if hasattr(error, "details") else error
-    return " ".join(str(details).split())[:200]
+def _reason(error: Exception, uri: str) -> str:
+    details = str(error.details() if hasattr(error, "details") else error)
+    return " ".join(details.replace(uri, _shown(uri)).split())[:200]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import elva
 import elva_kernels
 
-ROWS_OF_A_PROCESS = 1 << 40
+_ROWS_OF_A_PROCESS = 1 << 40
 """Ours: more than one process has, so that its ids are nobody else's."""
 
 
@@ -132,7 +132,7 @@ class InfoNCELoss(MultipleNegativesRankingLoss):
         left_out = torch.stack([index[:, None].expand_as(own).flatten(), own.flatten()], 1)
         first = 1
         if self._group is not None:
-            first += torch.distributed.get_rank() * ROWS_OF_A_PROCESS
+            first += torch.distributed.get_rank() * _ROWS_OF_A_PROCESS
         ids = first + torch.arange(count, device=rows.device)
         return loss(
             rows, torch.cat([others, partner]), count + index, excluded=left_out,

@@ -23,7 +23,7 @@ QUERIES = 1024
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 
 
-class Window(NamedTuple):
+class _Window(NamedTuple):
     """Which of a query's most similar texts may be its negatives."""
 
     range_min: int
@@ -101,7 +101,7 @@ def mine_hard_negatives(
     """
     from datasets import Dataset
 
-    window = Window(
+    window = _Window(
         range_min, range_max, max_score, min_score, absolute_margin, relative_margin, num_negatives
     )
     anchors, positives = _columns(dataset, anchor_column_name, positive_column_name)
@@ -157,7 +157,7 @@ def _columns(dataset: Dataset, anchor: str | None, positive: str | None) -> tupl
 
 
 def _check(
-    window: Window, last: int, output_format: str, strategy: str, model: SentenceTransformer
+    window: _Window, last: int, output_format: str, strategy: str, model: SentenceTransformer
 ) -> None:
     rules = [
         ("num_negatives", window.num_negatives, window.num_negatives >= 1, "at least 1"),
@@ -197,7 +197,7 @@ def _mine(
     docs: Tensor,
     owned: Sequence[Sequence[int]],
     known: Sequence[Sequence[float]],
-    window: Window,
+    window: _Window,
     most: int,
     draw: random.Random | None,
 ) -> tuple[list[list[tuple[int, float]]], Counter[str]]:
@@ -232,7 +232,7 @@ def _mine(
     return mined, skipped
 
 
-def _left_out(scores: Tensor, least: Tensor, window: Window) -> Iterator[tuple[str, Tensor]]:
+def _left_out(scores: Tensor, least: Tensor, window: _Window) -> Iterator[tuple[str, Tensor]]:
     """(rule, which cosines break it); `least` is that of each query's least similar positive."""
     if window.absolute_margin is not None:
         yield "absolute_margin", scores + window.absolute_margin > least

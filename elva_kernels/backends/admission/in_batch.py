@@ -17,7 +17,7 @@ from elva_kernels.backends.admission.trial import (
     Wrong,
     check,
 )
-from elva_kernels.backends.launcher import Launcher
+from elva_kernels.backends.launcher import Contrast, Launcher
 from elva_kernels.backends.shares import Exchange
 from elva_kernels.reference import NO_POSITIVE, Batch
 
@@ -152,10 +152,9 @@ def _try_crowd(launchers: Launchers, dtype: torch.dtype, device: torch.device) -
 def _try_info_nce(
     launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> None:
-    options = {"symmetric": soft, "workspace_mb": 1}
     launch = launchers("info_nce")
     for case in _cases(dtype, device):
-        loss, *found = launch(*case.given, _temperature(device), **options)
+        loss, *found = launch(Contrast(*case.given, _temperature(device), soft, 1))
         truth, statistics = reference.info_nce(*case.exact, _temperature(_ON_CPU), symmetric=soft)
         check("loss", loss, truth, truth.abs() * 1e-5)
         _check_statistics(found, statistics)
@@ -198,14 +197,14 @@ def _try_gradients(
     further: Callable[[_Arguments], tuple[Exchange, ...]],
 ) -> None:
     """In the scores' dtype and in the inputs', and one without the other; and the values beside."""
-    options = {"symmetric": symmetric, "workspace_mb": 1}
     for case in _cases(dtype, device):
-        inputs = (*case.given, _temperature(device), case.weight.to(device), *further(case.given))
+        contrast = Contrast(*case.given, _temperature(device), symmetric, 1)
+        weight, more = case.weight.to(device), further(case.given)
         exact = (*case.exact, _temperature(_ON_CPU))
         loss, statistics = reference.info_nce(*exact, symmetric=symmetric)
         truth = reference.info_nce_gradients(*exact, case.weight, symmetric=symmetric)
         for rounded, wrt in _WANTED:
-            found = launch(*inputs, wrt=wrt, rounded=rounded, **options)
+            found = launch(contrast, weight, wrt, rounded, *more)
             check("loss", found[0], loss, loss.abs() * 1e-5)
             _check_statistics(found[1:-3], statistics)
             _check_gradients(found[-3:], truth, case.exact, wrt)

@@ -17,7 +17,7 @@ from elva_kernels.backends.admission.trial import (
     Wrong,
     check,
 )
-from elva_kernels.backends.launcher import Tensors
+from elva_kernels.backends.launcher import Groups, Tensors
 from elva_kernels.reference import ALL, Wanted, Weights
 
 # Copies of each group, groups, N, D. On a GPU 150 groups: more than it holds clusters for (66 of
@@ -27,21 +27,10 @@ _DENSE_ON_CPU = (1, 3, 20, 64)
 _FROZEN = (True, False, False)  # of a bank that is not trained
 
 
-class _Inputs(NamedTuple):
-    """Of some groups, in float64 or as a launcher takes them."""
-
-    query: Tensor
-    positive: Tensor
-    negatives: Tensor
-    mask: Tensor | None = None
-    negative_index: Tensor | None = None
-    relevance: Tensor | None = None
-
-
 class _Case(NamedTuple):
     """Inputs on the device, each group `copies` times, and what must come of them once."""
 
-    inputs: _Inputs
+    inputs: Groups
     upstream: Tensor
     weights: Weights
     copies: int
@@ -56,7 +45,7 @@ class _Case(NamedTuple):
         return self.truth.scores.to(dtype), mask[0], None if relevance is None else relevance[0]
 
 
-def _ragged(dtype: torch.dtype) -> _Inputs:
+def _ragged(dtype: torch.dtype) -> Groups:
     """Ragged sizes, wide strides, a tie, a zero row, masked NaN, huge rows, a group with NaN."""
     generator = torch.Generator().manual_seed(1)
     query, positive, negatives = (_randn(generator, 4, *x) for x in ((77,), (77,), (9, 2 * 77)))
@@ -70,10 +59,10 @@ def _ragged(dtype: torch.dtype) -> _Inputs:
     mask[1, 6] = mask[3, 8] = False
     negatives[~mask] = torch.nan
     negatives[3, 5, 8] = torch.nan
-    return _Inputs(query, positive, negatives[..., ::2], mask)
+    return Groups(query, positive, negatives[..., ::2], mask)
 
 
-def _dense(dtype: torch.dtype, groups: int, n: int, dim: int) -> _Inputs:
+def _dense(dtype: torch.dtype, groups: int, n: int, dim: int) -> Groups:
     """Rows in whole vectors at scores that lie apart, a zero row and one out of range."""
     generator = torch.Generator().manual_seed(2)
     query = _randn(generator, groups, dim)
@@ -87,10 +76,10 @@ def _dense(dtype: torch.dtype, groups: int, n: int, dim: int) -> _Inputs:
     positive, negatives = candidates[:, 0], candidates[:, 1:]
     negatives[1, 4] = 0
     negatives[1, 5] *= 2.0 ** _far(dtype)
-    return _Inputs(query, positive, negatives.contiguous())
+    return Groups(query, positive, negatives.contiguous())
 
 
-def _of_bank(inputs: _Inputs) -> _Inputs:
+def _of_bank(inputs: Groups) -> Groups:
     """The same negatives as rows of a bank in another order: one is named by two groups, some by
     none, and the last group names one that does not exist."""
     groups, n = inputs.negatives.shape[:2]
@@ -105,7 +94,7 @@ def _of_bank(inputs: _Inputs) -> _Inputs:
     return inputs._replace(negatives=bank, mask=None, negative_index=index)
 
 
-def _graded(inputs: _Inputs) -> _Inputs:
+def _graded(inputs: Groups) -> Groups:
     """With a relevance, NaN where it is not looked at; one in the first group is none. All
     are small but that of the least score, which leaves hinges open."""
     rows = inputs.negatives if inputs.negative_index is None else inputs.negative_index.unsqueeze(2)
@@ -155,7 +144,7 @@ def _exact(relevance: Tensor | None) -> Tensor | None:
 
 
 def _case(
-    inputs: _Inputs, copies: int | None, dtype: torch.dtype, device: torch.device, soft: bool
+    inputs: Groups, copies: int | None, dtype: torch.dtype, device: torch.device, soft: bool
 ) -> _Case:
     """None for `copies`: one, and negatives that are not dense."""
     query, positive, negatives = rows = [x.to(dtype) for x in inputs[:3]]
@@ -183,7 +172,7 @@ def _case(
         return x.to(device).expand(copies, *x.shape)
 
     return _Case(
-        _Inputs(
+        Groups(
             repeated(query),
             repeated(positive),
             repeated(negatives) if index is None else negatives,
@@ -207,7 +196,7 @@ def _spread(rows: Tensor) -> Tensor:
 
 def _try_values(launchers: Launchers, dtype: torch.dtype, device: torch.device, soft: bool) -> None:
     for case in _cases(dtype, device, soft):
-        _check_values(launchers("ranking_reward")(*case.inputs, case.weights), case)
+        _check_values(launchers("ranking_reward")(case.inputs, case.weights), case)
 
 
 def _try_autograd(
@@ -215,11 +204,11 @@ def _try_autograd(
 ) -> None:
     """The forward that saves and the backward: neither means anything without the other."""
     for case in _cases(dtype, device, soft):
-        *values, saved = launchers("ranking_reward_saved")(*case.inputs, case.weights)
+        *values, saved = launchers("ranking_reward_saved")(case.inputs, case.weights)
         _check_values(values, case)
         for wrt in (ALL, _FROZEN):
             backward = launchers("ranking_reward_backward")
-            found = backward(*case.inputs, saved, case.upstream, case.weights, wrt)
+            found = backward(case.inputs, saved, case.upstream, case.weights, wrt)
             _check_gradients(found, case, wrt)
 
 
@@ -229,7 +218,7 @@ def _try_value_and_grad(
     for case in _cases(dtype, device, soft):
         for wrt in (ALL, _FROZEN):
             launch = launchers("ranking_reward_and_grad")
-            results = launch(*case.inputs, case.upstream, case.weights, wrt)
+            results = launch(case.inputs, case.upstream, case.weights, wrt)
             _check_values(results[:5], case)
             _check_gradients(results[5:], case, wrt)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,93 +15,63 @@ from elva_kernels.backends.boundary import (
     operand,
     pointer,
 )
-from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Groups, Tensors
 from elva_kernels.backends.segments import occurrences
 from elva_kernels.reference import Wanted, Weights, compute_dtype
 
 _NOTHING: Wanted = (False, False, False)
 
 
-def ranking_reward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Weights,
-) -> Tensors:
+def ranking_reward(groups: Groups, weights: Weights) -> Tensors:
     """Values alone."""
-    inputs = (query, positive, negatives, mask, index, relevance)
-    return _forward(*inputs, None, weights, None, _NOTHING)[:5]
+    return _forward(groups, None, weights, None, _NOTHING)[:5]
 
 
-def ranking_reward_saved(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Weights,
-) -> Tensors:
+def ranking_reward_saved(groups: Groups, weights: Weights) -> Tensors:
     """Values, and each candidate's two gradient coefficients and the query's one."""
-    saved = _empty_saved(query, negatives, index)
-    inputs = (query, positive, negatives, mask, index, relevance)
-    return *_forward(*inputs, None, weights, saved, _NOTHING)[:5], saved
+    saved = groups.empty_saved()
+    return *_forward(groups, None, weights, saved, _NOTHING)[:5], saved
 
 
 def ranking_reward_and_grad(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
+    groups: Groups,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
     """Values and gradients in one pass over memory; a bank's gradient takes a second one."""
-    inputs = (query, positive, negatives, mask, index, relevance)
+    index = groups.negative_index
     if index is None or not wrt[2]:
-        return _forward(*inputs, upstream, weights, None, wrt)
-    saved = _empty_saved(query, negatives, index)
-    *results, _ = _forward(*inputs, upstream, weights, saved, (wrt[0], wrt[1], False))
-    return *results, _bank_gradient(query, negatives, index, saved, upstream)
+        return _forward(groups, upstream, weights, None, wrt)
+    saved = groups.empty_saved()
+    *results, _ = _forward(groups, upstream, weights, saved, groups.in_groups(wrt))
+    return *results, _bank_gradient(groups, index, saved, upstream)
 
 
 def ranking_reward_backward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
+    groups: Groups,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
     """Gradients from what was saved; reads the inputs again."""
-    bank = index is not None and wrt[2]
-    gradients = _empty_gradients(query, positive, negatives, (wrt[0], wrt[1], wrt[2] and not bank))
+    index = groups.negative_index
+    gradients = _empty_gradients(groups, groups.in_groups(wrt))
     if any(x is not None for x in gradients):
         module().reward_backward(
-            DTYPE_CODES[query.dtype],
+            DTYPE_CODES[groups.query.dtype],
             torch.get_num_threads(),
-            *_sizes(query, negatives, index),
-            operand(query),
-            operand(positive),
-            operand(negatives),
-            operand(index),
+            *groups.sizes,
+            *map(operand, groups[:3]),
+            operand(groups.negative_index),
             operand(grad_reward),
             saved.data_ptr(),
             *(pointer(x) for x in gradients),
         )
-    if index is None or not bank:
+    if index is None or not wrt[2]:
         return gradients
-    return *gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward)
+    return *gradients[:2], _bank_gradient(groups, index, saved, grad_reward)
 
 
 def reward_from_scores(
@@ -151,30 +119,21 @@ def group_advantages(reward: Tensor, *, scale: str, std_eps: float) -> Tensors:
 
 
 def _forward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
+    groups: Groups,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None,
     wrt: Wanted,
 ) -> Gradients:
     """The values and the gradients in `wrt`; fills in what is saved, where that is given."""
-    values = _empty_values(query, negatives if index is None else index.unsqueeze(-1))
-    gradients = _empty_gradients(query, positive, negatives, wrt)
+    values, gradients = _empty_values(groups), _empty_gradients(groups, wrt)
     module().reward_forward(
-        DTYPE_CODES[query.dtype],
+        DTYPE_CODES[groups.query.dtype],
         torch.get_num_threads(),
-        *_sizes(query, negatives, index),
-        operand(query),
-        operand(positive),
-        operand(negatives),
-        operand(mask),
-        pointer(relevance),
-        operand(index),
+        *groups.sizes,
+        *map(operand, groups[:4]),
+        pointer(groups.relevance),
+        operand(groups.negative_index),
         operand(upstream),
         weights,
         *[x.data_ptr() for x in values],
@@ -184,43 +143,25 @@ def _forward(
     return *values, *gradients
 
 
-def _bank_gradient(
-    query: Tensor, bank: Tensor, index: Tensor, saved: Tensor, upstream: Tensor | None
-) -> Tensor:
+def _bank_gradient(groups: Groups, index: Tensor, saved: Tensor, upstream: Tensor | None) -> Tensor:
     """The gradient [M, D] of a bank whose rows the index names."""
-    gradient = empty_gradient(bank)
-    order, first = occurrences(index, len(bank))
+    gradient = empty_gradient(groups.negatives)
+    order, first = occurrences(index, len(gradient))
     module().bank_gradient(
-        DTYPE_CODES[query.dtype],
+        DTYPE_CODES[groups.query.dtype],
         torch.get_num_threads(),
-        *_sizes(query, bank, index),
-        operand(query),
-        operand(bank),
+        *groups.sizes,
+        operand(groups.query),
+        operand(groups.negatives),
         operand(upstream),
-        saved.data_ptr(),
-        order.data_ptr(),
-        first.data_ptr(),
-        gradient.data_ptr(),
+        *(x.data_ptr() for x in (saved, order, first, gradient)),
     )
     return gradient
 
 
-def _sizes(query: Tensor, negatives: Tensor, index: Tensor | None) -> tuple[Any, int, int, int]:
-    """The leading shape, N, D, and the rows of a bank."""
-    n, dim = negatives.shape[-2:]
-    leading = tuple(query.shape[:-1])
-    return (leading, n, dim, 0) if index is None else (leading, index.shape[-1], dim, n)
-
-
-def _empty_saved(query: Tensor, negatives: Tensor, index: Tensor | None) -> Tensor:
-    leading, n, _, _ = _sizes(query, negatives, index)
-    return torch.empty(saved_shape((*leading, n + 1)), dtype=torch.float64)
-
-
-def _empty_gradients(query: Tensor, positive: Tensor, negatives: Tensor, wrt: Wanted) -> Gradients:
-    inputs = (query, positive, negatives)
+def _empty_gradients(groups: Groups, wrt: Wanted) -> Gradients:
     return tuple(
-        empty_gradient(x) if wanted else None for x, wanted in zip(inputs, wrt, strict=True)
+        empty_gradient(x) if wanted else None for x, wanted in zip(groups[:3], wrt, strict=True)
     )
 
 
@@ -249,13 +190,13 @@ def _from_scores(
     )
 
 
-def _empty_values(query: Tensor, rows: Tensor) -> Tensors:
-    leading, dtype = rows.shape[:-2], compute_dtype(query.dtype)
+def _empty_values(groups: Groups) -> Tensors:
+    leading, dtype = groups.leading, compute_dtype(groups.query.dtype)
     reward = empty(leading, dtype)
     return (
         reward,
         torch.empty_like(reward),
         torch.empty_like(reward),
         empty(leading, torch.int32),
-        torch.empty(*leading, rows.shape[-2] + 1, dtype=dtype),
+        torch.empty(*leading, groups.n + 1, dtype=dtype),
     )

@@ -5,12 +5,12 @@ Kernels are imported when they are first launched, for they import triton.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elva_kernels.backends.launcher import Gradients, Tensors, saved_shape
+from elva_kernels.backends.launcher import Gradients, Groups, Tensors
 from elva_kernels.backends.segments import occurrences
 from elva_kernels.backends.triton import launch
 from elva_kernels.reference import Wanted, Weights, compute_dtype
@@ -18,62 +18,31 @@ from elva_kernels.reference import Wanted, Weights, compute_dtype
 _NONE: Gradients = (None, None, None)
 
 
-def ranking_reward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Weights,
-) -> Tensors:
+def ranking_reward(groups: Groups, weights: Weights) -> Tensors:
     """Values alone: reward, margin_reward, rank_reward, rank, scores."""
-    groups = _Groups(query, positive, negatives, mask, index)
-    return _reward(groups, relevance, None, weights, None, _NONE)
+    return _reward(groups, None, weights, None, _NONE)
 
 
-def ranking_reward_saved(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
-    weights: Weights,
-) -> Tensors:
+def ranking_reward_saved(groups: Groups, weights: Weights) -> Tensors:
     """Values, and coefficients for the backward."""
-    groups = _Groups(query, positive, negatives, mask, index)
-    saved = groups.empty_saved()
-    return *_reward(groups, relevance, None, weights, saved, _NONE), saved
+    saved = groups.empty_saved(launch.empty)
+    return *_reward(groups, None, weights, saved, _NONE), saved
 
 
 def ranking_reward_and_grad(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
+    groups: Groups,
     upstream: Tensor | None,
     weights: Weights,
     wrt: Wanted,
 ) -> Gradients:
     """Values, and the gradients of sum(upstream * reward), None where they are not in `wrt`."""
-    groups = _Groups(query, positive, negatives, mask, index)
-    saved, gradients = groups.empty_saved(), groups.empty_gradients(wrt)
-    values = _reward(groups, relevance, upstream, weights, saved, gradients)
-    if index is None or not wrt[2]:
-        return *values, *gradients
-    return *values, *gradients[:2], _bank_gradient(query, negatives, index, saved, upstream)
+    saved, gradients = groups.empty_saved(launch.empty), _empty_gradients(groups, wrt)
+    values = _reward(groups, upstream, weights, saved, gradients)
+    return *values, *_with_bank(gradients, groups, saved, upstream, wrt)
 
 
 def ranking_reward_backward(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    mask: Tensor | None,
-    index: Tensor | None,
-    relevance: Tensor | None,
+    groups: Groups,
     saved: Tensor,
     grad_reward: Tensor,
     weights: Weights,
@@ -82,13 +51,12 @@ def ranking_reward_backward(
     """Gradients of sum(grad_reward * reward); reads the inputs again, but not their relevance."""
     from elva_kernels.backends.triton.kernels.reward import gradient_kernel
 
-    groups = _Groups(query, positive, negatives, mask, index)
-    gradients = groups.empty_gradients(wrt)
-    sizes = groups.blocks()
-    tensors = (*groups.tensors(), grad_reward, saved, *gradients)
+    gradients = _empty_gradients(groups, wrt)
+    sizes = _blocks(groups)
+    tensors = (*_operands(groups), grad_reward, saved, *gradients)
     launches = () if gradients == _NONE else launch.parts(groups.leading, tensors)
     for part, (inner, programs), strides in launches:
-        with launch.on(query.device):
+        with launch.on(groups.query.device):
             gradient_kernel[(programs,)](
                 *part[:4],
                 part[5],
@@ -96,19 +64,17 @@ def ranking_reward_backward(
                 *part[6:],
                 groups.n + 1,
                 groups.dim,
-                groups.bank_rows,
+                _bank_rows(groups),
                 inner,
                 *strides[:3],
                 *strides[3][:3],
                 *strides[4][:2],
-                WIDE=groups.are_wide,
+                WIDE=_are_wide(groups),
                 ROWS=sizes.rows,
                 BLOCK=sizes.columns,
                 **sizes.options(),
             )
-    if index is None or not wrt[2]:
-        return gradients
-    return *gradients[:2], _bank_gradient(query, negatives, index, saved, grad_reward)
+    return _with_bank(gradients, groups, saved, grad_reward, wrt)
 
 
 def reward_from_scores(
@@ -167,65 +133,38 @@ def reward_from_scores_backward(
     return (gradient,)
 
 
-class _Groups(NamedTuple):
-    """The inputs of a grouped op, and what its launches take of them."""
+def _bank_rows(groups: Groups) -> int | None:
+    return None if groups.negative_index is None else len(groups.negatives)
 
-    query: Tensor  # [*, D]
-    positive: Tensor  # [*, D]
-    negatives: Tensor  # [*, N, D], or a bank [M, D]
-    mask: Tensor | None  # [*, N]
-    row_index: Tensor | None  # int64 [*, N], rows of the bank
 
-    @property
-    def leading(self) -> torch.Size:
-        return self.query.shape[:-1]
+def _are_wide(groups: Groups) -> bool:
+    """Whether candidates are dense rows, and each begins at a multiple of 16 bytes."""
+    return launch.is_wide(groups.positive) and launch.is_wide(groups.negatives)
 
-    @property
-    def n(self) -> int:
-        row_index = self.row_index
-        return self.negatives.shape[-2] if row_index is None else row_index.shape[-1]
 
-    @property
-    def dim(self) -> int:
-        return self.query.shape[-1]
+def _operands(groups: Groups) -> tuple[Tensor | None, ...]:
+    """As the kernels take them: a bank is every group's, and its index says what is masked."""
+    if groups.negative_index is None:
+        return groups[:4]
+    bank = groups.negatives.expand(*groups.leading, *groups.negatives.shape)
+    return groups.query, groups.positive, bank, groups.negative_index
 
-    @property
-    def bank_rows(self) -> int | None:
-        return None if self.row_index is None else len(self.negatives)
 
-    @property
-    def are_wide(self) -> bool:
-        """Whether candidates are dense rows, and each begins at a multiple of 16 bytes."""
-        return all(launch.is_wide(x) for x in (self.positive, self.negatives))
+def _blocks(groups: Groups, *, soft: bool = False) -> launch.Blocks:
+    architecture = launch.architecture_of(groups.query.device)
+    lean = _are_wide(groups) and not soft
+    return launch.blocks(architecture, groups.dim, groups.query.dtype, lean=lean)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """As the kernels take them: a bank is every group's, and its index says what is masked."""
-        if self.row_index is None:
-            return self.query, self.positive, self.negatives, self.mask
-        bank = self.negatives.expand(*self.leading, *self.negatives.shape)
-        return self.query, self.positive, bank, self.row_index
 
-    def blocks(self, *, soft: bool = False) -> launch.Blocks:
-        architecture = launch.architecture_of(self.query.device)
-        lean = self.are_wide and not soft
-        return launch.blocks(architecture, self.dim, self.query.dtype, lean=lean)
-
-    def empty_saved(self) -> Tensor:
-        shape = saved_shape((*self.leading, self.n + 1))
-        return launch.empty(shape, torch.float64, self.query.device)
-
-    def empty_gradients(self, wrt: Wanted) -> Gradients:
-        """Memory for those in `wrt`, but for a bank's, which is not a sum over one group."""
-        wanted = (wrt[0], wrt[1], wrt[2] and self.row_index is None)
-        return tuple(
-            launch.empty(x.shape, x.dtype, x.device) if is_wanted else None
-            for x, is_wanted in zip(self[:3], wanted, strict=True)
-        )
+def _empty_gradients(groups: Groups, wrt: Wanted) -> Gradients:
+    return tuple(
+        launch.empty(x.shape, x.dtype, x.device) if wanted else None
+        for x, wanted in zip(groups[:3], groups.in_groups(wrt), strict=True)
+    )
 
 
 def _reward(
-    groups: _Groups,
-    relevance: Tensor | None,
+    groups: Groups,
     upstream: Tensor | None,
     weights: Weights,
     saved: Tensor | None,
@@ -239,21 +178,21 @@ def _reward(
     scratch = None
     if saved is not None:
         scratch = launch.empty((*groups.leading, 4 * candidates), torch.float64, device)
-    sizes = groups.blocks(soft=weights.rank_temperature > 0)
-    tensors = (*groups.tensors(), upstream, relevance, *values, scratch, saved, *gradients)
+    sizes = _blocks(groups, soft=weights.rank_temperature > 0)
+    tensors = (*_operands(groups), upstream, groups.relevance, *values, scratch, saved, *gradients)
     for part, (inner, programs), strides in launch.parts(groups.leading, tensors):
         with launch.on(device):
             reward_kernel[(programs,)](
                 *part,
                 candidates,
                 groups.dim,
-                groups.bank_rows,
+                _bank_rows(groups),
                 inner,
                 *strides[:3],
                 *strides[3][:3],
                 *strides[4][:2],
                 **_scalars(weights),
-                WIDE=groups.are_wide,
+                WIDE=_are_wide(groups),
                 ROWS=sizes.rows,
                 BLOCK=sizes.columns,
                 SPAN=launch.SPAN * sizes.columns,
@@ -263,16 +202,20 @@ def _reward(
     return values
 
 
-def _bank_gradient(
-    query: Tensor, bank: Tensor, index: Tensor, saved: Tensor, upstream: Tensor | None
-) -> Tensor:
-    """[M, D], the sum over the groups that name a row; by what `saved` holds of them."""
+def _with_bank(
+    gradients: Gradients, groups: Groups, saved: Tensor, upstream: Tensor | None, wrt: Wanted
+) -> Gradients:
+    """With a bank's [M, D], the sum over the groups that name a row; by what `saved` holds."""
     from elva_kernels.backends.triton.kernels.bank import bank_gradient_kernel
 
+    index = groups.negative_index
+    if index is None or not wrt[2]:
+        return gradients
+    query, _, bank, *_ = groups
     rows, dim = bank.shape
     gradient = launch.empty(bank.shape, bank.dtype, bank.device)
     if rows == 0:
-        return gradient
+        return *gradients[:2], gradient
     order, first = occurrences(index, rows)
     flat = query.reshape(-1, dim)
     weight = None if upstream is None else upstream.reshape(-1)
@@ -287,7 +230,7 @@ def _bank_gradient(
             order,
             first,
             gradient,
-            index.shape[-1],
+            groups.n,
             dim,
             across,
             *flat.stride(),
@@ -298,7 +241,7 @@ def _bank_gradient(
             BLOCK=sizes.columns,
             **sizes.options(),
         )
-    return gradient
+    return *gradients[:2], gradient
 
 
 def _scalars(weights: Weights) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""Marks of a training: what `benchmarks.kills` installs in the process that it will kill.
+"""Marks of a training, by which it is killed.
 
 An audit hook sees the steps that a run directory's layout promises (a `.partial` directory made, a
-rename), so that nothing of ELVA is replaced or called. The standard library alone: a process may
-run this file by its path.
+rename), so that nothing of ELVA is replaced or called.
 """
 
 import json
@@ -24,10 +23,9 @@ BEGINS = (
 """Audit event, what begins with it and ends where the next begins, the path that it is of."""
 
 
-def watch(journal: str) -> None:
-    """Append a JSON line to `journal` (a file or a FIFO) whenever something of `BEGINS` does:
-    {time, kind, stage, step, files: name -> sha256 of a checkpoint that is whole now}."""
-    descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def watch(descriptor: int) -> None:
+    """Write a JSON line to an open file or pipe whenever something of `BEGINS` does: {time, kind,
+    stage, step, files: name -> sha256 of a checkpoint that is whole now}."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event not in ("os.mkdir", "os.rename") or not isinstance(args[0], str | os.PathLike):

@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 
 from elva.data import load, mbeir
+from elva.data.instructions import write_instructions
 from elva.recipe import Recipe, StageConfig
 from elva.run import Run
 
@@ -22,7 +23,7 @@ def write_data(root: Path, first: str = NAMES[0]) -> Path:
     (root / "img").mkdir(parents=True)
     for i, colour in enumerate(COLOURS):
         Image.new("RGB", (400, 300), colour).save(root / "img" / f"{i}.png")
-    mbeir.write_instructions(
+    write_instructions(
         root, "tiny", 7, {("text", "image"): ["Find it."], ("image", "text"): ["Name it."]}
     )
 
