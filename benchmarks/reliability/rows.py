@@ -6,6 +6,7 @@ from benchmarks.reliability import (
     curves,
     fuzz,
     load,
+    mutants,
     repeats,
     sanitizers,
     servers,
@@ -23,4 +24,5 @@ ROWS: dict[str, Row] = {
     **servers.ROWS,
     **load.ROWS,
     **shown.ROWS,
+    **mutants.ROWS,
 }
