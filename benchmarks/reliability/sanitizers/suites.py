@@ -61,8 +61,9 @@ def suite(name: str, outcome: Outcome) -> str:
 
 
 def pool(seed: int) -> str:
-    """What is wrong with a run of the pool's driver."""
-    return _run([str(driver()), str(seed), "4"], OPTIONS) or ""
+    """What is wrong with a run of the pool's driver, without children of forks: in them the
+    allocator of gcc 12's AddressSanitizer may wait for a lock that its parent's threads held."""
+    return _run([str(driver()), str(seed), "0"], OPTIONS) or ""
 
 
 def _run(command: list[str], environment: dict[str, str]) -> str | None:
