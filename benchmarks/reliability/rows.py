@@ -3,8 +3,10 @@
 from benchmarks.reliability import (
     adversarial,
     crashes,
+    curves,
     fuzz,
     load,
+    mutants,
     repeats,
     sanitizers,
     servers,
@@ -18,7 +20,9 @@ ROWS: dict[str, Row] = {
     **sanitizers.ROWS,
     **fuzz.ROWS,
     **crashes.ROWS,
+    **curves.ROWS,
     **servers.ROWS,
     **load.ROWS,
     **shown.ROWS,
+    **mutants.ROWS,
 }

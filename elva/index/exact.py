@@ -140,8 +140,7 @@ class Stack:
 
     @property
     def rows_a_block(self) -> int:
-        row = self.parts[0].shape[1] * self.parts[0].element_size() if self.parts else 1
-        return max(1, (BLOCK_MB << 20) // row)
+        return max(1, (BLOCK_MB << 20) // self.parts[0][0].nbytes)
 
     def nearest(
         self, query: Tensor, k: int, progress: Callable[[int], None] | None = None

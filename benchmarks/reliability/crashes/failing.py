@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -75,7 +76,7 @@ class Encoder:
 
 
 def _embed(path: Path) -> None:
-    embed(Encoder(), _corpus(), path / "embedded", tasks=["t2i"], shard_rows=8, resume=True)
+    embed(Encoder(), small.shared(), path / "embedded", tasks=["t2i"], shard_rows=8, resume=True)
 
 
 def _begin_run(path: Path) -> None:
@@ -96,11 +97,6 @@ def _report(path: Path) -> None:
 
 
 @cache
-def _corpus() -> Path:
-    return small.corpus(place() / "corpus")
-
-
-@cache
 def _told() -> Path:
     return reported.write_data(place() / "told")
 
@@ -117,9 +113,14 @@ def _files(path: Path) -> dict[str, str]:
             lines = one.read_text(encoding="utf-8").splitlines()
             found |= {f"{name}:{i} {line}": "" for i, line in enumerate(lines)}
         elif one.name != ".lock":
-            content = one.read_bytes().replace(os.fsencode(path), b"")  # a page tells its place
+            content = re.sub(_elsewhere(), b"", one.read_bytes())
             found[name] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def _elsewhere() -> bytes:
+    """What a page tells of where its run lies: another place for each copy of it."""
+    return re.escape(os.fsencode(place())) + rb"/[\w/-]*?/(?=run/)"
 
 
 def _each_whole(now: dict[str, str], old: dict[str, str], new: dict[str, str]) -> list[str]:
@@ -189,7 +190,7 @@ def known(name: str) -> Known:
 @cache
 def cases() -> list[Case]:
     """Every call of every artefact, failing in each way."""
-    _corpus()  # once, for all that are forked
+    small.shared()  # once, for all that are forked
     _told()
     return [
         Case(name, nth, code)

@@ -29,7 +29,7 @@ from benchmarks.reliability.crashes.places import place
 from benchmarks.reliability.row import Outcome, Trials
 from elva import checkpoint, files
 from elva.errors import UserError
-from elva.index import Index, blocks
+from elva.index import Index, blocks, segment
 from elva.index.embeddings import Embeddings
 from elva.model.identity import Identity
 from elva.training.resumed import restored
@@ -223,6 +223,20 @@ class Header:
         path.write_bytes(start.ljust(blocks.HEADER_BYTES, b"\0") + self.content[4096:])
         body = changed(self.listed, ("segments", 0, key), digest.hex())
         write_listing(self.listing, json.dumps(body).encode())
+
+
+def write_table(root: Path, table: bytes) -> Path:
+    """The first segment with another table behind its rows, as a new file."""
+    header = Header(root, "segment")
+    end = blocks.HEADER_BYTES + header.fields["rows"] * header.fields["dim"] * 2
+    body = header.content[blocks.HEADER_BYTES : end] + table
+    sums = hashlib.sha256(body).digest()
+    digest = hashlib.sha256(sums).hexdigest()
+    text = json.dumps({**header.fields, "table_bytes": len(table), "sums": digest}).encode()
+    start = segment.MAGIC + struct.pack("<Q", len(text)) + hashlib.sha256(text).digest() + text
+    path = root / "forged.elva"
+    path.write_bytes(start.ljust(blocks.HEADER_BYTES, b"\0") + body + sums)
+    return path
 
 
 def _header(root: Path, part: str) -> Target:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from benchmarks.reliability.crashes.places import place
 from elva.data import mbeir
 from elva.data.instructions import write_instructions
 from elva.recipe import NegativeConfig, Recipe, ScratchModel
@@ -40,6 +42,12 @@ def corpus(root: Path) -> Path:
             mbeir.write_queries(root, f"small_task{task}", split, [*_queries(task)])
     write_instructions(root, "small", 9, prompts)
     return root
+
+
+@cache
+def shared() -> Path:
+    """The corpus of this process, and of all that are forked from it."""
+    return corpus(place() / "corpus")
 
 
 TASKS = {

@@ -194,7 +194,7 @@ class Spanned:
     def _train(self, processes: Processes) -> None:
         with processes.first_alone() as mine:
             if mine and not (self.directory / "recipe.yaml").is_file():
-                Run.create(self.directory, small.recipe(_corpus()))
+                Run.create(self.directory, small.recipe(small.shared()))
         begun = None if self.beginning is None else Run.open(self.beginning)
         train(
             Run.open(self.directory), SILENT, stages=self.stages, start_from=begun,
@@ -243,16 +243,11 @@ class _Moment:
 
 
 @cache
-def _corpus() -> Path:
-    return small.corpus(place() / "corpus")
-
-
-@cache
 def undisturbed(span: int, processes: int) -> tuple[Path, Timeline]:
     """The run of a span that nobody killed, and its marks."""
     before = undisturbed(span - 1, processes)[0] if span else None
     one = Spanned(SPANS[span], place() / f"whole-{processes}-{span}", before, processes)
-    _corpus()
+    small.shared()
     began = time.monotonic()
     done = once(one.works(), one.printed, lambda mark: None)
     if done.code:

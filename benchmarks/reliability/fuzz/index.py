@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from benchmarks.reliability.crashes import forged
 from benchmarks.reliability.fuzz.bounds import came_of, report
 from benchmarks.reliability.fuzz.mutate import json_with_another_value, mutated
 from benchmarks.reliability.row import Outcome, Row, Trials
-from elva.index import blocks, segment
+from elva.index import segment
 from elva.index.embeddings import Embeddings
 
 
@@ -67,7 +65,7 @@ class Place:
         return lambda: Embeddings.open(self.root / "e").queries()
 
     def of_table(self, random: Random) -> Callable[[], object]:
-        path = self._write_table(mutated(self.table, [self.table], random))
+        path = forged.write_table(self.root, mutated(self.table, [self.table], random))
         return lambda: segment.Segment(path).table["id"].to_pylist()
 
     def of_bytes(self, random: Random) -> Callable[[], object]:
@@ -91,19 +89,6 @@ class Place:
 
     def _write_listing(self, body: bytes) -> None:
         forged.write_listing(self.root / "i" / "index.json", body)
-
-    def _write_table(self, table: bytes) -> Path:
-        """The first segment with another table behind its rows, as a new file."""
-        header = dict(self.headers[0].fields)
-        end = blocks.HEADER_BYTES + header["rows"] * header["dim"] * 2
-        body = self.headers[0].content[blocks.HEADER_BYTES : end] + table
-        sums = hashlib.sha256(body).digest()
-        header |= {"table_bytes": len(table), "sums": hashlib.sha256(sums).hexdigest()}
-        text = json.dumps(header).encode()
-        start = segment.MAGIC + struct.pack("<Q", len(text)) + hashlib.sha256(text).digest() + text
-        target = self.root / "forged.elva"
-        target.write_bytes(start.ljust(blocks.HEADER_BYTES, b"\0") + body + sums)
-        return target
 
     def _table(self) -> memoryview:
         one = segment.Segment(self.headers[0].path)

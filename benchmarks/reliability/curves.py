@@ -1,0 +1,102 @@
+"""A training by the kernels and one by the reference's formulas: the same curves.
+
+Both begin with the same seed and go through every stage of the small recipe, the last one by GRPO
+and soft ranks, too; every figure of metrics.jsonl at every step is compared, losses, rewards,
+advantages and norms of gradients among them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import elva_kernels
+from benchmarks.reliability.child import spoken
+from benchmarks.reliability.crashes import small
+from benchmarks.reliability.row import Outcome, Row, Trials
+from elva.commands.train import train
+from elva.progress import SILENT
+from elva.recipe import NegativeConfig
+from elva.run import Run
+from elva_kernels.backends.table import BACKENDS
+
+STAGES = ("0", "1", "2", "3")
+BOUND = 1e-4
+CLOCKS = ("seconds", "per_second", "elapsed", "memory", "_ms", "_s")
+
+
+def curve(backend: str, steps: int, seed: int) -> list[dict[str, float]]:
+    """The figures of each step of all stages, `steps` each, the kernels by a backend."""
+    return list(json.loads(spoken(__name__, backend, str(steps), str(seed))))
+
+
+def main() -> None:
+    """What such a process does."""
+    backend, steps, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    for name, known in BACKENDS.items():
+        if name not in (backend, "reference"):
+            BACKENDS[name] = known._replace(unavailable_reason=lambda: "another one is compared")
+    with tempfile.TemporaryDirectory(prefix="elva-curves-") as scratch:
+        recipe = small.recipe(small.corpus(Path(scratch) / "corpus"))
+        stages = {name: replace(recipe.stages[name], steps=steps) for name in STAGES}
+        stages["3"] = replace(
+            stages["3"], policy=1.0, pathwise=0.5, num_generations=3,
+            negatives=NegativeConfig(given=0, mined=3, random=2, in_batch=False),
+        )  # fmt: skip
+        recipe = replace(recipe, stages=stages, controls={}, seed=seed, save_seconds=1e9)
+        run = Run.create(Path(scratch) / "run", recipe)
+        train(run, SILENT)
+        lines = (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()
+    print(json.dumps([json.loads(line) for line in lines]))
+
+
+def trials(wanted: Trials) -> Outcome:
+    """Steps of both, as many of each stage."""
+    steps = -(-wanted.count // len(STAGES))
+    seed = wanted.seed + wanted.first
+    curves = [curve(backend, steps, seed) for backend in ("cpu", "reference")]
+    outcome = Outcome(tried=wanted.count)
+    if len(curves[0]) != len(curves[1]) or len(curves[0]) < wanted.count:
+        outcome.wrong.append(f"seed {seed}: {len(curves[0])} and {len(curves[1])} steps")
+    for ours, theirs in zip(*curves, strict=False):
+        compare(ours, theirs, outcome)
+    return outcome
+
+
+def compare(ours: dict[str, float], theirs: dict[str, float], outcome: Outcome) -> None:
+    """A step's figures: relative where they are above 1."""
+    where = f"stage {ours.get('stage')} step {ours.get('step')}"
+    for name in sorted({*ours, *theirs}):
+        a, b = ours.get(name), theirs.get(name)
+        if any(part in name for part in CLOCKS):
+            continue
+        if not (isinstance(a, (int, float)) and isinstance(b, (int, float))):
+            if a != b:
+                outcome.wrong.append(f"{where}: {name} is {a}, and {b} by the reference")
+            continue
+        outcome.counts[name] += 1
+        difference = abs(a - b) / max(1.0, abs(b))
+        outcome.measured("difference", difference)
+        if not difference <= BOUND:
+            outcome.wrong.append(f"{where}: {name} is {a}, and {b} by the reference")
+
+
+ROWS = {
+    "curves": Row(
+        title="training steps of every stage by the kernels and by the reference, from one seed",
+        goal="200, every figure of every step within 1e-4",
+        unit="steps",
+        amount=200,
+        smoke=4,
+        chunk=200,
+        run=trials,
+        said=lambda kept: f"largest difference {kept['most']['difference']:.2g}",
+        missing=lambda: elva_kernels.available_backends()["cpu"] or "",
+    ),
+}
