@@ -69,7 +69,10 @@ class Visitor:
     def __init__(self, url: str, number: int, right: Mapping[str, list[str]]) -> None:
         import httpx
 
-        self.client = httpx.Client(base_url=f"{url}/gradio_api", timeout=120)
+        # A connection a request: the server closes one that is idle for 5 s, and a visitor that
+        # this machine keeps waiting would send into it, which a browser tries again by itself.
+        each = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=f"{url}/gradio_api", timeout=120, limits=each)
         self.number, self.right = number, right
         self.counts: Counter[str] = Counter()
         self.times: list[float] = []
