@@ -150,7 +150,7 @@ KERNEL_ROOMS = {
         "registered",
         "scalars",
     ),
-    "reward": ("reference", "registered", "checks"),
+    "reward": ("reference", "backends.launcher", "registered", "checks"),
     "in_batch": ("reference", "registered", "checks"),
     "info_nce": ("reference", "registered", "checks"),
     "topk": ("reference", "registered", "checks"),

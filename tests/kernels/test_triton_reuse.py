@@ -92,7 +92,7 @@ def test_another_batch_stride_compiles_nothing(compiled):
     for negatives in (torch.zeros(16, 30, 64), torch.zeros(16, 47, 64)[:, :30]):
         for given in (negatives[:8], negatives[::2], negatives[:1].expand(8, 30, 64)):
             query = torch.zeros(8, 64)
-            reward.ranking_reward(query, query, given, None, None, None, WEIGHTS)
+            reward.ranking_reward(Groups(query, query, given), WEIGHTS)
     assert len(compiled) == 1
 
 
@@ -100,8 +100,8 @@ def test_another_bank_compiles_nothing(compiled):
     for groups, n in SIZES:
         query, index = torch.zeros(groups, 64), torch.zeros(groups, n, dtype=torch.int64)
         bank = torch.zeros(n + groups, 64)
-        given = (query, query, bank, None, index, None, None)
-        reward.ranking_reward_and_grad(*given, WEIGHTS, ALL)
+        given = Groups(query, query, bank, None, index)
+        reward.ranking_reward_and_grad(given, None, WEIGHTS, ALL)
     assert len(compiled) == 2
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import atheris
 
-MEASURED = ["elva.data", "elva.evaluation", "elva.recipe", "elva.settings", "yaml", "PIL"]
+MEASURED = ["elva.data", "elva.evaluation", "elva.recipe", "elva.recipes", "elva.settings"]
 
 
 def main() -> None:
