@@ -348,3 +348,10 @@ def test_a_quote_that_is_never_closed_is_no_bad_row(tmp_path):
     path.write_text('file,caption\na.png,one\nb.png,"two\nc.png,three\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"captions.csv:3: not csv: a quote that is never closed"):
         list(rows(path, ("file", "caption"), Faults(5)))
+
+
+def test_a_header_may_end_in_columns_that_rows_leave_out(tmp_path):
+    path = tmp_path / "titles.csv"
+    path.write_text("id,text,,,\na,A dog\nb,Two dogs,\n", encoding="utf-8")
+    found = [record.fields for record in rows(path, ("text",), Faults(), known=("id",))]
+    assert found == [{"id": "a", "text": "A dog"}, {"id": "b", "text": "Two dogs"}]

@@ -178,7 +178,7 @@ def _fields(where: str, header: list[str], cells: list[str]) -> dict[str, object
     width = max(i for i, name in enumerate(header, start=1) if name)
     if len(cells) < width:
         raise DataError(f"{where}: {len(cells)} cells, not {width}")
-    named = [*header, *[""] * (len(cells) - len(header))]
+    named = [*header, *[""] * (len(cells) - len(header))][: len(cells)]  # names of no column end it
     for i, (name, cell) in enumerate(zip(named, cells, strict=True)):
         if i and not name and cell.strip():
             raise DataError(f"{where}: {len(cells)} cells, not {width}: {cell[:80]!r} is too many")
