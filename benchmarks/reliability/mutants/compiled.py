@@ -88,9 +88,10 @@ def missing() -> str:
     directory = build_directory()
     if directory is None:
         return "no objects of a build: python setup.py build_ext --inplace leaves them in build/"
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.[ch]*"))
-    oldest = min((path.stat().st_mtime for path in directory.rglob("*.o")), default=0.0)
-    return "objects older than csrc: build anew" if oldest < newest else ""
+    if shutil.which("ninja") is None:
+        return "ninja is not installed"
+    asked = subprocess.run(["ninja", "-n"], cwd=directory, capture_output=True, text=True)
+    return "" if "no work to do" in asked.stdout else "objects older than csrc: build anew"
 
 
 def _run(words: list[str]) -> bool:
