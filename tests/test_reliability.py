@@ -8,7 +8,7 @@ import pytest
 from benchmarks.reliability import row as rows
 from benchmarks.reliability.row import Outcome, Row, Trials, measure
 from benchmarks.reliability.rows import ROWS
-from benchmarks.reliability.table import table
+from benchmarks.reliability.table import cell, table
 
 README = Path(__file__).parent.parent / "benchmarks" / "README.md"
 
@@ -28,6 +28,18 @@ def test_the_readme_has_what_is_kept():
     found = re.search(r"<!-- reliability -->\n\n(.*?)\n\n<!-- end -->", text, re.S)
     assert found is not None
     assert found[1] == table(rows.KEPT)
+
+
+def test_the_front_page_has_what_is_kept():
+    lines = README.parents[1].joinpath("README.md").read_text(encoding="utf-8").splitlines()
+    shown = {
+        found[1]: line
+        for line in lines
+        if (found := re.search(r"\(benchmarks/results/reliability/(.*?)\.json\)", line))
+    }
+    assert len(shown) == 3
+    for name, line in shown.items():
+        assert cell(name, rows.kept(name)) in line and f"`reliability {name}`" in line
 
 
 @pytest.mark.parametrize("name", ROWS)
