@@ -12,6 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def findable() -> None:
+    """Processes that are spawned from here on find the benchmarks, and an installed package first."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+
+
 def spoken(module: str, *given: str, environment: Mapping[str, str] | None = None) -> str:
     """The last line that `main` of a module of the benchmarks prints, for these arguments.
 

@@ -15,6 +15,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.reliability.child import findable
 from benchmarks.reliability.crashes import calls
 from benchmarks.reliability.row import Outcome, Trials
 
@@ -31,6 +32,7 @@ def apart(trying: Trying, wanted: Trials) -> Outcome:
 
 @cache
 def _process() -> ProcessPoolExecutor:
+    findable()
     found = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_warm)
     before = os.environ.get("LD_PRELOAD", "")
     if not calls.missing():

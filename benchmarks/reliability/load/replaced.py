@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.reliability.child import findable
 from benchmarks.reliability.row import Outcome, Row, Trials
 from elva.index import Index
 from elva.model.identity import Identity
@@ -86,6 +87,7 @@ def trials(wanted: Trials) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="elva-replaced-") as scratch:
         place = Path(scratch) / "i"
         write(place, 0)
+        findable()
         stop = get_context("spawn").Event()
         writer = get_context("spawn").Process(target=replacing, args=(place, stop), daemon=True)
         writer.start()
