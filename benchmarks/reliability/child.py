@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def findable() -> None:
-    """Processes that are spawned from here on find the benchmarks, and an installed package first."""
+    """What is spawned from here on finds the benchmarks, and an installed package first."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
 
