@@ -156,7 +156,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> bytes:
-    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    dense = x.detach().clone(memory_format=torch.contiguous_format)
+    return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def again(draw: Draw, case: Case, right: Results, sums: Results) -> Iterator[tuple[str, int]]:

@@ -29,7 +29,7 @@ def described(checkpoint: Path, stage: StageConfig, **extra: object) -> Recipe:
     return Recipe("x", ModelConfig(str(checkpoint)), {"3": stage}, trainer=extra)
 
 
-@pytest.mark.parametrize("heads", ["tied", "untied"])
+@pytest.mark.parametrize("heads", ["tied", pytest.param("untied", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("rank", [0, 4, 16])
 def test_what_trains_is_counted_to_the_value(heads: str, rank: int, released: Released) -> None:
     retriever = Retriever.load(released(heads), summary_prompt="")
@@ -159,6 +159,7 @@ print(resident("VmHWM") - before, max(map(len, prompts)),
 PEAK = replace(POLICY, batch_size=8, num_generations=8, max_completion_length=48)
 
 
+@pytest.mark.thorough
 def test_a_measured_peak_is_within_1_5_times_of_the_estimate(corpus: Path, tmp_path: Path) -> None:
     """Resident memory of a process of its own, from before the model is read to the most in two
     steps of GRPO, beside what libraries take once; of random weights, whose summaries do not end

@@ -28,6 +28,7 @@ def place(tmp_path):
     return forged.make(tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", forged.MAKERS)
 def test_every_forgery_is_refused_or_answers_as_the_real_file(name):
     outcome = Outcome()

@@ -72,7 +72,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(program: str, *words: object, path: str | None = None, **environment: str) -> str:
     """What a process prints that finds no source tree but `path`, and asks no hub."""
     kept = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
-    kept |= {"HF_HUB_OFFLINE": "1", **environment} | ({"PYTHONPATH": path} if path else {})
+    kept |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment} | (
+        {"PYTHONPATH": path} if path else {}
+    )
     command = [sys.executable, "-c", program, *map(str, words)]
     done = subprocess.run(command, env=kept, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
