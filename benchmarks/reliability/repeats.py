@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -156,6 +157,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> bytes:
+    """Of its values; NaN is one of them, whatever its sign and payload."""
+    x = torch.where(x.isnan(), math.nan, x) if x.is_floating_point() else x
     dense = x.detach().clone(memory_format=torch.contiguous_format)
     return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 

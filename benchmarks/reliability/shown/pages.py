@@ -58,7 +58,8 @@ def demo(text: str, place: Path) -> str:
 def review(text: str, place: Path) -> str:
     """The review of `elva mrbench`; data holds no halves of surrogate pairs, as JSON is read."""
     text = re.sub("[\ud800-\udfff]", "", text)
-    write_review(place, [["", f"9:{text}", text, text, text, text]])
+    grain = text.replace(";", ",")  # it ends one, and another has tags of its own
+    write_review(place, [["", f"9:{text}", text, text, grain, text]])
     return (place / PAGE).read_text(encoding="utf-8")
 
 

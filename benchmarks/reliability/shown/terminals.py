@@ -115,14 +115,15 @@ def answers(text: str, marker: str, place: Path) -> None:
         check(command("search", made.directory, "dog"), marker, lines=2)
         printed = command("search", made.directory, "dog", "--json")
     check(printed, marker, lines=1)
-    assert [hit["name"] for hit in json.loads(printed)] == [text, text]
+    read = json.loads(json.dumps(text))  # JSON makes one of two halves of a surrogate pair
+    assert [hit["name"] for hit in json.loads(printed)] == [read, read]
 
 
 def data(text: str, marker: str, place: Path) -> None:
     """Rows that are wrong, as `elva data check` lists them."""
     root = reported.write_data(place / "data", first=_plain(text))
     for file in root.rglob("*_cand_pool.jsonl"):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         rows[0]["modality"], rows[1]["img_path"] = _plain(text), f"../{_plain(text)}"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     check(command("data", "check", root, code=None), marker)
