@@ -15,7 +15,7 @@ from benchmarks.reliability.mutants.suites import (
     READERS,
     Suite,
 )
-from benchmarks.reliability.mutants.trial import share, trials
+from benchmarks.reliability.mutants.trial import GOAL, share, trials
 from benchmarks.reliability.row import Row
 
 
@@ -23,8 +23,9 @@ def said(kept: Mapping[str, Any]) -> str:
     """How many were killed of how many, in the table."""
     counts = kept["counts"]
     killed, judged = share(counts)
+    below = ": below the goal" if killed < GOAL * judged else ""
     return (
-        f"{killed} of {judged} killed ({100 * killed / max(1, judged):.0f} %), "
+        f"{killed} of {judged} killed ({100 * killed / max(1, judged):.0f} %{below}), "
         f"{counts.get('equivalent', 0)} equivalent, {counts.get('survived', 0)} survive; a sample "
         f"of {int(kept['most']['mutants']):,}"
     )
