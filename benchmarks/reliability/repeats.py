@@ -24,6 +24,7 @@ import elva_kernels as ek
 from benchmarks.reliability.adversarial.draw import Draw
 from benchmarks.reliability.child import spoken
 from benchmarks.reliability.row import Outcome, Row, Trials
+from tests.kernels.cases import same_bits
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 THREADS = tuple(range(1, 2 * (os.cpu_count() or 1) + 1))
@@ -147,13 +148,9 @@ def case_of(number: int, seed: int) -> tuple[Draw, Case]:
 def differing(found: Results, right: Results) -> int:
     """Of how many tensors the bits differ."""
     return sum(
-        (a is None) != (b is None) or (a is not None and b is not None and not _same(a, b))
+        (a is None) != (b is None) or (a is not None and b is not None and not same_bits(a, b))
         for a, b in zip(found, right, strict=True)
     )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and _bytes(a) == _bytes(b)
 
 
 def _bytes(x: Tensor) -> bytes:

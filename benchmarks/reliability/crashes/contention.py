@@ -154,11 +154,7 @@ def a_reader_beside_a_writer(there: Path, draw: random.Random) -> str:
     path, change = _copied(name, there), indexing.CHANGES[name][1]
 
     def read() -> list[Any]:
-        seen = []
-        for _ in range(6):
-            index = Index(path)
-            seen.append([len(index), sorted(index.ids(index.alive.nonzero()[0]))[:2]])
-        return seen
+        return [_seen(path) for _ in range(6)]
 
     right = [_seen(indexing.known(name).before), _seen(place() / f"{name} after")]
     reader, _ = found = together([read, _written(lambda: change(path))], there, draw)
