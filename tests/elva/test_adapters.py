@@ -185,6 +185,7 @@ def test_an_embeddings_identity_is_of_the_base_and_the_adapter(tmp_path):
         Retriever.load(moved)
 
 
+@pytest.mark.thorough
 def test_a_merge_into_bf16_loses_what_an_adapter_keeps():
     """A hundred steps of one sign at 1e-6 on a square as wide as a 7B model."""
     torch.manual_seed(0)

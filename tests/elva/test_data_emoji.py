@@ -239,6 +239,7 @@ def test_pictures_show_their_grains(picture_of):
     assert small < large / 2
 
 
+@pytest.mark.thorough
 def test_drawing_is_deterministic_and_leaves_out_what_the_font_lacks():
     sequences = ["\U0001f600", "\U0001f469\U0001f3fd\u200d\U0001f692", "\u2764\ufe0f"]
     # Falls apart into two glyphs; not in the font at all.

@@ -282,6 +282,7 @@ def test_a_model_that_knows_emoji_alone_says_so(emoji_model, album, corpus, tmp_
 # -- libraries that have moved ---------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_torchvision_that_does_not_load_is_one_line(tmp_path: Path) -> None:
     package = tmp_path / "torchvision"
     package.mkdir()

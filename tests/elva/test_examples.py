@@ -73,6 +73,7 @@ def test_lightning_in_bf16_with_a_learnt_temperature(printed) -> None:
     assert before < 0.02 and after > 0.85 and start == 0.1 and 0.05 < learnt < 0.099
 
 
+@pytest.mark.thorough
 def test_two_processes_of_accelerate_are_one(printed) -> None:
     """Each with half of a batch and all of its candidates: the same losses, the same model."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]

@@ -201,6 +201,7 @@ def embedded(corpus: measure.Corpus, blind: str | None = None) -> dict[str, torc
     return found
 
 
+@pytest.mark.thorough
 def test_who_sees_every_grain_has_them_far_apart_and_who_is_blind_has_not(drawn: Path) -> None:
     known = measure.Corpus.of(drawn)
     seen = measure.figures(embedded(known), known, "test")
@@ -226,6 +227,7 @@ def test_the_entities_that_are_kept_are_those_of_the_corpus(drawn: Path) -> None
 # -- a trial ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_trial_is_trained_measured_and_kept(
     finished: Path, corpus: Path, known: measure.Corpus, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -102,6 +102,7 @@ def test_it_computes_alone_what_the_package_does(written: Path, tmp_path: Path) 
             torch.testing.assert_close(a, b.detach(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.thorough
 def test_versions_live_beside_each_other_and_the_package(written: Path, tmp_path: Path) -> None:
     """Each under its id, with ops of its own: another file, another id."""
     other = tmp_path / "other"

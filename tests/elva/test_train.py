@@ -102,6 +102,7 @@ def test_stage_three_alone_starts_from_another_run(
     assert run.read("3", "stage.json")["steps"] == 2
 
 
+@pytest.mark.thorough
 def test_a_control_takes_as_many_steps_as_what_it_is_compared_with(
     finished: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
