@@ -313,7 +313,11 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
 )
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "bank", "shared"])
+@pytest.mark.parametrize(
+    "layout",
+    ["contiguous", *(pytest.param(x, marks=pytest.mark.thorough)
+                     for x in ("transposed", "expanded", "bank", "shared"))],
+)  # fmt: skip
 def test_no_temporary_is_larger_than_a_hundredth_of_the_inputs(layout):
     """Values of rows as they lie; gradients too, of a query beside a bank and of a shared bank."""
     program = f"""

@@ -60,6 +60,7 @@ def test_whole_contract_on_fibers(pytestconfig, file, part):
     selections.run("fibers", [file], "--thorough", **environment)
 
 
+@pytest.mark.thorough
 @pytest.mark.beside(work=sanitized)
 def test_address_sanitizer_is_silent(beside):
     assert beside

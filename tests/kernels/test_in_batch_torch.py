@@ -97,7 +97,7 @@ def test_opcheck(backend, dtype):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @every_backend
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_compiles_without_a_graph_break(backend, dynamic):
     def total(query, candidates, temperature, target, excluded, ids):
         options = {"excluded": excluded, "candidate_ids": ids, "backend": backend}

@@ -58,11 +58,16 @@ def test_a_value_is_not_a_part_of_another(monkeypatch):
     assert {x.callspec.params.get("shape") for x in kept} == {1, 5, 32, None}
 
 
-def test_of_the_contract_each_test_is_taken_in_one_case():
-    kept = few_cases(ITEMS + OTHERS)
-    assert kept[1:] == OTHERS and kept[0] in ITEMS
-    other = [Item("test_layouts", **item.callspec.params) for item in ITEMS]
-    assert few_cases(other)[0].callspec != kept[0].callspec, "not all in the same"
+def test_of_the_contract_each_test_is_taken_in_one_case_in_one_of_the_thirds(monkeypatch):
+    names = [f"test_{name}" for name in "abcdefghijkl"]
+    items = [Item(name, **item.callspec.params) for name in names for item in ITEMS]
+    kept = []
+    for third in "012":
+        monkeypatch.setenv(selections.THIRD, third)
+        kept.append(few_cases([*items, OTHERS[0]]))
+        assert kept[-1].pop() == OTHERS[0], "which is not of the contract"
+    assert sorted(item.originalname for part in kept for item in part) == names and all(kept)
+    assert len({str(item.callspec.params) for part in kept for item in part}) > 3, "not one case"
 
 
 def test_what_is_a_backends_own_is_there_in_every_value():
