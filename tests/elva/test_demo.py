@@ -351,7 +351,7 @@ class Shown(NamedTuple):
 def shown(url: str, browser: Any) -> Iterator[Shown]:
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     tab = context.new_page()
-    tab.set_default_timeout(20_000)
+    tab.set_default_timeout(60_000)
     seen = Shown(tab, [], [])
     tab.on("request", lambda request: seen.requests.append(request.url))
     tab.on("pageerror", lambda error: seen.faults.append(str(error)))

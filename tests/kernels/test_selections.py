@@ -39,6 +39,11 @@ ITEMS = [
 OTHERS = [Item("test_errors"), Item("test_layouts", backend="cuda"), Item("test_map", backend="c")]
 
 
+@pytest.fixture(autouse=True)
+def _first_third(monkeypatch):
+    monkeypatch.setenv(selections.THIRD, "0")
+
+
 def session(never=(), thorough=()):
     return Session("cuda_on_fibers", ("test_topk",), {"": [*never]}, {"": [*thorough]})
 
