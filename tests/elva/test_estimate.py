@@ -30,7 +30,7 @@ def described(checkpoint: Path, stage: StageConfig, **extra: object) -> Recipe:
 
 
 @pytest.mark.parametrize("heads", ["tied", pytest.param("untied", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("rank", [0, 4, 16])
+@pytest.mark.parametrize("rank", [0, 4, pytest.param(16, marks=pytest.mark.thorough)])
 def test_what_trains_is_counted_to_the_value(heads: str, rank: int, released: Released) -> None:
     retriever = Retriever.load(released(heads), summary_prompt="")
     if rank:
@@ -75,7 +75,9 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize(
+    "kind", ["InfoNCE", *(pytest.param(x, marks=pytest.mark.thorough) for x in [*SAVED][1:])]
+)
 def test_activations_are_what_autograd_keeps(
     kind: str, released: Released, corpus: Path, tmp_path: Path
 ) -> None:

@@ -184,7 +184,8 @@ class Faulty(Callback):
 @pytest.mark.parametrize(
     "name",
     [
-        "kill", "nan",
+        "kill",
+        pytest.param("nan", marks=pytest.mark.thorough),
         pytest.param("interrupt", marks=pytest.mark.thorough),
         pytest.param("bad data", marks=pytest.mark.thorough),
     ],

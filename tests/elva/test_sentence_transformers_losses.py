@@ -206,7 +206,10 @@ def test_what_a_loss_cannot_do_is_said_before_it_begins() -> None:
             loss.compute_loss_from_embeddings(columns(3, torch.float32)[:1], None)
 
 
-@pytest.mark.parametrize("kind", [InfoNCELoss, CachedInfoNCELoss, RankingRewardLoss])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(InfoNCELoss, marks=pytest.mark.thorough), CachedInfoNCELoss,
+             RankingRewardLoss]
+)  # fmt: skip
 def test_a_trainer_trains_saves_and_goes_on(model_path: Path, tmp_path: Path, kind: type) -> None:
     """Six steps, of which the last three resume: the same weights; the card names the loss."""
     rows = dict(zip(("anchor", "positive", "negative"), TEXTS, strict=True))

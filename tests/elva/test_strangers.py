@@ -320,7 +320,12 @@ def test_pathwise_differentiates_the_retrievers_own_embedding(tmp_path, data, po
 
 
 @pytest.mark.parametrize(
-    ("stage", "rank"), [(PATHWISE, 0), (PATHWISE, 2), (replace(POLICY, infonce=0.1), 2)]
+    ("stage", "rank"),
+    [
+        pytest.param(PATHWISE, 0, marks=pytest.mark.thorough),
+        pytest.param(PATHWISE, 2, marks=pytest.mark.thorough),
+        (replace(POLICY, infonce=0.1), 2),
+    ],
 )
 def test_a_boosted_retriever_is_still_what_it_was(tmp_path, data, stranger, stage, rank):
     """Steps move its weights; it opens again with the same reading and equal embeddings, and its

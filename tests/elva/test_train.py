@@ -124,7 +124,10 @@ GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches
 @pytest.mark.parametrize(
     "changes",
     [
-        {**GRPO, "rollout_candidates": "all", "micro_batch_size": 16},
+        pytest.param(
+            {**GRPO, "rollout_candidates": "all", "micro_batch_size": 16},
+            marks=pytest.mark.thorough,
+        ),
         # test_processes has each of the two by several processes and by one
         pytest.param({**GRPO, "num_iterations": 2}, marks=pytest.mark.thorough),
         pytest.param({**GRPO, "lora": {"rank": 4, "alpha": 8}}, marks=pytest.mark.thorough),
@@ -135,7 +138,10 @@ GRPO = {"policy": 1.0, "pathwise": 0.0, "infonce": 0.0, "lm": 0.0, "hard_batches
             "refresh_steps": 2,
             "negatives": {"given": 1, "mined": 3, "random": 2, "in_batch": True},
         },
-        {**GRPO, "policy": 0.0, "pathwise": 1.0, "reward": {"rank_temperature": 0.03}},
+        pytest.param(
+            {**GRPO, "policy": 0.0, "pathwise": 1.0, "reward": {"rank_temperature": 0.03}},
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             {**GRPO, "policy": 0.0, "pathwise": 1.0, "rollout_candidates": "all"},
             marks=pytest.mark.thorough,

@@ -2,9 +2,9 @@
 
 Such a session is a process of its own: the CUDA kernels' bodies on fibers, or Triton interpreted.
 A test is named by its function and by the values of its parameters, never by a part of its id. By
-default those of an op's numbers and a backend's own run as often as each value of each of their
-parameters needs, of the rest of the contract a third of the tests in one case each; with --thorough
-all run in every case.
+default those of an op's numbers run as often as each value of each of their parameters needs, and
+of the others a third: a backend's own as often, the rest of the contract in one case of each test;
+with --thorough all run in every case.
 """
 
 import json
@@ -29,7 +29,7 @@ ROOT = HERE.parent.parent
 ASKED = "ELVA_TEST_SESSION"  # the key in SESSIONS
 PART = "ELVA_TEST_PART"  # I/N: every Nth of the chosen tests from the Ith, 0 <= I < N
 REPORT = "ELVA_TEST_REPORT"  # the file that the session writes
-THIRD = "ELVA_TEST_THIRD"  # 0, 1 or 2: which of the contract's tests, but for its numbers
+THIRD = "ELVA_TEST_THIRD"  # 0, 1 or 2: which of the tests that are not of an op's numbers
 
 
 class Clause(NamedTuple):
@@ -79,8 +79,8 @@ def test_of(item: pytest.Item) -> str:
 def few_cases(items: list[pytest.Item]) -> list[pytest.Item]:
     """Few cases of each test, among them every value of each of its parameters.
 
-    Of the contract but for its `NUMBERS` a third of the tests, one case of each, of each another
-    one: all of them took a session two minutes of a core.
+    Of all but the `NUMBERS` a third of the tests; of the rest of the contract one case of each, of
+    each another one: all of them took a session two minutes of a core.
     """
     third = int(os.environ.get(THIRD, "0"))
     tests, taken = defaultdict(list), set()
@@ -89,9 +89,10 @@ def few_cases(items: list[pytest.Item]) -> list[pytest.Item]:
     for test, of_test in tests.items():
         drawn = zlib.crc32(test.encode())
         turn = drawn // 3 % len(of_test)
-        if "backend" in parameters(of_test[0]) and test not in NUMBERS:
-            if drawn % 3 == third:
-                taken.add(of_test[turn])
+        if test not in NUMBERS and drawn % 3 != third:
+            continue
+        if test not in NUMBERS and "backend" in parameters(of_test[0]):
+            taken.add(of_test[turn])
             continue
         values = {
             item: {(name, str(value)) for name, value in parameters(item).items()} or {None}

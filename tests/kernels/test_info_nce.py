@@ -275,7 +275,10 @@ def test_layouts(backend, dtype):
 
 
 @every_backend
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(x, marks=pytest.mark.thorough)
+                               for x in DTYPES if x != torch.float32)], ids=str
+)  # fmt: skip
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_workspace_changes_no_loss(backend, dtype, symmetric):
     query, candidates = (x.requires_grad_() for x in batch(500, 1100, 8, dtype))
