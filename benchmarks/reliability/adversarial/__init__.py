@@ -48,6 +48,7 @@ def hosted_row(backend: str, how: str, amount: int, smoke: int) -> Row:
 ROWS = {
     "adversarial-avx512": row("cpu:avx512bf16", 1_000_000, 30),
     "adversarial-avx2": row("cpu:avx2", 1_000_000, 30),
+    "adversarial-amx": row("cpu:amx", 20_000, 9),
     "adversarial-plain": row("cpu:plain", 20_000, 9),
     "adversarial-fibers": hosted_row("cuda", "whose kernels run on the host's fibers", 20_000, 9),
     "adversarial-triton": hosted_row("triton", "in its interpreter", 2_000, 6),
