@@ -344,6 +344,29 @@ def test_given_negatives_that_are_right_are_dropped(texts: Callable[..., Path]) 
     assert (found.negatives == -1).all(), "one is the answer, the other its copy"
 
 
+def test_a_ranking_is_among_the_answers_of_the_batch_that_are_not_its_own(
+    texts: Callable[..., Path],
+) -> None:
+    root = texts(positives=lambda i: [i, i + 1], negatives=lambda i: [i + 2])
+    stage = replace(
+        TEXTS, infonce=0.0, pathwise=1.0, positives="all", negatives=NegativeConfig(given=1)
+    )
+    found = comparison_of(root, stage)
+    for b, (places, sources) in enumerate(zip(found.negatives, found.sources, strict=True)):
+        rows = found.candidates[places[places >= 0]].tolist()
+        assert rows[0] == b + 2 and sorted(rows) == sorted({b + 2, *range(7)} - {b, b + 1})
+        named = [SOURCES[source] for source in sources[places >= 0]]
+        assert named == ["given"] + ["in_batch"] * (len(rows) - 1)
+
+
+def test_a_negative_and_its_copy_are_one(texts: Callable[..., Path]) -> None:
+    pool = [f"answer {min(i, 20)}" for i in range(40)]
+    root = texts(pool=pool, negatives=lambda i: [20, 21, 13])
+    found = comparison_of(root, replace(TEXTS, negatives=NegativeConfig(given=3)))
+    assert [found.candidates[some[[0, 2]]].tolist() for some in found.negatives] == [[20, 13]] * 6
+    assert found.negatives[:, 1].tolist() == [-1] * 6
+
+
 def test_an_answer_among_the_given_takes_no_place(texts: Callable[..., Path]) -> None:
     """Found by use: given 2, mined 2, random 2 and a list of [other, answer] left three."""
     root = texts(negatives=lambda i: [30, i])
@@ -419,7 +442,8 @@ def test_what_is_only_captioned_is_told_from_nothing(
 
     monkeypatch.setattr(Candidates, "identities", identities)
     root = texts(pool=["the same"] * 40, negatives=lambda i: [20 + i])
-    found = comparison_of(root, replace(TEXTS, infonce=0.0, lm=1.0))
+    stage = replace(TEXTS, infonce=0.0, lm=1.0, negatives=NegativeConfig(given=1, random=2))
+    found = comparison_of(root, stage)
     assert found.candidates.tolist() == list(range(6)) and found.negatives.shape == (6, 0)
 
 
