@@ -95,7 +95,9 @@ def info_nce(
 
     t = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
     best = columns.new_tensor(comparison.target[:, 0])
-    every = _index(comparison, columns).flatten(1)[:, None]  # each under every rollout
+    again = columns[:, 1:].masked_fill(columns[:, 1:] == columns[:, :1], -1)  # a bank's row: one
+    once = torch.cat([columns[:, :1], again], 1)
+    every = _index(comparison, once).flatten(1)[:, None]  # each under every rollout
     every = every.expand(-1, groups, -1)
     scores = elva_kernels.ranking_reward(
         embedded.query.detach(), embedded.table.detach()[columns[best]], embedded.table.detach(),

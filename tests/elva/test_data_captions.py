@@ -181,6 +181,7 @@ def test_what_else_a_table_knows_stays_with_the_picture(root):
     pool = next((root.parent / "data" / "cand_pool" / "local").iterdir())
     known = json.loads(json.loads(pool.read_text().splitlines()[0])["src_content"])
     assert known["price"] == "1.50" and known["score"] is None and known["box"] == [1, 2]
+    assert known["of"] == {"k": "01"}
 
 
 def test_metadata_without_words_is_metadata(root):

@@ -74,7 +74,7 @@ def toy(root):
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def directory(tmp_path):
     return toy(tmp_path)
 
 
@@ -84,14 +84,14 @@ QRELS = "qrels/test/mbeir_toy_task0_test_qrels.txt"
 TSV = "instructions/query_instructions.tsv"
 
 
-def test_reads_what_was_written(corpus):
-    dataset = load(corpus, split="test")
+def test_reads_what_was_written(directory):
+    dataset = load(directory, split="test")
     first, second, change = dataset.queries
     assert (first.id, first.text, first.task, first.positives) == ("9:1", "A cat.", "t2i", ("9:1",))
     assert first.prompted == "Find it. a cat."
     assert (second.text, second.negatives) == ("Is it?", ("9:2", "9:3"))
     assert (change.modality, change.task) == ("image,text", "it2i")
-    assert change.image == corpus / "mbeir_images" / "a.png"
+    assert change.image == directory / "mbeir_images" / "a.png"
     pool = dataset.pool("t2i")
     assert pool.ids == ["9:1", "9:2", "9:3"]
     assert [pool.row(id) for id in pool.ids] == [0, 1, 2]
@@ -101,53 +101,53 @@ def test_reads_what_was_written(corpus):
         pool.row("8:1")
 
 
-def test_both_list_forms_are_one(corpus):
-    path = corpus / QUERIES
+def test_both_list_forms_are_one(directory):
+    path = directory / QUERIES
     path.write_text(json.dumps(query(pos_cand_list=[{"did": "9:1"}, "9:2"])) + "\n")
-    (corpus / QRELS).unlink()
-    assert load(corpus, tasks=["t2i"], split="test").queries[0].positives == ("9:1", "9:2")
+    (directory / QRELS).unlink()
+    assert load(directory, tasks=["t2i"], split="test").queries[0].positives == ("9:1", "9:2")
 
 
-def test_tasks_may_be_named_by_kind_or_by_set(corpus):
-    assert {q.task for q in load(corpus, tasks=["it2i"], split="test").queries} == {"it2i"}
-    assert {q.task for q in load(corpus, tasks=["toy_task0"], split="test").queries} == {"t2i"}
+def test_tasks_may_be_named_by_kind_or_by_set(directory):
+    assert {q.task for q in load(directory, tasks=["it2i"], split="test").queries} == {"it2i"}
+    assert {q.task for q in load(directory, tasks=["toy_task0"], split="test").queries} == {"t2i"}
     with pytest.raises(DataError, match="no queries for i2t"):
-        load(corpus, tasks=["i2t"], split="test")
+        load(directory, tasks=["i2t"], split="test")
     with pytest.raises(DataError, match="no query file"):
-        load(corpus, split="val")
+        load(directory, split="val")
     with pytest.raises(DataError, match="split 'dev' is not one of"):
-        load(corpus, split="dev")
+        load(directory, split="dev")
 
 
-def test_a_pool_of_the_split_is_preferred(corpus):
-    mbeir.write_pool(corpus, "toy_task0_test", [candidate(did="9:1"), candidate(did="9:2")])
-    mbeir.write_queries(corpus, "toy_task0", "test", [query()])
-    assert len(load(corpus, tasks=["t2i"], split="test").pool("t2i")) == 2
+def test_a_pool_of_the_split_is_preferred(directory):
+    mbeir.write_pool(directory, "toy_task0_test", [candidate(did="9:1"), candidate(did="9:2")])
+    mbeir.write_queries(directory, "toy_task0", "test", [query()])
+    assert len(load(directory, tasks=["t2i"], split="test").pool("t2i")) == 2
 
 
-def test_a_large_pool_is_read_once_and_mapped_from_then_on(corpus, tmp_path, monkeypatch):
-    path = corpus / POOL
-    small = mbeir.read_pool(path, corpus)
+def test_a_large_pool_is_read_once_and_mapped_from_then_on(directory, tmp_path, monkeypatch):
+    path = directory / POOL
+    small = mbeir.read_pool(path, directory)
     monkeypatch.setenv("ELVA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pool_file, "MAPPED_FROM_BYTES", 0)
     monkeypatch.setattr(pool_file, "BATCH_ROWS", 2)
     copy = tmp_path / "pool.jsonl"
     copy.write_bytes(path.read_bytes())
-    first = mbeir.read_pool(copy, corpus)
+    first = mbeir.read_pool(copy, directory)
     assert list(first) == list(small) and first[2].where == f"{copy}:3"
     assert [first.row(id) for id in small.ids] == list(range(len(small)))
     monkeypatch.setattr(mbeir, "records", lambda path: pytest.fail("read again"))
-    again = mbeir.read_pool(copy, corpus)
+    again = mbeir.read_pool(copy, directory)
     assert list(again) == list(small) and again.row(small.ids[2]) == 2
     monkeypatch.undo()
     monkeypatch.setenv("ELVA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pool_file, "MAPPED_FROM_BYTES", 0)
     copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:2]))
-    assert len(mbeir.read_pool(copy, corpus)) == 2
+    assert len(mbeir.read_pool(copy, directory)) == 2
     copy.write_text(copy.read_text() + copy.read_text().splitlines()[1] + "\n")
     for _ in range(2):  # nothing of it is kept
         with pytest.raises(DataError, match=f"^{copy}:3: did {small.ids[1]} again"):
-            mbeir.read_pool(copy, corpus)
+            mbeir.read_pool(copy, directory)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,9 @@ MALFORMED = {
     "id sign": (QUERIES, as_line(query(qid="9:-1")), "is not <dataset>:<number>"),
     "id digits": (QUERIES, as_line(query(qid="9:\u0663")), "is not <dataset>:<number>"),
     "id size": (QUERIES, as_line(query(qid="9:10000000")), "is not <dataset>:<number>"),
+    "id dataset": (QUERIES, as_line(query(qid="x:1")), "is not <dataset>:<number>"),
+    "id dataset's size": (QUERIES, as_line(query(qid="123456789:1")), "is not <dataset>:<number>"),
+    "id zero": (QUERIES, as_line(query(qid="09:1")), "a number begins with 0"),
     "id type": (POOL, as_line(candidate(did=7)), "holds 7, not an id"),
     "duplicate qid": (QUERIES, as_line(query()), "qid 9:1 again, first in .*:1"),
     "duplicate did": (POOL, as_line(candidate()), "did 9:1 again"),
@@ -245,69 +248,78 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_line_is_one_line_with_file_line_and_rule(corpus, name):
+def test_malformed_line_is_one_line_with_file_line_and_rule(directory, name):
     file, line, rule = MALFORMED[name]
-    path = corpus / file
+    path = directory / file
     first = path.read_bytes().split(b"\n")[0]
     path.write_bytes(first + b"\n" + line + b"\n")
     with pytest.raises(DataError) as caught:
-        load(corpus, tasks=["t2i"], split="test")
+        load(directory, tasks=["t2i"], split="test")
     message = str(caught.value)
     assert message.startswith(f"{path}:2: ")
     assert re.search(rule, message)
     assert "\n" not in message and len(message) < 500
 
 
-def test_a_line_over_the_cap_is_refused_without_reading_on(corpus, monkeypatch):
+def test_a_path_is_as_long_as_a_file_system_takes():
+    longest = "/".join(["a" * 199] * 15) + "a"
+    assert len(longest) == 3000
+    for path in ("é" * 127 + "a", longest):
+        assert strict.Record("a:1", {"path": path}).path("path") == path
+        with pytest.raises(DataError, match="is longer than a file's name may be"):
+            strict.Record("a:1", {"path": f"{path}a"}).path("path")
+
+
+def test_a_line_over_the_cap_is_refused_without_reading_on(directory, monkeypatch):
     monkeypatch.setattr(strict, "MAX_LINE_BYTES", 1000)
-    path = corpus / QUERIES
+    path = directory / QUERIES
     path.write_bytes(as_line(query(query_txt="a" * 2000)) + b"\n")
     with pytest.raises(DataError, match=r":1: line is longer than 1000 bytes"):
-        load(corpus, tasks=["t2i"], split="test")
+        load(directory, tasks=["t2i"], split="test")
 
 
-def test_a_rule_that_quotes_a_long_field_stays_short(corpus):
-    (corpus / QUERIES).write_bytes(as_line(query(qid="x" * 1_000_000)) + b"\n")
+def test_a_rule_that_quotes_a_long_field_stays_short(directory):
+    (directory / QUERIES).write_bytes(as_line(query(qid="x" * 1_000_000)) + b"\n")
     with pytest.raises(DataError, match=r"x{100}") as caught:
-        load(corpus, tasks=["t2i"], split="test")
+        load(directory, tasks=["t2i"], split="test")
     assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("file", [QUERIES, POOL, QRELS, TSV, "grains.jsonl"])
-def test_damaged_bytes_load_or_raise_data_error(corpus, file):
+def test_damaged_bytes_load_or_raise_data_error(directory, file):
     """400 random edits of each file: never another exception, never two lines."""
     grain = schema.Grain("a cat", "entity", (0, 5))
-    extras.write_extras(corpus, {"9:1": [grain]}, {}, {})
-    path, draw = corpus / file, random.Random(file)
+    extras.write_extras(directory, {"9:1": [grain]}, {}, {})
+    path, draw = directory / file, random.Random(file)
     whole, refused = path.read_bytes(), 0
     for _ in range(400):
         data, at = bytearray(whole), draw.randrange(len(whole))
         data[at : at + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
         path.write_bytes(data)
         try:
-            load(corpus, tasks=["t2i"], split="test")
+            load(directory, tasks=["t2i"], split="test")
         except DataError as error:
             refused += 1
-            assert str(corpus) in str(error) and "\n" not in str(error)
+            assert str(directory) in str(error) and "\n" not in str(error)
     assert refused > 100
 
 
 @pytest.mark.parametrize("missing", [POOL, TSV])
-def test_a_missing_file_is_named(corpus, missing):
-    (corpus / missing).unlink()
+def test_a_missing_file_is_named(directory, missing):
+    (directory / missing).unlink()
     with pytest.raises(DataError, match=r"No such file|no candidate pool"):
-        load(corpus, tasks=["t2i"], split="test")
+        load(directory, tasks=["t2i"], split="test")
 
 
-def test_a_file_of_another_name_is_named(corpus):
-    folder = corpus / "query" / "test"
+def test_a_file_of_another_name_is_named(directory):
+    folder = directory / "query" / "test"
     (folder / "._mbeir_toy_task0_test.jsonl").write_bytes(b"\0\5\x16\7")
     (folder / "mbeir_toy_task0_test.jsonl.gz").write_bytes(b"\x1f\x8b")
-    (line,) = load(corpus, split="test").notices
+    (line,) = load(directory, split="test").notices
     assert line.startswith(f"{folder}: passed over ._mbeir_toy_task0_test.jsonl, mbeir_toy_task0_")
     (folder / "mbeir_toy_task9_test.jsonl").write_text("")
     with pytest.raises(DataError, match="not named mbeir_<dataset>_task<number>_test"):
-        load(corpus, split="test")
+        load(directory, split="test")
 
 
 @pytest.mark.parametrize(
@@ -323,24 +335,24 @@ def test_a_file_of_another_name_is_named(corpus):
         ([{"text": ".", "type": "entity", "span": [-1, 6]}], "'.' is not at -1:6"),
     ],
 )
-def test_grains_must_be_where_they_say(corpus, grains, rule):
-    path = corpus / "grains.jsonl"
+def test_grains_must_be_where_they_say(directory, grains, rule):
+    path = directory / "grains.jsonl"
     path.write_text(json.dumps({"qid": "9:1", "grains": grains}) + "\n")
     with pytest.raises(DataError, match=rule) as caught:
-        load(corpus, tasks=["t2i"], split="test")
+        load(directory, tasks=["t2i"], split="test")
     assert str(caught.value).startswith(f"{path}:1: ")
 
 
-def test_grains_and_minimal_pairs_are_read(corpus):
+def test_grains_and_minimal_pairs_are_read(directory):
     grain = schema.Grain("a cat", "entity", (0, 5))
-    extras.write_extras(corpus, {"9:1": [grain], "9:999": [grain]}, {}, {"9:1": ["9:1", "9:2"]})
-    dataset = load(corpus, split="test")
+    extras.write_extras(directory, {"9:1": [grain], "9:999": [grain]}, {}, {"9:1": ["9:1", "9:2"]})
+    dataset = load(directory, split="test")
     assert dataset.queries[0].grains == (grain,)
     assert dataset.queries[1].grains is None
     assert dataset.minimal_pairs == {"9:1": ["9:1", "9:2"]}
-    extras.write_extras(corpus, {}, {}, {"9:1": ["9:77"]})
+    extras.write_extras(directory, {}, {}, {"9:1": ["9:77"]})
     with pytest.raises(DataError, match="candidate 9:77 is not in the pool"):
-        load(corpus, split="test")
+        load(directory, split="test")
 
 
 def png_header(width, height):
@@ -374,19 +386,19 @@ BAD_PICTURES = {
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BAD_PICTURES)
-def test_a_bad_picture_is_refused_in_one_line(corpus, name):
+def test_a_bad_picture_is_refused_in_one_line(directory, name):
     data, rule = BAD_PICTURES[name]
-    (corpus / "mbeir_images" / "a.png").write_bytes(data)
-    pool = load(corpus, tasks=["t2i"], split="test").pool("t2i")
+    (directory / "mbeir_images" / "a.png").write_bytes(data)
+    pool = load(directory, tasks=["t2i"], split="test").pool("t2i")
     with pytest.raises(DataError) as caught:
         pool[1].load_image()
     message = str(caught.value)
-    assert message.startswith(f"{corpus / POOL}:2: ")
+    assert message.startswith(f"{directory / POOL}:2: ")
     assert re.search(rule, message) and "\n" not in message
 
 
-def test_a_missing_picture_is_named(corpus):
-    (corpus / "mbeir_images" / "a.png").unlink()
-    pool = load(corpus, tasks=["t2i"], split="test").pool("t2i")
+def test_a_missing_picture_is_named(directory):
+    (directory / "mbeir_images" / "a.png").unlink()
+    pool = load(directory, tasks=["t2i"], split="test").pool("t2i")
     with pytest.raises(DataError, match=r":1: no such picture: .*a\.png"):
         pool[0].load_image()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from elva.cli import app
 from elva.data import load, strict
-from elva.data.formats import convert_file
+from elva.data.formats import convert_file, writer
 from elva.data.formats.rows import rows, table_files
 from elva.data.mbeir import read_sets
 from elva.data.strict import Faults
@@ -252,6 +252,71 @@ def test_tevatrons_passages_in_the_rows(tmp_path):
     assert counts["candidates"] == 3
 
 
+def test_tevatrons_pictures_are_files_of_its_folder_or_of_another(tmp_path):
+    root = tmp_path / "s"
+    draw(root / "p" / "red.png")
+    draw(root / "p" / "blue.png", "blue")
+    jsonl(root / "corpus.jsonl", {"docid": "7", "document_image": "p/blue.png"})
+    row = {"query_id": "1", "query_text": "q", "query_image": "p/red.png",
+           "positive_document_ids": ["7"]}  # fmt: skip
+    path = jsonl(root / "queries.jsonl", row)
+    for i, settings in enumerate(({}, {}, {"images": root})):
+        convert_file("tevatron", path if i else root, tmp_path / str(i), **settings)
+        data = load(tmp_path / str(i))
+        (query,), pool = data.queries, data.pool("it2i")
+        assert query.load_image().getpixel((0, 0)) == (255, 0, 0)
+        assert pool[0].load_image().getpixel((0, 0)) == (0, 0, 255)
+    path = jsonl(root / "queries.jsonl", {**row, "query_image": 7})
+    with pytest.raises(DataError, match=r"queries.jsonl:1: query_image is not a path or a pict"):
+        convert_file("tevatron", root, tmp_path / "bad")
+    jsonl(root / "queries.jsonl", {**row, "positive_document_ids": "7"})
+    with pytest.raises(DataError, match=r":1: positive_document_ids is not a list of ids"):
+        convert_file("tevatron", root, tmp_path / "bad")
+
+
+SMALLEST = {
+    "nli": (11, {"anchor": "a", "positive": "b"}),
+    "mmeb": (12, {"qry": "a", "qry_image_path": "", "pos_text": "b", "pos_image_path": ""}),
+    "mmeb-test": (12, {"qry_text": "a", "qry_img_path": "", "tgt_text": "b", "tgt_img_path": [""]}),
+    "tevatron": (13, {"query_id": "x", "query": "a", "positive_passages": [{"text": "b"}]}),
+}
+
+
+@pytest.mark.parametrize("format", SMALLEST)
+def test_the_ids_of_a_format_begin_with_its_number(format, tmp_path):
+    """As they stand in every index that was made of them."""
+    number, row = SMALLEST[format]
+    convert_file(format, jsonl(tmp_path / "a.jsonl", row), tmp_path / "data")
+    (query,) = load(tmp_path / "data").queries
+    assert (query.id, query.positives) == (f"{number}:1", (f"{number}:1",))
+
+
+def test_what_shows_another_picture_is_another_candidate(tmp_path):
+    """And what shows the same in another file is the same."""
+    row = {"qry": "q", "qry_image_path": "", "pos_text": "p"}
+    for name, colour, kind in (("a.png", "red", "PNG"), ("b.png", "blue", "PNG"),
+                               ("c.bmp", "red", "BMP")):  # fmt: skip
+        draw(tmp_path / name, colour, kind)
+    names = ("a.png", "b.png", "c.bmp")
+    path = jsonl(tmp_path / "a.jsonl", *({**row, "pos_image_path": name} for name in names))
+    assert convert_file("mmeb", path, tmp_path / "data")["candidates"] == 2
+    asked = [{**row, "qry_image_path": n, "pos_text": n, "pos_image_path": ""} for n in names]
+    _, found = converted("mmeb", jsonl(path, *asked), tmp_path / "asked")
+    assert [right for _, right, _ in found] == [
+        ["A.png.", "C.bmp."], ["B.png."], ["C.bmp.", "A.png."],
+    ]  # fmt: skip
+
+
+def test_answers_that_rows_share_are_bounded(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_text("sent0,sent1\na,b\na,c\n")
+    monkeypatch.setattr(writer, "MAX_ANSWERS", 4)
+    assert convert_file("nli", path, tmp_path / "data")["queries"] == {"t2t": 2}
+    monkeypatch.setattr(writer, "MAX_ANSWERS", 3)
+    with pytest.raises(DataError, match=r"that ask the same have 4 answers .*, more than 3;"):
+        convert_file("nli", path, tmp_path / "more")
+
+
 def test_beir_by_split_with_its_titles_and_grades(tmp_path):
     root = tmp_path / "s"
     jsonl(root / "corpus.jsonl", {"_id": 1, "title": "T", "text": "t"}, {"_id": "b", "text": "u"})
@@ -263,6 +328,7 @@ def test_beir_by_split_with_its_titles_and_grades(tmp_path):
     counts, found = converted("beir", root, tmp_path / "val", "val")
     assert found == [("X.", ["T t.", "U."], [])]
     assert counts["notices"] == ["1 queries without a right answer are left out"]
+    assert [query.id for query in load(tmp_path / "val", split="val").queries] == ["16:1"]
     assert converted("beir", root, tmp_path / "test", "test")[1] == [("Z.", ["U."], [])]
     with pytest.raises(DataError, match=r"no train as .jsonl"):
         convert_file("beir", root, tmp_path / "train")
@@ -306,6 +372,24 @@ def test_a_mirror_keeps_ids_grades_and_instructions(tmp_path):
     convert_file("mteb", folder, tmp_path / "other", split="test", number=20, instruction="say")
     (query,) = load(tmp_path / "other", split="test").queries
     assert (query.id, query.positives, query.instruction) == ("20:1", ("20:1",), "Say.")
+
+
+@pytest.mark.parametrize("id", ["3:7", "2:07", "2:", "7"])
+def test_a_mirrors_ids_are_those_of_one_dataset(id, tmp_path):
+    qrels = [("2:5", "2:900", 1)]
+    folder = mirror(tmp_path, "mbeir_webqa_task1", {"2:900": "a", id: "b"}, {"2:5": "q"}, qrels)
+    with pytest.raises(DataError, match=rf"row 2: id '{id}' is not 2:<number> as the first is"):
+        convert_file("mteb", folder, tmp_path / "data", split="test")
+
+
+def test_a_mirrors_row_holds_what_its_modality_says(tmp_path):
+    folder = mirror(tmp_path, "x", {"1": "a"}, {"1": "q"}, [("1", "1", 1)])
+    for modality, text, found in (("image,text", "a", "text"), ("text", "", "none")):
+        row = {"id": "1", "modality": modality, "text": text, "image": None}
+        parquet(folder / "corpus-0-of-1.parquet", [row])
+        rule = rf"corpus.*:row 1: modality is {modality}, but there is {found}$"
+        with pytest.raises(DataError, match=rule):
+            convert_file("mteb", folder, tmp_path / "data", split="test")
 
 
 def test_answers_in_the_sister_set_are_counted(tmp_path):

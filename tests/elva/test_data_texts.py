@@ -178,6 +178,40 @@ def test_bad_rows_that_were_left_out_stay_left_out_where_a_file_is_read_again(tm
         assert text == TREE["qrels/test/mbeir_x_task1_test_qrels.txt"]
 
 
+def test_a_whole_text_is_read_in_the_encodings_of_lines(tmp_path):
+    path, text = tmp_path / "a", "a\nü\n"
+    for content in (text.encode(), b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16")):
+        path.write_bytes(content)
+        assert strict.read_text(path) == text
+    path.write_bytes(b"a\nb\n\xff")
+    with pytest.raises(DataError, match=r"a:3: not UTF-8 at byte 4"):
+        strict.read_text(path)
+    assert len(path.read_bytes()) == 5
+    with pytest.raises(DataError, match=r"a: is larger than 4 bytes, which are read at most"):
+        strict.read_text(path, 4)
+    path.write_text("a\nb\nc")
+    assert strict.read_text(path, 5) == "a\nb\nc"
+
+
+def test_the_first_bad_row_beyond_the_allowed_ones_is_raised():
+    def read(faults, hint=""):
+        with faults.row(hint):
+            raise DataError("a:1: bad")
+
+    with pytest.raises(DataError, match=r"^a:1: bad; pass x$"):
+        read(Faults(), "; pass x")
+    with pytest.raises(DataError, match=r"^a:1: bad$"):
+        read(Faults())
+    for allowed, words in ((1, "1 bad row was"), (2, "2 bad rows were")):
+        faults = Faults(allowed)
+        for _ in range(allowed):
+            read(faults, "; pass x")
+        assert faults.found == ["a:1: bad"] * allowed
+        rule = rf"^a:1: bad; {words} allowed, this is number {allowed + 1}$"
+        with pytest.raises(DataError, match=rule):
+            read(faults, "; pass x")
+
+
 def test_an_empty_line_between_ids_is_no_id(tmp_path):
     (tmp_path / "ids").write_text("a\n\nb\n")
     with pytest.raises(UserError, match=r"ids:2: must hold an id, is an empty line; take it out"):

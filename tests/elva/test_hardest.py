@@ -6,7 +6,7 @@ import torch
 
 import elva_kernels
 from elva import hardest as module
-from elva.hardest import hardest
+from elva.hardest import at_random, hardest
 
 
 def brute(query, pool, right, k, max_score=None, content=None):
@@ -134,3 +134,55 @@ def test_what_is_widened_at_a_time_is_bounded(monkeypatch):
     assert max(sizes) == 1 << 20 and sum(sizes) == 12_000 * 1024
     assert read == sorted(read) and read[-1] == 12_000
     assert not (found.rows == torch.arange(3)[:, None]).any()
+
+
+def test_what_a_pass_answers_is_bounded(monkeypatch):
+    """5,000 queries of 1,000 answers are 5 million; a pass has 4 million at most."""
+    kernel, answers = elva_kernels.rank_statistics, []
+
+    def watched(query, *arguments, k, **options):
+        answers.append(len(query) * k)
+        return kernel(query, *arguments, k=k, **options)
+
+    monkeypatch.setattr(elva_kernels, "rank_statistics", watched)
+    hardest(torch.randn(5000, 8), [torch.randn(3, 8)], [[]] * 5000, k=1000)
+    assert sum(answers) == 5_000_000 and max(answers) <= 1 << 22
+
+
+def test_random_rows_are_of_the_pool_and_even_over_it():
+    taken, drawn_rows = {12, 15}, []
+    for seed in range(400):
+        rows = at_random((10, 30), taken, 6, lambda rows: rows, (seed,))
+        assert len({*rows}) == len(rows) == 6
+        drawn_rows += rows
+    counts = np.bincount(drawn_rows)
+    assert counts.nonzero()[0].tolist() == [row for row in range(10, 30) if row not in taken]
+    assert counts[counts > 0].std() < 2 * (2400 / 18) ** 0.5
+
+
+def test_random_rows_are_no_copies_of_what_is_taken_and_of_none_another():
+    """Of 10 contents in two rows each one is taken; a pool gives no more than it has."""
+    for seed in range(20):
+        rows = at_random((0, 20), {3}, 5, lambda rows: rows // 2, (seed,))
+        assert len({row // 2 for row in rows} - {1}) == len(rows) == 5
+    rows = at_random((0, 20), {3}, 20, lambda rows: rows // 2, (0,))
+    assert sorted(row // 2 for row in rows) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert sorted(at_random((5, 10), {6}, 9, lambda rows: rows, (0,))) == [5, 7, 8, 9]
+
+
+def test_random_rows_are_looked_at_only_as_far_as_they_are_wanted():
+    """A look at a row decodes its picture."""
+    looked = []
+
+    def identities(rows):
+        looked.extend(rows.tolist())
+        return rows
+
+    assert at_random((0, 100), {7}, 0, identities, (0,)) == looked == []
+    rows = at_random((0, 100), {7}, 3, identities, (0,))
+    assert looked == [7, *rows]
+
+
+def test_a_row_without_an_identity_is_an_error():
+    with pytest.raises(ValueError, match="shorter"):
+        at_random((0, 100), {7}, 3, lambda rows: rows[1:], (0,))

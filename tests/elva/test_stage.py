@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import elva_kernels
-from elva.data import Item, load
+from elva.data import Item, Query, load, mbeir
+from elva.data.instructions import write_instructions
+from elva.data.layout import file_stem
 from elva.errors import RunError, UserError
 from elva.model.retriever import Retriever
+from elva.processes import Processes
 from elva.recipe import LoraSettings, NegativeConfig, RewardConfig, StageConfig
-from elva.training import ranking
+from elva.training import objective, ranking
 from elva.training.comparison import SOURCES, Comparison, compare
-from elva.training.examples import Examples
+from elva.training.examples import Candidates, Examples
 from elva.training.guards import PATIENCE, RUNAWAY_KL, Guards
 from elva.training.negatives import Negatives
 from elva.training.plan import Batch, plan, steps_an_epoch
@@ -84,6 +88,86 @@ def test_info_nce_is_that_of_every_rollout_against_every_rollout(groups: int, ba
     assert sum(shares) == pytest.approx(1.0) and 0 < metrics["infonce_share_given"] < 1
 
 
+@pytest.mark.parametrize(("groups", "bank"), [(1, 0), (3, 0), (2, 2)])
+def test_each_source_has_its_share_of_the_softmax(groups: int, bank: int) -> None:
+    e, comparison = embedded(groups, bank)
+    _, metrics = ranking.info_nce(INFO_NCE, comparison, e, 0.5)
+    scores = cosines(e).detach()
+    own, out = {0: [0], 1: [1, 2], 2: [2]}, {0: 2, 2: 1}
+    for b, place in out.items():
+        scores[b, :, e.columns[place]] = -math.inf
+    mass = (scores / 0.5).softmax(-1)
+    right = [mass[b][:, e.columns[places].flatten()].sum(1) for b, places in own.items()]
+    wrong = (1 - torch.stack(right)).sum()
+    negatives = {"given": {0: 3, 1: 4}, "random": {0: 4}}
+    for name, places in negatives.items():
+        rows = {b: e.columns[place].unique() for b, place in places.items()}
+        share = sum(mass[b][:, some].sum() for b, some in rows.items()) / wrong
+        assert metrics[f"infonce_share_{name}"] == pytest.approx(float(share))
+        outranked = [
+            float(scores[b, g, some].max() >= scores[b, g, e.columns[own[b][0], g]])
+            for b, some in rows.items() for g in range(groups)
+        ]  # fmt: skip
+        assert metrics[f"infonce_outranked_{name}"] == pytest.approx(fmean(outranked))
+
+
+def turned(degrees: Sequence[float]) -> torch.Tensor:
+    """[n, 2] unit vectors."""
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def test_what_a_reward_says_of_a_step() -> None:
+    """Seven queries of rank 1, 2, 3, 4, 10, 11 and 13; rollouts of the first two are alike."""
+    right, rollouts = [0, 1, 2, 3, 9, 10, 12], [[0, 0]] * 2 + [[0, -20]] * 5
+    others = [[c for c in range(13) if c != place] for place in right]
+    comparison = Comparison(
+        queries=[None] * 7,  # type: ignore[list-item]
+        candidates=np.arange(13), rolled=13, target=np.array(right)[:, None],
+        excluded=np.zeros((0, 2), np.int64), negatives=np.array(others),
+        sources=np.zeros((7, 12), np.int64),
+    )  # fmt: skip
+    query = torch.stack([turned(some) for some in rollouts])
+    table = turned([3.0 * (c + 1) for c in range(13)])
+    e = ranking.Embedded(query.requires_grad_(), table, torch.arange(13)[:, None].expand(-1, 2))
+    found, metrics = ranking.reward(POLICY, comparison, e)
+    scores, rewards = cosines(e).detach(), found.query.detach()
+    expected = {
+        "rank_1": 1 / 7, "rank_2_3": 2 / 7, "rank_4_10": 2 / 7, "rank_11_up": 2 / 7,
+        "positive_score": scores[range(7), :, right].mean().item(),
+        "mean_score": scores.mean().item(), "reward": rewards.mean().item(),
+        "reward_std": rewards.std(1, correction=0).mean().item(),
+        "frac_zero_std": 2 / 7, "reward_share_given": 1.0, "reward_outranked_given": 6 / 7,
+    }  # fmt: skip
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    assert (found.query[2:, 0] - found.query[2:, 1]).abs().min() > 1e-3
+
+
+def test_groups_without_an_advantage_are_counted() -> None:
+    """Rewards 1e-6 apart have one, those of the next smaller distance none."""
+    e, _ = embedded(1)
+    out = elva_kernels.ranking_reward(e.query[0, 0], e.table[0], e.table[1:])
+    apart = torch.tensor([0.0, 5e-7, np.nextafter(1e-6, 0), 1e-6, 2e-6], dtype=torch.float64)
+    rewards = torch.stack([torch.zeros_like(apart), apart], 1)
+    without = (objective.advantages(rewards, "group") == 0).all(1)
+    assert without.tolist() == [True, True, True, False, False]
+    assert ranking._reward_metrics(rewards, out)["frac_zero_std"] == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_share_a_step_out_without_a_rest(count: int) -> None:
+    """The bank's rows, which nobody rolls out, are the last one's."""
+    asked: list[int] = []
+    shown: list[int] = []
+    for index in range(count):
+        processes = Processes()
+        processes.count, processes.index = count, index
+        shares = ranking.Shares(processes, processes.share(4), processes.share(5))
+        asked += range(8)[shares.queries(2)]
+        shown += range(17)[shares.table(2, 17)]
+    assert asked == list(range(8)) and shown == list(range(17))
+
+
 @pytest.mark.parametrize("pairings", ["own", "all"])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_reward_of_several_right_answers_is_their_mean(groups: int, pairings: str) -> None:
@@ -143,6 +227,18 @@ def test_relevance_is_a_similarity_or_a_share_of_grains() -> None:
     grains = [frozenset(x) for x in (["a", "b"], ["b", "c"], [], ["a", "b"])]
     found = shared_grains(grains)(positives, negatives)
     torch.testing.assert_close(found, torch.tensor([[1 / 3, 0, 1], [1 / 3, 0, 1 / 3]]))
+    with pytest.raises(ValueError, match="shorter"):
+        shared_grains(grains)(positives, negatives[:1])
+
+
+def test_a_negative_at_any_place_has_its_relevance() -> None:
+    _, comparison = embedded(1)
+    comparison = replace(comparison, negatives=np.array([[3, 4], [4, 0], [-1, 0]]))
+    grains = [frozenset(x) for x in ("ab", "ac", "b", "abcd", "e")]
+    asks, answers = torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 0])
+    found = Relevance(shared_grains(grains))(comparison, asks, answers)
+    expected = torch.tensor([[0.5, 0], [0, 1 / 3], [0, 0.5], [0, 0.5]])
+    torch.testing.assert_close(found, expected)
 
 
 def test_relevance_comes_from_the_data_or_from_the_start(
@@ -248,6 +344,29 @@ def test_given_negatives_that_are_right_are_dropped(texts: Callable[..., Path]) 
     assert (found.negatives == -1).all(), "one is the answer, the other its copy"
 
 
+def test_a_ranking_is_among_the_answers_of_the_batch_that_are_not_its_own(
+    texts: Callable[..., Path],
+) -> None:
+    root = texts(positives=lambda i: [i, i + 1], negatives=lambda i: [i + 2])
+    stage = replace(
+        TEXTS, infonce=0.0, pathwise=1.0, positives="all", negatives=NegativeConfig(given=1)
+    )
+    found = comparison_of(root, stage)
+    for b, (places, sources) in enumerate(zip(found.negatives, found.sources, strict=True)):
+        rows = found.candidates[places[places >= 0]].tolist()
+        assert rows[0] == b + 2 and sorted(rows) == sorted({b + 2, *range(7)} - {b, b + 1})
+        named = [SOURCES[source] for source in sources[places >= 0]]
+        assert named == ["given"] + ["in_batch"] * (len(rows) - 1)
+
+
+def test_a_negative_and_its_copy_are_one(texts: Callable[..., Path]) -> None:
+    pool = [f"answer {min(i, 20)}" for i in range(40)]
+    root = texts(pool=pool, negatives=lambda i: [20, 21, 13])
+    found = comparison_of(root, replace(TEXTS, negatives=NegativeConfig(given=3)))
+    assert [found.candidates[some[[0, 2]]].tolist() for some in found.negatives] == [[20, 13]] * 6
+    assert found.negatives[:, 1].tolist() == [-1] * 6
+
+
 def test_an_answer_among_the_given_takes_no_place(texts: Callable[..., Path]) -> None:
     """Found by use: given 2, mined 2, random 2 and a list of [other, answer] left three."""
     root = texts(negatives=lambda i: [30, i])
@@ -286,6 +405,56 @@ def test_a_querys_own_negatives_come_in_order_and_are_drawn_anew(
     free = np.setdiff1d(np.arange(40), [4, 24, 30])
     assert counts[[4, 24, 30]].sum() == 0
     assert counts[free].std() < 2 * math.sqrt(1200 / len(free)), "even over the rest of the pool"
+
+
+def test_of_a_longer_list_so_many_are_drawn_as_are_wanted(texts: Callable[..., Path]) -> None:
+    root = texts(negatives=lambda i: [30, 31, 32])
+    stage = replace(TEXTS, negatives=NegativeConfig(given=2, random=3))
+    examples = Examples(load(root, split="train"), stage)
+    negatives = Negatives(stage, examples, (0,), lambda items: torch.eye(len(items), 64))
+    drawn = set()
+    for step in range(20):
+        rows, sources = negatives.of(Batch(step, [4]))
+        assert sources.tolist() == [[0, 0, 2]]
+        drawn.add(tuple(rows[0, :2].tolist()))
+    assert drawn == {(30, 31), (30, 32), (31, 32)}
+
+
+def test_a_pool_without_enough_negatives_leaves_places_empty(texts: Callable[..., Path]) -> None:
+    root = texts(pool=[f"answer {i % 4}" for i in range(12)], positives=lambda i: [i])
+    stage = replace(TEXTS, negatives=NegativeConfig(given=0, random=5))
+    examples = Examples(load(root, split="train"), stage)
+    negatives = Negatives(stage, examples, (0,), lambda items: torch.eye(len(items), 64))
+    rows, _ = negatives.of(Batch(0, [4, 5]))
+    assert rows[:, 3:].tolist() == [[-1, -1]] * 2 and (rows[:, :3] >= 0).all()
+    uneven = texts(positives=lambda i: [i, 6] if i else [0], name="uneven")
+    found = comparison_of(uneven, replace(TEXTS, positives="all"))
+    assert found.target[0].tolist() == [0, -1] and (found.target[1:] >= 0).all()
+
+
+def test_what_is_only_captioned_is_told_from_nothing(
+    texts: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are its pictures looked at."""
+
+    def identities(self: Candidates, rows: np.ndarray) -> np.ndarray:
+        raise AssertionError("looked at")
+
+    monkeypatch.setattr(Candidates, "identities", identities)
+    root = texts(pool=["the same"] * 40, negatives=lambda i: [20 + i])
+    stage = replace(TEXTS, infonce=0.0, lm=1.0, negatives=NegativeConfig(given=1, random=2))
+    found = comparison_of(root, stage)
+    assert found.candidates.tolist() == list(range(6)) and found.negatives.shape == (6, 0)
+
+
+def test_a_bank_is_asked_only_for_what_is_not_rolled_out(texts: Callable[..., Path]) -> None:
+    root = texts(negatives=lambda i: [20 + i])
+    shares = {"query": 0, "query_positive": 6, "all": 12}
+    for name, rolled in shares.items():
+        drawn = NegativeConfig(given=1, random=1)
+        stage = replace(TEXTS, negatives=drawn, rollout_candidates=name)
+        assert comparison_of(root, stage).rolled == rolled
+    assert comparison_of(root, replace(TEXTS, negatives=NegativeConfig(given=1))).rolled == 12
 
 
 @pytest.mark.parametrize(
@@ -337,6 +506,132 @@ def test_a_pool_is_embedded_only_where_a_query_needs_it(texts: Callable[..., Pat
         examples = Examples(load(root, split="train"), stage)
         Negatives(stage, examples, (0,), embed).prepare(0)
         assert embedded == expected
+
+
+@pytest.fixture
+def pools(texts: Callable[..., Path], tmp_path: Path) -> Path:
+    """Twelve texts and twelve pictures that ask, each task among twenty texts of its own."""
+    root = texts(pool=[f"answer {i}" for i in range(20)], name="pools")
+    stem = file_stem("x", "i2t")
+    pool = [
+        {"did": f"90:{100 + i}", "txt": f"words {i}", "img_path": None, "modality": "text"}
+        for i in range(1, 21)
+    ]
+    mbeir.write_pool(root, stem, pool)
+    Image.new("RGB", (32, 32)).save(root / "one.png")
+    queries = [
+        {"qid": f"90:{100 + i}", "query_txt": None, "query_img_path": "one.png",
+         "query_modality": "image", "task_id": 3, "pos_cand_list": [f"90:{100 + i}"],
+         "neg_cand_list": []}
+        for i in range(1, 13)
+    ]  # fmt: skip
+    mbeir.write_queries(root, stem, "train", queries)
+    prompts = {("text", "text"): ["Find it."], ("image", "text"): ["Find it."]}
+    write_instructions(root, "X", 90, prompts)
+    return root
+
+
+class Turning:
+    """Embeds item n at n steps of an angle and a query a third of a step on; counts its calls."""
+
+    def __init__(self, step: float = 5.0) -> None:
+        self.step, self.calls = step, 0
+
+    def __call__(self, items: Sequence[Item]) -> torch.Tensor:
+        self.calls += 1
+        numbers = [int(item.id.split(":")[1]) % 100 for item in items]
+        more = [0.3 * isinstance(item, Query) for item in items]
+        return turned([self.step * (n + m) for n, m in zip(numbers, more, strict=True)]).float()
+
+
+MINED = replace(
+    POLICY, tasks={"t2t": 1.0, "i2t": 1.0}, max_score=1.0,
+    negatives=NegativeConfig(given=0, mined=3, in_batch=False), rollout_candidates="query",
+)  # fmt: skip
+
+
+def mined_by(root: Path, stage: StageConfig, embed: Turning) -> tuple[Negatives, Examples]:
+    examples = Examples(load(root, split="train"), stage)
+    return Negatives(stage, examples, (0,), embed), examples
+
+
+def nearest(place: int) -> list[int]:
+    """Places of the answers next to that of a query, by `Turning`."""
+    return sorted({*range(20)} - {place}, key=lambda other: abs(other - place - 0.3))
+
+
+def test_negatives_are_mined_in_the_pool_of_their_task(pools: Path) -> None:
+    negatives, examples = mined_by(pools, MINED, Turning())
+    negatives.prepare(0)
+    starts = {task: examples.candidates.span(task)[0] for task in examples.rows}
+    assert sorted(starts.values()) == [0, 20]
+    for task, queries in examples.rows.items():
+        rows, sources = negatives.of(Batch(0, queries.tolist()))
+        assert (sources == SOURCES.index("mined")).all()
+        for place, some in enumerate((rows - starts[task]).tolist()):
+            assert some == nearest(place)[:3]
+    assert negatives.bank is not None
+    items = [examples.candidates[row] for row in range(40)]
+    assert torch.equal(negatives.bank, Turning()(items))
+
+
+def test_only_queries_without_a_full_list_are_mined(texts: Callable[..., Path]) -> None:
+    root = texts(
+        pool=[f"answer {i}" for i in range(20)],
+        negatives=lambda i: [12, 13, 14] if i % 2 else [12],
+    )
+    given = NegativeConfig(given=3, mined=2, random=1, in_batch=False)
+    stage = replace(MINED, tasks={"t2t": 1.0}, negatives=given)
+    negatives, _ = mined_by(root, stage, Turning())
+    negatives.prepare(0)
+    assert negatives.mined is not None
+    for place, some in enumerate(negatives.mined.tolist()):
+        assert some == ([-1, -1] if place % 2 else nearest(place)[:2])
+
+
+def test_a_stage_mines_anew_when_it_is_due(pools: Path) -> None:
+    negatives, _ = mined_by(pools, replace(MINED, refresh_steps=2), Turning())
+    calls = []
+    for step in range(5):
+        negatives.prepare(step)
+        calls.append(negatives.embed.calls)
+    assert [negatives.due(step) for step in range(5)] == [False, False, True, False, True]
+    assert calls == [calls[0], calls[0], 2 * calls[0], 2 * calls[0], 3 * calls[0]]
+    once, _ = mined_by(pools, replace(MINED, rollout_candidates="all"), Turning())
+    once.prepare(0)
+    calls = once.embed.calls
+    once.prepare(2)
+    assert once.embed.calls == calls > 0 and once.bank is None
+
+
+@pytest.mark.parametrize("rolled", ["query", "all"])
+def test_what_was_mined_outlives_a_checkpoint(pools: Path, rolled: str) -> None:
+    stage = replace(MINED, rollout_candidates=rolled, refresh_steps=2)
+    first, examples = mined_by(pools, stage, Turning())
+    first.prepare(0)
+    rows = examples.rows["i2t"].tolist()
+    expected, _ = first.of(Batch(1, rows))
+    state = first.state()
+    kept = {name: value.clone() for name, value in state.items()}
+    first.embed.step = 7.0  # the weights move on
+    first.prepare(2)
+    assert set(state) == ({"bank", "mined"} if rolled == "query" else {"mined"})
+    assert all(torch.equal(kept[name], value) for name, value in state.items())
+    again, _ = mined_by(pools, stage, Turning())
+    again.restore(state, torch.device("cpu"))
+    again.prepare(1)
+    assert again.embed.calls == 0 and (again.of(Batch(1, rows))[0] == expected).all()
+    assert (again.bank is None) == (rolled == "all")
+
+
+def test_a_querys_neighbours_are_those_whose_answers_it_is_likely_to_be_given(pools: Path) -> None:
+    negatives, examples = mined_by(pools, replace(MINED, hard_batches=True), Turning())
+    negatives.mine()
+    found = negatives.neighbours()
+    for rows in examples.rows.values():
+        for place, row in enumerate(rows.tolist()):
+            asking = [other for other in nearest(place) if other < 12]
+            assert found[row] == [int(rows[other]) for other in asking]
 
 
 def test_what_is_rolled_out_is_what_the_setting_says(

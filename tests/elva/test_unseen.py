@@ -299,3 +299,16 @@ def test_a_whole_file_that_is_no_json(text, rule, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=rule):
         list(objects(tmp_path / "a.json", strict.Faults()))
+
+
+def test_a_whole_file_is_read_with_spaces_and_without(tmp_path):
+    path, rows = tmp_path / "a.json", [{"x": 1}, {"x": [2, {"y": "}]"}]}]
+    lists, named = {"0": rows[0], "1": rows[1]}, {"a": rows[0]}
+    for separators in ((",", ":"), (", ", ": "), (" ,\n", " :\t")):
+        for key, whole, expected in (
+            (None, rows, lists), (None, named, named), ("of", {"more": 7, "of": rows}, lists),
+            ("of", {"of": named, "more": rows}, named),
+        ):  # fmt: skip
+            path.write_text(json.dumps(whole, separators=separators))
+            found = {name: one.fields for name, one in objects(path, strict.Faults(), key)}
+            assert found == expected
