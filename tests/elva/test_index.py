@@ -206,8 +206,11 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path, call, rule):
 
 def test_a_second_writer_is_refused(tmp_path):
     index = build(tmp_path / "i", rows(3))
-    with manifest_file.writing(tmp_path / "i"), pytest.raises(IndexFault, match="one writer"):
-        index.delete(["item 1"])
+    with manifest_file.writing(tmp_path / "i"):
+        before = len(os.listdir("/dev/fd"))
+        with pytest.raises(IndexFault, match="one writer"):
+            index.delete(["item 1"])
+        assert len(os.listdir("/dev/fd")) <= before  # and keeps no file open
     assert len(index.delete(["item 1"])) == 2
 
 

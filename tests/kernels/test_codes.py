@@ -216,6 +216,24 @@ def test_a_gpus_pace_gives_the_same_answer(backend, kind, monkeypatch):
         assert torch.equal(found.index, mask.nonzero()[:, 0][right.index])
 
 
+@each_backend
+@pytest.mark.parametrize("kind", ["random", "near ties"])
+def test_rows_are_read_in_blocks_of_any_size(backend, kind, monkeypatch):
+    """Eleven at a time, of two parts behind a mask; where codes prove the answer and where not."""
+    monkeypatch.setattr(public, "_ON_A_CPU", public._ON_A_CPU._replace(block_bytes=11 * 40 * 4))
+    monkeypatch.setattr(public, "_PROPOSED", 4)
+    monkeypatch.setattr(public, "_MORE", 2)
+    corpus = rows(kind, 90, 40, torch.float32)
+    query, mask = queries(2, corpus, torch.float32), torch.arange(90) % 4 != 2
+    parts = corpus.split(50)
+    codes = [row_codes(part, backend=backend) for part in parts]
+    right = topk(query, corpus[mask], 3, backend=backend)
+    found = coded_topk(query, parts, codes, 3, mask=mask, backend=backend)
+    assert found.proven.all() == (kind == "random")
+    assert same_bits(found.scores, right.scores)
+    assert torch.equal(found.index, mask.nonzero()[:, 0][right.index])
+
+
 @given(
     st.sampled_from(KINDS),
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),

@@ -68,6 +68,25 @@ def test_score_rows(positives):
     score_rows.check_results(case, *case.run(interpreted_score_rows))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "powers"),
+    [
+        (torch.bfloat16, [-60, 0, 40]),
+        (torch.float32, [-60, 20, 60]),
+        (torch.float64, [-700, 100, 700]),
+    ],
+)
+def test_a_row_times_a_power_of_two_has_the_same_unit_row(dtype, powers):
+    """Scaled by another, so that its norm is far from the ends of the range."""
+    rows = torch.randn(3, 35).to(dtype)
+    scaled = rows * 2.0 ** torch.tensor(powers, dtype=torch.float64).unsqueeze(1).to(dtype)
+    units, norms, _ = in_batch.units_of(scaled)
+    exact = torch.nn.functional.normalize(rows.double(), dim=1)
+    torch.testing.assert_close(units.double() * norms[:, :1], exact, rtol=1e-6, atol=0)
+    assert same_bits(units.double() * 2 ** norms[:, 1:], scaled.double())
+    assert (norms[:, 0].log2().abs() < (256 if dtype == torch.float64 else 32)).all()
+
+
 def interpreted_score_rows(case, table, temperature, results):
     """As a batch of two segments a query launches it."""
     rows, p = case.target.shape
