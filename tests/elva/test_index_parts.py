@@ -129,6 +129,12 @@ def test_a_block_has_4_mib(tmp_path):
     assert content[end:] == b"".join(hashlib.sha256(part).digest() for part in parts)
 
 
+@pytest.mark.parametrize("content", [b"[]", b"null", b"2", b'"version"'])
+def test_fields_are_those_of_an_object(tmp_path, content):
+    with pytest.raises(IndexFault, match="must have its fields as they are written"):
+        blocks.read_fields(manifest.Manifest, content, tmp_path / "index.json")
+
+
 @pytest.mark.parametrize("dropped", [0, 256, 257, 300, 399, 400])
 def test_rows_are_gathered_in_blocks_of_any_size(tmp_path, monkeypatch, dropped):
     """A filter that leaves many out searches blocks of the others: here of one row each."""
