@@ -146,6 +146,7 @@ def test_the_nearest_codes_have_the_largest_bounds(backend, masked, shape):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
         there = index >= 0
         assert torch.equal(there, expected > -torch.inf)
+        assert (index[~there] == -1).all()
         own = bounds.gather(1, index.clamp(min=0))
         torch.testing.assert_close(found[there], own[there], rtol=0, atol=2e-6)
         above, below = found[:, :-1], found[:, 1:]

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+import elva_kernels as ek
 from elva_kernels import ranking_reward, ranking_reward_and_grad, reference
 from elva_kernels.backends import choice
 from elva_kernels.backends.admission import in_batch as admitted
@@ -285,6 +286,29 @@ def test_float64_products_step_by_step_are_those_of_tiles(monkeypatch):
     in_batch.multiply(a, b, steps, inner=norm)
     assert (tiles - steps).abs().max() < 1e-14
     assert (steps - a * norm[:, 0] @ b).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_added_to_what_is_there(dtype):
+    """In several tiles of columns, of which the last is not whole."""
+    a, b, before = torch.randn(3, 9), torch.randn(9, 37), torch.randn(3, 37)
+    out = before.to(dtype, copy=True)
+    in_batch.multiply(a.to(dtype), b.to(dtype), out, add=True)
+    assert (out.double() - before - a.double() @ b.double()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [(torch.bfloat16, 2.0**-50), (torch.float32, 2.0**-50), (torch.float64, 2.0**-300)],
+)
+def test_a_score_that_products_may_have_lost_is_zero(dtype, least):
+    query = torch.tensor([[0.0, 1.0]], dtype=dtype)
+    rows = torch.tensor([[1.0, least], [1.0, 0.75 * least]], dtype=dtype)
+    assert ek.topk(query, rows, 2, backend="triton").scores.tolist() == [[least, 0]]
+    found = ranking_reward(query, rows[:1], rows[None, 1:], backend="triton")
+    assert found.scores.tolist() == [[least, 0]]
+    found = ek.rank_statistics(query, rows, torch.tensor([0]), k=1, backend="triton")
+    assert (found.target_score.item(), found.topk_scores.item()) == (least, 0)
 
 
 @pytest.mark.parametrize("order", [backwards, shuffled])

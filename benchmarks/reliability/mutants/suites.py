@@ -160,6 +160,7 @@ KERNELS = Suite(
 )
 
 INTERPRETER = "tests/kernels/triton_interpreted.py"
+LOST = f"{INTERPRETER}::test_a_score_that_products_may_have_lost_is_zero"
 OF_ROWS = _files(
     "kernels", "rank_statistics info_nce in_batch_reward in_batch_positives in_batch_relations"
 )
@@ -169,8 +170,8 @@ INTERPRETED = Suite(
         for name, tests in {
             "topk": _files("kernels", "topk"),
             "codes": _files("kernels", "codes"),
-            "in_batch": (f"{INTERPRETER}::test_score_rows", *OF_ROWS),
-            "matrix": OF_ROWS,
+            "in_batch": (f"{INTERPRETER}::test_score_rows", LOST, *OF_ROWS),
+            "matrix": (f"{INTERPRETER}::test_a_product_is_added_to_what_is_there", *OF_ROWS),
             "rows": (
                 f"{INTERPRETER}::test_a_row_times_a_power_of_two_has_the_same_unit_row",
                 *_files("kernels", "rank_statistics reward info_nce"),
@@ -178,7 +179,7 @@ INTERPRETED = Suite(
             "ranks": _files("kernels", "reward_scores reward rank_statistics"),
             "bank": _files("kernels", "reward_index"),
             "from_scores": _files("kernels", "reward_scores reward_relevance"),
-            "reward": _files("kernels", "reward reward_relevance reward_index"),
+            "reward": (LOST, *_files("kernels", "reward reward_relevance reward_index")),
         }.items()
     },
     env={
@@ -188,18 +189,19 @@ INTERPRETED = Suite(
     preloaded=("hypothesis", "numpy", "torch", "triton.language", "triton.runtime.interpreter"),
 )  # fmt: skip
 
-OF_NUMBERS = "*reward*.cpp *reward*.h advantages.cpp coefficients.h ranking.h unit_rows.cpp"
+OF_NUMBERS = "*reward*.cpp *reward*.h advantages.cpp coefficients.h ranking.h"
+OF_BATCHES = "in_batch.cpp head_reward.cpp unit_rows.cpp"
+COMPILED = "tests/kernels/test_cpu.py"
 CPP = Suite(
     {
-        "csrc/cpu/in_batch_simd.cpp": (
-            "tests/kernels/test_cpu.py::test_exponentials_err_by_little", *IN_BATCH,
-        ),
-        **{f"csrc/cpu/{name}": IN_BATCH for name in ["in_batch.cpp", "matrix_simd.cpp"]},
+        "csrc/cpu/in_batch_simd.cpp": (f"{COMPILED}::test_exponentials_err_by_little", *IN_BATCH),
+        "csrc/cpu/matrix_simd.cpp": (f"{COMPILED}::test_the_norm_of_the_longest_column", *IN_BATCH),
+        **{f"csrc/cpu/{name}": IN_BATCH for name in OF_BATCHES.split()},
         **{f"csrc/cpu/{name}": SEARCH for name in ["topk*.cpp", "topk*.h", "codes*.cpp"]},
         "csrc/rank_math.h": (*IN_BATCH, *GROUPED),
         "csrc/cpu/rescale.h": (*GROUPED, *SEARCH),
         **{f"csrc/cpu/{name}": GROUPED for name in OF_NUMBERS.split()},
     },
     made=cpp.mutants,
-)  # fmt: skip
+)
 """Without what starts threads and keeps memory, and without NEON: no figure comes of those here."""
