@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import math
 import zlib
 from collections import defaultdict
@@ -133,6 +134,13 @@ def test_a_block_has_4_mib(tmp_path):
 def test_fields_are_those_of_an_object(tmp_path, content):
     with pytest.raises(IndexFault, match="must have its fields as they are written"):
         blocks.read_fields(manifest.Manifest, content, tmp_path / "index.json")
+
+
+@pytest.mark.parametrize("version", [0, 3, 10**30])
+def test_another_version_says_who_reads_it(tmp_path, version):
+    content = json.dumps({"version": version}).encode()
+    with pytest.raises(IndexFault, match=rf"must be of version 2, got {version}; use the elva"):
+        blocks.read_fields(manifest.Manifest, content, tmp_path / "index.json", (1, 2))
 
 
 @pytest.mark.parametrize("dropped", [0, 256, 257, 300, 399, 400])
