@@ -401,6 +401,8 @@ def test_where_nothing_is_proven_the_first_queries_show_it(monkeypatch):
     found = coded_topk(query, corpus, codes, 10)
     assert torch.equal(found.index, topk(query, corpus, 10).index)
     assert len(asked) == 2 and not found.proven.all()
+    alone = coded_topk(query[:1], corpus, codes, 10)
+    assert torch.equal(alone.index, found.index[:1]) and not alone.proven
     asked.clear()
     plain = rows("random", 3000, 16, torch.float32)
     assert coded_topk(query, plain, row_codes(plain), 300).proven.all()
