@@ -127,6 +127,14 @@ def coded_topk(
         return _Search(query.detach(), parts, coded, mask, backend).best(k)
 
 
+class _Answers(NamedTuple):
+    """Of some queries, as `CodedTopK` has them."""
+
+    scores: Tensor
+    index: Tensor  # type: ignore[assignment]
+    proven: Tensor
+
+
 class _Search:
     """Some queries, and the corpus that they look through."""
 
@@ -154,15 +162,16 @@ class _Search:
         device, count = self.query.device, len(self.query)
         self.live = self.total if self.mask is None else int(self.mask.sum())
         k = min(k, self.live)
-        scores = torch.empty((count, k), dtype=compute_dtype(self.query.dtype), device=device)
-        index = torch.empty((count, k), dtype=torch.int64, device=device)
-        proven = torch.ones(count, dtype=torch.bool, device=device)
+        found = _Answers(
+            torch.empty((count, k), dtype=compute_dtype(self.query.dtype), device=device),
+            torch.empty((count, k), dtype=torch.int64, device=device),
+            torch.ones(count, dtype=torch.bool, device=device),
+        )
         if count and k:
-            proven[:] = False
+            found.proven[:] = False
             coded = FineCodes(*registered.row_codes(self.query, True, self.backend))
             pending = []
             for some in self._batches(count, k):
-                found = CodedTopK(scores, index, proven, 0)
                 left = self._by_codes(some, coded, k, found)
                 pending.append(left)
                 if len(left) == len(some):  # rows lie too close; so they do for the others
@@ -170,8 +179,8 @@ class _Search:
                     break
             rest = torch.cat(pending)
             if len(rest):
-                scores[rest], index[rest] = self._plain(rest, k)
-        return CodedTopK(scores, index, proven, self.read)
+                found.scores[rest], found.index[rest] = self._plain(rest, k)
+        return CodedTopK(*found, self.read)
 
     def _batches(self, count: int, k: int) -> Iterator[Tensor]:
         """The queries: at first a few, and as many at once as the memory of proposals allows."""
@@ -188,7 +197,7 @@ class _Search:
         depth = max(_PROPOSED, _PROPOSED_A_RESULT * k)
         return sorted({min(depth, self.live), min(_MORE * depth, self.live)})
 
-    def _by_codes(self, some: Tensor, coded: FineCodes, k: int, found: CodedTopK) -> Tensor:
+    def _by_codes(self, some: Tensor, coded: FineCodes, k: int, found: _Answers) -> Tensor:
         """Write the answers of some queries into `found`; those of which nothing is proven."""
         for depth in self._depths(k):
             bounds, index = self._nearest(FineCodes(*(x[some] for x in coded)), depth)
@@ -218,7 +227,7 @@ class _Search:
         assert best is not None
         return best
 
-    def _verified(self, pending: Tensor, bounds: Tensor, index: Tensor, k: int) -> CodedTopK:
+    def _verified(self, pending: Tensor, bounds: Tensor, index: Tensor, k: int) -> _Answers:
         """Scores of the proposals as far as they matter.
 
         `proven` is where nothing else can be among the k best: all rows were proposed, or the least
@@ -238,7 +247,7 @@ class _Search:
         last = bounds[:, -1]
         whole = index.shape[1] == self.live
         proven = (index[:, -1] >= 0) & ((last < found.scores[:, -1]) | whole)
-        return CodedTopK(*found, proven, 0)
+        return _Answers(*found, proven)
 
     def _scored(self, query: Tensor, rows: Tensor, k: int) -> tuple[TopK, int]:
         """The k best of some rows, which come ascending behind -1 for none; how many were read."""

@@ -186,7 +186,7 @@ def read_fields(
     places = Places("fields")
     try:
         data = read_json(content, places)
-        version = data.get("version") if isinstance(data, dict) else versions[-1]
+        version = data.get("version") if isinstance(data, dict) else None
         if type(version) is int and version not in versions:
             raise IndexFault(
                 f"{path}: must be of version {versions[-1]}, got {shown(version)}; "

@@ -203,12 +203,12 @@ def _proven(query: Tensor, stack: Stack, k: int, progress: Callable[[int], None]
     index = torch.empty(len(query), k, dtype=torch.int64)
     unit = torch.nn.functional.normalize(query.double(), dim=1)
     rounded = unit.to(stack.dtype)
-    length = rounded.double().norm(dim=1)
-    moved = (unit - rounded.double()).norm(dim=1) + 2 * _KERNEL_ERROR
+    nearby = torch.nn.functional.normalize(rounded.double(), dim=1)
+    moved = (unit - nearby).norm(dim=1) + 2 * _KERNEL_ERROR
     pending, depth = torch.arange(len(query)), min(2 * k + 16, len(stack))
     while len(pending) and depth <= max(MAX_CANDIDATES, k):
         candidates = stack.nearest(rounded[pending], depth, progress)
-        beyond = candidates.scores[:, -1].double() * length[pending] + moved[pending]
+        beyond = candidates.scores[:, -1].double() + moved[pending]
         near = rescored(query[pending], stack, list(candidates.rows), k)
         scores[pending], index[pending] = near.scores, near.rows
         settled = (scores[pending, -1] > beyond) | (depth == len(stack))

@@ -1,6 +1,7 @@
 """8-bit codes beside an index's rows: the same answers, fewer bytes, and their own promises."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,6 +152,12 @@ def test_the_codes_of_another_segment_are_refused(tmp_path):
     )
     one.codes[0].path.write_bytes(other.codes[0].path.read_bytes())
     with pytest.raises(IndexFault, match="the header that"):
+        Index(tmp_path / "0", verify=False)
+    (entry,) = one.manifest.segments  # as a manifest names them that nobody vouches for
+    entry = replace(entry, codes=other.codes[0].header_sum)
+    one.codes[0].path.rename(one.codes[0].path.with_name(entry.codes_file))
+    manifest_file.write(one.directory, replace(one.manifest, segments=(entry,)))
+    with pytest.raises(IndexFault, match=r"must have the codes of \w+\.elva"):
         Index(tmp_path / "0", verify=False)
 
 

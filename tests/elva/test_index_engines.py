@@ -13,6 +13,7 @@ import torch
 from elva.errors import IndexFault, UserError
 from elva.index import Index
 from elva.index.engines import export, milvus, open_engine
+from elva.index.engines.faiss import FaissEngine
 from elva.model.identity import Identity
 from tests.elva import milvus_server
 
@@ -161,6 +162,28 @@ def test_what_was_exported_before_a_change_is_refused(kind, tmp_path):
         path.write_bytes(content)
         with pytest.raises(IndexFault, match="must have its checksum"):
             open_engine(index, spec)
+
+
+@pytest.mark.parametrize(
+    ("kind", "effort", "k", "told"),
+    [
+        ("hnsw", None, 3, "efSearch 64"),
+        ("hnsw", None, 20, "efSearch 80"),
+        ("hnsw", 5, 20, "efSearch 5"),
+        ("ivf", None, 3, "nprobe 8"),
+        ("ivf", 5, 3, "nprobe 5"),
+    ],
+)
+def test_how_much_faiss_looks_at(index, kind, effort, k, told, monkeypatch):
+    export(index, f"faiss-{kind}")
+    answers = FaissEngine(index, kind, effort=effort)
+    asked, search = [], answers._found.search
+    monkeypatch.setattr(
+        answers._found, "search", lambda *given, params: asked.append(params) or search(*given)
+    )
+    answers.search(clustered(2, 2), k)
+    name, number = told.split()
+    assert [getattr(params, name) for params in asked] == [int(number)]
 
 
 @pytest.mark.parametrize("spec", ["", "annoy", "faiss-", "faiss-pq", "milvus:", "milvus"])

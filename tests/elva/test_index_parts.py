@@ -1,6 +1,8 @@
 """An index in parts: embeddings in chunks, blocks that are read, what is told meanwhile."""
 
 import base64
+import hashlib
+import json
 import math
 import zlib
 from collections import defaultdict
@@ -89,6 +91,8 @@ def test_a_row_that_is_no_number_is_named_where_it_stands(tmp_path):
         embeddings[7, 3] = wrong
         with pytest.raises(IndexFault, match=r"NaN or infinity in row 7 \(item 7\); mend"):
             Index.build(tmp_path / "i", ids(9), list(embeddings.split(4)), model=MODEL)
+        with pytest.raises(IndexFault, match="NaN or infinity in row 7; mend"):  # it has no id
+            Index.build(tmp_path / "i", ids(7), list(embeddings.split(4)), model=MODEL)
 
 
 # -- blocks ----------------------------------------------------------------------------------------
@@ -115,6 +119,28 @@ def test_a_file_of_many_blocks_is_checked_in_each(tmp_path, monkeypatch, block):
         Index(tmp_path / "i")
     path.write_bytes(content)
     Index(tmp_path / "i")
+
+
+def test_a_block_has_4_mib(tmp_path):
+    """So that files are read by every version."""
+    index = Index.build(tmp_path / "i", ids(1100), rows(1100, 1024), model=MODEL, dtype="float32")
+    content, end = index.segments[0].path.read_bytes(), index.segments[0]._file.end
+    parts = [content[at : min(at + 4 * 2**20, end)] for at in range(4096, end, 4 * 2**20)]
+    assert len(parts) == 2
+    assert content[end:] == b"".join(hashlib.sha256(part).digest() for part in parts)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"2", b'"version"'])
+def test_fields_are_those_of_an_object(tmp_path, content):
+    with pytest.raises(IndexFault, match="must have its fields as they are written"):
+        blocks.read_fields(manifest.Manifest, content, tmp_path / "index.json")
+
+
+@pytest.mark.parametrize("version", [0, 3, 10**30])
+def test_another_version_says_who_reads_it(tmp_path, version):
+    content = json.dumps({"version": version}).encode()
+    with pytest.raises(IndexFault, match=rf"must be of version 2, got {version}; use the elva"):
+        blocks.read_fields(manifest.Manifest, content, tmp_path / "index.json", (1, 2))
 
 
 @pytest.mark.parametrize("dropped", [0, 256, 257, 300, 399, 400])
@@ -152,6 +178,13 @@ def test_widened_rows_are_read_in_blocks_of_any_size(monkeypatch):
         query.double()[:, None], torch.cat(parts).double()[found.rows], dim=-1
     )
     assert (own - found.scores.double()).abs().max() < 1e-6 and found.rows.max() >= 50
+
+
+def test_no_row_is_widened_where_its_candidates_prove_the_answer(monkeypatch):
+    parts, query = [rows(300).half()], rows(2, seed=9)
+    wanted = exact.Stack(parts).widened(query, 5)
+    monkeypatch.setattr(exact.Stack, "widened", None)
+    assert torch.equal(exact.search(query, parts, 5).rows, wanted.rows)
 
 
 def test_rows_of_a_stack_come_in_the_order_that_is_asked(monkeypatch):

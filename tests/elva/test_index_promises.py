@@ -72,19 +72,20 @@ def test_an_index_of_two_types_opens_and_is_mended_by_delete(tmp_path, monkeypat
     index = build(tmp_path / "i", ["a", "b"], year=[1999, 2000], colour=["red", "blue"])
     with monkeypatch.context() as patch:
         patch.setattr(change, "check_fields", lambda tables: None)
-        index.add(["c"], rows(1, seed=5), model=MODEL, columns={"year": ["1999"]})
+        index = index.add(["c"], rows(1, seed=5), model=MODEL, columns={"year": ["1999"]})
+        index.add(["d"], rows(1, seed=6), model=MODEL)  # without such a field
     index = Index(tmp_path / "i")
     assert index.info()["fields"] == {"id": "string", "colour": "string"}
     assert index.info()["conflicts"] == {"year": "int64 and string"}
     assert index.search(rows(1, seed=5), 1).rows.tolist() == [[2]]
-    assert index.allowed([("colour", "=", "red")]).tolist() == [True, False, False]
+    assert index.allowed([("colour", "=", "red")]).tolist() == [True, False, False, False]
     with pytest.raises(IndexFault, match="must name a field of one type, got year of int64 and"):
         index.search(rows(1), 1, where=[("year", "=", 1999)])
     with pytest.raises(IndexFault, match="field year must have one type"):
-        index.add(["d"], rows(1), model=MODEL)
+        index.add(["e"], rows(1), model=MODEL)
     index = index.delete(["c"])
-    assert index.conflicts == {} and index.table["year"].to_pylist() == [1999, 2000]
-    assert len(index.add(["d"], rows(1), model=MODEL, columns={"year": [1]})) == 3
+    assert index.conflicts == {} and index.table["year"].to_pylist() == [1999, 2000, None]
+    assert len(index.add(["e"], rows(1), model=MODEL, columns={"year": [1]})) == 4
 
 
 # -- writers and readers ---------------------------------------------------------------------------

@@ -146,6 +146,7 @@ def test_the_nearest_codes_have_the_largest_bounds(backend, masked, shape):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
         there = index >= 0
         assert torch.equal(there, expected > -torch.inf)
+        assert (index[~there] == -1).all()
         own = bounds.gather(1, index.clamp(min=0))
         torch.testing.assert_close(found[there], own[there], rtol=0, atol=2e-6)
         above, below = found[:, :-1], found[:, 1:]
@@ -214,6 +215,24 @@ def test_a_gpus_pace_gives_the_same_answer(backend, kind, monkeypatch):
         found = coded_topk(query, parts, of_parts, k, mask=mask, backend=backend)
         assert same_bits(found.scores, right.scores)
         assert torch.equal(found.index, mask.nonzero()[:, 0][right.index])
+
+
+@each_backend
+@pytest.mark.parametrize("kind", ["random", "near ties"])
+def test_rows_are_read_in_blocks_of_any_size(backend, kind, monkeypatch):
+    """Eleven at a time, of two parts behind a mask; where codes prove the answer and where not."""
+    monkeypatch.setattr(public, "_ON_A_CPU", public._ON_A_CPU._replace(block_bytes=11 * 40 * 4))
+    monkeypatch.setattr(public, "_PROPOSED", 4)
+    monkeypatch.setattr(public, "_MORE", 2)
+    corpus = rows(kind, 90, 40, torch.float32)
+    query, mask = queries(2, corpus, torch.float32), torch.arange(90) % 4 != 2
+    parts = corpus.split(50)
+    codes = [row_codes(part, backend=backend) for part in parts]
+    right = topk(query, corpus[mask], 3, backend=backend)
+    found = coded_topk(query, parts, codes, 3, mask=mask, backend=backend)
+    assert found.proven.all() == (kind == "random")
+    assert same_bits(found.scores, right.scores)
+    assert torch.equal(found.index, mask.nonzero()[:, 0][right.index])
 
 
 @given(
@@ -382,6 +401,8 @@ def test_where_nothing_is_proven_the_first_queries_show_it(monkeypatch):
     found = coded_topk(query, corpus, codes, 10)
     assert torch.equal(found.index, topk(query, corpus, 10).index)
     assert len(asked) == 2 and not found.proven.all()
+    alone = coded_topk(query[:1], corpus, codes, 10)
+    assert torch.equal(alone.index, found.index[:1]) and not alone.proven
     asked.clear()
     plain = rows("random", 3000, 16, torch.float32)
     assert coded_topk(query, plain, row_codes(plain), 300).proven.all()

@@ -12,6 +12,7 @@ import textwrap
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from elva_kernels.backends.cpu import reward as cpu
 from elva_kernels.backends.launcher import Groups
 from elva_kernels.reference import Weights
 from tests.kernels import compiled, processes
+from tests.kernels.cases import EVERY_LEVEL
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -295,6 +297,34 @@ def test_ranks_by_counting_and_by_sorting_agree_with_the_reference(n):
             right = elva_kernels.reward_from_scores(scores.double(), **options)
             assert torch.equal(ours[3], right.rank)
             torch.testing.assert_close(ours[0].double(), right.reward, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "backend", [x for x in EVERY_LEVEL if x.values[0].startswith("cpu")], indirect=True
+)
+@pytest.mark.parametrize(
+    ("dtype", "least", "error"), [(torch.float32, -87, 2e-7), (torch.float64, -708, 4e-16)]
+)
+def test_exponentials_err_by_little(backend, dtype, least, error):
+    """Those of slopes, from the least that is not 0 to 1."""
+    exponents = torch.linspace(least, 0, 2**15, dtype=torch.float64).to(dtype)
+    found, peak, factor = exponents.clone(), torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
+    rows = found.data_ptr(), peak.data_ptr(), factor.data_ptr()
+    code = boundary.DTYPE_CODES[dtype]
+    boundary.module().slope_rows(code, 1, 1, len(found), *rows, 0, 0, 0, 0, 0, 1.0)
+    exact = np.exp(exponents.numpy().astype(np.longdouble))
+    assert abs(found.numpy() / exact - 1).max() < error
+
+
+@needs_native
+@pytest.mark.parametrize("longest", [0, 63, 64, 99])
+def test_the_norm_of_the_longest_column(longest):
+    """By which slopes' rounding is judged; a hundredth above it at most."""
+    rows, scale = torch.rand(9, 100).bfloat16(), torch.rand(9)
+    rows[:, longest] *= 4
+    exact = (rows.double() * scale.unsqueeze(1)).norm(dim=0).max()
+    norm = boundary.module().column_norm(1, *rows.shape, rows.data_ptr(), scale.data_ptr())
+    assert exact <= norm <= 1.011 * exact
 
 
 @needs_native

@@ -84,6 +84,11 @@ EMBEDDINGS = [
         "negatives must have leading dimensions that broadcast with [3], got [2]",
     ),
     (
+        {"query": N, "positive": N},
+        ValueError,
+        "negatives must have leading dimensions that broadcast with [3, 5], got [3]",
+    ),
+    (
         {"mask": MASK[:2]},
         ValueError,
         "mask must have leading dimensions that broadcast with [3], got [2]",

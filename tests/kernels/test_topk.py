@@ -156,6 +156,16 @@ def test_a_querys_result_does_not_depend_on_the_others(backend, dtype, metric):
 
 @every_level
 @each_dtype
+def test_no_cosine_lies_beyond_one(backend, dtype):
+    """Of rows with themselves and with their opposites."""
+    query, _ = rows(17, 0, 33, dtype)
+    scores = topk(query, torch.cat([query, -query]), 34, backend=backend).scores
+    assert (scores[:, 0] <= 1).all() and (scores[:, -1] >= -1).all()
+    assert torch.allclose(scores[:, [0, -1]], scores.new_tensor([1, -1]), rtol=0, atol=1e-6)
+
+
+@every_level
+@each_dtype
 @each_metric
 def test_rows_that_are_zero_or_not_finite(backend, dtype, metric):
     query, corpus = rows(6, 90, 40, dtype)

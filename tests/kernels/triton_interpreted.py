@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+import elva_kernels as ek
 from elva_kernels import ranking_reward, ranking_reward_and_grad, reference
 from elva_kernels.backends import choice
 from elva_kernels.backends.admission import in_batch as admitted
@@ -66,6 +67,25 @@ def test_score_rows(positives):
     """Positives of every kind, in more than one pass and more than one block."""
     case = score_rows.ScoreRows(positives)
     score_rows.check_results(case, *case.run(interpreted_score_rows))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "powers"),
+    [
+        (torch.bfloat16, [-60, 0, 40]),
+        (torch.float32, [-60, 20, 60]),
+        (torch.float64, [-700, 100, 700]),
+    ],
+)
+def test_a_row_times_a_power_of_two_has_the_same_unit_row(dtype, powers):
+    """Scaled by another, so that its norm is far from the ends of the range."""
+    rows = torch.randn(3, 35).to(dtype)
+    scaled = rows * 2.0 ** torch.tensor(powers, dtype=torch.float64).unsqueeze(1).to(dtype)
+    units, norms, _ = in_batch.units_of(scaled)
+    exact = torch.nn.functional.normalize(rows.double(), dim=1)
+    torch.testing.assert_close(units.double() * norms[:, :1], exact, rtol=1e-6, atol=0)
+    assert same_bits(units.double() * 2 ** norms[:, 1:], scaled.double())
+    assert (norms[:, 0].log2().abs() < (256 if dtype == torch.float64 else 32)).all()
 
 
 def interpreted_score_rows(case, table, temperature, results):
@@ -266,6 +286,29 @@ def test_float64_products_step_by_step_are_those_of_tiles(monkeypatch):
     in_batch.multiply(a, b, steps, inner=norm)
     assert (tiles - steps).abs().max() < 1e-14
     assert (steps - a * norm[:, 0] @ b).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_added_to_what_is_there(dtype):
+    """In several tiles of columns, of which the last is not whole."""
+    a, b, before = torch.randn(3, 9), torch.randn(9, 37), torch.randn(3, 37)
+    out = before.to(dtype, copy=True)
+    in_batch.multiply(a.to(dtype), b.to(dtype), out, add=True)
+    assert (out.double() - before - a.double() @ b.double()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [(torch.bfloat16, 2.0**-50), (torch.float32, 2.0**-50), (torch.float64, 2.0**-300)],
+)
+def test_a_score_that_products_may_have_lost_is_zero(dtype, least):
+    query = torch.tensor([[0.0, 1.0]], dtype=dtype)
+    rows = torch.tensor([[1.0, least], [1.0, 0.75 * least]], dtype=dtype)
+    assert ek.topk(query, rows, 2, backend="triton").scores.tolist() == [[least, 0]]
+    found = ranking_reward(query, rows[:1], rows[None, 1:], backend="triton")
+    assert found.scores.tolist() == [[least, 0]]
+    found = ek.rank_statistics(query, rows, torch.tensor([0]), k=1, backend="triton")
+    assert (found.target_score.item(), found.topk_scores.item()) == (least, 0)
 
 
 @pytest.mark.parametrize("order", [backwards, shuffled])

@@ -2,6 +2,9 @@
 
 EMPTY = "empty = Manifest(0, first.shape[-1], kept, model, about=dict(about or {}))"
 STRICT = "True -> False"
+PIECES = "const ElvaStatus status = for_pieces((args.rows + height - 1) / height, 1, threads,"
+THREADS = "constexpr int64_t kBytesPerThread = 192 << 10;"
+DEEPER = "pending, depth = pending[~settled], min(8 * depth, len(stack))"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("elva/index/index.py", EMPTY, "0 -> 1"): "`building` gives the generation",
     ("elva/index/index.py", EMPTY, "- -> "): "`first` has two axes: the last is the second",
@@ -22,5 +25,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return {name: cell for name, cell in zip(named, cells, strict=True) if name}",
         STRICT,
     ): "`named` is cut to as many as there are cells, and never has fewer",
+    ("elva/index/exact.py", DEEPER, "8 -> 9"): "how many more are looked at: any number is exact",
+    ("csrc/cpu/topk.cpp", THREADS, "192 -> 193"): "how many threads: no bit depends on it",
+    ("csrc/cpu/codes.cpp", PIECES, "- -> +"): "one piece more has no rows, or one less than none",
 }
 """(file, its line's text, change) -> why the mutant does what the source does."""

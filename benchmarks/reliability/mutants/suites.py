@@ -156,7 +156,7 @@ KERNELS = Suite(
         "elva_kernels/topk.py": SEARCH,
         "elva_kernels/codes.py": _files("kernels", "codes topk"),
         "elva_kernels/checks.py": _files("kernels", "reward_errors refusals topk codes info_nce"),
-        "elva_kernels/scalars.py": _files("kernels", "reward_errors reward info_nce"),
+        "elva_kernels/scalars.py": _files("kernels", "reward_errors refusals reward info_nce"),
         "elva_kernels/modules.py": _files(
             "kernels", "reward reward_torch info_nce in_batch_reward"
         ),
@@ -171,26 +171,44 @@ KERNELS = Suite(
     },
 )
 
+INTERPRETER = "tests/kernels/triton_interpreted.py"
+LOST = f"{INTERPRETER}::test_a_score_that_products_may_have_lost_is_zero"
+OF_ROWS = _files(
+    "kernels", "rank_statistics info_nce in_batch_reward in_batch_positives in_batch_relations"
+)
 INTERPRETED = Suite(
     {
-        "elva_kernels/backends/triton/kernels/topk.py": _files("kernels", "topk"),
-        "elva_kernels/backends/triton/kernels/codes.py": _files("kernels", "codes"),
-        "elva_kernels/backends/triton/kernels/in_batch.py": IN_BATCH,
-        "elva_kernels/backends/triton/kernels/matrix.py": IN_BATCH,
-        "elva_kernels/backends/triton/kernels/bank.py": _files("kernels", "reward_index"),
-        "elva_kernels/backends/triton/kernels/from_scores.py": _files("kernels", "reward_scores"),
-        "elva_kernels/backends/triton/kernels/*.py": _files("kernels", "reward reward_relevance"),
+        f"elva_kernels/backends/triton/kernels/{name}.py": tests
+        for name, tests in {
+            "topk": _files("kernels", "topk"),
+            "codes": _files("kernels", "codes"),
+            "in_batch": (f"{INTERPRETER}::test_score_rows", LOST, *OF_ROWS),
+            "matrix": (f"{INTERPRETER}::test_a_product_is_added_to_what_is_there", *OF_ROWS),
+            "rows": (
+                f"{INTERPRETER}::test_a_row_times_a_power_of_two_has_the_same_unit_row",
+                *_files("kernels", "rank_statistics reward info_nce"),
+            ),
+            "ranks": _files("kernels", "reward_scores reward rank_statistics"),
+            "bank": _files("kernels", "reward_index"),
+            "from_scores": _files("kernels", "reward_scores reward_relevance"),
+            "reward": (LOST, *_files("kernels", "reward reward_relevance reward_index")),
+        }.items()
     },
     env={
         "TRITON_INTERPRET": "1", "ELVA_TEST_SESSION": "interpreter",
         "ELVA_TEST_REPORT": os.devnull,
     },
+    preloaded=("hypothesis", "numpy", "torch", "triton.language", "triton.runtime.interpreter"),
 )  # fmt: skip
 
-OF_NUMBERS = "*reward*.cpp *reward*.h advantages.cpp coefficients.h ranking.h unit_rows.cpp"
+OF_NUMBERS = "*reward*.cpp *reward*.h advantages.cpp coefficients.h ranking.h"
+OF_BATCHES = "in_batch.cpp head_reward.cpp unit_rows.cpp"
+COMPILED = "tests/kernels/test_cpu.py"
 CPP = Suite(
     {
-        **{f"csrc/cpu/{name}": IN_BATCH for name in ["in_batch*.cpp", "matrix_simd.cpp"]},
+        "csrc/cpu/in_batch_simd.cpp": (f"{COMPILED}::test_exponentials_err_by_little", *IN_BATCH),
+        "csrc/cpu/matrix_simd.cpp": (f"{COMPILED}::test_the_norm_of_the_longest_column", *IN_BATCH),
+        **{f"csrc/cpu/{name}": IN_BATCH for name in OF_BATCHES.split()},
         **{f"csrc/cpu/{name}": SEARCH for name in ["topk*.cpp", "topk*.h", "codes*.cpp"]},
         "csrc/rank_math.h": (*IN_BATCH, *GROUPED),
         "csrc/cpu/rescale.h": (*GROUPED, *SEARCH),

@@ -181,8 +181,7 @@ def _expression(conditions: Where, names: Mapping[str, str]) -> str:
                 f"{name}; search by --engine exact"
             )
         said = "==" if comparison == "=" else comparison
-        values = list(value) if comparison == "in" else value
-        parts.append(f"{names[name]} {said} {json.dumps(values, ensure_ascii=False)}")
+        parts.append(f"{names[name]} {said} {json.dumps(value, ensure_ascii=False)}")
     return " and ".join(parts)
 
 
