@@ -300,10 +300,11 @@ def write_directory(final: Path, fill: Callable[[Path], None]) -> None:
 
 def _code(error: BaseException) -> int | None:
     """The system's number of an error of a write that does not say of which file: a library's, or
-    safetensors', which hides the number in its text; None of every other error."""
+    safetensors' or tokenizers', which hide the number in its text; None of every other error."""
     if isinstance(error, OSError) and error.filename is None:
         return error.errno
-    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    hides = type(error) in (SafetensorError, Exception)  # tokenizers' have no type of their own
+    found = re.search(r"\(os error (\d+)\)", str(error)) if hides else None
     return None if found is None else int(found[1])
 
 

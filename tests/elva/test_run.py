@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from elva import files
 from elva.commands import build_index
@@ -77,6 +79,19 @@ def test_an_error_that_names_no_file_is_given_its_place(call, tmp_path, monkeypa
         files.write_directory(tmp_path / "b", fill)
     assert caught.value.filename == ("x" if call == "replace" else f"{tmp_path}/b at byte 2")
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk, as Linux has one")
+def test_a_full_disk_under_a_tokenizer_has_its_place(tmp_path):
+    """tokenizers raises a bare Exception, with the system's number in its text."""
+    words = Tokenizer(BPE())
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        files.write_directory(tmp_path / "model", lambda place: words.save("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == f"{tmp_path}/model at byte 0"
+    with pytest.raises(Exception, match="mine") as caught:
+        files.write_directory(tmp_path / "model", lambda place: exec("raise Exception('mine')"))
+    assert type(caught.value) is Exception and [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -105,13 +106,16 @@ def _told() -> Path:
 
 
 def _files(path: Path) -> dict[str, str]:
-    """Name -> digest of what lies in a directory; of metrics, each line is one."""
-    found = {}
+    """Name -> digest of what lies in a directory; of metrics, each line is one, and the same line
+    once more another: they come and go by themselves, and move those behind them."""
+    found: dict[str, str] = {}
     for one in sorted(p for p in path.rglob("*") if p.is_file()):
         name = str(one.relative_to(path))
         if one.suffix == ".jsonl":
-            lines = one.read_text(encoding="utf-8").splitlines()
-            found |= {f"{name}:{i} {line}": "" for i, line in enumerate(lines)}
+            seen: Counter[str] = Counter()
+            for line in one.read_text(encoding="utf-8").splitlines():
+                seen[line] += 1
+                found[f"{name} {line} #{seen[line]}"] = ""
         elif one.name != ".lock":
             content = re.sub(_elsewhere(), b"", one.read_bytes())
             found[name] = hashlib.sha256(content).hexdigest()
