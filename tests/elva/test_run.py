@@ -89,8 +89,12 @@ def test_a_full_disk_under_a_tokenizer_has_its_place(tmp_path):
         files.write_directory(tmp_path / "model", lambda place: words.save("/dev/full"))
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == f"{tmp_path}/model at byte 0"
+
+    def other(place: Path) -> None:
+        raise Exception("mine")
+
     with pytest.raises(Exception, match="mine") as caught:
-        files.write_directory(tmp_path / "model", lambda place: exec("raise Exception('mine')"))
+        files.write_directory(tmp_path / "model", other)
     assert type(caught.value) is Exception and [*tmp_path.iterdir()] == []
 
 
