@@ -242,8 +242,8 @@ def missing() -> str:
 
 ROWS = {
     "repeats": Row(
-        title=f"a case again: 1 to {THREADS[-1]} threads, beside other work, in other layouts, "
-        "some of its rows alone, in another process",
+        title="a case again: with every number of threads to twice the cores, beside other work, "
+        "in other layouts, some of its rows alone, in another process",
         goal="1,000, 0 differing bits",
         unit="cases",
         amount=1_000,

@@ -101,7 +101,12 @@ def measure(
     What has been tried is kept after each chunk; a run that was ended goes on from there.
     """
     found = kept(name, directory)
-    if found is None or found["seed"] != seed:
+    if found is not None and found["seed"] != seed:
+        raise SystemExit(
+            f"{name}: --seed must be {found['seed']}, of which {found['tried']:,} trials are kept, "
+            f"got {seed}; --fresh forgets them"
+        )
+    if found is None:
         found = {
             "row": name, "title": row.title, "goal": row.goal, "unit": row.unit, "seed": seed,
             "tried": 0, "failed": 0, "counts": {}, "most": {}, "wrong": [], "noted": [],

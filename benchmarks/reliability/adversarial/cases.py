@@ -16,14 +16,14 @@ from benchmarks.reliability.adversarial.draw import Draw
 from elva_kernels import reference
 from elva_kernels.reference import Batch, Weights, compute_dtype
 
-LEADING = ((), (1,), (2,), (5,), (2, 3), (3, 1, 2), (0,))
+LEADING = ((), (1,), (2,), (5,), (2, 3), (3, 1, 2))
 NAMES = ("query", "positive", "negatives")
 
 
 def grouped(draw: Draw, backend: str) -> None:
     """`ranking_reward` with autograd, or `ranking_reward_and_grad`; of own rows, or of a bank."""
-    leading = draw.one_of(LEADING)
-    n, size = draw.one_of((0, 1, 2, draw.size(), draw.size())), draw.size()
+    leading = leading_of(draw)
+    n, size = draw.count(1, 2, draw.size()), draw.size()
     groups = max(1, math.prod(leading))
     n = min(n, max(1, draw.largest // (size * groups)))
     indexed, bad = draw.maybe(0.35), draw.maybe(0.3)
@@ -79,6 +79,12 @@ def grouped(draw: Draw, backend: str) -> None:
     )  # fmt: skip
 
 
+def leading_of(draw: Draw) -> tuple[int, ...]:
+    """Dimensions of groups; seldom of none."""
+    found: tuple[int, ...] = (0,) if draw.maybe(0.02) else draw.one_of(LEADING)
+    return found
+
+
 def finite(rows: Tensor) -> Tensor:
     rows = rows.double()
     return torch.where(rows.isfinite().all(-1, keepdim=True), rows, 0.0)
@@ -86,7 +92,7 @@ def finite(rows: Tensor) -> Tensor:
 
 def from_scores(draw: Draw, backend: str) -> None:
     """`reward_from_scores`: scores of any size, ties, NaN and inf."""
-    shape = (*draw.one_of(LEADING), 1 + draw.one_of((0, 1, draw.size(), draw.size())))
+    shape = (*leading_of(draw), 1 + draw.count(1, draw.size()))
     scale = draw.one_of((1e-30, 1e-3, 1.0, 1.0, 30.0, 1e4))
     scores = (draw.randn(*shape) * scale).to(draw.dtype)
     if draw.maybe(0.4):
@@ -125,7 +131,7 @@ def from_scores(draw: Draw, backend: str) -> None:
 
 def batch_of(draw: Draw) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any], Batch]:
     """Arguments of the in-batch ops, as given and as a launcher has them."""
-    b, m, size = draw.one_of((0, 1, 2, draw.size())), draw.size(), draw.size()
+    b, m, size = draw.count(1, 2), draw.size(), draw.size()
     m = min(m, max(1, draw.largest // size))
     b = min(b, max(1, draw.largest // size))
     bad = draw.maybe(0.3)
@@ -173,7 +179,7 @@ def own_scores(draw: Draw, query: Tensor, candidates: Tensor, backend: str) -> T
 def statistics(draw: Draw, backend: str) -> None:
     """`rank_statistics`."""
     query, candidates, target, options, batch = batch_of(draw)
-    k, t = draw.one_of((0, 1, 3, len(candidates) + 2)), draw.one_of((1e-3, 0.05, 1.0, 30.0))
+    k, t = draw.count(1, 3, len(candidates) + 2), draw.one_of((1e-3, 0.05, 1.0, 30.0))
     with draw.mode():
         found = ek.rank_statistics(
             query, candidates, target, k=k, temperature=t, backend=backend, **options
@@ -189,23 +195,25 @@ def statistics(draw: Draw, backend: str) -> None:
 
 
 def in_batch(draw: Draw, backend: str) -> None:
-    """`in_batch_ranking_reward` and its gradients."""
+    """`in_batch_ranking_reward` with autograd, or `in_batch_ranking_reward_and_grad`."""
     query, candidates, target, options, batch = batch_of(draw)
     head = draw.one_of((None, 1, 4, 100))
     scalars = draw.weights(soft=False)
     weights, last = Weights(**scalars), len(candidates) if head is None else head
     weight = draw.randn(len(query)).to(compute_dtype(draw.dtype))
-    with draw.mode():
-        found, *gradients = ek.in_batch_ranking_reward_and_grad(
-            query,
-            candidates,
-            target,
-            head=head,
-            weight=weight,
-            backend=backend,
-            **options,
-            **scalars,
-        )
+    given = {"head": head, "backend": backend, **options, **scalars}
+    gradients: list[Tensor | None]
+    if draw.maybe(0.5):
+        with draw.mode():
+            found, *gradients = ek.in_batch_ranking_reward_and_grad(
+                query, candidates, target, weight=weight, **given
+            )
+    else:
+        leaves = [x.detach().requires_grad_() for x in (query, candidates)]
+        with draw.mode():
+            found = ek.in_batch_ranking_reward(*leaves, target, **given)
+            found.reward.backward(weight)
+        gradients = [x.grad for x in leaves]
     scores = own_scores(draw, query, candidates, backend)
     right = reference.statistics_of_scores(scores, batch, k=last, temperature=None)
     judge.exactly(found.rank, right.rank.reshape(found.rank.shape), "rank")
@@ -229,15 +237,26 @@ def in_batch(draw: Draw, backend: str) -> None:
 
 
 def nce(draw: Draw, backend: str) -> None:
-    """`info_nce` and its gradients, one loss a query."""
+    """`info_nce` with autograd, the sum or one loss a query, or `info_nce_and_grad`."""
     query, candidates, target, options, batch = batch_of(draw)
     symmetric, t = draw.maybe(0.5), draw.one_of((0.01, 0.05, 0.2, 1.0, 10.0))
     heat = torch.tensor(t, dtype=torch.float64)
-    with draw.mode():
-        loss, *gradients = ek.info_nce_and_grad(
-            query, candidates, target, temperature=heat, symmetric=symmetric, reduction="none",
-            workspace_mb=draw.one_of((1, 256)), backend=backend, **options,
-        )  # fmt: skip
+    form = {"symmetric": symmetric, "workspace_mb": draw.one_of((1, 256)), "backend": backend}
+    reduction = draw.one_of(("none", "none", "sum"))
+    gradients: list[Tensor | None]
+    if draw.maybe(0.5):
+        with draw.mode():
+            loss, *gradients = ek.info_nce_and_grad(
+                query, candidates, target, temperature=heat, reduction=reduction, **form, **options
+            )
+    else:
+        leaves = [x.detach().requires_grad_() for x in (query, candidates, heat)]
+        with draw.mode():
+            loss = ek.info_nce(
+                *leaves[:2], target, temperature=leaves[2], reduction=reduction, **form, **options
+            )
+            loss.sum().backward()
+        loss, gradients = loss.detach(), [x.grad for x in leaves]
     rows, exponents = judge.scaled((query, candidates))
     if options["max_score"] is not None:  # whose side a score is on, the backend's own say
         scores = own_scores(draw, query, candidates, backend)
@@ -247,7 +266,11 @@ def nce(draw: Draw, backend: str) -> None:
             return
     exact, _ = reference.info_nce(*rows, batch, heat, symmetric=symmetric)
     allowed = judge.tolerances.BATCH[draw.dtype] * 0.1 if draw.dtype != torch.float64 else 1e-13
-    judge.near(loss, exact, allowed * (1 / t + exact.abs().nan_to_num()), "loss")
+    slack = allowed * (1 / t + exact.abs().nan_to_num())
+    if reduction == "sum":
+        judge.near(loss, exact.sum(), slack.sum(), "sum of losses")
+    else:
+        judge.near(loss, exact, slack, "loss")
     ones = torch.ones(len(query), dtype=torch.float64)
     truths = reference.info_nce_gradients(*rows, batch, heat, ones, symmetric=symmetric)
     total = max(1, len(query)) / (t * min(t, 1.0))
@@ -261,21 +284,17 @@ def nce(draw: Draw, backend: str) -> None:
 
 def search(draw: Draw, backend: str) -> None:
     """`topk`, and `coded_topk` to the bit as it."""
-    q, p, size = (
-        draw.one_of((0, 1, 2, draw.size())),
-        draw.one_of((0, draw.size(), 300)),
-        draw.size(),
-    )
+    q, p, size = draw.count(1, 2), draw.count(300), draw.size()
     p, q = (min(x, draw.largest // size) for x in (p, q))
     bad = draw.maybe(0.3)
     query = draw.rows(q, size=size, bad=bad)
     corpus = draw.rows(p, size=size, near=finite(query), bad=bad)
     query, corpus = draw.laid(query), draw.laid(corpus)
-    k, metric = draw.one_of((0, 1, 5, p, p + 3)), draw.one_of(("cosine", "dot"))
+    k, metric = draw.count(1, 5, p, p + 3), draw.one_of(("cosine", "dot"))
     with draw.mode():
         found = ek.topk(query, corpus, k, metric=metric, backend=backend)
     judge.searched(found, query, corpus, k, metric)
-    if draw.maybe(0.5) and backend in ("cpu", "reference"):
+    if draw.maybe(0.5):
         with draw.mode():
             codes = ek.row_codes(corpus, backend=backend)
         live = draw.mask(p)
@@ -290,7 +309,7 @@ def search(draw: Draw, backend: str) -> None:
 
 def advantages(draw: Draw, backend: str) -> None:
     """`group_advantages`, of the backend that takes them."""
-    shape = (*draw.one_of(LEADING), draw.size())
+    shape = (*leading_of(draw), draw.size())
     top = math.log10(torch.finfo(draw.dtype).max) - 1
     reward = draw.randn(*shape)
     if draw.maybe(0.3):

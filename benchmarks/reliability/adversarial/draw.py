@@ -70,6 +70,10 @@ class Draw:
     def size(self) -> int:
         return int(self.one_of(SIZES)) if self.maybe(0.5) else self.random.randint(1, 40)
 
+    def count(self, *values: int) -> int:
+        """How many there are: of `values`, or about as many as a vector's width; seldom none."""
+        return 0 if self.maybe(0.02) else int(self.one_of([*values, self.size()]))
+
     def rows(self, *leading: int, size: int, near: Tensor | None = None, bad: bool) -> Tensor:
         """[*leading, size] in the case's dtype, hazards among them.
 

@@ -166,8 +166,13 @@ def a_reader_beside_a_writer(there: Path, draw: random.Random) -> str:
 
 
 def _seen(path: Path) -> list[Any]:
+    """All ids, and what a search finds with which scores."""
     index = Index(path)
-    return [len(index), sorted(index.ids(index.alive.nonzero()[0]))[:2]]
+    found = index.search(torch.ones(1, 64), 3)
+    return [
+        sorted(index.ids(index.alive.nonzero()[0])), index.ids(found.rows[0].tolist()),
+        found.scores[0].tolist(),
+    ]  # fmt: skip
 
 
 def a_reader_of_a_removed_index(there: Path, draw: random.Random) -> str:

@@ -27,7 +27,7 @@ MOST_SECONDS = 7_200
 
 def trials(wanted: Trials) -> Outcome:
     """A process of inputs."""
-    name = GUIDED[wanted.first // CHUNK % len(GUIDED)]
+    name = GUIDED[(wanted.first // CHUNK + wanted.seed) % len(GUIDED)]
     seed = (wanted.seed * 1_000_003 + wanted.first) % (2**31 - 1) + 1
     outcome = Outcome(tried=wanted.count)
     with tempfile.TemporaryDirectory(prefix="elva-guided-") as scratch:

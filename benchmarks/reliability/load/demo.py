@@ -89,7 +89,8 @@ class Visitor:
                     found = self.ask(words, f"s{self.number}x{asked}")
                 except Exception as error:  # noqa: BLE001  the next question is asked all the same
                     self.wrong.append(f"{type(error).__name__} {error}"[:300])
-                    found = self.right[words]
+                    asked += 1
+                    continue
                 asked += 1
                 if found is None:
                     self.counts["turned away"] += 1
@@ -169,6 +170,8 @@ def trials(wanted: Trials) -> Outcome:
         outcome.wrong += [f"second {wanted.first}, visitor {one.number}: {x}" for x in one.wrong]
     if grown > MOST_MB:
         outcome.wrong.append(f"second {wanted.first}: {grown:.0f} MB more than before")
+    if count == VISITORS and not outcome.counts["turned away"]:
+        outcome.wrong.append(f"second {wanted.first}: a queue without a bound, nobody turned away")
     if not times:
         outcome.wrong.append(f"second {wanted.first}: nobody was answered")
         return outcome

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +61,31 @@ def trained(number: int) -> Counter[str]:
     return Counter(steps=10)
 
 
-def rounds(seconds: float, place: Path) -> Iterator[Counter[str]]:
-    """What was done, until the time is over; once at least."""
-    end, number = time.monotonic() + seconds, 0
-    while number == 0 or time.monotonic() < end:
+def rounds(seconds: float, place: Path, first: int) -> Iterator[Counter[str]]:
+    """What was done by rounds numbered `first` on, until the time is over; once at least."""
+    end, number = time.monotonic() + seconds, first
+    while number == first or time.monotonic() < end:
         yield indexed(place / "i", number) + trained(number)
         number += 1
 
 
-def trials(wanted: Trials) -> Outcome:
-    """As many seconds of work, after a round by which all is imported and allocated."""
-    outcome = Outcome(tried=wanted.count)
+@cache
+def at_first() -> tuple[float, int]:
+    """Memory and descriptors of this process when all was imported and allocated, before any of its
+    trials."""
     with tempfile.TemporaryDirectory(prefix="elva-soak-") as scratch:
-        for _ in rounds(0, Path(scratch)):
+        for _ in rounds(0, Path(scratch), 0):
             gc.collect()
-        before, opened = resident_mb(), descriptors()
+    return resident_mb(), descriptors()
+
+
+def trials(wanted: Trials) -> Outcome:
+    """As many seconds of work."""
+    outcome = Outcome(tried=wanted.count)
+    before, opened = at_first()
+    with tempfile.TemporaryDirectory(prefix="elva-soak-") as scratch:
         try:
-            for done in rounds(wanted.count, Path(scratch)):
+            for done in rounds(wanted.count, Path(scratch), 1_000 * (wanted.first + wanted.seed)):
                 outcome.counts.update(done)
         except Exception as error:  # noqa: BLE001  it is what the row is about
             outcome.wrong.append(f"second {wanted.first}: {type(error).__name__} {error}"[:400])

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reliability.built import ROOT, kept
 from benchmarks.reliability.row import Outcome, Row, Trials
@@ -112,6 +114,12 @@ def missing() -> str:
     return f"g++ has no {' and no '.join(lacks)}" if lacks else ""
 
 
+def said(kept: Mapping[str, Any]) -> str:
+    levels = {name: count for name, count in kept["counts"].items() if name != "reports"}
+    told = ", ".join(f"{level} {count:,}" for level, count in levels.items())
+    return f"tests on each level: {told}" if told else "the pool's driver alone"
+
+
 ROWS = {
     "sanitizers": Row(
         title="the kernels' suites on every CPU level under AddressSanitizer, all but "
@@ -122,9 +130,7 @@ ROWS = {
         smoke=1,
         chunk=1,
         run=trials,
-        said=lambda kept: "tests on each level: " + ", ".join(
-            f"{level} {count:,}" for level, count in kept["counts"].items() if level != "reports"
-        ),
+        said=said,
         missing=missing,
     ),
 }  # fmt: skip
