@@ -88,7 +88,8 @@ class Due(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a process ended, after which marks, and in what it was killed."""
+    """How the process that was killed ended, or one that failed; after which marks; in what it was
+    killed."""
 
     code: int
     marks: list[Mark]
@@ -124,7 +125,8 @@ def once(
         if killed:
             os.kill(children[victim], signal.SIGKILL)
         codes = [_code(child, killed) for child in children]
-    return Ended(next((code for code in codes if code), 0), seen, killed)
+    of_victim = codes[victim] if killed else 0
+    return Ended(of_victim or next((code for code in codes if code), 0), seen, killed)
 
 
 def _look_on(reading: int, due_at: Callable[[Mark | None], Due | None], seen: list[Mark]) -> str:
@@ -214,7 +216,7 @@ class Spanned:
             seen += done.marks
             if done.code == 0:  # by itself, perhaps before its time had come
                 return kills, seen
-            if done.killed_in and (done.code == -signal.SIGKILL or self.processes > 1):
+            if done.killed_in and done.code == -signal.SIGKILL:
                 kills.append(done.killed_in)
             else:
                 last = self.printed.read_text().strip().splitlines()[-1:]

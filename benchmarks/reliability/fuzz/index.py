@@ -29,6 +29,7 @@ class Place:
         self.whole = {p: p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
         self.headers = [forged.Header(root, part) for part in ("segment", "codes")]
         self.table = bytes(self._table())
+        self.planned = self.plan()
         self.manifest = self.headers[0].listed
         self.right = [self.answer()]
         first, last = self.manifest["segments"]
@@ -62,9 +63,18 @@ class Place:
     def of_plan(self, random: Random) -> Callable[[], object]:
         path = self.root / "e" / "embeddings.json"
         path.write_bytes(_forged(self.whole[path], random))
-        return lambda: Embeddings.open(self.root / "e").queries()
+
+        def read() -> None:
+            assert self.plan() == self.planned, "embeddings as no plan that was written has them"
+
+        return read
+
+    def plan(self) -> object:
+        ids, query = Embeddings.open(self.root / "e").queries()
+        return ids, query.tolist()
 
     def of_table(self, random: Random) -> Callable[[], object]:
+        """Of ids nothing says which are right: errors and bounds are judged."""
         path = forged.write_table(self.root, mutated(self.table, [self.table], random))
         return lambda: segment.Segment(path).table["id"].to_pylist()
 
