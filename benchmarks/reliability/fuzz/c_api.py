@@ -78,8 +78,8 @@ def missing() -> str:
 
 ROWS = {
     "fuzz-c-api": Row(
-        title="libFuzzer on the C API of groups and of search: shapes, strides and values in blocks "
-        "of exactly that memory",
+        title="libFuzzer on the C API of groups and of search: shapes, strides and values in "
+        "blocks of exactly that memory",
         goal="10,000,000, no report",
         unit="inputs",
         amount=10_000_000,
