@@ -134,6 +134,16 @@ def most_pixels() -> int:
 # -- opening ---------------------------------------------------------------------------------------
 
 
+class _File(io.BufferedReader):
+    """A file that reads no more than there is: it makes room for all that is asked for first, and a
+    piece of a damaged PNG may say that it has gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > io.DEFAULT_BUFFER_SIZE:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 def header(source: Path | bytes | Image.Image, use: Callable[[Any], _T]) -> _T:
     """What `use` says of an opened picture, of which nothing is decoded yet.
 
@@ -144,7 +154,8 @@ def header(source: Path | bytes | Image.Image, use: Callable[[Any], _T]) -> _T:
         with _own_words():
             return use(source)
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+        opened = io.BytesIO(source) if isinstance(source, bytes) else _File(io.FileIO(source))
+        with opened as stream:
             return _read(stream, use)
     except FileNotFoundError:
         raise PictureFault("no such picture", "missing") from None

@@ -6,6 +6,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,3 +352,17 @@ def test_damaged_pictures_open_or_are_refused_in_one_line(
             refused += 1
             assert "\n" not in str(error)
     assert refused > 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is bounded by Linux")
+def test_a_piece_that_says_it_has_gigabytes_takes_no_memory_for_them(tmp_path):
+    """Found by atheris: a PNG of 148 bytes made a MemoryError where memory is bounded."""
+    from benchmarks.reliability.fuzz.bounds import bounded  # which has its pictures from here
+
+    whole = encoded(upright(), "PNG")
+    start = whole.index(b"IDAT") - 4
+    said = struct.pack(">I", 0x9400_0000)
+    (tmp_path / "a.png").write_bytes(whole[:start] + said + whole[start + 4 :])
+    with bounded():
+        found = pictures.load(tmp_path / "a.png")
+    assert found.tobytes() == upright().tobytes()
