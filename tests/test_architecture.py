@@ -30,6 +30,7 @@ ROOMS = (
 KERNELS_OWN = {"argsort", "cosine_similarity", "cross_entropy", "normalize", "topk"}
 ORDER = "an order that is no ranking: drawn, of ids, or of a batch's rows"
 NAMES = "Unicode's forms of a file's name"
+PROOF = "the proof of exact search, in float64: of the query, and of what is rounded of it"
 WORDS = "over a vocabulary: words, not scores"
 ALLOWED = {
     ("elva.data.formats.named", "normalize"): [NAMES, NAMES],
@@ -37,7 +38,7 @@ ALLOWED = {
     ("elva.draws", "argsort"): [ORDER],
     ("elva.index.engines.faiss", "normalize"): ["faiss searches unit rows; scores are ours again"],
     ("elva.index.exact", "argsort"): [ORDER],
-    ("elva.index.exact", "normalize"): ["the proof of exact search, in float64"],
+    ("elva.index.exact", "normalize"): [PROOF, PROOF],
     ("elva.training.summaries", "argsort"): [ORDER],
     ("elva.training.tokens", "cross_entropy"): [WORDS],
 }

@@ -24,7 +24,8 @@ def kept(name: str, how: str, *mains: Path, make: Callable[[Path], object]) -> P
     digest = hashlib.sha256(how.encode())
     for path in (*sorted((ROOT / "csrc").rglob("*")), *mains):
         if path.is_file() and path.parent.name != "cuda":
-            digest.update(f"\n{path} {path.stat().st_size}\n".encode() + path.read_bytes())
+            place = path.relative_to(ROOT)  # so that clones of one state share it
+            digest.update(f"\n{place} {path.stat().st_size}\n".encode() + path.read_bytes())
     home = cache_directory() / "reliability"
     folder = home / f"{name}-{digest.hexdigest()[:16]}"
     if folder.is_dir():
