@@ -424,6 +424,7 @@ def races(config):
 
 
 @needs_native
+@pytest.mark.thorough
 @pytest.mark.beside(work=races)
 def test_no_thread_races_at_the_best_level(beside): ...
 
