@@ -84,14 +84,13 @@ class Visitor:
         with self.client:
             while not asked or not stop.is_set():
                 words = WORDS[(7 * self.number + asked) % len(WORDS)]
-                began = time.perf_counter()
+                session, began = f"s{self.number}x{asked}", time.perf_counter()
+                asked += 1
                 try:
-                    found = self.ask(words, f"s{self.number}x{asked}")
+                    found = self.ask(words, session)
                 except Exception as error:  # noqa: BLE001  the next question is asked all the same
                     self.wrong.append(f"{type(error).__name__} {error}"[:300])
-                    asked += 1
                     continue
-                asked += 1
                 if found is None:
                     self.counts["turned away"] += 1
                     time.sleep(0.2)
