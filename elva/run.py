@@ -258,8 +258,9 @@ def evaluate_split(root: Path, among: Sequence[str] = EVALUATED) -> str | None:
 def evaluated(recipe: Recipe) -> tuple[Path, str | None]:
     """The data that every stage is evaluated on, and their split: those of the last stage whose
     data have one; mined data, which are training queries alone, have none."""
-    roots = [source_of(recipe, stage.data) for stage in reversed([*recipe.stages.values()])]
-    found = ((root, split) for root in dict.fromkeys(roots) if (split := evaluate_split(root)))
+    data = dict.fromkeys(stage.data for stage in reversed([*recipe.stages.values()]))
+    roots = [source_of(recipe, one) for one in data]
+    found = ((root, split) for root in roots if (split := evaluate_split(root)))
     return next(found, (roots[0], None))
 
 

@@ -73,7 +73,9 @@ def test_an_adapter_is_read_as_it_was_saved(checkpoint, tmp_path):
     assert torch.equal(embeddings(trained), embeddings(again))
 
 
-@pytest.mark.parametrize("settings", [RANK_2, LoraSettings(rank=4, alpha=4)])
+@pytest.mark.parametrize(
+    "settings", [RANK_2, pytest.param(LoraSettings(rank=4, alpha=4), marks=pytest.mark.thorough)]
+)
 def test_a_stage_goes_on_from_the_adapter_before_it(checkpoint, tmp_path, settings):
     """The learner begins as the last adapter, at a higher rank too; the reference stays it."""
     before = embeddings(taught(checkpoint, tmp_path / "model"))

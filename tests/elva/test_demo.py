@@ -555,6 +555,7 @@ def started(*words: str, directory: Path) -> Iterator[Serving]:
             process.kill()
 
 
+@pytest.mark.thorough
 def test_ctrl_c_ends_it_cleanly(small, tmp_path):
     before = set(Path(tempfile.gettempdir()).glob("elva-demo-*"))
     with started(str(small), directory=tmp_path) as server:

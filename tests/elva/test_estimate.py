@@ -75,9 +75,7 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["InfoNCE", *(pytest.param(x, marks=pytest.mark.thorough) for x in [*SAVED][1:])]
-)
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=pytest.mark.thorough) for x in SAVED])
 def test_activations_are_what_autograd_keeps(
     kind: str, released: Released, corpus: Path, tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_two_processes_of_accelerate_are_one(printed) -> None:
     assert numbers(other, "R@1 after") == pytest.approx([after], abs=0.005)
 
 
+@pytest.mark.thorough
 def test_compiled_breaks_no_graph(printed) -> None:
     text = printed("compiled")
     assert numbers(text, "graphs") == [1] and numbers(text, "graph breaks") == [0]

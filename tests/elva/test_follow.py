@@ -153,6 +153,7 @@ def test_sparklines() -> None:
     assert sparkline([float(x) for x in range(1000)], 8) == "▁▂▃▄▅▆▇█"
 
 
+@pytest.mark.thorough
 def test_a_real_training_is_followed_until_it_is_killed(
     recipe_file: Path, tmp_path: Path, start: Callable[..., BaseProcess]
 ) -> None:

@@ -122,6 +122,7 @@ def test_versions_live_beside_each_other_and_the_package(written: Path, tmp_path
     assert told[-1] == "elva_kernels" and len(set(told)) == 3
 
 
+@pytest.mark.thorough
 def test_each_variant_is_what_kernels_asks_for(written: Path, tmp_path: Path) -> None:
     rust = pytest.importorskip("kernels._rust")
     again = kernels_hub.export(tmp_path / "again")

@@ -184,7 +184,7 @@ class Faulty(Callback):
 @pytest.mark.parametrize(
     "name",
     [
-        "kill",
+        pytest.param("kill", marks=pytest.mark.thorough),
         pytest.param("nan", marks=pytest.mark.thorough),
         pytest.param("interrupt", marks=pytest.mark.thorough),
         pytest.param("bad data", marks=pytest.mark.thorough),

@@ -58,6 +58,7 @@ def stages(run: Path, name: str) -> list[dict[str, Any]]:
     return Run.open(run).metrics(name)
 
 
+@pytest.mark.thorough
 def test_the_larger_models_recipe_trains_its_three_stages(
     tree: Path, released: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -207,8 +207,8 @@ def test_what_a_loss_cannot_do_is_said_before_it_begins() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(InfoNCELoss, marks=pytest.mark.thorough), CachedInfoNCELoss,
-             RankingRewardLoss]
+    "kind", [pytest.param(InfoNCELoss, marks=pytest.mark.thorough),
+             pytest.param(CachedInfoNCELoss, marks=pytest.mark.thorough), RankingRewardLoss]
 )  # fmt: skip
 def test_a_trainer_trains_saves_and_goes_on(model_path: Path, tmp_path: Path, kind: type) -> None:
     """Six steps, of which the last three resume: the same weights; the card names the loss."""

@@ -209,6 +209,7 @@ class Spoils(Callback):
             file.write_bytes(content)
 
 
+@pytest.mark.thorough
 def test_damaged_best_weights_are_refused_by_name_and_the_stage_trained_again(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -340,6 +341,7 @@ os.open = full
 """
 
 
+@pytest.mark.thorough
 def test_a_full_disk_and_a_damaged_checkpoint_cost_steps_and_no_bits(
     finished: Path, recipe_file: Path, start: Start, tmp_path: Path
 ) -> None:

@@ -81,7 +81,10 @@ def kernels(texts, positives, negatives, **weights):
     ]
 
 
-@pytest.mark.parametrize("kind", ["pairs", "in_batch", "bank", "chat"])
+@pytest.mark.parametrize(
+    "kind", ["pairs", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("in_batch", "chat")),
+             "bank"]
+)  # fmt: skip
 def test_the_trainers_rewards_are_the_kernels(kind, tmp_path):
     """Of every completion of two steps, with the parts that the trainer logs."""
     weights = {"margin": 0.05, "w_rank": 0.7}

@@ -429,6 +429,7 @@ def test_nothing_to_prove_is_proven():
         assert found.proven.all() and found.rows_read == 0 and found.index.shape == (2, 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_program_calls_it_beside_its_graph():
     corpus = rows("random", 300, 8, torch.float32)

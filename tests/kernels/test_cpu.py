@@ -165,7 +165,13 @@ def test_a_forked_child_computes_with_a_pool_of_its_own():
 
 @needs_native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("imported", ["", "import elva_kernels", "import elva_kernels._C"])
+@pytest.mark.parametrize(
+    "imported",
+    [
+        *(pytest.param(x, marks=pytest.mark.thorough) for x in ("", "import elva_kernels")),
+        "import elva_kernels._C",
+    ],
+)
 def test_a_child_forked_before_the_first_call_waits_for_no_thread(imported):
     """Torch has begun OpenMP's threads, and the child has none of them."""
     program = f"""

@@ -1,7 +1,7 @@
 """The row of the C API: libFuzzer's inputs to csrc/elva.h, under AddressSanitizer and UBSan.
 
 The amount is the program's runs; a chunk is a process of its own, on one CPU level after the other,
-that begins with no input and goes by what it finds new. A build of minutes is kept.
+that begins with no input and goes by what it finds new. A level's build of a minute is kept.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ OPTIONS = ("-len_control=0", "-max_len=4096", "-timeout=60", "-rss_limit_mb=4096
 
 
 @cache
-def program() -> Path:
+def program(level: str) -> Path:
+    """Of one CPU level and plain, which is always there."""
     folder = kept(
-        "c-api", f"{COMPILER} {FLAGS} {OTHER} {LINK}", MAIN, Path(compiled.__file__),
+        f"c-api-{level}", f"{COMPILER} {FLAGS} {OTHER} {LINK}", MAIN, Path(compiled.__file__),
         make=lambda folder: compiled.program(
-            folder, MAIN, FLAGS, compiler=COMPILER, link=LINK, whole=["plain"], other=OTHER
+            folder, MAIN, FLAGS, compiler=COMPILER, link=LINK, levels={"plain", level},
+            whole=["plain"], other=OTHER,
         ),
     )  # fmt: skip
     return folder / MAIN.stem
@@ -53,7 +55,7 @@ def trials(wanted: Trials) -> Outcome:
     seed = (wanted.seed * 1_000_003 + wanted.first) % (2**31 - 1) + 1
     outcome = Outcome(tried=wanted.count)
     with tempfile.TemporaryDirectory(prefix="elva-fuzz-c-") as scratch:
-        command = [program(), f"-runs={wanted.count}", f"-seed={seed}", *OPTIONS]
+        command = [program(level), f"-runs={wanted.count}", f"-seed={seed}", *OPTIONS]
         done = subprocess.run(
             command, cwd=scratch, text=True, timeout=MOST_SECONDS,
             env=os.environ | {"ELVA_KERNELS_CPU_LEVEL": level, "ASAN_OPTIONS": "detect_leaks=0"},

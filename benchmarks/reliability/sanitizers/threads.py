@@ -24,7 +24,7 @@ FLAGS = "-fsanitize=thread -O1"
 FORKS = {"clang++-19": 8, "clang++": 8, "g++": 0}
 """Compilers in the order of preference -> children of a run."""
 
-OPTIONS = "die_after_fork=0:report_thread_leaks=0:halt_on_error=1"
+OPTIONS = "die_after_fork=0:report_thread_leaks=0:halt_on_error=1:atexit_sleep_ms=20"
 """A child counts its parent's threads, which it does not have, as leaked."""
 
 MOST_SECONDS = 300

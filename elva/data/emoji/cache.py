@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -200,10 +201,16 @@ def _manifest(root: Path) -> dict[str, Any] | None:
 def _hashes(root: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file but the manifest."""
     return {
-        path.relative_to(root).as_posix(): sha256(path)
+        path.relative_to(root).as_posix(): _hash(path, path.stat().st_size, path.stat().st_mtime_ns)
         for path in _files(root)
         if path.name != MANIFEST
     }
+
+
+@cache
+def _hash(path: Path, size: int, changed: int) -> str:
+    """A training asks for its corpus ten times, and reads it for this once."""
+    return sha256(path)
 
 
 def _files(root: Path) -> list[Path]:
