@@ -38,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--thorough", action="store_true", help="Run the tests marked `thorough` too.")
     parser.addoption(
+        "--every-case", action="store_true",
+        help="Of a kernels' test run every combination of its parameters' values, by default few.",
+    )  # fmt: skip
+    parser.addoption(
         "--thorough-share", type=share, metavar="I/N", help="Run share I of N of those tests."
     )
 

@@ -74,7 +74,8 @@ def main() -> None:
 def measured(tests: list[str], scratch: Path) -> dict[str, Any]:
     """coverage.py's report on the packages, of a run of these tests."""
     own = ["--data-file", str(scratch / "data")]
-    run = ["run", "--branch", "--source", "elva,elva_kernels", *own, "-m", "pytest", "-q", *tests]
+    run = ["run", "--branch", "--source", "elva,elva_kernels", *own, "-m", "pytest"]
+    run += ["-q", "--every-case", *tests]
     subprocess.run([sys.executable, "-m", "coverage", *run], cwd=ROOT, check=True)
     told = scratch / "told.json"
     asked = ["json", "-q", "-o", str(told), *own]

@@ -109,6 +109,7 @@ def test_ccnegs_pickle_is_not_opened(named, tmp_path):
         assert f"{source}/ccneg_preprocessed.pt: is a pickle, and none is opened;" in done.stderr
 
 
+@pytest.mark.thorough
 def test_the_command_that_the_error_names_converts_ccneg(tmp_path, monkeypatch):
     source = unseen.neg_pickle(tmp_path / ("long" * 60) / "source")
     said = run("data", "convert", "ccneg", source, "--split", "test", "--output", tmp_path / "out")

@@ -409,6 +409,7 @@ def test_a_grain_that_is_off_moves_ranks_and_back(shown, emoji):
     shown.page.get_by_text("a grain must be left on").wait_for()
 
 
+@pytest.mark.thorough
 def test_dropped_pictures_are_searched_under_their_own_names(shown, emoji, tmp_path):
     """Two pictures and a text; what is found is the visitor's own."""
     by_name = {name: id for id, name in emoji.names.items()}

@@ -217,7 +217,13 @@ def test_a_password_in_an_address_is_not_repeated(index):
             assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize("call", ["Search", "ShowCollections", "Insert"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "Search",
+        *(pytest.param(x, marks=pytest.mark.thorough) for x in ("ShowCollections", "Insert")),
+    ],
+)
 def test_a_server_that_takes_a_call_and_does_not_answer_gets_a_line(
     tmp_path, server, monkeypatch, call
 ):

@@ -310,6 +310,7 @@ def test_another_model_or_folder_is_refused(place: Path) -> None:
     assert len(Index(place / "i")) == 21
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.thorough)])
 def test_killed_at_any_moment_a_sync_goes_on(place: Path, kills: int) -> None:
     """Every index on the way is whole, no row is of another picture, and the next sync ends as one

@@ -72,7 +72,9 @@ def shared(
     return by
 
 
-@pytest.mark.parametrize("count", ["2", "2-fsdp2", pytest.param("3", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "count", ["2", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("2-fsdp2", "3"))]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_those_of_one_process(shared: Shared, name: str, count: str) -> None:
     every = ("1", count)

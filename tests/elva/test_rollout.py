@@ -278,6 +278,7 @@ def _plain_samples(
     return rows
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_samples_are_those_of_a_forward_a_token(checkpoint: Path, items: list[Item]) -> None:
     """Rows that end at different steps, in float64: the same tokens for the same draws."""

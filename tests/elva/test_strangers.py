@@ -202,7 +202,11 @@ def test_whether_a_hub_has_a_file_is_known_or_asked_for(tmp_path, monkeypatch, k
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("ends_with", ["<|endoftext|>", "<|vision_end|> so", None])
+@pytest.mark.parametrize(
+    "ends_with",
+    ["<|endoftext|>",
+     *(pytest.param(x, marks=pytest.mark.thorough) for x in ("<|vision_end|> so", None))],
+)  # fmt: skip
 def test_a_sampled_summary_is_closed_and_pooled(tmp_path, pooling, ends_with):
     """An embedding out of the cache is that of the whole row read at once, by ours and by the
     model's own forward; what closes a row is no action of it."""
@@ -458,6 +462,7 @@ def test_a_retriever_without_a_head_writes_no_summary(tmp_path, data, how):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_the_commands_boost_and_keep_a_retriever(tmp_path, data, stranger, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -44,6 +44,7 @@ def made(tmp_path: Path, recipe_file: Path, *changes: str) -> Run:
     return Run.create(tmp_path / "run", recipe)
 
 
+@pytest.mark.thorough
 def test_tensorboard_reads_each_step_of_two_stages_once_though_one_was_killed(
     recipe_file: Path, start: Start, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ class _Failing(tracking.GeneralTracker):
         raise ConnectionError("still no route")
 
 
+@pytest.mark.thorough
 def test_a_tracker_that_fails_is_said_and_left_out(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

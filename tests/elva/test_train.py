@@ -93,6 +93,7 @@ def ended(process: BaseProcess) -> int:
     return process.exitcode
 
 
+@pytest.mark.thorough
 def test_stage_three_alone_starts_from_another_run(
     finished: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ class Heard(Callback):
         self.saved.append(checkpoint.is_dir())
 
 
+@pytest.mark.thorough
 def test_a_stage_ends_early_with_the_weights_of_its_best_evaluation(
     recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_row_without_positive_moves_nothing(tmp_path):
     assert unscored == [0, 0, 0, 0]
 
 
+@pytest.mark.thorough
 def test_training_raises_the_reward(tmp_path):
     """From random weights to the words that each prompt's positive is made of."""
     run = trainer(

@@ -65,7 +65,8 @@ def test_a_feature_depends_on_its_picture_only(
     assert len({f.untyped_storage().data_ptr() for f in whole.values()}) == len(images)
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, pytest.param(1024, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("micro_batch_size", [8, 1024])
 def test_the_tower_sees_each_picture_once(
     checkpoint: Path, corpus: Path, tmp_path: Path, micro_batch_size: int,
     monkeypatch: pytest.MonkeyPatch,

@@ -3,8 +3,8 @@
 Such a session is a process of its own: the CUDA kernels' bodies on fibers, or Triton interpreted.
 A test is named by its function and by the values of its parameters, never by a part of its id. By
 default those of an op's numbers run as often as each value of each of their parameters needs, and
-of the others a third: a backend's own as often, the rest of the contract in one case of each test;
-with --thorough all run in every case.
+of the others a twelfth: a backend's own as often, the rest of the contract in one case of each
+test; with --thorough all run in every case.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,7 +29,8 @@ ROOT = HERE.parent.parent
 ASKED = "ELVA_TEST_SESSION"  # the key in SESSIONS
 PART = "ELVA_TEST_PART"  # I/N: every Nth of the chosen tests from the Ith, 0 <= I < N
 REPORT = "ELVA_TEST_REPORT"  # the file that the session writes
-THIRD = "ELVA_TEST_THIRD"  # 0, 1 or 2: which of the tests that are not of an op's numbers
+DAY = "ELVA_TEST_SEED"  # a whole number, of the day in CI: what runs where not everything does
+DAYS = 12  # after so many each test of the contract has run
 
 
 class Clause(NamedTuple):
@@ -79,32 +80,47 @@ def test_of(item: pytest.Item) -> str:
 def few_cases(items: list[pytest.Item]) -> list[pytest.Item]:
     """Few cases of each test, among them every value of each of its parameters.
 
-    Of all but the `NUMBERS` a third of the tests; of the rest of the contract one case of each, of
-    each another one: all of them took a session two minutes of a core.
+    Of all but the `NUMBERS` a twelfth of the tests, another each day; of the rest of the contract
+    one case of each, of each another one: all of them took a session minutes of a core.
     """
-    third = int(os.environ.get(THIRD, "0"))
+    today = day() % DAYS
     tests, taken = defaultdict(list), set()
     for item in items:
         tests[test_of(item)].append(item)
     for test, of_test in tests.items():
         drawn = zlib.crc32(test.encode())
-        turn = drawn // 3 % len(of_test)
         if test not in NUMBERS:
-            if drawn % 3 != third:
+            if drawn % DAYS != today:
                 continue
             if "backend" in parameters(of_test[0]):
-                taken.add(of_test[turn])
+                taken.add(of_test[drawn // DAYS % len(of_test)])
                 continue
-        values = {
-            item: {(name, str(value)) for name, value in parameters(item).items()} or {None}
-            for item in of_test[turn:] + of_test[:turn]
-        }
-        left = set().union(*values.values())
-        while left:
-            best = max(values, key=lambda item: len(values[item] & left))
-            taken.add(best)
-            left -= values[best]
+        taken |= covering(
+            of_test,
+            lambda item: ((name, str(value)) for name, value in parameters(item).items()),
+            drawn // DAYS,
+        )
     return [item for item in items if item in taken]
+
+
+def day() -> int:
+    return int(os.environ.get(DAY, "0"))
+
+
+def covering(
+    of_test: list[pytest.Item],
+    values_of: Callable[[pytest.Item], Iterable[tuple[str, Any]]],
+    turn: int,
+) -> set[pytest.Item]:
+    """Few of a test's cases, among them every value that one has; which ones, `turn` says."""
+    turn %= len(of_test)
+    values = {item: {*values_of(item)} or {None} for item in of_test[turn:] + of_test[:turn]}
+    left, taken = set().union(*values.values()), set()
+    while left:
+        best = max(values, key=lambda item: len(values[item] & left))
+        taken.add(best)
+        left -= values[best]
+    return taken
 
 
 def select(

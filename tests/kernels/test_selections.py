@@ -43,11 +43,11 @@ def session(never=(), thorough=()):
     return Session("cuda_on_fibers", ("test_topk",), {"": [*never]}, {"": [*thorough]})
 
 
-def in_thirds(monkeypatch, choose):
-    """What is chosen in each third."""
+def by_day(monkeypatch, choose):
+    """What is chosen on each day, until it begins again."""
     kept = []
-    for third in "012":
-        monkeypatch.setenv(selections.THIRD, third)
+    for day in range(selections.DAYS):
+        monkeypatch.setenv(selections.DAY, str(day))
         kept.append(choose())
     return kept
 
@@ -63,22 +63,22 @@ def test_a_value_is_not_a_part_of_another(monkeypatch):
     assert kept == [x for x in ITEMS if x.callspec.params["dtype"] != torch.float16] + [OTHERS[1]]
     monkeypatch.setattr(selections, "NUMBERS", {"test_topk::test_numbers"})
     chosen = lambda: select(session(never, long), ITEMS + OTHERS, thorough=False)  # noqa: E731
-    for kept in in_thirds(monkeypatch, chosen):
+    for kept in by_day(monkeypatch, chosen):
         assert torch.float16 not in {x.callspec.params.get("dtype") for x in kept}
         assert {x.callspec.params["shape"] for x in kept if x not in OTHERS} == {1, 5, 32}
 
 
-def test_what_are_no_numbers_is_taken_in_one_of_the_thirds(monkeypatch):
-    names = [f"test_{name}" for name in "abcdefghijkl"]
+def test_what_are_no_numbers_is_taken_on_one_of_the_days(monkeypatch):
+    names = sorted(f"test_{first}{name}" for name in "abcdefghijkl" for first in "pqrst")
     items = [Item(name, **item.callspec.params) for name in names for item in ITEMS]
-    kept = in_thirds(monkeypatch, lambda: few_cases(items))
+    kept = by_day(monkeypatch, lambda: few_cases(items))
     assert all(kept) and sorted(x.originalname for part in kept for x in part) == names
     assert len({str(x.callspec.params) for part in kept for x in part}) > 3, "each another case"
 
 
 def test_what_is_a_backends_own_is_there_in_every_value(monkeypatch):
     own = [Item("test_own", dtype=dtype, shape=n) for dtype in DTYPES for n in SHAPES]
-    (kept,) = filter(None, in_thirds(monkeypatch, lambda: few_cases(own)))
+    (kept,) = filter(None, by_day(monkeypatch, lambda: few_cases(own)))
     assert len(kept) == len(SHAPES) and {x.callspec.params["shape"] for x in kept} == set(SHAPES)
 
 

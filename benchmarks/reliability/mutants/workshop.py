@@ -44,7 +44,11 @@ class Workshop:
         """How tests end in the copy as it is: `end`, the last `test`, `cpu` in seconds."""
         server = self._server(suite)
         assert server.stdin is not None and server.stdout is not None
-        asked = {"words": [*words], "seconds": suite.seconds, "without": suite.without}
+        asked = {
+            "words": ["--every-case", *words],
+            "seconds": suite.seconds,
+            "without": suite.without,
+        }
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         line = server.stdout.readline()

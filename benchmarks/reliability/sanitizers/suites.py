@@ -54,7 +54,7 @@ def suite(name: str, outcome: Outcome) -> str:
             guest_session.MODULE: str(module()),
             guest_session.REPORT: str(report),
         }
-        plugins = ["-p", guest_session.__name__, "-p", "no:cacheprovider"]
+        plugins = ["-p", guest_session.__name__, "-p", "no:cacheprovider", "--every-case"]
         file = f"tests/kernels/test_{name}.py"
         said = _run([sys.executable, "-m", "pytest", "-q", *plugins, file], environment)
         if said is None:
