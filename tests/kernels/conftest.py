@@ -74,7 +74,7 @@ def with_every_value(items):
 
 
 def axes(item):
-    """(names, values) of each `parametrize`: those of one that has several names belong together."""
+    """(names, values) of each `parametrize`: several names of one belong together."""
     left = dict(item.callspec.params)
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0]
