@@ -8,16 +8,14 @@ advantages and norms of gradients among them.
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
-
 import elva_kernels
-from benchmarks.reliability.child import spoken
 from benchmarks.reliability.crashes import small
+from benchmarks.reliability.crashes.forks import apart, ended, forked
 from benchmarks.reliability.row import Outcome, Row, Trials
 from elva.commands.train import train
 from elva.progress import SILENT
@@ -31,28 +29,27 @@ BOUND = 1e-4
 
 def curve(backend: str, steps: int, seed: int) -> list[dict[str, float]]:
     """The figures of each step of all stages, `steps` each, the kernels by a backend."""
-    return list(json.loads(spoken(__name__, backend, str(steps), str(seed))))
+    with tempfile.TemporaryDirectory(prefix="elva-curves-") as scratch:
+        place, printed = Path(scratch), Path(scratch) / "printed"
+        if ended(forked(partial(_train, backend, steps, seed, place), printed)):
+            raise RuntimeError(f"{backend}: {printed.read_text(encoding='utf-8')[-3000:]}")
+        lines = (place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def main() -> None:
+def _train(backend: str, steps: int, seed: int, place: Path) -> None:
     """What such a process does."""
-    backend, steps, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
     for name, known in BACKENDS.items():
         if name not in (backend, "reference"):
             BACKENDS[name] = known._replace(unavailable_reason=lambda: "another one is compared")
-    with tempfile.TemporaryDirectory(prefix="elva-curves-") as scratch:
-        recipe = small.recipe(small.corpus(Path(scratch) / "corpus"))
-        stages = {name: replace(recipe.stages[name], steps=steps) for name in STAGES}
-        stages["3"] = replace(
-            stages["3"], policy=1.0, pathwise=0.5, num_generations=3,
-            negatives=NegativeConfig(given=0, mined=3, random=2, in_batch=False),
-        )  # fmt: skip
-        recipe = replace(recipe, stages=stages, controls={}, seed=seed, save_seconds=1e9)
-        run = Run.create(Path(scratch) / "run", recipe)
-        train(run, SILENT)
-        lines = (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()
-    print(json.dumps([json.loads(line) for line in lines]))
+    recipe = small.recipe(small.corpus(place / "corpus"))
+    stages = {name: replace(recipe.stages[name], steps=steps) for name in STAGES}
+    stages["3"] = replace(
+        stages["3"], policy=1.0, pathwise=0.5, num_generations=3,
+        negatives=NegativeConfig(given=0, mined=3, random=2, in_batch=False),
+    )  # fmt: skip
+    recipe = replace(recipe, stages=stages, controls={}, seed=seed, save_seconds=1e9)
+    train(Run.create(place / "run", recipe), SILENT)
 
 
 def trials(wanted: Trials) -> Outcome:
@@ -92,7 +89,7 @@ ROWS = {
         amount=200,
         smoke=4,
         chunk=200,
-        run=trials,
+        run=partial(apart, trials),
         said=lambda kept: f"largest difference {kept['most']['difference']:.2g}",
         missing=lambda: elva_kernels.available_backends()["cpu"] or "",
     ),

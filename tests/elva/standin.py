@@ -50,7 +50,7 @@ PADDED = 64
 """Rows of the vocabulary are a multiple of it, and one multiple more, as released ones are."""
 
 
-def write(path: Path, corpus: Path, *, tied: bool, steps: int = 160, seed: int = 0) -> Path:
+def write(path: Path, corpus: Path, *, tied: bool, steps: int = 80, seed: int = 0) -> Path:
     """A checkpoint that knows the corpus's names and ends its answers with <|im_end|>."""
     data = load(corpus, split="train")
     tokenizer = _tokenizer(data.texts())

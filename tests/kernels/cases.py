@@ -1,5 +1,7 @@
 """Inputs, truths and backends of the contract suite. A new backend is one line in `BACKENDS`."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -44,6 +46,21 @@ EVERY_LEVEL = [
         "cpu:plain",
     )
 ]
+
+
+each_compiler = pytest.mark.parametrize(
+    "compiler",
+    [
+        "aot_eager",  # what a graph is, without its code
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.thorough,
+                pytest.mark.skipif(shutil.which("c++") is None, reason="it needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
 
 
 def on_diagonal(case, level, levels):

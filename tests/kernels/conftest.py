@@ -57,30 +57,7 @@ def pytest_collection_modifyitems(config, items):
     if selections.ASKED not in os.environ:
         on_the_diagonal(items)
         if not config.getoption("--every-case"):
-            with_every_value(items)
-
-
-def with_every_value(items):
-    """Where several `parametrize` multiply, cases that have each value of each, others each day."""
-    tests = collections.defaultdict(list)
-    for item in items:
-        if hasattr(item, "callspec") and item.get_closest_marker("thorough") is None:
-            tests[item.parent.nodeid, item.originalname].append(item)
-    for of_test in tests.values():
-        kept = selections.covering(of_test, axes, selections.day())
-        for item in of_test:
-            if item not in kept:
-                item.add_marker("thorough")
-
-
-def axes(item):
-    """(names, values) of each `parametrize`: several names of one belong together."""
-    left = dict(item.callspec.params)
-    for mark in item.iter_markers("parametrize"):
-        names = mark.args[0]
-        names = [x.strip() for x in names.split(",")] if isinstance(names, str) else names
-        yield tuple(names), tuple(str(left.pop(name)) for name in names if name in left)
-    yield from ((name, str(value)) for name, value in left.items())
+            selections.leave_few_cases(items)
 
 
 def on_the_diagonal(items):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -105,6 +105,30 @@ def few_cases(items: list[pytest.Item]) -> list[pytest.Item]:
 
 def day() -> int:
     return int(os.environ.get(DAY, "0"))
+
+
+def leave_few_cases(items: list[pytest.Item]) -> None:
+    """Where several `parametrize` multiply, the others are thorough: each value of each is left,
+    in another case each day."""
+    tests = defaultdict(list)
+    for item in items:
+        if parameters(item) and item.get_closest_marker("thorough") is None:
+            tests[item.path, test_of(item)].append(item)
+    for of_test in tests.values():
+        left = covering(of_test, axes, day())
+        for item in of_test:
+            if item not in left:
+                item.add_marker("thorough")
+
+
+def axes(item: pytest.Item) -> Iterator[tuple[Any, Any]]:
+    """(names, values) of each `parametrize`: several names of one belong together."""
+    given = dict(parameters(item))
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0]
+        names = [x.strip() for x in names.split(",")] if isinstance(names, str) else names
+        yield tuple(names), tuple(str(given.pop(name)) for name in names if name in given)
+    yield from ((name, str(value)) for name, value in given.items())
 
 
 def covering(

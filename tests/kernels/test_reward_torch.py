@@ -1,7 +1,6 @@
 """The grouped reward among torch's own machinery, on every backend: gradients, compile, modes."""
 
 import itertools
-import shutil
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from tests.kernels.cases import (
     BACKENDS,
     OPEN_HINGE,
     SOFT_RANKS,
+    each_compiler,
     embeddings,
     relevance_of,
     same_bits,
@@ -99,8 +99,8 @@ def test_opcheck(backend, dtype, shared, rank_temperature):
             torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiles_without_a_graph_break(backend):
+@each_compiler
+def test_compiles_without_a_graph_break(backend, compiler):
     def loss(query, positive, negatives, mask, relevance):
         options = {"mask": mask, "relevance": relevance, "backend": backend}
         result = ranking_reward(query * 2, positive, negatives, **options)
@@ -111,7 +111,9 @@ def test_compiles_without_a_graph_break(backend):
     expected, result = loss(*inputs, *given)
     expected.backward()
     torch._dynamo.reset()
-    actual, compiled_result = torch.compile(loss, fullgraph=True)(*compiled_inputs, *given)
+    actual, compiled_result = torch.compile(loss, fullgraph=True, backend=compiler)(
+        *compiled_inputs, *given
+    )
     actual.backward()
     for a, b in zip(compiled_result, result, strict=True):
         assert same_bits(a.detach(), b.detach())

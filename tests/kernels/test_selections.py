@@ -26,10 +26,18 @@ class Item:
 
     def __init__(self, function, **given):
         self.path, self.originalname = Path("test_topk.py"), function
-        self.callspec = SimpleNamespace(params=given)
+        self.callspec, self.marks = SimpleNamespace(params=given), []
 
     def get_closest_marker(self, name):
-        return None
+        return name if name in self.marks else None
+
+    def add_marker(self, name):
+        self.marks.append(name)
+
+    def iter_markers(self, name):
+        """As of two @parametrize, the first of which has two names."""
+        if "size" in self.callspec.params:
+            yield from (SimpleNamespace(args=(names,)) for names in ("size, whole", ["dtype"]))
 
 
 ITEMS = [
@@ -80,6 +88,35 @@ def test_what_is_a_backends_own_is_there_in_every_value(monkeypatch):
     own = [Item("test_own", dtype=dtype, shape=n) for dtype in DTYPES for n in SHAPES]
     (kept,) = filter(None, by_day(monkeypatch, lambda: few_cases(own)))
     assert len(kept) == len(SHAPES) and {x.callspec.params["shape"] for x in kept} == set(SHAPES)
+
+
+JOINT = [(1, True), (1, False), (2, False)]
+
+
+def test_few_cases_are_left_that_have_every_value_and_what_belongs_together(monkeypatch):
+    seen = []
+    for day in range(3):
+        monkeypatch.setenv(selections.DAY, str(day))
+        items = [
+            Item("test_multiplied", dtype=dtype, shape=n, size=size, whole=whole)
+            for dtype in DTYPES for n in SHAPES for size, whole in JOINT
+        ]  # fmt: skip
+        single = [Item("test_shapes", shape=n) for n in SHAPES]
+        selections.leave_few_cases([*items, *single])
+        left = [item.callspec.params for item in items if not item.marks]
+        assert len(left) == len(SHAPES) and not any(item.marks for item in single)
+        assert {x["dtype"] for x in left} == {*DTYPES} and {x["shape"] for x in left} == {*SHAPES}
+        assert {(x["size"], x["whole"]) for x in left} == {*JOINT}
+        seen.append(left)
+    assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_case_that_is_thorough_anyway_stands_for_no_value():
+    items = [Item("test_long", shape=n, dtype=dtype) for n in (1, 2) for dtype in DTYPES]
+    for item in items[:3]:
+        item.add_marker("thorough")
+    selections.leave_few_cases(items)
+    assert [len(item.marks) for item in items] == [1, 1, 1, 0, 0, 0]
 
 
 def test_numbers_are_taken_in_every_dtype(monkeypatch):

@@ -1,6 +1,5 @@
 """Flat search on every backend and CPU level, against float64 and a stable sort."""
 
-import shutil
 import warnings
 
 import numpy as np
@@ -8,7 +7,15 @@ import pytest
 import torch
 
 from elva_kernels import TopK, available_backends, topk
-from tests.kernels.cases import BACKENDS, DTYPES, EVERY_LEVEL, INTERPRETED, layouts, same_bits
+from tests.kernels.cases import (
+    BACKENDS,
+    DTYPES,
+    EVERY_LEVEL,
+    INTERPRETED,
+    each_compiler,
+    layouts,
+    same_bits,
+)
 
 METRICS = ["cosine", "dot"]
 # |score - truth| over |q| |c|: the contract's bound for a search; float64 computes in float64.
@@ -342,15 +349,15 @@ def test_opcheck(backend, dtype):
         torch.library.opcheck(torch.ops.elva_kernels.topk.default, arguments)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiles_without_a_graph_break():
+@each_compiler
+def test_compiles_without_a_graph_break(compiler):
     def best(query, corpus):
         result = topk(query * 2, corpus, 4)
         return result, corpus[result.index[:, 0]] * result.scores[:, :1]
 
     query, corpus = rows(3, 50, 8, torch.float32)
     torch._dynamo.reset()
-    result, nearest = torch.compile(best, fullgraph=True)(query, corpus)
+    result, nearest = torch.compile(best, fullgraph=True, backend=compiler)(query, corpus)
     expected, expected_nearest = best(query, corpus)
     assert equal(result, expected)
     torch.testing.assert_close(nearest, expected_nearest)
