@@ -285,7 +285,14 @@ def test_a_rule_that_quotes_a_long_field_stays_short(directory):
     assert len(str(caught.value)) < 700
 
 
-@pytest.mark.parametrize("file", [QUERIES, POOL, QRELS, TSV, "grains.jsonl"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        QUERIES,
+        TSV,
+        *(pytest.param(x, marks=pytest.mark.thorough) for x in (POOL, QRELS, "grains.jsonl")),
+    ],
+)
 def test_damaged_bytes_load_or_raise_data_error(directory, file):
     """400 random edits of each file: never another exception, never two lines."""
     grain = schema.Grain("a cat", "entity", (0, 5))

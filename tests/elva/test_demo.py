@@ -174,6 +174,7 @@ def test_a_full_queue_turns_visitors_away_and_all_is_removed_at_the_end(emoji, m
     assert not mine.exists() and os.environ["GRADIO_SHARE"] == "true"
 
 
+@pytest.mark.thorough
 def test_a_visitors_pictures_go_when_they_were_not_asked_for(emoji, monkeypatch, tmp_path):
     """An hour, here a second, after they were last dropped or asked."""
     monkeypatch.setattr(page, "SESSION_SECONDS", 1)
@@ -430,6 +431,7 @@ def test_dropped_pictures_are_searched_under_their_own_names(shown, emoji, tmp_p
     assert shown.texts("#found .name")[0] == "watch"
 
 
+@pytest.mark.thorough
 def test_a_picture_alone_and_with_words_is_a_query(shown, emoji):
     by_name = {name: id for id, name in emoji.names.items()}
     watch = by_name["watch"]

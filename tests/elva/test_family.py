@@ -44,7 +44,10 @@ def open_in_fp64(checkpoint):
     return opened
 
 
-@pytest.mark.parametrize("family", FITTING)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(x, marks=[pytest.mark.thorough] if i % 2 else []) for i, x in enumerate(FITTING)],
+)
 def test_a_forward_of_ours_is_the_models_own(open_in_fp64, family):
     """Hidden states and logits to 1e-9, alone, padded, mixed and decoded; a picture counts."""
     retriever = open_in_fp64(family)

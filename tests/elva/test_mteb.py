@@ -134,8 +134,12 @@ def retriever(tmp_path_factory: pytest.TempPathFactory) -> RetrieverEncoder:
     [
         ("CIRRIT2IRetrieval", "mbeir_cirr_task7", "it", "i"),
         ("MSCOCOT2IRetrieval", "mbeir_mscoco_task0", "t", "i"),
-        ("MSCOCOI2TRetrieval", "mbeir_mscoco_task3", "i", "t"),
-        ("OVENIT2ITRetrieval", "mbeir_oven_task8", "it", "it"),
+        pytest.param(
+            "MSCOCOI2TRetrieval", "mbeir_mscoco_task3", "i", "t", marks=pytest.mark.thorough
+        ),
+        pytest.param(
+            "OVENIT2ITRetrieval", "mbeir_oven_task8", "it", "it", marks=pytest.mark.thorough
+        ),
     ],
 )
 def test_figures_of_mteb_equal_those_of_elva_evaluate(

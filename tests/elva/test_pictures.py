@@ -147,7 +147,11 @@ def test_a_stage_is_the_same_with_any_number_of_threads(
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(x, marks=[pytest.mark.thorough] if x != "a tower that learns" else [])
+     for x in KINDS],
+)  # fmt: skip
 def test_a_step_finds_its_pictures_cut(
     kind: str, checkpoint: Path, data: Path, tmp_path: Path, cuts: list[tuple[str, bool]]
 ) -> None:

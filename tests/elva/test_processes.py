@@ -101,6 +101,7 @@ def test_weights_of_deepspeed_equal_those_of_one_process(shared: Shared, name: s
     assert max((one[k] - many[k]).abs().max().item() for k in ends) <= 5e-7
 
 
+@pytest.mark.thorough
 def test_two_processes_give_the_same_bits_again(
     shared: Shared, start: Start, released: Released, corpus: Path, tmp_path: Path
 ) -> None:

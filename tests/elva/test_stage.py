@@ -458,7 +458,9 @@ def test_a_bank_is_asked_only_for_what_is_not_rolled_out(texts: Callable[..., Pa
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"negatives": NegativeConfig(given=2)}, {"pathwise": 1.0, "infonce": 0.0}],
+    "changes",
+    [{}, *(pytest.param(x, marks=pytest.mark.thorough)
+           for x in ({"negatives": NegativeConfig(given=2)}, {"pathwise": 1.0, "infonce": 0.0}))],
     ids=["one", "two", "ranking"],
 )  # fmt: skip
 def test_changing_only_the_given_negatives_changes_the_weights(

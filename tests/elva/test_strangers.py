@@ -323,6 +323,7 @@ def test_pathwise_differentiates_the_retrievers_own_embedding(tmp_path, data, po
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-9, msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("stage", "rank"),
     [

@@ -172,6 +172,7 @@ class _Raises(Callback):
             raise KeyError("mine")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("event", [pytest.param("step", marks=pytest.mark.thorough), "save"])
 def test_a_callback_that_raises_costs_no_checkpoint(
     event: str, recipe_file: Path, tmp_path: Path

@@ -82,8 +82,8 @@ def kernels(texts, positives, negatives, **weights):
 
 
 @pytest.mark.parametrize(
-    "kind", ["pairs", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("in_batch", "chat")),
-             "bank"]
+    "kind",
+    ["pairs", *(pytest.param(x, marks=pytest.mark.thorough) for x in ("in_batch", "bank", "chat"))],
 )  # fmt: skip
 def test_the_trainers_rewards_are_the_kernels(kind, tmp_path):
     """Of every completion of two steps, with the parts that the trainer logs."""

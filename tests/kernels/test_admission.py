@@ -169,6 +169,7 @@ def test_an_op_without_a_trial_is_not_trusted(machine, monkeypatch):
     assert machine.calls == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_dtype")
 def test_a_capture_needs_a_verdict_and_says_so(machine, monkeypatch):
     machine.install(right)
@@ -221,6 +222,7 @@ def test_a_crash_in_warm_up_leaves_what_was_known(machine):
     assert "probe" in str(doctor())
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_dtype")
 def test_an_interrupted_warm_up_begins_again(machine, monkeypatch):
     machine.install(right)
