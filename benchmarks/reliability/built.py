@@ -32,7 +32,8 @@ def kept(name: str, how: str, *mains: Path, make: Callable[[Path], object]) -> P
         return folder
     home.mkdir(parents=True, exist_ok=True)
     for old in home.glob(f"{name}-*"):
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name.rpartition("-")[0] == name:
+            shutil.rmtree(old, ignore_errors=True)
     building = Path(tempfile.mkdtemp(dir=home, prefix=".building-"))
     try:
         make(building)

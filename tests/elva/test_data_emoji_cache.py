@@ -54,6 +54,17 @@ def test_write_leaves_foreign_folders_alone(tmp_path, small_builds):
     assert (mine / "thesis.txt").exists() and (ours / "notes.txt").exists()
 
 
+def test_a_process_reads_a_corpus_for_its_hashes_once(tmp_path, monkeypatch, small_builds):
+    monkeypatch.setenv("ELVA_CACHE", str(tmp_path))
+    root, read = corpus.cached(), []
+    real = cache.sha256
+    monkeypatch.setattr(cache, "sha256", lambda path: read.append(path) or real(path))
+    assert corpus.cached() == corpus.cached() == root
+    assert read == [root / "grains.jsonl"]
+    (root / "grains.jsonl").write_text("damaged")
+    assert corpus.cached() == root and small_builds == [64, 64]
+
+
 def test_a_failed_write_leaves_the_old_corpus_and_no_trace(tmp_path, monkeypatch):
     old = tmp_path / "corpus"
     old.mkdir()

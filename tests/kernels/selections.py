@@ -113,7 +113,7 @@ def leave_few_cases(items: list[pytest.Item]) -> None:
     tests = defaultdict(list)
     for item in items:
         if parameters(item) and item.get_closest_marker("thorough") is None:
-            tests[item.path, test_of(item)].append(item)
+            tests[item.nodeid.partition("[")[0]].append(item)
     for of_test in tests.values():
         left = covering(of_test, axes, day())
         for item in of_test:
@@ -127,8 +127,8 @@ def axes(item: pytest.Item) -> Iterator[tuple[Any, Any]]:
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0]
         names = [x.strip() for x in names.split(",")] if isinstance(names, str) else names
-        yield tuple(names), tuple(str(given.pop(name)) for name in names if name in given)
-    yield from ((name, str(value)) for name, value in given.items())
+        yield tuple(names), tuple(repr(given.pop(name)) for name in names if name in given)
+    yield from ((name, repr(value)) for name, value in given.items())
 
 
 def covering(

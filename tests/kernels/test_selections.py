@@ -26,6 +26,7 @@ class Item:
 
     def __init__(self, function, **given):
         self.path, self.originalname = Path("test_topk.py"), function
+        self.nodeid = f"test_topk.py::{function}[{given}]"
         self.callspec, self.marks = SimpleNamespace(params=given), []
 
     def get_closest_marker(self, name):

@@ -201,14 +201,15 @@ def _manifest(root: Path) -> dict[str, Any] | None:
 def _hashes(root: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file but the manifest."""
     return {
-        path.relative_to(root).as_posix(): _hash(path, path.stat().st_size, path.stat().st_mtime_ns)
+        path.relative_to(root).as_posix(): _hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         for path in _files(root)
         if path.name != MANIFEST
+        for stat in [path.stat()]
     }
 
 
 @cache
-def _hash(path: Path, size: int, changed: int) -> str:
+def _hash(path: Path, inode: int, size: int, changed: int) -> str:
     """A training asks for its corpus ten times, and reads it for this once."""
     return sha256(path)
 
