@@ -210,7 +210,7 @@ def _hashes(root: Path) -> dict[str, str]:
 
 @cache
 def _hash(path: Path, inode: int, size: int, changed: int) -> str:
-    """A training asks for its corpus ten times, and reads it for this once."""
+    """Of a file that is still what it was: a training asks for its corpus again and again."""
     return sha256(path)
 
 
